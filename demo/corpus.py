@@ -1,0 +1,125 @@
+"""Four unlike kinds of text that the demo's own dependencies ship: Python, English prose, JSON and C++.
+
+Nothing is downloaded, and the packages' versions are pinned, so everybody trains on the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+PER_FILE = 60_000  # bytes taken of one file at most, so that no file rules its domain
+PER_DOMAIN = 600_000  # bytes; training reads about half of it
+
+Corpus = Mapping[str, Mapping[str, tuple[bytes, ...]]]
+"""Domain -> split -> one text per file."""
+
+
+def corpus() -> Corpus:
+    """Read all four domains.  Files are shuffled by a hash of their names; each belongs to one split only."""
+    return {domain: split_by_file(documents(SOURCES[domain], READERS[domain])) for domain in SOURCES}
+
+
+def documents(sources: Iterable[tuple[str, str]], reader: Callable[[Path], str]) -> Iterator[tuple[str, bytes]]:
+    """(name inside the package, text) of the files of some (package, pattern) pairs, up to PER_DOMAIN bytes."""
+    found = {name: path for package, pattern in sources for name, path in files(package, pattern)}
+    total = 0
+    for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = reader(found[name]).strip().encode()[:PER_FILE]
+        if len(text) >= 500:
+            yield name, text
+            total += len(text)
+        if total >= PER_DOMAIN:
+            return
+
+
+def split_by_file(named: Iterable[tuple[str, bytes]]) -> dict[str, tuple[bytes, ...]]:
+    """Four files of six to training, one to validation, one to test; a text met before is dropped."""
+    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    for number, text in enumerate(dict.fromkeys(text for _, text in named)):
+        parts[("train", "train", "validation", "train", "test", "train")[number % 6]].append(text)
+    return {split: tuple(texts) for split, texts in parts.items()}
+
+
+def files(package: str, pattern: str) -> Iterator[tuple[str, Path]]:
+    """(name, path) of a package's files, without importing it; vendored copies and test code are left out."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"the demo reads files of {package}, which is not installed; run `make setup`")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for path in root.glob(pattern):
+        name = path.relative_to(root.parent).as_posix()
+        if not re.search(r"/_?(vendor\w*|externals?|array_api\w*)/|/test_", name):
+            yield name, path
+
+
+# --- readers: what counts as text of a kind --------------------------------------------------------
+
+
+def python_code(path: Path) -> str:
+    """A source file without its docstrings (those are the English)."""
+    source = path.read_text("utf-8")
+    lines = source.splitlines()
+    for node in _documented(source):
+        first = node.body[0] if node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    return re.sub(r"\n(\s*\n){2,}", "\n\n", "\n".join(lines))
+
+
+def english_prose(path: Path) -> str:
+    """The paragraphs of a source file's docstrings, or of a text file, that read like sentences."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".py":
+        text = "\n\n".join(doc for node in _documented(text) if (doc := ast.get_docstring(node)))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return "\n".join(dict.fromkeys(line for line in paragraphs if _is_prose(line)))
+
+
+def json_text(path: Path) -> str:
+    """A JSON file, unpacked if it is gzipped."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+
+
+def cpp_code(path: Path) -> str:
+    """A header without comments (which are English)."""
+    text = path.read_text("utf-8", errors="replace")
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
+    return re.sub(r"\s*\n(\s*\n)+", "\n\n", text)
+
+
+def _documented(source: str) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield node
+
+
+def _is_prose(line: str) -> bool:
+    """Long, starts like a sentence, ends like one, and has hardly any signs in it."""
+    plain = sum(c.isalpha() or c in " ,.'" for c in line)
+    return len(line) >= 100 and plain >= 0.95 * len(line) and line[0].isupper() and line[-1] in ".:"
+
+
+SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "Python": (("sklearn", "**/*.py"),),
+    "English": (("scipy", "**/*.py"), ("numpy", "**/*.py"), ("sklearn", "datasets/descr/*.rst")),
+    "JSON": (
+        ("sklearn", "datasets/tests/data/**/*.json.gz"),
+        ("torch", "_dynamo/*.json"),
+        ("plotly", "validators/_validators.json"),
+    ),
+    "C++": (("torch", "include/torch/**/*.h"), ("torch", "include/c10/**/*.h")),
+}
+READERS: Mapping[str, Callable[[Path], str]] = {
+    "Python": python_code,
+    "English": english_prose,
+    "JSON": json_text,
+    "C++": cpp_code,
+}

@@ -1,0 +1,95 @@
+"""weightsmith: make better models of trained ones by working on their weights.
+
+    import weightsmith as ws
+
+    merged = ws.merge({"math": "models/math", "code": "models/code"}, ws.Dare(density=0.5) | ws.Ties(), "models/base")
+    ws.Recipe.load("recipe.yaml").run("merged")
+
+Every method is an attribute under its class name (`ws.Ties`, `ws.TaskArithmetic`); `dir(ws)` lists them.
+Nothing is imported before it is asked for: `import weightsmith` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightsmith.errors import (
+        MissingExtra,
+        NumericError,
+        OutputError,
+        PlanError,
+        RecipeError,
+        SourceError,
+        WeightsmithError,
+    )
+    from weightsmith.io.open import open_source
+    from weightsmith.method import Filter, Method, Pipeline, registered
+    from weightsmith.recipe.schema import Recipe
+    from weightsmith.run.api import merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Filter",
+    "Method",
+    "MissingExtra",
+    "NumericError",
+    "OutputError",
+    "Pipeline",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "SourceError",
+    "WeightsmithError",
+    "merge",
+    "open_source",
+    "registered",
+]
+
+_HOMES = {
+    "Filter": "method",
+    "Method": "method",
+    "Pipeline": "method",
+    "registered": "method",
+    "Recipe": "recipe.schema",
+    "merge": "run.api",
+    "open_source": "io.open",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at first use; any other capitalised name is a method's class."""
+    if name in __all__:
+        value = getattr(importlib.import_module(f"weightsmith.{_HOMES.get(name, 'errors')}"), name)
+    elif name[:1].isupper():
+        value = _method_class(name)
+    else:
+        raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from weightsmith.method import registered
+
+    return sorted({*__all__, "__version__", *(cls.__name__ for cls in registered().values())})
+
+
+def _method_class(name: str) -> Any:
+    """The method, filter or codec whose class is called `name`."""
+    from weightsmith.errors import RecipeError, did_you_mean
+    from weightsmith.method import registered, registry
+
+    try:  # the usual case imports one file: TaskArithmetic is in task_arithmetic
+        found = registry(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+    except RecipeError:
+        found = None
+    if found is not None and found.__name__ == name:
+        return found
+    known = {cls.__name__: cls for cls in registered().values()}
+    if name in known:
+        return known[name]
+    raise AttributeError(f"module 'weightsmith' has no attribute {name!r}{did_you_mean(name, known)}")

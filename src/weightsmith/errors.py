@@ -1,0 +1,85 @@
+"""Every error that weightsmith raises on purpose.
+
+    WeightsmithError          exit code 2, one line, no traceback
+    ├── RecipeError           the recipe says something that cannot be meant
+    ├── SourceError           an input cannot be read, or lies about itself
+    ├── PlanError             recipe and inputs do not go together; carries all problems at once
+    ├── NumericError          NaN, Inf or overflow, with tensor, model and place
+    ├── OutputError           the output folder cannot be written, resumed or verified
+    └── MissingExtra          an optional package is needed; the text holds the pip command
+
+A text says what, where, which value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "MissingExtra",
+    "NumericError",
+    "OutputError",
+    "PlanError",
+    "RecipeError",
+    "SourceError",
+    "WeightsmithError",
+    "did_you_mean",
+]
+
+
+class WeightsmithError(Exception):
+    """Root of the tree; the command line prints its text and exits with `code`."""
+
+    code = 2
+
+
+class RecipeError(WeightsmithError):
+    """The recipe is wrong in itself (unknown key, value out of range, contradictory parts)."""
+
+
+class SourceError(WeightsmithError):
+    """An input is missing, truncated, hostile or of an unknown kind."""
+
+
+class PlanError(WeightsmithError):
+    """Recipe and inputs do not fit.  `problems` holds every one of them, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            text = self.problems[0]
+        else:
+            text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
+        return PlanError, (self.problems,)
+
+
+class NumericError(WeightsmithError):
+    """A value that is not a finite number was found, or would be written."""
+
+
+class OutputError(WeightsmithError):
+    """The output folder is in the way, in use, damaged, or belongs to another recipe."""
+
+
+class MissingExtra(WeightsmithError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package, self.extra, self.purpose = package, extra, purpose
+        super().__init__(f"{purpose} needs {package}; install it with: pip install 'weightsmith[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
+        return MissingExtra, (self.package, self.extra, self.purpose)
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return '; did you mean X?' for the nearest option, else '; known: A, B, C'."""
+    known = list(options)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""

@@ -1,0 +1,171 @@
+"""Plain reads of byte ranges: the one place through which weight files are read.
+
+`preadv` into fresh memory, not mmap: resident memory stays what the caller holds, a file that
+shrinks gives an error instead of SIGBUS, and network file systems are not read page by page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import stat
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.errors import SourceError
+
+__all__ = ["File", "preadv"]
+
+_MOST_IDLE = 64  # descriptors kept open between reads; hundreds of shards must not meet the process's limit
+
+
+def preadv(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read into `buffer` from `offset`; returns the bytes read.  Fault tests replace this function."""
+    return os.preadv(fd, [buffer], offset)
+
+
+class _Idle:
+    """Open descriptors that nobody reads from right now, the longest unused first.
+
+    A reader takes one out (so that every thread has its own, with its own read-ahead) and puts it back.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start empty (in a forked child, whose lock may be held by a thread that does not exist there)."""
+        self._lock = threading.Lock()
+        self._owner: OrderedDict[int, int] = OrderedDict()  # descriptor -> number of its File
+        self._dead: deque[int] = deque()  # numbers of Files that are gone
+
+    def take(self, owner: int) -> int | None:
+        with self._lock:
+            for fd in reversed(self._owner):
+                if self._owner[fd] == owner:
+                    del self._owner[fd]
+                    return fd
+        return None
+
+    def put(self, owner: int, fd: int) -> None:
+        with self._lock:
+            self._owner[fd] = owner
+            self._bury()
+            if len(self._owner) > _MOST_IDLE:
+                os.close(self._owner.popitem(last=False)[0])
+
+    def drop(self, owner: int) -> None:
+        """Close what belongs to a File that is gone.
+
+        The garbage collector calls this at any moment, also while this thread holds the lock:
+        then the next `put` does it.
+        """
+        self._dead.append(owner)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self._lock.release()
+
+    def _bury(self) -> None:
+        while self._dead:
+            owner = self._dead.popleft()
+            for fd in [fd for fd, who in self._owner.items() if who == owner]:
+                del self._owner[fd]
+                os.close(fd)
+
+
+_idle = _Idle()
+_numbers = itertools.count()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.forget)
+
+
+class File:
+    """A file to read ranges from: any number of threads, opened when needed, picklable.
+
+    Its size and modification time are noted on creation; a file that was exchanged or rewritten
+    since then is refused, because the offsets read from its header may no longer hold.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            status = self.path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            raise SourceError(f"{self.path}: cannot be read ({_reason(error)})") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{self.path}: not a regular file")
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self._number = next(_numbers)
+        weakref.finalize(self, _idle.drop, self._number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "mtime_ns": self.mtime_ns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._number = next(_numbers)
+        weakref.finalize(self, _idle.drop, self._number)
+
+    def read(self, offset: int, count: int, what: str = "") -> np.ndarray:
+        """Return `count` bytes from `offset` as uint8, in memory of their own.
+
+        `what` names the part being read (a tensor) in errors: a file that ends too early, an I/O error,
+        a file changed since it was first looked at.
+        """
+        place = f"{self.path}: {what}: " if what else f"{self.path}: "
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise SourceError(
+                f"{place}bytes {offset} to {offset + count} lie outside the file ({self.size} bytes); it is truncated"
+            )
+        data = np.empty(count, np.uint8)
+        if not count:
+            return data
+        view = data.data
+        done = 0
+        try:
+            with self._descriptor(place) as fd:
+                while done < count:
+                    got = preadv(fd, view[done:], offset + done)
+                    if got <= 0:
+                        raise SourceError(f"{place}the file ends {count - done} bytes early; it was cut while in use")
+                    done += got
+        except OSError as error:
+            raise SourceError(f"{place}reading {count} bytes at {offset} failed ({_reason(error)})") from None
+        return data
+
+    @contextlib.contextmanager
+    def _descriptor(self, place: str) -> Iterator[int]:
+        fd = _idle.take(self._number)
+        if fd is None:
+            fd = self._open(place)
+        try:
+            yield fd
+        except BaseException:
+            os.close(fd)
+            raise
+        _idle.put(self._number, fd)
+
+    def _open(self, place: str) -> int:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            os.close(fd)
+            raise SourceError(f"{place}the file has changed since it was opened; start again")
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # advice only
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return fd
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,215 @@
+"""weightsmith.json: what a folder was made from, and checksums of all that is in it.
+
+Holds nothing that changes between two equal runs (no time unless asked for, no host, no path of the output).
+Checksums are xxh3 with 128 bits: they find damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from weightsmith.errors import OutputError, SourceError
+from weightsmith.io.disk import write_file
+from weightsmith.io.files import File
+from weightsmith.io.safetensors import Header, read_header
+from weightsmith.keys import DTYPES, Key
+
+__all__ = ["MANIFEST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
+
+MANIFEST = "weightsmith.json"
+_NONE: Mapping[str, Any] = {}
+_BLOCK = 8 << 20  # bytes per read
+_SUM = "xxh3_128"  # of the manifest itself, without this field
+
+Parts = Mapping[str, Sequence[tuple[int, int, str]]]
+
+
+def merge_parts(records: Iterable[Mapping[str, Any]], keys: Iterable[Key]) -> Parts:
+    """Tensor -> its (first row, end row, checksum) in order, from records {"parts": [[name, row0, row1, hex]]}.
+
+    Raises OutputError where the parts leave a row of a tensor out, or hold one twice.
+    """
+    parts: dict[str, list[tuple[int, int, str]]] = {key.name: [] for key in keys}
+    rows = {key.name: key.rows for key in keys}
+    for record in records:
+        for name, start, stop, digest in record["parts"]:
+            parts[name].append((start, stop, digest))
+    for name, found in parts.items():
+        found.sort()
+        ends = [0, *(stop for _, stop, _ in found)]
+        starts = [*(start for start, _, _ in found), rows[name]]
+        if starts != ends:
+            raise OutputError(f"{name}: the parts written, {found}, do not make up its {rows[name]} rows; run it again")
+    return parts
+
+
+def build_manifest(
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    keys: Sequence[Key],
+    records: Iterable[Mapping[str, Any]],
+    made_by: Mapping[str, str],
+    licences: Mapping[str, str] = _NONE,
+    companions: Mapping[str, Any] = _NONE,
+    kind: str = "merge",
+    created: str | None = None,
+) -> dict[str, Any]:
+    """Describe a finished folder (all files but the manifest are in it) as plain JSON values.
+
+    recipe      as the user wrote it
+    inputs      model's name -> fingerprint
+    keys        the output's tensors, in plan order
+    records     of all tasks; their parts must make up every tensor
+    made_by     tensor -> how it was made ('ties(density=0.2)', 'copied from base')
+    companions  what has become of the files beside the weights
+    created     a time to note; by default the one in SOURCE_DATE_EPOCH, or none
+    """
+    parts = merge_parts(records, keys)
+    how: dict[str, list[str]] = {}
+    for key in keys:
+        how.setdefault(made_by[key.name], []).append(key.name)
+    manifest: dict[str, Any] = {
+        "weightsmith": metadata.version("weightsmith"),
+        "kind": kind,
+        "recipe": recipe,
+        "inputs": inputs,
+        "licences": licences,
+        "companions": companions,
+        "made_by": how,
+        "versions": _versions(),
+        "output": {
+            "files": {name: _describe(folder, name) for name in _files(folder)},
+            "tensors": {key.name: {"dtype": key.dtype, "shape": key.shape, "parts": parts[key.name]} for key in keys},
+        },
+    }
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if created is None and epoch is not None:
+        created = datetime.fromtimestamp(int(epoch), UTC).isoformat()
+    if created is not None:
+        manifest["created"] = created
+    plain: dict[str, Any] = json.loads(json.dumps(manifest))
+    return plain
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Write the manifest, with a checksum of its own, and return its path."""
+    text = json.dumps({**manifest, _SUM: _own_sum(manifest)}, indent=1)
+    return write_file(folder / MANIFEST, text + "\n")
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """Read and check the manifest of an output folder; OutputError if there is none or it was changed."""
+    path = out / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        intact = manifest.pop(_SUM) == _own_sum(manifest)
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}; was this folder made by weightsmith?") from error
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise OutputError(f"{path} is damaged or was edited: it does not match its own checksum")
+    return manifest
+
+
+def verify_folder(out: Path, progress: Callable[[int], object] = lambda count: None) -> list[str]:
+    """Return everything that is not as it was written, a line each: files missing, added, cut or altered.
+
+    Reads every byte once, in blocks.  `progress` is called with the bytes of each part when it has been read.
+    Raises OutputError if the manifest itself cannot be trusted.
+    """
+    output = read_manifest(out)["output"]
+    wanted, found = output["files"], set(_files(out))
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} was not there when the folder was written" for name in sorted(found - set(wanted))]
+    places: dict[str, tuple[File, int]] = {}
+    for name, noted in wanted.items():
+        if name not in found:
+            continue
+        size = (out / name).stat().st_size
+        if size != noted["bytes"]:
+            problems.append(f"{name} has {size} bytes instead of {noted['bytes']}")
+        elif "header" not in noted:
+            if _describe(out, name) != noted:
+                problems.append(f"{name} was altered")
+        elif (header := _header(out / name)) is None or header.digest != noted["header"]:
+            problems.append(f"{name} was altered in its header")
+        else:
+            file = File(out / name)
+            places |= {tensor: (file, place.offset) for tensor, place in header.tensors.items()}
+
+    def check(item: tuple[str, Any]) -> list[str]:
+        tensor, noted = item
+        if tensor not in places:  # its file is among the problems already
+            return []
+        file, offset = places[tensor]
+        return [
+            f"{file.path.name}: tensor {tensor}, rows {start} to {stop}, was altered"
+            for start, stop, begin, count, digest in _spans(Key(tensor, tuple(noted["shape"]), noted["dtype"]), noted)
+            if _digest(file, offset + begin, count, progress) != digest
+        ]
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for texts in pool.map(check, output["tensors"].items()):
+            problems += texts
+    return problems
+
+
+def _spans(key: Key, noted: Mapping[str, Any]) -> Iterator[tuple[int, int, int, int, str]]:
+    """(first row, end row, first byte, bytes, checksum) of each part of a tensor."""
+    width = key.row_numel * DTYPES[key.dtype].itemsize
+    for start, stop, digest in noted["parts"]:
+        yield start, stop, start * width, (stop - start) * width, digest
+
+
+def _digest(file: File, offset: int, count: int, progress: Callable[[int], object]) -> str:
+    state = xxhash.xxh3_128()
+    for begin in range(0, count, _BLOCK):
+        state.update(file.read(offset + begin, min(_BLOCK, count - begin)).data)
+    progress(count)
+    return state.hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of all files but the manifest; a clone's .git and a download's .cache are not looked at."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    kept = (name.as_posix() for name in names if name.parts[0] not in (".git", ".cache"))
+    return sorted(name for name in kept if name != MANIFEST)
+
+
+def _describe(folder: Path, name: str) -> dict[str, Any]:
+    """Size and checksum of a file.
+
+    The merged shards lie at the top and their tensors have checksums of their own: of these, only the header is hashed.
+    """
+    file = File(folder / name)
+    if name.endswith(".safetensors") and "/" not in name:
+        return {"bytes": file.size, "header": read_header(file).digest}
+    return {"bytes": file.size, _SUM: _digest(file, 0, file.size, lambda count: None)}
+
+
+def _header(path: Path) -> Header | None:
+    try:
+        return read_header(path)
+    except SourceError:
+        return None
+
+
+def _own_sum(manifest: Mapping[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode()))
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()}

@@ -1,0 +1,139 @@
+"""One word for every input: whatever a user may call a model, as a Source."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import SourceError
+from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
+from weightsmith.io.folder import INDEX, FolderSource
+from weightsmith.io.hub import PREFIX, looks_like_hub_id, open_hub
+from weightsmith.io.peft import AdapterSource
+from weightsmith.io.pickle import PICKLES, PickleSource
+from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.io.source import MemorySource, Source
+from weightsmith.lazy import torch
+
+__all__ = ["MANIFEST", "Opener", "folder_kind", "open_source", "register_opener"]
+
+MANIFEST = "weightsmith.json"
+
+Opener = Callable[[Any, Source | None, str | None], Source]
+"""(ref, base, expert) -> source."""
+
+_openers: list[tuple[Callable[[Any], bool], Opener]] = []
+
+
+def register_opener(accepts: Callable[[Any], bool], opener: Opener) -> None:
+    """Teach `open_source` another kind of input (a compressed folder, a nested recipe).
+
+    `accepts(ref)` is asked before anything else is tried, the latest registered first; a path arrives as
+    a Path.  Registering the same pair again changes nothing.
+    """
+    if (accepts, opener) not in _openers:
+        _openers.insert(0, (accepts, opener))
+
+
+def folder_kind(path: Path) -> str | None:
+    """The 'kind' in a folder's weightsmith.json ('merge', 'codec', ...), or None if it has none."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def open_source(ref: Any, *, base: Source | None = None, expert: str | None = None) -> Source:
+    """Open a model; nothing but headers is read.
+
+    ref     a Source (returned as it is), a mapping of tensors, an nn.Module, or a str or Path: a folder, a
+            .safetensors file or shard index, a PyTorch checkpoint, a PEFT folder (needs `base`), a compressed
+            folder (`expert` says which model of it), else `org/name[@revision]` on the hub
+    Errors: SourceError, one line, for whatever cannot be opened or lies about itself.
+    """
+    if isinstance(ref, str):
+        ref = _path_or_id(ref)
+    for accepts, opener in _openers:
+        if accepts(ref):
+            return opener(ref, base, expert)
+    if isinstance(ref, Path) and folder_kind(ref) == "codec":
+        raise SourceError(f"{ref}: a compressed folder, which nothing here can decode; restore it first")
+    if expert is not None:
+        raise SourceError(
+            f"{_name(ref)}: expert {expert!r} was asked for, but this is one model, not a compressed folder"
+        )
+    if isinstance(ref, Source):
+        return ref
+    if isinstance(ref, Path):
+        return _open_path(ref.expanduser(), base)
+    if isinstance(ref, str):
+        return open_hub(ref, base)
+    if isinstance(ref, Mapping):
+        return _memory(ref, "tensors in memory")
+    if isinstance(ref, torch.nn.Module):
+        return _memory(ref.state_dict(), type(ref).__name__)
+    raise SourceError(
+        f"cannot open a {type(ref).__name__} as a model; give a path, a hub id, a state dict or an nn.Module"
+    )
+
+
+def _path_or_id(ref: str) -> Path | str:
+    """A Path, or the text itself if it is a hub id.  What exists here never goes to the hub."""
+    path = Path(ref).expanduser()
+    if not ref.strip() or "\0" in ref:
+        raise SourceError(f"{ref!r} is neither a path nor a hub id")
+    if path.exists() or not looks_like_hub_id(ref):
+        return path
+    return ref
+
+
+def _open_path(path: Path, base: Source | None) -> Source:
+    if path.is_dir():
+        if not (path / ADAPTER_CONFIG).exists():
+            return FolderSource(path)
+        if base is None:
+            raise SourceError(f"{path}: a LoRA adapter, which needs a base model; give one under `base`")
+        return AdapterSource(path, base)
+    if not path.exists():
+        hint = _near(path)
+        if not hint and looks_like_hub_id(f"{PREFIX}{path}"):
+            hint = f"; for the model on the hub write {PREFIX}{path}"
+        raise SourceError(f"{path}: no such file or folder{hint}")
+    if path.name.endswith(INDEX):
+        return FolderSource(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsSource(path)
+    if path.suffix in PICKLES:
+        return PickleSource(path)
+    known = ", ".join((".safetensors", *PICKLES))
+    raise SourceError(f"{path}: unknown kind of file; give a model folder or one of {known}")
+
+
+def _near(path: Path) -> str:
+    """The existing neighbour with the most similar name, as a question."""
+    while not path.parent.exists():
+        path = path.parent  # the first part of the path that is wrong
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+
+
+def _memory(tensors: Mapping[Any, Any], label: str) -> MemorySource:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise SourceError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor under a name")
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise SourceError(f"{label}: {name!r} is a sparse, quantized or empty-shell (meta) tensor")
+    return MemorySource(tensors, label)
+
+
+def _name(ref: Any) -> str:
+    return getattr(ref, "label", None) or (str(ref) if isinstance(ref, (str, Path)) else type(ref).__name__)

@@ -1,0 +1,381 @@
+"""The output folder: safetensors shards written in place, visible under their name only when complete.
+
+While a run is going on, beside OUT (so that a rename is enough to move things):
+
+    OUT.partial/files/       what OUT will be
+    OUT.partial/journal.jsonl
+    OUT.partial.lock         held by the running process
+
+At the end everything is flushed to the disk, `files` is renamed to OUT in one step, and OUT.partial goes.
+With `overwrite`, the old OUT is first renamed to OUT.replaced-XXXX, a name noted in the journal, and deleted
+after the new one has taken its place.  So at every moment OUT is the old output, or the new one, or (between
+two renames) absent, with the old one at OUT.replaced-XXXX and the new one complete in OUT.partial/files; the
+next run on OUT puts the old one back before it does anything else.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.errors import OutputError
+from weightsmith.io.disk import gigabytes, pwrite_all, sync_folder, write_file, writing
+from weightsmith.io.journal import Journal, State, boot_id, read_journal
+from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
+from weightsmith.io.lock import FolderLock, holder, in_use
+from weightsmith.io.sink import Sink
+from weightsmith.keys import DTYPES, Key
+
+__all__ = ["FolderSink", "check_output"]
+
+_METADATA: Mapping[str, str] = {"format": "pt"}
+
+
+class FolderSink(Sink):
+    """Writes a folder of safetensors shards; see the module's text for what is where, and when.
+
+    out        the folder to make; missing parents are made too
+    shard_size largest number of data bytes in one file
+    identity   what the output depends on: {"recipe": {...}, "inputs": {name: fingerprint}, "version": "..."};
+               plain JSON values.  A run is resumed only under the same identity.
+    resume     go on with what an interrupted run has left in OUT.partial, if anything
+    overwrite  replace a non-empty OUT as a whole; without `resume`, also drop what an interrupted run has left
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        shard_size: int,
+        identity: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+        weight_name: str = "model",
+        metadata: Mapping[str, str] = _METADATA,
+    ) -> None:
+        self.out = _absolute(out)
+        self.partial = _partial(self.out)
+        self.folder = self.partial / "files"
+        self._shard_size, self._weight_name, self._metadata = shard_size, weight_name, metadata
+        self._identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        self._resume, self._overwrite = resume, overwrite
+        self._lock = FolderLock(_lock_path(self.out), self.out)
+        self._shards: list[Shard] = []
+        self._descriptors: dict[str, int] = {}
+        self._places: dict[str, tuple[Shard, Key]] = {}
+        self._completed: dict[str, Any] = {}
+        self._journal: Journal | None = None
+        self._working = False  # the work folder is this run's: laid out by it, or taken over without a complaint
+
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Lay out the files, or take over those of an interrupted run.
+
+        Raises OutputError, with nothing changed on disk, where `check_output` finds a problem or another
+        run holds the folder; and where what is to be resumed belongs to another recipe or is damaged.
+        """
+        self._shards = plan_shards(keys, self._shard_size, self._weight_name, self._metadata)
+        self._places = {name: (shard, key) for shard in self._shards for name, key in shard.keys.items()}
+        if len(self._places) != len(keys):
+            raise OutputError(f"{self.out}: {len(keys) - len(self._places)} tensor names are used twice")
+        if not self.partial.exists():  # else first see what was left there; a refusal now leaves not even a lock file
+            self._check(need=0)
+        with writing(self.out.parent):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            state = self._recover()
+            self._check(need=sum(shard.size for shard in self._shards))
+            if state is not None and self._resume:
+                self._take_over(state)
+            else:
+                self._create()
+            head = {"identity": self._identity, "layout": layout_digest(self._shards)}
+            self._journal = Journal(self.partial / "journal.jsonl", head, self._completed, self._flush)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        """Store rows `start`, `start + 1`, ... of a tensor: bits [rows, *rest], or [] for a 0-dim tensor."""
+        shard, key = self._places[name]
+        width = DTYPES[key.dtype].itemsize
+        rows = bits.shape[0] if bits.ndim else 1
+        if bits.itemsize != width or bits.shape[1:] != key.shape[1:] or not 0 <= start <= start + rows <= key.rows:
+            raise ValueError(f"{name}: rows {start}.. of {bits.dtype} {bits.shape} are no part of {key}")
+        if bits.size:
+            data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data
+            with writing(self.folder / shard.name):
+                offset = shard.offsets[name] + start * key.row_numel * width
+                pwrite_all(self._descriptors[shard.name], data, offset)
+
+    def completed(self) -> Mapping[str, Any]:
+        return self._completed
+
+    def done(self, task: str, record: Mapping[str, Any]) -> None:
+        assert self._journal is not None, "begin comes first"
+        self._journal.add(task, record)
+
+    def finish(self, extra_files: Callable[[Path], Iterable[Path]] | None = None) -> Path:
+        """Write the index, let `extra_files` add its files to the folder it is given, and make OUT visible.
+
+        `extra_files` returns the paths it has written.  Returns OUT.
+        """
+        assert self._journal is not None, "begin comes first"
+        paths = [self.folder / shard.name for shard in self._shards]
+        if len(paths) > 1:
+            index = self.folder / f"{self._weight_name}.safetensors.index.json"
+            paths.append(write_file(index, index_json(self._shards)))
+        if extra_files is not None:
+            paths += extra_files(self.folder)
+        with writing(self.partial):
+            _sync(paths, self.folder)
+        self._close()
+        with writing(self.out):
+            self._publish(self._journal)
+        self._journal.close()
+        self._working, self._journal = False, None
+        _remove(self.partial)
+        self._lock.release()
+        return self.out
+
+    def abort(self) -> None:
+        """Close everything.  What can be resumed stays; a work folder with no finished task in it goes."""
+        self._close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._working and not (self._journal and self._journal.count):
+            _remove(self.partial)
+        self._working, self._journal = False, None
+        self._lock.release()
+
+    # --- steps of begin and finish ---------------------------------------------------------------
+
+    def _check(self, need: int) -> None:
+        problems = check_output(self.out, (), self._overwrite, self._resume, need, locked=self._lock.held)
+        if problems:
+            raise OutputError("; ".join(problems))
+
+    def _recover(self) -> State | None:
+        """Tidy up after a run that ended in `finish`; return the journal of one that ended before."""
+        state = read_journal(self.partial / "journal.jsonl")
+        if state is None:
+            return None
+        with writing(self.out):
+            old = self.out.with_name(state.replaces) if state.replaces else None
+            if old is not None and old.exists():
+                if self.out.exists():  # the new output is in its place
+                    _remove(old)
+                else:
+                    old.rename(self.out)
+        if not self.folder.exists():  # it had been renamed to OUT
+            _remove(self.partial)
+            return None
+        return state
+
+    def _create(self) -> None:
+        _remove(self.partial)
+        self._working = True
+        with writing(self.folder):
+            self.folder.mkdir(parents=True)
+        for shard in self._shards:
+            path = self.folder / shard.name
+            with writing(path):
+                self._descriptors[shard.name] = descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                _allocate(descriptor, shard.size)
+                pwrite_all(descriptor, shard.header, 0)
+
+    def _take_over(self, state: State) -> None:
+        changed = _differences(state.head["identity"], self._identity)
+        if not changed and state.head["layout"] != layout_digest(self._shards):
+            changed = ["the layout of the output (tensors, dtypes or shard_size)"]
+        if changed:
+            raise OutputError(
+                f"cannot resume {self.partial}: since it was begun, {', '.join(changed)} changed; "
+                "pass --overwrite to start anew"
+            )
+        for shard in self._shards:
+            path = self.folder / shard.name
+            damage = f"cannot resume: {path} is missing or was changed; pass --overwrite to start anew"
+            try:
+                descriptor = os.open(path, os.O_RDWR)
+            except OSError as error:
+                raise OutputError(damage) from error
+            self._descriptors[shard.name] = descriptor
+            found = os.pread(descriptor, len(shard.header), 0)
+            if os.fstat(descriptor).st_size != shard.size or found != shard.header:
+                raise OutputError(damage)
+        planned = {shard.name for shard in self._shards}
+        for path in self.folder.iterdir():  # a `finish` that was cut short may have left some of these, half-written
+            if path.name not in planned:
+                _remove(path)
+        self._working = True
+        self._completed = state.finished(boot_id())
+        self._flush()
+
+    def _flush(self) -> None:
+        for name, descriptor in self._descriptors.items():
+            with writing(self.folder / name):
+                os.fdatasync(descriptor)
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def _publish(self, journal: Journal) -> None:
+        old = None
+        if self._overwrite and self.out.exists():
+            old = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
+            journal.replaces(old.name)
+            self.out.rename(old)
+        try:
+            self.folder.rename(self.out)  # over an empty folder too; refused by the kernel if it is not empty
+        except OSError as error:
+            if old is not None:
+                old.rename(self.out)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                text = f"{self.out} was filled by somebody else during the run; move it away, then pass --resume"
+                raise OutputError(text) from error
+            raise
+        sync_folder(self.out.parent)
+        if old is not None:
+            _remove(old)
+
+
+def check_output(
+    out: Path,
+    inputs: Iterable[Path],
+    overwrite: bool,
+    resume: bool,
+    needed_bytes: int,
+    *,
+    locked: bool = False,
+) -> list[str]:
+    """Return everything that stands in the way of writing `needed_bytes` to the folder `out`, a line each.
+
+    inputs are the folders and files that are read.  `locked`: the caller holds the folder's lock.  Creates nothing.
+    """
+    out = _absolute(out)
+    partial = _partial(out)
+    problems = [text for path in inputs if (text := _overlap(out, _absolute(path)))]
+    if out.exists() and not out.is_dir():
+        problems.append(f"{out} is a file; choose another name for the output folder")
+    elif os.path.ismount(out):
+        problems.append(f"{out} is a mount point and cannot be replaced; choose a folder inside it")
+    elif out.is_dir() and any(out.iterdir()) and not overwrite:
+        problems.append(f"{out} exists and is not empty; choose another folder or pass --overwrite")
+
+    user = None if locked else holder(_lock_path(out))
+    if user is not None:
+        problems.append(in_use(out, user))
+    elif partial.exists() and not _is_ours(partial):
+        problems.append(f"{partial} is in the way and was not made by weightsmith; move it elsewhere")
+    elif (partial / "files").exists() and not (resume or overwrite):
+        problems.append(
+            f"{partial}: a previous run was interrupted; pass --resume to continue it or --overwrite to start anew"
+        )
+
+    ground = next(folder for folder in out.parents if folder.exists())
+    if not ground.is_dir():
+        problems.append(f"{ground} is a file, so {out} cannot be made inside it; choose another folder")
+    elif not os.access(ground, os.W_OK | os.X_OK):
+        problems.append(f"{ground} is not writable; choose another folder")
+    else:
+        free = shutil.disk_usage(ground).free + (_allocated(partial) if _is_ours(partial) else 0)
+        if needed_bytes > free:
+            problems.append(
+                f"{out} needs {gigabytes(needed_bytes)}, but {gigabytes(free)} are free on its disk; "
+                "free some space or choose another folder"
+            )
+    return problems
+
+
+def _overlap(out: Path, path: Path) -> str | None:
+    if out == path:
+        return f"{out} is also an input; choose another output folder"
+    if out in path.parents:
+        return f"{out} holds the input {path}; choose another output folder"
+    if path in out.parents:
+        return f"{out} lies inside the input {path}; choose another output folder"
+    return None
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _lock_path(out: Path) -> Path:
+    return out.with_name(out.name + ".partial.lock")
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a work folder holds nothing but what `begin` makes (it may have been cut short anywhere)."""
+    return partial.is_dir() and {path.name for path in partial.iterdir()} <= {"files", "journal.jsonl", "journal.new"}
+
+
+def _allocated(folder: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the space now, so that a full disk shows before the work and not after it."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed, in words: 'recipe (method)', "input 'math'", 'version'."""
+    changed = []
+    for part in _unlike(old, new):
+        before, after = old.get(part), new.get(part)
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            changed.append(f"{part} ({before} -> {after})" if isinstance(before, str) else part)
+            continue
+        inner = _unlike(before, after)
+        if part == "inputs" and inner:
+            changed += [f"input {name!r}" for name in inner]
+        else:
+            changed.append(f"{part} ({', '.join(inner) or 'order'})")
+    return changed
+
+
+def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The names under which two JSON objects differ; the order of names counts, as the order of models does."""
+    return [name for name in dict.fromkeys([*old, *new]) if json.dumps(old.get(name)) != json.dumps(new.get(name))]
+
+
+def _sync(paths: Iterable[Path], folder: Path) -> None:
+    """Make files durable, and the folders from each of them up to `folder`."""
+    folders = {folder}
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
+    for each in sorted(folders):
+        sync_folder(each)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""Where finished blocks go."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsmith.io.source import bits_to_tensor
+from weightsmith.keys import DTYPES, Key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MemorySink", "Sink"]
+
+
+class Sink(ABC):
+    """Takes finished blocks at known places, in any order, from several threads.
+
+    `begin` fixes every offset; a task writes its blocks and then reports itself `done`, with what
+    a resumed run and the manifest need to know of it; `finish` makes the result visible.
+    """
+
+    @abstractmethod
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Lay out the output.  Nothing is visible under its final name before `finish`."""
+
+    @abstractmethod
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        """Store rows of a tensor, as unsigned integers of the output dtype's item size, from row `start`."""
+
+    def completed(self) -> Mapping[str, Any]:
+        """Task id -> record of the tasks that an earlier run has finished (resume)."""
+        return {}
+
+    def done(self, task: str, record: Mapping[str, Any]) -> None:
+        """A task's blocks are all written; the record says what they hash to."""
+
+    def abort(self) -> None:
+        """The run failed: leave what can be resumed, release files and locks."""
+
+
+class MemorySink(Sink):
+    """Collects the result as a dict of tensors."""
+
+    def __init__(self) -> None:
+        self._bits: dict[str, np.ndarray] = {}
+        self._keys: dict[str, Key] = {}
+
+    def begin(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._keys[key.name] = key
+            self._bits[key.name] = np.empty(key.shape, f"u{DTYPES[key.dtype].itemsize}")
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        target = self._bits[name]
+        if target.ndim:
+            target[start : start + bits.shape[0]] = bits
+        else:
+            target[...] = bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The finished tensors, by name."""
+        return {name: bits_to_tensor(bits, self._keys[name].dtype) for name, bits in self._bits.items()}

@@ -1,0 +1,155 @@
+"""What a tensor is called, how large it is, and what its name implies.  No data, no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+__all__ = ["DTYPES", "DType", "Key", "depths", "layer_of", "role_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A storage format: its torch name, its safetensors code, bytes per element, and whether it merges."""
+
+    name: str
+    code: str
+    itemsize: int
+    floating: bool
+
+
+DTYPES: Mapping[str, DType] = {
+    d.name: d
+    for d in (
+        DType("float64", "F64", 8, True),
+        DType("float32", "F32", 4, True),
+        DType("float16", "F16", 2, True),
+        DType("bfloat16", "BF16", 2, True),
+        DType("float8_e4m3fn", "F8_E4M3", 1, True),
+        DType("float8_e5m2", "F8_E5M2", 1, True),
+        DType("int64", "I64", 8, False),
+        DType("int32", "I32", 4, False),
+        DType("int16", "I16", 2, False),
+        DType("int8", "I8", 1, False),
+        DType("uint64", "U64", 8, False),
+        DType("uint32", "U32", 4, False),
+        DType("uint16", "U16", 2, False),
+        DType("uint8", "U8", 1, False),
+        DType("bool", "BOOL", 1, False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """Name, shape and dtype (a torch dtype's name, e.g. 'bfloat16') of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; a 0-dim tensor is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_numel(self) -> int:
+        """Elements per row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def floating(self) -> bool:
+        return DTYPES[self.dtype].floating
+
+    @property
+    def role(self) -> str:
+        return role_of(self.name)
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the block this tensor belongs to, or None outside the blocks."""
+        found = layer_of(self.name)
+        return None if found is None else found[1]
+
+
+# The first pattern that matches a name component decides.  Words are those of the Hugging Face
+# families (Llama, Qwen, Mistral, Gemma, Phi, GPT-2/NeoX, BERT, ViT/CLIP, T5, Whisper) and timm.
+_ROLES: tuple[tuple[str, str], ...] = (
+    ("norm", r".*norm.*|ln_?\w*|layer_?norm\w*"),
+    ("head", r"lm_head|embed_out|classifier|score|head|output_projection"),
+    (
+        "embed",
+        r"embed_tokens|embeddings?|wte|wpe|embed_in|tok_embeddings|shared|\w*_embeddings?|embed_positions|pos_embed",
+    ),
+    ("qkv", r"qkv|qkv_proj|query_key_value|c_attn|in_proj_weight|in_proj_bias|wqkv"),
+    ("q", r"q_proj|query|q|wq|to_q|q_lin"),
+    ("k", r"k_proj|key|k|wk|to_k|k_lin"),
+    ("v", r"v_proj|value|v|wv|to_v|v_lin"),
+    ("o", r"o_proj|out_proj|o|wo|to_out|out_lin"),
+    ("router", r"router|gate|shared_expert_gate"),
+    ("gate_up", r"gate_up_proj"),
+    ("gate", r"gate_proj|w1|wi_0"),
+    ("up", r"up_proj|w3|wi_1|fc1|c_fc|wi|intermediate|dense_h_to_4h|lin1"),
+    ("down", r"down_proj|w2|fc2|dense_4h_to_h|lin2"),
+)
+_ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
+ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), "other")
+
+
+@lru_cache(maxsize=65536)
+def role_of(name: str) -> str:
+    """Return the part a tensor plays ('q', 'down', 'norm', 'embed', ...), or 'other' if the name does not say.
+
+    Components are read from the right, so `model.layers.0.self_attn.q_proj.bias` is 'q'.
+    """
+    for component in reversed(name.split(".")):
+        if component in ("weight", "bias") or component.isdigit():
+            continue
+        for role, pattern in _ROLE_PATTERNS:
+            if pattern.fullmatch(component):
+                return role
+    return "other"
+
+
+@lru_cache(maxsize=65536)
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return (stack, index), e.g. ('model.layers', 5), or None for a tensor outside the blocks.
+
+    The block number is the first numeric component that does not count experts, so
+    `layers.5.mlp.experts.0.w1` is block 5 of `layers` and `encoder.block.11` is not block 1.
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and i > 0 and parts[i - 1] != "experts":
+            return ".".join(parts[:i]), int(part)
+    return None
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Map each name inside a stack of blocks to its depth: 0 for the first block, 1 for the last.
+
+    Each stack (encoder, decoder, vision tower) is measured on its own; a stack of one block has depth 1.
+    Names outside all stacks are left out.
+    """
+    found = {name: layer_of(name) for name in names}
+    last: dict[str, int] = {}
+    for place in found.values():
+        if place is not None:
+            last[place[0]] = max(last.get(place[0], 0), place[1])
+    return {
+        name: 1.0 if last[place[0]] == 0 else place[1] / last[place[0]]
+        for name, place in found.items()
+        if place is not None
+    }

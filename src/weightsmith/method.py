@@ -1,0 +1,489 @@
+"""What a merging method is: a frozen value with one pure function, and a declaration the engine obeys.
+
+    @dataclass(frozen=True)
+    class Ties(Method, name="ties", needs=(BASE,), symmetric=True, paper="arXiv:2306.01708"):
+        '''Trim small changes, elect a sign per weight, average the changes that agree.'''
+        density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
+
+        def merge(self, site): ...
+
+A `Filter` edits task vectors (`apply(site) -> Site`); `a | b` joins filters and one method to a `Pipeline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.keys import Key
+from weightsmith.site import Group, Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "BASE",
+    "Codec",
+    "Each",
+    "Filter",
+    "Grain",
+    "Method",
+    "Parameter",
+    "Pipeline",
+    "Rows",
+    "Scope",
+    "Stage",
+    "Traits",
+    "WeightedSum",
+    "choice",
+    "flag",
+    "integer",
+    "number",
+    "registered",
+    "registry",
+]
+
+BASE = "base"
+"""In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
+
+Each = float | tuple[float, ...]
+"""A parameter that is one number for all experts, or one number per expert."""
+
+
+class Grain(Enum):
+    """How much of the model a method must see at once."""
+
+    ELEMENT = "element"  # any block of rows will do
+    TENSOR = "tensor"  # the whole tensor
+    GROUP = "group"  # several whole tensors that belong together
+
+
+class Scope(Enum):
+    """Over what a measured summary is taken."""
+
+    TENSOR = "tensor"
+    MODEL = "model"
+
+
+class Rows(NamedTuple):
+    """Returned by `measure` for a value with one entry per row on its last axis: blocks are joined, not added."""
+
+    values: Tensor
+
+
+# --- parameters ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Range and meaning of one field; recipe, command line, docs and report read the same one."""
+
+    name: str = ""  # as in YAML: the field's name without a trailing underscore
+    field: str = ""
+    kind: str = "number"  # number, integer, flag, choice
+    default: Any = None
+    help: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    options: tuple[str, ...] = ()  # the words allowed (for a number: besides numbers)
+    each: bool = False  # may differ between experts
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words, e.g. '(0, 1]' or 'global | tensor'."""
+        words = " | ".join(self.options)
+        if self.kind == "flag":
+            return "true | false"
+        if self.kind == "choice":
+            return words
+        left = "(" if self.low_open or self.low == -math.inf else "["
+        right = ")" if self.high_open or self.high == math.inf else "]"
+        span = f"{left}{_short(self.low)}, {_short(self.high)}{right}"
+        return f"{span} | {words}" if words else span
+
+    def check(self, value: Any) -> str | None:
+        """Return what is wrong with a value, or None."""
+        if isinstance(value, tuple) and self.each:
+            return next((text for v in value if (text := self.check(v))), None)
+        if isinstance(value, tuple):
+            return f"{self.name} takes one value, not one per expert"
+        if isinstance(value, str) and value in self.options:
+            return None
+        if self.kind == "flag":
+            good = isinstance(value, bool)
+        elif self.kind == "choice":
+            good = False
+        else:
+            good = isinstance(value, int if self.kind == "integer" else (int, float)) and not isinstance(value, bool)
+            good = good and not math.isnan(value) and not math.isinf(value)
+            good = good and (value > self.low if self.low_open else value >= self.low)
+            good = good and (value < self.high if self.high_open else value <= self.high)
+        if good:
+            return None
+        hint = ""
+        if self.high == 1 and isinstance(value, (int, float)) and 1 < value <= 100:
+            hint = f"; write {value}% as {value / 100:g}"
+        elif isinstance(value, str) and self.options:
+            hint = did_you_mean(value, self.options)
+        return f"{self.name} = {value!r} is outside {self.range}{hint}"
+
+
+def _short(value: float) -> str:
+    return "inf" if value == math.inf else "-inf" if value == -math.inf else f"{value:g}"
+
+
+def number(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    options: tuple[str, ...] = (),
+    each: bool = False,
+    kind: str = "number",
+) -> Any:
+    """A float field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
+    spec = Parameter(
+        kind=kind,
+        default=default,
+        help=help,
+        low=low if low is not None else above if above is not None else -math.inf,
+        high=high if high is not None else below if below is not None else math.inf,
+        low_open=above is not None,
+        high_open=below is not None,
+        options=options,
+        each=each,
+    )
+    return dataclasses.field(default=default, metadata={"parameter": spec})
+
+
+def integer(default: Any, help: str, *, low: int | None = None, high: int | None = None, each: bool = False) -> Any:
+    """An integer field with inclusive bounds."""
+    return number(default, help, low=low, high=high, each=each, kind="integer")
+
+
+def flag(default: bool, help: str) -> Any:
+    """A true/false field."""
+    return dataclasses.field(
+        default=default, metadata={"parameter": Parameter(kind="flag", default=default, help=help)}
+    )
+
+
+def choice(default: str, help: str, *options: str) -> Any:
+    """A field that takes one of the given words."""
+    spec = Parameter(kind="choice", default=default, help=help, options=options)
+    return dataclasses.field(default=default, metadata={"parameter": spec})
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """`x = sum_i weights[i] * input_i`, added in order and then divided by `divisor`, in float32.
+
+    With `deltas`, input_i is expert_i - base and the result is base + scale * x; else the result is x.
+    """
+
+    weights: tuple[float, ...]
+    divisor: float = 1.0
+    scale: float = 1.0
+    deltas: bool = False
+
+
+# --- stages ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a stage declares about itself."""
+
+    name: str
+    paper: str = ""  # where the maths is from
+    needs: tuple[str, ...] = ()  # BASE and names of statistics
+    grain: Grain = Grain.ELEMENT
+    group: str = ""  # GROUP grain: the kind of group, see `symmetry`
+    symmetric: bool = False  # the order of the experts does not matter
+    keeps_expert: bool = True  # one expert at weight 1 gives that expert
+    min_count: int = 1  # number of experts
+    max_count: int | None = None
+    domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
+    otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
+    scratch: float = 2.0  # peak extra bytes per byte of the float32 stack
+    after: bool = False  # a filter for the merged task vector: it stands behind the method
+    aliases: tuple[str, ...] = ()
+
+
+_registered: dict[str, type[Stage]] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Common part of filters and methods.  Subclasses are frozen dataclasses whose fields are parameters."""
+
+    traits: ClassVar[Traits]
+
+    def __init_subclass__(cls, *, name: str = "", **declared: Any) -> None:
+        super().__init_subclass__()
+        if not name:
+            return  # an abstract class: Filter, Method
+        declared.setdefault("paper", "")
+        cls.traits = Traits(name=name, **declared)
+        known = _registered.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RecipeError(f"two methods are called {name!r}: {known.__module__} and {cls.__module__}")
+        _registered[name] = cls
+
+    def __post_init__(self) -> None:
+        problems = []
+        for spec in self.parameters():
+            value = getattr(self, spec.field)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, spec.field, value)
+            if text := spec.check(value):
+                problems.append(f"{self.traits.name}: {text}")
+        if problems:
+            raise RecipeError("; ".join(problems))
+
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """The fields that a recipe may set."""
+        return tuple(
+            replace(f.metadata["parameter"], field=f.name, name=f.name.rstrip("_"))
+            for f in dataclasses.fields(cls)
+            if "parameter" in f.metadata
+        )
+
+    @property
+    def name(self) -> str:
+        return self.traits.name
+
+    def describe(self) -> str:
+        """The stage with every parameter, as a recipe would say it: 'ties(density=0.2, lambda=1.0, ...)'."""
+        return f"{self.name}({', '.join(f'{p.name}={getattr(self, p.field)}' for p in self.parameters())})"
+
+    @property
+    def grain(self) -> Grain:
+        """May depend on parameters; `traits.grain` is the default."""
+        return self.traits.grain
+
+    @property
+    def rounds(self) -> int:
+        """How many measuring passes come before `merge` or `apply`."""
+        return 0
+
+    @property
+    def scope(self) -> Scope:
+        """Over what the measuring passes are summed up: each tensor by itself, or the whole model."""
+        return Scope.TENSOR
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        """Observe one block.  The engine adds equal names up over all blocks, in a fixed order.
+
+        Return integer counts or float64 sums.  `site.summary` holds what earlier rounds' `digest` returned.
+        """
+        raise NotImplementedError(f"{self.name} declares {self.rounds} rounds but no measure()")
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        """Turn the totals of one round into what the next round, and `merge`, read as `site.summary`."""
+        return {**summary, **totals}
+
+    def skips(self, key: Key, round: int, summary: Summary) -> bool:
+        """True if this measuring pass would find nothing on `key`, so that the engine need not read for it.
+
+        Leaving a skipped pass out (digest included) or running it gives the same bytes.
+        """
+        return False
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
+        return None
+
+    def elsewhere(self) -> Stage | None:
+        """The stage for tensors outside `traits.domain` or without a statistic; None: such tensors are an error."""
+        return registry(self.traits.otherwise)() if self.traits.otherwise else None
+
+    def __or__(self, other: Stage | Pipeline) -> Pipeline:
+        return Pipeline((self,)) | other
+
+
+@dataclass(frozen=True)
+class Filter(Stage):
+    """Edits task vectors.  Before a method: each expert's; after it: the merged one (n = 1)."""
+
+    def apply(self, site: Site) -> Site:
+        """Return the site with other task vectors (`site.with_deltas`)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Method(Stage):
+    """Makes one tensor of many."""
+
+    def merge(self, site: Site) -> Tensor:
+        """Return the merged block, shaped like `site.base`, in the site's dtype."""
+        raise NotImplementedError
+
+    def weighted_sum(self, count: int) -> WeightedSum | None:
+        """How to get the same bytes with one fused pass over the stored inputs, if `merge` is a weighted sum."""
+        return None
+
+    def merge_group(self, group: Group) -> dict[str, Tensor]:
+        """GROUP grain only: return every tensor of the group, merged."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Codec(Stage):
+    """Keeps all experts in less space.  Last in a pipeline; `site.deltas` is what the stages before it made.
+
+    After a method, `site.deltas` is the merged task vector alone and `site.origin.deltas` the experts' own.
+    """
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        """Return named parts of one block (part name -> tensor, first axis never cut across blocks)."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, Tensor], index: int, base: Tensor) -> Tensor:
+        """Rebuild expert `index`'s tensor, shaped like `base`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Filters around one method, applied in order; itself used as a method is.
+
+    Filters before the method see every expert's task vector, filters after it the merged one.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __or__(self, other: Stage | Pipeline) -> Pipeline:
+        return Pipeline(self.stages + (other.stages if isinstance(other, Pipeline) else (other,)))
+
+    @property
+    def name(self) -> str:
+        return " | ".join(s.name for s in self.stages)
+
+    @property
+    def method(self) -> Method:
+        """The one stage that is not a filter."""
+        found = [s for s in self.stages if isinstance(s, Method)]
+        if len(found) != 1:
+            raise RecipeError(
+                f"a pipeline needs exactly one merging method besides its filters; {self.name!r} has {len(found)}"
+                + ("" if found else "; end it with task_arithmetic")
+            )
+        for stage in self.stages[: self.stages.index(found[0])]:
+            if stage.traits.after:
+                raise RecipeError(f"{stage.name} works on the merged task vector; put it behind {found[0].name}")
+        return found[0]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        wanted = [n for s in self.stages for n in s.traits.needs]
+        if len(self.stages) > 1:
+            wanted.append(BASE)  # filters edit task vectors
+        return tuple(dict.fromkeys(wanted))
+
+    @property
+    def grain(self) -> Grain:
+        order = [Grain.ELEMENT, Grain.TENSOR, Grain.GROUP]
+        return max((s.grain for s in self.stages), key=order.index)
+
+    @property
+    def scratch(self) -> float:
+        return max(s.traits.scratch for s in self.stages) + (1.0 if len(self.stages) > 1 else 0.0)
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """(stage index, round) of every measuring pass, in order."""
+        return tuple((i, r) for i, s in enumerate(self.stages) for r in range(s.rounds))
+
+    def site_for(self, index: int, site: Site, summaries: Mapping[int, Summary]) -> Site:
+        """The site as stage `index` sees it: the stages before have done their work."""
+        for i, stage in enumerate(self.stages[:index]):
+            here = site.with_summary(summaries.get(i, {}))
+            if isinstance(stage, Filter):
+                site = stage.apply(here)
+            else:
+                site = _merged_delta(stage, here)
+        return site.with_summary(summaries.get(index, {}))
+
+    def measure(self, step: tuple[int, int], site: Site, summaries: Mapping[int, Summary]) -> dict[str, Tensor | Rows]:
+        """Run one stage's measuring pass on a block."""
+        index, round = step
+        return self.stages[index].measure(self.site_for(index, site, summaries), round)
+
+    def merge(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> Tensor:
+        """Run all stages on a block.  `summaries`: stage index -> digest of its rounds."""
+        known = summaries or {}
+        last = len(self.stages) - 1
+        here = self.site_for(last, site, known)
+        final = self.stages[last]
+        if isinstance(final, Method):
+            return final.merge(here)
+        assert isinstance(final, Filter)
+        return final.apply(here).experts[0]
+
+
+def _merged_delta(stage: Stage, site: Site) -> Site:
+    """The site whose only task vector is what `stage` makes of `site`'s."""
+    assert isinstance(stage, Method)
+    if BASE in stage.traits.needs:
+        delta = stage.merge(site.at_zero())
+    else:
+        delta = stage.merge(site) if site.base is None else stage.merge(site) - site.base
+    return replace(site, stack=delta[None], is_delta=True, names=("merged",), origin=site.origin or site)
+
+
+# --- registry --------------------------------------------------------------------------------------
+
+_PACKAGES = ("weightsmith.methods", "weightsmith.codecs")
+
+
+def registered() -> Mapping[str, type[Stage]]:
+    """Every method, filter and codec by name: built-in ones first, then installed plug-ins."""
+    for package in _PACKAGES:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+    for entry in _entry_points():
+        entry()
+    return dict(sorted(_registered.items()))
+
+
+def registry(name: str) -> type[Stage]:
+    """Return the stage called `name`; an unknown name is an error with the nearest one."""
+    if name not in _registered and name.isidentifier():
+        for package in _PACKAGES:  # a method's file is called what the method is called
+            try:
+                importlib.import_module(f"{package}.{name}")
+                break
+            except ModuleNotFoundError as error:
+                if error.name != f"{package}.{name}":
+                    raise
+    if name in _registered:
+        return _registered[name]
+    known = registered()
+    for stage in known.values():
+        if name in stage.traits.aliases:
+            return stage
+    if name in known:
+        return known[name]
+    raise RecipeError(f"unknown method {name!r}{did_you_mean(name, known)}")
+
+
+def _entry_points() -> Iterator[Callable[[], Any]]:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="weightsmith.methods"):
+        yield entry.load

@@ -1,0 +1,65 @@
+"""Drop changes at random and rescale what is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Each, Filter, Rows, choice, flag, number
+from weightsmith.ops.combine import per_expert
+from weightsmith.ops.noise import keep_masks
+from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Dare"]
+
+
+@dataclass(frozen=True)
+class Dare(
+    Filter,
+    name="dare",
+    needs=(BASE,),
+    paper="Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099",
+    symmetric=True,
+    scratch=2.5,
+):
+    """Keep each entry of a task vector with probability `density`: delta' = mask delta / density.
+
+    density is 1 - p for the paper's drop rate p (0.9 typical, 0.99 for large instruction-tuned models).
+    `rescale_rule: l1` is mergekit's: the survivors' factor is sum |delta| / sum |masked delta| per tensor, left at 1
+    where either sum is below 1e-7.  Masks come from `ops.noise`: keyed by (seed, tensor, expert's name), equal
+    on every machine; mergekit's and the paper's generators cannot be matched bit by bit, only in distribution.
+    The paper's magnitude baseline is the filter `magnitude`.
+    """
+
+    density: Each = number(0.5, "probability of keeping an entry", above=0, high=1, each=True)
+    rescale: bool = flag(True, "scale the survivors up")
+    rescale_rule: str = choice(
+        "expectation", "expectation: divide by density; l1: keep each tensor's L1 norm", "expectation", "l1"
+    )
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.rescale and self.rescale_rule == "l1" else 0
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        deltas = site.deltas
+        return l1_sums(deltas, self._masked(site, deltas))
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return l1_factors(totals)
+
+    def apply(self, site: Site) -> Site:
+        masked = self._masked(site, site.deltas)
+        if self.rounds:
+            masked = masked * per_expert(site.summary["l1.factors"], masked)
+        elif self.rescale:
+            masked = masked / per_expert(site.spread(self.density), masked)
+        return site.with_deltas(masked)
+
+    def _masked(self, site: Site, deltas: Tensor) -> Tensor:
+        return torch.where(keep_masks(site, site.spread(self.density), self.name), deltas, 0.0)

@@ -1,0 +1,103 @@
+"""Precision-weighted mean of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import NumericError
+from weightsmith.lazy import torch
+from weightsmith.method import Each, Method, Rows, Scope, choice, flag, number
+from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.ops.reduce import block_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Fisher"]
+
+
+@dataclass(frozen=True)
+class Fisher(
+    Method,
+    name="fisher",
+    needs=("fisher",),
+    paper="Merging Models with Fisher-Weighted Averaging (Matena and Raffel, NeurIPS 2022), arXiv:2111.09832",
+    symmetric=True,
+    scratch=3.0,
+):
+    """Average every weight by how sure each model is of it: sum_i a_i F_i x_i / sum_i a_i F_i.
+
+    F_i is the diagonal Fisher information (statistic "fisher", >= 0) plus a floor; a_i = w_i / (|F_i|_2 + floor)
+    with the norm over the whole model, or w_i without `normalize`.
+
+    floor_mode  add: F + floor (the PyTorch ports); max: max(F, floor); max_target: max(F, floor) for the first
+                model only (the authors' code), so that it wins where all Fishers vanish.
+    A floor above the typical F turns the result into the plain mean; language models' Fishers go down to 1e-20.
+    """
+
+    weight: Each = number(1.0, "factor of each model's Fisher", low=0, each=True)
+    normalize: bool = flag(True, "divide by the norm of each model's Fisher")
+    floor: float = number(1e-6, "least Fisher information", low=0)
+    floor_mode: str = choice("add", "how the floor is applied", "add", "max", "max_target")
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.normalize else 0
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return {"fisher.squares": torch.stack([block_sums(f.double().square()) for f in _fishers(site)]).cpu()}
+
+    def merge(self, site: Site) -> Tensor:
+        factors = self._factors(site)
+        shares = torch.stack([self._floored(f, i) * a for i, (f, a) in enumerate(zip(_fishers(site), factors, strict=True))])
+        total = weighted_sum(shares)
+        if not bool((total > 0).all()):
+            raise NumericError(
+                f"{site.key.name}: the Fisher information of all models is 0 somewhere, which leaves no mean; "
+                f"set floor above 0 (1e-6)"
+            )
+        # Divided first: products of tiny Fishers and tiny weights would vanish.
+        return weighted_sum(site.experts * (shares / total)).to(site.stack.dtype)
+
+    def _factors(self, site: Site) -> list[float]:
+        weights = spread(self.weight, site.count)
+        if self.normalize:
+            norms = site.summary["fisher.squares"].sqrt().tolist()
+            weights = tuple(w / (n + self.floor) if n + self.floor > 0 else 0.0 for w, n in zip(weights, norms, strict=True))
+        top = max(weights)
+        return [w / top if top > 0 else 0.0 for w in weights]  # a common factor cancels
+
+    def _floored(self, fisher: Tensor, index: int) -> Tensor:
+        if self.floor_mode == "add":
+            return fisher + self.floor
+        if self.floor_mode == "max" or index == 0:
+            return fisher.clamp(min=self.floor)
+        return fisher
+
+
+def _fishers(site: Site) -> tuple[Tensor, ...]:
+    found = site.stats["fisher"]
+    for i, fisher in enumerate(found):
+        if fisher.shape != site.block_shape:
+            raise NumericError(
+                f"{site.key.name}: the Fisher information of {_name(site, i)} has shape {list(fisher.shape)}, "
+                f"the weights {list(site.block_shape)}; make it anew from this model"
+            )
+        if fisher.numel() and not (fisher.amin() >= 0 and fisher.amax() < torch.inf):
+            raise NumericError(
+                f"{site.key.name}: the Fisher information of {_name(site, i)} is negative, infinite or not a number"
+            )
+    return found
+
+
+def _name(site: Site, index: int) -> str:
+    return site.names[index] if site.names else f"model {index}"

@@ -1,0 +1,44 @@
+"""Weighted mean of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import Each, Method, WeightedSum, flag, number
+from weightsmith.ops.combine import apply_weighted_sum, normaliser, spread, unusable_weights
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Linear"]
+
+
+@dataclass(frozen=True)
+class Linear(
+    Method,
+    name="linear",
+    aliases=("average",),
+    paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
+    symmetric=True,
+    scratch=1.0,
+):
+    """Average the models' weights: sum_i w_i x_i / sum_i w_i.
+
+    Products and sums are rounded to float32, in recipe order; the division comes last (as in mergekit's
+    `linear`).  The base takes no part: list it among the models to include it.
+    """
+
+    weight: Each = number(1.0, "share of each model", each=True)
+    normalize: bool = flag(True, "divide by the sum of the weights")
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def weighted_sum(self, count: int) -> WeightedSum:
+        weights = spread(self.weight, count)
+        return WeightedSum(weights, divisor=normaliser(weights, self.normalize))
+
+    def merge(self, site: Site) -> Tensor:
+        return apply_weighted_sum(self.weighted_sum(site.count), site)

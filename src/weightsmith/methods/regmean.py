@@ -1,0 +1,96 @@
+"""Least-squares merge of linear layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import NumericError
+from weightsmith.lazy import torch
+from weightsmith.method import Each, Grain, Method, Stage, flag, number, registry
+from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Regmean"]
+
+SINGULAR = 1e-12
+"""Least share of a column's own energy that may be left of it after all columns before it are projected out."""
+
+
+@dataclass(frozen=True)
+class Regmean(
+    Method,
+    name="regmean",
+    needs=("gram",),
+    paper="Dataless Knowledge Fusion by Merging Weights of Language Models (Jin et al., ICLR 2023), arXiv:2212.09849",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="linear",
+    symmetric=True,
+    scratch=8.0,
+):
+    """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.
+
+    W_i [out, in]; G_i [in, in] the Gram matrix X^T X / n of the layer's inputs (statistic "gram"), with
+    off-diagonal entries multiplied by `alpha` and the whole by the model's weight.  It minimises
+    sum_i |X_i W^T - X_i W_i^T|^2.  Tensors without a Gram get the weighted mean; so does an input column that
+    is zero for all models.  Cholesky in float64; a sum without full rank is refused unless `ridge` or
+    alpha < 1 make it regular (the authors' code inverts in float32 and returns noise).
+    """
+
+    alpha: float = number(0.9, "factor of the Grams' off-diagonal entries (reduce_non_diagonal_ratio)", low=0, high=1)
+    weight: Each = number(1.0, "factor of each model's Gram", low=0, each=True)
+    ridge: float = number(0.0, "added to the diagonal of the sum, relative to its mean (try 1e-6)", low=0)
+    transposed: bool = flag(False, "weights are stored [in, out], as GPT-2's Conv1D does")
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
+
+    def elsewhere(self) -> Stage:
+        return registry("linear")(weight=self.weight)
+
+    def merge(self, site: Site) -> Tensor:
+        experts = site.experts.transpose(1, 2) if self.transposed else site.experts
+        size = experts.shape[2]
+        total = experts.new_zeros(size, size, dtype=torch.float64)
+        target = experts.new_zeros(experts.shape[1:], dtype=torch.float64)
+        weights = spread(self.weight, site.count)
+        grams = [self._gram(site, i, size) for i in range(site.count)]
+        # An input that is zero in all data: the weighted mean of its weights.
+        energy = weighted_sum(torch.stack([gram.diagonal().double() for gram in grams]), weights)
+        dead = torch.diag((energy == 0).double())
+        for expert, raw, weight in zip(experts, grams, weights, strict=True):
+            gram = self._shrunk(raw.double()) + dead
+            target = target + (expert.double() @ gram) * weight
+            total = total + gram * weight
+        if self.ridge:
+            total = total + torch.eye(size, dtype=torch.float64, device=total.device) * (self.ridge * total.diagonal().mean())
+        merged = torch.cholesky_solve(target.T, self._factor(site, total)).T
+        return (merged.T if self.transposed else merged).to(site.stack.dtype).contiguous()
+
+    def _gram(self, site: Site, index: int, size: int) -> Tensor:
+        gram = site.stats["gram"][index]
+        if gram.shape != (size, size):
+            raise NumericError(
+                f"{site.key.name}: the Gram matrix has shape {list(gram.shape)}, the weight {list(site.key.shape)} "
+                f"wants {[size, size]}; set transposed: true for layers stored [in, out]"
+            )
+        if not bool(torch.isfinite(gram).all()) or bool((gram.diagonal() < 0).any()):
+            raise NumericError(f"{site.key.name}: a Gram matrix has negative diagonal entries or is not finite")
+        return gram
+
+    def _shrunk(self, gram: Tensor) -> Tensor:
+        return gram * self.alpha + torch.diag(gram.diagonal() * (1 - self.alpha))
+
+    def _factor(self, site: Site, total: Tensor) -> Tensor:
+        """The Cholesky factor; a sum of Grams without full rank is refused."""
+        factor, info = torch.linalg.cholesky_ex(total)
+        if int(info) or bool((factor.diagonal().square() < SINGULAR * total.diagonal()).any()):
+            raise NumericError(
+                f"{site.key.name}: the sum of the Gram matrices is singular (fewer examples than the {total.shape[0]} "
+                f"inputs?); set ridge (1e-6) or alpha below 1, or observe more data"
+            )
+        return factor

@@ -1,0 +1,74 @@
+"""Spherical interpolation between two models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import Method, Rows, number
+from weightsmith.ops.reduce import pairwise_sum, row_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Slerp"]
+
+PARALLEL = 0.9995
+"""Above this |cosine| the straight line is taken."""
+
+
+@dataclass(frozen=True)
+class Slerp(
+    Method,
+    name="slerp",
+    paper="Animating rotation with quaternion curves (Shoemake, 1985); per tensor as in mergekit",
+    keeps_expert=False,
+    max_count=2,
+    scratch=3.0,
+):
+    """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.
+
+    a is the base and b the expert; without a base, the two experts in order.  h is the angle between the
+    tensors as flat vectors, whose lengths are left as they are.  Where |cos h| > 0.9995: (1-t) a + t b.
+    The angle is taken in float64 and at any scale; mergekit takes it in float32 and gives vectors shorter
+    than 1e-8 no direction.  A vector of zeros stands at a right angle to everything, as there.
+    """
+
+    t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1)
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        if count + has_base == 2:
+            return None
+        with_base = "a base and " if has_base else "no base and "
+        return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        a, b = (x.double() for x in _ends(site))
+        return {"slerp.products": Rows(torch.stack([row_sums(p) for p in (a * a, b * b, a * b)]).cpu())}
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return {"slerp.products": pairwise_sum(totals["slerp.products"])}
+
+    def merge(self, site: Site) -> Tensor:
+        aa, bb, ab = site.summary["slerp.products"].tolist()
+        # Two roots: the product of the squares may underflow.
+        cosine = ab / math.sqrt(aa) / math.sqrt(bb) if aa > 0 and bb > 0 else 0.0
+        if abs(cosine) > PARALLEL:
+            first, second = 1 - self.t, self.t
+        else:
+            angle = math.acos(cosine)
+            first, second = (math.sin(share * angle) / math.sin(angle) for share in (1 - self.t, self.t))
+        a, b = _ends(site)
+        return a * first + b * second
+
+
+def _ends(site: Site) -> tuple[Tensor, Tensor]:
+    experts = site.experts
+    return (experts[0], experts[1]) if site.base is None else (site.base, experts[0])

@@ -1,0 +1,63 @@
+"""Averaging after each expert's MLP hidden units have been permuted onto the reference's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import Each, Grain, Method, number
+from weightsmith.ops.assign import best_pairing, similarity
+from weightsmith.ops.combine import spread, unusable_weights, weighted_sum
+from weightsmith.site import Group
+from weightsmith.symmetry import groups, permute
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["WeightMatching"]
+
+
+@dataclass(frozen=True)
+class WeightMatching(
+    Method,
+    name="weight_matching",
+    paper="arXiv:2209.04836",
+    grain=Grain.GROUP,
+    group="mlp",
+    otherwise="linear",
+    scratch=4.0,
+):
+    """Permute the hidden units of every MLP onto the reference's, then average.
+
+    The reference is the base, or the first expert where there is none.  For each expert the permutation P of an
+    MLP's hidden units maximises sum_t <A_t, P(B_t)> over its gate, up and down tensors, which is one linear
+    assignment (Git Re-Basin, Ainsworth et al., ICLR 2023, with the residual stream held fixed, so that the MLPs
+    do not depend on each other).  Permuted experts compute what they computed before.  Tensors outside the MLPs
+    are averaged.  Fine-tunes of one base are aligned already: the permutation is then the identity.
+    """
+
+    weight: Each = number(1.0, "weight of each model in the average", each=True)
+
+    def merge_group(self, group: Group) -> dict[str, Tensor]:
+        """Return every tensor of one MLP, merged."""
+        sites = group.sites
+        first = next(iter(sites.values()))
+        (found,) = groups([s.key for s in sites.values()], kind="mlp")
+        stacks = {name: site.experts for name, site in sites.items()}
+        target = {name: s.base if s.base is not None else stacks[name][0] for name, s in sites.items()}
+        aligned: dict[str, list[Tensor]] = {name: [] for name in sites}
+        for i in range(first.count):
+            moving = {name: stack[i] for name, stack in stacks.items()}
+            profit = similarity(
+                [target[a.name].movedim(a.axis, 0) for a in found.axes],
+                [moving[a.name].movedim(a.axis, 0) for a in found.axes],
+            )
+            for name, tensor in {**moving, **permute(moving, found, best_pairing(profit))}.items():
+                aligned[name].append(tensor)
+        weights = spread(self.weight, first.count)
+        return {name: weighted_sum(torch.stack(t), weights) / sum(weights) for name, t in aligned.items()}
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        """The weights are divided by their sum."""
+        return unusable_weights(spread(self.weight, count), True)

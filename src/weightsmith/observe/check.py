@@ -1,0 +1,227 @@
+"""Does a merged model run?  Loads it, looks at its numbers, and compares perplexities with its parents'."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import SourceError, WeightsmithError
+from weightsmith.io.folder import FolderSource
+from weightsmith.lazy import torch
+from weightsmith.observe.consistency import cheap_check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weightsmith.observe.model import LoadedModel
+
+__all__ = ["cheap_check", "check", "perplexity", "recorded_parents", "sample_text"]
+
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+def check(
+    out: str | Path,
+    *,
+    parents: Mapping[str, str | Path] | None = None,
+    text: str | Path | None = None,
+    length: int = 512,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Load a result with transformers, run it, and report as plain values:
+
+    path, kind   'causal-lm', 'image-classification', or 'tensors' for a state dict without config.json
+    ok, finite   ok: finite, and no problems
+    problems     what makes the model unusable;  warnings: what `cheap_check` says;  notes: what was not checked
+    models       name ('merged' and each parent) -> {'perplexity' per token, 'bits_per_byte', 'tokens'}
+    missing      parent -> why it is not compared
+
+    parents   name -> model; default: those of the recipe in OUT/weightsmith.json
+    text      a UTF-8 file; default: a few hundred words of English prose
+    length    tokens of context per window
+    Raises SourceError if OUT or the text cannot be read at all.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: not a folder; give the folder that merge has written")
+    report: dict[str, Any] = {
+        "path": str(folder), "kind": "tensors", "ok": False, "finite": True,
+        "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
+    }  # fmt: skip
+    if not (folder / "config.json").exists():
+        _check_tensors(folder, report)
+        report["ok"] = not report["problems"]
+        return report
+    prose = sample_text() if text is None else _read_text(Path(text))
+    report["warnings"] = cheap_check(folder)
+    try:
+        found = _run(folder, report, prose, length, device, trust_remote_code)
+    except SourceError as error:
+        _check_tensors(folder, report)
+        report["problems"].insert(0, str(error))
+        return report
+    if found:
+        report["models"]["merged"] = found
+        known, report["missing"] = recorded_parents(folder) if parents is None else (parents, {})
+        _compare(known, report, prose, length, device, trust_remote_code)
+    report["ok"] = report["finite"] and not report["problems"]
+    return report
+
+
+def sample_text() -> str:
+    """The English prose that perplexities are measured on by default."""
+    return resources.files("weightsmith.observe").joinpath("sample.txt").read_text("utf-8")
+
+
+def perplexity(loaded: LoadedModel, text: str, length: int = 512) -> dict[str, float]:
+    """Perplexity per token and bits per byte of a causal language model on a text.
+
+    The text is cut into windows of `length` tokens that overlap by one, so that every token but the first is
+    predicted exactly once (the first one too where the tokenizer puts a BOS in front).  Bits per byte can be
+    compared between tokenizers, perplexities cannot.  `finite` tells whether all logits were.
+    """
+    from weightsmith.observe.model import resting, text_coder
+
+    coder = text_coder(loaded)
+    ids = coder.encode(text)
+    size = max(1, loaded.clip_length(length) - len(coder.prefix))
+    stream = ids if not coder.prefix else [coder.prefix[-1], *ids]
+    counted = len(text.encode()) - (0 if coder.prefix else coder.bytes_of(ids[:1]))
+    if len(stream) < 2:
+        raise WeightsmithError("the text is too short to measure a perplexity on; give at least two tokens")
+    total, finite = 0.0, True
+    with resting(loaded.module), torch.no_grad():
+        for start in range(0, len(stream) - 1, size):
+            window = stream[start : start + size + 1]
+            lead = list(coder.prefix) if start else list(coder.prefix[:-1])
+            inputs = torch.tensor([lead + window[:-1]])
+            logits = loaded.logits(inputs)[0, len(lead) :].float()
+            finite = finite and bool(torch.isfinite(logits).all())
+            targets = torch.tensor(window[1:], device=logits.device)
+            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double())
+    tokens = len(stream) - 1
+    mean = total / tokens
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan,
+        "bits_per_byte": total / math.log(2) / max(counted, 1),
+        "tokens": tokens,
+        "finite": finite,
+    }
+
+
+# --- the parts of a check --------------------------------------------------------------------------
+
+
+def _run(
+    folder: Path, report: dict[str, Any], prose: str, length: int, device: str, trust_remote_code: bool
+) -> dict[str, float]:
+    """Run the result; returns a language model's figures, which are empty where it has no tokenizer."""
+    from weightsmith.observe.model import load_model
+
+    loaded = load_model(folder, device=device, trust_remote_code=trust_remote_code)
+    report["kind"] = loaded.kind
+    found: dict[str, float] = {}
+    if loaded.kind == "causal-lm":
+        try:
+            found = perplexity(loaded, prose, length)
+            report["finite"] = found.pop("finite")
+        except SourceError as error:  # no tokenizer: the logits can be looked at all the same
+            report["notes"].append(f"no perplexity: {error}")
+            report["finite"] = _finite(loaded, torch.arange(min(getattr(loaded.config, "vocab_size", 1), 64))[None])
+    else:
+        size, channels = getattr(loaded.config, "image_size", None), getattr(loaded.config, "num_channels", 3)
+        if isinstance(size, int):
+            noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+            report["finite"] = _finite(loaded, noise)
+            report["notes"].append("an image classifier: run on noise; no score is compared")
+        else:
+            report["notes"].append("config.json states no image_size, so no image was run; only loading was checked")
+    if not report["finite"]:
+        report["problems"] += [f"{folder}: NaN or Inf in the logits", *_nonfinite_tensors(folder)]
+    return found
+
+
+def _finite(loaded: LoadedModel, inputs: Tensor) -> bool:
+    with torch.no_grad():
+        return bool(torch.isfinite(loaded.logits(inputs)).all())
+
+
+def _compare(
+    parents: Mapping[str, str | Path],
+    report: dict[str, Any],
+    prose: str,
+    length: int,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    """Measure the parents, one in memory at a time."""
+    from weightsmith.observe.model import load_model
+
+    for name, path in parents.items():
+        try:
+            values = perplexity(load_model(path, device=device, trust_remote_code=trust_remote_code), prose, length)
+        except WeightsmithError as error:
+            report["missing"][name] = str(error)
+            continue
+        values.pop("finite")
+        report["models"][name] = values
+
+
+def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, str]]:
+    """The models named in OUT/weightsmith.json's recipe: name -> folder, and name -> why it cannot be loaded."""
+    path = folder / "weightsmith.json"
+    if not path.exists():
+        return {}, {}
+    try:
+        story = json.loads(path.read_text("utf-8"))
+        recipe = story["recipe"]
+        named = {"base": recipe["base"], **recipe["models"]} if recipe.get("base") else dict(recipe["models"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, {"weightsmith.json": f"names no models ({type(error).__name__}: {error})"}
+    found: dict[str, str | Path] = {}
+    missing: dict[str, str] = {}
+    for name, entry in named.items():
+        model = entry.get("model") if isinstance(entry, dict) else entry
+        if not isinstance(model, str):
+            missing[name] = "a nested recipe; merge it on its own to compare with it"
+            continue
+        places = [Path(model).expanduser(), folder / model, folder.parent / model]
+        place = next((p for p in places if p.is_dir()), None)
+        if place is None:
+            missing[name] = f"{model} is not a folder here"
+        elif (place / "adapter_config.json").exists() and not (place / "config.json").exists():
+            missing[name] = f"{model} is an adapter, not a whole model"
+        else:
+            found[name] = place
+    return found, missing
+
+
+def _check_tensors(folder: Path, report: dict[str, Any]) -> None:
+    """For a folder that no model can be built from."""
+    report["problems"] += _nonfinite_tensors(folder)
+    report["finite"] = not report["problems"]
+    report["notes"].append("only shapes and finiteness of the tensors were checked: no model could be built to run")
+
+
+def _nonfinite_tensors(folder: Path) -> list[str]:
+    """Look at every tensor of the folder, block by block."""
+    source = FolderSource(folder)
+    found = []
+    for name, key in source.keys.items():
+        step = max(1, _ELEMENTS_AT_ONCE // max(key.row_numel, 1))
+        starts = range(0, key.rows, step) if key.floating else ()
+        if not all(torch.isfinite(source.read(name, i, i + step).float()).all() for i in starts):
+            found.append(f"{name}: NaN or Inf in the weights")
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not readable as UTF-8 text ({error})") from None

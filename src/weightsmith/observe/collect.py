@@ -1,0 +1,143 @@
+"""Calibration statistics of one model, written once and read by the methods that need them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightsmith.errors import OutputError, WeightsmithError, did_you_mean
+from weightsmith.keys import layer_of
+from weightsmith.observe.data import read_examples
+from weightsmith.observe.files import stat_path, write_statistic
+from weightsmith.observe.fisher import MODES, choose_mode
+from weightsmith.observe.fisher import fisher as take_fisher
+from weightsmith.observe.gram import gram as take_gram
+from weightsmith.observe.model import load_model
+
+__all__ = ["STATISTICS", "observe"]
+
+_log = logging.getLogger(__name__)
+
+STATISTICS = ("gram", "fisher")
+
+
+def observe(
+    model: str | Path | nn.Module,
+    data: str | Path | Iterable[Any],
+    stats: Sequence[str],
+    out: str | Path,
+    *,
+    examples: int = 256,
+    batch: int = 8,
+    length: int = 512,
+    kind: str = "auto",
+    fisher: str = "auto",
+    seed: int = 0,
+    field: str | None = None,
+    skip_first: bool = False,
+    share: bool = True,
+    layers: tuple[int, int] | None = None,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Run a model over calibration data and write OUT/STAT.safetensors for each statistic; returns OUT.
+
+    model       a folder, a hub id[@revision], or a module (used where and as it is)
+    data        .txt, .jsonl, .npz, a folder of .txt or images, or an iterable of examples; see `read_examples`
+    stats       'gram': inputs of each linear layer, X^T X / rows, [d_in, d_in], under the weight's name;
+                'fisher': diagonal Fisher information, shaped like each parameter.  Both float32.
+    examples    how many to use; length: tokens per example; batch: examples per forward pass (gram)
+    kind        'causal-lm', 'image-classification', or 'auto': from the configuration's architectures
+    fisher      'exact', 'sampled', 'empirical', or 'auto': exact up to 10 classes, else sampled
+    skip_first  gram: leave out the first token of each text
+    share       gram: one matrix for layers with the same input
+    layers      blocks [start, end) only; tensors outside the blocks go with the range that starts at 0
+    progress    called with (statistic, examples done, examples in all)
+
+    Raises WeightsmithError and its kinds for bad input; nothing is written then.
+    """
+    wanted = _check(stats, examples, batch, length, fisher, layers)
+    folder = Path(out)
+    for stat in wanted:
+        if stat_path(folder, stat).exists() and not overwrite:
+            raise OutputError(
+                f"{stat_path(folder, stat)} exists; choose another folder, or overwrite it with --overwrite"
+            )
+    loaded = load_model(model, kind=kind, device=device, trust_remote_code=trust_remote_code)
+    if skip_first and loaded.kind != "causal-lm":
+        raise WeightsmithError(f"skip_first is for texts; {loaded.label} is for {loaded.kind}")
+    if "fisher" in wanted:
+        choose_mode(fisher, loaded.kind, getattr(loaded.config, "vocab_size", 0))  # refuse before reading data
+    found = read_examples(
+        data, loaded, examples=examples, length=length, seed=seed, field=field, trust_remote_code=trust_remote_code
+    )
+    if len(found) < examples:
+        _log.info("%s: %d examples, fewer than the %d asked for", data, len(found), examples)
+    story: dict[str, Any] = {
+        "examples": len(found),
+        "model": loaded.label,
+        "data": str(data) if isinstance(data, (str, Path)) else f"{type(data).__name__} in memory",
+        "kind": loaded.kind,
+        "length": loaded.clip_length(length),
+        "seed": seed,
+        "layers": layers,
+    }
+    for stat in wanted:
+        report = None if progress is None else _labelled(progress, stat)
+        if stat == "gram":
+            statistic = take_gram(
+                loaded,
+                found,
+                batch=batch,
+                skip_first=skip_first,
+                share=share,
+                selected=_in_range(layers),
+                progress=report,
+            )
+            write_statistic(folder, stat, statistic, {**story, "skip_first": skip_first})
+        else:
+            statistic, mode = take_fisher(
+                loaded, found, mode=fisher, seed=seed, selected=_in_range(layers), progress=report
+            )
+            write_statistic(folder, stat, statistic, {**story, "fisher": mode})
+    return folder
+
+
+def _check(
+    stats: Sequence[str], examples: int, batch: int, length: int, fisher: str, layers: tuple[int, int] | None
+) -> tuple[str, ...]:
+    wanted = tuple(dict.fromkeys([stats] if isinstance(stats, str) else stats))
+    if not wanted:
+        raise WeightsmithError(f"no statistic asked for; known: {', '.join(STATISTICS)}")
+    for stat in wanted:
+        if stat not in STATISTICS:
+            raise WeightsmithError(f"statistic {stat!r} is not known{did_you_mean(stat, STATISTICS)}")
+    for name, value in (("examples", examples), ("batch", batch), ("length", length)):
+        if value < 1:
+            raise WeightsmithError(f"{name} = {value} must be at least 1")
+    if fisher not in ("auto", *MODES):
+        choose_mode(fisher, "", 0)
+    if layers is not None and not 0 <= layers[0] < layers[1]:
+        raise WeightsmithError(f"layers = {layers} is not a range of blocks [start, end) with 0 <= start < end")
+    return wanted
+
+
+def _in_range(layers: tuple[int, int] | None) -> Callable[[str], bool]:
+    def selected(name: str) -> bool:
+        if layers is None:
+            return True
+        place = layer_of(name)
+        return layers[0] == 0 if place is None else layers[0] <= place[1] < layers[1]
+
+    return selected
+
+
+def _labelled(progress: Callable[[str, int, int], None], stat: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(stat, done, total)

@@ -1,0 +1,199 @@
+"""Does a folder hang together?  What config, tokenizer and weight headers tell, without running anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.io.folder import FolderSource
+from weightsmith.io.source import Source
+from weightsmith.keys import layer_of
+
+__all__ = ["cheap_check"]
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+_HEADS = ("lm_head", "embed_out")
+# What a configuration calls a size: the first name present counts.
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_ROWS_AT_ONCE = 4096
+
+
+def cheap_check(out: Path) -> list[str]:
+    """Compare a model folder's config.json and tokenizer with its weights' headers; returns warnings, a line each.
+
+    Reads headers only, except for an output head that the configuration ties to the embedding: the two are
+    compared.  A folder without config.json is a raw state dict: nothing to compare, no warning.
+    Raises SourceError if the weights themselves cannot be opened.
+    """
+    out = Path(out)
+    path = out / "config.json"
+    if not path.exists():
+        return []
+    config, fault = _read_json(path)
+    if fault:
+        return [fault]
+    source = FolderSource(out)
+    language = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    return [
+        *_embedding_warnings(source, language),
+        *_layer_warnings(source, language),
+        *_projection_warnings(source, language),
+        *_tied_warnings(source, language),
+        *_tokenizer_warnings(out, source, language),
+    ]
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, f"{path.name} cannot be read ({error}); the folder will not load"
+    if not isinstance(found, dict):
+        return {}, f"{path.name} holds {type(found).__name__}, not an object; the folder will not load"
+    return found, ""
+
+
+def _size(config: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, int] | None:
+    """(its name in the configuration, the number), or None."""
+    return next(((name, config[name]) for name in names if isinstance(config.get(name), int)), None)
+
+
+def _tables(source: Source, modules: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Matrices called <...>.<module>.weight for one of the modules."""
+    for name, key in source.keys.items():
+        parts = name.split(".")
+        if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in modules and len(key.shape) == 2:
+            yield name, key.shape
+
+
+def _embedding_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    vocabulary, hidden = _size(config, ("vocab_size",)), _size(config, _HIDDEN)
+    narrow = _size(config, ("word_embed_proj_dim", "embedding_size")) or hidden
+    for name, (rows, width) in [*_tables(source, _EMBEDDINGS), *_tables(source, _HEADS)]:
+        if vocabulary and rows != vocabulary[1]:
+            yield f"{name} has {rows} rows, config.json says vocab_size = {vocabulary[1]}; loaders will refuse it"
+        if hidden and narrow and width not in (hidden[1], narrow[1]):
+            yield f"{name} is {width} wide, config.json says {hidden[0]} = {hidden[1]}; loaders will refuse it"
+
+
+def _layer_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    stacks: dict[str, set[int]] = {}
+    for name in source.keys:
+        if place := layer_of(name):
+            stacks.setdefault(place[0], set()).add(place[1])
+    wanted = _size(config, _LAYERS)
+    if wanted is None:
+        return
+    extra = config.get("num_nextn_predict_layers")  # multi-token prediction blocks follow the counted ones
+    allowed = {wanted[1], wanted[1] + extra if isinstance(extra, int) else wanted[1]}
+    if not stacks:
+        if wanted[1]:
+            yield f"config.json says {wanted[0]} = {wanted[1]}, the weights hold no numbered blocks"
+        return
+    if not any(len(found) in allowed for found in stacks.values()):
+        stack = max(stacks, key=lambda name: len(stacks[name]))
+        yield (
+            f"config.json says {wanted[0]} = {wanted[1]}, the weights hold {len(stacks[stack])} blocks in {stack}; "
+            "the model will be cut, or partly random"
+        )
+        return
+    for stack, found in stacks.items():
+        missing = sorted(set(range(max(found) + 1)) - found)
+        if missing and len(found) in allowed:
+            yield f"{stack} lacks block {missing[0]} although block {max(found)} is there; renumber the blocks"
+
+
+def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    """Llama-like attention and MLP matrices, [out, in], of the language model; one warning per kind."""
+    hidden, heads = _size(config, _HIDDEN), _size(config, ("num_attention_heads",))
+    if hidden is None or heads is None or config.get("model_type") in _UNLIKE:
+        return
+    head_dim = _size(config, ("head_dim",)) or ("head_dim", hidden[1] // max(heads[1], 1))
+    kv_heads = _size(config, ("num_key_value_heads",)) or heads
+    middle = _size(config, ("intermediate_size",))
+    expected: dict[str, tuple[str, int | None, int | None]] = {
+        "self_attn.q_proj": (f"{heads[0]} x {head_dim[0]}", heads[1] * head_dim[1], hidden[1]),
+        "self_attn.k_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1], hidden[1]),
+        "self_attn.v_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1], hidden[1]),
+        "mlp.gate_proj": ("intermediate_size", middle[1] if middle else None, hidden[1]),
+        "mlp.up_proj": ("intermediate_size", middle[1] if middle else None, hidden[1]),
+    }
+    for module, (words, rows, width) in expected.items():
+        for name, key in source.keys.items():
+            place = layer_of(name)
+            if place is None or name != f"{place[0]}.{place[1]}.{module}.weight" or "vision" in name:
+                continue
+            if len(key.shape) == 2 and ((rows is not None and key.shape[0] != rows) or key.shape[1] != width):
+                yield (
+                    f"{name} is {list(key.shape)}, config.json says [{rows if rows is not None else '?'}, {width}] "
+                    f"({words}, {hidden[0]}); loaders will refuse it"
+                )
+                break
+
+
+_UNLIKE = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "gemma3n", "gemma3n_text")
+"""Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
+
+
+def _tied_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    tied = config.get("tie_word_embeddings")
+    heads = [name for name, _ in _tables(source, _HEADS)]
+    architectures = config.get("architectures") or [""]
+    if tied is False and not heads and not source.aliases and str(architectures[0]).endswith("ForCausalLM"):
+        yield "config.json says tie_word_embeddings = false, but the weights hold no output head; it would be random"
+    if tied is not True:
+        return
+    for head in heads:
+        for embedding, shape in _tables(source, _EMBEDDINGS):
+            if shape == source.keys[head].shape and not _same_bits(source, head, embedding):
+                yield (
+                    f"config.json ties the output head to the embedding, but {head} differs from {embedding}; loaders "
+                    "ignore one of them: set tie_word_embeddings to false, or drop the head"
+                )
+
+
+def _same_bits(source: Source, one: str, other: str) -> bool:
+    rows = source.keys[one].rows
+    steps = range(0, rows, _ROWS_AT_ONCE)
+    return source.keys[one].dtype == source.keys[other].dtype and all(
+        np.array_equal(source.bits(one, i, i + _ROWS_AT_ONCE), source.bits(other, i, i + _ROWS_AT_ONCE)) for i in steps
+    )
+
+
+def _tokenizer_warnings(out: Path, source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    tables = dict(_tables(source, _EMBEDDINGS))
+    if not tables:
+        return
+    name, (rows, _) = max(tables.items(), key=lambda item: item[1][0])
+    for file, largest, fault in _largest_ids(out):
+        if fault:
+            yield fault
+        elif largest >= rows:
+            yield f"{file} has token ids up to {largest}, {name} has {rows} rows; texts with such tokens will fail"
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = config.get(field)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and token >= rows:
+                yield f"config.json says {field} = {token}, {name} has {rows} rows"
+
+
+def _largest_ids(out: Path) -> Iterator[tuple[str, int, str]]:
+    """(file, largest token id in it, what is wrong with the file)."""
+    for file, reader in (("tokenizer.json", _tokenizer_ids), ("vocab.json", lambda found: found.values())):
+        if (out / file).exists():
+            found, fault = _read_json(out / file)
+            ids = [] if fault else [i for i in reader(found) if isinstance(i, int)]
+            yield file, max(ids, default=-1), fault
+
+
+def _tokenizer_ids(found: Mapping[str, Any]) -> list[Any]:
+    model = found.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
+    added = found.get("added_tokens")
+    return ids + [token.get("id") for token in added or () if isinstance(token, dict)]

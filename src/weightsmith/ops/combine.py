@@ -1,0 +1,150 @@
+"""Ways to make one tensor of n: sums, sign elections, means of those that agree.
+
+Stacks are [n, *block].  Experts are added one after another in recipe order, so that every element is the
+same for every way to cut the tensor (`stack.sum(0)` is not: its order depends on the block's shape), and
+products are rounded before they are added, as on every other device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import Each, WeightedSum
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "AGGREGATES",
+    "SIGN_RULES",
+    "apply_weighted_sum",
+    "disjoint",
+    "elect_sign",
+    "mean",
+    "normaliser",
+    "per_expert",
+    "spread",
+    "unusable_weights",
+    "weigh",
+    "weighted_sum",
+]
+
+SIGN_RULES = ("mass", "normfrac", "normmass", "count")
+AGGREGATES = ("mean", "sum", "max")
+ZERO_WEIGHT = 1e-8
+"""A sum of weights closer to zero than this cannot be divided by."""
+
+
+def weighted_sum(stack: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
+    """sum_i w_i x_i in order (w_i = 1 without weights): [n, *block] -> [*block]."""
+    if weights is None:
+        total = stack[0]
+        for i in range(1, stack.shape[0]):
+            total = total + stack[i]
+        return total
+    total = stack[0] * weights[0]
+    for i in range(1, stack.shape[0]):
+        total = total + stack[i] * weights[i]
+    return total
+
+
+def mean(stack: Tensor) -> Tensor:
+    """The plain mean over the experts."""
+    return weighted_sum(stack) / stack.shape[0]
+
+
+def spread(value: Each, count: int) -> tuple[float, ...]:
+    """A parameter that is one number or one per expert, as one per expert."""
+    return value if isinstance(value, tuple) else (float(value),) * count
+
+
+def normaliser(weights: Sequence[float], normalize: bool) -> float:
+    """What a weighted sum is divided by: the sum of the weights, or 1."""
+    return sum(weights) if normalize else 1.0
+
+
+def unusable_weights(weights: Sequence[float], normalize: bool) -> str | None:
+    """The problem with dividing by a sum of weights that is zero, or None."""
+    if normalize and abs(sum(weights)) < ZERO_WEIGHT:
+        return f"weights {', '.join(f'{w:g}' for w in weights)} sum to zero, which cannot be normalized; set normalize: false"
+    return None
+
+
+def apply_weighted_sum(spec: WeightedSum, site: Site) -> Tensor:
+    """Carry out a weighted sum in torch: the meaning of the fused kernels in `ops.fused`."""
+    total = weighted_sum(site.deltas if spec.deltas else site.experts, spec.weights)
+    if spec.divisor != 1:
+        total = total / spec.divisor
+    if not spec.deltas:
+        return total
+    assert site.base is not None
+    return site.base + total * spec.scale
+
+
+def per_expert(values: Tensor | Sequence[float], stack: Tensor) -> Tensor:
+    """One number per expert, shaped and typed to multiply a stack: [n] -> [n, 1, ..., 1]."""
+    found = torch.as_tensor(values, device=stack.device).to(stack.dtype)
+    return found.reshape(-1, *([1] * (stack.ndim - 1)))
+
+
+def weigh(stack: Tensor, weights: Sequence[float]) -> Tensor:
+    """w_i x_i: [n, *block]; the stack itself where all weights are 1."""
+    return stack if all(w == 1 for w in weights) else stack * per_expert(weights, stack)
+
+
+def elect_sign(votes: Tensor, rule: str = "mass", norms: Sequence[float] | None = None) -> Tensor:
+    """Elect one sign per weight: [n, *block] -> [*block] of -1, 0, 1 in the stack's dtype.
+
+    mass      sign of sum_i v_i
+    count     sign of sum_i sign(v_i)
+    normmass  sign of sum_i sign(v_i) (v_i / norm_i)^2
+    normfrac  sign of the v_i with the largest |v_i| / norm_i (the first of equals)
+
+    `norms` are the experts' L2 norms; an expert of norm 0 has no voice.
+    """
+    if rule == "mass":
+        return weighted_sum(votes).sign()
+    if rule == "count":
+        return weighted_sum(votes.sign()).sign()
+    assert norms is not None
+    inverse = [1 / norm if norm > 0 else 0.0 for norm in norms]
+    if rule == "normmass":
+        shares = votes.double() * per_expert(inverse, votes.double())  # squares of 1e-30 vanish in float32
+        return weighted_sum(shares * shares.abs()).sign().to(votes.dtype)
+    best, sign = votes[0].abs().double() * inverse[0], votes[0].sign()
+    for i in range(1, votes.shape[0]):
+        share = votes[i].abs().double() * inverse[i]
+        sign = torch.where(share > best, votes[i].sign(), sign)
+        best = torch.maximum(best, share)
+    return sign
+
+
+def disjoint(votes: Tensor, signs: Tensor, weights: Sequence[float], aggregate: str = "mean") -> Tensor:
+    """Combine the entries whose sign is the elected one: [n, *block], [*block] of -1, 0, 1 -> [*block].
+
+    votes      w_i delta_i
+    aggregate  sum; mean: sum over agreeing v_i / sum over agreeing w_i (a divisor of 0 counts as 1);
+               max: the elected sign times the largest agreeing |v_i|
+    Zeros never agree, and nothing agrees with an elected sign of 0.
+    """
+    # The same sign, not a positive product: tiny products would vanish.
+    kept = (torch.where((v.sign() == signs) & (v != 0), v, 0.0) for v in votes)
+    if aggregate == "max":
+        return signs * _fold(torch.maximum, [k.abs() for k in kept])
+    if aggregate == "sum":
+        return _fold(torch.add, kept)
+    total, divisor = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
+    for voice, weight in zip(kept, weights, strict=True):
+        total = total + voice
+        divisor = divisor + torch.where(voice.detach() != 0, weight, 0.0).to(divisor.dtype)
+    return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+def _fold(add: Callable[[Tensor, Tensor], Tensor], parts: object) -> Tensor:
+    first, *rest = parts  # type: ignore[misc]
+    for part in rest:
+        first = add(first, part)
+    return first

@@ -1,0 +1,53 @@
+"""Counter-based noise: random bits that depend on what they are for, never on when they are drawn.
+
+A stream belongs to (seed, tensor name, expert, salt); its i-th number belongs to flat position i of the
+tensor.  So any block of rows, thread, process or device sees the same numbers.  The generator is Philox
+4x64 (Salmon et al., SC 2011; NumPy's stream is part of its compatibility promise), keyed by a 128-bit hash.
+
+The expert is known by its *name*, not by its position: leaving out or reordering experts keeps the masks
+of the others; renaming one changes its mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsmith.lazy import torch
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["bernoulli", "keep_masks", "uniform_bits"]
+
+_PER_STEP = 8  # uint32 numbers per counter step: four words of 64 bits
+
+
+def uniform_bits(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:
+    """Numbers offset .. offset + count of a stream, as uint32: any part equals that part of the whole."""
+    text = "\0".join((str(seed), name, expert, salt))
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    generator = np.random.Philox(key=key)
+    step, skip = divmod(offset, _PER_STEP)
+    generator.advance(step)
+    words = np.asarray(generator.random_raw((skip + count + 1) // 2), dtype="<u8")
+    return words.view("<u4")[skip : skip + count]
+
+
+def bernoulli(seed: int, name: str, expert: str, salt: str, offset: int, count: int, share: float) -> np.ndarray:
+    """True with probability `share` (rounded to a multiple of 2^-32): bool [count].  Integers only, so exact."""
+    bits = uniform_bits(seed, name, expert, salt, offset, count)
+    return bits < np.uint64(round(share * 2**32))
+
+
+def keep_masks(site: Site, shares: tuple[float, ...], salt: str) -> Tensor:
+    """One independent mask per expert, True with probability shares[i]: bool [n, *block] on the stack's device."""
+    size = site.stack[0].numel()
+    masks = [
+        torch.from_numpy(bernoulli(site.seed, site.key.name, expert, salt, site.offset, size, share))
+        for expert, share in zip(site.names, shares, strict=True)
+    ]
+    return torch.stack(masks).reshape(site.stack.shape).to(site.stack.device)

@@ -1,0 +1,154 @@
+"""Exact selection by magnitude, over more than memory holds.
+
+The bits of |x| as float32, read as an integer, are in the order of |x|.  So counting the upper 16 bits in one
+pass and the lower 16 bits of one bucket in a second gives the exact k-th largest magnitude with 0.5 MB of state.
+
+Entries are ranked by falling magnitude, equals by rising flat index.  A *cut* p splits the ranking behind its
+first p entries.  Three measuring rounds per set of cuts (or two, if all equals at a cut belong together):
+
+    round 0   counts of the upper 16 bits
+    round 1   counts of the lower 16 bits within the bucket of the cut   -> exact threshold
+    round 2   equals of the threshold, per row                           -> which of them lie before the cut
+
+float64 inputs are ranked by their magnitude rounded to float32.  Everything is integer arithmetic: the same
+for every way to cut a tensor into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import Rows
+from weightsmith.ops.reduce import as_rows
+from weightsmith.site import Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ROUNDS", "Cuts", "before", "digest", "histogram", "keep_share", "leading", "magnitude_bits", "measure", "settled"]
+
+ROUNDS = 3
+HIGH, LOW = 1 << 15, 1 << 16  # buckets: 31 bits of magnitude, split 15 + 16
+NONE, ALL = HIGH, -1  # buckets that stand for a cut in front of and behind all entries
+
+Cuts = Callable[[int, int], Sequence[Sequence[int]]]
+"""(number of experts, number of entries) -> for each expert, its cuts."""
+
+
+def magnitude_bits(values: Tensor) -> Tensor:
+    """|x| as float32 bits, int32, ordered as |x| is."""
+    return values.detach().to(torch.float32).view(torch.int32) & 0x7FFFFFFF
+
+
+def histogram(buckets: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. size-1 occurs: int64 [size]."""
+    return torch.bincount(buckets.reshape(-1), minlength=size)
+
+
+def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | Rows]:
+    """Observe one block, [n, *block], in one of the three rounds."""
+    bits = magnitude_bits(stack)
+    if round == 0:
+        return {"select.high": torch.stack([histogram(b >> 16, HIGH) for b in bits]).cpu()}
+    if round == 1:
+        buckets = summary["select.bucket"].tolist()
+        return {"select.low": torch.stack([_low_counts(b, found) for b, found in zip(bits, buckets, strict=True)]).cpu()}
+    thresholds = summary["select.threshold"].tolist()
+    equal = [
+        torch.stack([(as_rows(b) == t).sum(1) for t in found]) for b, found in zip(bits, thresholds, strict=True)
+    ]
+    return {"select.equal": Rows(torch.stack(equal).cpu())}
+
+
+def _low_counts(bits: Tensor, buckets: Sequence[int]) -> Tensor:
+    high = bits >> 16
+    return torch.stack([histogram(bits[high == b] & 0xFFFF, LOW) for b in buckets])
+
+
+def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: bool = False) -> dict[str, Tensor]:
+    """Turn a round's totals into the summary that the next round and `before` read.
+
+    `whole`: equals at a cut all count as before it (then round 2 is not needed).
+    """
+    if round == 0:
+        return {**summary, **_find_buckets(totals["select.high"], cuts)}
+    if round == 1:
+        return {**summary, **_find_thresholds(totals["select.low"], summary, whole)}
+    equal = totals["select.equal"]
+    return {**summary, "select.earlier": equal.cumsum(-1) - equal}
+
+
+def _find_buckets(high: Tensor, cuts: Cuts) -> dict[str, Tensor]:
+    wanted = torch.tensor(cuts(high.shape[0], int(high[0].sum())))
+    total = high.sum(-1, keepdim=True)
+    bucket, left, _ = _locate(high, wanted)
+    bucket = torch.where(wanted <= 0, NONE, torch.where(wanted >= total, ALL, bucket))
+    return {"select.bucket": bucket, "select.left": left}
+
+
+def _find_thresholds(low: Tensor, summary: Summary, whole: bool) -> dict[str, Tensor]:
+    bucket, left = summary["select.bucket"], summary["select.left"]
+    place, quota, ties = (t.squeeze(-1) for t in _locate(low, left.unsqueeze(-1)))
+    inside = (bucket != NONE) & (bucket != ALL)
+    threshold = torch.where(inside, (bucket << 16) | place, torch.where(bucket == NONE, 0x7FFFFFFF, -1))
+    ties = torch.where(inside, ties, 0)
+    quota = ties if whole else torch.where(inside, quota, 0)
+    return {"select.threshold": threshold, "select.quota": quota, "select.ties": ties}
+
+
+def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bucket of the rank-th largest entry (from 1), its rank within, and the bucket's size.
+
+    counts: [*, buckets]; ranks: [*, r]; three times [*, r].
+    """
+    size = counts.shape[-1]
+    at_least = counts.flip(-1).cumsum(-1)  # [j]: entries in bucket size-1-j and above
+    j = torch.searchsorted(at_least, ranks.clamp(min=1)).clamp(max=size - 1)
+    bucket = size - 1 - j
+    inside = counts.gather(-1, bucket)
+    return bucket, ranks - (at_least.gather(-1, j) - inside), inside
+
+
+def settled(summary: Summary) -> bool:
+    """Whether no cut splits equals, so that round 2 has nothing to say."""
+    return bool((summary["select.quota"] == summary["select.ties"]).all())
+
+
+def before(stack: Tensor, summary: Summary, start: int = 0) -> list[Tensor]:
+    """For each cut, which entries of a block lie before it: a list of bool [n, *block].
+
+    `start` is the block's first row within the tensor.
+    """
+    bits = magnitude_bits(stack)
+    thresholds, quotas, ties = (summary[f"select.{k}"].tolist() for k in ("threshold", "quota", "ties"))
+    masks = []
+    for cut in range(len(thresholds[0])):
+        found = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
+        for i, b in enumerate(bits):
+            threshold, quota = thresholds[i][cut], quotas[i][cut]
+            if quota == ties[i][cut]:
+                found[i] = b >= threshold if quota else b > threshold
+            else:
+                equal = b == threshold
+                rank = int(summary["select.earlier"][i, cut, start]) + equal.reshape(-1).cumsum(0).reshape(b.shape)
+                found[i] = (b > threshold) | (equal & (rank <= quota))
+        masks.append(found)
+    return masks
+
+
+def keep_share(total: int, density: float) -> int:
+    """How many of `total` entries a density keeps: int(density * total), at least one."""
+    return total if density >= 1 else max(1, int(density * total))
+
+
+def leading(values: Tensor, count: int) -> Tensor:
+    """The `count` largest |x| of each row, equals by lower index: bool, shaped like values [..., m]."""
+    length = values.shape[-1]
+    if count <= 0 or count >= length:
+        return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
+    size = values.detach().abs()
+    threshold = size.kthvalue(length - count + 1, dim=-1, keepdim=True).values
+    larger, equal = size > threshold, size == threshold
+    return larger | (equal & (equal.cumsum(-1) <= count - larger.sum(-1, keepdim=True)))

@@ -1,0 +1,349 @@
+"""Recipes from files: YAML or JSON in, a frozen `Recipe` out, or every problem at once with its line.
+
+Paths.  A model, statistics folder or tokenizer that exists relative to the recipe's own folder is
+meant by it and made absolute; otherwise the text is left as it is (a path from the working
+directory, or a hub id).  A model ending in .yaml, .yml or .json is a recipe of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.recipe.check import Problem, check_methods, spell
+from weightsmith.recipe.override import override
+from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
+from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
+
+__all__ = ["apply_overrides", "load", "loads"]
+
+SUFFIXES = (".yaml", ".yml", ".json")
+_MAX_NESTED = 1000
+_TOP_LINES = 20  # problems shown at most
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.  `overrides` are texts like 'parameters.density=0.3', applied before it is checked.
+
+    Raises RecipeError with all problems, one line each: file, line, what is wrong, the nearest valid word.
+    """
+    return _Loader(Path(path).expanduser()).file(Path(path).expanduser(), overrides)
+
+
+def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: str | Path | None = None) -> Recipe:
+    """Read a recipe from text; `where` is what messages call it, `folder` what its paths are relative to."""
+    return _Loader(None).text(text, where, None if folder is None else Path(folder), overrides)
+
+
+def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with other values: 'parameters.density=0.3', 'models.math.weight=2', 'rules.0.match=*'.
+
+    The value is read as YAML.  Keys that hold dots (model names) are found whole.  The result is checked again.
+    """
+    from weightsmith.recipe.text import dumps
+
+    return loads(dumps(recipe), "recipe", overrides)
+
+
+class _Loader:
+    """One call of `load`: the files that are open (to find loops), and how many recipes were read."""
+
+    def __init__(self, first: Path | None) -> None:
+        self.open: list[Path] = []
+        self.count = 0
+
+    def file(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+        real = path.resolve()
+        if real in self.open:
+            chain = " -> ".join(p.name for p in [*self.open[self.open.index(real) :], real])
+            raise RecipeError(f"{path}: the recipe is made of itself: {chain}")
+        self.open.append(real)
+        try:
+            return self.text(_text_of(path), str(path), path.absolute().parent, overrides)
+        finally:
+            self.open.pop()
+
+    def text(self, text: str, where: str, folder: Path | None, overrides: Sequence[str]) -> Recipe:
+        document = read(text, where)
+        for assignment in overrides:
+            override(document, assignment)
+        return self.recipe(document, folder)
+
+    def recipe(self, document: Document, folder: Path | None) -> Recipe:
+        self.count += 1
+        if self.count > _MAX_NESTED:
+            raise RecipeError(f"{document.where}: more than {_MAX_NESTED} nested recipes")
+        tree = document.tree
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{document.at(())}: a recipe is a mapping with models and method, not {_kind(tree)}")
+        if "merge_method" in tree:
+            raise RecipeError(
+                f"{document.at(('merge_method',))}: this is a mergekit config; write it as a weightsmith recipe: "
+                f"base, models (name: path), method, parameters"
+            )
+        return _Form(self, document, folder).build()
+
+
+class _Form:
+    """Fills one `Recipe` from one document and collects what is wrong."""
+
+    def __init__(self, loader: _Loader, document: Document, folder: Path | None) -> None:
+        self.loader, self.document, self.folder = loader, document, folder
+        self.problems: list[Problem] = []
+        self.inner: list[str] = []  # problems of nested recipes, with their own places
+
+    def build(self) -> Recipe:
+        # A key without a value says nothing; for models that is a mistake of its own.
+        tree = {k: v for k, v in self.document.tree.items() if v is not None or k == "models"}
+        self.problems += check_methods(tree)
+        self.references(tree)
+        self.tokenizer(tree)
+        recipe = self.validated(tree)
+        if recipe is None:
+            raise RecipeError(self.report())
+        return recipe
+
+    def say(self, place: Place, text: str) -> None:
+        self.problems.append(Problem(place, text))
+
+    def report(self) -> str:
+        lines = [f"{self.document.at(p.place)}: {p.text}" for p in self.problems]
+        lines = sorted(dict.fromkeys(lines), key=_line_number) + self.inner
+        if len(lines) == 1:
+            return lines[0]
+        shown = [f"  - {line}" for line in lines[:_TOP_LINES]]
+        if len(lines) > _TOP_LINES:
+            shown.append(f"  - and {len(lines) - _TOP_LINES} more")
+        return "\n".join([f"{len(lines)} problems:", *shown])
+
+    # -- models
+
+    def references(self, tree: dict[str, Any]) -> None:
+        """Bring base and models to their long form, with paths and nested recipes resolved."""
+        seen: dict[str, Place] = {}
+        if tree.get("base") is not None:
+            tree["base"] = self.reference(tree["base"], ("base",))
+            for key in tree["base"].keys() - ModelRef.model_fields.keys():
+                text = f"unknown key {key!r} in base{did_you_mean(key, ModelRef.model_fields)}"
+                self.say(("base", key), f"{text}; parameters are for the models")
+            self.twice(tree["base"], ("base",), seen)
+        if "models" not in tree:
+            return  # reported with the other missing keys
+        models = tree["models"]
+        if models is None or models == {} or models == []:
+            self.say(("models",), "zero experts: name at least one model under 'models', as math: path/to/math")
+            tree["models"] = {}
+        elif not isinstance(models, dict):
+            self.say(
+                ("models",),
+                f"models should be a mapping from names to models, as math: path/to/math; is {_kind(models)}",
+            )
+            tree["models"] = {}
+        else:
+            tree["models"] = {n: self.reference(r, ("models", n)) for n, r in models.items()}
+        for name, ref in tree["models"].items():
+            self.name(name)
+            self.twice(ref, ("models", name), seen)
+
+    def reference(self, value: Any, place: Place) -> dict[str, Any]:
+        inside = place
+        if isinstance(value, str) or (isinstance(value, dict) and "models" in value):
+            ref: dict[str, Any] = {"model": value}
+        elif isinstance(value, dict):
+            ref, inside = dict(value), (*place, "model")
+        else:
+            ref = {"model": value}
+        model = ref.get("model")
+        if "model" not in ref:
+            self.say(place, f"{spell(place)} has no 'model'; write model: PATH")
+        elif isinstance(model, dict):
+            ref["model"] = self.nested_text(model, inside)
+        elif not isinstance(model, str) or not model.strip():
+            self.say(inside, f"{spell(inside)} should be a path, a hub id or a recipe; is {_kind(model)}")
+        elif Path(model).suffix.lower() in SUFFIXES:
+            ref["model"] = self.nested_file(model, inside)
+        else:
+            ref["model"] = self.located(model)
+        if not isinstance(ref.get("model"), (str, Recipe)):
+            ref["model"] = "?"  # already reported
+        stats = ref.get("stats")
+        if isinstance(stats, (str, list)):
+            ref["stats"] = [
+                self.located(s) if isinstance(s, str) else s for s in ([stats] if isinstance(stats, str) else stats)
+            ]
+        return ref
+
+    def nested_file(self, text: str, place: Place) -> Recipe | None:
+        try:
+            return self.loader.file(Path(self.located(text)).expanduser())
+        except RecipeError as error:
+            self.inner += _lines_of(error, f"{self.document.at(place)}: in {spell(place)}")
+            return None
+
+    def nested_text(self, tree: dict[str, Any], place: Place) -> Recipe | None:
+        lines = {p[len(place) :]: line for p, line in self.document.lines.items() if p[: len(place)] == place}
+        try:
+            return self.loader.recipe(Document(self.document.where, tree, lines), self.folder)
+        except RecipeError as error:
+            self.inner += _lines_of(error, "")
+            return None
+
+    def located(self, text: str) -> str:
+        """The absolute path where one exists beside the recipe; else the text as written."""
+        path = Path(text).expanduser()
+        if self.folder is not None and not path.is_absolute() and _exists(self.folder / path):
+            return str((self.folder / path).absolute())
+        return str(path) if text.startswith("~") else text
+
+    def name(self, name: str) -> None:
+        if name in ("", "base"):
+            self.say(("models", name), f"a model cannot be called {name!r}; give it another name")
+
+    def twice(self, ref: Mapping[str, Any], place: Place, seen: dict[str, Place]) -> None:
+        """One model under two names weighs double without anybody having said so."""
+        model = ref["model"]
+        if model == "?":
+            return
+        identity = str(Path(model).resolve()) if isinstance(model, str) and _exists(Path(model)) else repr(model)
+        identity += repr((ref.get("layers"), ref.get("expert")))
+        first = seen.setdefault(identity, place)
+        if first != place:
+            shown = model if isinstance(model, str) else "the same recipe"
+            hint = "give it a weight instead" if first != ("base",) else "an expert must differ from the base"
+            self.say(place, f"{spell(place)} is the same model as {spell(first)} ({shown}); {hint}")
+
+    def tokenizer(self, tree: dict[str, Any]) -> None:
+        wanted = tree.get("tokenizer")
+        if not isinstance(wanted, str):
+            return
+        names = [*(["base"] if tree.get("base") is not None else []), *tree.get("models", ())]
+        if wanted in names:
+            return
+        tree["tokenizer"] = self.located(wanted)
+        if not _exists(Path(tree["tokenizer"])):
+            text = f"tokenizer {wanted!r} is neither a model of this recipe nor a folder"
+            self.say(("tokenizer",), text + did_you_mean(wanted, names))
+
+    # -- the rest: keys and types
+
+    def validated(self, tree: dict[str, Any]) -> Recipe | None:
+        """The recipe, if nothing at all is wrong.  Methods and parameters have been checked before."""
+        bad = {p.place[:2] if p.place[:1] == ("rules",) else p.place[:1] for p in self.problems}
+        trial = dict(tree)
+        if ("method",) in bad:
+            trial["method"] = "keep"
+        if ("parameters",) in bad:
+            trial["parameters"] = {}
+        if isinstance(tree.get("rules"), list):
+            trial["rules"] = [self.rule(r, i) for i, r in enumerate(tree["rules"])]
+        try:
+            recipe = Recipe.model_validate(trial)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                self.refused(detail, trial)
+            return None
+        return None if self.problems or self.inner else recipe
+
+    def rule(self, rule: Any, index: int) -> Any:
+        """The rule without what has been found wrong with it already."""
+        if not isinstance(rule, dict):
+            return rule
+        wrong = {p.place[2] for p in self.problems if p.place[:2] == ("rules", index) and len(p.place) > 2}
+        return {k: v for k, v in rule.items() if k not in wrong}
+
+    def refused(self, detail: Any, tree: Mapping[str, Any]) -> None:
+        """Say in the recipe's words what pydantic found."""
+        place: Place = tuple(detail["loc"])
+        parent, key = place[:-1], place[-1] if place else ""
+        kind = detail["type"]
+        if kind == "extra_forbidden":
+            self.say(place, f"unknown key {key!r} in {spell(parent)}{did_you_mean(str(key), _fields(parent))}")
+        elif kind == "missing":
+            nearest = difflib.get_close_matches(str(key), map(str, tree), n=1)
+            example = {"method": "method: ties", "models": "models: {math: path/to/math}"}.get(str(key), f"{key}: ...")
+            if not (parent == () and nearest and nearest[0] not in Recipe.model_fields):  # the misspelt key is reported
+                self.say(parent, f"{spell(parent)} has no {key!r}; write {example}")
+        else:
+            place = self.written(place, tree)
+            said = str(detail["msg"]).removeprefix("Value error, ")
+            said = said.replace("Input should be", "should be").replace("a valid dictionary", "a mapping")
+            shown = "" if kind == "value_error" else f", is {json.dumps(detail.get('input'), default=repr)[:80]}"
+            self.say(place, f"{spell(place)}: {said}{shown}")
+
+    def written(self, place: Place, tree: Any) -> Place:
+        """The part of pydantic's path that is in the recipe (it names the arms of unions too)."""
+        for i, step in enumerate(place):
+            try:
+                tree = tree[step]
+            except (KeyError, IndexError, TypeError):
+                return place[:i]
+        return place
+
+
+def _fields(place: Place) -> Sequence[str]:
+    """The keys known at a place."""
+    match place:
+        case ():
+            return list(Recipe.model_fields)
+        case ("output",):
+            return list(Output.model_fields)
+        case ("rules", int()):
+            return list(Rule.model_fields)
+    return []
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; give the recipe file in it") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text; is this a recipe?") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(folder / near[0])!r}?" if near else ""
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a NUL
+        return False
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a word", type(None): "nothing"}
+    if isinstance(value, str) and not value.strip():
+        return "an empty text"
+    return names.get(type(value)) or repr(value)
+
+
+def _line_number(line: str) -> tuple[bool, int]:
+    """By line; problems from the command line's overrides last."""
+    for word in line.split(":")[1:3]:
+        if word.isdigit():
+            return False, int(word)
+    return True, 0
+
+
+def _lines_of(error: RecipeError, before: str) -> list[str]:
+    lines = str(error).splitlines()
+    if len(lines) > 1:
+        lines = [line.removeprefix("  - ") for line in lines[1:]]
+    return [f"{before}: {line}" if before else line for line in lines]

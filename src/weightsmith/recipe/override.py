@@ -1,0 +1,51 @@
+"""Single values set from the command line: KEY=VALUE over a parsed recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weightsmith.errors import RecipeError
+from weightsmith.recipe.check import spell
+from weightsmith.recipe.reader import Document, Place, read
+
+__all__ = ["override"]
+
+
+def override(document: Document, text: str) -> None:
+    """Set one value in place, as 'rules.0.parameters.weight=0.5'."""
+    path, equals, value = text.partition("=")
+    label = f"--set {text}"
+    if not equals or not path.strip():
+        raise RecipeError(f"{label}: write it as KEY=VALUE, e.g. parameters.density=0.3")
+    target = document.tree
+    if not isinstance(target, dict):
+        return  # not a recipe at all; the loader says so
+    place: Place = ()
+    words = path.strip().split(".")
+    while True:
+        step, words = _step(target, words, label)
+        place = (*place, step)
+        if not words:
+            break
+        inner = target[step] if isinstance(step, int) else target.setdefault(step, {})
+        if inner is None or (isinstance(inner, str) and place[0] in ("base", "models")):
+            inner = target[step] = {} if inner is None else {"model": inner}
+        if not isinstance(inner, (dict, list)):
+            raise RecipeError(f"{label}: {spell(place)} is {inner!r}; it has no {words[0]!r} inside")
+        target = inner
+    target[step] = read(value, label).tree if value.strip() else None
+    for known in [p for p in document.lines if p[: len(place)] == place]:
+        del document.lines[known]
+    document.lines[place] = label
+
+
+def _step(target: Any, words: list[str], label: str) -> tuple[Any, list[str]]:
+    """The next key (the longest known one, since names may hold dots) and the words after it."""
+    if isinstance(target, list):
+        if not words[0].isdigit() or int(words[0]) >= len(target):
+            raise RecipeError(f"{label}: {words[0]!r} is not a position in a list of {len(target)}; the first is 0")
+        return int(words[0]), words[1:]
+    for n in range(len(words), 0, -1):
+        if ".".join(words[:n]) in target:
+            return ".".join(words[:n]), words[n:]
+    return words[0], words[1:]

@@ -1,0 +1,177 @@
+"""From a recipe to the pipeline that each tensor gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.keys import Key
+from weightsmith.method import Filter, Parameter, Pipeline, Stage, registry
+from weightsmith.recipe.schema import Recipe, Rule, StageSpec
+
+__all__ = ["Resolver", "ramp"]
+
+
+def ramp(points: Sequence[float], depth: float) -> float:
+    """Piecewise-linear value at depth 0..1 over equally spaced points."""
+    if len(points) == 1:
+        return float(points[0])
+    place = min(max(depth, 0.0), 1.0) * (len(points) - 1)
+    left = min(int(place), len(points) - 2)
+    share = place - left
+    return float(points[left]) if share == 0 else float(points[left] * (1 - share) + points[left + 1] * share)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One stage of a pipeline with what was written inside it, and whether a rule wrote it."""
+
+    cls: type[Stage]
+    inline: Mapping[str, Any]
+    from_rule: bool
+
+
+class Resolver:
+    """Answers `resolver(key, depth) -> Pipeline` for one recipe.
+
+    A value is looked for in this order: inside the rule's own method, the rule's `parameters`, inside the
+    recipe's method, the model's own entry (for parameters that may differ between models), the recipe's
+    `parameters`, the default.  Outside the blocks a ramp has its first value for embeddings and its last
+    for everything else (final norm, head).
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.names = tuple(recipe.models)
+        self._main = self._slots(recipe.method, from_rule=False)
+        self._rules = [
+            self._slots(rule.method, from_rule=True) if rule.method is not None else self._main for rule in recipe.rules
+        ]
+        self._excluded = self._slots((StageSpec(name="keep"),), from_rule=True)
+        self._known: dict[tuple[Stage, ...], Pipeline] = {}
+        self._check_names()
+
+    def __call__(self, key: Key, depth: float | None) -> Pipeline:
+        """The pipeline of one tensor, with every parameter a number.  Equal pipelines are one object."""
+        rule, slots = self._rule(key)
+        position = depth if depth is not None else (0.0 if key.role == "embed" else 1.0)
+        stages = tuple(self._stage(slot, slots, rule, position) for slot in slots)
+        return self._known.setdefault(stages, Pipeline(stages))
+
+    def _rule(self, key: Key) -> tuple[Rule | None, tuple[_Slot, ...]]:
+        if any(fnmatchcase(key.name, pattern) for pattern in self.recipe.exclude):
+            return None, self._excluded
+        for rule, slots in zip(self.recipe.rules, self._rules, strict=True):
+            if _applies(rule, key):
+                return rule, slots
+        return None, self._main
+
+    def _slots(self, specs: Sequence[StageSpec], *, from_rule: bool) -> tuple[_Slot, ...]:
+        slots = tuple(_Slot(registry(spec.name), spec.parameters, from_rule) for spec in specs)
+        return _completed(slots)
+
+    def _stage(self, slot: _Slot, slots: Sequence[_Slot], rule: Rule | None, position: float) -> Stage:
+        values: dict[str, Any] = {}
+        for parameter in slot.cls.parameters():
+            name, inline = parameter.name, slot.inline.get(parameter.name)
+            places = [inline] if slot.from_rule else []
+            if rule is not None and name in rule.parameters and _claims(slot, slots, name):
+                places.append(rule.parameters[name])
+            if inline is not None:
+                places += [] if slot.from_rule else [inline]
+            else:
+                own = {n: ref.parameters[name] for n, ref in self.recipe.models.items() if name in ref.parameters}
+                if own and parameter.each and _claims(slot, slots, name):
+                    places.append(own)
+                if name in self.recipe.parameters and _claims(slot, slots, name):
+                    places.append(self.recipe.parameters[name])
+            value = self._value(parameter, [p for p in places if p is not None], position)
+            if value is not None:
+                values[parameter.field] = value
+        return slot.cls(**values)
+
+    def _value(self, parameter: Parameter, places: Sequence[Any], position: float) -> Any:
+        """First answer wins; for a per-model parameter each model looks for itself."""
+        if not places:
+            return None
+        if not parameter.each:
+            return _number(places[0], position)
+        each = []
+        for name in self.names:
+            for place in places:
+                found = place.get(name) if isinstance(place, Mapping) else place
+                if found is not None:
+                    each.append(_number(found, position))
+                    break
+            else:
+                each.append(_default(parameter.default, self.names.index(name)))
+        return each[0] if len(set(each)) == 1 else tuple(each)
+
+    def _check_names(self) -> None:
+        """Every parameter in the recipe belongs to some stage that can use it."""
+        groups = [self._main, *self._rules]
+        known = {p.name for slots in groups for slot in slots for p in slot.cls.parameters()}
+        each = {p.name for slots in groups for slot in slots for p in slot.cls.parameters() if p.each}
+        problems = []
+        for where, names, options in [
+            ("parameters", self.recipe.parameters, known),
+            *((f"models.{n}", ref.parameters, each) for n, ref in self.recipe.models.items()),
+            *((f"rules[{i}].parameters", rule.parameters, known) for i, rule in enumerate(self.recipe.rules)),
+        ]:
+            problems += [
+                f"{where}: unknown parameter {n!r}{did_you_mean(n, options)}" for n in names if n not in options
+            ]
+        for slots in groups:
+            for slot in slots:
+                own = {p.name for p in slot.cls.parameters()}
+                problems += [
+                    f"{slot.cls.traits.name}: unknown parameter {n!r}{did_you_mean(n, own)}"
+                    for n in slot.inline if n not in own
+                ]  # fmt: skip
+        if problems:
+            raise RecipeError("\n".join(dict.fromkeys(problems)))
+
+
+def _completed(slots: tuple[_Slot, ...]) -> tuple[_Slot, ...]:
+    """Filters alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
+    if any(not issubclass(slot.cls, Filter) for slot in slots):
+        return slots
+    before = tuple(s for s in slots if not s.cls.traits.after)
+    behind = tuple(s for s in slots if s.cls.traits.after)
+    return (*before, _Slot(registry("task_arithmetic"), {}, slots[0].from_rule), *behind)
+
+
+def _applies(rule: Rule, key: Key) -> bool:
+    if not any(fnmatchcase(key.name, pattern) for pattern in rule.match):
+        return False
+    if rule.role is not None and key.role not in rule.role:
+        return False
+    if rule.layers is not None:
+        return key.layer is not None and rule.layers[0] <= key.layer < rule.layers[1]
+    return True
+
+
+def _claims(slot: _Slot, slots: Sequence[_Slot], name: str) -> bool:
+    """Whether a value from outside the stages goes to this one: the stages that set it inline do not compete."""
+    rivals = [s for s in slots if name not in s.inline and any(p.name == name for p in s.cls.parameters())]
+    if name in slot.inline:
+        return not rivals
+    if len(rivals) > 1:
+        raise RecipeError(
+            f"parameter {name!r} belongs to {' and '.join(s.cls.traits.name for s in rivals)}; "
+            f"write it inside the stage it is meant for"
+        )
+    return any(s is slot for s in rivals)
+
+
+def _number(value: Any, position: float) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ramp(value, position)
+    return value
+
+
+def _default(value: Any, index: int) -> Any:
+    return value[index] if isinstance(value, tuple) else value

@@ -1,0 +1,207 @@
+"""The recipe: what the user asked for, as a frozen value.  YAML, JSON and Python make the same one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from weightsmith.errors import did_you_mean
+from weightsmith.keys import DTYPES, ROLES
+
+if TYPE_CHECKING:
+    from weightsmith.run.merge import Result
+
+__all__ = ["ModelRef", "Output", "Recipe", "Rule", "StageSpec", "parse_size"]
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*")
+
+
+def parse_size(text: str | int) -> int:
+    """'5GB' -> 5_000_000_000, '512MiB' -> 536_870_912, 1024 -> 1024."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write it like 500MB, 5GB or 2GiB")
+    number, unit, binary = match.groups()
+    power = "kmgt".index(unit.lower()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _words(value: Any) -> Any:
+    """One word stands for a list of one."""
+    if value is None:
+        return None  # for fields that may be absent
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+        raise ValueError(f"should be a word or a list of words, is {value!r}")
+    return tuple(words)
+
+
+def _block_range(value: Any) -> Any:
+    if value is None:
+        return None
+    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) is int for v in value)
+    if not good or not 0 <= value[0] < value[1]:
+        raise ValueError(f"should be two block numbers [start, end] with 0 <= start < end, is {value!r}")
+    return tuple(value)
+
+
+def _plain(value: Any) -> Any:
+    """Parameter values as YAML would give them (a ramp is a list), so that equal recipes compare equal."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+BlockRange = Annotated[tuple[int, int] | None, BeforeValidator(_block_range)]
+Values = Annotated[dict[str, Any], BeforeValidator(_plain)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelRef(BaseModel):
+    """One input: a path, a hub id with optional @revision, a LoRA adapter on `base`, or a nested recipe.
+
+    Any further key is a parameter of the method for this model alone (weight, density, ...).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    model: Annotated[str | Recipe, Field(description="path, hub id[@revision], or a nested recipe")]
+    stats: Words = Field(default=(), description="folders written by `weightsmith observe` for this model")
+    layers: BlockRange = Field(default=None, description="take blocks start..end only, the end not included")
+    expert: str | None = Field(default=None, description="which model of a compressed folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, dict) and "models" in value):
+            return {"model": value}
+        if isinstance(value, dict):
+            return {k: v if k in cls.model_fields else _plain(v) for k, v in value.items()}
+        return value
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """This model's own values of method parameters."""
+        return dict(self.model_extra or {})
+
+
+class StageSpec(_Frozen):
+    """One stage of the method: its name and the parameters written inside it."""
+
+    name: str
+    parameters: Values = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, parameters),) = value.items()
+            return {"name": name, "parameters": parameters or {}}
+        return value
+
+
+def _stages(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+Stages = Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]
+
+
+class Rule(_Frozen):
+    """Another method or other parameters for some tensors.  The first rule that matches a tensor wins."""
+
+    match: Words = Field(default=("*",), description="globs over tensor names")
+    role: Words | None = Field(default=None, description="roles (q, k, v, o, gate, up, down, embed, head, norm, ...)")
+    layers: BlockRange = Field(default=None, description="blocks start..end, the end not included")
+    method: Stages | None = Field(default=None, description="method or pipeline; 'keep' takes the base's tensor")
+    parameters: Values = Field(default_factory=dict)
+
+    @field_validator("role")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for role in value or ():
+            if role not in ROLES:
+                raise ValueError(f"unknown role {role!r}{did_you_mean(role, ROLES)}")
+        return value
+
+
+class Output(_Frozen):
+    """How the result is stored."""
+
+    dtype: str | None = Field(default=None, description="float32, bfloat16, ...; default: as the base stores it")
+    shard_size: str | int = Field(default="5GB", description="largest size of one safetensors file")
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        floats = [d.name for d in DTYPES.values() if d.floating]
+        if value is not None and value not in floats:
+            raise ValueError(f"unknown dtype {value!r}{did_you_mean(value, floats)}")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size(cls, value: str | int) -> str | int:
+        if parse_size(value) < 1:
+            raise ValueError("shard_size must be positive")
+        return value
+
+
+class Recipe(_Frozen):
+    """Models in, one model out.
+
+    `method` is a name, or a list of stages: `[{dare: {density: 0.5}}, ties, lines]`.
+    `parameters` go to the stage that has a field of that name; a value may be a number, a list of
+    numbers (a ramp over depth), or a mapping from model names to either.
+    """
+
+    base: ModelRef | None = Field(default=None, description="the model the experts were fine-tuned from")
+    models: dict[str, ModelRef] = Field(description="name -> model, in order")
+    method: Stages = Field(description="method or pipeline")
+    parameters: Values = Field(default_factory=dict)
+    rules: tuple[Rule, ...] = Field(default=(), description="exceptions; the first match wins")
+    exclude: Words = Field(default=(), description="globs of tensors taken unchanged from the base (or first model)")
+    tokenizer: str | None = Field(
+        default=None, description="'base', a model's name, or a folder: whose tokenizer goes along"
+    )
+    output: Output = Field(default_factory=Output)
+    seed: int = 0
+    nonfinite: Literal["refuse", "allow"] = Field(
+        default="refuse", description="what to do about NaN or Inf in an input"
+    )
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _rules(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"should be a list of rules, each with a dash, is {value!r}")
+        return tuple(value)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML or JSON file; see `weightsmith.recipe.load.load`."""
+        from weightsmith.recipe.load import load  # it builds recipes, so it imports this file
+
+        return load(path, overrides)
+
+    def run(self, out: str | Path, **options: Any) -> Result:
+        """Merge into a folder; see `weightsmith.run.merge.run` for the options (memory, threads, resume, ...)."""
+        from weightsmith.run.merge import run  # the one upward import, and only when asked to run
+
+        return run(self, Path(out), **options)
+
+
+ModelRef.model_rebuild()
+Recipe.model_rebuild()

@@ -1,0 +1,79 @@
+"""The opened inputs of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsmith.errors import WeightsmithError
+from weightsmith.io.open import open_source
+from weightsmith.io.source import Source
+from weightsmith.io.stats import open_stats
+from weightsmith.io.views import SliceSource
+from weightsmith.recipe.schema import ModelRef, Recipe
+
+__all__ = ["Inputs", "open_inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sources by the names the recipe gives them; `stats` is statistic -> model name -> source."""
+
+    base: Source | None
+    experts: Mapping[str, Source]
+    stats: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[tuple[str, Source], ...]:
+        """The base (named 'base') and the experts, in recipe order."""
+        return (*((("base", self.base),) if self.base is not None else ()), *self.experts.items())
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What identifies every input's data, for resume and provenance."""
+        found = {name: source.fingerprint() for name, source in self.models}
+        for stat, by_model in self.stats.items():
+            for name, source in by_model.items():
+                found[f"{name}/{stat}"] = source.fingerprint()
+        return found
+
+
+def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None) -> Inputs:
+    """Open every input of a recipe, reading headers only; what cannot be opened becomes a problem.
+
+    `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
+    """
+    given = given or {}
+    problems: list[str] = []
+    base: Source | None = given.get("base")
+    if base is None and recipe.base is not None:
+        base = _open(recipe.base, None, "base", problems)
+    experts: dict[str, Source] = {}
+    stats: dict[str, dict[str, Source]] = {}
+    for name, ref in recipe.models.items():
+        source = given.get(name) or _open(ref, base, name, problems)
+        if source is not None:
+            experts[name] = source
+        try:
+            for stat, found in open_stats(ref.stats).items():
+                stats.setdefault(stat, {})[name] = found
+        except WeightsmithError as error:
+            problems.append(f"{name}: {error}")
+    if not recipe.models:
+        problems.append("the recipe names no models; add at least one under 'models:'")
+    return Inputs(base, experts, stats, tuple(problems))
+
+
+def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str]) -> Source | None:
+    try:
+        if isinstance(ref.model, Recipe):
+            from weightsmith.run.nested import RecipeSource  # the engine below opens inputs itself
+
+            source: Source = RecipeSource(ref.model, label=f"recipe {name!r}")
+        else:
+            source = open_source(ref.model, base=base, expert=ref.expert)
+        return SliceSource(source, *ref.layers) if ref.layers else source
+    except WeightsmithError as error:
+        problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
+        return None

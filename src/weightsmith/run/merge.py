@@ -1,0 +1,195 @@
+"""From a recipe to a finished folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from weightsmith import __version__
+from weightsmith.errors import PlanError
+from weightsmith.io.card import CardModel, Citation, licence_problems, licences, model_card
+from weightsmith.io.disk import write_file
+from weightsmith.io.manifest import build_manifest, write_manifest
+from weightsmith.io.output import FolderSink, check_output
+from weightsmith.io.package import Copied, copy_companions
+from weightsmith.io.source import Source
+from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.plan import Plan, make_plan
+
+__all__ = ["Result", "identity", "package", "run", "treatments"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.  `warnings` are things the user should look at, a line each."""
+
+    out: Path
+    seconds: float
+    read_bytes: int
+    write_bytes: int
+    peak_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    sources: Inputs | None = None,
+) -> Result:
+    """Merge into the folder `out`, which appears complete or not at all.
+
+    memory     bound on the predicted peak, in bytes
+    resume     go on with what an interrupted run of the same recipe left in `out`.partial
+    overwrite  replace a non-empty `out` as a whole
+    progress   called with (bytes done, bytes in all), from any thread
+
+    Raises PlanError with every problem before anything is written.
+    """
+    began = time.perf_counter()
+    inputs = sources if sources is not None else open_inputs(recipe)
+    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
+    paths = [path for _, source in inputs.models if (path := _place(source)) is not None]
+    problems = [*plan.problems, *check_output(out, paths, overwrite, resume, plan.write_bytes)]
+    if problems:
+        raise PlanError(problems)
+    for _, source in inputs.models:
+        source.prepare()
+    sink = FolderSink(
+        out,
+        shard_size=parse_size(recipe.output.shard_size),
+        identity=identity(recipe, inputs),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    records = carry_out(plan, inputs, sink, device=device, progress=progress)
+    sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
+    stated = licences({name: source.folder for name, source in inputs.models})
+    return Result(
+        out=sink.out,
+        seconds=time.perf_counter() - began,
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        peak_bytes=plan.peak_bytes,
+        warnings=(*plan.notes, *(licence_problems(stated) if set(stated.values()) != {"unknown"} else ())),
+    )
+
+
+def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """What the output's bytes depend on: a run is resumed, and can be repeated, under the same identity only."""
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "inputs": inputs.fingerprints(),
+        "version": __version__,
+    }
+
+
+def package(
+    folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any], kind: str = "merge"
+) -> Iterable[Path]:
+    """Write what goes with the weights: companion files, model card, weightsmith.json.  Returns their paths."""
+    recipe = plan.recipe
+    reference = inputs.models[0][1]
+    copied = Copied()
+    if reference.folder is not None:
+        changed = recipe.output.dtype if _dtype(reference) != recipe.output.dtype else None
+        copied = copy_companions(
+            reference.folder,
+            folder,
+            reference.weight_files,
+            dtype=changed,
+            tokenizer=_tokenizer(recipe, inputs),
+        )
+    stated = licences({name: source.folder for name, source in inputs.models})
+    shown = recipe.model_dump(mode="json", exclude_defaults=True)
+    card = model_card(
+        title=folder.name if folder.name != "files" else "Merged model",
+        models=[CardModel(name, _hub_id(ref), ref.parameters) for name, ref in recipe.models.items()],
+        base=CardModel("base", _hub_id(recipe.base)) if recipe.base is not None else None,
+        method=_in_words(plan),
+        recipe=shown,
+        licences=stated,
+        citations=_citations(plan),
+        library_name="transformers" if (folder / "config.json").exists() else "pytorch",
+        version=__version__,
+    )
+    paths = [folder / name for name in copied.files]
+    paths.append(write_file(folder / "README.md", card))
+    manifest = build_manifest(
+        folder,
+        recipe=shown,
+        inputs=inputs.fingerprints(),
+        keys=plan.keys,
+        records=records.values(),
+        made_by=treatments(plan),
+        licences=stated,
+        companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
+        kind=kind,
+    )
+    paths.append(write_manifest(folder, manifest))
+    return paths
+
+
+def treatments(plan: Plan) -> dict[str, str]:
+    """Tensor -> how it was made, with every parameter: 'ties(density=0.2, ...)', 'copied from base (...)'."""
+    out: dict[str, str] = {}
+    for task in plan.tasks:
+        for key in task.keys:
+            if task.pipeline is None:
+                out[key.name] = f"copied from {task.source or 'base'} ({task.reason})"
+            else:
+                out[key.name] = " | ".join(stage.describe() for stage in task.pipeline.stages)
+    return out
+
+
+def _in_words(plan: Plan) -> str:
+    lines = [f"- {c.description}: {c.tensors} tensors, {c.parameters:,} parameters" for c in plan.coverage]
+    stages = {type(s): s for t in plan.tasks if t.pipeline for s in t.pipeline.stages}
+    words = [f"**{cls.traits.name}**: {(cls.__doc__ or '').strip().splitlines()[0]}" for cls in stages]
+    return "\n\n".join(words) + "\n\n" + "\n".join(lines)
+
+
+def _citations(plan: Plan) -> list[Citation]:
+    stages = {type(s) for t in plan.tasks if t.pipeline for s in t.pipeline.stages}
+    return [Citation(cls.traits.name, cls.traits.paper) for cls in sorted(stages, key=lambda c: c.traits.name)
+            if cls.traits.paper]  # fmt: skip
+
+
+def _tokenizer(recipe: Recipe, inputs: Inputs) -> Path | None:
+    """The folder that `tokenizer:` names: the base, a model, or a path."""
+    if recipe.tokenizer is None:
+        return None
+    named = dict(inputs.models).get(recipe.tokenizer)
+    return named.folder if named is not None else Path(recipe.tokenizer)
+
+
+def _dtype(source: Source) -> str | None:
+    kinds = {key.dtype for key in source.keys.values() if key.floating}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _hub_id(ref: ModelRef | None) -> str | None:
+    """The hub id without its revision, or None for anything that is or looks like a local path."""
+    if ref is None or not isinstance(ref.model, str):
+        return None
+    name = ref.model.split("@")[0]
+    local = Path(ref.model).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    return None if local else name
+
+
+def _place(source: Source) -> Path | None:
+    """Where a source lies on disk, so that nothing is written over it."""
+    path = getattr(source, "path", None)
+    return source.folder if source.folder is not None else Path(path) if path is not None else None

@@ -1,0 +1,287 @@
+"""Deciding, tensor by tensor, what becomes of it; collecting every problem on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from weightsmith.errors import WeightsmithError, did_you_mean
+from weightsmith.io.source import Source
+from weightsmith.keys import Key, depths
+from weightsmith.method import BASE, Grain, Pipeline, Stage
+from weightsmith.recipe.resolve import Resolver
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.task import Task, cuttable, parts, task_peak
+from weightsmith.symmetry import groups
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Goes through the tensors once and collects tasks and problems."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        self.recipe, self.inputs = recipe, inputs
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.reference = inputs.base if inputs.base is not None else next(iter(inputs.experts.values()), None)
+        self.names = list(self.reference.keys) if self.reference is not None else []
+        self.depth = depths(self.names)
+        try:
+            self.resolver: Resolver | None = Resolver(recipe)
+        except WeightsmithError as error:
+            self.problems += str(error).splitlines()
+            self.resolver = None
+        self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
+        self._complained: set[str] = set()
+
+    # -- what becomes of each tensor
+
+    def tasks(self) -> list[Task]:
+        if self.resolver is None or self.reference is None:
+            return []
+        self._extra_tensors()
+        out: list[Task] = []
+        groups: dict[Pipeline, list[Key]] = {}
+        for name in self.names:
+            key = self.reference.keys[name]
+            treatment = self._treat(key)
+            if treatment is None:
+                continue
+            pipeline, source, reason = treatment
+            self._treatment[name] = treatment
+            if pipeline is not None and pipeline.grain is Grain.GROUP:
+                groups.setdefault(pipeline, []).append(key)
+            else:
+                out += self._cut(self._output(key), pipeline, source, reason)
+        for pipeline, keys in groups.items():
+            out += self._grouped(pipeline, keys)
+        for name in self._carried:
+            source_name = self._carried[name]
+            key = self.inputs.experts[source_name].key(name)
+            out += self._cut(self._output(key), None, source_name, f"only in {source_name}, kept from there")
+        return out
+
+    def output_keys(self) -> list[Key]:
+        keys = [self._output(self.reference.keys[n]) for n in self._treatment] if self.reference else []
+        return keys + [self._output(self.inputs.experts[s].key(n)) for n, s in getattr(self, "_carried", {}).items()]
+
+    def _output(self, key: Key) -> Key:
+        dtype = self.recipe.output.dtype
+        return Key(key.name, key.shape, dtype) if dtype and key.floating else key
+
+    def _treat(self, key: Key) -> tuple[Pipeline | None, str, str] | None:
+        """(pipeline or None for a copy, whose copy, reason); None if a problem was noted."""
+        assert self.resolver is not None
+        here = self._sources_with(key)
+        try:
+            pipeline = self.resolver(key, self.depth.get(key.name))
+        except WeightsmithError as error:
+            self._once(str(error))
+            return None
+        if _is_keep(pipeline):
+            return None, self._reference_name(), "kept by rule or exclude"
+        if not key.floating:
+            return None, self._reference_name(), f"{key.dtype}, must be equal everywhere"
+        if here is None:
+            return None
+        replaced = self._in_domain(key, pipeline)
+        if replaced is None:
+            return None
+        pipeline, reason = replaced
+        if BASE in pipeline.needs and self.inputs.base is None:
+            self._once(f"{pipeline.name} needs a base model: add 'base:' to the recipe")
+            return None
+        for stage in pipeline.stages:
+            self._check_stage(stage)
+        return pipeline, "", reason
+
+    def _check_stage(self, stage: Stage) -> None:
+        count = len(self.inputs.experts)
+        traits = stage.traits
+        if text := stage.check(count, self.inputs.base is not None):
+            self._once(f"{traits.name}: {text}")
+        elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):
+            wanted = f"{traits.min_count}" if traits.min_count == traits.max_count else f"at least {traits.min_count}"
+            if traits.max_count is not None and traits.min_count != traits.max_count:
+                wanted = f"{traits.min_count} to {traits.max_count}"
+            self._once(f"{traits.name} takes {wanted} models, the recipe has {count}")
+        for parameter in stage.parameters():
+            value = getattr(stage, parameter.field)
+            if parameter.each and isinstance(value, tuple) and len(value) != count:
+                self._once(f"{traits.name}: {parameter.name} has {len(value)} values for {count} models")
+
+    def _in_domain(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline, str] | None:
+        """The pipeline, or what its method falls back to where it does not apply."""
+        stages, reason = [], ""
+        for stage in pipeline.stages:
+            why = self._outside(key, stage)
+            if why:
+                other = stage.elsewhere()
+                if other is None:
+                    self._once(why[1])
+                    return None
+                reason = f"{stage.name} does not cover {why[0]}"
+                stages.append(other)
+            else:
+                stages.append(stage)
+        return (Pipeline(tuple(stages)), reason) if reason else (pipeline, "")
+
+    def _outside(self, key: Key, stage: Stage) -> tuple[str, str] | None:
+        """(short reason, problem text) if this stage cannot work on this tensor."""
+        low_high = stage.traits.domain
+        if low_high is not None and not low_high[0] <= len(key.shape) <= low_high[1]:
+            return f"{len(key.shape)}-D tensors", f"{stage.name} cannot merge {key.name} of shape {list(key.shape)}"
+        for stat in stage.traits.needs:
+            if stat == BASE:
+                continue
+            found = self.inputs.stats.get(stat, {})
+            if without := [n for n in self.inputs.experts if n not in found]:
+                # Never a fallback: the user forgot the data that the method is named for.
+                self._once(
+                    f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "
+                    f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to the model'
+                )
+                continue
+            if missing := [n for n, s in found.items() if not _has(s, key.name)]:
+                text = f"{stage.name} needs the statistic {stat!r} of {key.name}, missing for {', '.join(missing)}"
+                return f"tensors without {stat!r}", text
+        return None
+
+    # -- fitting the inputs together
+
+    def _sources_with(self, key: Key) -> list[Source] | None:
+        """Every input's source if all hold this tensor in this shape; else a problem is noted."""
+        fine = True
+        for name, source in self.inputs.experts.items():
+            if not _has(source, key.name):
+                tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
+                self.problems.append(
+                    f"{key.name} is missing in {name} ({source.label})"
+                    + ("; it may be tied to the embedding there" if tied else "")
+                    + f'; to keep it from {self._reference_name() or "the base"} add it to "exclude"'
+                )
+                fine = False
+                continue
+            other = source.key(key.name)
+            if other.shape != key.shape:
+                self._shape_problem(key, other, name)
+                fine = False
+            elif other.floating != key.floating:
+                self.problems.append(
+                    f"{key.name} is {key.dtype} in {self._reference_label()} but {other.dtype} in {name}"
+                )
+                fine = False
+        return list(self.inputs.experts.values()) if fine else None
+
+    def _shape_problem(self, key: Key, other: Key, name: str) -> None:
+        a, b = list(key.shape), list(other.shape)
+        if key.role in ("embed", "head") and a[1:] == b[1:]:
+            self.problems.append(
+                f"unlike vocabularies: {key.name} has {a[0]} rows in {self._reference_label()} and {b[0]} in {name}; "
+                f"either give the models one vocabulary first, or keep the {self._reference_label()}'s rows "
+                f'(exclude: ["{key.name}"]), or leave {name} out'
+            )
+        else:
+            self.problems.append(f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}")
+
+    def _extra_tensors(self) -> None:
+        """Tensors that the reference lacks: carried over where a rule keeps them, else refused."""
+        assert self.resolver is not None
+        assert self.reference is not None
+        self._carried: dict[str, str] = {}
+        for name, source in self.inputs.experts.items():
+            if source is self.reference:
+                continue
+            for key in source.keys.values():
+                if _has(self.reference, key.name) or key.name in self._carried:
+                    continue
+                if _is_keep(self.resolver(key, None)):
+                    self._carried[key.name] = name
+                    continue
+                hint = did_you_mean(key.name, self.reference.keys) if len(self.names) < 5000 else ""
+                self.problems.append(
+                    f"{key.name} is in {name} but not in {self._reference_label()}; to carry it over unchanged "
+                    f'add it to "exclude"' + (hint if "did you" in hint else "")
+                )
+
+    def _reference_name(self) -> str:
+        """'' for the base, else the first expert's name."""
+        return "" if self.inputs.base is not None else next(iter(self.inputs.experts), "")
+
+    def _reference_label(self) -> str:
+        return self._reference_name() or "base"
+
+    def _once(self, text: str) -> None:
+        if text and text not in self._complained:
+            self._complained.add(text)
+            self.problems.append(text)
+
+    # -- cutting
+
+    def _cut(self, key: Key, pipeline: Pipeline | None, source: str, reason: str) -> Iterable[Task]:
+        count, has_base = len(self.inputs.experts), self.inputs.base is not None
+        stats = _stats_of(pipeline)
+        ranges = parts(key) if cuttable(pipeline) else [(0, key.rows)]
+        extra = max((s.read_cost(key.name) for s in self.inputs.experts.values()), default=0.0)
+        for low, high in ranges:
+            peak = task_peak(key, high - low, count, has_base, pipeline)
+            yield Task(
+                id=f"{key.name}:{low}",
+                keys=(key,),
+                pipeline=pipeline,
+                source=source,
+                start=low,
+                stop=high,
+                depth=self.depth.get(key.name),
+                stats=stats,
+                reason=reason,
+                peak=int(peak * (1 + extra)) + self._stat_bytes(key, stats),
+            )
+
+    def _grouped(self, pipeline: Pipeline, keys: list[Key]) -> Iterable[Task]:
+        assert self.reference is not None
+        rest = {k.name: k for k in keys}
+        for group in groups(keys, kind=pipeline.method.traits.group):
+            members = [rest.pop(n) for n in group.names if n in rest]
+            peak = sum(task_peak(k, k.rows, len(self.inputs.experts), self.inputs.base is not None, pipeline)
+                       for k in members)  # fmt: skip
+            yield Task(
+                id=f"group {group.name}",
+                keys=tuple(self._output(k) for k in members),
+                pipeline=pipeline,
+                start=0,
+                stop=members[0].rows,
+                depth=self.depth.get(members[0].name),
+                peak=peak,
+                group=group.name,
+                reason=f"group {pipeline.method.traits.group}",
+            )
+        other = pipeline.method.elsewhere()
+        for key in rest.values():
+            if other is None:
+                self.problems.append(f"{pipeline.name} covers no group that {key.name} belongs to")
+                continue
+            swapped = Pipeline(tuple(other if s is pipeline.method else s for s in pipeline.stages))
+            yield from self._cut(self._output(key), swapped, "", f"in no {pipeline.method.traits.group} group")
+
+    def _stat_bytes(self, key: Key, stats: tuple[str, ...]) -> int:
+        total = 0
+        for stat in stats:
+            for source in self.inputs.stats.get(stat, {}).values():
+                if _has(source, key.name):
+                    found = source.key(key.name)
+                    total += 0 if found.shape == key.shape else 3 * found.numel * 8
+        return total
+
+
+def _has(source: Source, name: str) -> bool:
+    return name in source.keys or name in source.aliases
+
+
+def _is_keep(pipeline: Pipeline) -> bool:
+    return len(pipeline.stages) == 1 and pipeline.stages[0].traits.name == "keep"
+
+
+def _stats_of(pipeline: Pipeline | None) -> tuple[str, ...]:
+    return tuple(n for n in pipeline.needs if n != BASE) if pipeline else ()

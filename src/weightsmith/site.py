@@ -1,0 +1,108 @@
+"""All that a method may see of one output block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import NumericError
+from weightsmith.keys import Key
+from weightsmith.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Group", "Site", "Summary"]
+
+Summary = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One block of one tensor: rows `start` to `start + block rows` of `key`, from every input.
+
+    Tensors are float32 (float64 where the inputs are), contiguous, on one device, and never
+    written to.  With n experts and a block of shape [rows, *rest] (a 0-dim tensor: []):
+
+    key       the whole tensor's name, shape, stored dtype, role and layer
+    stack     [n, *block]; the experts, or after a filter their deltas (`is_delta`)
+    base      [*block], or None where the recipe has no base
+    names     the experts' names, in recipe order
+    start     first row of the block within the tensor
+    depth     0 (first block of the stack) to 1 (last); None outside the blocks
+    stats     statistic -> one tensor per expert: row blocks if shaped like the parameter, else whole
+    summary   what `measure` and `digest` found out in the rounds before
+    seed      of the recipe; noise is keyed by (seed, tensor name, expert) and flat position
+    origin    the site before the pipeline's first stage, for stages that compare with it
+    """
+
+    key: Key
+    stack: Tensor
+    base: Tensor | None = None
+    is_delta: bool = False
+    names: tuple[str, ...] = ()
+    start: int = 0
+    depth: float | None = None
+    stats: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    summary: Summary = field(default_factory=dict)
+    seed: int = 0
+    origin: Site | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return self.stack.shape[0]
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return tuple(self.stack.shape[1:])
+
+    @property
+    def offset(self) -> int:
+        """Flat position of the block's first element within the tensor."""
+        return self.start * self.key.row_numel
+
+    @property
+    def deltas(self) -> Tensor:
+        """Task vectors, expert - base: [n, *block]."""
+        if self.is_delta:
+            return self.stack
+        if self.base is None:
+            raise NumericError(f"{self.key.name}: a task vector needs a base model")
+        return self.stack - self.base
+
+    @property
+    def experts(self) -> Tensor:
+        """The experts' weights: [n, *block] (base + delta after a filter)."""
+        if not self.is_delta:
+            return self.stack
+        return self.stack if self.base is None else self.base + self.stack
+
+    def with_deltas(self, deltas: Tensor) -> Site:
+        """The same site with other task vectors; the first such edit is remembered as `origin`."""
+        return replace(self, stack=deltas, is_delta=True, origin=self.origin or self)
+
+    def with_summary(self, summary: Summary) -> Site:
+        return replace(self, summary=summary)
+
+    def at_zero(self) -> Site:
+        """The same task vectors around a base of zeros: what a method returns here is its merged task vector."""
+        deltas = self.deltas
+        return replace(self, stack=deltas, is_delta=True, base=torch.zeros_like(deltas[0]), origin=self.origin or self)
+
+    def spread(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
+        """A parameter that is one number or one per expert, as one per expert."""
+        if isinstance(value, tuple):
+            if len(value) != self.count:
+                raise ValueError(f"{len(value)} values for {self.count} experts")
+            return value
+        return (float(value),) * self.count
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Several whole tensors at once, for methods of GROUP grain: tensor name -> Site."""
+
+    name: str
+    sites: Mapping[str, Site]

@@ -1,0 +1,223 @@
+"""From a golden case's metadata to a call of the public API.  One table: method -> adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from goldens import mergekit, tiny_llama
+from methods.driver import merge  # until the engine stands: then `from weightsmith import merge`
+from safetensors import safe_open
+from torch import Tensor
+
+from weightsmith.method import Pipeline, Stage, registry
+
+State = dict[str, Tensor]
+
+NOT_YET: Mapping[str, str] = {
+    "adamerging++ composition": "learned coefficients",
+    "aswudi": "WUDI family",
+    "codiemb losses": "training losses",
+    "dct_adamw": "low-rank optimizers",
+    "doge_ta": "DOGE",
+    "expert-merging composition": "learned coefficients",
+    "fw-merging (hard)": "Frank-Wolfe merging",
+    "fwsvd": "Fisher-weighted low rank",
+    "iso_c": "isotropic merging",
+    "iso_cts": "isotropic merging",
+    "knots_ties": "LoRA merging",
+    "lora-tools": "LoRA merging",
+    "map quadratic surrogate": "Pareto search",
+    "mc-smoe": "mixture-of-experts compression",
+    "mergekit:arcee_fusion": "remaining mergekit methods",
+    "mergekit:karcher": "remaining mergekit methods",
+    "mergekit:model_stock": "remaining mergekit methods",
+    "mergekit:multislerp": "remaining mergekit methods",
+    "mergekit:nearswap": "remaining mergekit methods",
+    "mergekit:nuslerp": "remaining mergekit methods",
+    "mergekit:ram": "remaining mergekit methods",
+    "mergekit:ramplus_tl": "remaining mergekit methods",
+    "mergekit:sce": "remaining mergekit methods",
+    "moe-build": "mixture-of-experts building",
+    "opcm": "continual merging",
+    "optmerge": "WUDI family",
+    "ota": "optimization trajectories",
+    "ota+ffg": "optimization trajectories",
+    "pcb": "parameter competition",
+    "pleas": "permutation alignment",
+    "swudi": "WUDI family",
+    "tall-masks": "codecs",
+    "tokenizer-surgery": "vocabulary alignment",
+    "tsv_compress": "codecs",
+    "weight-matching": "permutation alignment",
+    "widen": "WIDEN",
+    "wudi": "WUDI family",
+}
+"""Methods that are not built yet, and the piece of work that brings each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file: what a reference implementation made of `tiny_llama.make(seed, experts)`."""
+
+    path: Path
+
+    @cached_property
+    def meta(self) -> dict[str, str]:
+        with safe_open(self.path, "np") as file:
+            return dict(file.metadata())
+
+    @property
+    def expected(self) -> State:
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def method(self) -> str:
+        return self.meta["method"]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(json.loads(self.meta["params"]))
+
+    @property
+    def seed(self) -> int:
+        return int(self.meta["seed"])
+
+    @property
+    def count(self) -> int:
+        return int(self.meta["experts"])
+
+    @property
+    def base(self) -> State:
+        return _inputs(self.seed, self.count)["base"]
+
+    @property
+    def experts(self) -> dict[str, State]:
+        return {n: s for n, s in _inputs(self.seed, self.count).items() if n != "base"}
+
+    def stats(self, kind: str, make: Callable[[int, int], list[dict[str, np.ndarray]]]) -> dict[str, dict[str, State]]:
+        found = make(self.seed, self.count)
+        return {n: {kind: _tensors(s)} for n, s in zip(self.experts, found, strict=True)}
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> State:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@cache
+def _inputs(seed: int, experts: int) -> dict[str, State]:
+    base, tuned = tiny_llama.make(seed, experts)
+    return {"base": _tensors(base)} | {f"expert{i}": _tensors(t) for i, t in enumerate(tuned)}
+
+
+def _number_or_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _ties(params: Mapping[str, Any], **more: Any) -> Stage:
+    names = ("scope", "density", "sign", "zero_sign", "aggregate", "weight", "lambda")
+    return _stage("ties", {n: _number_or_tuple(params[n]) for n in names if n in params} | more)
+
+
+def _stage(method: str, parameters: Mapping[str, Any]) -> Stage:
+    cls = registry(method)
+    fields = {p.name: p.field for p in cls.parameters()}
+    return cls(**{fields[n]: v for n, v in parameters.items()})
+
+
+def ties(case: Case) -> State:
+    return merge(case.experts, _ties(case.params), base=case.base)
+
+
+def breadcrumbs(case: Case) -> State:
+    p = case.params
+    names = {"scope": "scope", "keep": "density", "density": "density", "remove_top": "remove_top", "remove_first": "remove_first"}
+    crumbs = _stage("breadcrumbs", {ours: p[theirs] for theirs, ours in names.items() if theirs in p})
+    return merge(case.experts, crumbs | _stage("task_arithmetic", {"lambda": p["lambda"]}), base=case.base)
+
+
+def lines(case: Case) -> State:
+    """`merge`: 'task-arithmetic sum' or 'ties(density=0.2,sign=mass,...)'; `alpha`: a number or 'auto: ...'."""
+    p = case.params
+    inner = re.fullmatch(r"ties\((.*)\)", str(p.get("merge", "")))
+    if inner:
+        found = dict(pair.split("=") for pair in inner[1].split(","))
+        merger = _ties({k: float(v) if k == "density" else v for k, v in found.items()})
+    else:
+        merger = _stage("task_arithmetic", {})
+    alpha = "auto" if isinstance(p["alpha"], str) else p["alpha"]
+    return merge(case.experts, merger | _stage("lines", {"alpha": alpha, "beta": p["beta"]}), base=case.base)
+
+
+def tsvm(case: Case) -> State:
+    names = {"scaling": "scaling", "sv_reduction": "rank_fraction", "rank_fraction": "rank_fraction"}
+    given = {ours: _number_or_tuple(case.params[n]) for n, ours in names.items() if case.params.get(n) is not None}
+    return merge(case.experts, _stage("tsvm", given), base=case.base)
+
+
+def fisher(case: Case) -> State:
+    p = case.params
+    given = {"weight": _number_or_tuple(p.get("coefficients") or 1.0), "normalize": p["normalize"], "floor": p["fisher_floor"]}
+    if "floor_mode" in p:
+        given["floor_mode"] = p["floor_mode"].replace("-", "_")
+    return merge(case.experts, _stage("fisher", given), stats=case.stats("fisher", tiny_llama.positive))
+
+
+def regmean(case: Case) -> State:
+    method = _stage("regmean", {"alpha": case.params["reduce_non_diagonal_ratio"]})
+    return merge(case.experts, method, stats=case.stats("gram", tiny_llama.grams))
+
+
+def mergekit_yaml(case: Case) -> State:
+    """Every output tensor names its own call; tensors of equal calls are merged together."""
+    config = mergekit.read(case.params["yaml"])
+    inputs = _inputs(case.seed, case.count)
+    grouped: dict[mergekit.Call, list[mergekit.Output]] = {}
+    for output in mergekit.outputs(config, list(case.base), tiny_llama.LAYERS):
+        grouped.setdefault(output.call, []).append(output)
+    dtype = config.get("dtype", "float32")
+    out: State = {}
+    for call, outputs in grouped.items():
+
+        def state(model: str, outputs: list[mergekit.Output] = outputs) -> State:
+            return {o.name: inputs[model][o.sources[model]].to(getattr(torch, dtype)) for o in outputs}
+
+        models = {name: state(name) for name in call.experts}
+        base = None if call.base is None else state(call.base)
+        stages = tuple(_stage(name, dict(parameters)) for name, parameters in call.stages)
+        out |= merge(models, Pipeline(stages), base=base, dtype=config.get("out_dtype", dtype))
+    return out
+
+
+ADAPTERS: Mapping[str, Callable[[Case], State]] = {
+    "ties": ties,
+    "breadcrumbs": breadcrumbs,
+    "lines": lines,
+    "tsvm": tsvm,
+    "fisher": fisher,
+    "regmean": regmean,
+    **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
+}
+"""Metadata's `method` -> how to call it."""
+
+
+def folders() -> list[Path]:
+    """The project's own cases, and those of WEIGHTSMITH_GOLDENS if it is set."""
+    found = [Path(__file__).parent / "cases"]
+    if more := os.environ.get("WEIGHTSMITH_GOLDENS"):
+        place = Path(more)
+        found.append(place / "cases" if (place / "cases").is_dir() else place)
+    return found
+
+
+def cases() -> list[Case]:
+    return [Case(path) for folder in folders() for path in sorted(folder.glob("*.safetensors"))]

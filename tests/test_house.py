@@ -1,0 +1,127 @@
+"""The house's own rules: imports run one way, files stay short, imports stay light, nothing private leaks in."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "weightsmith"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 420
+
+# A module may import from its own layer and from those below it.
+LAYERS = (
+    ("errors", "keys", "lazy"),
+    ("site",),
+    ("method", "symmetry"),
+    ("ops",),
+    ("methods", "codecs"),
+    ("io",),
+    ("recipe",),
+    ("run",),
+    ("observe", "report", "plugins"),
+    ("cli",),
+)
+LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
+METHODS_MAY = {"errors", "keys", "lazy", "site", "method", "symmetry", "ops", "methods"}
+
+
+def part(module: str) -> str:
+    """The part of the house a module belongs to: 'weightsmith.run.plan' -> 'run'."""
+    pieces = module.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+def imported(path: Path, *, top_only: bool = True) -> list[str]:
+    """Full names of the weightsmith modules that a file imports when it is loaded (not those under TYPE_CHECKING)."""
+    tree = ast.parse(path.read_text())
+    found = []
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.append(node.module)
+    return [name for name in found if name.split(".")[0] == "weightsmith"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if here in ("__init__", "__main__"):
+        return
+    assert here in LEVEL, f"{here} has no place in LAYERS"
+    for module in imported(path):
+        target = part(module)
+        if not target:
+            continue  # `from weightsmith import __version__`
+        assert LEVEL[target] <= LEVEL[here], f"{path.name} ({here}) imports {module}, which lies above it"
+        if here in ("methods", "codecs"):
+            assert target in METHODS_MAY | {here}, f"a method knows nothing of {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {}
+    for path in FILES:
+        pieces = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        graph[".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)] = imported(path)
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
+        if module in done or module not in graph:
+            return
+        for target in graph[module]:
+            if target != "weightsmith":
+                visit(target, (*trail, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+HEAVY = ("torch", "transformers", "peft", "plotly", "scipy", "numba", "huggingface_hub", "ray", "sklearn")
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import weightsmith",
+        "import weightsmith.method; weightsmith.method.registered()",
+        "import weightsmith.run.plan",
+        "import weightsmith.run.merge",
+        "import weightsmith.cli.main",
+    ],
+)
+def test_imports_stay_light(statement: str) -> None:
+    assert loaded_by(statement) == set()
+
+
+def test_the_project_does_not_talk_about_its_making() -> None:
+    words = re.compile(
+        r"\b(this session|helper agent|golden issue|/work/|/tmp/v/|shared/methods|shared/goldens)\b|/work/"
+    )
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    here = Path(__file__).name
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".txt") and path.name != here and path.exists():
+            found = words.search(path.read_text(errors="replace"))
+            assert not found, f"{name}: {found.group(0)!r}"
