@@ -83,9 +83,8 @@ def english_prose(path: Path) -> str:
 
 
 def json_text(path: Path) -> str:
-    """A JSON file, unpacked if it is gzipped."""
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    """A gzipped JSON file."""
+    return gzip.decompress(path.read_bytes()).decode("utf-8")
 
 
 def cpp_code(path: Path) -> str:
@@ -104,17 +103,15 @@ def _documented(source: str) -> Iterator[ast.Module | ast.ClassDef | ast.Functio
 def _is_prose(line: str) -> bool:
     """Long, starts like a sentence, ends like one, and has hardly any signs in it."""
     plain = sum(c.isalpha() or c in " ,.'" for c in line)
-    return len(line) >= 100 and plain >= 0.95 * len(line) and line[0].isupper() and line[-1] in ".:"
+    return (
+        len(line) >= 100 and plain >= 0.95 * len(line) and line[0].isupper() and line[-1] in ".:" and " : " not in line
+    )
 
 
 SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Python": (("sklearn", "**/*.py"),),
     "English": (("scipy", "**/*.py"), ("numpy", "**/*.py"), ("sklearn", "datasets/descr/*.rst")),
-    "JSON": (
-        ("sklearn", "datasets/tests/data/**/*.json.gz"),
-        ("torch", "_dynamo/*.json"),
-        ("plotly", "validators/_validators.json"),
-    ),
+    "JSON": (("sklearn", "datasets/tests/data/**/*.json.gz"),),
     "C++": (("torch", "include/torch/**/*.h"), ("torch", "include/c10/**/*.h")),
 }
 READERS: Mapping[str, Callable[[Path], str]] = {

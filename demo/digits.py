@@ -40,6 +40,7 @@ class Training:
     base_rate: float = 1e-3
     expert_steps: int = 60
     expert_rate: float = 1e-4
+    joint_steps: int = 120
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -75,9 +76,7 @@ class Network(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.stem = nn.Linear(64, width)
-        self.block = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
-        )
+        self.block = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
@@ -99,7 +98,7 @@ def warm_up_then_cosine(step: int, steps: int) -> float:
 def fit(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, rate: float) -> None:
     """Train in place on (images, labels) batches with AdamW, no weight decay."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0, fused=True)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -124,7 +123,9 @@ def train(folder: Path, seed: int, settings: Training, say: Callable[[str], None
     torch.manual_seed(seed)
     data = splits(seed)["train"]
 
-    def tuned(start: Mapping[str, Tensor] | None, lenses: tuple[str, ...], steps: int, rate: float, tag: int) -> Network:
+    def tuned(
+        start: Mapping[str, Tensor] | None, lenses: tuple[str, ...], steps: int, rate: float, tag: int
+    ) -> Network:
         model = Network(settings.width)
         if start is not None:
             model.load_state_dict(start)
@@ -139,8 +140,7 @@ def train(folder: Path, seed: int, settings: Training, say: Callable[[str], None
         say(f"expert {task}")
         models[task] = tuned(base, (task,), settings.expert_steps, settings.expert_rate, tag).state_dict()
     say("joint training")
-    joint_steps = settings.expert_steps * len(TASKS)  # as much data as all the experts together
-    models["joint"] = tuned(base, TASKS, joint_steps, settings.expert_rate, tag=len(models)).state_dict()
+    models["joint"] = tuned(base, TASKS, settings.joint_steps, settings.expert_rate, tag=len(models)).state_dict()
     for name, state in models.items():
         save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
 

@@ -37,7 +37,9 @@ class Training:
     base_rate: float = 3e-3
     expert_steps: int = 60
     expert_rate: float = 1e-4
-    test_windows: int = 128  # per kind of text
+    joint_steps: int = 120
+    validation_windows: int = 64  # per kind of text
+    test_windows: int = 128
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -68,7 +70,9 @@ def batches(data: Corpus, domains: tuple[str, ...], size: int, length: int, seed
 def network(settings: Training) -> Any:
     """A fresh LlamaForCausalLM with bytes for tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
@@ -92,7 +96,7 @@ def bits(model: nn.Module, rows: Tensor, tag: int = 4) -> Tensor:
 
 def fit(model: nn.Module, stream: Iterator[Tensor], steps: int, rate: float) -> None:
     """Train in place with AdamW; gradients clipped at norm 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -119,8 +123,7 @@ def train(folder: Path, seed: int, settings: Training, data: Corpus, say: Callab
         model.load_state_dict(base)
         run(task, (task,), settings.expert_steps, settings.expert_rate, tag)
     model.load_state_dict(base)
-    joint_steps = settings.expert_steps * len(TASKS)  # as much text as all the experts together
-    run("joint", TASKS, joint_steps, settings.expert_rate, tag=len(TASKS) + 1)
+    run("joint", TASKS, settings.joint_steps, settings.expert_rate, tag=len(TASKS) + 1)
 
 
 # --- evaluation ------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ class Text(Family):
     title = "A small Llama on unlike kinds of text"
     about = (
         "A byte-level Llama of 1.8 M weights in Hugging Face format, on text that the dependencies ship: "
-        "scikit-learn's Python, English prose from SciPy's and NumPy's docstrings, JSON files, torch's C++ headers."
+        "scikit-learn's Python, English prose from SciPy's and NumPy's docstrings, JSON answers of OpenML, torch's C++ headers."
     )
     score_name = "bits per byte"
     higher_is_better = False
@@ -160,11 +163,14 @@ class Text(Family):
     @torch.no_grad()
     def scores(self, model: Path, seed: int, split: str) -> dict[str, float]:
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         loaded = LlamaForCausalLM.from_pretrained(model, local_files_only=True).eval()
-        found = {}
+        settings, found = self.settings, {}
+        count = settings.test_windows if split == "test" else settings.validation_windows
         for number, name in enumerate(TASKS):
             draw = np.random.default_rng([number, SPLITS.index(split)])  # every model sees the same windows
-            rows = windows(self.data[name][split], TAGS[name], self.settings.test_windows, self.settings.context, draw)
+            rows = windows(self.data[name][split], TAGS[name], count, settings.context, draw)
             found[name] = float(np.mean([bits(loaded, part).item() for part in rows.split(32)]))
         return found

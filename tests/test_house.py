@@ -19,7 +19,7 @@ LONGEST = 420
 LAYERS = (
     ("errors", "keys", "lazy"),
     ("site",),
-    ("method", "symmetry"),
+    ("parameter", "method", "symmetry"),
     ("ops",),
     ("methods", "codecs"),
     ("io",),
@@ -29,7 +29,7 @@ LAYERS = (
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
-METHODS_MAY = {"errors", "keys", "lazy", "site", "method", "symmetry", "ops", "methods"}
+METHODS_MAY = {"errors", "keys", "lazy", "site", "parameter", "method", "symmetry", "ops", "methods"}
 
 
 def part(module: str) -> str:

@@ -91,7 +91,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("head", r"lm_head|embed_out|classifier|score|head|output_projection"),
     (
         "embed",
-        r"embed_tokens|embeddings?|wte|wpe|embed_in|tok_embeddings|shared|\w*_embeddings?|embed_positions|pos_embed",
+        r"embed_tokens|embeddings?|wte|wpe|embed_in|shared|\w*_embeddings?|embed_positions|pos_embed",
     ),
     ("qkv", r"qkv|qkv_proj|query_key_value|c_attn|in_proj_weight|in_proj_bias|wqkv"),
     ("q", r"q_proj|query|q|wq|to_q|q_lin"),

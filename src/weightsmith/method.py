@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from weightsmith.errors import RecipeError, did_you_mean
 from weightsmith.keys import Key
+from weightsmith.parameter import Each, Parameter, choice, flag, integer, number
 from weightsmith.site import Group, Site, Summary
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "Grain",
     "Method",
     "Parameter",
+    "Part",
     "Pipeline",
     "Rows",
     "Scope",
@@ -52,9 +53,6 @@ __all__ = [
 
 BASE = "base"
 """In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
-
-Each = float | tuple[float, ...]
-"""A parameter that is one number for all experts, or one number per expert."""
 
 
 class Grain(Enum):
@@ -78,114 +76,6 @@ class Rows(NamedTuple):
     values: Tensor
 
 
-# --- parameters ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Range and meaning of one field; recipe, command line, docs and report read the same one."""
-
-    name: str = ""  # as in YAML: the field's name without a trailing underscore
-    field: str = ""
-    kind: str = "number"  # number, integer, flag, choice
-    default: Any = None
-    help: str = ""
-    low: float = -math.inf
-    high: float = math.inf
-    low_open: bool = False
-    high_open: bool = False
-    options: tuple[str, ...] = ()  # the words allowed (for a number: besides numbers)
-    each: bool = False  # may differ between experts
-
-    @property
-    def range(self) -> str:
-        """The allowed values in words, e.g. '(0, 1]' or 'global | tensor'."""
-        words = " | ".join(self.options)
-        if self.kind == "flag":
-            return "true | false"
-        if self.kind == "choice":
-            return words
-        left = "(" if self.low_open or self.low == -math.inf else "["
-        right = ")" if self.high_open or self.high == math.inf else "]"
-        span = f"{left}{_short(self.low)}, {_short(self.high)}{right}"
-        return f"{span} | {words}" if words else span
-
-    def check(self, value: Any) -> str | None:
-        """Return what is wrong with a value, or None."""
-        if isinstance(value, tuple) and self.each:
-            return next((text for v in value if (text := self.check(v))), None)
-        if isinstance(value, tuple):
-            return f"{self.name} takes one value, not one per expert"
-        if isinstance(value, str) and value in self.options:
-            return None
-        if self.kind == "flag":
-            good = isinstance(value, bool)
-        elif self.kind == "choice":
-            good = False
-        else:
-            good = isinstance(value, int if self.kind == "integer" else (int, float)) and not isinstance(value, bool)
-            good = good and not math.isnan(value) and not math.isinf(value)
-            good = good and (value > self.low if self.low_open else value >= self.low)
-            good = good and (value < self.high if self.high_open else value <= self.high)
-        if good:
-            return None
-        hint = ""
-        if self.high == 1 and isinstance(value, (int, float)) and 1 < value <= 100:
-            hint = f"; write {value}% as {value / 100:g}"
-        elif isinstance(value, str) and self.options:
-            hint = did_you_mean(value, self.options)
-        return f"{self.name} = {value!r} is outside {self.range}{hint}"
-
-
-def _short(value: float) -> str:
-    return "inf" if value == math.inf else "-inf" if value == -math.inf else f"{value:g}"
-
-
-def number(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    options: tuple[str, ...] = (),
-    each: bool = False,
-    kind: str = "number",
-) -> Any:
-    """A float field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
-    spec = Parameter(
-        kind=kind,
-        default=default,
-        help=help,
-        low=low if low is not None else above if above is not None else -math.inf,
-        high=high if high is not None else below if below is not None else math.inf,
-        low_open=above is not None,
-        high_open=below is not None,
-        options=options,
-        each=each,
-    )
-    return dataclasses.field(default=default, metadata={"parameter": spec})
-
-
-def integer(default: Any, help: str, *, low: int | None = None, high: int | None = None, each: bool = False) -> Any:
-    """An integer field with inclusive bounds."""
-    return number(default, help, low=low, high=high, each=each, kind="integer")
-
-
-def flag(default: bool, help: str) -> Any:
-    """A true/false field."""
-    return dataclasses.field(
-        default=default, metadata={"parameter": Parameter(kind="flag", default=default, help=help)}
-    )
-
-
-def choice(default: str, help: str, *options: str) -> Any:
-    """A field that takes one of the given words."""
-    spec = Parameter(kind="choice", default=default, help=help, options=options)
-    return dataclasses.field(default=default, metadata={"parameter": spec})
-
-
 @dataclass(frozen=True)
 class WeightedSum:
     """`x = sum_i weights[i] * input_i`, added in order and then divided by `divisor`, in float32.
@@ -197,9 +87,6 @@ class WeightedSum:
     divisor: float = 1.0
     scale: float = 1.0
     deltas: bool = False
-
-
-# --- stages ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -308,6 +195,10 @@ class Stage:
         """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
         return None
 
+    def remark(self, count: int) -> str | None:
+        """Return what the user should know of using this stage on `count` experts, though it is allowed."""
+        return None
+
     def elsewhere(self) -> Stage | None:
         """The stage for tensors outside `traits.domain` or without a statistic; None: such tensors are an error."""
         return registry(self.traits.otherwise)() if self.traits.otherwise else None
@@ -343,18 +234,45 @@ class Method(Stage):
 
 
 @dataclass(frozen=True)
-class Codec(Stage):
-    """Keeps all experts in less space.  Last in a pipeline; `site.deltas` is what the stages before it made.
+class Part:
+    """One stored piece of an encoded tensor.
 
-    After a method, `site.deltas` is the merged task vector alone and `site.origin.deltas` the experts' own.
+    name    what the codec calls it ('tau', 'mask')
+    key     full name, shape and dtype under which it is stored
+    span    elements of the encoded tensor that one row of the part stands for; cuts fall on multiples of it
+    expert  whose it is; '' if all experts share it
     """
 
-    def encode(self, site: Site) -> dict[str, Tensor]:
-        """Return named parts of one block (part name -> tensor, first axis never cut across blocks)."""
+    name: str
+    key: Key
+    span: int
+    expert: str = ""
+
+    def rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The part's rows that cover flat positions start..stop of the tensor."""
+        return start // self.span, -(-stop // self.span)
+
+
+@dataclass(frozen=True)
+class Codec(Stage):
+    """Keeps all experts in less space.  Last in a pipeline, behind the method whose task vector it stores.
+
+    What the stages before it made is `site.deltas[0]`; the experts' own task vectors are `site.origin.deltas`.
+    """
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        """What is stored for one tensor; `key` has the output's dtype."""
         raise NotImplementedError
 
-    def decode(self, parts: Mapping[str, Tensor], index: int, base: Tensor) -> Tensor:
-        """Rebuild expert `index`'s tensor, shaped like `base`."""
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        """Return the rows of every part that stand for this block: stored name -> rows."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        """Rebuild one expert's block, shaped like `base`, whose first element has the flat position `offset`.
+
+        `parts` holds the shared parts and the expert's own, by `Part.name`: the rows that cover the block.
+        """
         raise NotImplementedError
 
 
@@ -386,7 +304,16 @@ class Pipeline:
         for stage in self.stages[: self.stages.index(found[0])]:
             if stage.traits.after:
                 raise RecipeError(f"{stage.name} works on the merged task vector; put it behind {found[0].name}")
+        for stage in self.stages[:-1]:
+            if isinstance(stage, Codec):
+                raise RecipeError(f"{stage.name} is a codec; put it last")
         return found[0]
+
+    @property
+    def codec(self) -> Codec | None:
+        """The last stage, if it is a codec: the result is then its parts, not one merged tensor."""
+        last = self.stages[-1] if self.stages else None
+        return last if isinstance(last, Codec) else None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -434,6 +361,11 @@ class Pipeline:
             return final.merge(here)
         assert isinstance(final, Filter)
         return final.apply(here).experts[0]
+
+    def encode(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> dict[str, Tensor]:
+        """Run all stages on a block, the last of which is a codec: stored name -> rows."""
+        assert self.codec is not None
+        return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
 
 
 def _merged_delta(stage: Stage, site: Site) -> Site:

@@ -140,7 +140,13 @@ def ties(case: Case) -> State:
 
 def breadcrumbs(case: Case) -> State:
     p = case.params
-    names = {"scope": "scope", "keep": "density", "density": "density", "remove_top": "remove_top", "remove_first": "remove_first"}
+    names = {
+        "scope": "scope",
+        "keep": "density",
+        "density": "density",
+        "remove_top": "remove_top",
+        "remove_first": "remove_first",
+    }
     crumbs = _stage("breadcrumbs", {ours: p[theirs] for theirs, ours in names.items() if theirs in p})
     return merge(case.experts, crumbs | _stage("task_arithmetic", {"lambda": p["lambda"]}), base=case.base)
 
@@ -166,7 +172,11 @@ def tsvm(case: Case) -> State:
 
 def fisher(case: Case) -> State:
     p = case.params
-    given = {"weight": _number_or_tuple(p.get("coefficients") or 1.0), "normalize": p["normalize"], "floor": p["fisher_floor"]}
+    given = {
+        "weight": _number_or_tuple(p.get("coefficients") or 1.0),
+        "normalize": p["normalize"],
+        "floor": p["fisher_floor"],
+    }
     if "floor_mode" in p:
         given["floor_mode"] = p["floor_mode"].replace("-", "_")
     return merge(case.experts, _stage("fisher", given), stats=case.stats("fisher", tiny_llama.positive))

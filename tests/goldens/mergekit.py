@@ -52,7 +52,9 @@ def outputs(config: Config, names: Sequence[str], layers: int) -> Iterator[Outpu
             place = index / (length - 1) if length > 1 else 1.0
             for name in inside:
                 if layer_of(name)[1] == 0:  # type: ignore[index]
-                    starts = {s["model"]: name.replace(".0.", f".{s['layer_range'][0] + index}.") for s in part["sources"]}
+                    starts = {
+                        s["model"]: name.replace(".0.", f".{s['layer_range'][0] + index}.") for s in part["sources"]
+                    }
                     yield _output(config, part, name.replace(".0.", f".{block}."), starts, place)
             block += 1
 
@@ -62,7 +64,9 @@ def _output(config: Config, part: Config, name: str, sources: Mapping[str, str],
     listed = [s["model"] for s in part["sources"]]
     inputs = listed + ([base] if base is not None and base not in listed else [])
     source_of = {m: sources.get(m) or next(iter(sources.values()), name) for m in inputs}
-    levels = {s["model"]: [s.get("parameters"), part.get("parameters"), config.get("parameters")] for s in part["sources"]}
+    levels = {
+        s["model"]: [s.get("parameters"), part.get("parameters"), config.get("parameters")] for s in part["sources"]
+    }
 
     def one(parameter: str, model: str, default: Any = MISSING) -> Any:
         """A per-model parameter: source, slice, global, default; filters read that model's tensor name."""

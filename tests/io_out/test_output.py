@@ -60,7 +60,7 @@ def test_data_starts_at_8_and_every_tensor_at_its_item_size(job):
                 assert offset % DTYPES[shard.keys[name].dtype].itemsize == 0
 
 
-@pytest.mark.parametrize("shard_size", [10**9, 20_000])
+@pytest.mark.parametrize("shard_size", [10**9, 5_000])
 def test_transformers_loads_it(out, shard_size):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -339,7 +339,9 @@ def test_an_output_filled_during_the_run_is_kept(job, out):
     job.run(sink)
     out.mkdir()
     (out / "other.txt").write_text("other")
-    with pytest.raises(OutputError, match="was filled by somebody else during the run; move it away, then pass --resume"):
+    with pytest.raises(
+        OutputError, match="was filled by somebody else during the run; move it away, then pass --resume"
+    ):
         sink.finish()
     sink.abort()
     assert (out / "other.txt").read_text() == "other"
@@ -359,6 +361,31 @@ def test_a_foreign_partial_folder_is_never_removed(job, out):
         with pytest.raises(OutputError, match="is in the way and was not made by weightsmith"):
             job.sink(out, **options).begin(job.keys)
     assert (foreign / "thesis.tex").read_text() == "mine"
+
+
+def test_everything_is_on_the_disk_before_it_becomes_visible(job, out, monkeypatch):
+    synced, rename = set(), Path.rename
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def checked(path: Path, target: Path) -> Path:
+        assert {item.stat().st_ino for item in [path, *path.rglob("*")]} <= synced
+        synced.clear()
+        return rename(path, target)
+
+    def extra(folder: Path) -> list[Path]:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text("{}")
+        return [folder / "1_Pooling/config.json"]
+
+    sink = job.sink(out, shard_size=70)
+    job.run(sink)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", checked)
+    sink.finish(extra)
+    assert synced == {out.parent.stat().st_ino}  # and then the new name itself
+    assert len(list(out.rglob("*"))) > 4
 
 
 # --- errors of the disk ----------------------------------------------------------------------------
@@ -396,7 +423,9 @@ def test_a_disk_that_cannot_hold_the_output_fails_before_the_work(job, out):
     ended = subprocess.run(
         [sys.executable, "-c", script, out, Path(__file__).parent], check=False, capture_output=True, text=True
     )
-    assert ended.stderr.rstrip().endswith("File too large; no file may be this large here; choose a smaller output.shard_size")
+    assert ended.stderr.rstrip().endswith(
+        "File too large; no file may be this large here; choose a smaller output.shard_size"
+    )
     assert not list(out.parent.iterdir())
 
 

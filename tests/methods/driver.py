@@ -27,7 +27,7 @@ def whole(rows: int) -> list[tuple[int, int]]:
 
 def every(step: int) -> Cut:
     """Blocks of `step` rows."""
-    return lambda rows: [(low, min(low + step, rows)) for low in range(0, rows, step)]
+    return lambda rows: [(low, min(low + step, rows)) for low in range(0, max(rows, 1), step)]
 
 
 CANONICAL = every(16)
@@ -96,7 +96,9 @@ def _cut(cut: Cut) -> Cut:
     return every(1 << 30) if cut is whole else cut
 
 
-def run(pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole, honour_skips: bool = True) -> dict[str, Tensor]:
+def run(
+    pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole, honour_skips: bool = True
+) -> dict[str, Tensor]:
     """Measure, digest and merge every site."""
     own = {n: Pipeline(tuple(covered(s, site) for s in pipeline.stages)) for n, site in sites.items()}
     # A model-wide sum must not depend on `cut`, so `whole` may not mean one block there either.
@@ -130,7 +132,8 @@ def _round(
     for name in names:
         fixed = stage.scope is Scope.MODEL and cuts[name] is not whole
         for low, high in (CANONICAL if fixed else cuts[name])(sites[name].key.rows):
-            found = own[name].measure(step, block(sites[name], low, high), summaries[name])
+            with torch.no_grad():  # summaries are constants to a gradient
+                found = own[name].measure(step, block(sites[name], low, high), summaries[name])
             for key, value in found.items():
                 if isinstance(value, Rows):
                     totals[key] = torch.cat([totals[key], value.values], -1) if key in totals else value.values

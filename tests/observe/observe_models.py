@@ -34,6 +34,24 @@ def tiny_gpt2(seed: int = 0) -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
+def tiny_mixtral(seed: int = 0) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
 def tiny_vit(seed: int = 0, classes: int = 3) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -53,6 +71,20 @@ def tiny_vit(seed: int = 0, classes: int = 3) -> nn.Module:
 
 def saved(model: nn.Module, folder: Path) -> Path:
     model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def word_tokenizer(folder: Path, words: str, bos: bool = True) -> Path:
+    """A tokenizer that knows whole words, and puts <s> (id 0) in front."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>", *dict.fromkeys(words.split())])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observe_models import saved, tiny_llama, tiny_vit, token_rows
+from observe_models import saved, tiny_llama, tiny_mixtral, tiny_vit, token_rows
 from safetensors.torch import load_file
 from torch import nn
 
@@ -129,6 +129,20 @@ def test_vit_from_a_folder_with_arrays(tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")  # whose names are not those of the module's parameters
     assert {name: f.shape for name, f in found.items()} == {name: t.shape for name, t in stored.items()}
     assert story["skipped"] == []
+
+
+def test_experts_stacked_in_the_module_are_cut_as_in_the_file(tmp_path: Path) -> None:
+    model, rows = tiny_mixtral(), token_rows(3)
+    folder = saved(model, tmp_path / "moe")
+    out = observe(folder, rows, ["fisher"], tmp_path / "out", fisher="empirical")
+    found = load_file(out / "fisher.safetensors")
+    stored = load_file(folder / "model.safetensors")
+    assert {name: f.shape for name, f in found.items()} == {name: t.shape for name, t in stored.items()}
+    inside, _ = fisher_of(model, rows, tmp_path / "module", fisher="empirical")  # under the module's own names
+    stacked = inside["model.layers.0.mlp.experts.down_proj"]
+    expert = next(name for name in found if "experts.1.w2" in name)
+    torch.testing.assert_close(found[expert], stacked[1], rtol=1e-3, atol=1e-10)
+    assert found[expert].any()
 
 
 def test_many_classes_are_sampled_and_exact_is_refused_for_text(tmp_path: Path) -> None:

@@ -191,6 +191,17 @@ def test_checkpoint_names_are_those_of_the_file(tmp_path: Path) -> None:
     assert story["skipped"] == [{"name": "lm_head.weight", "reason": "tied to wte.weight"}]
 
 
+def test_renamed_modules_get_the_names_of_the_file(tmp_path: Path) -> None:
+    """transformers calls a ViT's `query` `q_proj`."""
+    folder = saved(tiny_vit(), tmp_path / "vit")
+    grams, story = collected(observe(folder, list(torch.randn(2, 1, 8, 8)), ["gram"], tmp_path / "out"))
+    stored = load_file(folder / "model.safetensors")
+    linear = {n for n, t in stored.items() if t.ndim == 2 and n.endswith(".weight")}
+    assert set(grams) | set(story["aliases"]) == linear
+    assert all(grams[story["aliases"].get(n, n)].shape[0] == stored[n].shape[1] for n in linear)
+    assert story["skipped"] == []
+
+
 def test_ranges_of_blocks_together_are_the_whole(tmp_path: Path) -> None:
     model, rows = tiny_llama(), token_rows()
     whole, _ = collected(observe(model, rows, ["gram"], tmp_path / "all"))

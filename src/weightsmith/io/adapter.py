@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from weightsmith.errors import SourceError, did_you_mean
 from weightsmith.io.pickle import PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
@@ -153,8 +155,9 @@ def read_changes(config: Mapping[str, Any], file: Source, base: Source, label: s
             if target is not None:
                 key = _target(stored, target, base, label)
                 _same_shape(stored, file.key(stored).shape, key, base, label)
-                _once(target in changes, stored, label)
-                changes[target] = Change(replacement=stored)
+                # With bias="all" peft stores the bias of a saved module twice, plain and under its wrapper's name.
+                twin = changes.setdefault(target, Change(replacement=stored)).replacement or stored
+                _once(not np.array_equal(file.bits(twin), file.bits(stored)), stored, label)
             continue
         kind = "bias" if part["leaf"] == ".bias" else _KINDS[part["part"]]
         entry = modules.setdefault(part["module"], {})
@@ -180,7 +183,7 @@ def _plain_name(name: str) -> str | None:
 
 def _once(repeated: bool, stored: str, label: str) -> None:
     if repeated:
-        raise SourceError(f"{label}: {stored!r} is stored twice (two adapters in one file?)")
+        raise SourceError(f"{label}: {stored!r} is stored twice, differently (two adapters in one file?)")
 
 
 def _target(stored: str, target: str, base: Source, label: str) -> Key:

@@ -13,7 +13,7 @@ __all__ = ["CardModel", "Citation", "licence_problems", "licences", "model_card"
 
 UNKNOWN = "unknown"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_CARD_LIMIT = 1 << 20  # bytes of an input's card that are looked at
+_CARD_LIMIT = 1 << 16  # bytes of an input's card that are looked at: front matter is short
 _HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _NONCOMMERCIAL = re.compile(r"-nc\b|non-?commercial|research|academic", re.IGNORECASE)
 _NO_DERIVATIVES = re.compile(r"-nd\b|no-?deriv", re.IGNORECASE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -95,7 +96,9 @@ class Repo:
 
     def ranged(self, file: str, start: int, stop: int) -> bytes:
         """Bytes start..stop of a file."""
-        from huggingface_hub import hf_hub_url, utils
+        from huggingface_hub import hf_hub_url
+
+        utils: Any = importlib.import_module("huggingface_hub.utils")  # it does not mark what it re-exports
 
         url = hf_hub_url(self.name, file, revision=self.commit, endpoint=self.endpoint)
         # identity: a compressed answer would count other bytes than the range does

@@ -12,15 +12,14 @@ from weightsmith.errors import SourceError
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.folder import INDEX, FolderSource
 from weightsmith.io.hub import PREFIX, looks_like_hub_id, open_hub
+from weightsmith.io.manifest import MANIFEST
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.pickle import PICKLES, PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
 from weightsmith.io.source import MemorySource, Source
 from weightsmith.lazy import torch
 
-__all__ = ["MANIFEST", "Opener", "folder_kind", "open_source", "register_opener"]
-
-MANIFEST = "weightsmith.json"
+__all__ = ["Opener", "folder_kind", "open_source", "register_opener"]
 
 Opener = Callable[[Any, Source | None, str | None], Source]
 """(ref, base, expert) -> source."""

@@ -58,7 +58,9 @@ class Fisher(
 
     def merge(self, site: Site) -> Tensor:
         factors = self._factors(site)
-        shares = torch.stack([self._floored(f, i) * a for i, (f, a) in enumerate(zip(_fishers(site), factors, strict=True))])
+        shares = torch.stack(
+            [self._floored(f, i) * a for i, (f, a) in enumerate(zip(_fishers(site), factors, strict=True))]
+        )
         total = weighted_sum(shares)
         if not bool((total > 0).all()):
             raise NumericError(
@@ -72,7 +74,9 @@ class Fisher(
         weights = spread(self.weight, site.count)
         if self.normalize:
             norms = site.summary["fisher.squares"].sqrt().tolist()
-            weights = tuple(w / (n + self.floor) if n + self.floor > 0 else 0.0 for w, n in zip(weights, norms, strict=True))
+            weights = tuple(
+                w / (n + self.floor) if n + self.floor > 0 else 0.0 for w, n in zip(weights, norms, strict=True)
+            )
         top = max(weights)
         return [w / top if top > 0 else 0.0 for w in weights]  # a common factor cancels
 

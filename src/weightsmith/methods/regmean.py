@@ -50,7 +50,7 @@ class Regmean(
         return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
 
     def elsewhere(self) -> Stage:
-        return registry("linear")(weight=self.weight)
+        return registry("linear")(**{"weight": self.weight})
 
     def merge(self, site: Site) -> Tensor:
         experts = site.experts.transpose(1, 2) if self.transposed else site.experts
@@ -67,7 +67,9 @@ class Regmean(
             target = target + (expert.double() @ gram) * weight
             total = total + gram * weight
         if self.ridge:
-            total = total + torch.eye(size, dtype=torch.float64, device=total.device) * (self.ridge * total.diagonal().mean())
+            total = total + torch.eye(size, dtype=torch.float64, device=total.device) * (
+                self.ridge * total.diagonal().mean()
+            )
         merged = torch.cholesky_solve(target.T, self._factor(site, total)).T
         return (merged.T if self.transposed else merged).to(site.stack.dtype).contiguous()
 
@@ -87,6 +89,7 @@ class Regmean(
 
     def _factor(self, site: Site, total: Tensor) -> Tensor:
         """The Cholesky factor; a sum of Grams without full rank is refused."""
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(total)
         if int(info) or bool((factor.diagonal().square() < SINGULAR * total.diagonal()).any()):
             raise NumericError(

@@ -50,8 +50,9 @@ class Slerp(
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        a, b = (x.double() for x in _ends(site))
-        return {"slerp.products": Rows(torch.stack([row_sums(p) for p in (a * a, b * b, a * b)]).cpu())}
+        a, b = _ends(site)
+        sums = [row_sums(x.double() * y) for x, y in ((a, a), (b, b), (a, b))]
+        return {"slerp.products": Rows(torch.stack(sums).cpu())}
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
         return {"slerp.products": pairwise_sum(totals["slerp.products"])}

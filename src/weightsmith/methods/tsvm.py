@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Grain, Method, Stage, number, registry
@@ -43,14 +43,18 @@ class Tsvm(
 
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)
     rank_fraction: float | str = number(
-        "auto", "share of singular triplets kept per model; auto: 1 / number of models", above=0, high=1, options=("auto",)
+        "auto",
+        "share of singular triplets kept per model; auto: 1 / number of models",
+        above=0,
+        high=1,
+        options=("auto",),
     )
 
     def elsewhere(self) -> Stage:
         if isinstance(self.scaling, tuple):
-            return registry("task_arithmetic")(weight=self.scaling, lambda_=1 / len(self.scaling))
+            return _task_arithmetic(weight=self.scaling, lambda_=1 / len(self.scaling))
         # normalize turns the sum of weights 1 into the mean
-        return registry("task_arithmetic")(lambda_=self.scaling, normalize=True)
+        return _task_arithmetic(lambda_=self.scaling, normalize=True)
 
     def merge(self, site: Site) -> Tensor:
         before, after = (self.scaling, 1.0) if isinstance(self.scaling, tuple) else (1.0, self.scaling)
@@ -64,6 +68,10 @@ class Tsvm(
         if isinstance(self.rank_fraction, str):
             return smaller // count
         return int(smaller * self.rank_fraction + 1e-9)  # 0.1 * 30 is 3, whatever the binary fraction says
+
+
+def _task_arithmetic(**parameters: Any) -> Stage:
+    return registry("task_arithmetic")(**parameters)
 
 
 def _orthogonal_sum(deltas: Tensor, rank: int) -> Tensor:

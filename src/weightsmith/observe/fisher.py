@@ -63,10 +63,9 @@ def fisher(
     sums = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
     chosen = ""
     with resting(loaded.module):
-        for p in loaded.module.parameters():
-            p.requires_grad_(False)
-        for p in parameters.values():
-            p.requires_grad_(True)
+        loaded.module.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
         for index, example in enumerate(examples):
             log_p = torch.log_softmax(loaded.logits(example.inputs[None])[0].to(torch.float32), dim=-1)
             if not torch.isfinite(log_p.detach().logsumexp(-1)).all():

@@ -7,7 +7,7 @@ products are rounded before they are added, as on every other device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from weightsmith.lazy import torch
@@ -69,7 +69,8 @@ def normaliser(weights: Sequence[float], normalize: bool) -> float:
 def unusable_weights(weights: Sequence[float], normalize: bool) -> str | None:
     """The problem with dividing by a sum of weights that is zero, or None."""
     if normalize and abs(sum(weights)) < ZERO_WEIGHT:
-        return f"weights {', '.join(f'{w:g}' for w in weights)} sum to zero, which cannot be normalized; set normalize: false"
+        listed = ", ".join(f"{w:g}" for w in weights)
+        return f"weights {listed} sum to zero, which cannot be normalized; set normalize: false"
     return None
 
 
@@ -112,8 +113,11 @@ def elect_sign(votes: Tensor, rule: str = "mass", norms: Sequence[float] | None 
     assert norms is not None
     inverse = [1 / norm if norm > 0 else 0.0 for norm in norms]
     if rule == "normmass":
-        shares = votes.double() * per_expert(inverse, votes.double())  # squares of 1e-30 vanish in float32
-        return weighted_sum(shares * shares.abs()).sign().to(votes.dtype)
+        total = torch.zeros_like(votes[0], dtype=torch.float64)
+        for vote, factor in zip(votes, inverse, strict=True):
+            share = vote.double() * factor  # float64: squares of small shares vanish in float32
+            total = total + share * share.abs()
+        return total.sign().to(votes.dtype)
     best, sign = votes[0].abs().double() * inverse[0], votes[0].sign()
     for i in range(1, votes.shape[0]):
         share = votes[i].abs().double() * inverse[i]
@@ -130,21 +134,14 @@ def disjoint(votes: Tensor, signs: Tensor, weights: Sequence[float], aggregate: 
                max: the elected sign times the largest agreeing |v_i|
     Zeros never agree, and nothing agrees with an elected sign of 0.
     """
-    # The same sign, not a positive product: tiny products would vanish.
-    kept = (torch.where((v.sign() == signs) & (v != 0), v, 0.0) for v in votes)
-    if aggregate == "max":
-        return signs * _fold(torch.maximum, [k.abs() for k in kept])
-    if aggregate == "sum":
-        return _fold(torch.add, kept)
     total, divisor = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
-    for voice, weight in zip(kept, weights, strict=True):
-        total = total + voice
-        divisor = divisor + torch.where(voice.detach() != 0, weight, 0.0).to(divisor.dtype)
+    for vote, weight in zip(votes, weights, strict=True):
+        # The same sign, not a positive product: tiny products would vanish.
+        agrees = (vote.sign() == signs) & (vote != 0)
+        kept = torch.where(agrees, vote, 0.0)
+        total = torch.maximum(total, kept.abs()) if aggregate == "max" else total + kept
+        if aggregate == "mean":
+            divisor = divisor + agrees * weight
+    if aggregate == "max":
+        return signs * total
     return total / torch.where(divisor == 0, 1.0, divisor)
-
-
-def _fold(add: Callable[[Tensor, Tensor], Tensor], parts: object) -> Tensor:
-    first, *rest = parts  # type: ignore[misc]
-    for part in rest:
-        first = add(first, part)
-    return first

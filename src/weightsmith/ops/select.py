@@ -27,7 +27,18 @@ from weightsmith.site import Summary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ROUNDS", "Cuts", "before", "digest", "histogram", "keep_share", "leading", "magnitude_bits", "measure", "settled"]
+__all__ = [
+    "ROUNDS",
+    "Cuts",
+    "before",
+    "digest",
+    "histogram",
+    "keep_share",
+    "leading",
+    "magnitude_bits",
+    "measure",
+    "settled",
+]
 
 ROUNDS = 3
 HIGH, LOW = 1 << 15, 1 << 16  # buckets: 31 bits of magnitude, split 15 + 16
@@ -54,11 +65,11 @@ def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | R
         return {"select.high": torch.stack([histogram(b >> 16, HIGH) for b in bits]).cpu()}
     if round == 1:
         buckets = summary["select.bucket"].tolist()
-        return {"select.low": torch.stack([_low_counts(b, found) for b, found in zip(bits, buckets, strict=True)]).cpu()}
+        return {
+            "select.low": torch.stack([_low_counts(b, found) for b, found in zip(bits, buckets, strict=True)]).cpu()
+        }
     thresholds = summary["select.threshold"].tolist()
-    equal = [
-        torch.stack([(as_rows(b) == t).sum(1) for t in found]) for b, found in zip(bits, thresholds, strict=True)
-    ]
+    equal = [torch.stack([(as_rows(b) == t).sum(1) for t in found]) for b, found in zip(bits, thresholds, strict=True)]
     return {"select.equal": Rows(torch.stack(equal).cpu())}
 
 

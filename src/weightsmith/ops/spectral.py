@@ -70,10 +70,12 @@ def polar(matrix: Tensor) -> Tensor:
     if x.shape[1] <= x.shape[0]:
         values, vectors = torch.linalg.eigh(x.T @ x)
         if values[0] > 1e-8 * values[-1]:
-            return x @ ((vectors * values.rsqrt()) @ vectors.T)
+            root: Tensor = (vectors * values.rsqrt()) @ vectors.T
+            return x @ root
     p, d, qt = torch.linalg.svd(x, full_matrices=False)
     kept = d > RESOLVED * d[0]
-    return p[:, kept] @ qt[kept]
+    factor: Tensor = p[:, kept] @ qt[kept]
+    return factor
 
 
 def qr_core(left: Tensor, right: Tensor, k: int | None = None) -> Svd:

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.errors import RecipeError, did_you_mean
 from weightsmith.keys import Key
-from weightsmith.method import Filter, Parameter, Pipeline, Stage, registry
+from weightsmith.method import Codec, Method, Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.schema import Recipe, Rule, StageSpec
 
 __all__ = ["Resolver", "ramp"]
@@ -27,11 +27,12 @@ def ramp(points: Sequence[float], depth: float) -> float:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One stage of a pipeline with what was written inside it, and whether a rule wrote it."""
+    """One stage of a pipeline with what was written inside it, whether a rule wrote it, or nobody did."""
 
     cls: type[Stage]
     inline: Mapping[str, Any]
     from_rule: bool
+    implied: bool = False
 
 
 class Resolver:
@@ -136,12 +137,12 @@ class Resolver:
 
 
 def _completed(slots: tuple[_Slot, ...]) -> tuple[_Slot, ...]:
-    """Filters alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
-    if any(not issubclass(slot.cls, Filter) for slot in slots):
+    """Filters and codecs alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
+    if any(issubclass(slot.cls, Method) for slot in slots):
         return slots
-    before = tuple(s for s in slots if not s.cls.traits.after)
-    behind = tuple(s for s in slots if s.cls.traits.after)
-    return (*before, _Slot(registry("task_arithmetic"), {}, slots[0].from_rule), *behind)
+    behind = tuple(s for s in slots if s.cls.traits.after or issubclass(s.cls, Codec))
+    before = tuple(s for s in slots if s not in behind)
+    return (*before, _Slot(registry("task_arithmetic"), {}, slots[0].from_rule, implied=True), *behind)
 
 
 def _applies(rule: Rule, key: Key) -> bool:
@@ -156,7 +157,10 @@ def _applies(rule: Rule, key: Key) -> bool:
 
 def _claims(slot: _Slot, slots: Sequence[_Slot], name: str) -> bool:
     """Whether a value from outside the stages goes to this one: the stages that set it inline do not compete."""
-    rivals = [s for s in slots if name not in s.inline and any(p.name == name for p in s.cls.parameters())]
+    takers = [s for s in slots if any(p.name == name for p in s.cls.parameters())]
+    # `consensus` with a lambda means its own, not that of the sum it is put behind.
+    takers = [s for s in takers if not s.implied] or takers
+    rivals = [s for s in takers if name not in s.inline]
     if name in slot.inline:
         return not rivals
     if len(rivals) > 1:

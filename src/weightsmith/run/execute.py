@@ -52,6 +52,8 @@ def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
         produced: Iterable[tuple[str, int, np.ndarray]] = _copied(task, context)
     elif task.pipeline.grain is Grain.GROUP:
         produced = _grouped(task, task.pipeline, context)
+    elif task.pipeline.codec is not None:
+        produced = _encoded(task, task.pipeline, context)
     elif is_fused(task, context):
         produced = _fused(task, task.pipeline, context)
     else:
@@ -70,13 +72,13 @@ def _copied(task: Task, context: Context) -> Iterator[tuple[str, int, np.ndarray
     """The stored bytes of one input, cast only where the output dtype differs."""
     source = context.inputs.experts[task.source] if task.source else context.inputs.base
     assert source is not None
-    stored = source.key(task.key.name)
+    stored, (out,) = source.key(task.key.name), task.keys
     for start, stop in blocks(task.key, task.start, task.stop, context.block):
-        if stored.dtype == task.key.dtype and not source.computes(stored.name):
-            yield task.key.name, start, source.bits(stored.name, start, stop)
+        if stored.dtype == out.dtype and not source.computes(stored.name):
+            yield out.name, start, source.bits(stored.name, start, stop)
         else:
             value = source.read(stored.name, start, stop)
-            yield task.key.name, start, _encode(value, task.key, start)
+            yield out.name, start, _encode(value, out, start)
 
 
 def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -103,6 +105,23 @@ def _merged(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[
         site = _site(task.key, task, pipeline, context, start, stop)
         out = pipeline.merge(site, summaries)
         yield task.key.name, start, _finished(out, task.key, site, start, context)
+
+
+def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The parts that a codec makes of a tensor; every block gives the rows that stand for it."""
+    summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
+    for start, stop in _ranges(task, pipeline, context.block):
+        site = _site(task.key, task, pipeline, context, start, stop)
+        made = pipeline.encode(site, summaries)
+        for part in task.encoded:
+            low, high = part.rows(site.offset, site.offset + site.stack[0].numel())
+            rows = made[part.key.name]
+            wanted = (high - low, *part.key.shape[1:]) if part.key.shape else ()
+            if tuple(rows.shape) != wanted:
+                raise NumericError(f"{part.key.name}: the codec returned shape {list(rows.shape)} for {list(wanted)}")
+            if part.key.floating:
+                _refuse_bad_result(part.key, low, rows, context)
+            yield part.key.name, low, _encode(rows.cpu(), part.key, low)
 
 
 def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -176,7 +195,7 @@ def _measured(
 
 def _ranges(task: Task, pipeline: Pipeline, block: int) -> Iterable[tuple[int, int]]:
     if pipeline.grain is Grain.ELEMENT:
-        return blocks(task.key, task.start, task.stop, block)
+        return blocks(task.key, task.start, task.stop, block, [part.span for part in task.encoded])
     return [(task.start, task.stop)]
 
 
@@ -301,8 +320,11 @@ class _Hashes:
 
     def __init__(self, task: Task) -> None:
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}
+        whole = task.group or (task.start, task.stop) == (0, task.key.rows)
+        width = task.key.row_numel
+        cut = {part.key.name: part.rows(task.start * width, task.stop * width) for part in task.encoded}
         for key in task.keys:
-            ranges = parts(key) if task.group or (task.start, task.stop) == (0, key.rows) else [(task.start, task.stop)]
+            ranges = parts(key) if whole else [cut.get(key.name, (task.start, task.stop))]
             self._parts[key.name] = [(low, high, xxhash.xxh3_128()) for low, high in ranges]
 
     def add(self, name: str, start: int, bits: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
 
-__all__ = ["Result", "identity", "package", "run", "treatments"]
+__all__ = ["Result", "identity", "package", "prepared", "run", "treatments"]
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,7 @@ def run(
     began = time.perf_counter()
     inputs = sources if sources is not None else open_inputs(recipe)
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
-    paths = [path for _, source in inputs.models if (path := _place(source)) is not None]
-    problems = [*plan.problems, *check_output(out, paths, overwrite, resume, plan.write_bytes)]
-    if problems:
-        raise PlanError(problems)
-    for _, source in inputs.models:
-        source.prepare()
-    sink = FolderSink(
-        out,
-        shard_size=parse_size(recipe.output.shard_size),
-        identity=identity(recipe, inputs),
-        resume=resume,
-        overwrite=overwrite,
-    )
+    sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite)
     records = carry_out(plan, inputs, sink, device=device, progress=progress)
     sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
     stated = licences({name: source.folder for name, source in inputs.models})
@@ -84,6 +72,26 @@ def run(
         write_bytes=plan.write_bytes,
         peak_bytes=plan.peak_bytes,
         warnings=(*plan.notes, *(licence_problems(stated) if set(stated.values()) != {"unknown"} else ())),
+    )
+
+
+def prepared(
+    plan: Plan, inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, weight_name: str = "model"
+) -> FolderSink:
+    """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched."""
+    paths = [path for _, source in inputs.models if (path := _place(source)) is not None]
+    problems = [*plan.problems, *check_output(out, paths, overwrite, resume, plan.write_bytes)]
+    if problems:
+        raise PlanError(problems)
+    for _, source in inputs.models:
+        source.prepare()
+    return FolderSink(
+        out,
+        shard_size=parse_size(plan.recipe.output.shard_size),
+        identity=identity(plan.recipe, inputs),
+        resume=resume,
+        overwrite=overwrite,
+        weight_name=weight_name,
     )
 
 

@@ -79,17 +79,18 @@ def make_plan(
     threads: int | None = None,
     out: Path | None = None,
     strict: bool = True,
+    encode: bool = False,
 ) -> Plan:
-    """Plan a merge from headers alone.
+    """Plan a merge, or with `encode` a compression, from headers alone.
 
     `memory` bounds the predicted peak in bytes (fewer threads are used to keep it), `threads` defaults to
     the cores at hand.  Raises PlanError with every problem found; with `strict=False` the plan holds them.
     """
     if sources is None:
         sources = open_inputs(recipe)
-    planner = Planner(recipe, sources)
+    planner = Planner(recipe, sources, encode=encode)
     tasks = planner.tasks()
-    keys = planner.output_keys()
+    keys = planner.output_keys(tasks)
     problems = [*sources.problems, *planner.problems]
     notes = list(planner.notes)
     free = None
@@ -142,9 +143,10 @@ def _coverage(tasks: Iterable[Task]) -> Iterable[Coverage]:
         if task.pipeline is None:
             text = f"copied from {task.source or 'base'} ({task.reason})"
         else:
-            text = f"merged by {task.pipeline.name}" + (f" ({task.reason})" if task.reason else "")
+            done = "compressed" if task.pipeline.codec is not None else "merged"
+            text = f"{done} by {task.pipeline.name}" + (f" ({task.reason})" if task.reason else "")
         names, numel = found.get(text, (set(), 0))
-        names |= {k.name for k in task.keys}
+        names |= {k.name for k in task.keys} if task.group else {task.key.name}
         size = sum(k.numel for k in task.keys) if task.group else (task.stop - task.start) * task.key.row_numel
         found[text] = (names, numel + size)
     return [Coverage(text, len(names), numel) for text, (names, numel) in found.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from weightsmith.errors import WeightsmithError, did_you_mean
+from weightsmith.io.codec_folder import own_name
 from weightsmith.io.source import Source
 from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
@@ -18,10 +19,14 @@ __all__ = ["Planner"]
 
 
 class Planner:
-    """Goes through the tensors once and collects tasks and problems."""
+    """Goes through the tensors once and collects tasks and problems.
 
-    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
-        self.recipe, self.inputs = recipe, inputs
+    encode   the output is a compressed folder: tensors under a codec become its parts, what is kept from the
+             base stays there, and what only experts have is stored for each of them
+    """
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, *, encode: bool = False) -> None:
+        self.recipe, self.inputs, self.encode = recipe, inputs, encode
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.reference = inputs.base if inputs.base is not None else next(iter(inputs.experts.values()), None)
@@ -49,6 +54,8 @@ class Planner:
             if treatment is None:
                 continue
             pipeline, source, reason = treatment
+            if self.encode and pipeline is None and key.floating:
+                continue  # the base has it, and whoever decodes has the base
             self._treatment[name] = treatment
             if pipeline is not None and pipeline.grain is Grain.GROUP:
                 groups.setdefault(pipeline, []).append(key)
@@ -56,15 +63,23 @@ class Planner:
                 out += self._cut(self._output(key), pipeline, source, reason)
         for pipeline, keys in groups.items():
             out += self._grouped(pipeline, keys)
-        for name in self._carried:
-            source_name = self._carried[name]
-            key = self.inputs.experts[source_name].key(name)
-            out += self._cut(self._output(key), None, source_name, f"only in {source_name}, kept from there")
+        for name, first in self._carried.items():
+            for owner in self._owners(name) if self.encode else (first,):
+                key = self._output(self.inputs.experts[owner].key(name))
+                stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
+                out += self._cut(key, None, owner, f"only in {owner}, kept from there", stored)
+        if self.encode and not self.problems and not any(t.pipeline and t.pipeline.codec for t in out):
+            self.problems.append("nothing is compressed: end 'method' with a codec such as tall_masks")
         return out
 
-    def output_keys(self) -> list[Key]:
-        keys = [self._output(self.reference.keys[n]) for n in self._treatment] if self.reference else []
-        return keys + [self._output(self.inputs.experts[s].key(n)) for n, s in getattr(self, "_carried", {}).items()]
+    def output_keys(self, tasks: Iterable[Task]) -> list[Key]:
+        """Every output tensor once: in the order of the inputs, then what is carried over or made of them."""
+        found = {key.name: key for task in tasks for key in task.keys}
+        first = [found.pop(name) for name in self._treatment if name in found]
+        return first + list(found.values())
+
+    def _owners(self, name: str) -> list[str]:
+        return [expert for expert, source in self.inputs.experts.items() if _has(source, name)]
 
     def _output(self, key: Key) -> Key:
         dtype = self.recipe.output.dtype
@@ -92,9 +107,20 @@ class Planner:
         if BASE in pipeline.needs and self.inputs.base is None:
             self._once(f"{pipeline.name} needs a base model: add 'base:' to the recipe")
             return None
+        if pipeline.codec is not None and not self._may_encode(pipeline):
+            return None
         for stage in pipeline.stages:
             self._check_stage(stage)
         return pipeline, "", reason
+
+    def _may_encode(self, pipeline: Pipeline) -> bool:
+        if not self.encode:
+            self._once(f"{pipeline.name} keeps every model instead of making one; use weightsmith compress")
+        elif pipeline.grain is Grain.GROUP:
+            self._once(f"{pipeline.name}: {pipeline.method.name} merges groups of tensors, which a codec cannot follow")
+        else:
+            return True
+        return False
 
     def _check_stage(self, stage: Stage) -> None:
         count = len(self.inputs.experts)
@@ -106,6 +132,8 @@ class Planner:
             if traits.max_count is not None and traits.min_count != traits.max_count:
                 wanted = f"{traits.min_count} to {traits.max_count}"
             self._once(f"{traits.name} takes {wanted} models, the recipe has {count}")
+        if text := stage.remark(count):
+            self.notes += [note for note in [f"{traits.name}: {text}"] if note not in self.notes]
         for parameter in stage.parameters():
             value = getattr(stage, parameter.field)
             if parameter.each and isinstance(value, tuple) and len(value) != count:
@@ -140,7 +168,7 @@ class Planner:
                 # Never a fallback: the user forgot the data that the method is named for.
                 self._once(
                     f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "
-                    f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to the model'
+                    f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to it'
                 )
                 continue
             if missing := [n for n, s in found.items() if not _has(s, key.name)]:
@@ -219,16 +247,21 @@ class Planner:
 
     # -- cutting
 
-    def _cut(self, key: Key, pipeline: Pipeline | None, source: str, reason: str) -> Iterable[Task]:
+    def _cut(
+        self, key: Key, pipeline: Pipeline | None, source: str, reason: str, stored: Key | None = None
+    ) -> Iterable[Task]:
         count, has_base = len(self.inputs.experts), self.inputs.base is not None
         stats = _stats_of(pipeline)
-        ranges = parts(key) if cuttable(pipeline) else [(0, key.rows)]
-        extra = max((s.read_cost(key.name) for s in self.inputs.experts.values()), default=0.0)
+        codec = pipeline.codec if pipeline is not None else None
+        encoded = codec.parts(key, tuple(self.inputs.experts)) if codec is not None else ()
+        keys = tuple(part.key for part in encoded) or (stored or key,)
+        ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline) else [(0, key.rows)]
+        extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if _has(s, key.name)), default=0.0)
         for low, high in ranges:
             peak = task_peak(key, high - low, count, has_base, pipeline)
             yield Task(
-                id=f"{key.name}:{low}",
-                keys=(key,),
+                id=f"{keys[0].name}:{low}",
+                keys=keys,
                 pipeline=pipeline,
                 source=source,
                 start=low,
@@ -237,6 +270,8 @@ class Planner:
                 stats=stats,
                 reason=reason,
                 peak=int(peak * (1 + extra)) + self._stat_bytes(key, stats),
+                of=None if keys == (key,) else key,
+                experts=tuple(self.inputs.experts) if encoded else (),
             )
 
     def _grouped(self, pipeline: Pipeline, keys: list[Key]) -> Iterable[Task]:

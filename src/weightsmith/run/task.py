@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from weightsmith.keys import Key
-from weightsmith.method import Grain, Pipeline, Scope
+from weightsmith.keys import DTYPES, Key
+from weightsmith.method import Grain, Part, Pipeline, Scope
 
-__all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "parts", "task_peak"]
+__all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "parts", "row_step", "task_peak"]
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
@@ -24,7 +25,9 @@ class Task:
     """One piece of a plan.
 
     id         unique, stable between runs
-    keys       output tensors with output dtypes: one, or all members of a group
+    keys       output tensors with output dtypes: one, all members of a group, or the parts of an encoded tensor
+    of         the input tensor, where the output has another name or form
+    experts    names of the experts, where the output depends on them
     pipeline   what to do; None: copy from `source`
     source     whose tensor is copied: '' (the base) or an expert's name
     start/stop rows covered (whole tensors for groups)
@@ -45,32 +48,47 @@ class Task:
     reason: str = ""
     peak: int = 0
     group: str = ""
+    of: Key | None = None
+    experts: tuple[str, ...] = ()
 
     @property
     def key(self) -> Key:
-        return self.keys[0]
+        """The tensor that is read, with the output's dtype; for a group its first."""
+        return self.of or self.keys[0]
 
     @property
     def nbytes(self) -> int:
         """Output bytes."""
-        if len(self.keys) > 1:
-            return sum(k.nbytes for k in self.keys)
-        return self.key.nbytes * (self.stop - self.start) // max(self.key.rows, 1)
+        whole = sum(k.nbytes for k in self.keys)
+        return whole if self.group else whole * (self.stop - self.start) // max(self.key.rows, 1)
+
+    @property
+    def encoded(self) -> tuple[Part, ...]:
+        """The parts that a codec makes of this tensor; none if the pipeline does not end in one."""
+        codec = self.pipeline.codec if self.pipeline is not None else None
+        return codec.parts(self.key, self.experts) if codec is not None else ()
 
 
-def blocks(key: Key, start: int, stop: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `size` elements that cover start..stop; a row is never cut."""
-    step = max(1, size // max(key.row_numel, 1))
+def row_step(key: Key, size: int, spans: Iterable[int] = ()) -> int:
+    """How many rows make up about `size` elements, at least one; a multiple of every span in elements."""
+    unit = math.lcm(*(span // math.gcd(span, max(key.row_numel, 1)) for span in spans))
+    return max(1, size // max(key.row_numel, 1) // unit) * unit
+
+
+def blocks(
+    key: Key, start: int, stop: int, size: int = BLOCK, spans: Iterable[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `size` elements that cover start..stop; a row (see also `row_step`) is never cut."""
+    step = row_step(key, size, spans)
     for low in range(start, stop, step):
         yield low, min(low + step, stop)
 
 
-def parts(key: Key) -> list[tuple[int, int]]:
+def parts(key: Key, spans: Iterable[int] = ()) -> list[tuple[int, int]]:
     """Row ranges of about PART_BYTES of output: the units that checksums are kept for."""
     if key.numel == 0:
         return [(0, key.rows)]
-    row = max(key.nbytes // max(key.rows, 1), 1)
-    step = max(1, PART_BYTES // row)
+    step = row_step(key, PART_BYTES // DTYPES[key.dtype].itemsize, spans)
     return [(low, min(low + step, key.rows)) for low in range(0, key.rows, step)]
 
 

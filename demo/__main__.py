@@ -1,0 +1,88 @@
+"""Train two families of models, merge them with the command `weightsmith merge`, and show what each merge keeps.
+
+    python -m demo               about four minutes on two cores the first time, seconds after that
+    python -m demo --markdown    print the tables as Markdown
+    python -m demo --picture     also write docs/demo.svg
+
+Everything is kept in .demo/; delete the folder to start afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from demo.results import Result
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".demo"
+
+
+def narrator() -> Callable[[str], None]:
+    """A function that prints a line with the seconds since the start."""
+    began = time.perf_counter()
+    return lambda text: print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
+
+
+def measure(home: Path, say: Callable[[str], None]) -> list[Result]:
+    """Train, merge and score both families."""
+    say("loading torch, transformers and the data")
+    import torch
+
+    from demo.digits import Digits
+    from demo.results import measured
+    from demo.text import Text
+
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    return [measured(family, home, say) for family in (Digits(), Text())]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--picture", action="store_true", help="write docs/demo.svg")
+    chosen = parser.parse_args(arguments)
+    quiet = chosen.markdown
+    results = measure(HOME, (lambda text: None) if quiet else narrator())
+
+    from demo.results import document, picture, table
+    from weightsmith.report.table import markdown, rich_table
+
+    (HOME / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1), "utf-8")
+    page = HOME / "demo.html"
+    page.write_text(document(results), "utf-8")
+    if chosen.picture:
+        (ROOT / "docs").mkdir(exist_ok=True)
+        (ROOT / "docs" / "demo.svg").write_text(picture(results), "utf-8")
+    if chosen.markdown:
+        print("\n".join(f"**{result.title}**\n\n{markdown(table(result))}" for result in results))
+        return
+
+    from rich.console import Console
+
+    console = Console(width=max(130, Console().width))
+    for result in results:
+        console.print()
+        console.print(rich_table(table(result)))
+    example = next(row for row in results[-1].rows if row.name == "TIES")
+    print(f"\nPlots: {page}")
+    print(f"Try next: change a number in {shown(example.recipe)}, then run")
+    print(f"  .venv/bin/weightsmith merge {shown(example.recipe)} my-merge")
+
+
+def shown(path: str) -> str:
+    """A path as short as it can be written from here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+if __name__ == "__main__":
+    main()

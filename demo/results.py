@@ -1,0 +1,231 @@
+"""From families to rows, tables, plots and the HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.family import BASE, JOINT, Family, Scores
+from demo.merging import METHODS, Bench, choose
+from demo.table import Reference, Row, row
+from weightsmith.report.html import Figure, Section, Text, page
+from weightsmith.report.picture import Bar, Panel, bars
+from weightsmith.report.table import Column, Table
+
+COLOURS = {"base": "#9aa6b8", "expert": "#b9c3d1", "joint": "#7a8799", "merge": "#3b82c4"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that is shown of one family."""
+
+    name: str
+    title: str
+    about: str
+    score_name: str
+    higher_is_better: bool
+    forgetting_means: str
+    tasks: tuple[str, ...]
+    seeds: int
+    rows: tuple[Row, ...]
+    tried: dict[str, dict[str, float]]  # method -> choice -> mean validation score
+
+
+def measured(family: Family, home: Path, say: Callable[[str], None]) -> Result:
+    """Checkpoints, merges and scores of a family.  Coefficients are chosen on validation, all rows are on test."""
+    scores = Scores(home / "scores.json")
+    benches = []
+    for seed in family.seeds:
+        prefix = f"{family.name}, seed {seed}" if len(family.seeds) > 1 else family.name
+        folder = family.checkpoints(home, seed, lambda text, prefix=prefix: say(f"{prefix}: training {text}"))  # type: ignore[misc]
+        benches.append(Bench(family, seed, folder, scores))
+
+    def every(name: str) -> list[dict[str, float]]:
+        return [bench.model(name, "test") for bench in benches]
+
+    say(f"{family.name}: scoring the base, the experts and joint training")
+    experts = {task: every(task) for task in family.tasks}
+    references = [
+        Reference(base, {task: experts[task][at][task] for task in family.tasks}, family.higher_is_better)
+        for at, base in enumerate(every(BASE))
+    ]
+    rows = [row("base", "base", every(BASE), references, family.guards)]
+    rows += [row(f"expert {task}", "expert", experts[task], references, family.guards) for task in family.tasks]
+    rows.append(row("joint training", "joint", every(JOINT), references, family.guards))
+    tried = {}
+    for method in METHODS:
+        say(f"{family.name}: merging with {method}")
+        best, tried[method] = choose(benches, method)
+        found = [bench.merged(method, best, "test") for bench in benches]
+        recipe = benches[0].recipe(method, best)
+        rows.append(row(method, "merge", found, references, family.guards, best.label, str(recipe)))
+        for bench in benches:
+            bench.forget()
+    return Result(
+        name=family.name,
+        title=family.title,
+        about=family.about,
+        score_name=family.score_name,
+        higher_is_better=family.higher_is_better,
+        forgetting_means=family.forgetting_means,
+        tasks=family.tasks,
+        seeds=len(family.seeds),
+        rows=tuple(rows),
+        tried=tried,
+    )
+
+
+def table(result: Result) -> Table:
+    """One family's table."""
+    decimals = 1 if result.higher_is_better else 3
+    columns = [
+        Column("name", "model"),
+        *(Column(f"task {task}", task, decimals=decimals) for task in result.tasks),
+        Column("score", f"mean {result.score_name}", decimals=decimals, meaning="mean over the tasks"),
+        Column("normalised", "of expert", percent=True, meaning="score as a share of the expert's own"),
+        Column("gain_kept", "gain kept", 0, percent=True, meaning="(model - base) / (expert - base), mean over tasks"),
+        Column("spread", "± seeds", 0, percent=True, meaning="standard deviation of the gain kept over the seeds"),
+        Column("forgetting", "forgetting", decimals, meaning=result.forgetting_means),
+        Column("chosen", "chosen on validation"),
+        Column("verdict", "against the base"),
+    ]
+    better = "higher" if result.higher_is_better else "lower"
+    share = "model / expert" if result.higher_is_better else "expert / model"
+    seeds = f"Means over {result.seeds} seeds; ± is their standard deviation." if result.seeds > 1 else "One seed."
+    return Table(
+        title=result.title,
+        columns=columns,
+        rows=[record(one) for one in result.rows],
+        notes=(
+            f"Test split; {result.score_name}: {better} is better. Of expert: {share}, each task against its own expert. "
+            f"Gain kept: (model − base) / (expert − base), mean over the tasks. "
+            f"Forgetting: {result.forgetting_means}. {seeds}",
+        ),
+        group="kind",
+        strong=frozenset({best_merge(result)}),
+    )
+
+
+def record(one: Row) -> dict[str, object]:
+    """A row as a flat record."""
+    own = {
+        key: getattr(one, key) for key in ("name", "kind", "score", "normalised", "gain_kept", "spread", "forgetting")
+    }
+    scores = {f"task {task}": score for task, score in one.tasks.items()}
+    return {**own, **scores, "chosen": one.chosen, "verdict": one.verdict}
+
+
+def best_merge(result: Result) -> int:
+    """Index of the merge that keeps most."""
+    merges = [at for at, one in enumerate(result.rows) if one.kind == "merge"]
+    return max(merges, key=lambda at: result.rows[at].gain_kept)
+
+
+# --- plots -----------------------------------------------------------------------------------------
+
+
+def gain_figure(result: Result) -> Figure:
+    """Bars of the share of the experts' gain that each merge keeps."""
+    compared = [one for one in result.rows if one.kind in ("joint", "merge")]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "x": [100 * one.gain_kept for one in compared],
+        "y": [one.name for one in compared],
+        "text": [f"{100 * one.gain_kept:.0f}%" for one in compared],
+        "textposition": "inside",
+        "insidetextanchor": "start",
+        "customdata": [one.chosen or "no coefficient" for one in compared],
+        "hovertemplate": "%{y}: %{x:.1f}% of the gain kept<br>%{customdata}<extra></extra>",
+        "marker": {"color": [COLOURS[one.kind] if one.gain_kept >= 0 else "#c4573b" for one in compared]},
+    }
+    if result.seeds > 1:
+        bar["error_x"] = {"type": "data", "array": [100 * (one.spread or 0) for one in compared], "color": "#8894a7"}
+    layout = {
+        "margin": {"l": 130, "r": 20, "t": 10, "b": 50},
+        "xaxis": {"title": {"text": "share of the experts' gain kept, % (0: the base, 100: every expert at home)"}},
+        "yaxis": {"autorange": "reversed"},
+    }
+    spread = f"Whiskers: standard deviation over {result.seeds} seeds." if result.seeds > 1 else "One seed."
+    return Figure(f"{result.title}: gain kept", [bar], layout, spread, height=300)
+
+
+def task_figure(result: Result) -> Figure:
+    """Every model's score on every task, as a heat map of gains with the scores written in."""
+    base = result.rows[0].tasks
+    experts = {task: next(one for one in result.rows if one.name == f"expert {task}").tasks[task] for task in base}
+    shown = list(reversed(result.rows))
+    decimals = 1 if result.higher_is_better else 3
+    share = [[100 * (one.tasks[t] - base[t]) / (experts[t] - base[t]) for t in result.tasks] for one in shown]
+    heat = {
+        "type": "heatmap",
+        "x": list(result.tasks),
+        "y": [one.name for one in shown],
+        "z": share,
+        "zmin": -100,
+        "zmax": 100,
+        "zmid": 0,
+        "colorscale": [[0, "#c4573b"], [0.5, "rgba(127,127,127,0.12)"], [1, "#3b82c4"]],
+        "text": [[f"{one.tasks[t]:.{decimals}f}" for t in result.tasks] for one in shown],
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{y} on %{x}: %{text}<br>%{z:.0f}% of the expert's gain<extra></extra>",
+        "colorbar": {"title": {"text": "gain kept, %"}, "thickness": 12},
+        "xgap": 2,
+        "ygap": 2,
+    }
+    layout = {"margin": {"l": 130, "r": 20, "t": 30, "b": 20}, "xaxis": {"side": "top"}}
+    note = "Colour: share of that task's expert's gain; grey is the base."
+    return Figure(f"{result.title}: {result.score_name} by task", [heat], layout, note, height=60 + 32 * len(shown))
+
+
+def tried_table(result: Result) -> Table:
+    """What was tried on the validation split."""
+    chosen = {one.name: one.chosen for one in result.rows}
+    rows = [
+        {"method": method, "choice": choice, "score": score, "taken": "chosen" if choice == chosen[method] else ""}
+        for method, choices in result.tried.items()
+        for choice, score in choices.items()
+    ]
+    columns = (
+        Column("method", "method"),
+        Column("choice", "coefficients"),
+        Column("score", f"mean {result.score_name}", decimals=2 if result.higher_is_better else 4),
+        Column("taken", ""),
+    )
+    strong = frozenset(at for at, one in enumerate(rows) if one["taken"])
+    return Table("Coefficients tried on the validation split", columns, rows, group="method", strong=strong)
+
+
+def document(results: Sequence[Result]) -> str:
+    """The whole HTML page."""
+    sections: list[Section] = [
+        Text(
+            "",
+            (
+                "Each family has a base model and four experts, each of which went on training with one task. "
+                "A merge makes one model out of the experts' weights without training; the question is how much "
+                "of what the experts gained over the base it keeps. Joint training, the comparison, needs all the data.",
+            ),
+        )
+    ]
+    for result in results:
+        sections.append(Text(result.title, (result.about,)))
+        sections += [table(result), gain_figure(result), task_figure(result), tried_table(result)]
+    return page("What merging keeps", sections)
+
+
+def picture(results: Sequence[Result]) -> str:
+    """The gain kept by each merge, as an SVG."""
+    panels = [
+        Panel(
+            result.title,
+            [
+                Bar(one.name, one.gain_kept, one.spread, other=one.kind == "joint")
+                for one in result.rows
+                if one.kind in ("joint", "merge")
+            ],
+        )
+        for result in results
+    ]
+    return bars(panels, "Share of the experts' gain that one merged model keeps; whiskers: spread over seeds.")

@@ -1,0 +1,52 @@
+"""`weightsmith check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from weightsmith.cli.options import Device, Json, device_of
+from weightsmith.cli.show import say, show_json, table, warn
+
+__all__ = ["check"]
+
+
+def check(
+    out: Annotated[Path, Parameter(help="Folder with the model.")],
+    /,
+    *,
+    text: Annotated[Path | None, Parameter(help="UTF-8 file to measure perplexity on; default: some English.")] = None,
+    length: Annotated[int, Parameter(help="Tokens of context.")] = 512,
+    device: Device = "auto",
+    trust_remote_code: Annotated[bool, Parameter(help="Let the checkpoint's own python code run.")] = False,
+    json: Json = False,
+) -> int:
+    """Load a result, run it, and compare its perplexity with its parents'."""
+    from weightsmith.observe.check import check as look
+
+    report = look(out, text=text, length=length, device=device_of(device), trust_remote_code=trust_remote_code)
+    if json:
+        show_json(report)
+    else:
+        _show(report)
+    return 0 if report["ok"] else 2
+
+
+def _show(report: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{found['perplexity']:.3f}", f"{found['bits_per_byte']:.4f}", found["tokens"])
+        for name, found in report["models"].items()
+        if "perplexity" in found
+    ]
+    table("Perplexity", ("model", "per token", "bits per byte", "tokens"), rows, right=(1, 2, 3))
+    for name, reason in report["missing"].items():
+        say(f"note: {name} is not compared: {reason}")
+    for note in report["notes"]:
+        say(f"note: {note}")
+    for text in report["warnings"]:
+        warn(text)
+    for problem in report["problems"]:
+        say(f"problem: {problem}")
+    say(f"{report['path']}: {'works' if report['ok'] else 'does not work'}")

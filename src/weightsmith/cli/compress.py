@@ -1,0 +1,62 @@
+"""`weightsmith compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from weightsmith.cli.merge import summary
+from weightsmith.cli.options import (
+    Device,
+    Json,
+    Memory,
+    Plugins,
+    Quiet,
+    RecipeFile,
+    Sets,
+    Threads,
+    bytes_of,
+    device_of,
+    read_recipe,
+    threads_of,
+)
+from weightsmith.cli.show import progress_bar
+
+__all__ = ["compress"]
+
+
+def compress(
+    recipe: RecipeFile,
+    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    /,
+    *,
+    set_: Sets = (),
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    plugin: Plugins = (),
+) -> None:
+    """Store all models of a recipe in little more space than one; its method ends in a codec."""
+    from weightsmith.run.compress import compress as run
+
+    made = read_recipe(recipe, set_, plugin)
+    limit, workers = bytes_of(memory), threads_of(threads)
+    device_of(device)
+    with progress_bar("compressing", quiet=quiet or json) as progress:
+        result = run(
+            made,
+            out,
+            memory=limit,
+            threads=workers,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    summary(result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} MODEL OUT" gets one model back')

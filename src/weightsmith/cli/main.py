@@ -1,0 +1,148 @@
+"""The command line: which verbs there are, and what becomes of their errors.
+
+A verb's file is imported when the verb is used, so that help and typing mistakes answer at once.
+Exit codes: 0 done, 1 a fault in weightsmith, 2 a mistake in what was asked, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from weightsmith import __version__
+from weightsmith.errors import WeightsmithError
+
+if TYPE_CHECKING:
+    import cyclopts
+
+__all__ = ["build", "main"]
+
+_SUMMARY = "Make better models of trained ones by working on their weights."
+
+_VERBS = {
+    "merge": "Merge models as a recipe says.",
+    "plan": "Show what a merge would do, and every problem, without doing it.",
+    "methods": "List the methods, or explain one.",
+    "check": "Load a result and see whether it works.",
+    "verify": "See whether a result is as it was written.",
+    "observe": "Collect statistics of a model on data, for methods that need them.",
+    "compress": "Store several fine-tuned models in little more space than one.",
+    "restore": "Get one model back out of a compressed folder.",
+    "schema": "Print the JSON Schema of recipes, for editors.",
+}
+_COMPLETION = "Complete weightsmith's words in the shell."
+_RESUMABLE = ("merge", "compress")
+
+
+def build() -> cyclopts.App:
+    """The command line with all its verbs, none of them imported."""
+    import cyclopts
+
+    app = cyclopts.App(
+        name="weightsmith",
+        help=_SUMMARY,
+        help_format="plaintext",
+        version=__version__,
+        version_flags=["--version"],
+        default_parameter=cyclopts.Parameter(negative=(), show_default=False),
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for position, (verb, text) in enumerate(_VERBS.items()):
+        app.command(f"weightsmith.cli.{verb}:{verb}", name=verb, help=text, sort_key=position)
+    app.command(
+        "weightsmith.cli.completion:install",
+        name="--install-completion",
+        help=_COMPLETION,
+    )
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.  `argv`: without the program's name."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:end]
+    words = [w for i, w in enumerate(words) if w != "--debug" or i >= end]
+    return _run(lambda: _command(words), debug, words)
+
+
+def _command(words: Sequence[str]) -> int:
+    if words in ([], ["--help"], ["-h"]):
+        return _help()
+    if words == ["--version"]:
+        sys.stdout.write(__version__ + "\n")
+        return 0
+    import cyclopts
+
+    try:
+        code = build()(words, exit_on_error=False, print_error=False)
+        return code if isinstance(code, int) else 0
+    except cyclopts.CycloptsError as error:
+        raise WeightsmithError(_usage(error, words)) from None
+
+
+def _help() -> int:
+    """The list of verbs, printed without importing anything: it is what is asked for most often."""
+    rows = {
+        **_VERBS,
+        "--install-completion": _COMPLETION,
+        "--version": "Print the version.",
+        "--debug": "With any command: show where an error comes from.",
+    }
+    width = max(map(len, rows))
+    lines = ["Usage: weightsmith COMMAND", "", _SUMMARY, ""]
+    lines += [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+    lines += ["", '"weightsmith COMMAND --help" explains a command.']
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
+    """Exit code of an action; what goes wrong becomes one line on stderr."""
+    try:
+        code = action()
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        resumable = words[:1] and words[0] in _RESUMABLE
+        return _fail("interrupted; continue with --resume" if resumable else "interrupted", 130, debug)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.  Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except WeightsmithError as error:
+        return _fail(f"error: {error}", error.code, debug)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        hint = "" if debug else "; --debug shows where"
+        return _fail(f"internal error: {said}; please report it{hint}", 1, debug)
+
+
+def _usage(error: cyclopts.CycloptsError, words: Sequence[str]) -> str:
+    """One line, with the nearest valid word and where to read on."""
+    import cyclopts
+
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        text = f"unexpected argument {' '.join(error.unused_tokens or [])!r}"
+    else:
+        text = " ".join(str(error).split()).partition(" Available commands:")[0].rstrip(".")
+        text = text[:1].lower() + text[1:]
+    verb = f" {words[0]}" if words and words[0] in _VERBS else ""
+    return f'{text}; see "weightsmith{verb} --help"'
+
+
+def _fail(text: str, code: int, debug: bool) -> int:
+    from weightsmith.cli.show import printable
+
+    sys.stdout.flush()
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(printable(text) + "\n")
+    return code

@@ -1,0 +1,68 @@
+"""`weightsmith observe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from weightsmith.cli.options import Device, Json, Quiet, device_of
+from weightsmith.cli.show import progress_bar, say, show_json
+
+__all__ = ["observe"]
+
+
+def observe(
+    model: Annotated[str, Parameter(help="Model folder or hub id[@revision].")],
+    /,
+    *,
+    data: Annotated[Path, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")],
+    stat: Annotated[str, Parameter(help="Statistics, separated by commas: gram, fisher.")],
+    out: Annotated[Path, Parameter(name=["--out", "-o"], help="Folder for the statistics.")],
+    examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
+    batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
+    length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 512,
+    kind: Annotated[str, Parameter(help="causal-lm, image-classification or auto.", show_default=True)] = "auto",
+    fisher: Annotated[
+        Literal["auto", "exact", "sampled", "empirical"], Parameter(help="How labels are taken.")
+    ] = "auto",
+    seed: Annotated[int, Parameter(help="Of the choice of examples and sampled labels.", show_default=True)] = 0,
+    field: Annotated[str | None, Parameter(help="Which field of a .jsonl or .npz to read.")] = None,
+    skip_first: Annotated[bool, Parameter(help="Leave out the first token of each text (gram).")] = False,
+    layers: Annotated[tuple[int, int] | None, Parameter(help="Blocks START END only.")] = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, Parameter(help="Replace statistics that are there already.")] = False,
+    trust_remote_code: Annotated[bool, Parameter(help="Let the checkpoint's own python code run.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Collect statistics of a model on data, once, for methods that need them (regmean, fisher)."""
+    from weightsmith.observe.collect import observe as collect
+
+    names = [name.strip() for name in stat.split(",") if name.strip()]
+    with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
+        collect(
+            model,
+            data,
+            names,
+            out,
+            examples=examples,
+            batch=batch,
+            length=length,
+            kind=kind,
+            fisher=fisher,
+            seed=seed,
+            field=field,
+            skip_first=skip_first,
+            layers=layers,
+            device=device_of(device),
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=None if progress is None else lambda _, done, total: progress(done, total),
+        )
+    if json:
+        show_json({"out": out, "statistics": names})
+    elif not quiet:
+        say(f"wrote {', '.join(names)} to {out}")
+        say(f'next: add "stats: {out}" to this model in the recipe')

@@ -1,0 +1,83 @@
+"""Options that several verbs share, and how they are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from weightsmith.recipe.schema import Recipe
+
+__all__ = [
+    "Device",
+    "Json",
+    "Memory",
+    "Plugins",
+    "Quiet",
+    "RecipeFile",
+    "Sets",
+    "Threads",
+    "bytes_of",
+    "device_of",
+    "read_recipe",
+]
+
+RecipeFile = Annotated[Path, Parameter(help="Recipe file, YAML or JSON.")]
+Sets = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", help="Change one value of the recipe, as parameters.density=0.3; may be repeated."),
+]
+Plugins = Annotated[
+    tuple[Path, ...], Parameter(name="--plugin", help="Python file that defines further methods; it is run.")
+]
+Memory = Annotated[str | None, Parameter(help="Bound on peak memory, as 4GB.")]
+Threads = Annotated[int | None, Parameter(help="Worker threads; default: all cores.")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Json = Annotated[bool, Parameter(help="Print JSON for programs, and nothing else.")]
+Quiet = Annotated[bool, Parameter(help="Print nothing but errors and warnings.")]
+
+
+def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path]) -> Recipe:
+    """Load plug-ins, then the recipe with its overrides."""
+    from weightsmith.plugins import load_file
+    from weightsmith.recipe.load import load
+
+    for plugin in plugins:
+        load_file(plugin)
+    return load(file, sets)
+
+
+def bytes_of(text: str | None) -> int | None:
+    """'4GB' -> 4_000_000_000."""
+    from weightsmith.errors import RecipeError
+    from weightsmith.recipe.schema import parse_size
+
+    if text is None:
+        return None
+    try:
+        count = parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from None
+    if count < 1:
+        raise RecipeError(f"--memory {text} leaves nothing; write it like 4GB")
+    return count
+
+
+def threads_of(count: int | None) -> int | None:
+    from weightsmith.errors import RecipeError
+
+    if count is not None and count < 1:
+        raise RecipeError(f"--threads {count} is outside [1, inf)")
+    return count
+
+
+def device_of(text: str) -> str:
+    from weightsmith.errors import RecipeError, did_you_mean
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise RecipeError(f"--device: unknown device {text!r}{did_you_mean(text, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
+    return text

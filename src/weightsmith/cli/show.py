@@ -1,0 +1,134 @@
+"""How things are printed: tables and sizes for people, JSON for programs, progress on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["duration", "printable", "progress_bar", "say", "show_json", "size", "table", "warn"]
+
+
+def printable(text: object) -> str:
+    """Text from files (tensor names, labels) without the control characters that could drive a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(printable(text) + "\n")
+
+
+def warn(text: str) -> None:
+    sys.stderr.write(f"warning: {printable(text)}\n")
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 961 kB, 1.92 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def show_json(value: Any) -> None:
+    """One JSON document; what JSON cannot say (infinities, paths, dataclasses) in the nearest words."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
+    """A table; columns listed in `right` are numbers.  Plain aligned text where nobody looks at it."""
+    if not rows:
+        return
+    cells = [[printable(c).replace("\n", " ") for c in row] for row in rows]
+    if sys.stdout.isatty():
+        _rich_table(title, columns, cells, right)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    say(title)
+    for line in [list(columns), *cells]:
+        parts = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        say("  " + "  ".join(parts).rstrip())
+    say()
+
+
+def _rich_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in cells:
+        shown.add_row(*(Text(c) for c in row))
+    Console().print(shown)
+
+
+@contextmanager
+def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr with rate and time left; gives (done, total) -> None, or None where nobody would see it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counts = [DownloadColumn(), TransferSpeedColumn()] if nbytes else [MofNCompleteColumn()]
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    task = bar.add_task(text, total=None)
+    last = [0.0]
+
+    def update(done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - last[0] > 0.05:  # called for every block, from every thread
+            last[0] = now
+            bar.update(task, completed=done, total=total)
+
+    with bar:
+        yield update
+
+
+def files_in(folder: Path) -> tuple[int, int]:
+    """Number and bytes of the safetensors files in a folder."""
+    sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
+    return len(sizes), sum(sizes)

@@ -1,0 +1,84 @@
+"""Every expert as one bit per weight over one shared task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import RecipeError
+from weightsmith.keys import DTYPES, Key
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Codec, Each, Part, number
+from weightsmith.ops.masks import agreed, pack_bits, task_masks, unpack_bits
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TallMasks", "consensus_of"]
+
+
+@dataclass(frozen=True)
+class TallMasks(
+    Codec,
+    name="tall_masks",
+    needs=(BASE,),
+    paper="TALL-masks (Wang et al., ICML 2024), arXiv:2405.07813",
+    symmetric=True,
+    scratch=2.0,
+):
+    """Store the merged task vector tau once and a mask per expert; expert t is rebuilt as base + m_t tau.
+
+    m_t = |delta_t| > lambda_t |tau - delta_t|, against tau in full precision.  tau is what the method in front
+    makes of the task vectors, unscaled: their sum if there is none, or say
+    `[{ties: {aggregate: sum, density: 0.2, scope: global}}, tall_masks]`.  Keep that method's own lambda at 1.
+
+    Size, for d weights and n experts: d bytes_of(tau) + n d / 8, besides the base.  tau has the output's dtype.
+    A mask is one flat string of bits per tensor and expert, as numpy.packbits makes it: no padding but up to 7
+    zero bits at its end, and the same bytes wherever the tensor is cut, because cuts fall on multiples of 8 weights.
+    One tensor per expert, so that rebuilding an expert reads its own mask only.
+    """
+
+    lambda_: Each = number(0.4, "strictness of the masks; larger is sparser", low=0, each=True)
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        # Task vectors are smaller than the smallest 8-bit floats.
+        dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
+        tau = Part("tau", Key(f"{key.name}::tau", key.shape, dtype), max(key.row_numel, 1))
+        packed = (-(-key.numel // 8),)
+        return (tau, *(Part("mask", Key(_mask_name(key.name, e), packed, "uint8"), 8, e) for e in experts))
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        if site.origin is None:
+            raise RecipeError("tall_masks stores a merged task vector; put it behind the merging method")
+        (tau,) = site.deltas
+        masks = task_masks(site.origin.deltas, tau, site.origin.spread(self.lambda_))
+        names = [_mask_name(site.key.name, expert) for expert in site.origin.names]
+        packed = [pack_bits(mask) for mask in masks]
+        return {f"{site.key.name}::tau": tau, **dict(zip(names, packed, strict=True))}
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        return base + _masked(parts["tau"], _unpacked(parts, base, offset))
+
+
+def consensus_of(experts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int, k: int, scale: float) -> Tensor:
+    """The consensus merge from stored parts alone: base + scale c tau, c = at least k of the masks select the weight.
+
+    experts  name -> the parts that `TallMasks.decode` takes; base: [*block]
+    """
+    masks = torch.stack([_unpacked(parts, base, offset) for parts in experts.values()])
+    tau = next(iter(experts.values()))["tau"]
+    return base + _masked(tau, agreed(masks, k)) * scale
+
+
+def _mask_name(name: str, expert: str) -> str:
+    return f"{name}::mask.{expert}"
+
+
+def _unpacked(parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+    return unpack_bits(parts["mask"], offset % 8, base.numel()).reshape(base.shape)
+
+
+def _masked(tau: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, tau, 0.0)

@@ -1,0 +1,56 @@
+"""Drop the merged weights that few tasks use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightsmith.errors import RecipeError
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Each, Filter, integer, number
+from weightsmith.ops.masks import agreed, task_masks
+from weightsmith.site import Site
+
+__all__ = ["Consensus"]
+
+
+@dataclass(frozen=True)
+class Consensus(
+    Filter,
+    name="consensus",
+    needs=(BASE,),
+    paper="TALL-masks and Consensus (Wang et al., ICML 2024), arXiv:2405.07813",
+    symmetric=True,
+    after=True,
+    keeps_expert=False,
+    scratch=2.5,
+):
+    """Keep the entries of the merged task vector tau that at least k task masks select: base + lambda c tau.
+
+    c = (sum_t m_t) >= k with m_t = |delta_t| > tall_mask_lambda_t |tau - delta_t|, delta_t as before any filter.
+    k 0 keeps everything, 1 drops weights that no task selects, 2 also those of one task only, n + 1 gives the base.
+    Stands behind any method (alone: behind the plain sum of task vectors); give that method lambda 1 and scale
+    here, since the masks compare with its tau.  lambda 1 leaves the scale to the method in front; without data to
+    choose by, 0.3 to 0.4 suits a sum of several task vectors.
+    """
+
+    k: int = integer(2, "how many task masks must select a weight", low=0)
+    lambda_: float = number(1.0, "scale of the filtered task vector")
+    tall_mask_lambda: Each = number(0.4, "strictness of the task masks; larger is sparser", low=0, each=True)
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        if self.k > count + 1:
+            return f"k = {self.k} is outside [0, {count + 1}] for {count} models"
+        return None
+
+    def remark(self, count: int) -> str | None:
+        if self.k > count:
+            return f"k = {self.k} with {count} {'model' if count == 1 else 'models'} selects nothing: the result is the base"
+        return None
+
+    def apply(self, site: Site) -> Site:
+        if site.origin is None:
+            raise RecipeError("consensus works on the merged task vector; put it behind the merging method")
+        (tau,) = site.deltas
+        masks = task_masks(site.origin.deltas, tau, site.origin.spread(self.tall_mask_lambda))
+        kept = torch.where(agreed(masks, self.k), tau, 0.0)
+        return site.with_deltas(kept[None] * self.lambda_)

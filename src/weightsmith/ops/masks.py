@@ -1,0 +1,54 @@
+"""One bit per weight and expert: which weights of a merged task vector belong to a task, packed eight to a byte.
+
+Masks: "Localizing Task Information for Improved Model Merging and Compression", arXiv:2405.07813, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["agreed", "pack_bits", "task_masks", "unpack_bits"]
+
+_SHIFTS = tuple(range(7, -1, -1))  # the first element of eight is the highest bit, as in numpy.packbits
+
+
+def task_masks(deltas: Tensor, merged: Tensor, strictness: Sequence[float]) -> Tensor:
+    """m_t = |delta_t| > lambda_t |tau - delta_t|, strictly: bool [n, *block].
+
+    deltas      the experts' task vectors delta_t: [n, *block]
+    merged      the merged task vector tau: [*block]
+    strictness  lambda_t >= 0 of every expert; a larger one selects a part of what a smaller one selects
+
+    A weight that the expert left as it was is never selected; one that nobody else changed always is.
+    """
+    chosen = [d.abs() > (merged - d).abs() * lam for d, lam in zip(deltas, strictness, strict=True)]
+    return torch.stack(chosen)
+
+
+def agreed(masks: Tensor, k: int) -> Tensor:
+    """Which entries at least k of the masks select: bool [n, *block] -> bool [*block]."""
+    return masks.sum(0) >= k
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bits of a mask in row-major order, the first in the highest bit, padded with zeros: bool [*] -> uint8 [ceil/8]."""
+    flat = mask.reshape(-1)
+    bits = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=mask.device)
+    bits[: flat.numel()] = flat
+    eights = bits.view(-1, 8)
+    packed = torch.zeros_like(eights[:, 0])
+    for place, shift in enumerate(_SHIFTS):
+        packed |= eights[:, place] << shift
+    return packed
+
+
+def unpack_bits(packed: Tensor, skip: int, count: int) -> Tensor:
+    """`count` bits behind the first `skip`: uint8 [bytes] -> bool [count]."""
+    bits = torch.stack([packed >> shift & 1 for shift in _SHIFTS], -1)
+    return bits.reshape(-1)[skip : skip + count].bool()

@@ -1,0 +1,176 @@
+"""Model folders: which file is the model, index safety, links, shards that do not match their index."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightsmith.errors import SourceError
+from weightsmith.io.folder import FolderSource
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(2), "b": torch.zeros(3, 2)}, folder / ONE)
+    save_file({"c": torch.full((4,), 5.0)}, folder / TWO)
+    write_index(folder, {"a": ONE, "b": ONE, "c": TWO})
+    return folder
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "diffusion_pytorch_model.safetensors", "something.safetensors", "pytorch_model.bin"]
+)
+def test_a_single_file(tmp_path: Path, name: str) -> None:
+    tensors = {"w": torch.arange(6.0).reshape(3, 2)}
+    torch.save(tensors, tmp_path / name) if name.endswith(".bin") else save_file(tensors, tmp_path / name)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not looked at")
+    source = FolderSource(tmp_path)
+    assert source.read("w", 1, 3).equal(tensors["w"][1:3])
+    assert source.folder == tmp_path
+    assert list(source.fingerprint()["files"]) == [name]
+
+
+def test_safetensors_go_before_pickles(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "weights.safetensors")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert FolderSource(tmp_path).read("w").item() == 1
+
+
+def test_shards(sharded: Path) -> None:
+    for source in (FolderSource(sharded), FolderSource(sharded / INDEX)):
+        assert list(source.keys) == ["a", "b", "c"]
+        assert source.read("c").tolist() == [5.0] * 4
+        assert source.bits("b", 1).shape == (2, 2)
+        assert source.folder == sharded
+        assert set(source.fingerprint()["files"]) == {ONE, TWO}
+        assert pickle.loads(pickle.dumps(source)).read("a").tolist() == [1, 1]
+
+
+def test_pickled_shards(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "epoch": 3}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-2.bin")
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    source = FolderSource(tmp_path)
+    assert set(source.keys) == {"a", "b"}
+    assert source.extras == ("epoch",)
+
+
+def refuse(folder: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=text) as error:
+        FolderSource(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_no_model_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refuse(
+        tmp_path, r"no model here; looked for model\.safetensors, model\.safetensors\.index\.json, .*pytorch_model\.bin"
+    )
+    refuse(tmp_path / "absent", "cannot be listed")
+
+
+def test_two_that_could_be_meant(sharded: Path, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, sharded / "model.safetensors")
+    refuse(sharded, r"has both model\.safetensors and model\.safetensors\.index\.json")
+    assert set(FolderSource(sharded / INDEX).keys) == {"a", "b", "c"}
+    for name in ("x", "y"):
+        save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    refuse(tmp_path, r"2 safetensors files and no index \(x\.safetensors, y\.safetensors\)")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b", "C:x", "x\0y", 5, None, ["x"]]
+)
+def test_an_index_that_points_elsewhere(sharded: Path, name: Any) -> None:
+    write_index(sharded, {"a": ONE, "b": ONE, "c": name})
+    refuse(sharded, "'c' points to .*, which is not a file name inside the folder")
+
+
+def test_missing_shards_are_named(sharded: Path) -> None:
+    (sharded / TWO).unlink()
+    refuse(sharded, f"1 of 2 shards are missing: {TWO}")
+
+
+def test_an_index_that_lies(sharded: Path) -> None:
+    write_index(sharded, {"a": ONE, "b": ONE, "c": TWO, "d": TWO})
+    refuse(sharded, f"'d' should be in {TWO}, but that shard does not hold it")
+    write_index(sharded, {"a": ONE, "b": TWO, "c": TWO})
+    refuse(sharded, f"'b' should be in {TWO}")
+    write_index(sharded, {"a": ONE, "c": TWO})
+    refuse(sharded, f"does not name b, which {ONE} holds")
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    save_file({"c": torch.zeros(4), "a": torch.zeros(2)}, sharded / TWO)
+    refuse(sharded, f"'a' is stored twice, in {ONE} and {TWO}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a shard index"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": ["a"]}', "no weight_map"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "names 'a' twice"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_an_index_that_is_none(sharded: Path, text: str, problem: str) -> None:
+    (sharded / INDEX).write_text(text)
+    refuse(sharded, problem)
+
+
+def test_links_that_leave_the_folder(sharded: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    (sharded / TWO).rename(outside)
+    (sharded / TWO).symlink_to(outside)
+    refuse(sharded, f"{TWO}: a link that leaves the folder")
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "model.safetensors").symlink_to(outside)
+    refuse(lone, "a link that leaves the folder")
+    (lone / "model.safetensors").unlink()
+    (lone / "model.safetensors").symlink_to(lone / "model.safetensors")
+    refuse(lone, "cannot be (resolved|read)")
+
+
+def test_links_inside_and_of_the_folder_itself(sharded: Path, tmp_path: Path) -> None:
+    (sharded / TWO).rename(sharded / "kept.safetensors")
+    (sharded / TWO).symlink_to("kept.safetensors")
+    (tmp_path / "alias").symlink_to(sharded)
+    assert FolderSource(tmp_path / "alias").read("c").tolist() == [5.0] * 4
+
+
+def test_a_hub_cache(tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    save_file({"w": torch.ones(1)}, repo / "blobs" / "deadbeef")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/deadbeef")
+    assert FolderSource(snapshot).read("w").item() == 1
+    other = tmp_path / "hub" / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    save_file({"w": torch.ones(1)}, other / "beef")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other / "beef")
+    refuse(snapshot, "a link that leaves the folder")

@@ -1,0 +1,149 @@
+"""`open_source`: every kind of input by its one name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightsmith.errors import SourceError
+from weightsmith.io import open as opening
+from weightsmith.io.folder import FolderSource
+from weightsmith.io.open import folder_kind, open_source, register_opener
+from weightsmith.io.peft import AdapterSource
+from weightsmith.io.pickle import PickleSource
+from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.io.source import MemorySource, Source
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"m.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_paths(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"m.weight": torch.ones(2, 2)}, model / "x.pt")
+    for ref, kind in {
+        model: FolderSource,
+        model / "model.safetensors": SafetensorsSource,
+        model / "x.pt": PickleSource,
+    }.items():
+        for form in (ref, str(ref)):
+            source = open_source(form)
+            assert type(source) is kind
+            assert source.folder == model
+            assert source.read("m.weight").sum() == 4
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert open_source("~/model").read("m.weight").sum() == 4
+
+
+def test_tensors_modules_and_sources() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(3, 2)
+            self.head = torch.nn.Linear(2, 3, bias=False)
+            self.head.weight = self.embed.weight
+            self.register_buffer("count", torch.tensor(5))
+            self.register_buffer("scratch", torch.tensor(6), persistent=False)
+
+    source = open_source(Tied())
+    assert set(source.keys) == {"embed.weight", "count"}
+    assert source.aliases == {"head.weight": "embed.weight"}
+    assert source.label == "Tied"
+    assert open_source(source) is source
+    assert open_source({"w": torch.ones(1)}).read("w").item() == 1
+
+
+@pytest.mark.parametrize(
+    ("ref", "text"),
+    [
+        (3, "cannot open a int as a model"),
+        (None, "cannot open a NoneType as a model"),
+        ({"w": 3}, "'w' is a int, not a tensor"),
+        ({3: torch.ones(1)}, "3 is a Tensor, not a tensor under a name"),
+        ({"w": torch.ones(1, device="meta")}, "'w' is a sparse, quantized or empty-shell"),
+        ("", "'' is neither a path nor a hub id"),
+        ("a\0b", "neither a path nor a hub id"),
+    ],
+)
+def test_what_cannot_be_opened(ref: Any, text: str) -> None:
+    with pytest.raises(SourceError, match=text):
+        open_source(ref)
+
+
+def test_missing_paths_name_their_neighbour(model: Path) -> None:
+    with pytest.raises(SourceError, match=r"modle: no such file or folder; did you mean '.*/model'\?"):
+        open_source(model.parent / "modle")
+    with pytest.raises(SourceError, match=r"no such file or folder; did you mean '.*/model'\?"):
+        open_source(str(model.parent / "modell" / "deeper"))
+    with pytest.raises(SourceError, match="no such file or folder$"):
+        open_source(model / "quite different")
+    (model / "notes.txt").write_text("")
+    with pytest.raises(
+        SourceError, match=r"notes\.txt: unknown kind of file; give a model folder or one of \.safetensors"
+    ):
+        open_source(model / "notes.txt")
+
+
+def test_a_local_folder_named_like_an_organisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SourceError, match="org/name: no such file or folder; for the model on the hub write hf://org/name"
+    ):
+        open_source("org/name")
+
+
+def test_adapters_need_a_base(model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    save_file(
+        {"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.ones(2, 1)},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(SourceError, match="adapter: a LoRA adapter, which needs a base model; give one under `base`"):
+        open_source(adapter)
+    source = open_source(adapter, base=open_source(model))
+    assert isinstance(source, AdapterSource)
+    assert source.read("m.weight").tolist() == [[2, 2], [2, 2]]
+    assert source.folder == model
+
+
+def test_compressed_folders_and_other_openers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_openers", [])
+    (model / "weightsmith.json").write_text(json.dumps({"kind": "codec"}))
+    assert folder_kind(model) == "codec"
+    with pytest.raises(SourceError, match="a compressed folder, which nothing here can decode"):
+        open_source(model, expert="math")
+    (model / "weightsmith.json").write_text(json.dumps({"kind": "merge"}))
+    assert isinstance(open_source(model), FolderSource)
+    with pytest.raises(SourceError, match="expert 'math' was asked for, but this is one model"):
+        open_source(model, expert="math")
+    for text in ("[]", "{", '{"kind": 3}'):
+        (model / "weightsmith.json").write_text(text)
+        assert folder_kind(model) is None
+
+    seen: list[Any] = []
+
+    def accepts(ref: Any) -> bool:
+        return isinstance(ref, Path) and ref == model
+
+    def opener(ref: Any, base: Source | None, expert: str | None) -> Source:
+        seen.append((ref, expert))
+        return MemorySource({}, "decoded")
+
+    register_opener(accepts, opener)
+    register_opener(accepts, opener)
+    assert len(opening._openers) == 1
+    assert open_source(str(model), expert="math").label == "decoded"
+    assert seen == [(model, "math")]

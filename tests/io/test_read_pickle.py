@@ -1,0 +1,119 @@
+"""PyTorch checkpoints: never any code, nothing dropped in silence."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from weightsmith.errors import SourceError
+from weightsmith.io.pickle import PickleSource
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.bin"
+
+
+def refuse(path: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=text) as error:
+        PickleSource(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_a_state_dict(path: Path, modern: bool) -> None:
+    weight = torch.arange(12.0).reshape(4, 3)
+    state = {"w": weight, "t": weight.T, "tied": weight, "half": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(state, path, _use_new_zipfile_serialization=modern)
+    source = PickleSource(path)
+    assert source.aliases == {"tied": "w"}
+    assert source.read("t", 1, 2).equal(weight.T[1:2])
+    assert source.bits("half").tolist() == [0x3F80, 0x3F80]
+    assert source.extras == ()
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read("w").equal(weight)
+    assert copy.fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
+def test_a_checkpoint_is_unwrapped_and_its_rest_named(path: Path, wrapper: str) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}
+    torch.save({"epoch": 3, wrapper: {"w": torch.ones(2), "_extra_state": None}, "optimizer": optimizer}, path)
+    source = PickleSource(path)
+    assert list(source.keys) == ["w"]
+    assert source.extras == ("epoch", "optimizer", f"{wrapper}._extra_state")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, r"found 'model', 'ema'"),
+        ({"state_dict": {"w": torch.ones(1)}, "loose": torch.ones(1)}, "cannot tell which entry"),
+        ({"teacher": {"w": torch.ones(1)}}, "found 'teacher'"),
+        ({"epoch": 3}, "found 'epoch'"),
+        ({}, "found nothing"),
+        ([torch.ones(1)], "holds a list, not a state dict"),
+        (torch.ones(1), "holds a Tensor, not a state dict"),
+        ({5: torch.ones(1)}, "stored under 5, which is not a name"),
+        ({"s": torch.ones(2, 2).to_sparse()}, "'s' is a sparse"),
+        ({"c": torch.ones(1, dtype=torch.complex64)}, "c has dtype complex64"),
+    ],
+)
+def test_what_is_no_state_dict(path: Path, content: Any, text: str) -> None:
+    torch.save(content, path)
+    refuse(path, text)
+
+
+class Runs:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_code_in_a_pickle_is_named_and_not_run(path: Path, tmp_path: Path, modern: bool) -> None:
+    trace = tmp_path / "it-ran"
+    torch.save({"w": torch.ones(1), "x": Runs(os.mkdir, str(trace))}, path, _use_new_zipfile_serialization=modern)
+    refuse(path, r"the pickle asks for code \((posix|nt)\.mkdir\), which is never run; convert it to safetensors")
+    assert not trace.exists()
+
+
+def test_a_pickled_module_is_refused_by_its_class(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+    refuse(path, r"asks for code \(torch\.nn\.modules\.linear\.Linear\)")
+
+
+def test_a_plain_pickle_and_rubbish(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Runs(os.getcwd)))
+    refuse(path, r"never run|not a readable PyTorch checkpoint")
+    path.write_bytes(b"")
+    refuse(path, "not a readable PyTorch checkpoint")
+    torch.save({"w": torch.ones(1000)}, path)
+    os.truncate(path, 2000)
+    refuse(path, "not a readable PyTorch checkpoint")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=6))
+def test_mutated_checkpoints_give_only_source_errors(path: Path, changes: list[tuple[int, int]]) -> None:
+    torch.save({"w": torch.ones(3)}, path)
+    data = bytearray(path.read_bytes())
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    path.write_bytes(bytes(data))
+    try:
+        source = PickleSource(path)
+    except SourceError:
+        return
+    for name in source.keys:
+        source.bits(name)

@@ -1,0 +1,138 @@
+"""The model card, read back as the hub reads it."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+from ruamel.yaml import YAML
+
+from weightsmith.io.card import CardModel, Citation, licence_problems, licences, model_card
+
+MODELS = [CardModel("math", "org/math", {"weight": 0.5, "density": 0.2}), CardModel("code")]
+RECIPE = {
+    "base": "/home/alice/models/base",
+    "models": {"math": "org/math", "code": {"model": "~/runs/code|x", "weight": 0.5}},
+    "method": ("dare", "ties"),
+    "parameters": {"lambda": 1.0, "no": None, "text": "on"},
+}
+
+
+def card(**changes):
+    fields = {
+        "title": "merged",
+        "models": MODELS,
+        "base": CardModel("base", "org/base"),
+        "method": "Trim and elect.",
+        "recipe": RECIPE,
+        "licences": {"base": "apache-2.0", "math": "apache-2.0", "code": "apache-2.0"},
+        "citations": [Citation("ties", "arXiv:2306.01708")] * 2,
+        "version": "0.1.0",
+    }
+    return model_card(**{**fields, **changes})
+
+
+def test_front_matter_as_the_hub_reads_it():
+    data = ModelCard(card()).data.to_dict()
+    assert data == {
+        "base_model": ["org/base", "org/math"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "weightsmith"],
+        "license": "apache-2.0",
+    }
+
+
+def test_no_local_folder_name_is_told():
+    text = card(base=CardModel("base"), models=[CardModel("a"), CardModel("b")])
+    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert "alice" not in text
+    assert "runs" not in text
+
+
+def test_the_body_tells_how_it_was_made():
+    text = ModelCard(card()).text
+    for part in ("Trim and elect.", "weightsmith merge recipe.yaml", "2 models with weightsmith 0.1.0"):
+        assert part in text
+    assert "| math | [org/math](https://huggingface.co/org/math) | weight = 0.5, density = 0.2 | apache-2.0 |" in text
+    assert "| code | local |  | apache-2.0 |" in text
+    assert text.count("[arXiv:2306.01708](https://arxiv.org/abs/2306.01708)") == 1
+    block = text.split("```yaml\n")[1].split("```")[0]
+    recipe = YAML(typ="safe", pure=True).load(block)
+    assert list(recipe["models"]) == ["math", "code"]
+    assert recipe["models"]["code"]["model"] == "code|x"
+    assert recipe["base"] == "base"
+    assert recipe["method"] == ["dare", "ties"]
+    assert recipe["parameters"] == RECIPE["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "fields"),
+    [
+        ({"a": "mit", "b": "mit"}, {"license": "mit"}),
+        ({"a": "mit", "b": "apache-2.0"}, {"license": "other", "license_name": "see-the-parts"}),
+        ({"a": "mit", "b": "unknown"}, {"license": "other", "license_name": "see-the-parts"}),
+        ({"a": "unknown", "b": "unknown"}, {"license": "unknown"}),
+        ({"a": "other (qwen-research)"}, {"license": "other", "license_name": "qwen-research"}),
+        ({"a": "My \"own\": licence\n- x"}, {"license": "other"}),
+        ({}, {"license": "unknown"}),
+    ],
+)  # fmt: skip
+def test_licence_fields(stated, fields):
+    data = ModelCard(card(licences=stated)).data.to_dict()
+    assert {name: value for name, value in data.items() if name.startswith("license")} == fields
+
+
+def test_unlike_licences_are_noted_in_the_body():
+    text = card(licences={"base": "mit", "math": "cc-by-nc-4.0"})
+    assert "the merge is bound by all of them" in text
+    assert "math (cc-by-nc-4.0) may not be used commercially" in text
+    assert "## Licence" not in card()
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("---\nlicense: mit\ntags: [x]\n---\n# Hi", "mit"),
+        ("---\r\nlicense: gemma\r\n---\r\n", "gemma"),
+        ("---\nlicense: [mit, bsd]\n---", "mit + bsd"),
+        ("---\nlicense: other\nlicense_name: acme\n---\n", "other (acme)"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [x]\n---\n", "unknown"),
+        ("# no front matter\n---\nlicense: mit\n---\n", "unknown"),
+        ("---\nlicense: [mit\n---\n", "unknown"),
+        ("---\nlicense: mit\nlicense: bsd\n---\n", "unknown"),
+        ("---\n- license\n---\n", "unknown"),
+        ("---\n!!python/object/apply:os.system ['echo']\n---\n", "unknown"),
+        ("---\n" + "[" * 1500 + "\n---\n", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_licences_are_read_from_the_inputs_cards(tmp_path, front, licence):
+    (tmp_path / "README.md").write_bytes(front.encode())
+    assert licences({"a": tmp_path, "b": None, "c": tmp_path / "none"}) == {
+        "a": licence,
+        "b": "unknown",
+        "c": "unknown",
+    }
+
+
+@pytest.mark.parametrize(
+    ("stated", "texts"),
+    [
+        ({"a": "mit", "b": "mit"}, []),
+        ({"a": "mit", "b": "apache-2.0"}, []),
+        ({"a": "cc-by-nc-4.0", "b": "cc-by-nc-4.0"}, []),
+        ({"a": "cc-by-nc-sa-4.0", "b": "mit"}, [r"^a \(cc-by-nc-sa-4\.0\) may not be used commercially"]),
+        ({"a": "other (x-research)", "b": "mit"}, [r"^a \(other \(x-research\)\) may not be used commercially"]),
+        ({"a": "llama3.1", "b": "gemma", "c": "mit"}, [r"^a \(llama3\.1\), b \(gemma\) are community licences"]),
+        ({"a": "llama3.1", "b": "llama3.1", "c": "mit"}, []),
+        ({"a": "cc-by-nd-4.0"}, [r"^a \(cc-by-nd-4\.0\) allows no derived works"]),
+        ({"a": "mit", "b": "unknown"}, ["^no licence is stated by b"]),
+    ],
+)
+def test_licence_problems(stated, texts):
+    import re
+
+    problems = licence_problems(stated)
+    assert len(problems) == len(texts), problems
+    assert all(re.search(text, problem) for text, problem in zip(texts, problems, strict=True))
