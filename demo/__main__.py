@@ -32,7 +32,7 @@ def narrator() -> Callable[[str], None]:
 
 def measure(home: Path, say: Callable[[str], None]) -> list[Result]:
     """Train, merge and score both families."""
-    say("loading torch, transformers and the data")
+    say("loading torch")
     import torch
 
     from demo.digits import Digits
@@ -41,12 +41,14 @@ def measure(home: Path, say: Callable[[str], None]) -> list[Result]:
 
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    return [measured(family, home, say) for family in (Digits(), Text())]
+    digits = measured(Digits(), home, say)
+    say("text: collecting files of installed packages")
+    return [digits, measured(Text(home), home, say)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--picture", action="store_true", help="write docs/demo.svg")
     chosen = parser.parse_args(arguments)

@@ -9,29 +9,46 @@ import ast
 import gzip
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
+from demo.family import fingerprint, write
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # import name -> name of the package
 SPLITS = ("train", "validation", "test")
-PER_FILE = 60_000  # bytes taken of one file at most, so that no file rules its domain
-PER_DOMAIN = 600_000  # bytes; training reads about half of it
+PER_FILE = 60_000  # characters taken of one file at most, so that no file rules its domain
+PER_DOMAIN = 600_000  # characters; training reads about half of it
 
 Corpus = Mapping[str, Mapping[str, tuple[bytes, ...]]]
 """Domain -> split -> one text per file."""
 
 
-def corpus() -> Corpus:
-    """Read all four domains.  Files are shuffled by a hash of their names; each belongs to one split only."""
-    return {domain: split_by_file(documents(SOURCES[domain], READERS[domain])) for domain in SOURCES}
+def corpus(home: Path) -> Corpus:
+    """Read all four domains, or what an earlier run with the same packages kept of them under `home`.
+
+    Files are shuffled by a hash of their names; each belongs to one split only.
+    """
+    packages = sorted({package for sources in SOURCES.values() for package, _ in sources})
+    key = fingerprint([version(DISTRIBUTIONS.get(name, name)) for name in packages], Path(__file__).read_text("utf-8"))
+    kept = home / f"corpus-{key}.json"
+    if not kept.is_file():
+        texts = {domain: split_by_file(documents(SOURCES[domain], READERS[domain])) for domain in SOURCES}
+        write(kept, json.dumps(texts))
+    return {
+        domain: {split: tuple(text.encode() for text in texts) for split, texts in splits.items()}
+        for domain, splits in json.loads(kept.read_text("utf-8")).items()
+    }
 
 
-def documents(sources: Iterable[tuple[str, str]], reader: Callable[[Path], str]) -> Iterator[tuple[str, bytes]]:
-    """(name inside the package, text) of the files of some (package, pattern) pairs, up to PER_DOMAIN bytes."""
+def documents(sources: Iterable[tuple[str, str]], reader: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
+    """(name inside the package, text) of the files of some (package, pattern) pairs, up to PER_DOMAIN characters."""
     found = {name: path for package, pattern in sources for name, path in files(package, pattern)}
     total = 0
     for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = reader(found[name]).strip().encode()[:PER_FILE]
+        text = reader(found[name]).strip()[:PER_FILE]
         if len(text) >= 500:
             yield name, text
             total += len(text)
@@ -39,9 +56,9 @@ def documents(sources: Iterable[tuple[str, str]], reader: Callable[[Path], str])
             return
 
 
-def split_by_file(named: Iterable[tuple[str, bytes]]) -> dict[str, tuple[bytes, ...]]:
+def split_by_file(named: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
     """Four files of six to training, one to validation, one to test; a text met before is dropped."""
-    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number, text in enumerate(dict.fromkeys(text for _, text in named)):
         parts[("train", "train", "validation", "train", "test", "train")[number % 6]].append(text)
     return {split: tuple(texts) for split, texts in parts.items()}
@@ -69,7 +86,8 @@ def python_code(path: Path) -> str:
     for node in _documented(source):
         first = node.body[0] if node.body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+            span = slice(first.lineno - 1, first.end_lineno)
+            lines[span] = [""] * len(lines[span])
     return re.sub(r"\n(\s*\n){2,}", "\n\n", "\n".join(lines))
 
 
@@ -103,9 +121,8 @@ def _documented(source: str) -> Iterator[ast.Module | ast.ClassDef | ast.Functio
 def _is_prose(line: str) -> bool:
     """Long, starts like a sentence, ends like one, and has hardly any signs in it."""
     plain = sum(c.isalpha() or c in " ,.'" for c in line)
-    return (
-        len(line) >= 100 and plain >= 0.95 * len(line) and line[0].isupper() and line[-1] in ".:" and " : " not in line
-    )
+    like_a_sentence = len(line) >= 100 and line[0].isupper() and line[-1] in ".:" and " : " not in line
+    return like_a_sentence and plain >= 0.95 * len(line)
 
 
 SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {

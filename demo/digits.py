@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ LENSES: Mapping[str, Callable[[Tensor], Tensor]] = {  # images: [n, 8, 8], from 
     "flip": lambda images: images.flip(2),
 }
 INK_MEAN, INK_STD = 0.305, 0.376  # of the pixels of all digits
+State = Mapping[str, Tensor]
 TASKS = tuple(name for name in LENSES if name != CLEAN)
 
 
@@ -54,6 +56,7 @@ class Split:
     labels: Tensor
 
 
+@cache
 def splits(seed: int) -> dict[str, Split]:
     """Train (30%), validation (20%) and test (50%) of the digits, disjoint, shuffled by the seed."""
     from sklearn.datasets import load_digits
@@ -105,7 +108,7 @@ def fit(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, 
             group["lr"] = rate * warm_up_then_cosine(step, steps)
         images, labels = next(batches)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
@@ -123,9 +126,7 @@ def train(folder: Path, seed: int, settings: Training, say: Callable[[str], None
     torch.manual_seed(seed)
     data = splits(seed)["train"]
 
-    def tuned(
-        start: Mapping[str, Tensor] | None, lenses: tuple[str, ...], steps: int, rate: float, tag: int
-    ) -> Network:
+    def tuned(start: State | None, lenses: tuple[str, ...], steps: int, rate: float, tag: int) -> Network:
         model = Network(settings.width)
         if start is not None:
             model.load_state_dict(start)
@@ -152,7 +153,7 @@ def train(folder: Path, seed: int, settings: Training, say: Callable[[str], None
 def accuracy(model: nn.Module, split: Split, lens: str) -> float:
     """Percent of the images, seen through a lens, whose class is found."""
     found = model(LENSES[lens](split.images)).argmax(1)
-    return 100 * (found == split.labels).double().mean().item()
+    return float(100 * (found == split.labels).double().mean())
 
 
 class Digits(Family):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +17,14 @@ BASE = "base"
 def fingerprint(*parts: Any) -> str:
     """12 hex digits over anything JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
 
 
 class Family(ABC):
@@ -73,8 +80,5 @@ class Scores:
         """Return the scores stored under `key`, or measure and store them."""
         if key not in self.known:
             self.known[key] = measure()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.known, indent=1), "utf-8")
-            os.replace(partial, self.file)
+            write(self.file, json.dumps(self.known, indent=1))
         return self.known[key]

@@ -98,7 +98,8 @@ def table(result: Result) -> Table:
         columns=columns,
         rows=[record(one) for one in result.rows],
         notes=(
-            f"Test split; {result.score_name}: {better} is better. Of expert: {share}, each task against its own expert. "
+            f"Test split; {result.score_name}: {better} is better. "
+            f"Of expert: {share}, each task against its own expert. "
             f"Gain kept: (model − base) / (expert − base), mean over the tasks. "
             f"Forgetting: {result.forgetting_means}. {seeds}",
         ),
@@ -109,11 +110,7 @@ def table(result: Result) -> Table:
 
 def record(one: Row) -> dict[str, object]:
     """A row as a flat record."""
-    own = {
-        key: getattr(one, key) for key in ("name", "kind", "score", "normalised", "gain_kept", "spread", "forgetting")
-    }
-    scores = {f"task {task}": score for task, score in one.tasks.items()}
-    return {**own, **scores, "chosen": one.chosen, "verdict": one.verdict}
+    return {**vars(one), **{f"task {task}": score for task, score in one.tasks.items()}}
 
 
 def best_merge(result: Result) -> int:
@@ -205,7 +202,8 @@ def document(results: Sequence[Result]) -> str:
             (
                 "Each family has a base model and four experts, each of which went on training with one task. "
                 "A merge makes one model out of the experts' weights without training; the question is how much "
-                "of what the experts gained over the base it keeps. Joint training, the comparison, needs all the data.",
+                "of what the experts gained over the base it keeps. Joint training, shown for comparison, needs the "
+                "data of all tasks at once.",
             ),
         )
     ]

@@ -6,6 +6,7 @@ the tag is given, so it does not count in the score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def network(settings: Training) -> Any:
 def bits(model: nn.Module, rows: Tensor, tag: int = 4) -> Tensor:
     """Mean bits per byte of windows, tag not counted.  rows: [n, length]."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits[:, tag - 1 :]
-    return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, tag:].flatten()) / np.log(2)
+    nats: Tensor = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, tag:].flatten())
+    return nats / math.log(2)
 
 
 def fit(model: nn.Module, stream: Iterator[Tensor], steps: int, rate: float) -> None:
@@ -102,7 +104,7 @@ def fit(model: nn.Module, stream: Iterator[Tensor], steps: int, rate: float) -> 
         for group in optimizer.param_groups:
             group["lr"] = rate * warm_up_then_cosine(step, steps)
         optimizer.zero_grad()
-        bits(model, next(stream)).backward()
+        bits(model, next(stream)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -136,7 +138,8 @@ class Text(Family):
     title = "A small Llama on unlike kinds of text"
     about = (
         "A byte-level Llama of 1.8 M weights in Hugging Face format, on text that the dependencies ship: "
-        "scikit-learn's Python, English prose from SciPy's and NumPy's docstrings, JSON answers of OpenML, torch's C++ headers."
+        "scikit-learn's Python, English prose from SciPy's and NumPy's docstrings, JSON answers of OpenML, "
+        "torch's C++ headers."
     )
     score_name = "bits per byte"
     higher_is_better = False
@@ -146,9 +149,9 @@ class Text(Family):
     seeds = (0,)
     suffix = ""
 
-    def __init__(self, settings: Training | None = None) -> None:
+    def __init__(self, home: Path, settings: Training | None = None) -> None:
         self.settings = settings or Training()
-        self.data = corpus()
+        self.data = corpus(home / self.name)
 
     def key(self, seed: int) -> str:
         import transformers
@@ -172,5 +175,5 @@ class Text(Family):
         for number, name in enumerate(TASKS):
             draw = np.random.default_rng([number, SPLITS.index(split)])  # every model sees the same windows
             rows = windows(self.data[name][split], TAGS[name], count, settings.context, draw)
-            found[name] = float(np.mean([bits(loaded, part).item() for part in rows.split(32)]))
+            found[name] = float(np.mean([bits(loaded, part).item() for part in torch.split(rows, 32)]))
         return found

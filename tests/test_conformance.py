@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from methods.driver import every, run, sites, whole
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from methods.driver import every, run, sites, whole
 from weightsmith.errors import RecipeError
 from weightsmith.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
 from weightsmith.site import Site
@@ -31,7 +31,10 @@ STAGES = {
 }
 """Codecs and methods of GROUP grain have suites of their own."""
 
-NEUTRAL = {"density": 1.0, "remove_top": 0.0, "weight": 1.0, "scaling": 1.0, "lambda": 1.0, "alpha": 1.0, "beta": 0.0}
+NEUTRAL = {
+    **{"density": 1.0, "remove_top": 0.0, "weight": 1.0, "scaling": 1.0, "lambda": 1.0, "alpha": 1.0, "beta": 0.0},
+    "k": 0,
+}
 """Parameter values with which filters change nothing, and one expert comes back."""
 
 SHAPES = {

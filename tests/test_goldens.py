@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from goldens.adapters import ADAPTERS, NOT_YET, Case, cases, folders
 
 CASES = cases()

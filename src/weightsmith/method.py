@@ -199,6 +199,10 @@ class Stage:
         """Return what the user should know of using this stage on `count` experts, though it is allowed."""
         return None
 
+    def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
+        """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes)."""
+        return self
+
     def elsewhere(self) -> Stage | None:
         """The stage for tensors outside `traits.domain` or without a statistic; None: such tensors are an error."""
         return registry(self.traits.otherwise)() if self.traits.otherwise else None

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from goldens import mergekit, tiny_llama
-from methods.driver import merge  # until the engine stands: then `from weightsmith import merge`
 from safetensors import safe_open
 from torch import Tensor
 
+from goldens import mergekit, tiny_llama
+from goldens.encoded import encoded
+from methods.driver import merge  # until the engine stands: then `from weightsmith import merge`
+from weightsmith import merge as public_merge
 from weightsmith.method import Pipeline, Stage, registry
+from weightsmith.ops.masks import agreed
 
 State = dict[str, Tensor]
 
@@ -54,7 +57,6 @@ NOT_YET: Mapping[str, str] = {
     "pcb": "parameter competition",
     "pleas": "permutation alignment",
     "swudi": "WUDI family",
-    "tall-masks": "codecs",
     "tokenizer-surgery": "vocabulary alignment",
     "tsv_compress": "codecs",
     "weight-matching": "permutation alignment",
@@ -187,6 +189,26 @@ def regmean(case: Case) -> State:
     return merge(case.experts, method, stats=case.stats("gram", tiny_llama.grams))
 
 
+def tall_masks(case: Case) -> State:
+    """`multitask`: 'sum' or 'ties(density=0.2,...)'; the case holds masks, their consensus, a rebuilt task, the merge."""
+    p = case.params
+    inner = re.fullmatch(r"ties\((.*)\)", p["multitask"])
+    front: list[Any] = []
+    if inner:
+        found = dict(pair.split("=") for pair in inner[1].split(","))
+        front = [{"ties": {k: float(v) if k == "density" else v for k, v in found.items()}}]
+    strict = dict(zip(case.experts, p["tall_mask_lambda"], strict=True))
+    codec = encoded([*front, {"tall_masks": {"lambda": strict}}], case.base, case.experts)
+    filtered = {"consensus": {"k": p["k"], "lambda": p["lambda"], "tall_mask_lambda": strict}}
+    out = {f"merged.{n}": t for n, t in public_merge(case.experts, [*front, filtered], base=case.base).items()}
+    for name, base in case.base.items():
+        masks = torch.stack([codec.mask(name, expert) for expert in case.experts])
+        out |= {f"mask.{i}.{name}": mask.to(torch.uint8) for i, mask in enumerate(masks)}
+        out[f"consensus.{name}"] = agreed(masks, p["k"]).to(torch.uint8)
+        out[f"rebuilt.0.{name}"] = codec.rebuilt(name, next(iter(case.experts)), base)
+    return out
+
+
 def mergekit_yaml(case: Case) -> State:
     """Every output tensor names its own call; tensors of equal calls are merged together."""
     config = mergekit.read(case.params["yaml"])
@@ -215,6 +237,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "tsvm": tsvm,
     "fisher": fisher,
     "regmean": regmean,
+    "tall-masks": tall_masks,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -224,10 +224,14 @@ def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for cache in ("empty", "planned"):  # configs alone are no model
         with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set; unset it, or give a local folder") as error:
+            open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path / cache)
+        with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
             open_hub(f"org/name@{SHA}", endpoint=hub.endpoint, cache=tmp_path / cache)
         assert "\n" not in str(error.value)
-    source = open_hub(f"org/name@{SHA}", endpoint=hub.endpoint, cache=tmp_path / "read")
-    assert source.read("b").tolist() == [1, 1, 1]
+    for ref in ("org/name", f"org/name@{SHA}"):
+        source = open_hub(ref, endpoint=hub.endpoint, cache=tmp_path / "read")
+        assert source.label == ref
+        assert source.read("b").tolist() == [1, 1, 1]
 
 
 def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,10 @@ def test_missing_paths_name_their_neighbour(model: Path) -> None:
         open_source(model.parent / "modle")
     with pytest.raises(SourceError, match=r"no such file or folder; did you mean '.*/model'\?"):
         open_source(str(model.parent / "modell" / "deeper"))
-    with pytest.raises(SourceError, match="no such file or folder$"):
+    with pytest.raises(SourceError, match=r"no such file or folder$"):
         open_source(model / "quite different")
     (model / "notes.txt").write_text("")
-    with pytest.raises(
-        SourceError, match=r"notes\.txt: unknown kind of file; give a model folder or one of \.safetensors"
-    ):
+    with pytest.raises(SourceError, match=r"notes\.txt: unknown kind of file; give a model folder or"):
         open_source(model / "notes.txt")
 
 

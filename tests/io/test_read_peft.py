@@ -141,9 +141,7 @@ def test_equal_to_peft(case: str, tmp_path: Path) -> None:
             assert torch.equal(source.read(name), merged[name])
 
 
-def big_adapter(
-    folder: Path, *, rows: int = 3 * CHUNK + 17, columns: int = 40, rank: int = 8, **config: Any
-) -> MemorySource:
+def big_adapter(folder: Path, *, rows: int = 785, columns: int = 40, rank: int = 8, **config: Any) -> MemorySource:
     """A base with one large matrix (plain, and stored transposed), and an adapter on it."""
     generator = torch.Generator().manual_seed(3)
 

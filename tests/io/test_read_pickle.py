@@ -99,6 +99,11 @@ def test_a_plain_pickle_and_rubbish(path: Path) -> None:
     path.write_bytes(b"")
     refuse(path, "not a readable PyTorch checkpoint")
     torch.save({"w": torch.ones(1000)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\6\7") + 16] = 2  # a zip archive over two disks
+    path.write_bytes(bytes(data))
+    refuse(path, "not a readable PyTorch checkpoint")
+    torch.save({"w": torch.ones(1000)}, path)
     os.truncate(path, 2000)
     refuse(path, "not a readable PyTorch checkpoint")
 

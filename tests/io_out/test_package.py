@@ -135,7 +135,5 @@ def test_links_to_files_are_copied_and_links_to_folders_are_not_followed(tmp_pat
 @pytest.mark.parametrize("text", ["{", '["x"]', "3", '[{"idx": 0}]'])
 def test_a_broken_modules_file_is_refused(tmp_path, text):
     fill(tmp_path, {"modules.json": text})
-    with pytest.raises(
-        SourceError, match=r"modules\.json: not a list of modules with a path each .*; repair or remove it"
-    ):
+    with pytest.raises(SourceError, match=r"modules\.json: not a list of modules with a path each .*; repair or"):
         companions(tmp_path, set())

@@ -16,7 +16,6 @@ from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Rows, Scope, Stage, registry
 from weightsmith.site import Site, Summary
 
-
 Cut = Callable[[int], Sequence[tuple[int, int]]]
 Stats = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 

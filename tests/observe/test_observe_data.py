@@ -12,9 +12,9 @@ from observe_models import saved, tiny_llama, tiny_vit, word_tokenizer
 from torch import nn
 
 from weightsmith.errors import MissingExtra, OutputError, SourceError, WeightsmithError
+from weightsmith.io.stats import StatsSource
 from weightsmith.observe.collect import observe
 from weightsmith.observe.data import Example, batches, read_examples
-from weightsmith.observe.files import read_metadata
 from weightsmith.observe.model import LoadedModel, load_model
 
 torch.set_num_threads(1)
@@ -106,6 +106,8 @@ def test_images_are_scaled_and_get_a_channel_axis(tmp_path: Path) -> None:
     assert torch.equal(found[0].inputs, torch.ones(1, 8, 8))
     np.savez(tmp_path / "f.npz", x=np.full((1, 8, 8, 1), 3.0), y=np.array([2]))
     assert torch.equal(read_examples(tmp_path / "f.npz", model)[0].inputs, torch.full((1, 8, 8), 3.0))
+    np.savez(tmp_path / "h.npz", photos=grey, x=np.zeros((1, 8, 8)))
+    assert len(read_examples(tmp_path / "h.npz", model, field="photos")) == 2
     np.savez(tmp_path / "g.npz", x=np.zeros((1, 9, 9), np.uint8))
     with pytest.raises(SourceError, match=r"images of \(9, 9\) pixels for a model of 8 x 8"):
         read_examples(tmp_path / "g.npz", model)
@@ -209,9 +211,9 @@ def test_results_are_not_overwritten_unasked(llama: Path, tmp_path: Path) -> Non
     assert sorted(p.name for p in out.iterdir()) == ["fisher.safetensors", "gram.safetensors"]
     with pytest.raises(OutputError, match=r"gram\.safetensors exists"):
         observe(llama, ["abcd"], ["gram"], out)
-    assert read_metadata(out / "gram.safetensors")["rows"] == 3
+    assert StatsSource(out / "gram.safetensors").notes["rows"] == 3
     observe(llama, ["abcd"], ["gram"], out, overwrite=True)
-    assert read_metadata(out / "gram.safetensors")["rows"] == 4
+    assert StatsSource(out / "gram.safetensors").notes["rows"] == 4
 
 
 def test_the_story_of_a_statistic(llama: Path, tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_the_story_of_a_statistic(llama: Path, tmp_path: Path) -> None:
     out = observe(
         llama, tmp_path / "a.txt", ["gram"], tmp_path / "o", length=4, batch=2, progress=lambda *a: seen.append(a)
     )
-    story = read_metadata(out / "gram.safetensors")
+    story = StatsSource(out / "gram.safetensors").notes
     assert (story["model"], story["data"]) == (str(llama), str(tmp_path / "a.txt"))
     assert (story["kind"], story["length"], story["examples"], story["rows"]) == ("causal-lm", 4, 3, 10)
     assert story["version"]

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from weightsmith.errors import NumericError, WeightsmithError
+from weightsmith.io.stats import StatsSource
 from weightsmith.observe import gram as gram_module
 from weightsmith.observe.collect import observe
-from weightsmith.observe.files import read_metadata
 
 torch.set_num_threads(1)
 
 
 def collected(out: Path, stat: str = "gram") -> tuple[dict[str, torch.Tensor], dict]:
     path = out / f"{stat}.safetensors"
-    return load_file(path), read_metadata(path)
+    return load_file(path), StatsSource(path).notes
 
 
 def inputs_of(model: nn.Module, layer: str, rows: list[list[int]]) -> torch.Tensor:
@@ -169,12 +169,18 @@ def test_conv1d_is_marked_and_a_tied_head_is_skipped(tmp_path: Path) -> None:
 
 def test_vit_counts_patches(tmp_path: Path) -> None:
     images = torch.randn(6, 1, 8, 8)
-    grams, story = collected(observe(tiny_vit(), list(images), ["gram"], tmp_path, batch=4))
+    model = tiny_vit()
+    grams, story = collected(observe(model, list(images), ["gram"], tmp_path, batch=4))
     assert (story["kind"], story["rows"]) == ("image-classification", 6)
     patches = {count for name, count in story["counts"].items() if name != "classifier.weight"}
     assert patches == {6 * 5}  # 4 patches and the class token
     assert story["counts"]["classifier.weight"] == 6
-    assert all(torch.linalg.eigvalsh(g.double())[0] > -1e-6 for g in grams.values())
+    hidden: list[torch.Tensor] = []
+    model.vit.layers[0].mlp.fc1.register_forward_pre_hook(lambda m, args: hidden.append(args[0].detach().double()))
+    with torch.no_grad():
+        model(pixel_values=images)
+    x = hidden[0].reshape(-1, 16)
+    torch.testing.assert_close(grams["vit.layers.0.mlp.fc1.weight"].double(), x.T @ x / 30, rtol=1e-5, atol=1e-6)
 
 
 def test_checkpoint_names_are_those_of_the_file(tmp_path: Path) -> None:
@@ -218,6 +224,9 @@ def test_too_little_memory_is_said_before_the_work(tmp_path: Path, monkeypatch: 
     # 2 blocks x (q/k/v, o, gate/up: 32 wide; down: 48 wide) and the head, 8 bytes a value
     with pytest.raises(WeightsmithError, match=r"9 gram matrices need 94\.2 kB of memory, 100 bytes is free.*layers"):
         observe(tiny_llama(), token_rows(), ["gram"], tmp_path)
+    # 2 blocks x (qkv, attention output, MLP in: 32 wide; MLP out: 128 wide): of [in, out] the inputs count
+    with pytest.raises(WeightsmithError, match=r"8 gram matrices need 311\.3 kB"):
+        observe(tiny_gpt2(), token_rows(), ["gram"], tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -59,4 +59,6 @@ def compress(
             overwrite=overwrite,
             progress=progress,
         )
-    summary(result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} MODEL OUT" gets one model back')
+    summary(
+        result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} OUT --expert NAME" gets one model back'
+    )

@@ -33,7 +33,7 @@ _VERBS = {
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
-_RESUMABLE = ("merge", "compress")
+_RESUMABLE = ("merge", "compress", "restore")
 
 
 def build() -> cyclopts.App:

@@ -84,6 +84,7 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
             "write_bytes": result.write_bytes,
             "bytes_per_second": round(rate),
             "peak_bytes": result.peak_bytes,
+            "storage": result.storage,
             "warnings": result.warnings,
         })  # fmt: skip
         return
@@ -92,4 +93,9 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
     if not quiet:
         count = "1 file" if files == 1 else f"{files} files"
         say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}, {size(rate)}/s in and out")
+        if (kept := result.storage) is not None:
+            say(
+                f"{kept.count} models in {size(kept.stored)} beside the base's {size(kept.base)}: "
+                f"{kept.ratio:.0%} of the {size(kept.experts)} that they take in full"
+            )
         say(f"next: {next_step}")

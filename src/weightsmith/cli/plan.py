@@ -45,10 +45,12 @@ def preview(
 ) -> int:
     """Print the plan; 0, or 2 if it has problems."""
     from weightsmith.io.output import check_output
+    from weightsmith.method import Codec, registry
     from weightsmith.run.inputs import open_inputs
     from weightsmith.run.plan import make_plan
 
     inputs = open_inputs(recipe)
+    encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
     made = make_plan(
         recipe,
         sources=inputs,
@@ -56,6 +58,7 @@ def preview(
         threads=threads_of(threads),
         out=out or Path.cwd(),
         strict=False,
+        encode=encode,
     )
     if out is not None:
         folders = [source.folder for _, source in inputs.models if source.folder is not None]

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Json, Quiet
+from weightsmith.cli.options import Json, Memory, Quiet, Threads, bytes_of, threads_of
 from weightsmith.cli.show import progress_bar
 
 __all__ = ["restore"]
@@ -16,17 +16,38 @@ __all__ = ["restore"]
 
 def restore(
     folder: Annotated[Path, Parameter(help="Folder that compress has written.")],
-    expert: Annotated[str, Parameter(help="Name of the model to get back.")],
-    out: Annotated[Path, Parameter(help="Folder to write.")],
+    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
     /,
     *,
+    expert: Annotated[str | None, Parameter(help="Name of the model to get back.")] = None,
+    consensus: Annotated[int | None, Parameter(help="Instead: merge what at least this many models agree on.")] = None,
+    scale: Annotated[float, Parameter(help="Of the consensus' task vector.", show_default=True)] = 1.0,
+    base: Annotated[str | None, Parameter(help="Where the base is now, if not where it was.")] = None,
+    dtype: Annotated[str | None, Parameter(help="Of the result; default: as the base stores it.")] = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    resume: Annotated[bool, Parameter(help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Get one model back out of a compressed folder, as a folder of its own."""
+    """Get one model back out of a compressed folder, or the consensus of all of them."""
     from weightsmith.run.compress import restore as run
 
+    limit, workers = bytes_of(memory), threads_of(threads)
     with progress_bar("restoring", quiet=quiet or json) as progress:
-        result = run(folder, expert, out, overwrite=overwrite, progress=progress)
+        result = run(
+            folder,
+            expert,
+            out,
+            base=base,
+            consensus=consensus,
+            scale=scale,
+            dtype=dtype,
+            memory=limit,
+            threads=workers,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')

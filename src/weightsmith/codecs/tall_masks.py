@@ -62,7 +62,9 @@ class TallMasks(
         return base + _masked(parts["tau"], _unpacked(parts, base, offset))
 
 
-def consensus_of(experts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int, k: int, scale: float) -> Tensor:
+def consensus_of(
+    experts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int, k: int, scale: float
+) -> Tensor:
     """The consensus merge from stored parts alone: base + scale c tau, c = at least k of the masks select the weight.
 
     experts  name -> the parts that `TallMasks.decode` takes; base: [*block]

@@ -12,6 +12,7 @@ all of it before an expert is restored to disk.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from weightsmith.codecs.tall_masks import TallMasks, consensus_of
 from weightsmith.errors import OutputError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import read_manifest
@@ -33,7 +35,7 @@ from weightsmith.method import Codec, Part, registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WEIGHTS", "CodecFolder", "CodecSource", "describe", "open_codec", "own_name"]
+__all__ = ["WEIGHTS", "CodecFolder", "CodecSource", "ConsensusSource", "describe", "open_codec", "own_name"]
 
 WEIGHTS = "experts"
 """Not 'model': nothing that looks for a model shall take the parts for one."""
@@ -171,26 +173,156 @@ class CodecFolder:
         )
 
 
-class Rebuild:
-    """How a block is made of the stored parts; see `One`."""
-
-
-class CodecSource(Source):
-    """One expert of a compressed folder, rebuilt block by block as it is read; the experts are not needed.
+class _Decoded(Source):
+    """A model made of the stored parts, block by block as it is read; the experts themselves are not needed.
 
     Encoded tensors come in float32 (float64 if the base is), not rounded to the dtype that their key states.
     """
 
     computed = True
 
-    def __init__(self, folder: CodecFolder, base: Source, expert: str) -> None:
-        self._codec_folder, self._base, self._expert = folder, base, folder.check_expert(expert)
-        self.label = f"{folder.path}[{expert}]"
+    def __init__(
+        self, codec_folder: CodecFolder, base: Source, experts: tuple[str, ...], kept: Mapping[str, Key]
+    ) -> None:
+        """`experts`: whose parts are read; `kept`: name -> what is stored whole under another name or the same."""
+        self.codec_folder, self.base, self.experts, self._kept = codec_folder, base, experts, dict(kept)
         self.folder, self.weight_files, self.aliases = base.folder, base.weight_files, base.aliases
-        files = folder.files
+        held = {name: Key(name, key.shape, key.dtype) for name, key in kept.items()}
+        self.keys = {name: held.get(name, key) for name, key in base.keys.items()} | held
+
+    @abstractmethod
+    def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
+        """Expert -> part name -> rows that cover a block of the base: the model's block."""
+
+    def computes(self, name: str) -> bool:
+        name = self.key(name).name
+        return name in self.codec_folder.codecs or (name not in self._kept and self.base.computes(name))
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        name = self.key(name).name
+        if name in self._kept:
+            return self.codec_folder.files.bits(self._kept[name].name, start, stop)
+        if name in self.codec_folder.codecs:
+            raise SourceError(f"{self.label}: {name!r} is calculated on reading and has no stored bits")
+        return self.base.bits(name, start, stop)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        key = self.key(name)
+        codec = self.codec_folder.codecs.get(key.name)
+        if codec is None:
+            return super().read(name, start, stop) if key.name in self._kept else self.base.read(name, start, stop)
+        base = self.base.read(key.name, start, stop)
+        base = base if base.dtype == torch.float64 else base.float()
+        first = slice(start, stop).indices(key.rows)[0] * key.row_numel if key.shape else 0
+        rows: dict[str, dict[str, Tensor]] = {expert: {} for expert in self.experts}
+        for part in codec.parts(key, self.codec_folder.experts):
+            owners = [part.expert] if part.expert else self.experts
+            if part.expert and part.expert not in rows:
+                continue
+            value = self._part(part, first, first + base.numel(), base)
+            for owner in owners:
+                rows[owner][part.name] = value
+        return self._rebuild(codec, rows, base, first)
+
+    def _part(self, part: Part, start: int, stop: int, base: Tensor) -> Tensor:
+        value = self.codec_folder.files.read(part.key.name, *part.rows(start, stop))
+        return value.to(base.dtype) if value.is_floating_point() else value
+
+    @property
+    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
+        return self.base.download_bytes
+
+    def prepare(self) -> None:
+        self.base.prepare()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"view": self.label, "parts": self.codec_folder.files.fingerprint(), "base": self.base.fingerprint()}
+
+    def read_cost(self, name: str) -> float:
+        # base, shared part and result in float32, and a byte for every unpacked bit
+        return 2.5 + 0.5 * len(self.experts) if self.computes(name) else self.base.read_cost(name)
+
+
+class CodecSource(_Decoded):
+    """One expert of a compressed folder; what it had that the base lacks is there too."""
+
+    def __init__(self, codec_folder: CodecFolder, base: Source, expert: str) -> None:
         suffix = own_name("", expert)
-        own = {n.removesuffix(suffix): files.keys[n] for n in files.keys if n.endswith(suffix)}
-        shared = {n: files.keys[n] for n in base.keys if n in files.keys and n not in folder.codecs}
-        self._stored = {n: key.name for n, key in (shared | own).items()}
-        held = {n: Key(n, key.shape, key.dtype) for n, key in (shared | own).items()}
-        self.keys = {n: held.get(n, key) for n, key in base.keys.items()} | held
+        stored = codec_folder.files.keys
+        own = {name.removesuffix(suffix): key for name, key in stored.items() if name.endswith(suffix)}
+        super().__init__(codec_folder, base, (expert,), _shared(codec_folder, base) | own)
+        self.label = f"{codec_folder.path}[{expert}]"
+
+    def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
+        return codec.decode(parts[self.experts[0]], base, offset)
+
+
+class ConsensusSource(_Decoded):
+    """The consensus merge of all experts of a folder made by tall_masks: base + scale c tau, see `Consensus`."""
+
+    def __init__(self, codec_folder: CodecFolder, base: Source, k: int, scale: float) -> None:
+        count = len(codec_folder.experts)
+        if other := sorted({codec.name for codec in codec_folder.codecs.values() if not isinstance(codec, TallMasks)}):
+            raise SourceError(f"{codec_folder.path}: a consensus needs the masks of tall_masks, not {', '.join(other)}")
+        if not 0 <= k <= count + 1:
+            raise SourceError(f"{codec_folder.path}: consensus = {k} is outside [0, {count + 1}] for {count} experts")
+        super().__init__(codec_folder, base, codec_folder.experts, _shared(codec_folder, base))
+        self.k, self.scale = k, scale
+        self.label = f"{codec_folder.path}[consensus of {k}, scale {scale:g}]"
+
+    def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
+        return consensus_of(parts, base, offset, self.k, self.scale)
+
+
+def open_codec(path: Path, base: Source | None, expert: str | None) -> CodecSource:
+    """One expert of a compressed folder; `base` is used if it is the right one, else the base that the folder names."""
+    folder = CodecFolder(path)
+    expert = folder.check_expert(expert)
+    return CodecSource(folder, folder.base(base), expert)
+
+
+def _shared(folder: CodecFolder, base: Source) -> dict[str, Key]:
+    """What is stored once for all experts."""
+    return {name: folder.files.keys[name] for name in base.keys if name in folder.files.keys}
+
+
+def _is_codec_folder(ref: Any) -> bool:
+    return isinstance(ref, Path) and folder_kind(ref.expanduser()) == "codec"
+
+
+def _open(ref: Any, base: Source | None, expert: str | None) -> Source:
+    return open_codec(ref.expanduser(), base, expert)
+
+
+register_opener(_is_codec_folder, _open)
+
+
+# --- knowing the base ------------------------------------------------------------------------------
+
+
+def _sample(base: Source, names: Iterable[str]) -> str:
+    """One checksum over the first rows of every tensor named, about 4 KiB each."""
+    digest = xxhash.xxh3_128()
+    for name in names:
+        key = base.key(name)
+        digest.update(name.encode() + _bits(base, key, 0, min(key.rows, _rows(key, _SAMPLE))).tobytes())
+    return digest.hexdigest()
+
+
+def _content(base: Source, name: str) -> str:
+    """The checksum of all of a tensor."""
+    digest, key = xxhash.xxh3_128(), base.key(name)
+    step = _rows(key, _BLOCK)
+    for start in range(0, key.rows, step):
+        digest.update(_bits(base, key, start, min(start + step, key.rows)).tobytes())
+    return digest.hexdigest()
+
+
+def _rows(key: Key, nbytes: int) -> int:
+    return max(1, nbytes * max(key.rows, 1) // max(key.nbytes, 1))
+
+
+def _bits(source: Source, key: Key, start: int, stop: int) -> np.ndarray:
+    if source.computes(key.name):
+        return tensor_to_bits(source.read(key.name, start, stop))
+    return source.bits(key.name, start, stop)

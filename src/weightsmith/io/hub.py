@@ -47,11 +47,12 @@ def looks_like_hub_id(ref: str) -> bool:
 
 @dataclass(frozen=True)
 class Repo:
-    """One commit of a repository on the hub.  `sizes` maps its file names to bytes."""
+    """One commit of a repository on the hub, which `revision` was when asked for.  `sizes`: file name -> bytes."""
 
     name: str
     commit: str
     sizes: Mapping[str, int] = field(repr=False)
+    revision: str = "main"
     endpoint: str | None = None
     cache: Path | None = None
 
@@ -65,7 +66,7 @@ class Repo:
                 name, revision=revision, files_metadata=True, timeout=_TIMEOUT
             )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        return cls(name, str(info.sha), sizes, endpoint, cache)
+        return cls(name, str(info.sha), sizes, revision or "main", endpoint, cache)
 
     def fetch(self, file: str) -> Path:
         """Return a file's path in the cache, downloaded if it is not there."""
@@ -76,6 +77,15 @@ class Repo:
                 self.name, file, revision=self.commit, endpoint=self.endpoint, cache_dir=self.cache
             )
         return Path(path)
+
+    def note_revision(self) -> None:
+        """Let the cache know which commit the revision was, so that it is found offline by that word too."""
+        from huggingface_hub import constants, file_download
+
+        folder = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
+        note = Path(self.cache or constants.HF_HUB_CACHE) / folder / "refs" / self.revision
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(self.commit)
 
     def cached(self, file: str) -> bool:
         """Whether a file is in the cache already."""
@@ -189,6 +199,7 @@ class HubSource(Source):
                     raise SourceError(
                         f"{self.label}: the download is not the model that was planned; delete {self.folder}"
                     )
+                self.repo.note_revision()
                 self._local = local
             return self._local
 
@@ -213,6 +224,7 @@ def open_hub(
     if ADAPTER_CONFIG in repo.sizes:
         # Adapters are small, and their meaning is in the config: fetch both at once.
         paths = [repo.fetch(file) for file in repo.sizes if file.startswith("adapter_") and "/" not in file]
+        repo.note_revision()
         return _open_adapter(paths[0].parent, base, ref)
     return HubSource(repo, ref)
 
@@ -233,7 +245,7 @@ def _cached_folder(name: str, revision: str | None, cache: Path | None) -> Path 
     """The snapshot of a revision in the cache, if it holds a whole model or adapter."""
     import huggingface_hub
 
-    for file in (INDEX.removeprefix("."), *_CONFIGS, ADAPTER_CONFIG):
+    for file in (*_CONFIGS, ADAPTER_CONFIG, "model.safetensors", f"model.safetensors{INDEX}"):
         found = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
         if isinstance(found, str):
             folder = Path(found).parent

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterSource"]
 
-CHUNK = 256
+CHUNK = 64
 """Rows per matrix product.  A BLAS may order its sums by the shape it is given, so the shape is always the
 same: whole chunks are multiplied, then cut.  Rows read in blocks then equal rows read at once, bit for bit."""
 
@@ -92,8 +92,7 @@ class AdapterSource(Source):
             stored = _wide(self._stored(name, start, stop))
             return stored + change.scale * self._file.read(change.bias, start, stop).to(stored.dtype)
         first, last, _ = slice(start, stop).indices(self.key(name).rows)
-        blocks = list(self._rows(name, change, first, max(first, last)))
-        return torch.cat(blocks) if blocks else _wide(self._stored(name, first, first))
+        return self._rows(name, change, first, max(first, last))
 
     def read_cost(self, name: str) -> float:
         key = self.key(name)
@@ -150,13 +149,15 @@ class AdapterSource(Source):
             chunk = _wide(self._stored(name, begin, begin + CHUNK))
             yield begin, chunk + (left[begin : begin + CHUNK] @ right) * change.scale
 
-    def _rows(self, name: str, change: Change, first: int, last: int) -> Iterator[Tensor]:
+    def _rows(self, name: str, change: Change, first: int, last: int) -> Tensor:
+        key = self.key(name)
+        result = torch.empty(last - first, *key.shape[1:], dtype=_wide(self._stored(name, first, first)).dtype)
         for begin, chunk in self._chunks(name, change, first, last):
             rows = slice(max(first - begin, 0), last - begin)
-            if change.magnitude is None:
-                yield chunk[rows]
-            else:
-                yield (self._gain(name, change, begin, chunk) * chunk)[rows]
+            if change.magnitude is not None:
+                chunk = self._gain(name, change, begin, chunk) * chunk
+            result[begin + rows.start - first : begin + len(chunk) - first] = chunk[rows]
+        return result
 
     def _gain(self, name: str, change: Change, begin: int, chunk: Tensor) -> Tensor:
         """DoRA's factor m / |W + s B A|: per row [rows, 1], or per column [1, columns] for flipped weights."""

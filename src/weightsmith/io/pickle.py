@@ -58,9 +58,8 @@ class PickleSource(Source):
 
 
 def _load(path: Path) -> Any:
-    # Checkpoints from before torch 1.6 are no zip files and cannot be mapped.
-    mapped = zipfile.is_zipfile(path)
     try:
+        mapped = zipfile.is_zipfile(path)  # checkpoints from before torch 1.6 are no zip files and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         # Anything at all can come out of a hostile or broken pickle; none of it may reach the user as a traceback.

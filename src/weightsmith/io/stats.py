@@ -44,9 +44,9 @@ class StatsSource(Source):
         self.examples: int = self._field(notes, "examples", int)
         self.rows: int = self._field(notes, "rows", int, 0)
         self.model: str = self._field(notes, "model", str, "")
-        aliases: dict[str, str] = self._field(notes, "aliases", dict, {})
+        aliases: dict[str, Any] = self._field(notes, "aliases", dict, {})
         for name, holder in aliases.items():
-            if name in self.keys or holder not in self.keys:
+            if name in self.keys or not isinstance(holder, str) or holder not in self.keys:
                 raise SourceError(
                     f"{self.label}: the alias {name!r} -> {holder!r} does not fit the tensors in the file"
                 )

@@ -44,7 +44,8 @@ class Consensus(
 
     def remark(self, count: int) -> str | None:
         if self.k > count:
-            return f"k = {self.k} with {count} {'model' if count == 1 else 'models'} selects nothing: the result is the base"
+            models = "1 model" if count == 1 else f"{count} models"
+            return f"k = {self.k} with {models} selects nothing: the result is the base"
         return None
 
     def apply(self, site: Site) -> Site:

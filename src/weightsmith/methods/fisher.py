@@ -10,7 +10,7 @@ from weightsmith.lazy import torch
 from weightsmith.method import Each, Method, Rows, Scope, choice, flag, number
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.ops.reduce import block_sums
-from weightsmith.site import Site, Summary
+from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

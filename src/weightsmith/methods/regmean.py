@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import NumericError
+from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Each, Grain, Method, Stage, flag, number, registry
 from weightsmith.ops.combine import spread, weighted_sum
@@ -48,6 +50,10 @@ class Regmean(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
+
+    def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
+        """Layers that the Grams' file lists as stored [in, out] are taken so, also where the matrix is square."""
+        return replace(self, transposed=True) if key.name in notes.get("gram", {}).get("transposed", ()) else self
 
     def elsewhere(self) -> Stage:
         return registry("linear")(**{"weight": self.weight})

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tsvm"]
 
+NOISE = 1e-6
+"""Relative singular values up to which a float32 task vector holds only rounding noise."""
+
 
 @dataclass(frozen=True)
 class Tsvm(
@@ -35,9 +38,9 @@ class Tsvm(
     are replaced by their orthogonal polar factors; result: base + scaling U S V^T.  All other tensors, and
     matrices with fewer than T rows or columns, get base + scaling mean_t(tau_t).
 
-    Triplets of singular value 0 (an expert equal to the base, an adapter of low rank) are left out: their
-    directions are arbitrary, but would turn the others.  Where columns repeat (equal experts) the polar factor
-    is the pseudo-inverse one.  `scaling` as a list multiplies each tau_t before its decomposition.
+    Triplets below 1e-6 of the largest singular value (an expert equal to the base, an adapter of low rank) are
+    left out: their directions are rounding noise, but would turn the others (the authors' code keeps them).
+    Where columns repeat (equal experts) the polar factor is the pseudo-inverse one.  `scaling` as a list multiplies each tau_t before its decomposition.
     float64 throughout.
     """
 
@@ -76,6 +79,6 @@ def _task_arithmetic(**parameters: Any) -> Stage:
 
 def _orthogonal_sum(deltas: Tensor, rank: int) -> Tensor:
     """U S V^T of the deltas' leading triplets, whitened: [T, m, n] -> float64 [m, n]."""
-    parts = [top_svd(delta, rank) for delta in deltas]
+    parts = [top_svd(delta, rank, cutoff=NOISE) for delta in deltas]
     u, s, v = (torch.cat([getattr(p, side) for p in parts], -1) for side in ("u", "s", "v"))
     return (polar(u) * s) @ polar(v).T

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import SourceError, WeightsmithError
 from weightsmith.io.folder import FolderSource
+from weightsmith.io.manifest import MANIFEST
 from weightsmith.lazy import torch
 from weightsmith.observe.consistency import cheap_check
 
@@ -174,15 +175,16 @@ def _compare(
 
 def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, str]]:
     """The models named in OUT/weightsmith.json's recipe: name -> folder, and name -> why it cannot be loaded."""
-    path = folder / "weightsmith.json"
+    path = folder / MANIFEST
     if not path.exists():
         return {}, {}
     try:
         story = json.loads(path.read_text("utf-8"))
         recipe = story["recipe"]
-        named = {"base": recipe["base"], **recipe["models"]} if recipe.get("base") else dict(recipe["models"])
+        named = {"base": recipe.get("base"), **recipe["models"]}
+        named = {name: model for name, model in named.items() if model is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, {"weightsmith.json": f"names no models ({type(error).__name__}: {error})"}
+        return {}, {MANIFEST: f"names no models ({type(error).__name__}: {error})"}
     found: dict[str, str | Path] = {}
     missing: dict[str, str] = {}
     for name, entry in named.items():

@@ -65,7 +65,7 @@ def read_examples(
     """At most `examples` of the data: the first ones of an iterable, a seeded choice (in file order) of a file.
 
     Files: .txt (cut into blocks of `length` tokens), .jsonl (`field`, or text / question + answer / ...; cut to
-    `length`), .npz (images `x` or `x_train`, labels `y` or `y_train`), a folder of .txt or of images.
+    `length`), .npz (images `field`, `x` or `x_train`, labels `y` or `y_train`), a folder of .txt or of images.
     An iterable gives texts, token ids, tensors, (input, label) pairs, or mappings with input_ids or
     pixel_values and, if wanted, labels; one example each, without a batch axis.
     """
@@ -211,7 +211,8 @@ class _Reader:
     def _arrays(self, path: Path) -> list[Example]:
         try:
             with np.load(path, allow_pickle=False) as file:
-                names = (_first(file.files, _IMAGE_ARRAYS, path), _first(file.files, _LABEL_ARRAYS, None))
+                wanted = (self.field,) if self.field else _IMAGE_ARRAYS
+                names = (_first(file.files, wanted, path), _first(file.files, _LABEL_ARRAYS, None))
                 images, labels = (None if name is None else file[name] for name in names)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise SourceError(f"{path}: not a readable .npz file ({error})") from None

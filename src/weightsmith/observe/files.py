@@ -1,4 +1,4 @@
-"""Files of statistics: one safetensors file per statistic, with its story in the header."""
+"""Writing statistics: one safetensors file each, with its story in the header.  `io.stats` reads them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from weightsmith.errors import OutputError, SourceError
+from weightsmith.errors import OutputError
+from weightsmith.io.stats import METADATA
 
-__all__ = ["Statistic", "read_metadata", "stat_path", "write_statistic"]
+__all__ = ["Statistic", "stat_path", "write_statistic"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
     try:
         out.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(dict(statistic.tensors), partial, metadata={"weightsmith": json.dumps(metadata)})
+            save_file(dict(statistic.tensors), partial, metadata={METADATA: json.dumps(metadata)})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             partial.replace(final)
@@ -69,18 +70,3 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
     except OSError as error:
         raise OutputError(f"{final}: cannot be written ({error.strerror or error})") from error
     return final
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON object that `write_statistic` put into the header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("weightsmith")
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path}: not a readable safetensors file ({error})") from None
-    if found is None:
-        raise SourceError(f'{path}: not a statistic; make one with "weightsmith observe"')
-    metadata: dict[str, Any] = json.loads(found)
-    return metadata

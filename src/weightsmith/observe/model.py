@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weightsmith.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io.folder import FolderSource
+from weightsmith.io.hub import looks_like_hub_id, open_hub
 from weightsmith.observe.names import Naming
 
 __all__ = ["KINDS", "LoadedModel", "TextCoder", "load_model", "pick_device", "resting", "text_coder"]
@@ -25,7 +26,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """What can be observed -> endings of the architectures' names."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,18 +209,18 @@ def _load_errors(label: str, what: str) -> Iterator[None]:
 
 
 def _folder_of(model: str | Path) -> Path:
-    """A local folder as it is; a hub id as its snapshot (configuration, tokenizer and safetensors only)."""
+    """A local folder as it is; a hub id as its snapshot in the cache, downloaded if need be."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     text = str(model)
-    name, _, revision = text.partition("@")
-    if isinstance(model, Path) or text[:1] in "./~" or name.count("/") > 1 or folder.exists():
+    if isinstance(model, Path) or not looks_like_hub_id(text):
         raise SourceError(f"{text}: not a model folder; give a folder with config.json, or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-
-    with _load_errors(text, "neither a local folder nor to be had from the hub"):
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    source = open_hub(text)
+    source.prepare()
+    if source.folder is None:
+        raise SourceError(f"{text}: no config.json in this repository to build the model from")
+    return source.folder
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

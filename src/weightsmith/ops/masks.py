@@ -37,7 +37,7 @@ def agreed(masks: Tensor, k: int) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Bits of a mask in row-major order, the first in the highest bit, padded with zeros: bool [*] -> uint8 [ceil/8]."""
+    """A mask's bits in row-major order, the first in the highest bit, padded with zeros: bool [*] -> uint8 [bytes]."""
     flat = mask.reshape(-1)
     bits = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=mask.device)
     bits[: flat.numel()] = flat

@@ -31,11 +31,12 @@ class Svd(NamedTuple):
     v: Tensor
 
 
-def top_svd(matrix: Tensor, k: int) -> Svd:
+def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0) -> Svd:
     """The k leading singular triplets of a matrix [m, n], without those of singular value zero.
 
     Costs an eigendecomposition of the smaller side.  Fewer than k triplets come back from a matrix of
-    lower rank (zero: below max(m, n) eps relative to the largest): their directions would be arbitrary.
+    lower rank: directions of singular values up to `cutoff` (at least max(m, n) eps) times the largest would
+    be arbitrary.  For the difference of float32 matrices 1e-6 is a good cutoff: below lies rounding noise.
     """
     a = matrix.double()
     scale = a.abs().max() if a.numel() else a.new_zeros(())
@@ -47,13 +48,13 @@ def top_svd(matrix: Tensor, k: int) -> Svd:
     k = min(k, short.shape[0])
     values, vectors = torch.linalg.eigh(short @ short.T)
     s = values.clamp(min=0).sqrt().flip(0)[:k]
-    if s[-1] < RESOLVED * s[0]:
+    if s[-1] < RESOLVED * s[0] and cutoff < RESOLVED:
         u, s, vt = torch.linalg.svd(short, full_matrices=False)
-        s = s[:k]
-        rank = int((s > s[0] * max(a.shape) * torch.finfo(a.dtype).eps).sum())
+        rank = int((s[:k] > s[0] * max(cutoff, max(a.shape) * torch.finfo(a.dtype).eps)).sum())
         u, s, v = u[:, :rank], s[:rank], vt[:rank].T
     else:
-        u = vectors.flip(1)[:, :k]
+        rank = int((s > s[0] * cutoff).sum())
+        u, s = vectors.flip(1)[:, :rank], s[:rank]
         v = (short.T @ u) / s
     return Svd(u, s * scale, v) if wide else Svd(v, s * scale, u)
 

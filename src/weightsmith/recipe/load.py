@@ -24,8 +24,8 @@ from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
 __all__ = ["apply_overrides", "load", "loads"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
-_MAX_NESTED = 1000
-_TOP_LINES = 20  # problems shown at most
+_MAX_NESTED = 200
+_TOP_LINES = 50  # problems shown at most
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,12 +33,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all problems, one line each: file, line, what is wrong, the nearest valid word.
     """
-    return _Loader(Path(path).expanduser()).file(Path(path).expanduser(), overrides)
+    return _Loader().file(_expanded(path), overrides)
 
 
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: str | Path | None = None) -> Recipe:
     """Read a recipe from text; `where` is what messages call it, `folder` what its paths are relative to."""
-    return _Loader(None).text(text, where, None if folder is None else Path(folder), overrides)
+    return _Loader().text(text, where, None if folder is None else Path(folder), overrides)
 
 
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -54,18 +54,19 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 class _Loader:
     """One call of `load`: the files that are open (to find loops), and how many recipes were read."""
 
-    def __init__(self, first: Path | None) -> None:
+    def __init__(self) -> None:
         self.open: list[Path] = []
         self.count = 0
 
     def file(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+        text = _text_of(path)
         real = path.resolve()
         if real in self.open:
             chain = " -> ".join(p.name for p in [*self.open[self.open.index(real) :], real])
             raise RecipeError(f"{path}: the recipe is made of itself: {chain}")
         self.open.append(real)
         try:
-            return self.text(_text_of(path), str(path), path.absolute().parent, overrides)
+            return self.text(text, str(path), path.absolute().parent, overrides)
         finally:
             self.open.pop()
 
@@ -181,7 +182,7 @@ class _Form:
 
     def nested_file(self, text: str, place: Place) -> Recipe | None:
         try:
-            return self.loader.file(Path(self.located(text)).expanduser())
+            return self.loader.file(_expanded(self.located(text)))
         except RecipeError as error:
             self.inner += _lines_of(error, f"{self.document.at(place)}: in {spell(place)}")
             return None
@@ -196,7 +197,7 @@ class _Form:
 
     def located(self, text: str) -> str:
         """The absolute path where one exists beside the recipe; else the text as written."""
-        path = Path(text).expanduser()
+        path = _expanded(text)
         if self.folder is not None and not path.is_absolute() and _exists(self.folder / path):
             return str((self.folder / path).absolute())
         return str(path) if text.startswith("~") else text
@@ -215,7 +216,7 @@ class _Form:
         first = seen.setdefault(identity, place)
         if first != place:
             shown = model if isinstance(model, str) else "the same recipe"
-            hint = "give it a weight instead" if first != ("base",) else "an expert must differ from the base"
+            hint = "leave one out, or give it a weight" if first != ("base",) else "it has no task vector; leave it out"
             self.say(place, f"{spell(place)} is the same model as {spell(first)} ({shown}); {hint}")
 
     def tokenizer(self, tree: dict[str, Any]) -> None:
@@ -318,6 +319,13 @@ def _nearest_file(path: Path) -> str:
     names = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {str(folder / near[0])!r}?" if near else ""
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~somebody who has no home here
+        return Path(path)
 
 
 def _exists(path: Path) -> bool:

@@ -33,7 +33,9 @@ def override(document: Document, text: str) -> None:
         if not isinstance(inner, (dict, list)):
             raise RecipeError(f"{label}: {spell(place)} is {inner!r}; it has no {words[0]!r} inside")
         target = inner
-    target[step] = read(value, label).tree if value.strip() else None
+    # Globs need no second pair of quotes here: nothing on a command line can be a YAML alias.
+    glob = value.startswith("*")
+    target[step] = value if glob else read(value, label).tree if value.strip() else None
     for known in [p for p in document.lines if p[: len(place)] == place]:
         del document.lines[known]
     document.lines[place] = label

@@ -162,7 +162,9 @@ class _Reader:
         if isinstance(event, AliasEvent):
             known = self.anchors.get(str(event.anchor))
             if known is None:
-                self.refuse(event, f"alias *{event.anchor} stands for nothing written before it")
+                self.refuse(
+                    event, f"alias *{event.anchor} stands for nothing written before it; put words with a * in quotes"
+                )
             self.count(event, known.size)
             return _Value(_copy(known.value), known.size, known.lines)  # an override must not change both
         if (tag := getattr(event, "tag", None)) is not None:

@@ -14,7 +14,7 @@ from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 
 __all__ = ["dumps", "schema", "to_tree"]
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./@+\-][A-Za-z0-9_./@+\- ]*(?<! )")
+_PLAIN = re.compile(r"[A-Za-z0-9_./+\-][A-Za-z0-9_./@+\- ]*(?<! )")
 """Words that mean themselves without quotes in every YAML version, unless they are numbers or special words."""
 _SPECIAL = re.compile(r"(?i)y|n|yes|no|on|off|true|false|null|[-+.0-9].*|.*-")
 

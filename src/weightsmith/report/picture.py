@@ -69,7 +69,7 @@ def _panel(panel: Panel, left: float, width: float, low: float, high: float, row
         return start + (end - start) * (value - low) / (high - low)
 
     parts = [f'<text class="title" x="{left + 16:.0f}" y="28">{escape(panel.title)}</text>']
-    ticks = int(round((high - low) / 0.2))
+    ticks = round((high - low) / 0.2)
     for tick in range(0, ticks + 1, 1 if ticks <= 6 else 2):
         value = low + 0.2 * tick
         kind = "zero" if abs(value) < 1e-9 else "grid"

@@ -1,6 +1,6 @@
 """One table, three ways to show it: in a terminal, in Markdown, in HTML.
 
-    table = Table("Runs", (Column("name", "Run"), Column("loss", "Loss", decimals=3)), rows=[{"name": "a", "loss": 0.5}])
+    table = Table("Runs", (Column("name", "Run"), Column("loss", "Loss")), rows=[{"name": "a", "loss": 0.5}])
     print(markdown(table))
 
 A cell that is None shows as an en dash, a number with its column's decimals, anything else as text.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.io import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
 from weightsmith.io.open import open_source
 from weightsmith.io.source import Source
 from weightsmith.io.stats import open_stats

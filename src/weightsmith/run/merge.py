@@ -22,12 +22,27 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
 
-__all__ = ["Result", "identity", "package", "prepared", "run", "treatments"]
+__all__ = ["Result", "Storage", "identity", "package", "prepared", "run", "treatments"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of tensors: the compressed folder and the base that it needs, against the experts in full."""
+
+    base: int
+    stored: int
+    experts: int
+    count: int
+
+    @property
+    def ratio(self) -> float:
+        """What is kept, base included, as a share of the full experts."""
+        return (self.base + self.stored) / max(self.experts, 1)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.  `warnings` are things the user should look at, a line each."""
+    """What a run did.  `warnings` are things the user should look at, a line each; `storage` is of a compression."""
 
     out: Path
     seconds: float
@@ -35,6 +50,7 @@ class Result:
     write_bytes: int
     peak_bytes: int
     warnings: tuple[str, ...] = ()
+    storage: Storage | None = None
 
 
 def run(

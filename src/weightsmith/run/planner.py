@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.codec_folder import own_name
@@ -39,6 +40,7 @@ class Planner:
             self.resolver = None
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
         self._complained: set[str] = set()
+        self._notes_on = {stat: _common_notes(found.values()) for stat, found in inputs.stats.items()}
 
     # -- what becomes of each tensor
 
@@ -48,6 +50,7 @@ class Planner:
         self._extra_tensors()
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
+        left = 0
         for name in self.names:
             key = self.reference.keys[name]
             treatment = self._treat(key)
@@ -55,7 +58,8 @@ class Planner:
                 continue
             pipeline, source, reason = treatment
             if self.encode and pipeline is None and key.floating:
-                continue  # the base has it, and whoever decodes has the base
+                left += 1  # the base has it, and whoever decodes has the base
+                continue
             self._treatment[name] = treatment
             if pipeline is not None and pipeline.grain is Grain.GROUP:
                 groups.setdefault(pipeline, []).append(key)
@@ -68,6 +72,10 @@ class Planner:
                 key = self._output(self.inputs.experts[owner].key(name))
                 stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
                 out += self._cut(key, None, owner, f"only in {owner}, kept from there", stored)
+        if left:
+            self.notes.append(
+                f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
+            )
         if self.encode and not self.problems and not any(t.pipeline and t.pipeline.codec for t in out):
             self.problems.append("nothing is compressed: end 'method' with a codec such as tall_masks")
         return out
@@ -88,7 +96,6 @@ class Planner:
     def _treat(self, key: Key) -> tuple[Pipeline | None, str, str] | None:
         """(pipeline or None for a copy, whose copy, reason); None if a problem was noted."""
         assert self.resolver is not None
-        here = self._sources_with(key)
         try:
             pipeline = self.resolver(key, self.depth.get(key.name))
         except WeightsmithError as error:
@@ -96,6 +103,7 @@ class Planner:
             return None
         if _is_keep(pipeline):
             return None, self._reference_name(), "kept by rule or exclude"
+        here = self._sources_with(key)
         if not key.floating:
             return None, self._reference_name(), f"{key.dtype}, must be equal everywhere"
         if here is None:
@@ -111,7 +119,7 @@ class Planner:
             return None
         for stage in pipeline.stages:
             self._check_stage(stage)
-        return pipeline, "", reason
+        return Pipeline(tuple(s.informed(key, self._notes_on) for s in pipeline.stages)), "", reason
 
     def _may_encode(self, pipeline: Pipeline) -> bool:
         if not self.encode:
@@ -308,6 +316,12 @@ class Planner:
                     found = source.key(key.name)
                     total += 0 if found.shape == key.shape else 3 * found.numel * 8
         return total
+
+
+def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:
+    """What the statistics of all models say alike about themselves."""
+    first, *others = [dict(getattr(source, "notes", {})) for source in sources]
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def _has(source: Source, name: str) -> bool:

@@ -75,9 +75,7 @@ def row_step(key: Key, size: int, spans: Iterable[int] = ()) -> int:
     return max(1, size // max(key.row_numel, 1) // unit) * unit
 
 
-def blocks(
-    key: Key, start: int, stop: int, size: int = BLOCK, spans: Iterable[int] = ()
-) -> Iterator[tuple[int, int]]:
+def blocks(key: Key, start: int, stop: int, size: int = BLOCK, spans: Iterable[int] = ()) -> Iterator[tuple[int, int]]:
     """Row ranges of about `size` elements that cover start..stop; a row (see also `row_step`) is never cut."""
     step = row_step(key, size, spans)
     for low in range(start, stop, step):

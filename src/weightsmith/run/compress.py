@@ -1,0 +1,149 @@
+"""Several experts into one compressed folder, and models back out of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import PlanError, RecipeError
+from weightsmith.io.card import licences
+from weightsmith.io.codec_folder import WEIGHTS, CodecFolder, CodecSource, ConsensusSource, describe
+from weightsmith.io.manifest import build_manifest, write_manifest
+from weightsmith.io.open import open_source
+from weightsmith.io.output import check_output
+from weightsmith.io.source import Source
+from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.merge import Result, Storage, prepared, run, treatments
+from weightsmith.run.plan import Plan, make_plan
+
+__all__ = ["compress", "restore"]
+
+
+def compress(
+    recipe: Recipe,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    sources: Inputs | None = None,
+) -> Result:
+    """Write the experts of a recipe whose method ends in a codec (`tall_masks`) into the folder `out`.
+
+    Tensors that `exclude` or a rule keeps stay in the base.  Tensors that only experts have are stored whole for
+    each of them, if excluded.  The folder appears complete or not at all; the other arguments are those of `run`.
+
+    Raises PlanError with every problem before anything is written.  `Result.storage` says what it saves.
+    """
+    began = time.perf_counter()
+    inputs = sources if sources is not None else open_inputs(recipe)
+    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True)
+    sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=WEIGHTS)
+    records = carry_out(plan, inputs, sink, device=device, progress=progress)
+    sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
+    return Result(
+        out=sink.out,
+        seconds=time.perf_counter() - began,
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        peak_bytes=plan.peak_bytes,
+        storage=_storage(plan, inputs),
+        warnings=plan.notes,
+    )
+
+
+def restore(
+    folder: Path,
+    expert: str | None,
+    out: Path,
+    *,
+    base: str | Path | Source | None = None,
+    consensus: int | None = None,
+    scale: float = 1.0,
+    dtype: str | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Write one model of a compressed folder into the folder `out`; the experts are not needed, the base is.
+
+    expert     which one; None with `consensus`
+    base       where the base is now, if not where it was; a model with other weights is refused
+    consensus  instead of an expert, their merge: base + scale * tau where at least this many masks agree
+    dtype      of the result's floating tensors; default: as the base stores them
+
+    Raises SourceError or PlanError before anything is written; the other arguments are those of `run`.
+    """
+    if (expert is None) == (consensus is None):
+        raise RecipeError("restore needs the name of an expert, or a number for consensus, and not both")
+    if consensus is None and scale != 1:
+        raise RecipeError(f"scale = {scale:g} is for a consensus only; an expert is rebuilt at scale 1")
+    if problems := check_output(out, [folder], overwrite, resume, 0):
+        raise PlanError(problems)
+    opened = CodecFolder(Path(folder))
+    name = opened.check_expert(expert) if consensus is None else "consensus"
+    origin = opened.base(None if base is None else open_source(base), strict=True)
+    source: Source
+    if consensus is None:
+        source = CodecSource(opened, origin, name)
+    else:
+        source = ConsensusSource(opened, origin, consensus, scale)
+    origin.prepare()
+    opened.refuse_other(origin)
+    reference = ModelRef(model=str(folder), expert=expert)
+    recipe = Recipe(models={name: reference}, method="keep", output={"dtype": dtype})  # type: ignore[arg-type]
+    inputs = Inputs(None, {name: source})
+    return run(
+        recipe,
+        out,
+        memory=memory,
+        threads=threads,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        sources=inputs,
+    )
+
+
+def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Iterable[Path]:
+    """Write weightsmith.json.  The base's companion files stay with the base."""
+    assert inputs.base is not None
+    encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
+    manifest = build_manifest(
+        folder,
+        recipe=plan.recipe.model_dump(mode="json", exclude_defaults=True),
+        inputs=inputs.fingerprints(),
+        keys=plan.keys,
+        records=records.values(),
+        made_by=treatments(plan),
+        licences=licences({name: source.folder for name, source in inputs.models}),
+        kind="codec",
+    )
+    about = describe(inputs.base, _path(plan.recipe.base), inputs.experts, encoded)
+    return [write_manifest(folder, {**manifest, "codec": about})]
+
+
+def _path(ref: ModelRef | None) -> str:
+    """Where the base is found again: an absolute path, a hub id, or '' for what is neither."""
+    if ref is None or not isinstance(ref.model, str) or ref.layers is not None or ref.expert is not None:
+        return ""
+    place = Path(ref.model).expanduser()
+    return str(place.resolve()) if place.exists() else ref.model
+
+
+def _storage(plan: Plan, inputs: Inputs) -> Storage:
+    assert inputs.base is not None
+    size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in inputs.models}
+    return Storage(
+        base=size.pop("base"), stored=plan.write_bytes, experts=sum(size.values()), count=len(inputs.experts)
+    )

@@ -1,0 +1,74 @@
+"""Methods from outside: a file on the command line, or an installed package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file as load_tensors
+
+from weightsmith.cli.main import main
+from weightsmith.errors import RecipeError
+from weightsmith.method import registry as find
+from weightsmith.plugins import load_file
+
+EXAMPLE = Path(__file__).parent / "example_plugin.py"
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError, match="unknown method 'median'"):
+        find("median")
+    recipe.write_text(
+        "models: {a: a, b: b, base: base}\nmethod: {median: {pull: 0.75}}\n".replace("base: base", "c: base")
+    )
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", str(EXAMPLE)]) == 0
+    assert find("median").__name__ == "Median"
+    for tensor in load_tensors(tmp_path / "out/model.safetensors").values():
+        assert tensor == pytest.approx(1 + 0.75 / 3)  # median 1, mean 4/3
+    assert main(["methods", "median", "--plugin", str(EXAMPLE)]) == 0
+    assert "share of the mean that is mixed in" in capsys.readouterr().out
+    assert (
+        main(["merge", str(recipe), str(tmp_path / "o2"), "--plugin", str(EXAMPLE), "--set", "method.median.pull=2"])
+        == 2
+    )
+    assert "median: pull = 2 is outside [0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.py", "x = 1\n", r'none\.py: it defines no method; write class Mine\(Method, name="mine"\)'),
+        ("bad.py", "x = 1\ny = (\n", r"bad\.py:2: SyntaxError: "),
+        ("boom.py", "\n\n1 / 0\n", r"boom\.py:3: ZeroDivisionError: division by zero$"),
+        ("gone.py", None, r"gone\.py: no such file$"),
+        ("notes.txt", "", r"notes\.txt: a plug-in is a python file, named \.py$"),
+        ("twice.py", EXAMPLE.read_text().replace('"median"', '"ties"'), r"twice\.py: two methods are called 'ties'"),
+    ],
+)
+@pytest.mark.usefixtures("registry")
+def test_files_that_are_no_plugin(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_file(tmp_path / name)
+
+
+def test_an_installed_package_adds_a_method(recipe: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "median_method-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: median-method\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[weightsmith.methods]\nmedian = median_method\n")
+    (site / "median_method.py").write_text(EXAMPLE.read_text())
+    recipe.write_text("models: {a: a, b: b, c: base}\nmethod: median\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); from weightsmith.cli.main import main; "
+        f"sys.exit(main(['merge', {str(recipe)!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for tensor in load_tensors(tmp_path / "out/model.safetensors").values():
+        assert tensor == pytest.approx(1.0)

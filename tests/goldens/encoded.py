@@ -1,0 +1,52 @@
+"""Compressing tensors in memory, with the engine that writes folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import MemorySource
+from weightsmith.ops.masks import unpack_bits
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.task import BLOCK
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The stored tensors of a compressed folder."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+    def mask(self, name: str, expert: str) -> Tensor:
+        tau = self.tensors[f"{name}::tau"]
+        return unpack_bits(self.tensors[f"{name}::mask.{expert}"], 0, tau.numel()).reshape(tau.shape)
+
+    def rebuilt(self, name: str, expert: str, base: Tensor) -> Tensor:
+        codec = next(t.pipeline.codec for t in self.plan.tasks if t.key.name == name)
+        parts = {"tau": self.tensors[f"{name}::tau"], "mask": self.tensors[f"{name}::mask.{expert}"]}
+        return codec.decode(parts, base, 0)
+
+
+def recipe_of(method: Any, experts: Sequence[str], **more: Any) -> Recipe:
+    stages = method if isinstance(method, list) else [method]
+    models = {name: {"model": name} for name in experts}
+    return Recipe.model_validate({"base": {"model": "base"}, "models": models, "method": tuple(stages), **more})
+
+
+def encoded(method: Any, base: State, experts: Mapping[str, State], block: int = BLOCK, **more: Any) -> Encoded:
+    recipe = recipe_of(method, list(experts), **more)
+    inputs = Inputs(MemorySource(base, "base"), {n: MemorySource(t, n) for n, t in experts.items()})
+    plan = make_plan(recipe, sources=inputs, threads=1, encode=True)
+    sink = MemorySink()
+    carry_out(plan, inputs, sink, block=block)
+    return Encoded(plan, sink.tensors())
