@@ -13,9 +13,6 @@ from bench.models import read_tensors
 
 __all__ = ["Agreement", "at_the_cut", "check_exact", "compare"]
 
-CLOSE = 2e-6
-"""Largest difference, relative to the tensor's largest value, between two float32 evaluations of one formula."""
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -56,12 +53,13 @@ def compare(ours: Path, theirs: Path, base: Path) -> Agreement:
 
 
 def check_exact(
-    ours: Path, theirs: Path, base: Path, experts: Sequence[Path], density: float | None
+    ours: Path, theirs: Path, base: Path, experts: Sequence[Path], density: float | None, close: float = 2e-6
 ) -> tuple[int, int]:
     """Check that two float32 outputs are one function's; returns (entries, entries left to the sort).
 
     With `density`, entries whose change is exactly as large as the smallest one kept may fall on either side of
-    the cut: neither program says which of equals it takes.  All others must agree within `CLOSE`.
+    the cut: neither program says which of equals it takes.  All others must agree within `close`, relative to
+    the tensor's largest value.
     """
     entries, free = 0, 0
     models = zip(read_tensors(base), *map(read_tensors, experts), strict=True)
@@ -75,7 +73,7 @@ def check_exact(
         entries += a.size
         free += int(open_.sum())
         apart = np.where(open_, 0, np.abs(a - b))
-        if apart.max() > CLOSE * np.abs(a).max():
+        if apart.max() > close * np.abs(a).max():
             place = np.unravel_index(int(apart.argmax()), a.shape)
             raise BenchError(f"{name} at {[int(i) for i in place]}: weightsmith {a[place]!r}, mergekit {b[place]!r}")
     return entries, free

@@ -26,6 +26,7 @@ class Merge:
     most      most experts it takes
     random    whether entries are drawn at random (then only what is not random can be compared)
     tied      whether entries are ranked (then equals at the cut may fall on either side)
+    close     largest difference between two float32 evaluations, relative to the tensor's largest value
     """
 
     name: str
@@ -36,6 +37,7 @@ class Merge:
     most: int | None = None
     random: bool = False
     tied: bool = False
+    close: float = 2e-6
 
     def inputs(self, base: Path, experts: Sequence[Path]) -> list[Path]:
         """The folders that it reads."""
@@ -90,7 +92,8 @@ MERGES: Mapping[str, Merge] = {
     for merge in (
         Merge("linear", [{"linear": {"normalize": True}}], {"normalize": True}, base=False),
         Merge("task_arithmetic", [{"task_arithmetic": {"lambda": 0.7}}], {"lambda": 0.7}),
-        Merge("slerp", [{"slerp": {"t": 0.4}}], {"t": 0.4}, most=1),
+        # mergekit takes the angle in float32, which costs it two digits; weightsmith in float64.
+        Merge("slerp", [{"slerp": {"t": 0.4}}], {"t": 0.4}, most=1, close=2e-5),
         Merge(
             "ties",
             [{"ties": {"density": 0.5, "scope": "tensor", "zero_sign": "plus", "aggregate": "mean"}}],

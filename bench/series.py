@@ -70,11 +70,13 @@ class Bench:
             file for folder in merge.inputs(*self.folders(size, experts)) for file in folder.glob("*.safetensors")
         ]
         runs = []
-        measure(commands[COPY])  # all inputs into the page cache
         for repetition in range(times):
             for program, command in commands.items():
+                # The same start for everyone: inputs in the page cache, memory at hand, nothing waiting to be written.
+                measure(commands[COPY])
+                self._clear(COPY)
                 self._clear(program)
-                os.sync()  # what others have written is not this run's to wait for
+                os.sync()
                 if self.cold and not forget_cached(inputs):
                     raise BenchError("the inputs cannot be dropped from the page cache here; leave --cold out")
                 runs.append(Run(merge.name, program, repetition, measure(command)))
@@ -95,7 +97,7 @@ class Bench:
         for program in (OURS, THEIRS):
             measure(commands[program])
         density = merge.density if merge.tied else None
-        return check_exact(self._out(OURS), self._out(THEIRS), base, models, density)
+        return check_exact(self._out(OURS), self._out(THEIRS), base, models, density, merge.close)
 
     def memory(self, merge: Merge, size: str, experts: int) -> Memory:
         """Measure weightsmith's peak memory, and ask its plan for it."""

@@ -130,7 +130,7 @@ def gain_figure(result: Result) -> Figure:
         "orientation": "h",
         "x": [100 * one.gain_kept for one in compared],
         "y": [one.name for one in compared],
-        "text": [f"{100 * one.gain_kept:.0f}%" for one in compared],
+        "text": [f"{100 * one.gain_kept:.0f}%".replace("-", "−") for one in compared],
         "textposition": "inside",
         "insidetextanchor": "start",
         "customdata": [one.chosen or "no coefficient" for one in compared],

@@ -59,7 +59,7 @@ class Row:
     normalised: float
     gain_kept: float
     forgetting: float
-    spread: float | None  # standard deviation of gain_kept over the seeds; None with one seed
+    spread: float | None  # standard deviation of gain_kept over the seeds; None with one seed, and for the base
     verdict: str
     recipe: str  # path of the recipe file, for a merge
 
@@ -87,7 +87,7 @@ def row(
         normalised=statistics.fmean(reference.normalised(model) for model, reference in pairs),
         gain_kept=statistics.fmean(gains),
         forgetting=statistics.fmean(reference.forgetting(model, guards) for model, reference in pairs),
-        spread=statistics.stdev(gains) if len(gains) > 1 else None,
+        spread=statistics.stdev(gains) if len(gains) > 1 and kind != "base" else None,
         verdict="" if kind == "base" else verdict(beaten, len(pairs)),
         recipe=recipe,
     )

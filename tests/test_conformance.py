@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import weightsmith
 from methods.driver import every, run, sites, whole
 from weightsmith.errors import RecipeError
 from weightsmith.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
@@ -192,6 +193,16 @@ def test_the_same_bytes_however_cut_and_by_however_many_threads(stage: Stage):
     finally:
         torch.set_num_threads(1)
     assert [n for n in expected if not torch.equal(threaded[n], expected[n])] == []
+
+
+@each_variant
+def test_the_engine_merges_as_the_driver_does(stage: Stage):
+    base, experts = models(count_for(stage))
+    expected = run(pipeline(stage), prepare(stage, base, experts))
+    stats = statistics(stage, experts) if set(stage.traits.needs) - {BASE} else None
+    got = weightsmith.merge(experts, pipeline(stage), base=base, stats=stats)
+    # Model-wide float sums are taken over blocks of another size here.
+    assert [n for n in expected if not near(got[n], expected[n], base[n], 1e-6)] == []
 
 
 @each_variant

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["DTYPES", "DType", "Key", "depths", "layer_of", "role_of"]
+__all__ = ["DTYPES", "DType", "Key", "Part", "depths", "layer_of", "role_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,26 @@ class Key:
         """Index of the block this tensor belongs to, or None outside the blocks."""
         found = layer_of(self.name)
         return None if found is None else found[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored piece of an encoded tensor.
+
+    name    what the codec calls it ('tau', 'mask')
+    key     full name, shape and dtype under which it is stored
+    span    elements of the encoded tensor that one row of the part stands for; cuts fall on multiples of it
+    expert  whose it is; '' if all experts share it
+    """
+
+    name: str
+    key: Key
+    span: int
+    expert: str = ""
+
+    def rows(self, start: int, stop: int) -> tuple[int, int]:
+        """The part's rows that cover flat positions start..stop of the tensor."""
+        return start // self.span, -(-stop // self.span)
 
 
 # The first pattern that matches a name component decides.  Words are those of the Hugging Face

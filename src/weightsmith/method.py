@@ -21,7 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.keys import Key
+from weightsmith.keys import Key, Part
 from weightsmith.parameter import Each, Parameter, choice, flag, integer, number
 from weightsmith.site import Group, Site, Summary
 
@@ -36,7 +36,6 @@ __all__ = [
     "Grain",
     "Method",
     "Parameter",
-    "Part",
     "Pipeline",
     "Rows",
     "Scope",
@@ -235,26 +234,6 @@ class Method(Stage):
     def merge_group(self, group: Group) -> dict[str, Tensor]:
         """GROUP grain only: return every tensor of the group, merged."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stored piece of an encoded tensor.
-
-    name    what the codec calls it ('tau', 'mask')
-    key     full name, shape and dtype under which it is stored
-    span    elements of the encoded tensor that one row of the part stands for; cuts fall on multiples of it
-    expert  whose it is; '' if all experts share it
-    """
-
-    name: str
-    key: Key
-    span: int
-    expert: str = ""
-
-    def rows(self, start: int, stop: int) -> tuple[int, int]:
-        """The part's rows that cover flat positions start..stop of the tensor."""
-        return start // self.span, -(-stop // self.span)
 
 
 @dataclass(frozen=True)

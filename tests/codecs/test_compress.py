@@ -118,7 +118,9 @@ def test_an_expert_is_read_by_rows(there: Path, rows: int) -> None:
     whole = view.read("embed_tokens.weight")
     pieces = [view.read("embed_tokens.weight", low, min(low + rows, 40)) for low in range(0, 40, rows)]
     assert torch.equal(torch.cat(pieces), whole)
-    assert torch.equal(torch.cat([view.read("norm.weight", 0, 5), view.read("norm.weight", 5)]), view.read("norm.weight"))
+    assert torch.equal(
+        torch.cat([view.read("norm.weight", 0, 5), view.read("norm.weight", 5)]), view.read("norm.weight")
+    )
     assert view.read("scale").shape == ()
     assert view.computes("norm.weight")
     assert not view.computes("ids")
@@ -185,7 +187,9 @@ def test_the_base_may_move_but_not_change(there: Path) -> None:
     squeeze(there)
     first = state(restore(there / "small", "math", there / "first").out)
     (there / "base").rename(there / "moved")
-    with pytest.raises(SourceError, match=r"small: cannot open its base \(.*base: no such file.*\); say where the base"):
+    with pytest.raises(
+        SourceError, match=r"small: cannot open its base \(.*base: no such file.*\); say where the base"
+    ):
         restore(there / "small", "math", there / "out")
     assert same(state(restore(there / "small", "math", there / "second", base=there / "moved").out), first)
 
@@ -236,7 +240,7 @@ def test_which_expert(there: Path) -> None:
         open_source(there / "small")
     with pytest.raises(SourceError, match="no expert 'maths'; did you mean 'math'"):
         open_source(there / "small", expert="maths")
-    with pytest.raises(SourceError, match="cannot read .*; was this folder made by weightsmith"):
+    with pytest.raises(SourceError, match=r"cannot read .*; was this folder made by weightsmith"):
         restore(there / "base", "math", there / "out")
     run(recipe(there, "ties"), there / "merged", threads=1)
     with pytest.raises(SourceError, match="merged: not a compressed folder; make one with weightsmith compress"):
@@ -267,7 +271,7 @@ def test_unlike_heads_are_refused_or_kept_apart(there: Path) -> None:
     heads = {name: torch.randn(3 + i, 10) for i, name in enumerate(NAMES[:2])}
     for name, head in heads.items():
         save_file(state(there / name) | {"classifier.weight": head}, there / name / "model.safetensors")
-    with pytest.raises(PlanError, match='classifier.weight is in math but not in base; .* add it to "exclude"'):
+    with pytest.raises(PlanError, match=r'classifier.weight is in math but not in base; .* add it to "exclude"'):
         squeeze(there)
     squeeze(there, exclude=("classifier.*",))
     for name in NAMES:
@@ -287,7 +291,7 @@ def test_unlike_shapes_are_refused(there: Path) -> None:
 
 def test_unequal_integers_are_refused(there: Path) -> None:
     save_file(state(there / "law") | {"ids": torch.arange(5) + 1}, there / "law" / "model.safetensors")
-    with pytest.raises(PlanError, match="ids .int64. differs between base and law"):
+    with pytest.raises(PlanError, match=r"ids .int64. differs between base and law"):
         squeeze(there)
 
 
@@ -331,5 +335,3 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(recipe(there), there / "small", threads=1, resume=True)
     for name in ("experts.safetensors", "weightsmith.json"):
         assert (there / "small" / name).read_bytes() == (there / "whole" / name).read_bytes()
-
-

@@ -228,7 +228,7 @@ def test_lambda_beside_consensus_is_its_own(models):
 
 def test_merging_with_a_codec_and_compressing_without_one(models):
     base, experts = models
-    with pytest.raises(PlanError, match="task_arithmetic | tall_masks keeps every model .* use weightsmith compress"):
+    with pytest.raises(PlanError, match=r"task_arithmetic \| tall_masks keeps every model .* use weightsmith compress"):
         planned("tall_masks", base, experts)
     with pytest.raises(PlanError, match="nothing is compressed: end 'method' with a codec such as tall_masks"):
         planned("ties", base, experts, encode=True)

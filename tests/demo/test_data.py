@@ -65,7 +65,9 @@ def test_a_domain_is_found_offline_and_has_enough_text(domain: str) -> None:
 
 
 def test_python_code_comes_without_docstrings_and_english_is_made_of_them(tmp_path: Path) -> None:
-    sentence = "Here stands a sentence that is long enough to be taken for prose, since it has more than a hundred letters."
+    sentence = (
+        "Here stands a sentence long enough to be taken for prose, since it has more than a hundred letters in it."
+    )
     file = tmp_path / "module.py"
     file.write_text(f'"""{sentence}\n\n>>> 1 + 1\n2\n"""\n\ndef f():\n    """Short."""\n    return "kept"\n', "utf-8")
     code = READERS["Python"](file)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from demo import merging
 from demo.family import Family, Scores, fingerprint
 from demo.merging import METHODS, Bench, choose, grid, name_for
 
+from demo import merging
 from weightsmith.recipe.load import loads
 
 

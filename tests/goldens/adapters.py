@@ -18,8 +18,7 @@ from torch import Tensor
 
 from goldens import mergekit, tiny_llama
 from goldens.encoded import encoded
-from methods.driver import merge  # until the engine stands: then `from weightsmith import merge`
-from weightsmith import merge as public_merge
+from weightsmith import merge
 from weightsmith.method import Pipeline, Stage, registry
 from weightsmith.ops.masks import agreed
 
@@ -190,7 +189,7 @@ def regmean(case: Case) -> State:
 
 
 def tall_masks(case: Case) -> State:
-    """`multitask`: 'sum' or 'ties(density=0.2,...)'; the case holds masks, their consensus, a rebuilt task, the merge."""
+    """`multitask`: 'sum' or 'ties(density=0.2,...)'; the case: masks, their consensus, a rebuilt task, the merge."""
     p = case.params
     inner = re.fullmatch(r"ties\((.*)\)", p["multitask"])
     front: list[Any] = []
@@ -200,7 +199,7 @@ def tall_masks(case: Case) -> State:
     strict = dict(zip(case.experts, p["tall_mask_lambda"], strict=True))
     codec = encoded([*front, {"tall_masks": {"lambda": strict}}], case.base, case.experts)
     filtered = {"consensus": {"k": p["k"], "lambda": p["lambda"], "tall_mask_lambda": strict}}
-    out = {f"merged.{n}": t for n, t in public_merge(case.experts, [*front, filtered], base=case.base).items()}
+    out = {f"merged.{n}": t for n, t in merge(case.experts, [*front, filtered], base=case.base).items()}
     for name, base in case.base.items():
         masks = torch.stack([codec.mask(name, expert) for expert in case.experts])
         out |= {f"mask.{i}.{name}": mask.to(torch.uint8) for i, mask in enumerate(masks)}

@@ -243,6 +243,21 @@ def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(twice.read("m.weight"), base.read("m.weight") + 2 * delta, rtol=1e-5, atol=1e-4)
 
 
+def test_a_base_that_is_still_elsewhere_is_fetched_through_the_view(tmp_path: Path) -> None:
+    class Elsewhere(MemorySource):
+        download_bytes = 7
+        prepared = False
+
+        def prepare(self) -> None:
+            self.prepared = True
+
+    base = Elsewhere(big_adapter(tmp_path)._tensors, "far")
+    view = AdapterSource(tmp_path, base)
+    assert view.download_bytes == 7
+    view.prepare()
+    assert base.prepared
+
+
 def test_pickling_and_fingerprint(tmp_path: Path) -> None:
     base = big_adapter(tmp_path)
     source = AdapterSource(tmp_path, base)

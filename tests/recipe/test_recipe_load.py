@@ -99,7 +99,7 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: {ties: {}, dare: {}}", r"several as a list: \[dare, ties\]$"),
         (TWO + "method: {ties: 3}", r"method\.ties should be a mapping of parameters, is 3$"),
         (TWO + "method: {name: 3}", r"method: a method's name should be a word, is 3$"),
-        (TWO + "method: dare", r"method: a pipeline needs exactly one merging method .*'dare' has 0; end it with task_arithmetic$"),
+        (TWO + "method: [ties, tall_masks, lines]", r"method: tall_masks is a codec; put it last$"),
         (TWO + "method: [ties, ties]", r"'ties \| ties' has 2$"),
         (TWO + "method: keep", r"method 'keep' takes the base's tensor; it is for rules, not for the whole recipe$"),
         # parameters

@@ -87,5 +87,5 @@ def test_a_missing_plotly_is_named(monkeypatch) -> None:
         return real(name, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without_plotly)
-    with pytest.raises(MissingExtra, match=r"a report with figures needs plotly; .*pip install 'weightsmith\[report\]'"):
+    with pytest.raises(MissingExtra, match=r"report with figures needs plotly; .*install 'weightsmith\[report\]'"):
         page("T", [FIGURE])

@@ -39,3 +39,12 @@ def test_texts_are_escaped_and_numbers_readable() -> None:
     assert "<x>" in words
     assert "−13%" in words
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_zero_is_always_marked() -> None:
+    for worst in (-0.1, -0.3, -0.7, -2.1, -5.5):
+        text = bars([Panel("P", [Bar("a", worst), Bar("b", 0.9)])], "c")
+        words = [found.text for found in ElementTree.fromstring(text).iter(f"{SVG}text")]
+        assert "0%" in words
+        assert text.count('class="zero"') == 1
+        assert len(re.findall('class="grid"', text)) <= 6

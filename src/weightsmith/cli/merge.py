@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,7 @@ def merge(
         from weightsmith.cli.plan import preview
 
         return preview(made, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume)
+    from weightsmith.observe.consistency import cheap_check
     from weightsmith.run.merge import run
 
     limit, workers = bytes_of(memory), threads_of(threads)
@@ -66,6 +68,7 @@ def merge(
             overwrite=overwrite,
             progress=progress,
         )
+    result = replace(result, warnings=(*result.warnings, *cheap_check(result.out)))
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
     return 0
 

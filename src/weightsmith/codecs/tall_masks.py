@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.errors import RecipeError
-from weightsmith.keys import DTYPES, Key
+from weightsmith.keys import DTYPES, Key, Part
 from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec, Each, Part, number
+from weightsmith.method import BASE, Codec, Each, number
 from weightsmith.ops.masks import agreed, pack_bits, task_masks, unpack_bits
 from weightsmith.site import Site
 

@@ -28,9 +28,9 @@ from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import read_manifest
 from weightsmith.io.open import folder_kind, open_source, register_opener
 from weightsmith.io.source import Source, tensor_to_bits
-from weightsmith.keys import Key
+from weightsmith.keys import Key, Part
 from weightsmith.lazy import torch
-from weightsmith.method import Codec, Part, registry
+from weightsmith.method import Codec, registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -150,6 +150,7 @@ class FolderSource(Source):
             self._parts = {chosen: _open(inside(folder, chosen))}
             catalogue = join(self._parts, self.label)
         self.keys, self.aliases, self._shard_of = catalogue
+        self.weight_files = tuple(self._parts)
 
     @property
     def extras(self) -> tuple[str, ...]:

@@ -160,6 +160,7 @@ class HubSource(Source):
         self._headers = {name: header.digest for name, header in headers.items()}
         configs = [repo.fetch(name) for name in _CONFIGS if name in repo.sizes]
         self.folder = configs[0].parent if configs else None
+        self.weight_files = tuple(self._weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

@@ -48,6 +48,7 @@ class AdapterSource(Source):
         self.base = base
         self.label = f"{path} on {base.label}"
         self.folder = base.folder
+        self.weight_files = base.weight_files
         self.aliases = base.aliases
         self._config = read_config(self.path)
         self._file = open_weights(self.path)
@@ -67,6 +68,13 @@ class AdapterSource(Source):
     def changed(self) -> tuple[str, ...]:
         """Names of the base tensors that the adapter alters or replaces."""
         return tuple(self._changes)
+
+    @property
+    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
+        return self.base.download_bytes
+
+    def prepare(self) -> None:
+        self.base.prepare()
 
     def computes(self, name: str) -> bool:
         change = self._changes.get(self.key(name).name)

@@ -28,6 +28,7 @@ class RenamedSource(Source):
         self.source = source
         self.label = label or source.label
         self.folder = source.folder
+        self.weight_files = source.weight_files
         self.computed = source.computed
         self.names = dict(names)
         keys: dict[str, Key] = {}

@@ -26,7 +26,7 @@ class Breadcrumbs(
     needs=(BASE,),
     paper="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024), arXiv:2312.06795",
     symmetric=True,
-    scratch=5.0,
+    scratch=3.0,
 ):
     """Drop the largest and the smallest changes: what survives is ranked R+1 .. R+K by falling |delta|.
 

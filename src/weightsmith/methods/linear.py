@@ -22,7 +22,7 @@ class Linear(
     aliases=("average",),
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
     symmetric=True,
-    scratch=1.0,
+    scratch=0.5,
 ):
     """Average the models' weights: sum_i w_i x_i / sum_i w_i.
 

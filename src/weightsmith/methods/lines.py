@@ -26,7 +26,7 @@ class Lines(
     paper="LiNeS (Wang et al., ICLR 2025), arXiv:2410.17146",
     after=True,
     keeps_expert=False,
-    scratch=3.0,
+    scratch=1.5,
 ):
     """Multiply the merged task vector tau by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
 

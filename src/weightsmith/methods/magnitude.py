@@ -26,7 +26,7 @@ class Magnitude(
     needs=(BASE,),
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708, its trim step per tensor",
     symmetric=True,
-    scratch=3.5,
+    scratch=2.5,
 ):
     """Keep exactly the k = max(1, int(density numel)) largest |delta| of each tensor, equals by lower index.
 

@@ -32,7 +32,7 @@ class Regmean(
     domain=(2, 2),
     otherwise="linear",
     symmetric=True,
-    scratch=8.0,
+    scratch=7.0,
 ):
     """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.
 

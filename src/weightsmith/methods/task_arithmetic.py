@@ -22,7 +22,7 @@ class TaskArithmetic(
     needs=(BASE,),
     paper="Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089",
     symmetric=True,
-    scratch=2.0,
+    scratch=1.25,
 ):
     """Add the models' changes to the base: base + lambda sum_i w_i (x_i - base).
 

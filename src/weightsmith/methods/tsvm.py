@@ -40,8 +40,8 @@ class Tsvm(
 
     Triplets below 1e-6 of the largest singular value (an expert equal to the base, an adapter of low rank) are
     left out: their directions are rounding noise, but would turn the others (the authors' code keeps them).
-    Where columns repeat (equal experts) the polar factor is the pseudo-inverse one.  `scaling` as a list multiplies each tau_t before its decomposition.
-    float64 throughout.
+    Where columns repeat (equal experts) the polar factor is the pseudo-inverse one.  `scaling` as a list
+    multiplies each tau_t before its decomposition.  float64 throughout.
     """
 
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.method import Filter, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.method import Method, Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.reader import Place
 from weightsmith.recipe.schema import ModelRef
 
@@ -144,9 +144,9 @@ class _Checker:
             return None
 
     def one_method(self, stages: _Group, place: Place) -> None:
-        """A pipeline of known filters and methods has exactly one method."""
-        classes = [s.cls for s in stages if s.cls is not None and issubclass(s.cls, (Filter, Method))]
-        if not classes or len(classes) < len(stages):
+        """A pipeline of known stages has one method; filters and codecs alone are put around task arithmetic."""
+        classes = [s.cls for s in stages if s.cls is not None]
+        if len(classes) < len(stages) or not any(issubclass(cls, Method) for cls in classes):
             return
         try:
             _ = Pipeline(tuple(cls() for cls in classes)).method

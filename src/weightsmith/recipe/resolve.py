@@ -60,7 +60,11 @@ class Resolver:
         rule, slots = self._rule(key)
         position = depth if depth is not None else (0.0 if key.role == "embed" else 1.0)
         stages = tuple(self._stage(slot, slots, rule, position) for slot in slots)
-        return self._known.setdefault(stages, Pipeline(stages))
+        if stages not in self._known:
+            pipeline = Pipeline(stages)
+            _ = pipeline.method  # raises unless there is exactly one, and everything stands where it belongs
+            self._known[stages] = pipeline
+        return self._known[stages]
 
     def _rule(self, key: Key) -> tuple[Rule | None, tuple[_Slot, ...]]:
         if any(fnmatchcase(key.name, pattern) for pattern in self.recipe.exclude):

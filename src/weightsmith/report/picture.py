@@ -69,10 +69,10 @@ def _panel(panel: Panel, left: float, width: float, low: float, high: float, row
         return start + (end - start) * (value - low) / (high - low)
 
     parts = [f'<text class="title" x="{left + 16:.0f}" y="28">{escape(panel.title)}</text>']
-    ticks = round((high - low) / 0.2)
-    for tick in range(0, ticks + 1, 1 if ticks <= 6 else 2):
-        value = low + 0.2 * tick
-        kind = "zero" if abs(value) < 1e-9 else "grid"
+    step = 0.2 * math.ceil(round((high - low) / 0.2) / 6)  # at most seven ticks, zero among them
+    for tick in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        value = step * tick
+        kind = "grid" if tick else "zero"
         x = place(value)
         parts.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 6}" y2="{bottom}"/>')
         parts.append(f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{_percent(value)}</text>')

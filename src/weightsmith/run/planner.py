@@ -219,7 +219,10 @@ class Planner:
                 f'(exclude: ["{key.name}"]), or leave {name} out'
             )
         else:
-            self.problems.append(f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}")
+            self.problems.append(
+                f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}; "
+                f'to keep the one of {self._reference_label()} add it to "exclude"'
+            )
 
     def _extra_tensors(self) -> None:
         """Tensors that the reference lacks: carried over where a rule keeps them, else refused."""

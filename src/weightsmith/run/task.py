@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from weightsmith.keys import DTYPES, Key
-from weightsmith.method import Grain, Part, Pipeline, Scope
+from weightsmith.keys import DTYPES, Key, Part
+from weightsmith.method import Grain, Pipeline, Scope
 
 __all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "parts", "row_step", "task_peak"]
 

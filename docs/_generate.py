@@ -1,0 +1,375 @@
+"""Reference pages from what the code says of itself: methods, recipe, command line, errors, Python.
+
+Nothing on these pages is written by hand, so nothing on them can fall behind the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import weightsmith
+from weightsmith import errors, method, site
+from weightsmith.cli import main as cli
+from weightsmith.cli.methods import describe
+from weightsmith.keys import DTYPES, ROLES, role_of
+from weightsmith.recipe import resolve, schema
+from weightsmith.recipe.text import schema as json_schema
+from weightsmith.run.compress import compress, restore
+from weightsmith.run.merge import Result, run
+
+__all__ = ["generate", "markdown", "pages"]
+
+WIDTH = 96
+"""Columns of the command line's help."""
+
+
+def generate(folder: Path) -> None:
+    """Write every reference page anew; pages of methods that are gone go."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in pages().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """File name -> MyST text."""
+    stages = [(cls, describe(cls)) for cls in method.registered().values() if _is_built_in(cls)]
+    made = {f"methods/{facts['name']}.md": _method_page(cls, facts) for cls, facts in stages}
+    return {
+        **made,
+        "methods.md": _methods_index([facts for _, facts in stages]),
+        "recipe.md": _recipe_page(),
+        "cli.md": _cli_page(),
+        "errors.md": _errors_page(),
+        "python.md": _python_page(),
+    }
+
+
+def _is_built_in(cls: type) -> bool:
+    return cls.__module__.startswith(("weightsmith.methods.", "weightsmith.codecs."))
+
+
+# --- methods ---------------------------------------------------------------------------------------
+
+_KINDS = {
+    "method": ("Methods", "A method makes one tensor of many. A pipeline has exactly one."),
+    "filter": ("Filters", "A filter edits task vectors: before a method each model's, after it the merged one."),
+    "codec": ("Codecs", "A codec keeps every model in less space. It stands last, for `weightsmith compress`."),
+}
+_GRAINS = {
+    "element": "any block of rows",
+    "tensor": "one whole tensor at a time",
+    "group": "several whole tensors that belong together",
+}
+
+
+def _methods_index(found: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["# Methods", "", "See [](../../choose.md) for which one to take. `weightsmith methods NAME` prints the same."]
+    for kind, (title, meaning) in _KINDS.items():
+        members = [m for m in found if m["kind"] == kind]
+        rows = [(f"[{m['name']}](methods/{m['name']}.md)", _escaped(m["summary"]), _needs(m) or "-") for m in members]
+        lines += ["", f"## {title}", "", meaning, "", *_table(("name", "what it does", "needs"), rows)]
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *(f"methods/{m['name']}" for m in found), "```"])
+
+
+def _method_page(cls: type[method.Stage], facts: Mapping[str, Any]) -> str:
+    top = facts["max_models"]
+    low = facts["min_models"]
+    models = str(low) if top == low else f"{low} to {top}" if top else f"{low} or more"
+    domain = cls.traits.domain
+    rows = [
+        ("kind", facts["kind"]),
+        ("also called", ", ".join(facts["aliases"])),
+        ("in Python", f"`weightsmith.{cls.__name__}`"),
+        ("paper", _escaped(facts["paper"])),
+        ("needs", _needs(facts) or "nothing but the models"),
+        ("number of models", models),
+        ("sees at once", _GRAINS[facts["grain"]]),
+        ("tensors", _dimensions(domain) if domain else "of any shape"),
+        ("other tensors", f"are merged by {facts['otherwise']}" if facts["otherwise"] else ""),
+        ("order of the models", "does not matter" if facts["symmetric"] else "may matter"),
+        ("scratch memory", f"{cls.traits.scratch:g} bytes per byte of the models' float32 block"),
+    ]
+    title = f"{facts['name']} ({facts['kind']})"
+    lines = [f"# {title}", "", markdown(facts["text"]), ""]
+    lines += _table(("", ""), [row for row in rows if row[1]])
+    lines += ["", "## Parameters", ""]
+    if facts["parameters"]:
+        lines += _table(
+            ("name", "default", "range", "one per model", "meaning"),
+            [
+                (f"`{p['name']}`", f"`{_yaml(p['default'])}`", _escaped(p["range"]), "yes" if p["per_model"] else "no",
+                 _escaped(p["meaning"]))
+                for p in facts["parameters"]
+            ],
+        )  # fmt: skip
+    else:
+        lines.append("None.")
+    return "\n".join(lines)
+
+
+def _needs(facts: Mapping[str, Any]) -> str:
+    return ", ".join("a base model" if n == "base" else f"the statistic `{n}`" for n in facts["needs"])
+
+
+def _dimensions(domain: tuple[int, int]) -> str:
+    low, high = domain
+    return f"with {low} dimensions" if low == high else f"with {low} to {high} dimensions"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- recipe ----------------------------------------------------------------------------------------
+
+
+def _recipe_page() -> str:
+    defs = json_schema(plugins=False)["$defs"]
+    lines = [
+        "# Recipe",
+        "",
+        "A recipe is YAML or JSON. `weightsmith schema` prints its JSON Schema; put the schema beside your recipes and",
+        "`# yaml-language-server: $schema=recipe.schema.json` into their first line, and editors complete them.",
+        "An unknown key is an error that names the nearest known one.",
+    ]
+    for title, name, cls in [
+        ("The recipe", "recipe", schema.Recipe),
+        ("A model", "model_entry", schema.ModelRef),
+        ("A rule", "rule", schema.Rule),
+        ("The output", "output", schema.Output),
+    ]:
+        lines += ["", f"## {title}", "", markdown(inspect.cleandoc(cls.__doc__ or "")), ""]
+        lines += _fields(cls, defs[name]["properties"])
+    lines += [
+        "",
+        "A model may be written in short, as its path or hub id alone, and a stage as its name alone:",
+        "`method: ties` is `method: [{name: ties}]` is `method: {ties: {}}`.",
+        "Sizes are written like `500MB`, `5GB` or `2GiB`, or as a number of bytes.",
+        "A path that exists beside the recipe file is meant relative to it.",
+        "",
+        "## Where a parameter's value comes from",
+        "",
+        markdown(inspect.cleandoc(resolve.Resolver.__doc__ or "").split("\n\n", 1)[1]),
+        "",
+        "`exclude` comes before all rules; of the rules the first that matches a tensor decides.",
+        "",
+        "## Roles",
+        "",
+        "A tensor's role follows from its name:",
+        "",
+        *_table(("name", "role"), [(f"`{n}`", f"`{role_of(n)}`") for n in _EXAMPLES]),
+        "",
+        f"All roles: {', '.join(f'`{role}`' for role in ROLES)}.",
+        "",
+        "## Storage formats",
+        "",
+        f"Merged, and possible as `output.dtype`: {_names(d.name for d in DTYPES.values() if d.floating)}.",
+        f"Copied if equal in all models, else refused: {_names(d.name for d in DTYPES.values() if not d.floating)}.",
+    ]
+    return "\n".join(lines)
+
+
+_EXAMPLES = (
+    "model.embed_tokens.weight",
+    "model.layers.5.self_attn.q_proj.weight",
+    "model.layers.5.mlp.down_proj.weight",
+    "model.layers.5.input_layernorm.weight",
+    "lm_head.weight",
+    "visual.merger.0.weight",
+)
+
+
+def _fields(cls: type[BaseModel], properties: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, info in cls.model_fields.items():
+        default = "required" if info.is_required() else _default(info.get_default(call_default_factory=True))
+        rows.append((f"`{name}`", _escaped(_kind(properties[name])), default, _escaped(info.description or "")))
+    return _table(("key", "value", "default", "meaning"), rows)
+
+
+def _default(value: Any) -> str:
+    if value is None or value in ((), {}) or isinstance(value, BaseModel):
+        return "-"
+    return f"`{list(value)[0] if isinstance(value, tuple) else value}`"
+
+
+def _kind(spec: Mapping[str, Any]) -> str:
+    """A JSON Schema type in words."""
+    known = {"words": "word or list of words", "layers": "[start, end]", "model": "path, hub id, mapping or recipe"}
+    if "$ref" in spec:
+        name = spec["$ref"].rpartition("/")[2]
+        return known.get(name, name)
+    if "anyOf" in spec:
+        return " or ".join(dict.fromkeys(_kind(s) for s in spec["anyOf"]))
+    if "enum" in spec:
+        return "word" if len(spec["enum"]) > 4 else " | ".join(map(str, spec["enum"]))
+    if spec.get("type") == "array":
+        return f"list of {_kind(spec['items'])}s"
+    if spec.get("type") == "object":
+        return f"names to {_kind(spec['additionalProperties'])}"
+    return {"string": "text", "integer": "whole number"}.get(spec["type"], str(spec["type"]))
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{n}`" for n in names)
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+def _cli_page() -> str:
+    doc = inspect.cleandoc(cli.__doc__ or "")
+    codes = next(line for line in doc.splitlines() if line.startswith("Exit codes"))
+    lines = ["# Command line", "", codes, "", "```text", _help(), "```"]
+    for verb in cli._VERBS:
+        lines += ["", f"## weightsmith {verb}", "", "```text", _help(verb), "```"]
+    return "\n".join(lines)
+
+
+def _help(*words: str) -> str:
+    """What `weightsmith WORDS --help` prints."""
+    with _environment(COLUMNS=str(WIDTH), TERM="dumb"), contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main([*words, "--help"])
+    if code:
+        raise RuntimeError(f"weightsmith {' '.join(words)} --help returned {code}")
+    return out.getvalue().strip()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def _errors_page() -> str:
+    title, *rest = inspect.cleandoc(errors.__doc__ or "").split("\n\n")
+    lines = ["# Errors", "", markdown(title), "", "```text", inspect.cleandoc(rest[0]), "```", ""]
+    lines += [markdown(part) for part in rest[1:]]
+    for name in errors.__all__:
+        cls = getattr(errors, name)
+        if isinstance(cls, type):
+            lines += ["", f"## {name}", "", *_directive("py:exception", f"weightsmith.{name}", cls)]
+    return "\n".join(lines)
+
+
+# --- Python ----------------------------------------------------------------------------------------
+
+_PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
+    "Merging": [("weightsmith.merge", weightsmith.merge), ("weightsmith.open_source", weightsmith.open_source)],
+    "Recipes": [
+        ("weightsmith.Recipe", schema.Recipe),
+        ("weightsmith.Recipe.load", schema.Recipe.load),
+        ("weightsmith.Recipe.run", schema.Recipe.run),
+        ("weightsmith.run.merge.run", run),
+        ("weightsmith.run.merge.Result", Result),
+    ],
+    "Compressing": [
+        ("weightsmith.run.compress.compress", compress),
+        ("weightsmith.run.compress.restore", restore),
+    ],
+    "Methods as values": [
+        ("weightsmith.Pipeline", method.Pipeline),
+        ("weightsmith.registered", method.registered),
+    ],
+    "Writing a method": [
+        ("weightsmith.Method", method.Method),
+        ("weightsmith.Method.merge", method.Method.merge),
+        ("weightsmith.Filter", method.Filter),
+        ("weightsmith.Filter.apply", method.Filter.apply),
+        ("weightsmith.method.Codec", method.Codec),
+        ("weightsmith.method.Stage.measure", method.Stage.measure),
+        ("weightsmith.method.Stage.digest", method.Stage.digest),
+        ("weightsmith.method.Stage.check", method.Stage.check),
+        ("weightsmith.site.Site", site.Site),
+        ("weightsmith.method.number", method.number),
+        ("weightsmith.method.integer", method.integer),
+        ("weightsmith.method.flag", method.flag),
+        ("weightsmith.method.choice", method.choice),
+    ],
+}
+
+
+def _python_page() -> str:
+    lines = [
+        "# Python",
+        "",
+        "`import weightsmith` imports nothing heavy; torch is loaded at first use. Every method is an attribute under",
+        "its class name (`weightsmith.Ties`), see [](methods.md).",
+    ]
+    for title, members in _PYTHON.items():
+        lines += ["", f"## {title}"]
+        for name, thing in members:
+            lines += ["", *_directive("py:class" if isinstance(thing, type) else "py:function", name, thing)]
+    return "\n".join(lines)
+
+
+def _directive(kind: str, name: str, thing: Any) -> list[str]:
+    signature = f"{name}({_arguments(thing)})" if not isinstance(thing, type) else name
+    return [f"````{{{kind}}} {signature}", "", markdown(inspect.cleandoc(thing.__doc__ or "")), "````"]
+
+
+def _arguments(function: Callable[..., Any]) -> str:
+    """Names and defaults; what the arguments are is in the text below."""
+    given = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in given if p.name not in ("self", "cls")]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+_TERM = re.compile(r"(?P<indent> *)(?P<term>[\w/<>*]+(?:, \w+)*) {2,}(?P<rest>\S.*)")
+_ITEM = re.compile(r" *\d+\. ")
+
+
+def markdown(text: str) -> str:
+    """A docstring as Markdown: aligned 'term  meaning' lines become a list, all else is taken literally."""
+    out: list[str] = []
+    for line in text.splitlines():
+        term = _TERM.fullmatch(line)
+        previous = out[-1] if out else ""
+        if term and not _ITEM.match(line):
+            if previous and not previous.startswith("- "):
+                out.append("")
+            out.append(f"- `{term['term']}`: {_escaped(term['rest'])}")
+        elif line.startswith("  ") and previous:
+            out[-1] = f"{previous} {_escaped(line.strip())}"  # goes on with the item or sentence above
+        elif line and previous.startswith("- "):
+            out += ["", _escaped(line)]
+        else:
+            out.append(_escaped(line.strip()))
+    return "\n".join(out)
+
+
+def _escaped(text: str) -> str:
+    """Text in which *, _, [, < and the like mean themselves; `code` stays as it is."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([*_<>\[\]\\$])", r"\\\1", p) for p in parts)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
