@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -70,14 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
-    console = Console(width=max(130, Console().width))
     for result in results:
-        console.print()
-        console.print(rich_table(table(result)))
+        shown_table = rich_table(table(result))
+        console = Console()
+        needed = console.measure(shown_table).minimum + 8
+        print()
+        Console(width=max(console.width, needed)).print(shown_table)
     example = next(row for row in results[-1].rows if row.name == "TIES")
     print(f"\nPlots: {page}")
     print(f"Try next: change a number in {shown(example.recipe)}, then run")
-    print(f"  .venv/bin/weightsmith merge {shown(example.recipe)} my-merge")
+    print(f"  {shown(str(Path(sys.executable).with_name('weightsmith')))} merge {shown(example.recipe)} my-merge")
 
 
 def shown(path: str) -> str:

@@ -203,7 +203,7 @@ def document(results: Sequence[Result]) -> str:
                 "Each family has a base model and four experts, each of which went on training with one task. "
                 "A merge makes one model out of the experts' weights without training; the question is how much "
                 "of what the experts gained over the base it keeps. Joint training, shown for comparison, needs the "
-                "data of all tasks at once.",
+                "data of all tasks at once, and takes twice an expert's steps.",
             ),
         )
     ]

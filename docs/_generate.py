@@ -75,7 +75,11 @@ _GRAINS = {
 
 
 def _methods_index(found: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["# Methods", "", "See [](../../choose.md) for which one to take. `weightsmith methods NAME` prints the same."]
+    lines = [
+        "# Methods",
+        "",
+        "See [](../../choose.md) for which one to take. `weightsmith methods NAME` prints the same.",
+    ]
     for kind, (title, meaning) in _KINDS.items():
         members = [m for m in found if m["kind"] == kind]
         rows = [(f"[{m['name']}](methods/{m['name']}.md)", _escaped(m["summary"]), _needs(m) or "-") for m in members]
@@ -144,12 +148,13 @@ def _recipe_page() -> str:
         "`# yaml-language-server: $schema=recipe.schema.json` into their first line, and editors complete them.",
         "An unknown key is an error that names the nearest known one.",
     ]
-    for title, name, cls in [
+    parts: list[tuple[str, str, type[BaseModel]]] = [
         ("The recipe", "recipe", schema.Recipe),
         ("A model", "model_entry", schema.ModelRef),
         ("A rule", "rule", schema.Rule),
         ("The output", "output", schema.Output),
-    ]:
+    ]
+    for title, name, cls in parts:
         lines += ["", f"## {title}", "", markdown(inspect.cleandoc(cls.__doc__ or "")), ""]
         lines += _fields(cls, defs[name]["properties"])
     lines += [
@@ -202,14 +207,14 @@ def _fields(cls: type[BaseModel], properties: Mapping[str, Any]) -> list[str]:
 def _default(value: Any) -> str:
     if value is None or value in ((), {}) or isinstance(value, BaseModel):
         return "-"
-    return f"`{list(value)[0] if isinstance(value, tuple) else value}`"
+    return f"`{next(iter(value)) if isinstance(value, tuple) else value}`"
 
 
 def _kind(spec: Mapping[str, Any]) -> str:
     """A JSON Schema type in words."""
     known = {"words": "word or list of words", "layers": "[start, end]", "model": "path, hub id, mapping or recipe"}
     if "$ref" in spec:
-        name = spec["$ref"].rpartition("/")[2]
+        name = str(spec["$ref"].rpartition("/")[2])
         return known.get(name, name)
     if "anyOf" in spec:
         return " or ".join(dict.fromkeys(_kind(s) for s in spec["anyOf"]))

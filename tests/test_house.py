@@ -17,7 +17,7 @@ LONGEST = 420
 
 # A module may import from its own layer and from those below it.
 LAYERS = (
-    ("errors", "keys", "lazy"),
+    ("errors", "keys", "kernel", "lazy"),
     ("site",),
     ("parameter", "method", "symmetry"),
     ("ops",),
@@ -29,7 +29,7 @@ LAYERS = (
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
-METHODS_MAY = {"errors", "keys", "lazy", "site", "parameter", "method", "symmetry", "ops", "methods"}
+METHODS_MAY = {"errors", "kernel", "keys", "lazy", "site", "parameter", "method", "symmetry", "ops", "methods"}
 
 
 def part(module: str) -> str:

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.kernel import TrimmedVote, WeightedSum
 from weightsmith.keys import Key, Part
 from weightsmith.parameter import Each, Parameter, choice, flag, integer, number
 from weightsmith.site import Group, Site, Summary
@@ -41,6 +42,7 @@ __all__ = [
     "Scope",
     "Stage",
     "Traits",
+    "TrimmedVote",
     "WeightedSum",
     "choice",
     "flag",
@@ -76,19 +78,6 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WeightedSum:
-    """`x = sum_i weights[i] * input_i`, added in order and then divided by `divisor`, in float32.
-
-    With `deltas`, input_i is expert_i - base and the result is base + scale * x; else the result is x.
-    """
-
-    weights: tuple[float, ...]
-    divisor: float = 1.0
-    scale: float = 1.0
-    deltas: bool = False
-
-
-@dataclass(frozen=True)
 class Traits:
     """What a stage declares about itself."""
 
@@ -104,6 +93,7 @@ class Traits:
     domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
     otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
     scratch: float = 2.0  # peak extra bytes per byte of the float32 stack
+    by_depth: bool = False  # useless on a model whose names show no blocks
     after: bool = False  # a filter for the merged task vector: it stands behind the method
     aliases: tuple[str, ...] = ()
 
@@ -227,8 +217,8 @@ class Method(Stage):
         """Return the merged block, shaped like `site.base`, in the site's dtype."""
         raise NotImplementedError
 
-    def weighted_sum(self, count: int) -> WeightedSum | None:
-        """How to get the same bytes with one fused pass over the stored inputs, if `merge` is a weighted sum."""
+    def fused(self, count: int) -> WeightedSum | TrimmedVote | None:
+        """How the kernels of `ops.fused` get the same bytes straight from the stored inputs, if they can."""
         return None
 
     def merge_group(self, group: Group) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import NumericError
 from weightsmith.keys import Key
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Site", "Summary"]
 
-Summary = Mapping[str, "Tensor"]
+Summary = Mapping[str, Any]
+"""Small arrays (tensors, or numpy arrays where no tensor was needed to make them), by name."""
 
 
 @dataclass(frozen=True, eq=False)

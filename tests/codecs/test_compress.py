@@ -37,8 +37,8 @@ def write(folder: Path, state: dict[str, Tensor]) -> Path:
 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
-    """A folder with a base and three experts; the position ids are the same everywhere."""
-    ids = {"ids": torch.arange(5)}
+    """A folder with a base and three experts; the position ids are the same everywhere, and one tensor is empty."""
+    ids = {"ids": torch.arange(5), "empty": torch.zeros(0, 4)}
     base = tensors(0)
     write(tmp_path / "base", base | ids)
     for i, name in enumerate(NAMES):
@@ -74,7 +74,7 @@ def test_there_and_back(there: Path) -> None:
     for name in NAMES:
         result = restore(there / "small", name, there / "out" / name)
         got = state(result.out)
-        wanted = {n: memory.rebuilt(n, name, base[n]) for n in SHAPES} | {"ids": base["ids"]}
+        wanted = {n: memory.rebuilt(n, name, base[n]) for n in SHAPES} | {n: base[n] for n in ("ids", "empty")}
         assert same(got, wanted)
         assert (result.out / "config.json").read_text() == (there / "base" / "config.json").read_text()
         assert verify_folder(result.out) == []

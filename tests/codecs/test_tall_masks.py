@@ -24,7 +24,6 @@ SHAPES = {
     "layers.0.conv.weight": (5, 3, 3),
     "norm.weight": (13,),
     "scalar": (),
-    "empty": (0, 4),
 }
 
 

@@ -66,8 +66,8 @@ def test_weights_that_sum_to_zero_cannot_be_normalized(cls):
 
 
 def test_what_the_fused_kernels_are_told():
-    assert Linear(weight=(1.0, 3.0)).weighted_sum(2) == WeightedSum((1.0, 3.0), divisor=4.0)
-    assert TaskArithmetic(lambda_=0.5).weighted_sum(2) == WeightedSum((1.0, 1.0), scale=0.5, deltas=True)
+    assert Linear(weight=(1.0, 3.0)).fused(2) == WeightedSum((1.0, 3.0), divisor=4.0)
+    assert TaskArithmetic(lambda_=0.5).fused(2) == WeightedSum((1.0, 1.0), scale=0.5, deltas=True)
 
 
 def test_keep_takes_the_base_or_else_the_first_model():

@@ -75,7 +75,8 @@ def merged(wanted: Recipe, inputs: Inputs, **how: Any) -> dict[str, torch.Tensor
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return list(a) == list(b) and all(
-        a[n].dtype == b[n].dtype and torch.equal(a[n].view(bits[a[n].itemsize]), b[n].view(bits[b[n].itemsize])) for n in a
+        a[n].dtype == b[n].dtype and torch.equal(a[n].view(bits[a[n].itemsize]), b[n].view(bits[b[n].itemsize]))
+        for n in a
     )
 
 
@@ -157,10 +158,10 @@ def test_streamed_from_disk_equals_memory(name: str, inputs: Inputs, tmp_path: P
         for who, source in by_model.items():
             (tmp_path / f"{who}-stats").mkdir(exist_ok=True)
             about = {"weightsmith": f'{{"stat": "{stat}", "examples": 3, "rows": 96, "aliases": {{}}}}'}
-            save_file({k: source.read(k) for k in source.keys}, tmp_path / f"{who}-stats" / f"{stat}.safetensors", about)
-    models = {
-        n: ModelRef(model=str(tmp_path / n), stats=(str(tmp_path / f"{n}-stats"),)) for n in given.experts
-    }
+            save_file(
+                {k: source.read(k) for k in source.keys}, tmp_path / f"{who}-stats" / f"{stat}.safetensors", about
+            )
+    models = {n: ModelRef(model=str(tmp_path / n), stats=(str(tmp_path / f"{n}-stats"),)) for n in given.experts}
     on_disk = wanted.model_copy(update={"base": ModelRef(model=str(tmp_path / "base")), "models": models})
     result = run(on_disk, tmp_path / "out", threads=2)
     assert same(merged(wanted, given), {n: load_file(result.out / "model.safetensors")[n] for n in given.base.keys})

@@ -20,7 +20,9 @@ NAMES = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" f
 
 
 def model(value: float, **more: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: torch.full((4, 3), float(value)) for name in NAMES} | {k.replace("__", "."): v for k, v in more.items()}
+    return {name: torch.full((4, 3), float(value)) for name in NAMES} | {
+        k.replace("__", "."): v for k, v in more.items()
+    }
 
 
 def merge(recipe: dict[str, Any], **models: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,7 +132,22 @@ def test_a_statistic_that_lacks_one_tensor_falls_back_there_only() -> None:
 
 def test_memory_is_obeyed_or_refused() -> None:
     recipe = Recipe.model_validate({"base": "base", "models": {"a": "a"}, "method": "tsvm"})
-    sources = Inputs(MemorySource({"w": torch.zeros(3000, 3000)}, "base"), {"a": MemorySource({"w": torch.zeros(3000, 3000)})})
+    sources = Inputs(
+        MemorySource({"w": torch.zeros(3000, 3000)}, "base"), {"a": MemorySource({"w": torch.zeros(3000, 3000)})}
+    )
     with pytest.raises(PlanError, match=r"--memory 0\.01 GB is too little: w alone needs"):
         make_plan(recipe, sources=sources, memory=10_000_000)
     assert make_plan(recipe, sources=sources, memory=10_000_000_000, threads=2).threads >= 1
+
+
+def test_depth_needs_blocks() -> None:
+    flat = {"w": torch.ones(3, 3)}
+    with pytest.raises(PlanError, match="lines works by depth, but no tensor's name holds a block number"):
+        merge({"method": ["task_arithmetic", "lines"]}, base=flat, a={"w": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp", "breadcrumbs", "linear", "tsvm"])
+def test_empty_tensors_are_copied(method: str) -> None:
+    empty = torch.zeros(0, 3)
+    merged = merge({"method": method}, base=model(0, none=empty), a=model(1, none=empty.clone()))
+    assert merged["none"].shape == (0, 3)

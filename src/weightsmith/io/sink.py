@@ -36,10 +36,10 @@ class Sink(ABC):
         """Task id -> record of the tasks that an earlier run has finished (resume)."""
         return {}
 
-    def done(self, task: str, record: Mapping[str, Any]) -> None:
+    def done(self, task: str, record: Mapping[str, Any]) -> None:  # noqa: B027  (nothing to note in memory)
         """A task's blocks are all written; the record says what they hash to."""
 
-    def abort(self) -> None:
+    def abort(self) -> None:  # noqa: B027  (nothing to release in memory)
         """The run failed: leave what can be resumed, release files and locks."""
 
 

@@ -36,9 +36,9 @@ class Linear(
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
 
-    def weighted_sum(self, count: int) -> WeightedSum:
+    def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
         return WeightedSum(weights, divisor=normaliser(weights, self.normalize))
 
     def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.weighted_sum(site.count), site)
+        return apply_weighted_sum(self.fused(site.count), site)

@@ -25,6 +25,7 @@ class Lines(
     needs=(BASE,),
     paper="LiNeS (Wang et al., ICLR 2025), arXiv:2410.17146",
     after=True,
+    by_depth=True,
     keeps_expert=False,
     scratch=1.5,
 ):

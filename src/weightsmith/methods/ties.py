@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Method, Rows, Scope, choice, number
+from weightsmith.method import BASE, Each, Method, Rows, Scope, TrimmedVote, choice, number
 from weightsmith.ops import select
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
 from weightsmith.ops.reduce import block_sums
@@ -87,6 +87,18 @@ class Ties(
         if self.passes[round] in ("norms", "signs"):
             return {**summary, **totals}
         return select.digest(totals, round, summary, self._cuts, whole=self.scope is Scope.MODEL)
+
+    def fused(self, count: int) -> TrimmedVote | None:
+        if self.sign != "mass" or self.aggregate == "max":
+            return None
+        return TrimmedVote(
+            weights=spread(self.weight, count),
+            scale=float(self.lambda_),
+            steps=self.passes,
+            trim=not self._untrimmed,
+            zero=self.zero_sign,
+            mean=self.aggregate == "mean",
+        )
 
     def merge(self, site: Site) -> Tensor:
         votes = self._votes(site)

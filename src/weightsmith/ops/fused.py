@@ -1,4 +1,4 @@
-"""Weighted sums in one pass over the stored bytes: bf16 or f32 in, float32 arithmetic, either out.
+"""Weighted sums and trimmed votes straight over the stored bytes: bf16 or f32 in, float32 arithmetic, either out.
 
 The torch path in `methods/` is the meaning; this gives the same bytes several times faster, without torch
 being imported at all.  numba compiles it on first use and keeps the machine code in its cache folder.
@@ -11,15 +11,18 @@ import functools
 import importlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from weightsmith.method import WeightedSum
+from weightsmith.kernel import TrimmedVote, WeightedSum
+from weightsmith.method import Rows
+from weightsmith.ops.select import HIGH, LOW
 
-__all__ = ["FUSED_DTYPES", "STRIP", "available", "weighted_sum"]
+__all__ = ["FUSED_DTYPES", "STRIP", "available", "measure_vote", "merge", "trimmed_vote", "weighted_sum"]
 
 FUSED_DTYPES = ("bfloat16", "float32")
 """Dtypes whose bits the kernels read and write themselves; anything else takes the torch path."""
@@ -75,3 +78,111 @@ def weighted_sum(
             kernels.accumulate(acc, bits[low:high], plain, np.float32(spec.weights[i]), i == 0, spec.deltas)
         bad += kernels.finish(acc, plain, divisor, scale, spec.deltas, out[low:high])
     return out.reshape(inputs[0].shape), int(bad)
+
+
+def merge(
+    spec: WeightedSum | TrimmedVote,
+    inputs: Sequence[np.ndarray],
+    base: np.ndarray | None,
+    out_dtype: str,
+    summary: Mapping[str, Any],
+    start: int,
+) -> tuple[np.ndarray, int]:
+    """Carry out either kind on a block that begins at row `start`: (bits of the result, how much is NaN or Inf)."""
+    if isinstance(spec, WeightedSum):
+        return weighted_sum(spec, inputs, base, out_dtype)
+    assert base is not None
+    return trimmed_vote(spec, inputs, base, out_dtype, summary, start)
+
+
+def measure_vote(
+    spec: TrimmedVote,
+    step: str,
+    inputs: Sequence[np.ndarray],
+    base: np.ndarray,
+    summary: Mapping[str, Any],
+    start: int,
+) -> dict[str, Any]:
+    """One measuring pass over a block that begins at row `start`: what `Ties.measure` finds, without torch."""
+    kernels = _kernels()
+    assert kernels is not None
+    deltas, _ = _deltas(kernels, inputs, base)
+    count, rows = len(inputs), base.shape[0] if base.ndim else 1
+    if step == "high":
+        high = np.zeros((count, HIGH), np.int64)
+        for delta, counts in zip(deltas, high, strict=True):
+            kernels.count_high(delta, counts)
+        return {"select.high": high}
+    if step == "low":
+        low = np.zeros((count, 1, LOW), np.int64)
+        for delta, counts, bucket in zip(deltas, low, np.asarray(summary["select.bucket"])[:, 0], strict=True):
+            kernels.count_low(delta, bucket, counts[0])
+        return {"select.low": low}
+    if step == "ties":
+        equal = np.zeros((count, 1, rows), np.int64)
+        for delta, counts, bits in zip(deltas, equal, np.asarray(summary["select.threshold"])[:, 0], strict=True):
+            kernels.count_equal(delta, bits, delta.size // rows, counts[0])
+        return {"select.equal": Rows(equal)}  # type: ignore[arg-type]
+    assert step == "signs"
+    _trim(kernels, spec, deltas, summary, start, rows)
+    total = kernels.elect(deltas, np.array(spec.weights, np.float32), np.empty(deltas.shape[1], np.float32))
+    return {"ties.signs": np.int64(total)}
+
+
+def trimmed_vote(
+    spec: TrimmedVote,
+    inputs: Sequence[np.ndarray],
+    base: np.ndarray,
+    out_dtype: str,
+    summary: Mapping[str, Any],
+    start: int,
+) -> tuple[np.ndarray, int]:
+    """`Ties.merge` on a block that begins at row `start`; the second value counts bad inputs as well."""
+    kernels = _kernels()
+    assert kernels is not None
+    deltas, plain = _deltas(kernels, inputs, base)
+    bad = sum(kernels.count_bad(delta) for delta in deltas)  # a vote would hide them
+    _trim(kernels, spec, deltas, summary, start, base.shape[0] if base.ndim else 1)
+    weights = np.array(spec.weights, np.float32)
+    signs, divisor, total = (np.empty_like(plain) for _ in range(3))
+    kernels.elect(deltas, weights, signs)
+    kernels.combine(deltas, weights, signs, np.float32(_zero_sign(spec, summary)), spec.mean, divisor, total)
+    out = np.empty(plain.size, "u2" if out_dtype == "bfloat16" else "u4")
+    bad += kernels.finish(total, plain, np.float32(1), np.float32(spec.scale), True, out)
+    return out.reshape(base.shape), int(bad)
+
+
+def _deltas(kernels: ModuleType, inputs: Sequence[np.ndarray], base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Task vectors [n, entries] and the base [entries], float32."""
+    plain = np.empty(base.size, np.float32)
+    kernels.decode(base.reshape(-1), plain)
+    deltas = np.empty((len(inputs), base.size), np.float32)
+    for bits, delta in zip(inputs, deltas, strict=True):
+        kernels.accumulate(delta, bits.reshape(-1), plain, np.float32(1), True, True)
+    return deltas, plain
+
+
+def _trim(
+    kernels: ModuleType, spec: TrimmedVote, deltas: np.ndarray, summary: Mapping[str, Any], start: int, rows: int
+) -> None:
+    """Zero what the cuts of `ops.select` leave out, as `select.before` does, in rows start .. start + rows."""
+    if not spec.trim:
+        return
+    for i, delta in enumerate(deltas):
+        threshold, quota, ties = (int(np.asarray(summary[f"select.{k}"])[i, 0]) for k in ("threshold", "quota", "ties"))
+        if quota == ties:
+            kernels.trim(delta, threshold if quota else threshold + 1)
+            continue
+        earlier = summary["select.earlier"][i, 0]
+        seen, after = int(earlier[start]), int(earlier[start + rows]) if start + rows < len(earlier) else ties
+        if seen >= quota or after <= quota:  # all equals in this block go, or all stay
+            kernels.trim(delta, threshold if after <= quota else threshold + 1)
+        else:
+            kernels.trim_equals(delta, threshold, seen, quota)
+
+
+def _zero_sign(spec: TrimmedVote, summary: Mapping[str, Any]) -> float:
+    if spec.zero == "plus" or int(summary["ties.signs"]) == 0:
+        return 1.0
+    majority = 1.0 if int(summary["ties.signs"]) > 0 else -1.0
+    return majority if spec.zero == "majority" else -majority

@@ -17,7 +17,9 @@ for every way to cut a tensor into blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
@@ -78,48 +80,50 @@ def _low_counts(bits: Tensor, buckets: Sequence[int]) -> Tensor:
     return torch.stack([histogram(bits[high == b] & 0xFFFF, LOW) for b in buckets])
 
 
-def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: bool = False) -> dict[str, Tensor]:
-    """Turn a round's totals into the summary that the next round and `before` read.
+def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: bool = False) -> dict[str, Any]:
+    """Turn a round's totals (tensors or arrays) into the summary, arrays, that the next round and `before` read.
 
     `whole`: equals at a cut all count as before it (then round 2 is not needed).
     """
     if round == 0:
-        return {**summary, **_find_buckets(totals["select.high"], cuts)}
+        return {**summary, **_find_buckets(np.asarray(totals["select.high"]), cuts)}
     if round == 1:
-        return {**summary, **_find_thresholds(totals["select.low"], summary, whole)}
-    equal = totals["select.equal"]
+        return {**summary, **_find_thresholds(np.asarray(totals["select.low"]), summary, whole)}
+    equal = np.asarray(totals["select.equal"])
     return {**summary, "select.earlier": equal.cumsum(-1) - equal}
 
 
-def _find_buckets(high: Tensor, cuts: Cuts) -> dict[str, Tensor]:
-    wanted = torch.tensor(cuts(high.shape[0], int(high[0].sum())))
-    total = high.sum(-1, keepdim=True)
+def _find_buckets(high: np.ndarray, cuts: Cuts) -> dict[str, Any]:
+    wanted = np.array(cuts(high.shape[0], int(high[0].sum())), np.int64)
+    total = high.sum(-1, keepdims=True)
     bucket, left, _ = _locate(high, wanted)
-    bucket = torch.where(wanted <= 0, NONE, torch.where(wanted >= total, ALL, bucket))
+    bucket = np.where(wanted <= 0, NONE, np.where(wanted >= total, ALL, bucket))
     return {"select.bucket": bucket, "select.left": left}
 
 
-def _find_thresholds(low: Tensor, summary: Summary, whole: bool) -> dict[str, Tensor]:
-    bucket, left = summary["select.bucket"], summary["select.left"]
-    place, quota, ties = (t.squeeze(-1) for t in _locate(low, left.unsqueeze(-1)))
+def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str, Any]:
+    bucket, left = np.asarray(summary["select.bucket"]), np.asarray(summary["select.left"])
+    place, quota, ties = (found[..., 0] for found in _locate(low, left[..., None]))
     inside = (bucket != NONE) & (bucket != ALL)
-    threshold = torch.where(inside, (bucket << 16) | place, torch.where(bucket == NONE, 0x7FFFFFFF, -1))
-    ties = torch.where(inside, ties, 0)
-    quota = ties if whole else torch.where(inside, quota, 0)
+    threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, 0x7FFFFFFF, -1))
+    ties = np.where(inside, ties, 0)
+    quota = ties if whole else np.where(inside, quota, 0)
     return {"select.threshold": threshold, "select.quota": quota, "select.ties": ties}
 
 
-def _locate(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bucket of the rank-th largest entry (from 1), its rank within, and the bucket's size.
 
     counts: [*, buckets]; ranks: [*, r]; three times [*, r].
     """
     size = counts.shape[-1]
-    at_least = counts.flip(-1).cumsum(-1)  # [j]: entries in bucket size-1-j and above
-    j = torch.searchsorted(at_least, ranks.clamp(min=1)).clamp(max=size - 1)
-    bucket = size - 1 - j
-    inside = counts.gather(-1, bucket)
-    return bucket, ranks - (at_least.gather(-1, j) - inside), inside
+    at_least = counts[..., ::-1].cumsum(-1).reshape(-1, size)  # [j]: entries in bucket size-1-j and above
+    wanted = np.maximum(ranks, 1).reshape(at_least.shape[0], -1)
+    j = np.stack([np.searchsorted(row, rank) for row, rank in zip(at_least, wanted, strict=True)])
+    j = np.minimum(j, size - 1)
+    inside = np.take_along_axis(counts.reshape(-1, size), size - 1 - j, -1)
+    before_it = np.take_along_axis(at_least, j, -1) - inside
+    return (size - 1 - j).reshape(ranks.shape), ranks - before_it.reshape(ranks.shape), inside.reshape(ranks.shape)
 
 
 def settled(summary: Summary) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from weightsmith.keys import DTYPES, ROLES
 from weightsmith.method import Filter, Method, Parameter, Stage, registered
-from weightsmith.recipe.reader import plain_scalar
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 
 __all__ = ["dumps", "schema", "to_tree"]
@@ -126,7 +125,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     text = str(value)
-    if _PLAIN.fullmatch(text) and not _SPECIAL.fullmatch(text) and isinstance(plain_scalar(text), str):
+    if _PLAIN.fullmatch(text) and not _SPECIAL.fullmatch(text):
         return text
     return json.dumps(text) if all(c <= "\uffff" for c in text) else _escaped(text)
 

@@ -105,9 +105,11 @@ def rich_table(table: Table) -> RichTable:
         pad_edge=False,
         collapse_padding=True,
     )
-    for column, number in zip(table.columns, table.numeric(), strict=True):
-        shown.add_column(plain(column.title), justify="right" if number else "left", no_wrap=number)
-    for index, cells in enumerate(table.cells()):
+    rows = table.cells()
+    for at, (column, number) in enumerate(zip(table.columns, table.numeric(), strict=True)):
+        widest = max((len(cells[at]) for cells in rows), default=1)  # headings may wrap, cells may not
+        shown.add_column(plain(column.title), justify="right" if number else "left", min_width=widest)
+    for index, cells in enumerate(rows):
         style = "bold" if index in table.strong else None
         shown.add_row(*map(plain, cells), style=style, end_section=table.ends_group(index))
     return shown

@@ -58,7 +58,7 @@ class Planner:
                 continue
             pipeline, source, reason = treatment
             if self.encode and pipeline is None and key.floating:
-                left += 1  # the base has it, and whoever decodes has the base
+                left += key.numel > 0  # the base has it, and whoever decodes has the base
                 continue
             self._treatment[name] = treatment
             if pipeline is not None and pipeline.grain is Grain.GROUP:
@@ -104,6 +104,8 @@ class Planner:
         if _is_keep(pipeline):
             return None, self._reference_name(), "kept by rule or exclude"
         here = self._sources_with(key)
+        if not key.numel and here is not None:
+            return None, self._reference_name(), "empty"
         if not key.floating:
             return None, self._reference_name(), f"{key.dtype}, must be equal everywhere"
         if here is None:
@@ -133,6 +135,10 @@ class Planner:
     def _check_stage(self, stage: Stage) -> None:
         count = len(self.inputs.experts)
         traits = stage.traits
+        if traits.by_depth and not self.depth:
+            self._once(
+                f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
+            )
         if text := stage.check(count, self.inputs.base is not None):
             self._once(f"{traits.name}: {text}")
         elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):

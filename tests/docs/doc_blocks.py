@@ -2,7 +2,7 @@
 
     ```python                 runs, in one namespace per page
     ```python file=NAME       is written to NAME
-    ```yaml                   is a recipe that loads
+    ```yaml                   is a recipe whose plan has no problems
     ```yaml file=NAME         is written to NAME, and is a recipe that loads
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
@@ -22,6 +22,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.cli.main import main
+from weightsmith.method import Codec, registry
 from weightsmith.recipe.load import load, loads
+from weightsmith.run.plan import make_plan
 
 __all__ = ["Block", "Page", "blocks"]
 
-_FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^(?P<fence> *`{3,})(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Block:
 def blocks(text: str) -> Iterator[Block]:
     for found in _FENCE.finditer(text):
         language, *words = found["info"].split() or [""]
-        yield Block(language, tuple(words), found["text"], text[: found.start()].count("\n") + 1)
+        yield Block(language, tuple(words), textwrap.dedent(found["text"]), text[: found.start()].count("\n") + 1)
 
 
 class Page:
@@ -88,9 +91,9 @@ class Page:
                 self._printed = _captured(lambda: exec(compile(block.text, self.name, "exec"), self._namespace))
                 return "python"
             case "yaml":
-                loads(block.text) if name is None else load(name)
+                _planned(block.text) if name is None else load(name)
                 return "recipe"
-            case "python" | "jsonl":
+            case "python":
                 assert name is not None
                 return "file"
             case "sh":
@@ -122,6 +125,11 @@ class Page:
                 case _:
                     raise AssertionError(f"{line!r}: cannot be run here; mark the block norun")
         assert code == int(block.option("exit") or 0), f"exit code {code}"
+
+
+def _planned(text: str) -> None:
+    recipe = loads(text)
+    make_plan(recipe, encode=issubclass(registry(recipe.method[-1].name), Codec))
 
 
 def _captured(action: Any) -> str:

@@ -1,0 +1,67 @@
+"""Does a recipe still give the bytes that a folder holds?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from weightsmith.errors import OutputError, WeightsmithError
+from weightsmith.io.manifest import merge_parts, read_manifest
+from weightsmith.io.sink import Sink
+from weightsmith.keys import Key
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import open_inputs
+from weightsmith.run.plan import make_plan
+
+__all__ = ["rerun"]
+
+
+class _Nowhere(Sink):
+    """Takes the blocks of a run that is made for its checksums alone."""
+
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Nothing to lay out."""
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        """Nothing to keep."""
+
+
+def rerun(
+    out: Path,
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Carry out the recipe in `out`/weightsmith.json again, without writing, and compare checksums.
+
+    Returns what differs, a line each: inputs that have changed or are gone, tensors that come out otherwise.
+    """
+    manifest = read_manifest(out)
+    noted = manifest["output"]["tensors"]
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
+        inputs = open_inputs(recipe)
+        plan = make_plan(recipe, sources=inputs, threads=threads, memory=memory, encode=manifest["kind"] == "codec")
+    except WeightsmithError as error:
+        return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
+    except ValueError as error:
+        raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
+    problems = [
+        f"input {name} is not what it was when {out.name} was made"
+        for name, found in json.loads(json.dumps(inputs.fingerprints())).items()
+        if manifest["inputs"].get(name) != found
+    ]
+    records = carry_out(plan, inputs, _Nowhere(), progress=progress)
+    parts = merge_parts(records.values(), plan.keys)
+    problems += [f"{name} is no longer made by the recipe" for name in noted if name not in parts]
+    for name, found in parts.items():
+        if name not in noted:
+            problems.append(f"{name} is made by the recipe, but is not in {out.name}")
+        elif [list(part) for part in found] != [list(part) for part in noted[name]["parts"]]:
+            problems.append(f"{name} comes out with other bytes")
+    return problems
