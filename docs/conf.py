@@ -14,7 +14,6 @@ author = "the weightsmith authors"
 version = release = __version__
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
-nitpicky = False
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
