@@ -73,10 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for result in results:
         shown_table = rich_table(table(result))
-        console = Console()
-        needed = console.measure(shown_table).minimum + 8
+        needed = Console(width=1000).measure(shown_table).maximum  # a table squeezed into 80 columns cannot be read
         print()
-        Console(width=max(console.width, needed)).print(shown_table)
+        Console(width=max(Console().width, needed)).print(shown_table)
     example = next(row for row in results[-1].rows if row.name == "TIES")
     print(f"\nPlots: {page}")
     print(f"Try next: change a number in {shown(example.recipe)}, then run")

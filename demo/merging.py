@@ -69,13 +69,14 @@ def merge(recipe: Path, out: Path) -> None:
 
 @cache
 def engine() -> str:
-    """Fingerprint of weightsmith's own source: scores of another version's merges are not reused."""
+    """Fingerprint of the source that decides a merge's numbers: scores of another version's merges are not reused."""
     import weightsmith
 
     digest = hashlib.sha256()
     root = Path(next(iter(weightsmith.__path__)))
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for part in ("io", "methods", "ops", "recipe", "run", "."):
+        for path in sorted((root / part).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -106,7 +107,7 @@ class Bench:
         recipe = self.recipe(method, candidate)
 
         def measure() -> dict[str, float]:
-            out = self.folder / "merged" / recipe.stem
+            out = self.folder / "merged" / f"{recipe.stem}-{engine()}"
             if not out.is_dir():
                 merge(recipe, out)
             return self.family.scores(out, self.seed, split)

@@ -163,7 +163,7 @@ def task_figure(result: Result) -> Figure:
         "zmin": -100,
         "zmax": 100,
         "zmid": 0,
-        "colorscale": [[0, "#c4573b"], [0.5, "rgba(127,127,127,0.12)"], [1, "#3b82c4"]],
+        "colorscale": [[0, "rgba(196,87,59,0.75)"], [0.5, "rgba(127,127,127,0.1)"], [1, "rgba(59,130,196,0.75)"]],
         "text": [[f"{one.tasks[t]:.{decimals}f}" for t in result.tasks] for one in shown],
         "texttemplate": "%{text}",
         "hovertemplate": "%{y} on %{x}: %{text}<br>%{z:.0f}% of the expert's gain<extra></extra>",
@@ -171,7 +171,11 @@ def task_figure(result: Result) -> Figure:
         "xgap": 2,
         "ygap": 2,
     }
-    layout = {"margin": {"l": 130, "r": 20, "t": 30, "b": 20}, "xaxis": {"side": "top"}}
+    layout = {
+        "margin": {"l": 130, "r": 20, "t": 30, "b": 20},
+        "xaxis": {"side": "top", "showgrid": False},
+        "yaxis": {"showgrid": False},
+    }
     note = "Colour: share of that task's expert's gain; grey is the base."
     return Figure(f"{result.title}: {result.score_name} by task", [heat], layout, note, height=60 + 32 * len(shown))
 

@@ -99,4 +99,4 @@ def verdict(beaten: int, seeds: int) -> str:
         return "above base"
     if beaten == 0:
         return "below base"
-    return f"below base: {seeds - beaten} of {seeds} seeds"
+    return f"below base in {seeds - beaten} of {seeds}"

@@ -145,7 +145,8 @@ def count_for(stage: Stage, wanted: int = 3) -> int:
 
 
 def neutral(cls: type[Stage]) -> Stage:
-    return cls(**{p.field: NEUTRAL[p.name] for p in cls.parameters() if p.name in NEUTRAL})
+    known = [(p, NEUTRAL[p.name]) for p in cls.parameters() if p.name in NEUTRAL]
+    return cls(**{p.field: value for p, value in known if p.check(value) is None})
 
 
 def prepare(stage: Stage, base: Any, experts: Any, seed: int = 0) -> dict[str, Site]:
@@ -336,7 +337,7 @@ def test_scratch_is_honest(stage: Stage):
     unit = side * side * 4
     base = {name: noise(side, side, seed=1)}
     for wanted in (1, 3):
-        count = count_for(stage, wanted)
+        count = count_for(stage, max(wanted, stage.traits.min_count))
         experts = {f"e{j}": {name: base[name] + noise(side, side, seed=2 + j)} for j in range(count)}
         given = prepare(stage, base, experts)
         with Peak() as watch:

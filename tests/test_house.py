@@ -25,7 +25,7 @@ LAYERS = (
     ("io",),
     ("recipe",),
     ("run",),
-    ("observe", "report", "plugins"),
+    ("observe", "report", "inspect", "plugins"),
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -76,10 +76,14 @@ class MissingExtra(WeightsmithError):
         return MissingExtra, (self.package, self.extra, self.purpose)
 
 
+_LONGEST = 200  # characters; comparing takes time in the square of the length
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return '; did you mean X?' for the nearest option, else '; known: A, B, C'."""
     known = list(options)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    likely = [k for k in known if len(k) <= _LONGEST] if len(word) <= _LONGEST else []
+    near = difflib.get_close_matches(word, likely, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(sorted(known))}" if known else ""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["DTYPES", "DType", "Key", "Part", "depths", "layer_of", "role_of"]
+__all__ = ["DTYPES", "DType", "Key", "Part", "depths", "good_name", "layer_of", "role_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ class Part:
 
     name    what the codec calls it ('tau', 'mask')
     key     full name, shape and dtype under which it is stored
-    span    elements of the encoded tensor that one row of the part stands for; cuts fall on multiples of it
+    span    elements of the encoded tensor that one row of the part stands for; cuts fall on multiples of it.
+            0: any element needs all of the part (codecs of TENSOR grain only)
     expert  whose it is; '' if all experts share it
     """
 
@@ -101,7 +102,13 @@ class Part:
 
     def rows(self, start: int, stop: int) -> tuple[int, int]:
         """The part's rows that cover flat positions start..stop of the tensor."""
-        return start // self.span, -(-stop // self.span)
+        return (start // self.span, -(-stop // self.span)) if self.span else (0, self.key.rows)
+
+    @classmethod
+    def of(cls, key: Key, name: str, shape: tuple[int, ...], span: int, expert: str = "") -> Part:
+        """A floating part of the tensor `key`, in its dtype; bfloat16 where that has 8 bits: changes are small."""
+        dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
+        return cls(name, Key(f"{key.name}::{name}" + (f".{expert}" if expert else ""), shape, dtype), span, expert)
 
 
 # The first pattern that matches a name component decides.  Words are those of the Hugging Face
@@ -126,6 +133,11 @@ _ROLES: tuple[tuple[str, str], ...] = (
 )
 _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
 ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), "other")
+
+
+def good_name(name: str) -> bool:
+    """Whether a file may call a tensor so: at most 1000 characters, none that ends a line or drives a terminal."""
+    return len(name) <= 1000 and name.isprintable()
 
 
 @lru_cache(maxsize=65536)

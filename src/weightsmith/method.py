@@ -95,6 +95,8 @@ class Traits:
     scratch: float = 2.0  # peak extra bytes per byte of the float32 stack
     by_depth: bool = False  # useless on a model whose names show no blocks
     after: bool = False  # a filter for the merged task vector: it stands behind the method
+    factored: bool = False  # takes low-rank experts as `site.factors` where it comes first
+    alone: bool = False  # a codec of the experts' own task vectors: nothing may stand in front of it
     aliases: tuple[str, ...] = ()
 
 
@@ -189,8 +191,18 @@ class Stage:
         return None
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
-        """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes)."""
+        """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes).
+
+        Under 'earlier': what the run that made the first model noted (stage -> `notes`).
+        """
         return self
+
+    def notes(self, summary: Summary) -> dict[str, Any]:
+        """What a later run may want to know of this one: plain values for weightsmith.json, the same for every tensor.
+
+        A run whose first model is this one's output finds them in `informed` under notes["earlier"][name].
+        """
+        return {}
 
     def elsewhere(self) -> Stage | None:
         """The stage for tensors outside `traits.domain` or without a statistic; None: such tensors are an error."""
@@ -231,6 +243,7 @@ class Codec(Stage):
     """Keeps all experts in less space.  Last in a pipeline, behind the method whose task vector it stores.
 
     What the stages before it made is `site.deltas[0]`; the experts' own task vectors are `site.origin.deltas`.
+    With `traits.alone` there is nothing before it: `site` is the origin.
     """
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
@@ -338,6 +351,8 @@ class Pipeline:
     def encode(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> dict[str, Tensor]:
         """Run all stages on a block, the last of which is a codec: stored name -> rows."""
         assert self.codec is not None
+        if self.codec.traits.alone:
+            return self.codec.encode(replace(site, origin=site))
         return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
 
 
@@ -348,7 +363,7 @@ def _merged_delta(stage: Stage, site: Site) -> Site:
         delta = stage.merge(site.at_zero())
     else:
         delta = stage.merge(site) if site.base is None else stage.merge(site) - site.base
-    return replace(site, stack=delta[None], is_delta=True, names=("merged",), origin=site.origin or site)
+    return replace(site, stack=delta[None], is_delta=True, names=("merged",), origin=site.origin or site, factors=())
 
 
 # --- registry --------------------------------------------------------------------------------------
@@ -384,7 +399,8 @@ def registry(name: str) -> type[Stage]:
             return stage
     if name in known:
         return known[name]
-    raise RecipeError(f"unknown method {name!r}{did_you_mean(name, known)}")
+    words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
+    raise RecipeError(f"unknown method {name!r}{did_you_mean(name, words)}")
 
 
 def _entry_points() -> Iterator[Callable[[], Any]]:

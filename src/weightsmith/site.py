@@ -36,6 +36,8 @@ class Site:
     summary   what `measure` and `digest` found out in the rounds before
     seed      of the recipe; noise is keyed by (seed, tensor name, expert) and flat position
     origin    the site before the pipeline's first stage, for stages that compare with it
+    factors   one (left [rows, r], right [r, columns]) per expert with delta = left right, float32, for methods that
+              ask for them (`Traits.factored`); `stack` then has a shape but no data (device meta).  Else ()
     """
 
     key: Key
@@ -49,6 +51,7 @@ class Site:
     summary: Summary = field(default_factory=dict)
     seed: int = 0
     origin: Site | None = None
+    factors: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def count(self) -> int:
@@ -67,6 +70,8 @@ class Site:
     @property
     def deltas(self) -> Tensor:
         """Task vectors, expert - base: [n, *block]."""
+        if self.factors:
+            return torch.stack([left @ right for left, right in self.factors])
         if self.is_delta:
             return self.stack
         if self.base is None:
@@ -76,19 +81,23 @@ class Site:
     @property
     def experts(self) -> Tensor:
         """The experts' weights: [n, *block] (base + delta after a filter)."""
-        if not self.is_delta:
+        if not self.is_delta and not self.factors:
             return self.stack
-        return self.stack if self.base is None else self.base + self.stack
+        return self.deltas if self.base is None else self.base + self.deltas
 
     def with_deltas(self, deltas: Tensor) -> Site:
         """The same site with other task vectors; the first such edit is remembered as `origin`."""
-        return replace(self, stack=deltas, is_delta=True, origin=self.origin or self)
+        return replace(self, stack=deltas, is_delta=True, origin=self.origin or self, factors=())
 
     def with_summary(self, summary: Summary) -> Site:
         return replace(self, summary=summary)
 
     def at_zero(self) -> Site:
         """The same task vectors around a base of zeros: what a method returns here is its merged task vector."""
+        if self.factors:
+            like = self.factors[0][0]
+            zeros = torch.zeros(self.block_shape, dtype=like.dtype, device=like.device)
+            return replace(self, is_delta=True, base=zeros, origin=self.origin or self)
         deltas = self.deltas
         return replace(self, stack=deltas, is_delta=True, base=torch.zeros_like(deltas[0]), origin=self.origin or self)
 

@@ -76,11 +76,12 @@ def test_nothing_is_trained_or_scored_twice(benches: list[Bench], tmp_path: Path
     assert family.trained == 2  # type: ignore[attr-defined]
 
 
-def test_a_changed_engine_is_scored_anew(benches: list[Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_engine_merges_and_scores_anew(benches: list[Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     choose(benches, "task arithmetic")
     monkeypatch.setattr(merging, "engine", lambda: "another")
     choose(benches, "task arithmetic")
     assert len(benches[0].family.scored) == 16  # type: ignore[attr-defined]
+    assert all(len(list((bench.folder / "merged").iterdir())) == 8 for bench in benches)
 
 
 def test_a_killed_training_leaves_no_checkpoints_behind(tmp_path: Path) -> None:

@@ -57,4 +57,4 @@ def test_a_merge_that_does_not_beat_the_base_is_called_so() -> None:
     assert row("m", "merge", [TEXT.base], [TEXT], []).verdict == "below base"  # no better is not above
     assert row("m", "merge", [DIGITS.base], [DIGITS], []).verdict == "below base"
     assert row("base", "base", [TEXT.base], [TEXT], []).verdict == ""
-    assert verdict(3, 4) == "below base: 1 of 4 seeds"
+    assert verdict(3, 4) == "below base in 1 of 4"

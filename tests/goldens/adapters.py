@@ -26,41 +26,19 @@ State = dict[str, Tensor]
 
 NOT_YET: Mapping[str, str] = {
     "adamerging++ composition": "learned coefficients",
-    "aswudi": "WUDI family",
     "codiemb losses": "training losses",
     "dct_adamw": "low-rank optimizers",
-    "doge_ta": "DOGE",
     "expert-merging composition": "learned coefficients",
     "fw-merging (hard)": "Frank-Wolfe merging",
-    "fwsvd": "Fisher-weighted low rank",
-    "iso_c": "isotropic merging",
-    "iso_cts": "isotropic merging",
-    "knots_ties": "LoRA merging",
     "lora-tools": "LoRA merging",
     "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
-    "mergekit:arcee_fusion": "remaining mergekit methods",
-    "mergekit:karcher": "remaining mergekit methods",
-    "mergekit:model_stock": "remaining mergekit methods",
-    "mergekit:multislerp": "remaining mergekit methods",
-    "mergekit:nearswap": "remaining mergekit methods",
-    "mergekit:nuslerp": "remaining mergekit methods",
-    "mergekit:ram": "remaining mergekit methods",
-    "mergekit:ramplus_tl": "remaining mergekit methods",
-    "mergekit:sce": "remaining mergekit methods",
     "moe-build": "mixture-of-experts building",
-    "opcm": "continual merging",
-    "optmerge": "WUDI family",
     "ota": "optimization trajectories",
     "ota+ffg": "optimization trajectories",
-    "pcb": "parameter competition",
     "pleas": "permutation alignment",
-    "swudi": "WUDI family",
     "tokenizer-surgery": "vocabulary alignment",
-    "tsv_compress": "codecs",
     "weight-matching": "permutation alignment",
-    "widen": "WIDEN",
-    "wudi": "WUDI family",
 }
 """Methods that are not built yet, and the piece of work that brings each."""
 
@@ -166,9 +144,47 @@ def lines(case: Case) -> State:
 
 
 def tsvm(case: Case) -> State:
-    names = {"scaling": "scaling", "sv_reduction": "rank_fraction", "rank_fraction": "rank_fraction"}
+    names = {n: n for n in ("scaling", "rank_fraction", "orthogonalise")} | {"sv_reduction": "rank_fraction"}
     given = {ours: _number_or_tuple(case.params[n]) for n, ours in names.items() if case.params.get(n) is not None}
     return merge(case.experts, _stage("tsvm", given), base=case.base)
+
+
+def isotropic(case: Case) -> State:
+    return merge(case.experts, _stage(case.method, case.params), base=case.base)
+
+
+def knots(case: Case) -> State:
+    """`topK` in percent; `merging_type` and the sign rules in the authors' words."""
+    p = case.params
+    words = {"sum_of_values": "mass", "sum_of_signs": "count"}
+    given = {
+        "density": p["topK"] / 100 if p["topK"] > 1 else p["topK"],
+        "scaling": _number_or_tuple(p["scaling"]),
+        "rule": "mean" if p.get("merge_method", p.get("merge")) in ("tv", "mean") else "ties",
+        "sign": words[p.get("sign_resolve_mode", "sum_of_values")],
+        "aggregate": p["merging_type"],
+        "shared": "left" if p.get("concat_across_output", True) else "right",
+    }
+    return merge(case.experts, _stage("knots", given), base=case.base)
+
+
+def tsvc(case: Case) -> State:
+    made = encoded({"tsvc": {"rank_fraction": case.params["sv_reduction"]}}, case.base, case.experts)
+    return {f"{e}/{n}": made.rebuilt(n, e, base) for e in case.experts for n, base in case.base.items()}
+
+
+def fwsvd(case: Case) -> State:
+    """The base itself is compressed, every matrix but the embedding, whether that saves room or not."""
+    chosen = {n: t for n, t in _inputs(case.seed, 1)["base"].items() if t.ndim == 2 and "embed" not in n}
+    scores = _tensors(tiny_llama.positive(case.seed, 1)[0])
+    words = {"rank": case.params["rank"], "head": True, "always": True}
+    fisher = {"fisher": {"one": {n: scores[n] for n in chosen}}}
+    made = encoded({"fwsvd": words}, chosen, {"one": chosen}, stats=fisher)
+    return {n: made.rebuilt(n, "one", t) for n, t in chosen.items()}
+
+
+def opcm(case: Case) -> State:
+    return merge(case.experts, _stage("opcm", {"alpha": case.params["alpha"]}), base=case.base)
 
 
 def fisher(case: Case) -> State:
@@ -208,6 +224,61 @@ def tall_masks(case: Case) -> State:
     return out
 
 
+def doge(case: Case) -> State:
+    """`K`: a share, or above 1 a percentage."""
+    p = case.params
+    names = {"lamda": "lambda", "subspace": "subspace", "iters": "iters", "lr": "lr"}
+    density = p["K"] / 100 if p["K"] > 1 else p["K"]
+    given = {ours: p[theirs] for theirs, ours in names.items()} | {"density": density}
+    return merge(case.experts, _stage("doge", given), base=case.base)
+
+
+def wudi(case: Case) -> State:
+    """Names in `exclude_keys` get the plain mean."""
+    p = case.params
+    mean = {"match": p["exclude_keys"], "method": {"task_arithmetic": {"normalize": True}}}
+    stage = _stage("wudi", {"iters": p["iter_num"], "lr": p["lr"]})
+    return merge(case.experts, stage, base=case.base, rules=[mean] if p["exclude_keys"] else [])
+
+
+def _matching(case: Case, patterns: list[str]) -> list[str]:
+    """The parameters whose names begin as one of some regular expressions says."""
+    return [name for name in case.base if any(re.match(pattern, name) for pattern in patterns)]
+
+
+def optmerge(case: Case) -> State:
+    p = case.params
+    names = {"iter_num": "iters", **{n: n for n in ("variant", "scaling", "optimizer", "lr", "momentum", "init")}}
+    given = {ours: p[theirs] for theirs, ours in names.items() if p.get(theirs) is not None}
+    return merge(case.experts, _stage("optmerge", given), base=case.base, exclude=_matching(case, p["exclude"]))
+
+
+def spectral_wudi(case: Case) -> State:
+    """swudi and aswudi: the head gets the mean; `filter` none is time inf, `cumvar_x` the rule cumulative."""
+    p = dict(case.params)
+    names = {
+        **{"exp_time": "time", "truncate_rank_ratio": "rank_ratio", "init_mode": "init", "scaling": "scaling"},
+        **{"min_eigenvalue": "min_eigenvalue", "min_rank": "min_rank", "auto_rank_method": "rule"},
+    }
+    given = {ours: p[theirs] for theirs, ours in names.items() if theirs in p}
+    if "filter" in p and p["filter"] == "none":
+        given["time"] = "inf"
+    if found := re.fullmatch(r"cumvar_(.+)", str(given.get("rule"))):
+        given |= {"rule": "cumulative", "share": float(found[1])}
+    head = {"role": "head", "method": {"task_arithmetic": {"normalize": True, "lambda": p["scaling"]}}}
+    stage = _stage(case.method, given)
+    return merge(case.experts, stage, base=case.base, rules=[head], exclude=_matching(case, p["exclude"]))
+
+
+def pcb(case: Case) -> State:
+    given = {n: _number_or_tuple(v) for n, v in case.params.items()}
+    return merge(case.experts, _stage("pcb", given), base=case.base)
+
+
+def widen(case: Case) -> State:
+    return merge(case.experts, _stage("widen", case.params), base=case.base)
+
+
 def mergekit_yaml(case: Case) -> State:
     """Every output tensor names its own call; tensors of equal calls are merged together."""
     config = mergekit.read(case.params["yaml"])
@@ -234,9 +305,22 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "breadcrumbs": breadcrumbs,
     "lines": lines,
     "tsvm": tsvm,
+    "knots_ties": knots,
+    "opcm": opcm,
+    "iso_c": isotropic,
+    "tsv_compress": tsvc,
+    "fwsvd": fwsvd,
+    "iso_cts": isotropic,
     "fisher": fisher,
     "regmean": regmean,
     "tall-masks": tall_masks,
+    "pcb": pcb,
+    "widen": widen,
+    "doge_ta": doge,
+    "wudi": wudi,
+    "optmerge": optmerge,
+    "swudi": spectral_wudi,
+    "aswudi": spectral_wudi,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

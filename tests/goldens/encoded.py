@@ -32,9 +32,14 @@ class Encoded:
         return unpack_bits(self.tensors[f"{name}::mask.{expert}"], 0, tau.numel()).reshape(tau.shape)
 
     def rebuilt(self, name: str, expert: str, base: Tensor) -> Tensor:
-        codec = next(t.pipeline.codec for t in self.plan.tasks if t.key.name == name)
-        parts = {"tau": self.tensors[f"{name}::tau"], "mask": self.tensors[f"{name}::mask.{expert}"]}
-        return codec.decode(parts, base, 0)
+        task = next(t for t in self.plan.tasks if t.key.name == name)
+        own = {p.name: self.tensors[p.key.name] for p in task.encoded if p.expert in ("", expert)}
+        parts = {n: t.to(base.dtype) if t.is_floating_point() else t for n, t in own.items()}
+        return task.pipeline.codec.decode(parts, base, 0)
+
+    @property
+    def numel(self) -> int:
+        return sum(t.numel() for t in self.tensors.values())
 
 
 def recipe_of(method: Any, experts: Sequence[str], **more: Any) -> Recipe:
@@ -43,9 +48,18 @@ def recipe_of(method: Any, experts: Sequence[str], **more: Any) -> Recipe:
     return Recipe.model_validate({"base": {"model": "base"}, "models": models, "method": tuple(stages), **more})
 
 
-def encoded(method: Any, base: State, experts: Mapping[str, State], block: int = BLOCK, **more: Any) -> Encoded:
+def encoded(
+    method: Any,
+    base: State,
+    experts: Mapping[str, State],
+    block: int = BLOCK,
+    stats: Mapping[str, Mapping[str, State]] | None = None,
+    **more: Any,
+) -> Encoded:
+    """`stats`: statistic -> model -> tensors."""
     recipe = recipe_of(method, list(experts), **more)
-    inputs = Inputs(MemorySource(base, "base"), {n: MemorySource(t, n) for n, t in experts.items()})
+    measured = {s: {n: MemorySource(t, f"{s} of {n}") for n, t in found.items()} for s, found in (stats or {}).items()}
+    inputs = Inputs(MemorySource(base, "base"), {n: MemorySource(t, n) for n, t in experts.items()}, measured)
     plan = make_plan(recipe, sources=inputs, threads=1, encode=True)
     sink = MemorySink()
     carry_out(plan, inputs, sink, block=block)

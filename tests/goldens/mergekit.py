@@ -155,6 +155,21 @@ def _deltas(sparsify: str | None, consensus: bool, normalize: bool, rescale: boo
     return call
 
 
+def _plain(
+    method: str, shared_defaults: Mapping[str, Any], weights: bool = False, base_too: bool = False, **rename: str
+) -> Callable[..., Call]:
+    """A method of the same name: its parameters by ours (`rename`: ours -> theirs), the base as base or as input."""
+
+    def call(inputs: Sequence[str], base: str | None, one: One, shared: One) -> Call:
+        experts = tuple(inputs) if base_too else tuple(m for m in inputs if m != base)
+        given = {n: shared(rename.get(n, n), default) for n, default in shared_defaults.items()}
+        if weights:
+            given["weight"] = tuple(float(one("weight", m)) for m in experts)
+        return Call(((method, tuple(given.items())),), experts, None if base_too else base)
+
+    return call
+
+
 METHODS: Mapping[str, Callable[..., Call]] = {
     "linear": _linear,
     "passthrough": _passthrough,
@@ -165,4 +180,19 @@ METHODS: Mapping[str, Callable[..., Call]] = {
     "dare_ties": _deltas("dare", True, False, True),
     "breadcrumbs": _deltas("breadcrumbs", False, False, False),
     "breadcrumbs_ties": _deltas("breadcrumbs", True, False, False),
+    "arcee_fusion": _plain("arcee_fusion", {}),
+    "karcher": _plain("karcher", {"max_iter": 10, "tol": 1e-5}, base_too=True),
+    "model_stock": _plain("model_stock", {"filter_wise": False}),
+    "multislerp": _plain("multislerp", {"normalize": True, "eps": 1e-8}, weights=True, normalize="normalize_weights"),
+    "nearswap": _plain("nearswap", {"t": MISSING}),
+    "nuslerp": _plain(
+        "nuslerp",
+        {"flatten": True, "row_wise": False},
+        weights=True,
+        flatten="nuslerp_flatten",
+        row_wise="nuslerp_row_wise",
+    ),
+    "ram": _plain("ram", {"epsilon": 1e-5}),
+    "ramplus_tl": _plain("ramplus_tl", {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
+    "sce": _plain("sce", {"select_topk": 1.0}),
 }

@@ -308,7 +308,7 @@ def test_a_crash_while_replacing_loses_neither_old_nor_new(job, out, tree, monke
     job.run(sink)
     monkeypatch.setattr(Path, "rename", dying)
     if moment == "after":
-        monkeypatch.setattr(output, "_remove", lambda path: dying(path, path))
+        monkeypatch.setattr(output, "remove", lambda path: dying(path, path))
     with pytest.raises(Killed):
         sink.finish()
     monkeypatch.undo()

@@ -122,7 +122,7 @@ def test_a_tokenizer_folder_without_one_is_refused(base, tmp_path):
 
 def test_links_to_files_are_copied_and_links_to_folders_are_not_followed(tmp_path):
     blobs = fill(tmp_path / "blobs", {"b1": '{"a": 1}'})
-    (base := tmp_path / "base").mkdir()
+    (base := tmp_path / "snapshots" / "base").mkdir(parents=True)  # as in the hub's cache
     (base / "config.json").symlink_to(blobs / "b1")
     (base / "all").symlink_to(blobs)
     (base / "dangling.json").symlink_to(tmp_path / "nowhere")

@@ -73,3 +73,20 @@ def test_ranks_are_counted_in_integers():
     assert Tsvm()._rank(49, 49) == 1
     assert Tsvm(rank_fraction=0.1)._rank(30, 4) == 3
     assert Tsvm(rank_fraction=0.1)._rank(39, 4) == 3
+
+
+def test_how_bases_are_made_orthogonal():
+    changes = [noise(9, 12, seed=i) for i in range(3)]
+    assert torch.allclose(delta(*changes, orthogonalise="svd"), delta(*changes), atol=1e-6)
+    kept = [torch.linalg.svd(c.double(), full_matrices=False) for c in changes]
+    summed = sum((u[:, :3] * s[:3]) @ vt[:3] for u, s, vt in kept)
+    plain = delta(*changes, orthogonalise="none")
+    assert torch.allclose(plain.double(), summed, atol=1e-5)
+    assert not torch.allclose(plain, delta(*changes), atol=1e-2)
+
+
+def test_factors_of_zero_and_below():
+    changes = [noise(9, 12, seed=i) for i in range(2)]
+    turned = delta(*changes, scaling=(1.0, -0.5))
+    assert torch.allclose(turned, delta(changes[0], -0.5 * changes[1]), atol=1e-5)
+    assert torch.allclose(delta(*changes, scaling=(1.0, 0.0)), delta(changes[0], 0 * changes[1]), atol=1e-6)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from goldens import tiny_llama
 from safetensors.torch import load_file, save_file
 
 import weightsmith
+from goldens import tiny_llama
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
 from weightsmith.method import Filter, Grain, Method, registered

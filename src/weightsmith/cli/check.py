@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,4 +50,11 @@ def _show(report: dict[str, Any]) -> None:
         warn(text)
     for problem in report["problems"]:
         say(f"problem: {problem}")
-    say(f"{report['path']}: {'works' if report['ok'] else 'does not work'}")
+    say(f"{report['path']}: {_verdict(report)}")
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    """In a word what was found; a state dict without a model is only looked at, not run."""
+    if not report["ok"]:
+        return "does not work"
+    return "all values are finite; there is no model to run" if report["kind"] == "tensors" else "works"

@@ -29,4 +29,6 @@ def install(
         raise OutputError("cannot tell which shell this is; say it with --shell bash, zsh or fish") from None
     except OSError as error:
         raise OutputError(f"cannot write the completion script: {error}") from None
-    say(f"wrote {path}; it works in new shells")
+    say(
+        f"wrote {path}; " + ("it works in new shells" if output is None else "source it from your shell's startup file")
+    )

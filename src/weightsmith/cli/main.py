@@ -1,14 +1,18 @@
 """The command line: which verbs there are, and what becomes of their errors.
 
 A verb's file is imported when the verb is used, so that help and typing mistakes answer at once.
-Exit codes: 0 done, 1 a fault in weightsmith, 2 a mistake in what was asked, 130 interrupted.
+Exit codes: 0 done, 1 a fault in weightsmith, 2 a mistake in what was asked, 130 interrupted (by Ctrl-C, or by
+the signals that end a session or a machine: SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightsmith import __version__
@@ -24,6 +28,7 @@ _SUMMARY = "Make better models of trained ones by working on their weights."
 _VERBS = {
     "merge": "Merge models as a recipe says.",
     "plan": "Show what a merge would do, and every problem, without doing it.",
+    "inspect": "Measure how task vectors lie to each other, and which methods that speaks for.",
     "methods": "List the methods, or explain one.",
     "check": "Load a result and see whether it works.",
     "verify": "See whether a result is as it was written.",
@@ -103,9 +108,10 @@ def _help() -> int:
 def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
     """Exit code of an action; what goes wrong becomes one line on stderr."""
     try:
-        code = action()
-        sys.stdout.flush()
-        return code
+        with _ends_cleanly():
+            code = action()
+            sys.stdout.flush()
+            return code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -121,6 +127,24 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         hint = "" if debug else "; --debug shows where"
         return _fail(f"internal error: {said}; please report it{hint}", 1, debug)
+
+
+@contextlib.contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP act like Ctrl-C, unless somebody (nohup, a program around us) has other plans for them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _usage(error: cyclopts.CycloptsError, words: Sequence[str]) -> str:

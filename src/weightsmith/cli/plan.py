@@ -47,6 +47,7 @@ def preview(
     from weightsmith.io.output import check_output
     from weightsmith.method import Codec, registry
     from weightsmith.run.inputs import open_inputs
+    from weightsmith.run.merge import reads
     from weightsmith.run.plan import make_plan
 
     inputs = open_inputs(recipe)
@@ -61,8 +62,7 @@ def preview(
         encode=encode,
     )
     if out is not None:
-        folders = [source.folder for _, source in inputs.models if source.folder is not None]
-        more = check_output(out, folders, overwrite, resume, made.write_bytes)
+        more = check_output(out, reads(recipe, inputs), overwrite, resume, made.write_bytes)
         made = replace(made, problems=tuple(dict.fromkeys((*made.problems, *more))))
     if json:
         show_json(_facts(made))

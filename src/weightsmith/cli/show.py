@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from weightsmith.io import system
+
 __all__ = ["duration", "printable", "progress_bar", "say", "show_json", "size", "table", "warn"]
 
 
@@ -130,5 +132,5 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
 
 def files_in(folder: Path) -> tuple[int, int]:
     """Number and bytes of the safetensors files in a folder."""
-    sizes = [p.stat().st_size for p in folder.glob("*.safetensors")]
+    sizes = [p.stat().st_size for p in system.call(list, folder.glob("*.safetensors"))]
     return len(sizes), sum(sizes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.errors import RecipeError
-from weightsmith.keys import DTYPES, Key, Part
+from weightsmith.keys import Key, Part
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Codec, Each, number
 from weightsmith.ops.masks import agreed, pack_bits, task_masks, unpack_bits
@@ -43,9 +43,7 @@ class TallMasks(
     lambda_: Each = number(0.4, "strictness of the masks; larger is sparser", low=0, each=True)
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
-        # Task vectors are smaller than the smallest 8-bit floats.
-        dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
-        tau = Part("tau", Key(f"{key.name}::tau", key.shape, dtype), max(key.row_numel, 1))
+        tau = Part.of(key, "tau", key.shape, max(key.row_numel, 1))
         packed = (-(-key.numel // 8),)
         return (tau, *(Part("mask", Key(_mask_name(key.name, e), packed, "uint8"), 8, e) for e in experts))
 

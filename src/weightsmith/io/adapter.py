@@ -5,11 +5,12 @@ Files: adapter_config.json and adapter_model.safetensors (or .bin), as the peft 
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from weightsmith.errors import SourceError, did_you_mean
 from weightsmith.io.pickle import PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.io.small import read_json, short, word
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 
@@ -56,6 +58,9 @@ _USED = frozenset(
     )
 )
 # fmt: on
+_LIMIT = 10_000_000  # bytes of adapter_config.json; real ones have up to a few hundred thousand
+_MOST_PATTERNS = 10_000
+_REPEAT = re.compile(r"\)?[*+{]")
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -84,24 +89,20 @@ class Change:
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not valid JSON ({type(error).__name__}: {error})") from None
+    config = read_json(path, _LIMIT)
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise SourceError(f"{path}: peft_type {kind!r} is not supported, only LORA (with rsLoRA and DoRA) is")
+        raise SourceError(f"{path}: peft_type {short(kind)} is not supported, only LORA (with rsLoRA and DoRA) is")
     for field, value in config.items():
         if value and field not in _HARMLESS | _USED:
-            raise SourceError(f"{path}: {field} = {value!r} is not supported; merge this adapter with peft first")
+            said = f"{word(field)} = {short(value)}"
+            raise SourceError(f"{path}: {said} is not supported; merge this adapter with peft first")
     init = config.get("init_lora_weights")
     if init not in _BASE_UNCHANGED:
         raise SourceError(
-            f"{path}: init_lora_weights = {init!r} changed the base's weights in training; save the adapter with "
+            f"{path}: init_lora_weights = {short(init)} changed the base's weights in training; save the adapter with "
             "path_initial_model_for_weight_conversion, or merge it with peft first"
         )
     _positive(config, "r", 8, path)
@@ -109,30 +110,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
-            raise SourceError(f"{path}: {field} is {patterns!r}, not a mapping from module patterns to numbers")
+            raise SourceError(f"{path}: {field} is {short(patterns)}, not a mapping from module patterns to numbers")
+        if len(patterns) > _MOST_PATTERNS:
+            raise SourceError(f"{path}: {field} has {len(patterns)} patterns; at most {_MOST_PATTERNS} are tried")
         for pattern in patterns:
             _positive(patterns, pattern, None, path)
-            try:
-                re.compile(_suffix(pattern))
-            except re.error as error:
-                raise SourceError(f"{path}: {field} {pattern!r} is not a regular expression ({error})") from None
+            _check_pattern(pattern, f"{path}: {field} {short(pattern)}")
     return config
 
 
 def _positive(values: Mapping[str, Any], field: str, default: Any, path: Path) -> None:
     value = values.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise SourceError(f"{path}: {field} = {value!r} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise SourceError(f"{path}: {word(field)} = {short(value)} is not a positive number below 1e30")
 
 
-def _suffix(pattern: str) -> str:
+def _check_pattern(pattern: str, label: str) -> None:
+    """Refuse what is no regular expression, and what could be matched for hours: repeats within or behind repeats."""
+    repeats = _REPEAT.findall(pattern)
+    if len(pattern) > 500 or len(repeats) > 4 or any(repeat.startswith(")") for repeat in repeats):
+        raise SourceError(f"{label} is too involved to be matched; at most 4 repeats (* + {{}}), none of a group")
+    try:
+        _compiled(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise SourceError(f"{label} is not a regular expression ({error})") from None
+
+
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
     """How peft matches a pattern: against the whole module name, or its last components."""
-    return rf"(.*\.)?({pattern})$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+        return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(_suffix(pattern), module)), default)
+    return next((value for pattern, value in (patterns or {}).items() if _compiled(pattern).match(module)), default)
 
 
 def open_weights(folder: Path) -> Source:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weightsmith.errors import SourceError
+from weightsmith.io import system
+from weightsmith.io.folder import is_inside
+
 __all__ = ["CardModel", "Citation", "licence_problems", "licences", "model_card"]
 
 UNKNOWN = "unknown"
@@ -113,24 +117,56 @@ def licence_problems(licences: Mapping[str, str]) -> list[str]:
 
 def _licence(folder: Path | None) -> str:
     front = _front_matter(folder / "README.md") if folder is not None else {}
-    stated = front.get("license")
-    words = [str(word).strip() for word in (stated if isinstance(stated, list) else [stated]) if word]
-    own = front.get("license_name")
+    words = [_plain(word) for word in front.get("license", []) if word.strip()]
+    own = _plain(" ".join(front.get("license_name", [])))
     return " + ".join(f"other ({own})" if word == "other" and own else word for word in words) or UNKNOWN
 
 
-def _front_matter(path: Path) -> Mapping[str, Any]:
-    """The YAML at the head of a card; a card that cannot be read states nothing."""
-    from ruamel.yaml import YAML
+def _plain(text: str) -> str:
+    """A stranger's words on one line of moderate length, without anything that drives a terminal or makes a table."""
+    kept = "".join(c if c.isprintable() and c not in "|<>`[]" else " " for c in text)
+    return " ".join(kept.split())[:100]
+
+
+def _front_matter(path: Path) -> Mapping[str, list[str]]:
+    """Words and lists of words at the top level of a card's YAML; a card that cannot be read states nothing."""
     from ruamel.yaml.error import YAMLError
 
     try:
-        with path.open("rb") as file:
-            found = _FRONT.match(file.read(_CARD_LIMIT).decode(errors="replace"))
-        loaded = YAML(typ="safe", pure=True).load(found[1]) if found else None
-    except (OSError, YAMLError, ValueError, RecursionError):
+        if not path.is_file() or not is_inside(path.parent, path.name):
+            return {}
+        found = _FRONT.match(system.read_file(path, _CARD_LIMIT).decode(errors="replace"))
+        return _top_level(found[1]) if found else {}
+    except (FileNotFoundError, YAMLError, ValueError, RecursionError):
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+    except OSError as error:  # "no licence" would then be a guess
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _top_level(text: str) -> dict[str, list[str]]:
+    """Read from parser events: nothing is built, so there is nothing that aliases could blow up or a tag could name."""
+    from ruamel.yaml import YAML, events
+
+    found: dict[str, list[str]] = {}
+    depth, key = 0, None
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, events.CollectionStartEvent):
+            depth += 1
+            key = key if isinstance(event, events.SequenceStartEvent) else None
+        elif isinstance(event, events.CollectionEndEvent):
+            depth -= 1
+            key = key if depth > 1 else None
+        elif not isinstance(event, events.ScalarEvent):
+            key = key if depth > 1 else None
+        elif depth == 1 and key is None:
+            key = event.value
+            if key in found:
+                return {}  # said twice: neither is meant more than the other
+        elif key is not None and depth in (1, 2):
+            if event.style is not None or event.value not in ("", "~", "null"):
+                found.setdefault(key, []).append(event.value)
+            key = key if depth > 1 else None
+    return found
 
 
 def _licence_fields(licences: Mapping[str, str]) -> dict[str, str]:

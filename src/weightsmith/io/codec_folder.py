@@ -235,6 +235,9 @@ class _Decoded(Source):
     def prepare(self) -> None:
         self.base.prepare()
 
+    def places(self) -> tuple[Path, ...]:
+        return (self.codec_folder.path, *self.base.places())
+
     def fingerprint(self) -> dict[str, Any]:
         return {"view": self.label, "parts": self.codec_folder.files.fingerprint(), "base": self.base.fingerprint()}
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from weightsmith.errors import OutputError
+from weightsmith.io import system
 
-__all__ = ["gigabytes", "pwrite_all", "sync_folder", "write_file", "writing"]
+__all__ = ["allocate", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder", "sync_tree", "write_all",
+           "write_file", "writing"]  # fmt: skip
 
 _FREE_SPACE = "free some space, then run again with --resume"
 _ADVICE = {
@@ -36,8 +38,12 @@ def writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, data: str | bytes) -> Path:
     """Write one small file, parents included (text as UTF-8 with Unix line ends on every system)."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        system.call(path.parent.mkdir, parents=True, exist_ok=True)
+        descriptor = system.call(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(descriptor, data.encode() if isinstance(data, str) else data)
+        finally:
+            os.close(descriptor)
     return path
 
 
@@ -45,19 +51,65 @@ def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of a buffer at an offset; one pwrite may take less than it was given (2 GiB at most on Linux)."""
     view = memoryview(data)
     while view.nbytes:
-        count = os.pwrite(descriptor, view, offset)
-        if count == 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        count = _some(system.call(os.pwrite, descriptor, view, offset))
         view, offset = view[count:], offset + count
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of a buffer where the file stands (at its end, if it was opened to append)."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[_some(system.call(os.write, descriptor, view)) :]
+
+
+def _some(count: int) -> int:
+    if count == 0:  # the disk takes nothing and does not say why; trying for ever is no answer
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return count
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Reserve the space now, so that a full disk shows before the work and not after it."""
+    try:
+        system.call(os.posix_fallocate, descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        system.call(os.ftruncate, descriptor, size)
+
+
+def sync_file(path: Path, flags: int = 0) -> None:
+    """Make a file's data durable."""
+    descriptor = system.call(os.open, path, os.O_RDONLY | flags)
+    try:
+        system.call(os.fsync, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable (a file's own fsync does not)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(folder, os.O_DIRECTORY)
+
+
+def sync_tree(paths: Iterable[Path], folder: Path) -> None:
+    """Make files durable, and the folders from each of them up to `folder`."""
+    folders = {folder}
+    for path in paths:
+        sync_file(path)
+        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
+    for each in sorted(folders):
+        sync_folder(each)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; what is not there is removed already."""
+    if path.is_dir() and not path.is_symlink():
+        for name in sorted(system.call(os.listdir, path)):
+            remove(path / name)
+        system.call(path.rmdir)
+    else:
+        system.call(path.unlink, missing_ok=True)
 
 
 def gigabytes(count: int) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 
 __all__ = ["File", "preadv"]
 
@@ -28,7 +29,7 @@ _MOST_IDLE = 64  # descriptors kept open between reads; hundreds of shards must 
 
 def preadv(fd: int, buffer: memoryview, offset: int) -> int:
     """Read into `buffer` from `offset`; returns the bytes read.  Fault tests replace this function."""
-    return os.preadv(fd, [buffer], offset)
+    return system.call(os.preadv, fd, [buffer], offset)
 
 
 class _Idle:
@@ -92,19 +93,21 @@ class File:
     """A file to read ranges from: any number of threads, opened when needed, picklable.
 
     Its size and modification time are noted on creation; a file that was exchanged or rewritten
-    since then is refused, because the offsets read from its header may no longer hold.
+    since then is refused, because the offsets read from its header may no longer hold.  Reading sees that
+    when it opens the file; `refuse_changed` looks for it at any time.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            status = self.path.stat()
+            status = system.call(self.path.stat)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise SourceError(f"{self.path}: cannot be read ({_reason(error)})") from None
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{self.path}: not a regular file")
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
+        self._inode: tuple[int, int] | None = (status.st_dev, status.st_ino)
         self._number = next(_numbers)
         weakref.finalize(self, _idle.drop, self._number)
 
@@ -113,6 +116,7 @@ class File:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._inode = None
         self._number = next(_numbers)
         weakref.finalize(self, _idle.drop, self._number)
 
@@ -143,6 +147,20 @@ class File:
             raise SourceError(f"{place}reading {count} bytes at {offset} failed ({_reason(error)})") from None
         return data
 
+    def refuse_changed(self) -> None:
+        """Raise SourceError if the file at the path is no longer the one that this was made from.
+
+        What a program changed without touching size and modification time is not seen.
+        """
+        try:
+            now = system.call(self.path.stat)
+        except OSError as error:
+            raise SourceError(f"{self.path}: has gone since it was opened ({_reason(error)}); start again") from None
+        same = (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+        # Another process may see the file under other numbers (a network disk), so they are not taken along there.
+        if not same or self._inode not in (None, (now.st_dev, now.st_ino)):
+            raise SourceError(f"{self.path}: was changed or exchanged since it was opened; start again")
+
     @contextlib.contextmanager
     def _descriptor(self, place: str) -> Iterator[int]:
         fd = _idle.take(self._number)
@@ -156,7 +174,7 @@ class File:
         _idle.put(self._number, fd)
 
     def _open(self, place: str) -> int:
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = system.call(os.open, self.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             os.close(fd)

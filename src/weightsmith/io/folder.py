@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,12 +10,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.pickle import PICKLES, PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.io.small import parse_json, read_small, short
 from weightsmith.io.source import Source
-from weightsmith.keys import Key
+from weightsmith.keys import Key, good_name
 
-__all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "join", "parse_index"]
+__all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
+           "parse_index"]  # fmt: skip
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = "pytorch_model.bin"
@@ -50,18 +53,15 @@ def choose_weights(names: Iterable[str], label: str) -> str:
 
 def parse_index(raw: bytes, label: str) -> dict[str, str]:
     """Return tensor name -> shard file name from an index's JSON; every file must be a plain name."""
-    try:
-        index = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated)
-    except _RepeatedError as error:
-        raise SourceError(f"{label}: the index names {error.args[0]!r} twice") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{label}: not valid JSON ({type(error).__name__}: {error})") from None
+    index = parse_json(raw, label)
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
         raise SourceError(f"{label}: not a shard index (no weight_map in it)")
     for name, file in weights.items():
+        if not good_name(name):
+            raise SourceError(f"{label}: {short(name)} is no name for a tensor (control characters, or too long)")
         if not isinstance(file, str) or not _plain(file):
-            raise SourceError(f"{label}: {name!r} points to {file!r}, which is not a file name inside the folder")
+            raise SourceError(f"{label}: {name!r} points to {short(file)}, which is not a file name inside the folder")
     return weights
 
 
@@ -70,16 +70,22 @@ def inside(folder: Path, name: str) -> Path:
 
     The hub cache is the one exception: its snapshots/<commit>/* link to blobs/* of the same repository.
     """
-    path, home = folder / name, folder.resolve()
+    path = folder / name
     try:
-        target = path.resolve()
+        inner, target = is_inside(folder, name), path.resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character
         raise SourceError(f"{path}: cannot be resolved") from None
-    snapshots = next((parent for parent in (home, *home.parents) if parent.name == "snapshots"), None)
-    allowed = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not inner:
         raise SourceError(f"{path}: a link that leaves the folder (to {target}); give the path of the file itself")
     return path
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether folder/name is, links followed, in the folder (or in the blobs of the hub cache that it belongs to)."""
+    home, target = folder.resolve(), (folder / name).resolve()
+    snapshots = next((parent for parent in (home, *home.parents) if parent.name == "snapshots"), None)
+    allowed = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
+    return any(target.is_relative_to(place) for place in allowed)
 
 
 class Listed(Protocol):
@@ -161,6 +167,9 @@ class FolderSource(Source):
         key = self.key(name)
         return self._parts[self._shard_of[key.name]].bits(key.name, start, stop)
 
+    def places(self) -> tuple[Path, ...]:
+        return (*super().places(), *(part.path for part in self._parts.values()))  # the hub's cache links elsewhere
+
     def fingerprint(self) -> dict[str, Any]:
         files: dict[str, Any] = {}
         for part in self._parts.values():
@@ -168,11 +177,7 @@ class FolderSource(Source):
         return {"files": files}
 
     def _open_shards(self, index: Path) -> Catalogue:
-        try:
-            with inside(index.parent, index.name).open("rb") as handle:
-                named = parse_index(handle.read(_MAX_INDEX), str(index))
-        except OSError as error:
-            raise SourceError(f"{index}: cannot be read ({error.strerror})") from None
+        named = parse_index(read_small(inside(index.parent, index.name), _MAX_INDEX), str(index))
         check_present(named, _listing(index.parent), str(index))
         self._parts = {shard: _open(inside(index.parent, shard)) for shard in sorted(set(named.values()))}
         return join(self._parts, str(index), named)
@@ -184,27 +189,14 @@ def _open(path: Path) -> SafetensorsSource | PickleSource:
 
 def _listing(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in folder.iterdir()]
+        return system.call(os.listdir, folder)
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}: cannot be listed ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _plain(file: str) -> bool:
     """A file name and nothing else, on any system."""
-    return file not in ("", ".", "..") and not any(c in file for c in "/\\:\0\n")
-
-
-class _RepeatedError(Exception):
-    pass
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _RepeatedError(name)
-        found[name] = value
-    return found
+    return file not in ("", ".", "..") and good_name(file) and not any(c in file for c in "/\\:")
 
 
 def _some(names: list[str]) -> str:

@@ -61,6 +61,8 @@ class Repo:
         """Ask the hub which commit a revision is, and which files it has (one request)."""
         import huggingface_hub
 
+        if revision is not None and ".." in revision:  # git allows none either, and the cache has a file of that name
+            raise SourceError(f"{name}: {revision!r} is no revision")
         with _hub_errors(name, revision, endpoint):
             info = huggingface_hub.HfApi(endpoint=endpoint).model_info(
                 name, revision=revision, files_metadata=True, timeout=_TIMEOUT
@@ -286,10 +288,26 @@ def _hub_errors(what: str, revision: str | None, endpoint: str | None) -> Iterat
         ) from None
     except Exception as error:  # the HTTP library below (requests, httpx) differs between versions of the hub's
         raise _UnreachableError(
-            f"{what}: not in the local cache, and the hub at {endpoint or constants.ENDPOINT} cannot be reached "
-            f"({_first_line(error)}); check the network, or give a local folder"
+            f"{what}: not in the local cache, and the hub at {_public(endpoint or constants.ENDPOINT)} cannot be "
+            f"reached ({_first_line(error)}); check the network, or give a local folder"
         ) from None
 
 
+_SECRETS = (
+    (re.compile(r"hf_\w+"), "hf_***"),  # access tokens
+    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer ***"),
+    (re.compile(r"//[^/\s@]+@"), "//***@"),  # names and passwords in the addresses of proxies and mirrors
+    (re.compile(r"(https?://[^\s?]+)\?[^\s'\")]+"), r"\1?***"),  # signatures of links that are good for an hour
+)
+
+
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"[:200]
+    """The error's kind and first line, without anything in it that lets others in."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+    return f"{type(error).__name__}: {_public(text)}"[:200]
+
+
+def _public(text: str) -> str:
+    for secret, shown in _SECRETS:
+        text = secret.sub(shown, text)
+    return text

@@ -18,7 +18,6 @@ flushes once, at its end.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
@@ -30,7 +29,9 @@ from typing import Any
 
 import xxhash
 
-from weightsmith.io.disk import sync_folder, writing
+from weightsmith.errors import OutputError
+from weightsmith.io import system
+from weightsmith.io.disk import sync_folder, write_all, writing
 
 __all__ = ["Journal", "State", "boot_id", "read_journal"]
 
@@ -57,7 +58,7 @@ class State:
 def boot_id() -> str:
     """A name for the time since the kernel started; empty where the system has none (then nothing matches it)."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return system.read_file(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
     except OSError:
         return ""
 
@@ -65,9 +66,13 @@ def boot_id() -> str:
 def read_journal(path: Path) -> State | None:
     """The state up to the first damaged line, or None if there is no file or its first line is damaged."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = system.read_file(path).split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutputError(
+            f"cannot resume: reading {path} failed ({error.strerror or error}); check the disk, then try again"
+        ) from error
     head = _entry(lines[0])
     if head is None or "head" not in head:
         return None
@@ -110,12 +115,17 @@ class Journal:
         lines += [{"task": task, "record": record} for task, record in tasks.items()]
         lines += [{"synced": self.count}]
         fresh = path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         with writing(path):
-            self._descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-            self._append(*lines)
-            os.fsync(self._descriptor)
-            fresh.replace(path)
-            sync_folder(path.parent)
+            self._descriptor = system.call(os.open, fresh, flags, 0o666)
+            try:
+                self._append(*lines)
+                system.call(os.fsync, self._descriptor)
+                system.call(fresh.replace, path)
+                sync_folder(path.parent)
+            except BaseException:
+                self.close()
+                raise
 
     def add(self, task: str, record: Mapping[str, Any]) -> None:
         """A task is finished, and its data has been handed to the kernel."""
@@ -135,7 +145,7 @@ class Journal:
         """The old output is about to be moved to this name beside the new one; durable on return."""
         with self._guard, writing(self.path):
             self._append({"replaces": name})
-            os.fsync(self._descriptor)
+            system.call(os.fsync, self._descriptor)
 
     def close(self) -> None:
         with self._guard:
@@ -146,8 +156,7 @@ class Journal:
     def _append(self, *entries: Mapping[str, Any]) -> None:
         data = b"".join(map(_line, entries))
         with writing(self.path):
-            if os.write(self._descriptor, data) != len(data):  # the half line is cut off by the next reader
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(self._descriptor, data)  # of a line that a full disk cuts short, the next reader sees the end
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 from weightsmith.errors import OutputError
-from weightsmith.io.disk import writing
+from weightsmith.io import system
+from weightsmith.io.disk import pwrite_all, writing
 
 __all__ = ["FolderLock", "holder", "in_use"]
 
@@ -37,9 +39,9 @@ class FolderLock:
         """Take the lock, or raise OutputError naming the holder."""
         for _ in range(_ATTEMPTS):
             with writing(self.path):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = system.call(os.open, self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                system.call(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 who = _who(descriptor)
                 os.close(descriptor)
@@ -50,22 +52,31 @@ class FolderLock:
                 raise OutputError(
                     f"cannot lock {self.path}: {error.strerror}; choose a folder on a file system with file locks"
                 ) from error
-            if not _is_file_at(self.path, descriptor):  # its last holder removed it between our open and our lock
+            with writing(self.path):
+                ours = _is_file_at(self.path, descriptor)
+            if not ours:  # its last holder removed it between our open and our lock
                 os.close(descriptor)
                 who = "a run that is just ending"
                 continue
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
             text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text.encode(), 0)
             self._descriptor = descriptor
+            try:
+                with writing(self.path):
+                    system.call(os.ftruncate, descriptor, 0)
+                    pwrite_all(descriptor, text.encode(), 0)
+            except BaseException:
+                self.release()
+                raise
             return
         raise OutputError(in_use(self.folder, who))
 
     def release(self) -> None:
         """Remove the file and drop the lock; a second call does nothing."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)  # while still held: nobody can have locked this file in between
+            with contextlib.suppress(OSError):  # a file that stays is no lock
+                # While still held: nobody can have locked this file in between.
+                system.call(self.path.unlink, missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -73,7 +84,7 @@ class FolderLock:
 def holder(path: Path) -> str | None:
     """Who holds the lock at a path ('process 12 on host a since ...'), or None.  Creates nothing."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = system.call(os.open, path, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -101,7 +112,7 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
 
 def _who(descriptor: int) -> str:
     try:
-        note = json.loads(os.pread(descriptor, 4096, 0))
+        note = json.loads(system.call(os.pread, descriptor, 4096, 0))
         return f"process {note['pid']} on host {note['host']} since {note['started']}"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another run"  # it has the lock but has not written its note yet

@@ -19,14 +19,19 @@ from typing import Any
 import xxhash
 
 from weightsmith.errors import OutputError, SourceError
+from weightsmith.io import system
 from weightsmith.io.disk import write_file
 from weightsmith.io.files import File
 from weightsmith.io.safetensors import Header, read_header
+from weightsmith.io.small import parse_json, read_small
 from weightsmith.keys import DTYPES, Key
 
-__all__ = ["MANIFEST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
+__all__ = ["MANIFEST", "MOST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
 
 MANIFEST = "weightsmith.json"
+MOST = 1_000_000_000
+"""Bytes of a manifest that are read: a line for each tensor, more for large ones."""
+
 _NONE: Mapping[str, Any] = {}
 _BLOCK = 8 << 20  # bytes per read
 _SUM = "xxh3_128"  # of the manifest itself, without this field
@@ -105,23 +110,46 @@ def build_manifest(
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """Write the manifest, with a checksum of its own, and return its path."""
-    text = json.dumps({**manifest, _SUM: _own_sum(manifest)}, indent=1)
-    return write_file(folder / MANIFEST, text + "\n")
+    return write_file(folder / MANIFEST, _text({**manifest, _SUM: _own_sum(manifest)}))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
-    """Read and check the manifest of an output folder; OutputError if there is none or it was changed."""
+    """Read and check the manifest of an output folder; OutputError if there is none or one bit of it was changed."""
     path = out / MANIFEST
+    if not path.exists():
+        raise OutputError(f"cannot read {path}: No such file or directory; was this folder made by weightsmith?")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        intact = manifest.pop(_SUM) == _own_sum(manifest)
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}; was this folder made by weightsmith?") from error
-    except (ValueError, KeyError, AttributeError, TypeError):
+        raw = read_small(path, MOST)
+        noted = parse_json(raw, str(path))
+        manifest: dict[str, Any] = {name: value for name, value in noted.items() if name != _SUM}
+        # The bytes too: 1e-05 and 1E-05 differ by a bit and mean the same.
+        intact = noted[_SUM] == _own_sum(manifest) and raw == _text(noted).encode() and _well_formed(manifest)
+    except (SourceError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise OutputError(f"{path} is damaged or was edited: it does not match its own checksum")
     return manifest
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether what `verify` reads has its form: a checksum that fits says only that nobody changed it by accident."""
+    for noted in manifest["output"]["files"].values():
+        if not _count(noted["bytes"]) or not isinstance(noted.get("header", noted.get(_SUM)), str):
+            return False
+    for noted in manifest["output"]["tensors"].values():
+        if noted["dtype"] not in DTYPES or not all(map(_count, noted["shape"])):
+            return False
+        if not all(_count(start) and _count(stop) and isinstance(sum_, str) for start, stop, sum_ in noted["parts"]):
+            return False
+    return True
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def verify_folder(out: Path, progress: Callable[[int], object] = lambda count: None) -> list[str]:
@@ -137,6 +165,9 @@ def verify_folder(out: Path, progress: Callable[[int], object] = lambda count: N
     places: dict[str, tuple[File, int]] = {}
     for name, noted in wanted.items():
         if name not in found:
+            continue
+        if not (out / name).is_file():
+            problems.append(f"{name} is no file any more")
             continue
         size = (out / name).stat().st_size
         if size != noted["bytes"]:
@@ -184,7 +215,8 @@ def _digest(file: File, offset: int, count: int, progress: Callable[[int], objec
 
 def _files(folder: Path) -> list[str]:
     """Relative names of all files but the manifest; a clone's .git and a download's .cache are not looked at."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    paths = [path for path in system.call(list, folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(folder) for path in paths]
     kept = (name.as_posix() for name in names if name.parts[0] not in (".git", ".cache"))
     return sorted(name for name in kept if name != MANIFEST)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.folder import INDEX, FolderSource
 from weightsmith.io.hub import PREFIX, looks_like_hub_id, open_hub
-from weightsmith.io.manifest import MANIFEST
+from weightsmith.io.manifest import MANIFEST, MOST
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.pickle import PICKLES, PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.io.small import read_json, short
 from weightsmith.io.source import MemorySource, Source
+from weightsmith.keys import good_name
 from weightsmith.lazy import torch
 
 __all__ = ["Opener", "folder_kind", "open_source", "register_opener"]
@@ -40,8 +43,8 @@ def register_opener(accepts: Callable[[Any], bool], opener: Opener) -> None:
 def folder_kind(path: Path) -> str | None:
     """The 'kind' in a folder's weightsmith.json ('merge', 'codec', ...), or None if it has none."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(path / MANIFEST, MOST)
+    except SourceError:
         return None
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     return kind if isinstance(kind, str) else None
@@ -69,7 +72,10 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
     if isinstance(ref, Source):
         return ref
     if isinstance(ref, Path):
-        return _open_path(ref.expanduser(), base)
+        try:
+            return _open_path(_expanded(ref), base)
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise SourceError(f"{short(str(ref))}: cannot be opened ({error.strerror})") from None
     if isinstance(ref, str):
         return open_hub(ref, base)
     if isinstance(ref, Mapping):
@@ -83,12 +89,21 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
 
 def _path_or_id(ref: str) -> Path | str:
     """A Path, or the text itself if it is a hub id.  What exists here never goes to the hub."""
-    path = Path(ref).expanduser()
     if not ref.strip() or "\0" in ref:
         raise SourceError(f"{ref!r} is neither a path nor a hub id")
-    if path.exists() or not looks_like_hub_id(ref):
+    path = _expanded(Path(ref))
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise SourceError(f"{short(ref)} cannot be looked up ({error.strerror})") from None
+    return path if there or not looks_like_hub_id(ref) else ref
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~somebody who has no home here
         return path
-    return ref
 
 
 def _open_path(path: Path, base: Source | None) -> Source:
@@ -118,7 +133,7 @@ def _near(path: Path) -> str:
     while not path.parent.exists():
         path = path.parent  # the first part of the path that is wrong
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = system.call(os.listdir, path.parent)
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
@@ -129,6 +144,8 @@ def _memory(tensors: Mapping[Any, Any], label: str) -> MemorySource:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise SourceError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor under a name")
+        if not good_name(name):
+            raise SourceError(f"{label}: {short(name)} is no name for a tensor (control characters, or too long)")
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
             raise SourceError(f"{label}: {name!r} is a sparse, quantized or empty-shell (meta) tensor")
     return MemorySource(tensors, label)

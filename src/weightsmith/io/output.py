@@ -15,6 +15,7 @@ next run on OUT puts the old one back before it does anything else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,14 +28,15 @@ from typing import Any
 import numpy as np
 
 from weightsmith.errors import OutputError
-from weightsmith.io.disk import gigabytes, pwrite_all, sync_folder, write_file, writing
+from weightsmith.io import system
+from weightsmith.io.disk import allocate, gigabytes, pwrite_all, remove, sync_folder, sync_tree, write_file, writing
 from weightsmith.io.journal import Journal, State, boot_id, read_journal
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.sink import Sink
 from weightsmith.keys import DTYPES, Key
 
-__all__ = ["FolderSink", "check_output"]
+__all__ = ["FolderSink", "absolute", "check_output", "tidy"]
 
 _METADATA: Mapping[str, str] = {"format": "pt"}
 
@@ -61,7 +63,7 @@ class FolderSink(Sink):
         weight_name: str = "model",
         metadata: Mapping[str, str] = _METADATA,
     ) -> None:
-        self.out = _absolute(out)
+        self.out = absolute(out)
         self.partial = _partial(self.out)
         self.folder = self.partial / "files"
         self._shard_size, self._weight_name, self._metadata = shard_size, weight_name, metadata
@@ -88,14 +90,12 @@ class FolderSink(Sink):
         if not self.partial.exists():  # else first see what was left there; a refusal now leaves not even a lock file
             self._check(need=0)
         with writing(self.out.parent):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            system.call(self.out.parent.mkdir, parents=True, exist_ok=True)
         self._lock.acquire()
         try:
-            state = self._recover()
+            state = _recover(self.out)
             self._check(need=sum(shard.size for shard in self._shards))
-            if state is not None and self._resume:
-                self._take_over(state)
-            else:
+            if state is None or not self._resume or not self._take_over(state):
                 self._create()
             head = {"identity": self._identity, "layout": layout_digest(self._shards)}
             self._journal = Journal(self.partial / "journal.jsonl", head, self._completed, self._flush)
@@ -129,6 +129,16 @@ class FolderSink(Sink):
         `extra_files` returns the paths it has written.  Returns OUT.
         """
         assert self._journal is not None, "begin comes first"
+        try:
+            self._complete(self._journal, extra_files)
+        except BaseException:
+            self.abort()
+            raise
+        self._working = False
+        self.abort()  # nothing is left to keep: closes what is open, and drops the lock
+        return self.out
+
+    def _complete(self, journal: Journal, extra_files: Callable[[Path], Iterable[Path]] | None) -> None:
         paths = [self.folder / shard.name for shard in self._shards]
         if len(paths) > 1:
             index = self.folder / f"{self._weight_name}.safetensors.index.json"
@@ -136,23 +146,31 @@ class FolderSink(Sink):
         if extra_files is not None:
             paths += extra_files(self.folder)
         with writing(self.partial):
-            _sync(paths, self.folder)
-        self._close()
+            sync_tree(paths, self.folder)
         with writing(self.out):
-            self._publish(self._journal)
-        self._journal.close()
-        self._working, self._journal = False, None
-        _remove(self.partial)
-        self._lock.release()
-        return self.out
+            old = self._publish(journal)
+        try:
+            if old is not None:
+                remove(old)
+            _discard(self.partial)
+        except OSError as error:
+            left = self.partial if old is None or not old.exists() else old
+            raise OutputError(
+                f"{self.out} is complete, but {left} could not be removed ({error.strerror}); remove it yourself"
+            ) from error
 
     def abort(self) -> None:
         """Close everything.  What can be resumed stays; a work folder with no finished task in it goes."""
-        self._close()
+        for descriptor in self._descriptors.values():
+            with contextlib.suppress(OSError):  # what had to be on the disk was flushed before
+                os.close(descriptor)
+        self._descriptors = {}
         if self._journal is not None:
             self._journal.close()
-        if self._working and not (self._journal and self._journal.count):
-            _remove(self.partial)
+        finished = self._journal.count if self._journal is not None else len(self._completed)
+        if self._working and not finished:
+            with contextlib.suppress(OSError):  # the next run can live with it, and there is an error to report already
+                _discard(self.partial)
         self._working, self._journal = False, None
         self._lock.release()
 
@@ -163,36 +181,25 @@ class FolderSink(Sink):
         if problems:
             raise OutputError("; ".join(problems))
 
-    def _recover(self) -> State | None:
-        """Tidy up after a run that ended in `finish`; return the journal of one that ended before."""
-        state = read_journal(self.partial / "journal.jsonl")
-        if state is None:
-            return None
-        with writing(self.out):
-            old = self.out.with_name(state.replaces) if state.replaces else None
-            if old is not None and old.exists():
-                if self.out.exists():  # the new output is in its place
-                    _remove(old)
-                else:
-                    old.rename(self.out)
-        if not self.folder.exists():  # it had been renamed to OUT
-            _remove(self.partial)
-            return None
-        return state
-
     def _create(self) -> None:
-        _remove(self.partial)
         self._working = True
         with writing(self.folder):
-            self.folder.mkdir(parents=True)
+            _discard(self.partial)
+            system.call(self.partial.mkdir)
+            system.call(self.folder.mkdir)
         for shard in self._shards:
             path = self.folder / shard.name
             with writing(path):
-                self._descriptors[shard.name] = descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-                _allocate(descriptor, shard.size)
+                descriptor = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptors[shard.name] = descriptor
+                allocate(descriptor, shard.size)
                 pwrite_all(descriptor, shard.header, 0)
+        with writing(self.folder):  # the journal's own folder is made durable together with the journal
+            sync_folder(self.folder)
+            sync_folder(self.out.parent)
 
-    def _take_over(self, state: State) -> None:
+    def _take_over(self, state: State) -> bool:
+        """Open what an interrupted run has made; False if it had finished nothing that is certainly on the disk."""
         changed = _differences(state.head["identity"], self._identity)
         if not changed and state.head["layout"] != layout_digest(self._shards):
             changed = ["the layout of the output (tensors, dtypes or shard_size)"]
@@ -201,53 +208,55 @@ class FolderSink(Sink):
                 f"cannot resume {self.partial}: since it was begun, {', '.join(changed)} changed; "
                 "pass --overwrite to start anew"
             )
+        finished = state.finished(boot_id())
+        if not finished:
+            return False
         for shard in self._shards:
             path = self.folder / shard.name
             damage = f"cannot resume: {path} is missing or was changed; pass --overwrite to start anew"
-            try:
-                descriptor = os.open(path, os.O_RDWR)
-            except OSError as error:
-                raise OutputError(damage) from error
-            self._descriptors[shard.name] = descriptor
-            found = os.pread(descriptor, len(shard.header), 0)
-            if os.fstat(descriptor).st_size != shard.size or found != shard.header:
-                raise OutputError(damage)
+            with writing(path):
+                try:
+                    descriptor = system.call(os.open, path, os.O_RDWR)
+                except FileNotFoundError as error:
+                    raise OutputError(damage) from error
+                self._descriptors[shard.name] = descriptor
+                found = system.call(os.pread, descriptor, len(shard.header), 0)
+                if os.fstat(descriptor).st_size != shard.size or found != shard.header:
+                    raise OutputError(damage)
         planned = {shard.name for shard in self._shards}
-        for path in self.folder.iterdir():  # a `finish` that was cut short may have left some of these, half-written
-            if path.name not in planned:
-                _remove(path)
-        self._working = True
-        self._completed = state.finished(boot_id())
+        with writing(self.folder):
+            for name in sorted(system.call(os.listdir, self.folder)):
+                if name not in planned:  # a `finish` that was cut short may have left it, half-written
+                    remove(self.folder / name)
         self._flush()
+        self._completed, self._working = finished, True
+        return True
 
     def _flush(self) -> None:
         for name, descriptor in self._descriptors.items():
             with writing(self.folder / name):
-                os.fdatasync(descriptor)
+                system.call(os.fdatasync, descriptor)
 
-    def _close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
-
-    def _publish(self, journal: Journal) -> None:
+    def _publish(self, journal: Journal) -> Path | None:
+        """Put the new folder in its place, durably; returns where the old one is now, if there was one."""
         old = None
         if self._overwrite and self.out.exists():
             old = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
             journal.replaces(old.name)
-            self.out.rename(old)
+            system.call(self.out.rename, old)
         try:
-            self.folder.rename(self.out)  # over an empty folder too; refused by the kernel if it is not empty
+            # Over an empty folder too; the kernel refuses if it is not empty.
+            system.call(self.folder.rename, self.out)
         except OSError as error:
             if old is not None:
-                old.rename(self.out)
+                system.call(old.rename, self.out)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 text = f"{self.out} was filled by somebody else during the run; move it away, then pass --resume"
                 raise OutputError(text) from error
             raise
+        self._working = False  # from here on there is nothing to resume
         sync_folder(self.out.parent)
-        if old is not None:
-            _remove(old)
+        return old
 
 
 def check_output(
@@ -262,15 +271,24 @@ def check_output(
     """Return everything that stands in the way of writing `needed_bytes` to the folder `out`, a line each.
 
     inputs are the folders and files that are read.  `locked`: the caller holds the folder's lock.  Creates nothing.
+    Raises OutputError where the disk does not even let itself be looked at.
     """
-    out = _absolute(out)
+    out = absolute(out)
+    given = dict.fromkeys(absolute(path) for path in inputs)
+    roots = [path for path in given if not any(parent in given for parent in path.parents)]
+    with writing(out):
+        problems = [text for path in roots if (text := _overlap(out, path))]
+        return problems + _obstacles(out, overwrite, resume, needed_bytes, locked)
+
+
+def _obstacles(out: Path, overwrite: bool, resume: bool, needed_bytes: int, locked: bool) -> list[str]:
     partial = _partial(out)
-    problems = [text for path in inputs if (text := _overlap(out, _absolute(path)))]
+    problems = []
     if out.exists() and not out.is_dir():
         problems.append(f"{out} is a file; choose another name for the output folder")
     elif os.path.ismount(out):
         problems.append(f"{out} is a mount point and cannot be replaced; choose a folder inside it")
-    elif out.is_dir() and any(out.iterdir()) and not overwrite:
+    elif out.is_dir() and not overwrite and system.call(os.listdir, out):
         problems.append(f"{out} exists and is not empty; choose another folder or pass --overwrite")
 
     user = None if locked else holder(_lock_path(out))
@@ -289,7 +307,7 @@ def check_output(
     elif not os.access(ground, os.W_OK | os.X_OK):
         problems.append(f"{ground} is not writable; choose another folder")
     else:
-        free = shutil.disk_usage(ground).free + (_allocated(partial) if _is_ours(partial) else 0)
+        free = system.call(shutil.disk_usage, ground).free + (_allocated(partial) if _is_ours(partial) else 0)
         if needed_bytes > free:
             problems.append(
                 f"{out} needs {gigabytes(needed_bytes)}, but {gigabytes(free)} are free on its disk; "
@@ -298,17 +316,59 @@ def check_output(
     return problems
 
 
+def tidy(out: Path) -> None:
+    """Remove what a run that made `out` and was stopped right after it has left beside it."""
+    out = absolute(out)
+    if _partial(out).exists() or _lock_path(out).exists():
+        lock = FolderLock(_lock_path(out), out)
+        lock.acquire()
+        try:
+            if _recover(out) is None and _is_ours(_partial(out)):
+                with writing(out):
+                    _discard(_partial(out))
+        finally:
+            lock.release()
+
+
+def _recover(out: Path) -> State | None:
+    """Tidy up after a run that ended in `finish`; return the journal of one that ended before.  Needs the lock."""
+    partial = _partial(out)
+    state = read_journal(partial / "journal.jsonl")
+    if state is None:
+        return None
+    with writing(out):
+        old = out.with_name(state.replaces) if state.replaces else None
+        done = not (partial / "files").exists()  # it is OUT now
+        if old is not None and old.exists():
+            if done:
+                remove(old)
+            elif not out.exists():
+                system.call(old.rename, out)
+                sync_folder(out.parent)
+        if done:
+            _discard(partial)
+            return None
+    return state
+
+
 def _overlap(out: Path, path: Path) -> str | None:
-    if out == path:
-        return f"{out} is also an input; choose another output folder"
-    if out in path.parents:
-        return f"{out} holds the input {path}; choose another output folder"
-    if path in out.parents:
+    for place in (out, _partial(out)):
+        if _same(place, path):
+            return f"{place} is also an input; choose another output folder"
+        if any(_same(place, parent) for parent in path.parents):
+            return f"{place} holds the input {path}; choose another output folder"
+    if any(_same(path, parent) for parent in out.parents):
         return f"{out} lies inside the input {path}; choose another output folder"
     return None
 
 
-def _absolute(path: Path) -> Path:
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths are one place: also through a bind mount, or where upper and lower case are alike."""
+    return a == b or (a.exists() and b.exists() and a.samefile(b))
+
+
+def absolute(path: Path) -> Path:
+    """The path that is meant, with links followed."""
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
@@ -322,21 +382,17 @@ def _lock_path(out: Path) -> Path:
 
 def _is_ours(partial: Path) -> bool:
     """Whether a work folder holds nothing but what `begin` makes (it may have been cut short anywhere)."""
-    return partial.is_dir() and {path.name for path in partial.iterdir()} <= {"files", "journal.jsonl", "journal.new"}
+    return partial.is_dir() and set(system.call(os.listdir, partial)) <= {"files", "journal.jsonl", "journal.new"}
 
 
 def _allocated(folder: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    return sum(path.lstat().st_blocks * 512 for path in system.call(list, folder.rglob("*")))
 
 
-def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the space now, so that a full disk shows before the work and not after it."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
+def _discard(partial: Path) -> None:
+    """Remove a work folder.  The journal first: without it, what a kill leaves of the rest is not taken for a run."""
+    system.call((partial / "journal.jsonl").unlink, missing_ok=True)
+    remove(partial)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -358,24 +414,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The names under which two JSON objects differ; the order of names counts, as the order of models does."""
     return [name for name in dict.fromkeys([*old, *new]) if json.dumps(old.get(name)) != json.dumps(new.get(name))]
-
-
-def _sync(paths: Iterable[Path], folder: Path) -> None:
-    """Make files durable, and the folders from each of them up to `folder`."""
-    folders = {folder}
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
-    for each in sorted(folders):
-        sync_folder(each)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

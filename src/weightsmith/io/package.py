@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -11,10 +10,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.disk import write_file
+from weightsmith.io.folder import is_inside
+from weightsmith.io.small import read_json
 from weightsmith.keys import DTYPES
 
-__all__ = ["TOKENIZER_FILES", "Copied", "companions", "copy_companions", "left_behind", "with_dtype"]
+__all__ = ["TOKENIZER_FILES", "Copied", "companions", "copy_companions", "left_behind", "tokenizer_files", "with_dtype"]
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -38,6 +40,7 @@ _LEFT: tuple[tuple[str, str], ...] = (
     *((f"*.{kind}", "pickle: runs code when loaded") for kind in ("pkl", "pickle", "joblib")),
 )
 _CODE = "code: not copied unless allowed"
+_MODULES_LIMIT = 1_000_000  # bytes of modules.json
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".bat")
 _DTYPE_FIELD = re.compile(r'(?P<head>"(?:torch_dtype|dtype)"\s*:\s*")(?P<torch>torch\.)?(?P<name>\w+)"')
 
@@ -71,6 +74,11 @@ def left_behind(folder: Path, weight_files: Collection[str], *, code: bool = Fal
     return {name: reason for name, reason in _judged(folder, weight_files, code) if reason is not None}
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the tokenizer's files in a model's folder."""
+    return [name for path in companions(folder, ()) if _is_tokenizer(name := path.as_posix())]
+
+
 def copy_companions(
     folder: Path,
     target: Path,
@@ -90,7 +98,7 @@ def copy_companions(
     left = left_behind(folder, weight_files, code=code)
     if tokenizer is not None and tokenizer != folder:
         own = [name for name in files if _is_tokenizer(name)]
-        theirs = [name for path in companions(tokenizer, ()) if _is_tokenizer(name := path.as_posix())]
+        theirs = tokenizer_files(tokenizer)
         if not theirs:
             raise SourceError(f"{tokenizer} holds no tokenizer files; name another folder or model under `tokenizer`")
         left |= dict.fromkeys(own, "the tokenizer comes from another model")
@@ -127,6 +135,8 @@ def _judged(folder: Path, weight_files: Collection[str], code: bool) -> Iterator
             continue
         if not (folder / name).is_file():
             yield name, "not a regular file"
+        elif not is_inside(folder, name):
+            yield name, "a link that leaves the folder"
         elif name.endswith(_CODE_SUFFIXES):
             yield name, None if code else _CODE
         elif _is_module_weight(name, modules):
@@ -137,10 +147,14 @@ def _judged(folder: Path, weight_files: Collection[str], code: bool) -> Iterator
 
 def _walk(folder: Path) -> Iterator[str]:
     """Relative names of all that is not a plain folder; links to folders are not followed."""
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in system.call(list, os.walk(folder, onerror=_unlistable)):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in files + links:
             yield (Path(place) / name).relative_to(folder).as_posix()
+
+
+def _unlistable(error: OSError) -> None:
+    raise SourceError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -157,8 +171,8 @@ def _module_folders(folder: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
-        return frozenset(module["path"] for module in json.loads(_read(path)) if module["path"])
-    except (ValueError, TypeError, KeyError) as error:
+        return frozenset(module["path"] for module in read_json(path, _MODULES_LIMIT) if module["path"])
+    except (SourceError, TypeError, KeyError) as error:
         raise SourceError(f"{path}: not a list of modules with a path each ({error}); repair or remove it") from error
 
 
@@ -169,6 +183,6 @@ def _is_module_weight(name: str, modules: frozenset[str]) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return system.read_file(path)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error

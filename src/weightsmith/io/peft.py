@@ -112,17 +112,23 @@ class AdapterSource(Source):
         factors = rank * (key.rows + key.row_numel) / max(key.numel, 1)
         return cost + 1.0 + factors + CHUNK / max(key.rows, CHUNK)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def factors(self, name: str, base: Source | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (left [rows, r], right [r, columns]) in float32 with W = base + left @ right, scale included.
 
-        None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases.
+        None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases, or the
+        change asked for is that from another model than the adapter's base.
         """
+        if base is not None and base is not self.base:
+            return None
         name = self.key(name).name
         change = self._changes.get(name)
         if change is None or change.a is None or change.magnitude is not None or change.replacement is not None:
             return None
         left, right = self._factors(name, change)
         return change.scale * left, right
+
+    def places(self) -> tuple[Path, ...]:
+        return (self.path, *self.base.places())
 
     def fingerprint(self) -> dict[str, Any]:
         config = json.dumps(self._config, sort_keys=True).encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +14,10 @@ import numpy as np
 import xxhash
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.files import File
 from weightsmith.io.source import MemorySource, Source
+from weightsmith.keys import good_name
 from weightsmith.lazy import torch
 
 if TYPE_CHECKING:
@@ -37,7 +41,9 @@ class PickleSource(Source):
         self.path = Path(path)
         self.label = str(path)
         self._file = File(self.path)
+        _refuse_archives(self._file)
         tensors, self.extras = _state_dict(_load(self.path), self.label)
+        _check_sizes(tensors, self._file.size, self.label)
         self._memory = MemorySource(tensors, self.label)
         self.keys, self.aliases = self._memory.keys, self._memory.aliases
         if (self.path.parent / "config.json").is_file():
@@ -50,6 +56,7 @@ class PickleSource(Source):
         return self._memory.bits(name, start, stop)
 
     def fingerprint(self) -> dict[str, Any]:
+        self._file.refuse_changed()
         # The zip directory at the end holds a checksum of every part.
         tail = min(self._file.size, 65536)
         digest = xxhash.xxh3_64_hexdigest(self._file.read(self._file.size - tail, tail).tobytes())
@@ -57,10 +64,30 @@ class PickleSource(Source):
         return {"files": {self.path.name: {"size": size, "mtime_ns": mtime, "tail": digest}}}
 
 
+def _refuse_archives(file: File) -> None:
+    """Refuse what torch would unpack first: tar files into a folder, compressed parts not at all when mapped."""
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(file.read(0, min(512, file.size)).tobytes(), "utf-8", "surrogateescape")
+        raise SourceError(f"{file.path}: a tar archive (PyTorch before 0.1.2); load and save it again with a newer one")
+    with contextlib.suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):  # torch says what is wrong
+        with system.call(zipfile.ZipFile, file.path) as archive:
+            packed = next((e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None:
+            raise SourceError(f"{file.path}: {packed!a} is compressed, as torch.save never does; unpack and repack it")
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], size: int, label: str) -> None:
+    """Refuse tensors of more bytes than the file has: a stride of 0 shows one number any number of times."""
+    for name, tensor in tensors.items():
+        if tensor.nbytes > size:
+            raise SourceError(f"{label}: {name!r} claims {tensor.nbytes} bytes, but the whole file has {size}")
+
+
 def _load(path: Path) -> Any:
     try:
-        mapped = zipfile.is_zipfile(path)  # checkpoints from before torch 1.6 are no zip files and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # Checkpoints from before torch 1.6 are no zip files and cannot be mapped.
+        mapped = system.call(zipfile.is_zipfile, path)
+        return system.call(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         # Anything at all can come out of a hostile or broken pickle; none of it may reach the user as a traceback.
         text = str(error)
@@ -97,7 +124,9 @@ def _split(entries: Mapping[Any, Any], prefix: str, label: str) -> tuple[dict[st
         if not isinstance(value, torch.Tensor):
             extras.append(f"{prefix}{name}")
         elif not isinstance(name, str):
-            raise SourceError(f"{label}: a tensor is stored under {name!r}, which is not a name")
+            raise SourceError(f"{label}: a tensor is stored under {ascii(name)[:80]}, which is not a name")
+        elif not good_name(name):
+            raise SourceError(f"{label}: {ascii(name)[:80]} is no name for a tensor (control characters, or too long)")
         elif value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise SourceError(f"{label}: {name!r} is a sparse, quantized or empty-shell tensor, which cannot be merged")
         else:

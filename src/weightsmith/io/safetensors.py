@@ -21,8 +21,9 @@ import xxhash
 
 from weightsmith.errors import SourceError
 from weightsmith.io.files import File
+from weightsmith.io.small import short
 from weightsmith.io.source import Source
-from weightsmith.keys import DTYPES, Key
+from weightsmith.keys import DTYPES, Key, good_name
 
 __all__ = ["MAX_HEADER", "Header", "Place", "SafetensorsSource", "parse_header", "parse_length", "read_header"]
 
@@ -86,6 +87,9 @@ def parse_header(raw: bytes, file_size: int, label: str) -> Header:
         fields = _object(json.loads(raw.decode("utf-8"), object_pairs_hook=_Pairs, **_NUMBERS), "the header")
         metadata = _metadata(fields.pop("__metadata__", None))
         found = [_place(name, entry) for name, entry in fields.items()]
+        for name, kept in metadata.items():
+            if kept in fields and name not in fields:
+                _name(name)  # it will be listed as tied to `kept`
         _check_cover(found, file_size - 8 - len(raw))
     except _HeaderError as error:
         raise SourceError(f"{label}: {error}") from None
@@ -135,6 +139,7 @@ class SafetensorsSource(Source):
         return data.view(unsigned).reshape(rows, *key.shape[1:])
 
     def fingerprint(self) -> dict[str, Any]:
+        self._file.refuse_changed()
         size, mtime = self._file.size, self._file.mtime_ns
         return {"files": {self.path.name: {"size": size, "mtime_ns": mtime, "header": self.header.digest}}}
 
@@ -166,21 +171,27 @@ _NUMBERS: dict[str, Any] = {"parse_int": _integer, "parse_constant": _constant}
 def _text(value: object) -> str:
     """A string that has a UTF-8 form (JSON escapes can spell halves of characters)."""
     if not isinstance(value, str):
-        raise _HeaderError(f"the header holds {_short(value)} where a string belongs")
+        raise _HeaderError(f"the header holds {short(value)} where a string belongs")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _HeaderError(f"the name {value!a} is not valid Unicode") from None
+        raise _HeaderError(f"the name {short(value)} is not valid Unicode") from None
     return value
+
+
+def _name(text: str) -> str:
+    if not good_name(text):
+        raise _HeaderError(f"{short(text)} is no name for a tensor (control characters, or too long)")
+    return text
 
 
 def _object(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, _Pairs):
-        raise _HeaderError(f"{what} is {_short(value)}, not a JSON object")
+        raise _HeaderError(f"{what} is {short(value)}, not a JSON object")
     result: dict[str, Any] = {}
     for name, entry in value:
         if _text(name) in result:
-            raise _HeaderError(f"{what} names {name!r} twice")
+            raise _HeaderError(f"{what} names {short(name)} twice")
         result[name] = entry
     return result
 
@@ -191,28 +202,28 @@ def _metadata(value: object) -> dict[str, str]:
     fields = _object(value, "__metadata__")
     for name, text in fields.items():
         if not isinstance(text, str):
-            raise _HeaderError(f"__metadata__ {name!r} is {_short(text)}, not a string")
+            raise _HeaderError(f"__metadata__ {short(name)} is {short(text)}, not a string")
         _text(text)
     return fields
 
 
 def _place(name: str, value: object) -> Place:
     """Check one tensor's entry; the offset is still that within the data."""
-    entry = _object(value, f"the entry of {name!r}")
+    entry = _object(value, f"the entry of {_name(name)!r}")
     if set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _HeaderError(f"{name!r} has the fields {sorted(entry)}, not dtype, shape and data_offsets")
+        raise _HeaderError(f"{name!r} has the fields {short(sorted(entry))}, not dtype, shape and data_offsets")
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _BY_CODE:
         raise _HeaderError(
-            f"{name!r} has dtype {_short(code)}, which cannot be read; known: {', '.join(sorted(_BY_CODE))}"
+            f"{name!r} has dtype {short(code)}, which cannot be read; known: {', '.join(sorted(_BY_CODE))}"
         )
     if not _integers(shape):
-        raise _HeaderError(f"{name!r} has shape {_short(shape)}, not a list of whole numbers")
+        raise _HeaderError(f"{name!r} has shape {short(shape)}, not a list of whole numbers")
     if not _integers(span) or len(span) != 2 or span[0] > span[1]:
-        raise _HeaderError(f"{name!r} has data_offsets {_short(span)}, not [begin, end]")
+        raise _HeaderError(f"{name!r} has data_offsets {short(span)}, not [begin, end]")
     itemsize = _BY_CODE[code].itemsize
     if len(shape) > 64 or not _fits(shape, itemsize):  # NumPy and torch know 64 axes
-        raise _HeaderError(f"{name!r} has shape {_short(shape)}, which no tensor can have")
+        raise _HeaderError(f"{name!r} has shape {short(shape)}, which no tensor can have")
     key = Key(name, tuple(shape), _BY_CODE[code].name)
     if key.nbytes != span[1] - span[0]:
         raise _HeaderError(f"{name!r} has {span[1] - span[0]} bytes of data, but {code} {shape} needs {key.nbytes}")
@@ -241,8 +252,3 @@ def _fits(shape: list[int], itemsize: int) -> bool:
 
 def _integers(value: object) -> bool:
     return isinstance(value, list) and not isinstance(value, _Pairs) and all(type(n) is int for n in value)
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

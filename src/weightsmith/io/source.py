@@ -16,7 +16,7 @@ from weightsmith.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MemorySource", "Source", "bits_to_tensor", "tensor_to_bits"]
+__all__ = ["MemorySource", "Source", "bits_to_tensor", "holds_nonfinite", "tensor_to_bits"]
 
 
 class Source(ABC):
@@ -64,16 +64,44 @@ class Source(ABC):
         """Whether this tensor is calculated on reading (`read` only), rather than stored (`bits` too)."""
         return self.computed
 
+    def factors(self, name: str, base: Source) -> tuple[Tensor, Tensor] | None:
+        """(left [rows, r], right [r, columns]) where a tensor is exactly `base`'s plus left @ right, else None."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027  (nothing to do for most sources)
         """Fetch what is not on this machine yet.  Planning works without; the first `bits` or `read` does it too."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data without reading it all: files, sizes, header hashes.  Empty in memory."""
+        """What identifies the data without reading it all: files, sizes, header hashes.  Empty in memory.
+
+        Raises SourceError if a file is no longer the one that was opened.
+        """
         return {}
+
+    def places(self) -> tuple[Path, ...]:
+        """Every folder and file that it reads, so that no result is written over one of them."""
+        own = getattr(self, "path", None)
+        return tuple(Path(place) for place in (self.folder, own) if place is not None)
 
     def read_cost(self, name: str) -> float:
         """Extra bytes held while reading, per byte of float32 result (views override it)."""
         return 0.0
+
+
+_FIELDS = {  # dtype -> exponent mask; a number with all of these bits set is NaN or Inf
+    "float64": 0x7FF0000000000000,
+    "float32": 0x7F800000,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float8_e5m2": 0x7C,
+    "float8_e4m3fn": 0x7F,  # it has no Inf, and one NaN of either sign
+}
+
+
+def holds_nonfinite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether any stored number of a floating dtype is NaN or Inf; no torch."""
+    field = bits.dtype.type(_FIELDS[dtype])
+    return bool(((bits & field) == field).any())
 
 
 def bits_to_tensor(bits: np.ndarray, dtype: str) -> Tensor:

@@ -12,6 +12,8 @@ from weightsmith.io.source import Source
 from weightsmith.keys import Key, layer_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 __all__ = ["RenamedSource", "SliceSource", "slice_names"]
@@ -62,6 +64,9 @@ class RenamedSource(Source):
 
     def read_cost(self, name: str) -> float:
         return self.source.read_cost(self.names[self.key(name).name])
+
+    def places(self) -> tuple[Path, ...]:
+        return self.source.places()
 
     def fingerprint(self) -> dict[str, Any]:
         return {"view": self.label, "source": self.source.fingerprint()}

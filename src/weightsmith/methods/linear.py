@@ -19,7 +19,7 @@ __all__ = ["Linear"]
 class Linear(
     Method,
     name="linear",
-    aliases=("average",),
+    aliases=("average", "uniform_soup"),
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
     symmetric=True,
     scratch=0.5,

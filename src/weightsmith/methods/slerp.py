@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
 from weightsmith.method import Method, Rows, number
-from weightsmith.ops.reduce import pairwise_sum, row_sums
+from weightsmith.ops.gram import arc_shares, measure, products
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -50,24 +48,16 @@ class Slerp(
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        a, b = _ends(site)
-        sums = [row_sums(x.double() * y) for x, y in ((a, a), (b, b), (a, b))]
-        return {"slerp.products": Rows(torch.stack(sums).cpu())}
+        return measure(_ends(site))
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return {"slerp.products": pairwise_sum(totals["slerp.products"])}
+        return products(totals)
 
     def merge(self, site: Site) -> Tensor:
-        aa, bb, ab = site.summary["slerp.products"].tolist()
-        # Two roots: the product of the squares may underflow.
-        cosine = ab / math.sqrt(aa) / math.sqrt(bb) if aa > 0 and bb > 0 else 0.0
-        if abs(cosine) > PARALLEL:
-            first, second = 1 - self.t, self.t
-        else:
-            angle = math.acos(cosine)
-            first, second = (math.sin(share * angle) / math.sin(angle) for share in (1 - self.t, self.t))
+        gram = site.summary["gram"]
+        first, second = arc_shares(gram[0, 0], gram[1, 1], gram[0, 1], self.t, PARALLEL)
         a, b = _ends(site)
-        return a * first + b * second
+        return a * float(first) + b * float(second)
 
 
 def _ends(site: Site) -> tuple[Tensor, Tensor]:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Grain, Method, Stage, number, registry
-from weightsmith.ops.combine import mean, weigh
-from weightsmith.ops.spectral import polar, top_svd
+from weightsmith.method import BASE, Each, Grain, Method, Stage, choice, number, registry
+from weightsmith.ops.combine import mean, spread, weigh
+from weightsmith.ops.spectral import matrices, orthogonal_sum, svd_of
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Tsvm"]
-
-NOISE = 1e-6
-"""Relative singular values up to which a float32 task vector holds only rounding noise."""
+__all__ = ["Tsvm", "scaled_mean"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,8 @@ class Tsvm(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=8.0,
+    scratch=10.0,
+    factored=True,
 ):
     """Keep the k leading singular triplets of each of T task vectors and make the bases of all of them orthogonal.
 
@@ -41,7 +38,8 @@ class Tsvm(
     Triplets below 1e-6 of the largest singular value (an expert equal to the base, an adapter of low rank) are
     left out: their directions are rounding noise, but would turn the others (the authors' code keeps them).
     Where columns repeat (equal experts) the polar factor is the pseudo-inverse one.  `scaling` as a list
-    multiplies each tau_t before its decomposition.  float64 throughout.
+    multiplies each tau_t before its decomposition.  float64 throughout.  LoRA adapters on the recipe's base are
+    decomposed from their factors, without forming tau_t.
     """
 
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)
@@ -52,20 +50,25 @@ class Tsvm(
         high=1,
         options=("auto",),
     )
+    orthogonalise: str = choice(
+        "eigh", "how the polar factors are found; svd: slower, the same; none: not at all", "eigh", "svd", "none"
+    )
 
     def elsewhere(self) -> Stage:
-        if isinstance(self.scaling, tuple):
-            return _task_arithmetic(weight=self.scaling, lambda_=1 / len(self.scaling))
-        # normalize turns the sum of weights 1 into the mean
-        return _task_arithmetic(lambda_=self.scaling, normalize=True)
+        return scaled_mean(self.scaling)
 
     def merge(self, site: Site) -> Tensor:
         before, after = (self.scaling, 1.0) if isinstance(self.scaling, tuple) else (1.0, self.scaling)
-        deltas = weigh(site.deltas, site.spread(before))
-        assert site.base is not None
+        weights = spread(before, site.count)
         rank = self._rank(min(site.block_shape), site.count)
-        merged = mean(deltas) if rank == 0 else _orthogonal_sum(deltas, rank).to(deltas.dtype)
-        return site.base + merged * after
+        assert site.base is not None
+        if rank == 0:
+            return site.base + mean(weigh(site.deltas, weights)) * after
+        parts = [svd_of(matrix, rank) for matrix in matrices(site)]
+        # A negative singular value is a task vector turned round; a zero one must not turn the others.
+        parts = [p._replace(s=p.s * w) for p, w in zip(parts, weights, strict=True) if w != 0]
+        merged = orthogonal_sum(parts, self.orthogonalise) if parts else site.base * 0
+        return site.base + merged.to(site.base.dtype) * after
 
     def _rank(self, smaller: int, count: int) -> int:
         if isinstance(self.rank_fraction, str):
@@ -73,12 +76,11 @@ class Tsvm(
         return int(smaller * self.rank_fraction + 1e-9)  # 0.1 * 30 is 3, whatever the binary fraction says
 
 
-def _task_arithmetic(**parameters: Any) -> Stage:
+def scaled_mean(scaling: Each) -> Stage:
+    """base + scaling mean_t(tau_t): what the spectral methods do with tensors that are no matrices."""
+    parameters: dict[str, Any]
+    if isinstance(scaling, tuple):
+        parameters = {"weight": scaling, "lambda_": 1 / len(scaling)}
+    else:
+        parameters = {"lambda_": scaling, "normalize": True}  # the sum of weights 1 becomes the mean
     return registry("task_arithmetic")(**parameters)
-
-
-def _orthogonal_sum(deltas: Tensor, rank: int) -> Tensor:
-    """U S V^T of the deltas' leading triplets, whitened: [T, m, n] -> float64 [m, n]."""
-    parts = [top_svd(delta, rank, cutoff=NOISE) for delta in deltas]
-    u, s, v = (torch.cat([getattr(p, side) for p in parts], -1) for side in ("u", "s", "v"))
-    return (polar(u) * s) @ polar(v).T

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.io import system
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.source import Source
 from weightsmith.keys import layer_of
@@ -50,7 +51,7 @@ def cheap_check(out: Path) -> list[str]:
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(system.read_file(path).decode())
     except (OSError, ValueError) as error:
         return {}, f"{path.name} cannot be read ({error}); the folder will not load"
     if not isinstance(found, dict):

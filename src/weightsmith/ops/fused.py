@@ -7,10 +7,13 @@ Where numba is missing or cannot compile, `available()` is False and the engine 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import stat
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,7 @@ from weightsmith.kernel import TrimmedVote, WeightedSum
 from weightsmith.method import Rows
 from weightsmith.ops.select import HIGH, LOW
 
-__all__ = ["FUSED_DTYPES", "STRIP", "available", "measure_vote", "merge", "trimmed_vote", "weighted_sum"]
+__all__ = ["FUSED_DTYPES", "STRIP", "Counts", "available", "merge", "trimmed_vote", "weighted_sum"]
 
 FUSED_DTYPES = ("bfloat16", "float32")
 """Dtypes whose bits the kernels read and write themselves; anything else takes the torch path."""
@@ -44,8 +47,18 @@ def _kernels() -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except RuntimeError:  # numba found no folder that it may write its cache to: compile into a temporary one
-        numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"weightsmith-kernels-{os.getuid()}")
+        numba.config.CACHE_DIR = str(_own_folder(Path(tempfile.gettempdir()) / f"weightsmith-kernels-{os.getuid()}"))
         return importlib.import_module(name)
+
+
+def _own_folder(path: Path) -> Path:
+    """This folder if nobody else can have put anything there, else a fresh one: numba unpickles what it finds."""
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return path
+    return Path(tempfile.mkdtemp(prefix="weightsmith-kernels-"))
 
 
 def available() -> bool:
@@ -65,8 +78,7 @@ def weighted_sum(
     flat = [a.reshape(-1) for a in inputs]
     origin = base.reshape(-1) if base is not None and spec.deltas else None
     out = np.empty(flat[0].size, "u2" if out_dtype == "bfloat16" else "u4")
-    acc_buffer = np.empty(min(STRIP, out.size), np.float32)
-    base_buffer = np.empty(acc_buffer.size if origin is not None else 0, np.float32)
+    acc_buffer, base_buffer = _scratch("acc", STRIP), _scratch("base", STRIP)
     divisor, scale = np.float32(spec.divisor), np.float32(spec.scale)
     bad = 0
     for low in range(0, out.size, STRIP):
@@ -95,38 +107,46 @@ def merge(
     return trimmed_vote(spec, inputs, base, out_dtype, summary, start)
 
 
-def measure_vote(
-    spec: TrimmedVote,
-    step: str,
-    inputs: Sequence[np.ndarray],
-    base: np.ndarray,
-    summary: Mapping[str, Any],
-    start: int,
-) -> dict[str, Any]:
-    """One measuring pass over a block that begins at row `start`: what `Ties.measure` finds, without torch."""
-    kernels = _kernels()
-    assert kernels is not None
-    deltas, _ = _deltas(kernels, inputs, base)
-    count, rows = len(inputs), base.shape[0] if base.ndim else 1
-    if step == "high":
-        high = np.zeros((count, HIGH), np.int64)
-        for delta, counts in zip(deltas, high, strict=True):
-            kernels.count_high(delta, counts)
-        return {"select.high": high}
-    if step == "low":
-        low = np.zeros((count, 1, LOW), np.int64)
-        for delta, counts, bucket in zip(deltas, low, np.asarray(summary["select.bucket"])[:, 0], strict=True):
-            kernels.count_low(delta, bucket, counts[0])
-        return {"select.low": low}
-    if step == "ties":
-        equal = np.zeros((count, 1, rows), np.int64)
-        for delta, counts, bits in zip(deltas, equal, np.asarray(summary["select.threshold"])[:, 0], strict=True):
-            kernels.count_equal(delta, bits, delta.size // rows, counts[0])
-        return {"select.equal": Rows(equal)}  # type: ignore[arg-type]
-    assert step == "signs"
-    _trim(kernels, spec, deltas, summary, start, rows)
-    total = kernels.elect(deltas, np.array(spec.weights, np.float32), np.empty(deltas.shape[1], np.float32))
-    return {"ties.signs": np.int64(total)}
+class Counts:
+    """One measuring pass of a trimmed vote over a tensor: what `Ties.measure` finds, without torch.
+
+    spec    the vote
+    step    'high', 'low', 'ties' or 'signs'
+    rows    of the tensor, or of the part of it that is measured
+    """
+
+    def __init__(self, spec: TrimmedVote, step: str, rows: int) -> None:
+        count = len(spec.weights)
+        shapes = {"high": (count, HIGH), "low": (count, 1, LOW), "ties": (count, 1, rows), "signs": ()}
+        self._spec, self._step = spec, step
+        self._counts = np.zeros(shapes[step], np.int64)
+
+    def add(
+        self, inputs: Sequence[np.ndarray], base: np.ndarray, summary: Mapping[str, Any], start: int, place: int
+    ) -> None:
+        """Count one block, which begins at row `start` of the tensor and at row `place` of what is measured."""
+        kernels = _kernels()
+        assert kernels is not None
+        deltas, _ = _deltas(kernels, inputs, base)
+        rows = base.shape[0] if base.ndim else 1
+        for i, delta in enumerate(deltas):
+            if self._step == "high":
+                kernels.count_high(delta, self._counts[i])
+            elif self._step == "low":
+                kernels.count_low(delta, int(summary["select.bucket"][i, 0]), self._counts[i, 0])
+            elif self._step == "ties":
+                found = self._counts[i, 0, place : place + rows]
+                kernels.count_equal(delta, int(summary["select.threshold"][i, 0]), delta.size // rows, found)
+        if self._step == "signs":
+            _trim(kernels, self._spec, deltas, summary, start, rows)
+            signs = _scratch("signs", deltas.shape[1])
+            self._counts += kernels.elect(deltas, np.array(self._spec.weights, np.float32), signs)
+
+    def result(self) -> dict[str, Any]:
+        """The totals, as `select.digest` and `Ties.digest` take them."""
+        if self._step == "ties":
+            return {"select.equal": Rows(self._counts)}  # type: ignore[arg-type]
+        return {"ties.signs" if self._step == "signs" else f"select.{self._step}": self._counts}
 
 
 def trimmed_vote(
@@ -144,7 +164,7 @@ def trimmed_vote(
     bad = sum(kernels.count_bad(delta) for delta in deltas)  # a vote would hide them
     _trim(kernels, spec, deltas, summary, start, base.shape[0] if base.ndim else 1)
     weights = np.array(spec.weights, np.float32)
-    signs, divisor, total = (np.empty_like(plain) for _ in range(3))
+    signs, divisor, total = (_scratch(name, plain.size) for name in ("signs", "divisor", "total"))
     kernels.elect(deltas, weights, signs)
     kernels.combine(deltas, weights, signs, np.float32(_zero_sign(spec, summary)), spec.mean, divisor, total)
     out = np.empty(plain.size, "u2" if out_dtype == "bfloat16" else "u4")
@@ -154,12 +174,23 @@ def trimmed_vote(
 
 def _deltas(kernels: ModuleType, inputs: Sequence[np.ndarray], base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Task vectors [n, entries] and the base [entries], float32."""
-    plain = np.empty(base.size, np.float32)
+    plain = _scratch("base", base.size)
     kernels.decode(base.reshape(-1), plain)
-    deltas = np.empty((len(inputs), base.size), np.float32)
+    deltas = _scratch("deltas", len(inputs) * base.size).reshape(len(inputs), base.size)
     for bits, delta in zip(inputs, deltas, strict=True):
         kernels.accumulate(delta, bits.reshape(-1), plain, np.float32(1), True, True)
     return deltas, plain
+
+
+_local = threading.local()
+
+
+def _scratch(name: str, size: int) -> np.ndarray:
+    """A float32 buffer of this thread, kept for the next block: fresh ones cost more in page faults than the sums."""
+    kept: dict[str, np.ndarray] = _local.__dict__
+    if name not in kept or kept[name].size < size:
+        kept[name] = np.empty(size, np.float32)
+    return kept[name][:size]
 
 
 def _trim(

@@ -11,6 +11,7 @@ of the others; renaming one changes its mask.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,17 +38,23 @@ def uniform_bits(seed: int, name: str, expert: str, salt: str, offset: int, coun
     return words.view("<u4")[skip : skip + count]
 
 
-def bernoulli(seed: int, name: str, expert: str, salt: str, offset: int, count: int, share: float) -> np.ndarray:
-    """True with probability `share` (rounded to a multiple of 2^-32): bool [count].  Integers only, so exact."""
+def bernoulli(
+    seed: int, name: str, expert: str, salt: str, offset: int, count: int, share: float | np.ndarray
+) -> np.ndarray:
+    """True with probability `share`, one or [count] (rounded to multiples of 2^-32): bool [count].  So exact."""
     bits = uniform_bits(seed, name, expert, salt, offset, count)
-    return bits < np.uint64(round(share * 2**32))
+    return bits < np.rint(np.asarray(share, np.float64) * 2**32).astype(np.uint64)
 
 
-def keep_masks(site: Site, shares: tuple[float, ...], salt: str) -> Tensor:
-    """One independent mask per expert, True with probability shares[i]: bool [n, *block] on the stack's device."""
+def keep_masks(site: Site, shares: Sequence[float | Tensor], salt: str) -> Tensor:
+    """One independent mask per expert, True with probability shares[i]: bool [n, *block] on the stack's device.
+
+    A share is one number, or a tensor shaped like the block.
+    """
     size = site.stack[0].numel()
+    known = [share if isinstance(share, (int, float)) else share.reshape(-1).cpu().numpy() for share in shares]
     masks = [
         torch.from_numpy(bernoulli(site.seed, site.key.name, expert, salt, site.offset, size, share))
-        for expert, share in zip(site.names, shares, strict=True)
+        for expert, share in zip(site.names, known, strict=True)
     ]
     return torch.stack(masks).reshape(site.stack.shape).to(site.stack.device)

@@ -37,6 +37,7 @@ __all__ = [
     "histogram",
     "keep_share",
     "leading",
+    "locate",
     "magnitude_bits",
     "measure",
     "settled",
@@ -96,14 +97,14 @@ def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: boo
 def _find_buckets(high: np.ndarray, cuts: Cuts) -> dict[str, Any]:
     wanted = np.array(cuts(high.shape[0], int(high[0].sum())), np.int64)
     total = high.sum(-1, keepdims=True)
-    bucket, left, _ = _locate(high, wanted)
+    bucket, left, _ = locate(high, wanted)
     bucket = np.where(wanted <= 0, NONE, np.where(wanted >= total, ALL, bucket))
     return {"select.bucket": bucket, "select.left": left}
 
 
 def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str, Any]:
     bucket, left = np.asarray(summary["select.bucket"]), np.asarray(summary["select.left"])
-    place, quota, ties = (found[..., 0] for found in _locate(low, left[..., None]))
+    place, quota, ties = (found[..., 0] for found in locate(low, left[..., None]))
     inside = (bucket != NONE) & (bucket != ALL)
     threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, 0x7FFFFFFF, -1))
     ties = np.where(inside, ties, 0)
@@ -111,7 +112,7 @@ def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str
     return {"select.threshold": threshold, "select.quota": quota, "select.ties": ties}
 
 
-def _locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bucket of the rank-th largest entry (from 1), its rank within, and the bucket's size.
 
     counts: [*, buckets]; ranks: [*, r]; three times [*, r].

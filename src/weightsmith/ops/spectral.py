@@ -10,17 +10,42 @@ torch at one thread per task.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightsmith.lazy import torch
+from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Svd", "polar", "qr_core", "top_svd"]
+Matrix: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+"""A matrix [m, n], or (left [m, r], right [r, n]) for their product."""
+
+__all__ = [
+    "NOISE",
+    "Matrix",
+    "Svd",
+    "dense",
+    "left_basis",
+    "low_rank",
+    "matrices",
+    "orthogonal_sum",
+    "outside",
+    "padded",
+    "polar",
+    "polar_by_iteration",
+    "qr_core",
+    "svd_of",
+    "top_svd",
+    "total",
+]
 
 RESOLVED = 1e-6
 """Relative singular values down to which the Gram matrix is trusted."""
+
+NOISE = 1e-6
+"""Relative singular values up to which a float32 task vector holds only rounding noise."""
 
 
 class Svd(NamedTuple):
@@ -29,6 +54,10 @@ class Svd(NamedTuple):
     u: Tensor
     s: Tensor
     v: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        return (self.u * self.s) @ self.v.T
 
 
 def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0) -> Svd:
@@ -59,16 +88,44 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0) -> Svd:
     return Svd(u, s * scale, v) if wide else Svd(v, s * scale, u)
 
 
-def polar(matrix: Tensor) -> Tensor:
+def padded(found: Svd, k: int) -> Svd:
+    """The same with k triplets: those that are missing are zero."""
+    missing = k - found.s.shape[0]
+    grow = torch.nn.functional.pad
+    return Svd(grow(found.u, (0, missing)), grow(found.s, (0, missing)), grow(found.v, (0, missing)))
+
+
+def low_rank(parts: Mapping[str, Tensor]) -> Tensor:
+    """u diag(s) v^T from parts of these names."""
+    return (parts["u"] * parts["s"]) @ parts["v"].T
+
+
+def qr_core(left: Tensor, right: Tensor, k: int | None = None, cutoff: float = 0.0) -> Svd:
+    """The SVD of a product left @ right^T, [m, r] and [n, r], without forming it: QR of both, SVD of r x r.
+
+    Singular values up to `cutoff` (at least r eps) times the largest are left out.
+    """
+    ql, rl = torch.linalg.qr(left.double())
+    qr, rr = torch.linalg.qr(right.double())
+    u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
+    k = s.shape[0] if k is None else min(k, s.shape[0])
+    if k:
+        k = int((s[:k] > s[0] * max(cutoff, s.shape[0] * torch.finfo(s.dtype).eps)).sum())
+    return Svd(ql @ u[:, :k], s[:k], qr @ vt[:k].T)
+
+
+def polar(matrix: Tensor, how: str = "eigh") -> Tensor:
     """The orthogonal polar factor P Q^T of X = P D Q^T, [m, q]: X (X^T X)^(-1/2).
 
     Directions with D <= 1e-6 of the largest are dropped (a pseudo-inverse root): where columns repeat, as
     with equal experts, the factor is not unique, and theirs is shared out evenly.
+
+    how  eigh (of the Gram matrix where that is exact, else svd), or svd; equal up to rounding
     """
     x = matrix.double()
     if x.numel() == 0:
         return x
-    if x.shape[1] <= x.shape[0]:
+    if how == "eigh" and x.shape[1] <= x.shape[0]:
         values, vectors = torch.linalg.eigh(x.T @ x)
         if values[0] > 1e-8 * values[-1]:
             root: Tensor = (vectors * values.rsqrt()) @ vectors.T
@@ -79,10 +136,83 @@ def polar(matrix: Tensor) -> Tensor:
     return factor
 
 
-def qr_core(left: Tensor, right: Tensor, k: int | None = None) -> Svd:
-    """The SVD of a product left @ right^T, [m, r] and [n, r], without forming it: QR of both, SVD of r x r."""
-    ql, rl = torch.linalg.qr(left.double())
-    qr, rr = torch.linalg.qr(right.double())
-    u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
-    k = s.shape[0] if k is None else min(k, s.shape[0])
-    return Svd(ql @ u[:, :k], s[:k], qr @ vt[:k].T)
+def polar_by_iteration(matrix: Tensor, steps: int = 30) -> Tensor:
+    """The same factor by Newton-Schulz steps X <- X (15 - 10 X^T X + 3 (X^T X)^2) / 8: products only, in X's dtype.
+
+    A step takes a small singular value to 15/8 of it and converges quadratically near 1; after 30 steps values
+    down to 1e-6 of the largest have arrived.  Singular values of zero stay zero.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix.T if wide else matrix
+    scale = x.norm()
+    if scale == 0:
+        return matrix
+    x = x / scale  # singular values at most 1, where the steps rise
+    for _ in range(steps):
+        gram = x.T @ x
+        x = (15 * x - x @ (10 * gram - 3 * gram @ gram)) / 8
+    turned: Tensor = x.T
+    return turned if wide else x
+
+
+# --- matrices of a site, dense or as products ------------------------------------------------------
+
+
+def matrices(site: Site) -> list[Matrix]:
+    """The task vectors of a site of matrices, as products where the site has them so."""
+    return list(site.factors) if site.factors else list(site.deltas)
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """The matrix itself."""
+    return torch.matmul(*matrix) if isinstance(matrix, tuple) else matrix
+
+
+def svd_of(matrix: Matrix, k: int, cutoff: float = NOISE) -> Svd:
+    """The k leading triplets of a task vector without its rounding noise."""
+    if isinstance(matrix, tuple):
+        return qr_core(matrix[0], matrix[1].T, k, cutoff)
+    return top_svd(matrix, k, cutoff)
+
+
+def total(found: Sequence[Matrix]) -> Matrix:
+    """The sum of all, in float64; of products a product."""
+    if isinstance(found[0], tuple):
+        pairs = [m for m in found if isinstance(m, tuple)]
+        return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+    added = dense(found[0]).double()
+    for matrix in found[1:]:
+        added = added + dense(matrix)
+    return added
+
+
+def outside(matrix: Matrix, basis: Tensor) -> Matrix:
+    """The part of a matrix outside the span of orthonormal columns: A - B B^T A, float64."""
+    if isinstance(matrix, tuple):
+        left = matrix[0].double()
+        return left - basis @ (basis.T @ left), matrix[1]
+    wide = matrix.double()
+    return wide - basis @ (basis.T @ wide)
+
+
+def left_basis(found: Sequence[Matrix], cutoff: float = NOISE) -> Tensor:
+    """The left singular vectors of [A_1 | ... | A_T], falling singular values: [m, k], float64."""
+    blocks = []
+    for matrix in found:
+        if isinstance(matrix, tuple):
+            # right = R^T Q^T with orthonormal Q: left R^T has the same left singular vectors, and r columns only.
+            matrix = matrix[0].double() @ torch.linalg.qr(matrix[1].double().T).R.T
+        blocks.append(matrix)
+    joined = torch.cat(blocks, 1)
+    return top_svd(joined, min(joined.shape), cutoff).u
+
+
+def orthogonal_sum(parts: Sequence[Svd], how: str = "eigh") -> Tensor:
+    """sum_t U_t S_t V_t^T with the bases of all parts made orthogonal to each other: float64 [m, n].
+
+    U = [U_1 .. U_T] and V likewise are replaced by their orthogonal polar factors; how: see `polar`, or none.
+    """
+    u, s, v = (torch.cat([getattr(p, side) for p in parts], -1) for side in ("u", "s", "v"))
+    if how != "none":
+        u, v = polar(u, how), polar(v, how)
+    return Svd(u, s, v).product

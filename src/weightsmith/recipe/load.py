@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.io import system
 from weightsmith.recipe.check import Problem, check_methods, spell
 from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
@@ -303,7 +304,7 @@ def _text_of(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
-        return path.read_bytes().decode("utf-8-sig")
+        return system.read_file(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file{_nearest_file(path)}") from None
     except IsADirectoryError:

@@ -142,6 +142,10 @@ class Resolver:
 
 def _completed(slots: tuple[_Slot, ...]) -> tuple[_Slot, ...]:
     """Filters and codecs alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
+    for slot in slots:
+        if slot.cls.traits.alone and len(slots) > 1:
+            name = slot.cls.traits.name
+            raise RecipeError(f"{name} stores the models' own changes; it takes no other stage beside it")
     if any(issubclass(slot.cls, Method) for slot in slots):
         return slots
     behind = tuple(s for s in slots if s.cls.traits.after or issubclass(s.cls, Codec))

@@ -176,8 +176,8 @@ class Recipe(_Frozen):
     tokenizer: str | None = Field(
         default=None, description="'base', a model's name, or a folder: whose tokenizer goes along"
     )
-    output: Output = Field(default_factory=Output)
-    seed: int = 0
+    output: Output = Field(default_factory=Output, description="how the result is stored")
+    seed: int = Field(default=0, description="of every random choice")
     nonfinite: Literal["refuse", "allow"] = Field(
         default="refuse", description="what to do about NaN or Inf in an input"
     )

@@ -91,7 +91,7 @@ _STYLE = """
 }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 64px; }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0.4em 0 0.6em; }
 h2 { font-size: 1.25rem; margin: 2.2em 0 0.4em; border-bottom: 1px solid var(--line); padding-bottom: 0.25em; }
 p { max-width: 80ch; margin: 0.6em 0; }
@@ -129,6 +129,9 @@ _DRAW = """
   function draw() {
     document.querySelectorAll("script[data-for]").forEach(function (script) {
       var figure = JSON.parse(script.textContent);
+      figure.data.forEach(function (trace) {
+        if (trace.type === "heatmap") { trace.textfont = Object.assign({ color: colour("--ink") }, trace.textfont); }
+      });
       Plotly.react(script.dataset.for, figure.data, themed(figure.layout),
         { responsive: true, displaylogo: false, displayModeBar: false });
     });

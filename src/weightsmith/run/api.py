@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightsmith.errors import PlanError, RecipeError
 from weightsmith.io.open import open_source
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource, Source
 from weightsmith.method import Pipeline, Stage
-from weightsmith.recipe.schema import ModelRef, Output, Recipe, StageSpec
+from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.plan import make_plan
@@ -33,6 +33,9 @@ def merge(
     stats: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    rules: Sequence[Mapping[str, Any]] = (),
+    exclude: Sequence[str] = (),
+    nonfinite: Literal["refuse", "allow"] = "refuse",
     threads: int | None = None,
     device: str = "auto",
     **parameters: Any,
@@ -47,6 +50,9 @@ def merge(
     stats       model name -> statistic -> {parameter name: tensor} or a path
     seed        of every random choice
     dtype       of the result's floating tensors; default: as the base (or first model) stores them
+    rules       exceptions for some tensors, as in a recipe: `[{"match": "*norm*", "method": "keep"}]`
+    exclude     globs of tensors taken unchanged from the base (or first model)
+    nonfinite   what to do about NaN or Inf in an input
     parameters  of the method, as in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
 
     Raises PlanError (all problems at once), RecipeError, SourceError or NumericError.
@@ -59,6 +65,9 @@ def merge(
         models={name: ModelRef(model=name) for name in named},
         method=tuple(_specs(method, tuple(named))),
         parameters={name.rstrip("_"): _plain(value) for name, value in parameters.items()},
+        rules=tuple(Rule.model_validate(rule) for rule in rules),
+        exclude=tuple(exclude),
+        nonfinite=nonfinite,
         output=Output(dtype=dtype),
         seed=seed,
     )

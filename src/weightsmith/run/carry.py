@@ -58,6 +58,7 @@ def carry_out(
             context = replace(context, summaries=measured)
             for task, record in zip(todo, workers.map(partial(_one, context=context, sink=sink), todo), strict=True):
                 records[task.id] = record
+            inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
     except BaseException:
         sink.abort()
         raise
@@ -137,7 +138,7 @@ def refuse_unequal(tasks: Iterable[Task], inputs: Inputs) -> None:
 
 
 def choose_device(device: str) -> str:
-    """'auto' -> 'cuda' where one is at hand and torch is loaded for it, else 'cpu'."""
+    """'auto' is the CPU, whose bytes are the same on every run; a GPU is used where it is named."""
     if device in ("auto", "cpu"):
         return "cpu"
     import torch

@@ -13,12 +13,12 @@ from weightsmith.io.card import licences
 from weightsmith.io.codec_folder import WEIGHTS, CodecFolder, CodecSource, ConsensusSource, describe
 from weightsmith.io.manifest import build_manifest, write_manifest
 from weightsmith.io.open import open_source
-from weightsmith.io.output import check_output
+from weightsmith.io.output import absolute, check_output
 from weightsmith.io.source import Source
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.merge import Result, Storage, prepared, run, treatments
+from weightsmith.run.merge import Result, Storage, finished, prepared, run, treatments
 from weightsmith.run.plan import Plan, make_plan
 
 __all__ = ["compress", "restore"]
@@ -46,11 +46,12 @@ def compress(
     began = time.perf_counter()
     inputs = sources if sources is not None else open_inputs(recipe)
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True)
-    sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=WEIGHTS)
-    records = carry_out(plan, inputs, sink, device=device, progress=progress)
-    sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
+    if not (resume and finished(plan, inputs, out)):
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=WEIGHTS)
+        records = carry_out(plan, inputs, sink, device=device, progress=progress)
+        sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
     return Result(
-        out=sink.out,
+        out=absolute(out),
         seconds=time.perf_counter() - began,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,

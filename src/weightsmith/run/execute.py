@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import xxhash
 
 from weightsmith.errors import NumericError
 from weightsmith.io.sink import Sink
-from weightsmith.io.source import bits_to_tensor, tensor_to_bits
+from weightsmith.io.source import bits_to_tensor, holds_nonfinite
 from weightsmith.kernel import TrimmedVote
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Pipeline, Rows, Scope
 from weightsmith.ops import fused
 from weightsmith.run.inputs import Inputs
+from weightsmith.run.numeric import encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.run.task import BLOCK, Task, blocks, parts
 from weightsmith.site import Group, Site, Summary
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["Context", "Summaries", "execute", "fold", "is_fused", "measure"]
 
 Summaries = Mapping[int, Summary]
+Stored = tuple[list[np.ndarray], np.ndarray | None]
+"""Rows of every expert and of the base, as stored."""
+
+KEPT = 24 << 20
+"""Entries of all inputs of a tensor up to which its stored rows are kept between passes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Context:
 
     summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
     block        elements per block; does not change a byte of the result
+    kept         stored rows that the next pass over the same tensor will want again
     """
 
     inputs: Inputs
@@ -43,6 +50,7 @@ class Context:
     nonfinite: str = "refuse"
     block: int = BLOCK
     summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
+    kept: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
     progress: Callable[[int], None] = lambda _: None
 
 
@@ -63,7 +71,16 @@ def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
         sink.write(name, start, bits)
         hashes.add(name, start, bits)
         context.progress(bits.nbytes)
-    return {"parts": hashes.records()}
+    return {"parts": hashes.records(), **_noted(task, context)}
+
+
+def _noted(task: Task, context: Context) -> dict[str, Any]:
+    """What the stages want a later run to know: {'notes': {stage: notes}}, or nothing."""
+    if task.pipeline is None:
+        return {}
+    summaries = context.summaries.get(task.pipeline, {})
+    found = {s.name: note for i, s in enumerate(task.pipeline.stages) if (note := s.notes(summaries.get(i, {})))}
+    return {"notes": found} if found else {}
 
 
 # --- the ways a tensor is made -------------------------------------------------------------------
@@ -76,16 +93,22 @@ def _copied(task: Task, context: Context) -> Iterator[tuple[str, int, np.ndarray
     stored, (out,) = source.key(task.key.name), task.keys
     for start, stop in blocks(task.key, task.start, task.stop, context.block):
         if stored.dtype == out.dtype and not source.computes(stored.name):
-            yield out.name, start, source.bits(stored.name, start, stop)
+            bits = source.bits(stored.name, start, stop)
+            if stored.floating and holds_nonfinite(bits, stored.dtype):
+                refuse_bad(to_float(bits_to_tensor(bits, stored.dtype)), stored, task.source or "base", start, context)
+            yield out.name, start, bits
         else:
             value = source.read(stored.name, start, stop)
-            yield out.name, start, _encode(value, out, start)
+            if stored.floating:
+                refuse_bad(to_float(value), stored, task.source or "base", start, context)
+            yield out.name, start, encode(value, out, start)
 
 
 def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
     """The kernels, straight over the stored bits; the same bytes as `_merged`, several times faster."""
     spec = pipeline.method.fused(len(context.inputs.experts))
     assert spec is not None
+    context = replace(context, kept={})
     summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
     for start, stop in blocks(task.key, task.start, task.stop, context.block):
         inputs, base = _stored(task.key, context, start, stop)
@@ -93,15 +116,22 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[s
         if bad:
             # The kernels only count; now it is worth asking whose it is.
             _refuse_bad_inputs(task.key, start, stop, context)
-            _refuse_bad_result(task.key, start, _to_float(bits_to_tensor(out, task.key.dtype)), context)
+            site = _site(task.key, task, pipeline, context, start, stop)
+            _finished(pipeline.merge(site, summaries), task.key, site, start, context)
+            refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
 
 
-def _stored(key: Key, context: Context, start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+def _stored(key: Key, context: Context, start: int, stop: int) -> Stored:
     """Rows start..stop of every expert and of the base, as stored."""
     base = context.inputs.base
+    if (key.name, start, stop) in context.kept:
+        return context.kept[key.name, start, stop]
     experts = [source.bits(key.name, start, stop) for source in context.inputs.experts.values()]
-    return experts, None if base is None else base.bits(key.name, start, stop)
+    found = experts, None if base is None else base.bits(key.name, start, stop)
+    if key.numel * len(context.inputs.models) <= KEPT:
+        context.kept[key.name, start, stop] = found
+    return found
 
 
 def _merged(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -126,8 +156,8 @@ def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple
             if tuple(rows.shape) != wanted:
                 raise NumericError(f"{part.key.name}: the codec returned shape {list(rows.shape)} for {list(wanted)}")
             if part.key.floating:
-                _refuse_bad_result(part.key, low, rows, context)
-            yield part.key.name, low, _encode(rows.cpu(), part.key, low)
+                refuse_bad_result(part.key, low, rows, context)
+            yield part.key.name, low, encode(rows.cpu(), part.key, low)
 
 
 def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -140,8 +170,8 @@ def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple
 def _finished(out: Tensor, key: Key, site: Site, start: int, context: Context) -> np.ndarray:
     if tuple(out.shape) != site.block_shape:
         raise NumericError(f"{key.name}: the method returned shape {list(out.shape)} for {list(site.block_shape)}")
-    _refuse_bad_result(key, start, out, context)
-    return _encode(out.cpu(), key, start)
+    refuse_bad_result(key, start, out, context)
+    return encode(out.cpu(), key, start)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -153,12 +183,16 @@ def measure(task: Task, step: tuple[int, int], context: Context, summaries: Summ
     index, round = step
     if task.pipeline.stages[index].skips(task.key, round, summaries.get(index, {})):
         return {}
+    context = replace(context, kept={})
     local = _local(task, task.pipeline, context, summaries, index)
     return _measured(task, task.pipeline, step, context, local)
 
 
-def fold(totals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Add equal names up in the order given; `Rows` are joined on their last axis.  Values: tensors or arrays."""
+def fold(totals: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add equal names up in the order given; `Rows` are joined on their last axis.  Values: tensors or arrays.
+
+    Takes one at a time: a histogram per block of a large tensor would be a gigabyte.
+    """
     out: dict[str, Any] = {}
     joined: dict[str, list[Any]] = {}
     for total in totals:
@@ -174,9 +208,6 @@ def fold(totals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sum(a: Any, b: Any) -> Any:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        a += b  # histograms are large and many, and `a` is this sum's own
-        return a
     if isinstance(a, (np.ndarray, np.generic)) != isinstance(b, (np.ndarray, np.generic)):
         return np.asarray(a) + np.asarray(b)  # one tensor went through the kernels, the other did not
     return a + b
@@ -199,19 +230,36 @@ def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, s
 def _measured(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> dict[str, Tensor | Rows]:
-    found: list[Mapping[str, Any]] = []
     spec = pipeline.method.fused(len(context.inputs.experts)) if is_fused(task, context) else None
-    for start, stop in _ranges(task, pipeline, BLOCK):
-        if isinstance(spec, TrimmedVote):
-            inputs, base = _stored(task.key, context, start, stop)
-            assert base is not None
-            found.append(fused.measure_vote(spec, spec.steps[step[1]], inputs, base, summaries.get(0, {}), start))
-        else:
+    if isinstance(spec, TrimmedVote):
+        return _counted(task, spec, spec.steps[step[1]], context, summaries.get(0, {}))
+    joined: set[str] = set()
+
+    def passes() -> Iterator[Mapping[str, Any]]:
+        for start, stop in _ranges(task, pipeline, BLOCK):
             site = _site(task.key, task, pipeline, context, start, stop)
-            found.append(pipeline.measure(step, site, summaries))
-        context.progress(task.nbytes * (stop - start) // max(task.stop - task.start, 1))
-    rows = {name for part in found for name, value in part.items() if isinstance(value, Rows)}
-    return {name: Rows(value) if name in rows else value for name, value in fold(found).items()}
+            part = pipeline.measure(step, site, summaries)
+            joined.update(name for name, value in part.items() if isinstance(value, Rows))
+            context.progress(_share(task, start, stop))
+            yield part
+
+    return {name: Rows(value) if name in joined else value for name, value in fold(passes()).items()}
+
+
+def _counted(task: Task, spec: TrimmedVote, step: str, context: Context, summary: Summary) -> dict[str, Any]:
+    """The same pass by the kernels: integer counts, added into one set of histograms block by block."""
+    count = fused.Counts(spec, step, task.stop - task.start)
+    for start, stop in blocks(task.key, task.start, task.stop):
+        inputs, base = _stored(task.key, context, start, stop)
+        assert base is not None
+        count.add(inputs, base, summary, start, start - task.start)
+        context.progress(_share(task, start, stop))
+    return count.result()
+
+
+def _share(task: Task, start: int, stop: int) -> int:
+    """Output bytes that rows start..stop stand for."""
+    return task.nbytes * (stop - start) // max(task.stop - task.start, 1)
 
 
 # --- sites ---------------------------------------------------------------------------------------
@@ -229,14 +277,16 @@ def _site(key: Key, task: Task, pipeline: Pipeline, context: Context, start: int
     wide = any(s.key(key.name).dtype == "float64" for _, s in inputs.models)
     dtype = torch.float64 if wide else torch.float32
     shape = (stop - start, *key.shape[1:]) if key.shape else ()
-    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device=context.device)
+    factors = _factors(key, task.pipeline, context, dtype) if stop - start == key.rows else ()
+    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else context.device)
     for i, (name, source) in enumerate(inputs.experts.items()):
-        stack[i].copy_(source.read(key.name, start, stop))
-        _refuse_bad(stack[i], key, name, start, context)
+        if not factors:
+            stack[i].copy_(source.read(key.name, start, stop))
+            refuse_bad(stack[i], key, name, start, context)
     base = None
     if inputs.base is not None:
         base = inputs.base.read(key.name, start, stop).to(context.device, dtype)
-        _refuse_bad(base, key, "base", start, context)
+        refuse_bad(base, key, "base", start, context)
     return Site(
         key=key,
         stack=stack,
@@ -246,7 +296,30 @@ def _site(key: Key, task: Task, pipeline: Pipeline, context: Context, start: int
         depth=task.depth,
         stats={stat: _stat(stat, key, start, stop, context) for stat in task.stats},
         seed=context.seed,
+        factors=factors,
     )
+
+
+def _factors(
+    key: Key, pipeline: Pipeline | None, context: Context, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Every expert's task vector as a product, if the first stage takes that and all of them have it."""
+    base = context.inputs.base
+    if base is None or pipeline is None:
+        return ()
+    alone = pipeline.codec is not None and pipeline.codec.traits.alone
+    if not pipeline.stages[-1 if alone else 0].traits.factored:
+        return ()
+    out = []
+    for name, source in context.inputs.experts.items():
+        pair = source.factors(key.name, base)
+        if pair is None:
+            return ()
+        left, right = (side.to(context.device, dtype) for side in pair)
+        for side in (left, right):
+            refuse_bad(side, key, f"the adapter of {name}", 0, context)
+        out.append((left, right))
+    return tuple(out)
 
 
 def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple[Tensor, ...]:
@@ -257,68 +330,13 @@ def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple
         whole = source.key(key.name).shape != key.shape
         value = source.read(key.name) if whole else source.read(key.name, start, stop)
         out.append(value.to(context.device, torch.float64 if value.dtype == torch.float64 else torch.float32))
-        _refuse_bad(out[-1], key, f"the {stat} of {name}", start, context)
+        refuse_bad(out[-1], key, f"the {stat} of {name}", 0 if whole else start, context)
     return tuple(out)
-
-
-# --- numbers -------------------------------------------------------------------------------------
-
-
-def _refuse_bad(value: Tensor, key: Key, who: str, start: int, context: Context) -> None:
-    """Raise if a value is NaN or Inf.  A sum over it tells in one quick pass that all are finite."""
-    if context.nonfinite == "allow" or not value.numel() or bool(torch.isfinite(value.sum())):
-        return
-    bad = ~torch.isfinite(value)
-    if bool(bad.any()):
-        place, what = _first(value, bad, start)
-        raise NumericError(
-            f"{key.name} in {who} holds {what} at {place} ({int(bad.sum())} in this block); "
-            f'repair the input, or set "nonfinite: allow" in the recipe'
-        )
 
 
 def _refuse_bad_inputs(key: Key, start: int, stop: int, context: Context) -> None:
     for name, source in context.inputs.models:
-        _refuse_bad(_to_float(source.read(key.name, start, stop)), key, name, start, context)
-
-
-def _refuse_bad_result(key: Key, start: int, out: Tensor, context: Context) -> None:
-    if context.nonfinite == "allow" or not out.numel() or bool(torch.isfinite(out.sum())):
-        return
-    bad = ~torch.isfinite(out)
-    if bool(bad.any()):
-        place, what = _first(out, bad, start)
-        raise NumericError(
-            f"{key.name}: the merge gives {what} at {place} although all inputs are finite; lower the weights"
-        )
-
-
-def _first(value: Tensor, bad: Tensor, start: int) -> tuple[list[int], str]:
-    """Index within the tensor of the first bad entry, and what it is."""
-    index = [int(i) for i in torch.nonzero(bad)[0]] if bad.ndim else []
-    what = str(value[tuple(index)].item()) if index else str(value.item())
-    if index:
-        index[0] += start
-    return index, {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}.get(what, what)
-
-
-def _encode(value: Tensor, key: Key, start: int) -> np.ndarray:
-    """Cast to the output dtype; a finite number that becomes Inf (or NaN, in fp8) is an error with its count."""
-    target = getattr(torch, key.dtype)
-    cast = value.to(target)
-    if target.is_floating_point and target.itemsize < 4 and value.dtype != target:
-        lost = int((torch.isfinite(value) & ~torch.isfinite(_to_float(cast))).sum())
-        if lost:
-            worst = float(value.abs().max())
-            raise NumericError(
-                f"{key.name}: {lost} values from row {start} on do not fit into {key.dtype} (largest {worst:.4g}); "
-                f"choose output dtype bfloat16 or float32"
-            )
-    return tensor_to_bits(cast)
-
-
-def _to_float(value: Tensor) -> Tensor:
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+        refuse_bad(to_float(source.read(key.name, start, stop)), key, name, start, context)
 
 
 # --- choosing the fused path ---------------------------------------------------------------------

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.errors import OutputError, SourceError, WeightsmithError
 from weightsmith.io import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
+from weightsmith.io.folder import FolderSource
+from weightsmith.io.manifest import MANIFEST, read_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.source import Source
 from weightsmith.io.stats import open_stats
 from weightsmith.io.views import SliceSource
 from weightsmith.recipe.schema import ModelRef, Recipe
 
-__all__ = ["Inputs", "open_inputs"]
+__all__ = ["Inputs", "earlier_notes", "open_inputs"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,26 @@ class Inputs:
         """The base (named 'base') and the experts, in recipe order."""
         return (*((("base", self.base),) if self.base is not None else ()), *self.experts.items())
 
+    def places(self) -> tuple[Path, ...]:
+        """Every folder and file that is read."""
+        read = [source for _, source in self.models]
+        read += [source for by_model in self.stats.values() for source in by_model.values()]
+        return tuple(dict.fromkeys(place for source in read for place in source.places()))
+
     def fingerprints(self) -> dict[str, Any]:
-        """What identifies every input's data, for resume and provenance."""
-        found = {name: source.fingerprint() for name, source in self.models}
+        """What identifies every input's data, for resume and provenance.
+
+        Raises SourceError, with the input's name, if one has changed since it was opened.
+        """
+        named = dict(self.models)
         for stat, by_model in self.stats.items():
-            for name, source in by_model.items():
-                found[f"{name}/{stat}"] = source.fingerprint()
+            named |= {f"{name}/{stat}": source for name, source in by_model.items()}
+        found = {}
+        for name, source in named.items():
+            try:
+                found[name] = source.fingerprint()
+            except SourceError as error:
+                raise SourceError(f"input {name!r}: {error}") from error
         return found
 
 
@@ -64,6 +81,31 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None) -> In
     if not recipe.models:
         problems.append("the recipe names no models; add at least one under 'models:'")
     return Inputs(base, experts, stats, tuple(problems))
+
+
+def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
+    """What the run that made the first model noted for later ones (stage -> notes), and what there is to say about it.
+
+    Notes hold for the base of that run: without the same base there are none.
+    """
+    name, first = next(iter(inputs.experts.items()), ("", None))
+    if not isinstance(first, FolderSource) or first.folder is None or not (first.folder / MANIFEST).is_file():
+        return {}, []
+    try:
+        made = read_manifest(first.folder)
+    except OutputError as error:
+        return {}, [f"{name}: {error}; it counts as a model like any other"]
+    notes: dict[str, Any] = made.get("notes", {})
+    now = {} if inputs.base is None else inputs.base.fingerprint()
+    if notes and _without_times(made["inputs"].get("base", {})) != _without_times(now):
+        return {}, [f"{name} was made by {', '.join(notes)} on another base; it counts as a model like any other"]
+    return notes, []
+
+
+def _without_times(fingerprint: Any) -> Any:
+    if isinstance(fingerprint, Mapping):
+        return {k: _without_times(v) for k, v in fingerprint.items() if k != "mtime_ns"}
+    return fingerprint
 
 
 def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str]) -> Source | None:

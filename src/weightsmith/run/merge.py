@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__
-from weightsmith.errors import PlanError
+from weightsmith.errors import OutputError, PlanError
 from weightsmith.io.card import CardModel, Citation, licence_problems, licences, model_card
 from weightsmith.io.disk import write_file
-from weightsmith.io.manifest import build_manifest, write_manifest
-from weightsmith.io.output import FolderSink, check_output
+from weightsmith.io.manifest import MANIFEST, build_manifest, read_manifest, write_manifest
+from weightsmith.io.output import FolderSink, absolute, check_output, tidy
 from weightsmith.io.package import Copied, copy_companions
 from weightsmith.io.source import Source
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
@@ -22,7 +23,7 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
 
-__all__ = ["Result", "Storage", "identity", "package", "prepared", "run", "treatments"]
+__all__ = ["Result", "Storage", "finished", "identity", "package", "prepared", "reads", "run", "treatments"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ def run(
     began = time.perf_counter()
     inputs = sources if sources is not None else open_inputs(recipe)
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
-    sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite)
-    records = carry_out(plan, inputs, sink, device=device, progress=progress)
-    sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
     stated = licences({name: source.folder for name, source in inputs.models})
+    if not (resume and finished(plan, inputs, out)):
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite)
+        records = carry_out(plan, inputs, sink, device=device, progress=progress)
+        sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
     return Result(
-        out=sink.out,
+        out=absolute(out),
         seconds=time.perf_counter() - began,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
@@ -95,8 +97,7 @@ def prepared(
     plan: Plan, inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, weight_name: str = "model"
 ) -> FolderSink:
     """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched."""
-    paths = [path for _, source in inputs.models if (path := _place(source)) is not None]
-    problems = [*plan.problems, *check_output(out, paths, overwrite, resume, plan.write_bytes)]
+    problems = [*plan.problems, *check_output(out, reads(plan.recipe, inputs), overwrite, resume, plan.write_bytes)]
     if problems:
         raise PlanError(problems)
     for _, source in inputs.models:
@@ -108,7 +109,30 @@ def prepared(
         resume=resume,
         overwrite=overwrite,
         weight_name=weight_name,
+        metadata={"format": "pt", **_tied(plan, inputs)},
     )
+
+
+def _tied(plan: Plan, inputs: Inputs) -> dict[str, str]:
+    """Tied name -> the name that is written, as `safetensors.torch.save_model` notes them."""
+    written = {key.name for key in plan.keys}
+    return {alias: name for alias, name in inputs.models[0][1].aliases.items() if name in written}
+
+
+def finished(plan: Plan, inputs: Inputs, out: Path) -> bool:
+    """Whether `out` is what this plan makes: the run to resume got through.  Tidies up after it."""
+    if plan.problems or not (out / MANIFEST).is_file():
+        return False
+    try:
+        made = read_manifest(out)
+    except OutputError:
+        return False
+    wanted = json.loads(json.dumps(identity(plan.recipe, inputs)))
+    noted = {"recipe": made["recipe"], "inputs": made["inputs"], "version": made["weightsmith"]}
+    if json.dumps(noted) != json.dumps(wanted):  # as texts: the order of the models counts
+        return False
+    tidy(out)
+    return True
 
 
 def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -162,7 +186,8 @@ def package(
         companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
         kind=kind,
     )
-    paths.append(write_manifest(folder, manifest))
+    notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
+    paths.append(write_manifest(folder, {**manifest, **({"notes": notes} if notes else {})}))
     return paths
 
 
@@ -213,7 +238,7 @@ def _hub_id(ref: ModelRef | None) -> str | None:
     return None if local else name
 
 
-def _place(source: Source) -> Path | None:
-    """Where a source lies on disk, so that nothing is written over it."""
-    path = getattr(source, "path", None)
-    return source.folder if source.folder is not None else Path(path) if path is not None else None
+def reads(recipe: Recipe, inputs: Inputs) -> tuple[Path, ...]:
+    """Every folder and file that a run reads: nothing may be written over them."""
+    tokenizer = _tokenizer(recipe, inputs)
+    return inputs.places() if tokenizer is None else (*inputs.places(), tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class RecipeSource(Source):
         if not pieces:
             return np.empty((0, *key.shape[1:]), f"u{key.nbytes // max(key.numel, 1) or 1}")
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def places(self) -> tuple[Path, ...]:
+        return self._inputs.places()
 
     def fingerprint(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), "inputs": self._inputs.fingerprints()}

@@ -162,7 +162,7 @@ def _workers(tasks: list[Task], threads: int | None, memory: int | None, problem
             return workers, peak
     largest = max(tasks, key=lambda t: t.peak)
     problems.append(
-        f"--memory {memory / 1e9:.2f} GB is too little: {largest.key.name} alone needs {peak / 1e9:.2f} GB"  # type: ignore[operator]
+        f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest.key.name} alone needs {peak / 1e6:,.0f} MB"
     )
     return 1, peak
 

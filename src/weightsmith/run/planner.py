@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.codec_folder import own_name
+from weightsmith.io.package import tokenizer_files
 from weightsmith.io.source import Source
+from weightsmith.io.vocabulary import difference
 from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs
+from weightsmith.run.inputs import Inputs, earlier_notes
 from weightsmith.run.task import Task, cuttable, parts, task_peak
 from weightsmith.symmetry import groups
 
@@ -41,6 +45,8 @@ class Planner:
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
         self._complained: set[str] = set()
         self._notes_on = {stat: _common_notes(found.values()) for stat, found in inputs.stats.items()}
+        self._notes_on["earlier"], remarks = earlier_notes(inputs)
+        self.notes += remarks
 
     # -- what becomes of each tensor
 
@@ -48,6 +54,8 @@ class Planner:
         if self.resolver is None or self.reference is None:
             return []
         self._extra_tensors()
+        self._no_tensors()
+        self._check_tokenizer()
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
         left = 0
@@ -65,13 +73,14 @@ class Planner:
                 groups.setdefault(pipeline, []).append(key)
             else:
                 out += self._cut(self._output(key), pipeline, source, reason)
+        self._check_vocabularies()
         for pipeline, keys in groups.items():
             out += self._grouped(pipeline, keys)
         for name, first in self._carried.items():
             for owner in self._owners(name) if self.encode else (first,):
                 key = self._output(self.inputs.experts[owner].key(name))
                 stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
-                out += self._cut(key, None, owner, f"only in {owner}, kept from there", stored)
+                out += self._cut(key, None, owner, self._carried_reason(name, owner), stored)
         if left:
             self.notes.append(
                 f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
@@ -239,16 +248,35 @@ class Planner:
             if source is self.reference:
                 continue
             for key in source.keys.values():
-                if _has(self.reference, key.name) or key.name in self._carried:
+                kept = key.name in self._carried or _is_keep(self.resolver(key, None))
+                if key.name in self.reference.aliases and not kept:
+                    self.problems.append(
+                        f"{key.name} is tied to {self.reference.aliases[key.name]} in {self._reference_label()} but a "
+                        f'tensor of its own in {name}; to leave it tied add it to "exclude"'
+                    )
+                if _has(self.reference, key.name):
                     continue
-                if _is_keep(self.resolver(key, None)):
-                    self._carried[key.name] = name
+                if kept:
+                    self._carried.setdefault(key.name, name)
                     continue
                 hint = did_you_mean(key.name, self.reference.keys) if len(self.names) < 5000 else ""
                 self.problems.append(
                     f"{key.name} is in {name} but not in {self._reference_label()}; to carry it over unchanged "
                     f'add it to "exclude"' + (hint if "did you" in hint else "")
                 )
+
+    def _carried_reason(self, name: str, owner: str) -> str:
+        others = [expert for expert in self._owners(name) if expert != owner]
+        if not others or self.encode:
+            return f"only in {owner}, kept from there"
+        return f"not in {self._reference_label()}; {owner} is the first that has it, {', '.join(others)} dropped"
+
+    def _no_tensors(self) -> None:
+        """Entries of pickled checkpoints that are no tensors stay behind, and are said to."""
+        for name, source in self.inputs.models:
+            if extras := getattr(source, "extras", ()):
+                shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
+                self.notes.append(f"{name}: entries that are no tensors are left out: {shown}")
 
     def _reference_name(self) -> str:
         """'' for the base, else the first expert's name."""
@@ -261,6 +289,45 @@ class Planner:
         if text and text not in self._complained:
             self._complained.add(text)
             self.problems.append(text)
+
+    def _check_vocabularies(self) -> None:
+        """Rows of merged embeddings must stand for the same tokens in every model."""
+        merged = [
+            key.name
+            for name, (pipeline, _, _) in self._treatment.items()
+            if pipeline is not None and (key := self.reference.keys[name]).role in ("embed", "head")  # type: ignore[union-attr]
+        ]
+        if not merged or self.reference is None:
+            return
+        for name, source in self.inputs.experts.items():
+            try:
+                found = difference(self.reference.folder, source.folder) if source is not self.reference else None
+            except WeightsmithError as error:
+                self.problems.append(f"{name}: {error}")
+                continue
+            if found:
+                self.problems.append(
+                    f"unlike vocabularies in {self._reference_label()} and {name}: {found}; either give the models one "
+                    f"vocabulary first, or keep the {self._reference_label()}'s rows (exclude: {json.dumps(merged)}), "
+                    f"or leave {name} out"
+                )
+
+    def _check_tokenizer(self) -> None:
+        """`tokenizer:` names a model or folder that has one; better known now than after the merge."""
+        wanted = self.recipe.tokenizer
+        if wanted is None:
+            return
+        named = dict(self.inputs.models)
+        if wanted in named:
+            folder = named[wanted].folder
+        elif Path(wanted).is_dir():
+            folder = Path(wanted)
+        else:
+            self.problems.append(f"tokenizer: {wanted!r} is neither a folder nor a model{did_you_mean(wanted, named)}")
+            return
+        if folder is None or not tokenizer_files(folder):
+            where = folder if folder is not None else wanted
+            self.problems.append(f"tokenizer: {where} holds no tokenizer files; name another model or folder")
 
     # -- cutting
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,13 @@ class _Nowhere(Sink):
         """Nothing to keep."""
 
 
+def _lasting(fingerprint: Any) -> Any:
+    """A fingerprint without the times, which a copy on another machine does not keep: the bytes are compared below."""
+    if isinstance(fingerprint, dict):
+        return {name: _lasting(value) for name, value in fingerprint.items() if name != "mtime_ns"}
+    return fingerprint
+
+
 def rerun(
     out: Path,
     *,
@@ -51,10 +59,11 @@ def rerun(
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
+    noted_inputs = _lasting(manifest["inputs"])
     problems = [
         f"input {name} is not what it was when {out.name} was made"
-        for name, found in json.loads(json.dumps(inputs.fingerprints())).items()
-        if manifest["inputs"].get(name) != found
+        for name, found in _lasting(json.loads(json.dumps(inputs.fingerprints()))).items()
+        if noted_inputs.get(name) != found
     ]
     records = carry_out(plan, inputs, _Nowhere(), progress=progress)
     parts = merge_parts(records.values(), plan.keys)

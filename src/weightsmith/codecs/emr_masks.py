@@ -1,0 +1,103 @@
+"""Every expert as one bit per weight and one factor over one elected task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import RecipeError
+from weightsmith.keys import DTYPES, Key, Part
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Codec, Rows, Scope
+from weightsmith.ops.masks import pack_bits, unpack_bits
+from weightsmith.ops.reduce import block_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["EmrMasks"]
+
+RUN = 1 << 16
+"""About how many weights share one copy of the factor: a part has to be found from any place of the tensor."""
+
+
+@dataclass(frozen=True)
+class EmrMasks(
+    Codec,
+    name="emr_masks",
+    needs=(BASE,),
+    paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461",
+    symmetric=True,
+    scratch=4.0,
+):
+    """Store tau of the method in front once, and of each expert t a mask and a factor: base + f_t m_t tau.
+
+    m_t = delta_t tau > 0 (the same sign); f_t = sum |delta_t| / sum |m_t tau| over all tensors, which gives the expert
+    its mean size back; 0 where nothing agrees.  The published method is `[emr, emr_masks]`.
+
+    Size, for d weights and n experts: d bytes_of(tau) + n d / 8, and 4 bytes per 65536 weights and expert.
+    """
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        tau, deltas = _split(site)
+        sums = [
+            torch.stack([block_sums(delta.abs()), block_sums(torch.where(mask, tau.abs(), 0.0))])
+            for delta, mask in zip(deltas, _agreeing(tau, deltas), strict=True)
+        ]
+        return {"emr.sizes": torch.stack(sums).cpu()}
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        own, kept = torch.as_tensor(totals["emr.sizes"]).unbind(-1)
+        return {"emr.factors": torch.where(kept > 0, own / torch.where(kept > 0, kept, 1.0), 0.0)}
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        # Task vectors are smaller than the smallest 8-bit floats.
+        dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
+        row = max(key.row_numel, 1)
+        run = row * max(1, RUN // row)
+        packed, runs = (-(-key.numel // 8),), (-(-key.numel // run),)
+        return (
+            Part("tau", Key(f"{key.name}::tau", key.shape, dtype), row),
+            *(Part("mask", Key(f"{key.name}::mask.{e}", packed, "uint8"), 8, e) for e in experts),
+            *(Part("factor", Key(f"{key.name}::factor.{e}", runs, "float32"), run, e) for e in experts),
+        )
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        tau, deltas = _split(site)
+        assert site.origin is not None
+        made = {f"{site.key.name}::tau": tau}
+        found = zip(site.origin.names, _agreeing(tau, deltas), site.summary["emr.factors"], strict=True)
+        run = self.parts(site.key, ("",))[-1]
+        low, high = run.rows(site.offset, site.offset + tau.numel())
+        for expert, mask, factor in found:
+            made[f"{site.key.name}::mask.{expert}"] = pack_bits(mask)
+            made[f"{site.key.name}::factor.{expert}"] = factor.float().expand(high - low)
+        return made
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        if base.numel() == 0:
+            return base
+        mask = unpack_bits(parts["mask"], offset % 8, base.numel()).reshape(base.shape)
+        return base + torch.where(mask, parts["tau"], 0.0) * parts["factor"].reshape(-1)[0]
+
+
+def _split(site: Site) -> tuple[Tensor, Tensor]:
+    """tau and the experts' own task vectors."""
+    if site.origin is None:
+        raise RecipeError("emr_masks stores a merged task vector; put it behind the merging method, emr")
+    return site.deltas[0], site.origin.deltas
+
+
+def _agreeing(tau: Tensor, deltas: Tensor) -> Tensor:
+    """bool [n, *block]; by sign, since products of small numbers vanish."""
+    return torch.stack([(delta.sign() == tau.sign()) & (tau != 0) for delta in deltas])

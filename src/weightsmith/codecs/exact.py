@@ -1,0 +1,32 @@
+"""Every expert's own tensor, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.keys import Key, Part
+from weightsmith.method import BASE, Codec
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Exact"]
+
+
+@dataclass(frozen=True)
+class Exact(Codec, name="exact", needs=(BASE,), symmetric=True, scratch=1.0, alone=True):
+    """Store each model's tensor as it is (in the output's dtype): for small tensors and heads beside another codec."""
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        span = max(key.row_numel, 1)
+        return tuple(Part("whole", Key(f"{key.name}::whole.{e}", key.shape, key.dtype), span, e) for e in experts)
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        source = site.origin or site
+        return {f"{site.key.name}::whole.{e}": x for e, x in zip(source.names, source.experts, strict=True)}
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        return parts["whole"]

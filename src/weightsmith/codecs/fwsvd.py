@@ -1,0 +1,125 @@
+"""Low-rank layers that lose least where the loss is sensitive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.codecs.exact import Exact
+from weightsmith.errors import NumericError
+from weightsmith.keys import Key, Part
+from weightsmith.method import BASE, Codec, Grain, choice, flag, number
+from weightsmith.ops.reduce import row_sums
+from weightsmith.ops.spectral import Svd, padded, top_svd
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Fwsvd"]
+
+STEPS = 30
+"""Iterations of the element-wise weighting."""
+
+
+@dataclass(frozen=True)
+class Fwsvd(
+    Codec,
+    name="fwsvd",
+    needs=(BASE, "fisher"),
+    paper="Language model compression with weighted low-rank factorization (Hsu et al., ICLR 2022), arXiv:2207.00112",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="exact",
+    symmetric=True,
+    scratch=8.0,
+    alone=True,
+):
+    """Store each weight itself, not its change, as a product of rank r weighted by its Fisher information.
+
+    Weight W [out, in] with Fisher F of the same shape (statistic "fisher"): importance of input j
+    a_j = sum_i F_ij; thin SVD W diag(sqrt a) = U S V^T; stored left = U_r S_r [out, r] and
+    right = diag(1 / sqrt a) V_r [in, r], W ~ left right^T.  This minimises sum_ij a_j (W - W_r)_ij^2 exactly.
+    A weight is factored if that takes less room, r (out + in) < out in; embeddings, the output head (unless `head`),
+    other tensors and those without a Fisher are stored as they are (`exact`).
+
+    weighting  row_sum as above; none: plain SVD; element: sum_ij F_ij (W - W_r)_ij^2, lowered in 30 steps
+               X <- SVD_r(F W + (1 - F) X), F scaled to a maximum of 1 (Srebro and Jaakkola, ICML 2003)
+    """
+
+    rank: float | str = number("auto", "rank r; auto: from ratio", low=1, options=("auto",), kind="integer")
+    ratio: float = number(0.5, "target share of parameters: r = floor(ratio m n / (m + n))", above=0, high=1)
+    weighting: str = choice("row_sum", "what the error is weighted with", "row_sum", "none", "element")
+    floor: float = number(1e-8, "least importance of an input, relative to the mean", above=0)
+    head: bool = flag(False, "factor the output head too")
+    always: bool = flag(False, "factor weights also where that takes more room")
+    transposed: bool = flag(False, "weights are stored [in, out], as GPT-2's Conv1D does")
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        rank = self._rank(key)
+        if not rank:
+            return Exact().parts(key, experts)
+        rows, columns = key.shape
+        found: list[Part] = []
+        for e in experts:
+            found.append(Part.of(key, "left", (rows, rank), max(columns, 1), e))
+            found.append(Part.of(key, "right", (columns, rank), 0, e))
+        return tuple(found)
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        rank = self._rank(site.key)
+        found: dict[str, Tensor] = {}
+        if not rank:
+            return Exact().encode(site)
+        for expert, weight, fisher in zip(site.names, site.experts, site.stats["fisher"], strict=True):
+            self._check(site, expert, fisher)
+            left, right = self._factors(weight.double(), fisher.double(), rank)
+            found[f"{site.key.name}::left.{expert}"] = left
+            found[f"{site.key.name}::right.{expert}"] = right
+        return found
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        return parts["whole"] if "whole" in parts else parts["left"] @ parts["right"].T
+
+    def _rank(self, key: Key) -> int:
+        """The rank, or 0 for a weight that stays whole."""
+        rows, columns = key.shape
+        if key.role == "embed" or (key.role == "head" and not self.head) or not key.numel:
+            return 0
+        rank = int(self.ratio * key.numel / (rows + columns)) if isinstance(self.rank, str) else int(self.rank)
+        rank = max(min(rank, rows, columns), 1)
+        return rank if self.always or rank * (rows + columns) < key.numel else 0
+
+    def _check(self, site: Site, expert: str, fisher: Tensor) -> None:
+        if fisher.shape != site.key.shape:
+            raise NumericError(
+                f"{site.key.name}: the fisher of {expert} has shape {list(fisher.shape)} for a weight of "
+                f"{list(site.key.shape)}; observe this model again"
+            )
+        if bool((fisher < 0).any()) or not bool(fisher.any()):
+            raise NumericError(
+                f"{site.key.name}: the fisher of {expert} is negative somewhere, or zero everywhere; "
+                "observe it on more data"
+            )
+
+    def _factors(self, weight: Tensor, fisher: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        if self.weighting == "element":
+            share, x = fisher / fisher.max(), top_svd(weight, rank)
+            for _ in range(STEPS):
+                x = top_svd(share * weight + (1 - share) * x.product, rank)
+            return _split(x, rank)
+        if self.weighting == "none":
+            return _split(top_svd(weight, rank), rank)
+        importance = row_sums(fisher if self.transposed else fisher.T)
+        root = importance.clamp(min=self.floor * float(importance.mean())).sqrt()
+        if self.transposed:
+            left, right = _split(top_svd(weight * root[:, None], rank), rank)
+            return left / root[:, None], right
+        left, right = _split(top_svd(weight * root, rank), rank)
+        return left, right / root[:, None]
+
+
+def _split(found: Svd, rank: int) -> tuple[Tensor, Tensor]:
+    u, s, v = padded(found, rank)
+    return u * s, v

@@ -1,0 +1,269 @@
+"""An inspection as tables, as plain values for JSON, and as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from weightsmith.inspect.facts import Matrix, Measures, pairs
+from weightsmith.inspect.run import Inspection
+from weightsmith.inspect.spectra import POINTS
+from weightsmith.report.html import Figure, Section, Text, page
+from weightsmith.report.table import Column, Table
+
+__all__ = ["advice_lines", "html_page", "plain", "summary", "tables"]
+
+_BLUE = [[0, "rgba(127,127,127,0.06)"], [1, "rgba(59,130,196,0.9)"]]
+_RED = [[0, "rgba(127,127,127,0.06)"], [1, "rgba(196,87,59,0.9)"]]
+_BOTH = [[0, "rgba(196,87,59,0.85)"], [0.5, "rgba(127,127,127,0.06)"], [1, "rgba(59,130,196,0.85)"]]
+
+Number = float | None
+
+
+def plain(found: Inspection) -> dict[str, Any]:
+    """What `--json` prints: `Measures` under their own names, without the tables' cells."""
+    return {name: getattr(found, name) for name in found.__dataclass_fields__ if name != "cells"}
+
+
+def advice_lines(found: Inspection) -> list[str]:
+    """One sentence per rule that holds, its source behind it."""
+    return [f"{advice.text}. [{advice.source}]" for advice in found.advice]
+
+
+def summary(found: Inspection) -> list[str]:
+    """The whole model in sentences."""
+    model = found.model
+    lines = [f"{model.tensors} tensors, {model.entries:,} weights, {len(found.experts)} experts"]
+    if len(found.experts) > 1:
+        lines.append(
+            f"sign conflict at {_percent(model.conflict)} of the weights that several experts changed; "
+            f"{_percent(model.outvoted)} of the weight mass is outvoted"
+        )
+    if model.spectra:
+        chance = "" if model.spectra.by_chance is None else f", {model.spectra.by_chance:.2f} times that by chance"
+        several = f"; singular interference {model.spectra.interference:.3g}{chance}" if len(found.experts) > 1 else ""
+        lines.append(f"spectra of {max(model.spectra.matrices)} matrices, smaller side up to {found.side}{several}")
+    else:
+        lines.append(f"no spectra: no matrix has a smaller side up to {found.side}" if found.side else "no spectra")
+    if found.left_out:
+        shown = ", ".join(f"{name} ({why})" for name, why in list(found.left_out.items())[:3])
+        more = f" and {len(found.left_out) - 3} more" if len(found.left_out) > 3 else ""
+        lines.append(f"not looked at: {shown}{more}")
+    return lines
+
+
+def _percent(value: Number) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def tables(found: Inspection) -> list[Table]:
+    """The whole model by expert, its cosines and overlaps, and the layers."""
+    several = len(found.experts) > 1
+    both = [_square("Cosines of task vectors", found, found.model.cosine),
+            _square("Overlap of top-20% masks (Jaccard; independent: 0.11)", found, found.model.overlap)]  # fmt: skip
+    return [_experts(found), *(both if several else []), _groups("Layers", found.layers), _groups("Roles", found.roles)]
+
+
+_EXPERT_COLUMNS = (
+    Column("expert", "Expert"),
+    Column("norm", "|tau|", 3, meaning="L2 norm of the task vector"),
+    Column("relative", "|tau|/|base|", 2, percent=True),
+    Column("size", "mean |tau_i|", 6, meaning="mean magnitude of a weight's change"),
+    Column("base_cosine", "cos to base", 3),
+    Column("zeros", "unchanged", 1, percent=True, meaning="share of weights that are exactly as in the base"),
+    Column("outliers", "above 6 rms", 4, percent=True, meaning="share of entries above 6 root mean squares"),
+    Column("peak", "top 0.1% hold", 1, percent=True, meaning="their share of the sum of squares"),
+    Column("effective_share", "effective rank", 1, percent=True, meaning="mean over matrices, of the smaller side"),
+    Column("stable_rank", "stable rank", 1, meaning="mean over matrices"),
+    Column("kept", "kept by 1/n rank", 1, percent=True, meaning="share of squares in the leading 1/n of the rank"),
+)
+
+
+def _experts(found: Inspection) -> Table:
+    rows = []
+    for i, name in enumerate(found.experts):
+        values = {c.key: getattr(found.model, c.key)[i] for c in _EXPERT_COLUMNS[1:] if hasattr(found.model, c.key)}
+        if found.model.spectra:
+            values |= {k: getattr(found.model.spectra, k)[i] for k in ("effective_share", "stable_rank", "kept")}
+        rows.append({"expert": name, **values})
+    return Table("Whole model", _known(_EXPERT_COLUMNS, rows), rows)
+
+
+def _known(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """The columns that hold anything."""
+    return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+
+
+def _square(title: str, found: Inspection, matrix: Matrix) -> Table:
+    # Keys by position: an expert may have any name.
+    columns = (Column("name", ""), *(Column(str(i), name, 3) for i, name in enumerate(found.experts)))
+    rows = [
+        {"name": name, **{str(j): v for j, v in enumerate(row)}}
+        for name, row in zip(found.experts, matrix, strict=True)
+    ]
+    return Table(title, columns, rows)
+
+
+_GROUP_COLUMNS = (
+    Column("name", "Name"),
+    Column("entries", "Weights"),
+    Column("relative", "|tau|/|base|", 2, percent=True, meaning="mean over experts"),
+    Column("cosine", "mean cos", 3, meaning="mean over pairs of experts"),
+    Column("conflict", "sign conflict", 1, percent=True, meaning="of weights that several experts changed"),
+    Column("outvoted", "outvoted mass", 1, percent=True, meaning="share of the weight mass against the elected sign"),
+    Column("overlap", "overlap", 3, meaning="mean Jaccard index of top-20% masks"),
+    Column("peak", "top 0.1% hold", 1, percent=True, meaning="mean over experts"),
+    Column("effective_share", "effective rank", 1, percent=True, meaning="mean over experts and matrices"),
+    Column("by_chance", "interference", 2, unit="x", meaning="shared singular directions; random ones: 1"),
+)
+
+
+def _groups(title: str, groups: Mapping[str, Measures]) -> Table:
+    rows = [{"name": name, "entries": m.entries, **{k: f(m) for k, f in _MEANS.items()}} for name, m in groups.items()]
+    return Table(title, _known(_GROUP_COLUMNS, rows), rows)
+
+
+def _mean(values: Iterable[Number]) -> Number:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+_MEANS: Mapping[str, Callable[[Measures], Number]] = {
+    "relative": lambda m: _mean(m.relative),
+    "cosine": lambda m: _mean(pairs(m.cosine)),
+    "conflict": lambda m: m.conflict,
+    "outvoted": lambda m: m.outvoted if len(m.norm) > 1 else None,
+    "overlap": lambda m: _mean(pairs(m.overlap)),
+    "peak": lambda m: _mean(m.peak),
+    "effective_share": lambda m: _mean(m.spectra.effective_share) if m.spectra else None,
+    "by_chance": lambda m: m.spectra.by_chance if m.spectra else None,
+}
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def html_page(found: Inspection, title: str) -> str:
+    """One self-contained page: advice, heat maps, tables.  Raises MissingExtra without plotly."""
+    sections: list[Section] = [
+        Text("", summary(found)),
+        Text("What the figures speak for", advice_lines(found) or ["No rule holds."]),
+        Text("The whole model"),
+        _experts(found),
+    ]
+    if len(found.experts) > 1:
+        sections += [
+            _heat("Cosines of task vectors", found.model.cosine, found.experts, found.experts, _BOTH, (-1, 1), ".2f"),
+            _heat(
+                "Overlap of the largest 20% of changes (Jaccard index)",
+                found.model.overlap,
+                found.experts,
+                found.experts,
+                _BLUE,
+                (0, 1),
+                ".2f",
+                "Independent task vectors: 0.11.",
+            ),
+        ]
+    if found.model.spectra:
+        sections.append(_curves(found))
+    sections.append(Text("By layer"))
+    names = list(found.layers)
+    moved = [[None if v is None else 100 * v for v in m.relative] for m in found.layers.values()]
+    sections.append(
+        _heat("How far each expert moved, |tau| / |base|, %", moved, found.experts, names, _BLUE, (0, None), ".2f")
+    )
+    sections += [figure for figure in (_cells(found, *spec) for spec in _MAPS) if figure is not None]
+    sections += [_groups("Layers", found.layers), _groups("Roles", found.roles)]
+    return page(title, sections)
+
+
+_MAPS = (
+    ("conflict", "Sign conflict by layer and role, %", 100.0, _RED, ".1f",
+     "Share of the weights changed by several experts that one raised and another lowered."),
+    ("outvoted", "Outvoted weight mass by layer and role, %", 100.0, _RED, ".1f",
+     "Share of the sum of magnitudes whose sign has less mass at its weight."),
+    ("cosine", "Mean cosine of task vectors by layer and role", 1.0, _BOTH, ".2f", ""),
+    ("by_chance", "Singular task interference by layer and role, against random directions", 1.0, _RED, ".2f",
+     "1: experts share singular directions no more than random ones would."),
+)  # fmt: skip
+
+
+def _cells(
+    found: Inspection, key: str, title: str, factor: float, scale: list[Any], digits: str, note: str
+) -> Figure | None:
+    """One of `_MEANS` for every layer and role; None if it has no values."""
+    value = _MEANS[key]
+    roles = list(found.roles)
+    rows = [
+        [None if role not in cells or (v := value(cells[role])) is None else factor * v for role in roles]
+        for cells in found.cells.values()
+    ]
+    if all(v is None for row in rows for v in row):
+        return None
+    # What layers or roles without a value would only take place.
+    columns = [i for i in range(len(roles)) if any(row[i] is not None for row in rows)]
+    named = [(n, [row[i] for i in columns]) for n, row in zip(found.cells, rows, strict=True)]
+    named = [(n, row) for n, row in named if any(v is not None for v in row)]
+    span = (-1, 1) if scale is _BOTH else (0, None)
+    labels, across = [n for n, _ in named], [roles[i] for i in columns]
+    return _heat(title, [row for _, row in named], across, labels, scale, span, digits, note)
+
+
+def _heat(
+    title: str,
+    values: Sequence[Sequence[Number]],
+    across: Sequence[str],
+    down: Sequence[str],
+    scale: list[Any],
+    span: tuple[float, float | None],
+    digits: str,
+    note: str = "",
+) -> Figure:
+    """A heat map, its first row on top, values written in where there is room."""
+    written = len(down) <= 48 and len(across) <= 24
+    largest = max((v for row in values for v in row if v is not None), default=1.0)
+    width = min(1.0, 0.09 * len(across))  # few columns are not drawn out over the page
+    heat = {
+        "type": "heatmap",
+        "x": list(across),
+        "y": list(down),
+        "z": [list(row) for row in values],
+        "zmin": span[0],
+        "zmax": span[1] if span[1] is not None else largest or 1.0,
+        "colorscale": scale,
+        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{digits}}}<extra></extra>",
+        "hoverongaps": False,
+        "colorbar": {"thickness": 12, "x": width + 0.01},
+        "xgap": 2,
+        "ygap": 2,
+        **({"texttemplate": f"%{{z:{digits}}}"} if written else {}),
+    }
+    left = 30 + 8 * max(map(len, down), default=0)
+    layout = {
+        "margin": {"l": min(left, 320), "r": 20, "t": 40, "b": 20},
+        # Categories: layers and experts may be called 0, 1, 2.
+        "xaxis": {"type": "category", "side": "top", "showgrid": False, "domain": [0, width]},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+    }
+    return Figure(title, [heat], layout, note, height=80 + (28 if written else 14) * max(len(down), 3))
+
+
+def _curves(found: Inspection) -> Figure:
+    """Mean spectra of the experts' task vectors."""
+    assert found.model.spectra is not None
+    places = [100 * i / (POINTS - 1) for i in range(POINTS)]
+    lines = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": places, "y": list(curve)}
+        for name, curve in zip(found.experts, found.model.spectra.curve, strict=True)
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "place in the spectrum, %"}},
+        "yaxis": {"title": {"text": "singular value / largest"}, "rangemode": "tozero"},
+        "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
+    }
+    note = f"Mean over matrices with a smaller side of up to {found.side}."
+    return Figure("Singular spectra of task vectors", lines, layout, note, height=320)

@@ -1,0 +1,73 @@
+"""Take over only the changes that stand out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.lazy import torch
+from weightsmith.method import Method, Rows
+from weightsmith.ops import order
+from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ArceeFusion"]
+
+
+@dataclass(frozen=True)
+class ArceeFusion(
+    Method,
+    name="arcee_fusion",
+    paper="Arcee Fusion (Arcee AI, 2025); as in mergekit",
+    keeps_expert=False,
+    max_count=1,
+    scratch=10.0,
+):
+    """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.
+
+    importance = |delta| KL(softmax(expert) + 1e-8 || softmax(base) + 1e-8), the divergence between slices along the
+    last axis.  The quantile q is entry int(q (m - 1)) of the rising order, exact for any size (mergekit samples a
+    million entries of larger tensors, at random).  In a vector the divergence is one common factor and is left out.
+    """
+
+    @property
+    def rounds(self) -> int:
+        return order.ROUNDS
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return None if has_base else "needs a base model; add base to the recipe"
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return order.measure(_importance(site)[None], site.summary, round)
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        return order.digest(totals, round, summary, lambda m: [int(q * (m - 1)) for q in (0.25, 0.5, 0.75)])
+
+    def merge(self, site: Site) -> Tensor:
+        first, median, third = site.summary["order.values"][0].tolist()
+        kept = _importance(site) >= median + 1.5 * (third - first)
+        assert site.base is not None
+        return site.base + torch.where(kept, site.deltas[0], 0.0)
+
+
+def _importance(site: Site) -> Tensor:
+    """float32, whose order decides."""
+    assert site.base is not None
+    size = site.deltas[0].detach().abs()
+    if len(site.key.shape) < 2:
+        return size.float()
+    p, q = _softmax(site.experts[0].detach()), _softmax(site.base)
+    divergence = pairwise_sum(p * torch.log(p / q)).clamp(min=0)
+    return (size * divergence.unsqueeze(-1)).float()
+
+
+def _softmax(values: Tensor) -> Tensor:
+    """Along the last axis, plus 1e-8, in float64 and in a fixed order of additions."""
+    if values.numel() == 0:
+        return values.double()
+    wide = values.double()
+    powers = torch.exp(wide - wide.amax(-1, keepdim=True))
+    return powers / pairwise_sum(powers).unsqueeze(-1) + 1e-8

@@ -1,0 +1,99 @@
+"""Spectral WUDI that finds the number of directions by itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.ops.interference import STARTS, flowed
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RULES", "Aswudi", "count_directions"]
+
+RULES = ("participation_sqrt", "participation", "entropy", "stable_rank", "gavish_donoho", "cumulative", "none")
+
+
+@dataclass(frozen=True)
+class Aswudi(
+    Method,
+    name="aswudi",
+    needs=(BASE,),
+    paper="OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892: adaptive spectral WUDI in its authors' code",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="task_arithmetic",
+    symmetric=True,
+    scratch=8.0,
+):
+    """`swudi` with the minimiser (time inf) and as many leading directions per matrix as its spectrum suggests.
+
+    By `rule`, for the eigenvalues l (falling, y = sqrt(l)) of C, see `swudi`:
+
+    participation_sqrt  ceil((sum y)^2 / sum y^2); the authors' choice for CLIP and adapters
+    gavish_donoho       how many y exceed omega median(y); the authors' choice for language models
+    participation       ceil((sum l)^2 / sum l^2)
+    entropy             ceil(exp(-sum p log p)), p = l / sum l
+    stable_rank         ceil(sum l^2 / l_1^2)
+    cumulative          the first count whose share of sum l reaches `share`
+    none                all
+
+    Result: base + scaling M; tensors that are not matrices get base + scaling mean(tau).
+    """
+
+    rule: str = choice("participation_sqrt", "how directions are counted", *RULES)
+    share: float = number(0.95, "share of the spectrum, for rule cumulative", above=0, high=1)
+    min_rank: int = integer(1, "least number of directions", low=1)
+    time: float | str = number("inf", "time of the gradient flow", low=0, options=("inf",))
+    init: str = choice("sum", "where M starts", *STARTS)
+    min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
+    scaling: float = number(1.0, "factor of the merged task vector")
+
+    def elsewhere(self) -> Stage:
+        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
+
+    def merge(self, site: Site) -> Tensor:
+        aspect = min(site.block_shape) / max(site.block_shape)
+
+        def count(values: Tensor) -> int:
+            found = min(count_directions(values, self.rule, aspect, self.share), len(values))
+            return max(found, self.min_rank)
+
+        merged = flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, count)
+        assert site.base is not None
+        return site.base + merged * self.scaling
+
+
+def count_directions(values: Tensor, rule: str, aspect: float, share: float = 1.0) -> int:
+    """How many of the eigenvalues, falling and positive, a rule takes; `aspect`: shorter side / longer side."""
+    if rule == "none":
+        return len(values)
+    if rule == "cumulative":
+        return int((values.cumsum(0) / values.sum() < share).sum()) + 1
+    if rule == "gavish_donoho":
+        roots = values.sqrt()
+        return max(1, int((roots > _omega(aspect) * roots.median()).sum()))
+    if rule == "entropy":
+        p = values / values.sum()
+        return math.ceil(torch.exp(-(p * p.log()).sum()))
+    if rule == "stable_rank":
+        return math.ceil(values.square().sum() / values[0].square())
+    weights = values.sqrt() if rule == "participation_sqrt" else values
+    return math.ceil(weights.sum().square() / weights.square().sum())
+
+
+def _omega(aspect: float) -> float:
+    """Gavish and Donoho's factor of the median singular value, with the authors' stand-in for the median of noise.
+
+    arXiv:1305.5870 has lambda(beta) / sqrt(median of the Marchenko-Pastur law); OptMerge's code takes
+    (1 - beta)^2 + beta for that median, and 2 + sqrt(3) for square matrices.
+    """
+    b = aspect
+    optimal = 2 * (b + 1) + 8 * b / ((b + 1) + math.sqrt(b * b + 14 * b + 1))
+    middle = (1 - b) ** 2 + b if b < 0.9999 else 2 + math.sqrt(3)
+    return math.sqrt(optimal / middle)

@@ -1,0 +1,106 @@
+"""Drop changes at random, small ones more often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.keys import Key
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Each, Filter, Rows, choice, flag, number
+from weightsmith.ops.combine import per_expert, spread
+from weightsmith.ops.noise import keep_masks
+from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Della"]
+
+
+@dataclass(frozen=True)
+class Della(
+    Filter,
+    name="della",
+    needs=(BASE,),
+    paper="DELLA-Merging (Deep et al., 2024), arXiv:2406.11617",
+    symmetric=True,
+    scratch=5.0,
+):
+    """Keep an entry with probability density - epsilon + 2 epsilon r, r its rank by |delta| from 0 to 1.
+
+    Ranks are taken along the second axis, input by input (a vector is one row), equals by index; a row of one entry
+    has r = 1/2.  density 1 leaves everything as it is; else 0 < density - epsilon and density + epsilon < 1.
+    rescale_rule l1 is mergekit's: sum |delta| / sum |kept delta| per tensor; expectation, the paper's: each survivor
+    is divided by its own probability.  Masks are keyed by (seed, tensor, expert's name), see `ops.noise`: mergekit's
+    draws cannot be matched bit by bit, only in distribution.  mergekit's `della` is this before ties with density 1,
+    its `della_linear` this before task_arithmetic.
+    """
+
+    density: Each = number(0.5, "mean probability of keeping an entry", above=0, high=1, each=True)
+    epsilon: Each = number(0.15, "half the span of probabilities", low=0, below=0.5, each=True)
+    rescale: bool = flag(True, "scale the survivors up")
+    rescale_rule: str = choice(
+        "l1", "l1: keep each tensor's L1 norm; expectation: divide by each entry's probability", "l1", "expectation"
+    )
+
+    @property
+    def rounds(self) -> int:
+        return 1 + (self.rescale and self.rescale_rule == "l1")
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        for density, epsilon in zip(spread(self.density, count), spread(self.epsilon, count), strict=True):
+            if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+                return (
+                    f"density {density:g} with epsilon {epsilon:g} gives probabilities outside (0, 1); "
+                    f"choose epsilon below {min(density, 1 - density):g}"
+                )
+        return None
+
+    def skips(self, key: Key, round: int, summary: Summary) -> bool:
+        return round == 0 and len(key.shape) != 1
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        if round == 0:  # a vector may come in pieces, but its ranks need all of it; vectors are small
+            return {"della.sizes": Rows(site.deltas.detach().abs().cpu())} if len(site.key.shape) == 1 else {}
+        return l1_sums(site.deltas, self._masked(site)[0])
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        if round == 0:
+            return {"della.ranks": _ranks(torch.as_tensor(totals["della.sizes"]))} if totals else {}
+        return {**summary, **l1_factors(totals)}
+
+    def apply(self, site: Site) -> Site:
+        masked, shares = self._masked(site)
+        if "l1.factors" in site.summary:
+            masked = masked * per_expert(site.summary["l1.factors"], masked)
+        elif self.rescale:
+            masked = torch.stack([d / p for d, p in zip(masked, shares, strict=True)])
+        return site.with_deltas(masked)
+
+    def _masked(self, site: Site) -> tuple[Tensor, list[float | Tensor]]:
+        """The task vectors after dropping, and the probabilities."""
+        deltas = site.deltas
+        shares = [self._shares(site, i, delta) for i, delta in enumerate(deltas)]
+        return torch.where(keep_masks(site, shares, self.name), deltas, 0.0), shares
+
+    def _shares(self, site: Site, index: int, delta: Tensor) -> float | Tensor:
+        density, epsilon = site.spread(self.density)[index], site.spread(self.epsilon)[index]
+        if density >= 1 or not site.key.shape:
+            return density
+        if len(site.key.shape) == 1:
+            ranks = site.summary["della.ranks"][index, site.start : site.start + delta.shape[0]].to(delta.device)
+        else:
+            ranks = _ranks(delta.detach().abs().transpose(1, -1)).transpose(1, -1)
+        shares: Tensor = (density - epsilon + 2 * epsilon * ranks).to(delta.dtype)
+        return shares
+
+
+def _ranks(sizes: Tensor) -> Tensor:
+    """Ranks along the last axis from 0 (smallest) to 1, equals by lower index; 1/2 in rows of one entry."""
+    last = sizes.shape[-1] - 1
+    if last < 1:
+        return torch.full_like(sizes, 0.5)
+    places: Tensor = sizes.argsort(dim=-1, stable=True).argsort(-1).to(sizes.dtype)
+    return places / last

@@ -1,0 +1,114 @@
+"""One correction for all task vectors, learnt by projected gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Grain, Method, Rows, Scope, integer, number
+from weightsmith.ops import select
+from weightsmith.ops.combine import weighted_sum
+from weightsmith.ops.descent import adam
+from weightsmith.ops.interference import frobenius
+from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.ops.spectral import top_svd
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Doge"]
+
+
+@dataclass(frozen=True)
+class Doge(
+    Method,
+    name="doge",
+    aliases=("doge_ta",),
+    needs=(BASE,),
+    paper="Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent (Wei et al., ICML 2025), "
+    "arXiv:2501.01230",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="keep",
+    symmetric=True,
+    keeps_expert=False,
+    scratch=10.0,
+):
+    """Every task gets the same norm in every matrix, one shared correction, and keeps its largest changes.
+
+    For T matrices tau_j, [m, n], p = min(m, n):
+    1. lambda_j = lambda / |tau_j|_F (0 where tau_j is 0).
+    2. B: the p // subspace leading left singular vectors of [U_1 .. U_T], U_j the p // T leading ones of tau_j.
+    3. delta starts at 0 and lowers sum_j |row sums of tau_j * (tau_j - sum_i lambda_i (tau_i + delta))|^2 by Adam,
+       whose gradients g lose their part in the shared space: g - B B^T g.
+    4. mask_j: where |tau_j| is at or above the (int(density d) + 1)-th largest of all d entries of expert j in the
+       matrices that doge merges, over the whole model.
+    5. Result: base + sum_j lambda_j mask_j (tau_j + delta).  All other tensors stay the base's.
+
+    `lambda` is absolute: 0.07 suits CLIP ViT-B/32, other models need a search.  Leave out embeddings and head by
+    `exclude`; the masks are then taken over the rest.  The descent runs in float64, because entries with
+    gradients near 0 turn on the last digits.  Gradients to the experts take delta and lambda_j for constants.
+    """
+
+    lambda_: float = number(0.07, "norm of every task vector in every matrix", above=0)
+    subspace: int = integer(6, "the protected space is spanned by 1 / subspace of all directions", low=1)
+    density: float = number(0.3, "share of each task vector kept (K)", above=0, high=1)
+    iters: int = integer(400, "steps of Adam", low=0)
+    lr: float = number(1e-4, "learning rate: about the most an entry of delta moves per step", above=0)
+
+    @property
+    def rounds(self) -> int:
+        return 0 if self.density == 1 else 2
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return select.measure(site.deltas, site.summary, round)
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return select.digest(totals, round, summary, self._cuts, whole=True)
+
+    def _cuts(self, count: int, total: int) -> list[list[int]]:
+        return [[min(int(total * self.density) + 1, total)]] * count
+
+    def merge(self, site: Site) -> Tensor:
+        deltas = site.deltas
+        norms = [float(frobenius(delta)) for delta in deltas]
+        factors = [self.lambda_ / norm if norm else 0.0 for norm in norms]
+        with torch.no_grad():
+            correction = self._correction(deltas.detach(), factors)
+        corrected = deltas + correction.to(deltas.dtype)
+        if self.rounds:
+            (kept,) = select.before(deltas, site.summary, site.start)
+            corrected = torch.where(kept, corrected, 0.0)
+        assert site.base is not None
+        return site.base + weighted_sum(corrected, factors)
+
+    def _correction(self, deltas: Tensor, factors: list[float]) -> Tensor:
+        """delta: [m, n] float64."""
+        taus = deltas.double()
+        start = torch.zeros_like(taus[0])
+        if self.iters == 0 or min(start.shape) // self.subspace >= start.shape[0]:
+            return start  # where all directions are protected, no gradient is left
+        shared = self._shared_space(taus)
+        total = sum(factors)
+        # Row r of every task, [m, T, n]: sum_c tau_j (tau_j - sum_i lambda_i tau_i), to be met by total tau_j delta.
+        rows = taus.transpose(0, 1).contiguous()
+        goal = pairwise_sum(rows * (rows - weighted_sum(taus, factors)[:, None]))[..., None]
+
+        def gradient(delta: Tensor) -> Tensor:
+            missed = goal - total * (rows @ delta[:, :, None])
+            g = (-2 * total * missed.transpose(1, 2) @ rows)[:, 0]
+            return g - shared @ (shared.T @ g)
+
+        return adam(gradient, start, self.iters, self.lr)
+
+    def _shared_space(self, taus: Tensor) -> Tensor:
+        """B [m, q]: what the leading left singular vectors of all tasks have in common first."""
+        smaller = min(taus.shape[1:])
+        leading = torch.cat([top_svd(tau, smaller // len(taus)).u for tau in taus], 1)
+        return top_svd(leading, smaller // self.subspace).u

@@ -1,0 +1,38 @@
+"""One task vector that every task can be cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import BASE, Method, number
+from weightsmith.ops.combine import disjoint, elect_sign
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Emr"]
+
+
+@dataclass(frozen=True)
+class Emr(
+    Method,
+    name="emr",
+    needs=(BASE,),
+    paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461, its elected task vector",
+    symmetric=True,
+    scratch=3.0,
+):
+    """base + lambda tau: per entry the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
+
+    By itself too large for a merged model.  Its use is `[emr, emr_masks]`, which stores tau once and cuts each task
+    out of it by a mask and a factor.
+    """
+
+    lambda_: float = number(1.0, "factor of the elected task vector; 1 in front of emr_masks")
+
+    def merge(self, site: Site) -> Tensor:
+        deltas = site.deltas
+        assert site.base is not None
+        return site.base + disjoint(deltas, elect_sign(deltas.detach()), (1.0,) * site.count, "max") * self.lambda_

@@ -1,0 +1,71 @@
+"""Equally strong common and task-specific directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Grain, Method, Stage, number
+from weightsmith.methods.tsvm import scaled_mean
+from weightsmith.ops.spectral import NOISE, Svd, matrices, orthogonal_sum, outside, svd_of, total
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["IsoCts"]
+
+
+@dataclass(frozen=True)
+class IsoCts(
+    Method,
+    name="iso_cts",
+    needs=(BASE,),
+    paper="Iso-CTS (Marczak et al., ICML 2025), arXiv:2502.04959",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="task_arithmetic",
+    symmetric=True,
+    keeps_expert=False,
+    scratch=10.0,
+    factored=True,
+):
+    """Like iso_c, with a part of the directions taken from what each task vector has outside the common space.
+
+    Matrices m x n, p = min(m, n), T task vectors: d = round((p - floor(p common_space_fraction)) / T) directions per
+    task and c = p - T d common ones (round half to even; d is at most p // T).  Common: the c leading singular
+    triplets of sum_t tau_t, left vectors U_c.  Task t: the d leading triplets of tau_t - U_c U_c^T tau_t.  All
+    side by side, U and V are replaced by their polar factors and every singular value by the mean of those kept:
+    base + scaling mean(s) U V^T.  With d = 0 (more models than rows, fraction 1) this is iso_c.
+
+    Triplets of rounding noise (1e-6 of the largest) are left out, as in iso_c.  Other tensors: mean of tau_t.
+    Better than iso_c from about 14 models on.
+    """
+
+    scaling: float = number(1.0, "factor of the flattened task vector")
+    common_space_fraction: float = number(0.8, "share of directions taken from the common space", low=0, high=1)
+
+    def elsewhere(self) -> Stage:
+        return scaled_mean(self.scaling)
+
+    def merge(self, site: Site) -> Tensor:
+        assert site.base is not None
+        common, own = self._ranks(min(site.block_shape), site.count)
+        tasks = matrices(site)
+        shared = svd_of(total(tasks), common)
+        parts = [svd_of(outside(task, shared.u), own) for task in tasks] if own else []
+        # Experts inside the common space leave rounding noise outside of it.
+        floor = NOISE * float(shared.s.detach().max()) / site.count if shared.s.numel() else 0.0
+        parts = [Svd(u[:, s > floor], s[s > floor], v[:, s > floor]) for u, s, v in parts]
+        strength = torch.cat([p.s for p in (*parts, shared)])
+        if not strength.numel():
+            return site.base + torch.zeros_like(site.base)
+        flat = orthogonal_sum([p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]) * strength.mean()
+        return site.base + flat.to(site.base.dtype) * self.scaling
+
+    def _ranks(self, size: int, count: int) -> tuple[int, int]:
+        """(directions of the common space, of each task)."""
+        wanted = round((size - int(size * self.common_space_fraction + 1e-9)) / count)
+        own = min(wanted, size // count)
+        return size - own * count, own

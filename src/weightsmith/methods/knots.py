@@ -1,0 +1,118 @@
+"""Merge low-rank experts in a basis that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Each, Grain, Method, Rows, Scope, choice, number
+from weightsmith.ops import select
+from weightsmith.ops.combine import AGGREGATES, disjoint, elect_sign, spread, weigh, weighted_sum
+from weightsmith.ops.noise import keep_masks
+from weightsmith.ops.spectral import Matrix, left_basis, matrices
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Knots"]
+
+
+@dataclass(frozen=True)
+class Knots(
+    Method,
+    name="knots",
+    needs=(BASE,),
+    paper="KnOTS (Stoica et al., ICLR 2025), arXiv:2410.19735",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="keep",
+    symmetric=True,
+    keeps_expert=False,
+    scratch=10.0,
+    factored=True,
+):
+    """TIES, or the plain mean, on coordinates in the shared singular basis of all task vectors, for LoRA experts.
+
+    Per matrix: [tau_1 | ... | tau_T] = U S [V_1 | ... | V_T]^T (shared left; right: the same of the transposes), so
+    tau_t = U Z_t with Z_t = S V_t^T = U^T tau_t.  The Z_t are merged in place of the tau_t; result: base + U Z.
+
+    1. Keep of each task the largest |z|, over all matrices: every entry at or above the (floor(d density) + 1)-th
+       largest of d, as the authors' code does.  density 1 keeps all.
+    2. rule ties: elect a sign per coordinate, `mass` of the sum of values, `count` of the sum of signs; keep what
+       agrees.  A tied vote keeps nothing (the authors' sign there depends on the SVD's arbitrary signs).
+       rule mean: keep everything.
+    3. Multiply by `scaling`; mean (over the non-zero entries of each coordinate), sum, or the largest magnitude.
+
+    `drop` is DARE on the coordinates: that share becomes 0 before step 1, the rest is divided by 1 - drop.
+    Tensors that are no matrices stay the base's.  Singular values up to 1e-6 of the largest are rounding noise
+    (the authors cut at 1e-5 absolute, which loses small adapters).  LoRA adapters on the recipe's base are merged
+    from their factors: an SVD of [m, T r] per matrix in place of [m, T n].
+    """
+
+    density: Each = number(1.0, "share of each task's coordinates kept", above=0, high=1, each=True)
+    scaling: Each = number(1.0, "factor of each task's coordinates", low=0, each=True)
+    rule: str = choice("ties", "what is kept of the coordinates", "ties", "mean")
+    sign: str = choice("mass", "how signs are elected", "mass", "count")
+    aggregate: str = choice("mean", "how the kept coordinates are combined", *AGGREGATES)
+    drop: float = number(0.0, "share of coordinates dropped at random, the rest rescaled", low=0, below=1)
+    shared: str = choice("left", "side of the shared basis: of the outputs or the inputs", "left", "right")
+
+    @property
+    def rounds(self) -> int:
+        return 0 if set(spread(self.density, 1)) == {1} else 2
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return select.measure(self._coordinates(site)[1], site.summary, round)
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return select.digest(totals, round, summary, self._cuts, whole=True)
+
+    def merge(self, site: Site) -> Tensor:
+        basis, coordinates = self._coordinates(site)
+        if self.rounds:
+            (kept,) = select.before(coordinates, site.summary)
+            coordinates = torch.where(kept, coordinates, 0.0)
+        votes = weigh(coordinates, site.spread(self.scaling))
+        merged = basis @ self._combined(coordinates, votes).to(basis.dtype)
+        assert site.base is not None
+        return site.base + (merged if self.shared == "left" else merged.T).to(site.base.dtype)
+
+    def _coordinates(self, site: Site) -> tuple[Tensor, Tensor]:
+        """U [m, k] in float64, and Z [n, k, columns] in the dtype of the task vectors."""
+        found = matrices(site) if self.shared == "left" else [_turned(m) for m in matrices(site)]
+        basis = left_basis(found)
+        z = torch.stack([_in_basis(basis, m) for m in found])
+        if self.drop:
+            kept = keep_masks(site.with_deltas(z), (1 - self.drop,) * site.count, "knots")
+            z = torch.where(kept, z / (1 - self.drop), 0.0)
+        return basis, z
+
+    def _cuts(self, count: int, total: int) -> list[list[int]]:
+        return [[total if d == 1 else min(int(total * d) + 1, total)] for d in spread(self.density, count)]
+
+    def _combined(self, coordinates: Tensor, votes: Tensor) -> Tensor:
+        ones = (1.0,) * votes.shape[0]
+        if self.rule == "ties":
+            return disjoint(votes, elect_sign(coordinates.detach(), self.sign), ones, self.aggregate)
+        if self.aggregate == "max":
+            plus, minus = (disjoint(votes, torch.full_like(votes[0], side), ones, "max") for side in (1.0, -1.0))
+            return torch.where(plus >= -minus, plus, minus)
+        added = weighted_sum(votes)
+        return added / (votes != 0).sum(0).clamp(min=1) if self.aggregate == "mean" else added
+
+
+def _turned(matrix: Matrix) -> Matrix:
+    return (matrix[1].T, matrix[0].T) if isinstance(matrix, tuple) else matrix.T
+
+
+def _in_basis(basis: Tensor, matrix: Matrix) -> Tensor:
+    """U^T tau: [k, columns], in the task vector's dtype."""
+    if isinstance(matrix, tuple):
+        return ((basis.T @ matrix[0].double()) @ matrix[1].double()).to(matrix[0].dtype)
+    return (basis.T @ matrix.double()).to(matrix.dtype)

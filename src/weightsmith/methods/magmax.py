@@ -1,0 +1,42 @@
+"""Keep the largest change of every entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Method, number
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Magmax"]
+
+
+@dataclass(frozen=True)
+class Magmax(
+    Method,
+    name="magmax",
+    needs=(BASE,),
+    paper="MagMax (Marczak et al., ECCV 2024), arXiv:2407.06322",
+    symmetric=True,
+    scratch=2.0,
+):
+    """base + lambda delta, delta at every entry that of the model that changed it most; of +x and -x, +x.
+
+    Meant for tasks learned one after another, each model continuing from the one before (lambda 0.5 there), all
+    compared with the first base.
+    """
+
+    lambda_: float = number(1.0, "factor of the merged task vector")
+
+    def merge(self, site: Site) -> Tensor:
+        deltas = site.deltas
+        best = deltas[0]
+        for delta in deltas[1:]:
+            larger = (delta.abs() > best.abs()) | ((delta.abs() == best.abs()) & (delta > best))
+            best = torch.where(larger, delta, best)
+        assert site.base is not None
+        return site.base + best * self.lambda_

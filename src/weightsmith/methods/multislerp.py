@@ -1,0 +1,80 @@
+"""The mean direction of several models at their mean length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import Each, Method, Rows, flag, number
+from weightsmith.ops import gram
+from weightsmith.ops.combine import spread, unusable_weights, weighted_sum
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Multislerp"]
+
+NOISE = 1e-7
+"""Length of a sum of unit vectors below which its direction is rounding noise of float32 inputs."""
+
+
+@dataclass(frozen=True)
+class Multislerp(
+    Method,
+    name="multislerp",
+    paper="Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit",
+    symmetric=True,
+    scratch=3.0,
+):
+    """Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
+    m / |m| sum_i w_i |x_i|, plus the base.
+
+    mergekit goes on to a step in the tangent space at m, which is zero but for rounding: sum_i w_i u_i is m itself,
+    so that its part across m vanishes, and only a factor cos(eps) is left.  Where |m| < eps or 1e-7 (models that
+    cancel, or all but zero) there is no direction: sum_i w_i x_i; mergekit refuses that for more than two models.
+    One model comes back as it is.
+    """
+
+    weight: Each = number(1.0, "weight of each model", each=True)
+    normalize: bool = flag(True, "divide the weights by their sum (normalize_weights)")
+    eps: float = number(1e-8, "what is added to lengths, and the shortest sum that has a direction", low=0)
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return gram.measure(_vectors(site))
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return gram.products(totals)
+
+    def merge(self, site: Site) -> Tensor:
+        merged = weighted_sum(_vectors(site), self._factors(site))
+        return merged if site.base is None else site.base + merged
+
+    def _factors(self, site: Site) -> list[float]:
+        """The result as a combination of the x_i."""
+        if site.count == 1:
+            return [1.0]
+        weights = list(site.spread(self.weight))
+        if self.normalize:
+            weights = [w / sum(weights) for w in weights]
+        products = site.summary["gram"]
+        norms = products.diagonal().sqrt().tolist()
+        shares = [w / (norm + self.eps) if norm > 0 else 0.0 for w, norm in zip(weights, norms, strict=True)]
+        along = products.new_tensor(shares)
+        length = math.sqrt(max(float(along @ products @ along), 0.0))
+        if length < self.eps or length <= NOISE * sum(map(abs, weights)):
+            return weights
+        reach = sum(w * norm for w, norm in zip(weights, norms, strict=True)) * math.cos(self.eps)
+        return [share / length * reach for share in shares]
+
+
+def _vectors(site: Site) -> Tensor:
+    return site.experts if site.base is None else site.deltas

@@ -1,0 +1,37 @@
+"""Go towards another model by a fixed step at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import BASE, Method, number
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Nearswap"]
+
+
+@dataclass(frozen=True)
+class Nearswap(
+    Method,
+    name="nearswap",
+    needs=(BASE,),
+    paper="NearSwap (alchemonaut, 2024); as in mergekit",
+    keeps_expert=False,
+    max_count=1,
+    scratch=2.0,
+):
+    """base + delta cut to [-t, t]: entries that are near become the other model's, the others move by t.
+
+    mergekit writes it as w b + (1 - w) a with w = min(t / max(|b - a|, 1e-6), 1), which is the same but for changes
+    and t both below 1e-6.
+    """
+
+    t: float = number(0.01, "largest change of an entry (try a fraction of the typical |delta|)", low=0)
+
+    def merge(self, site: Site) -> Tensor:
+        assert site.base is not None
+        return site.base + site.deltas[0].clamp(-self.t, self.t)

@@ -1,0 +1,86 @@
+"""Spherical interpolation between two models by their weights, whole or row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.keys import Key
+from weightsmith.method import Each, Grain, Method, Rows, flag, number
+from weightsmith.ops import gram
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Nuslerp"]
+
+
+@dataclass(frozen=True)
+class Nuslerp(
+    Method,
+    name="nuslerp",
+    paper="Animating rotation with quaternion curves (Shoemake, 1985); as mergekit's nuslerp",
+    symmetric=True,
+    keeps_expert=False,
+    min_count=2,
+    max_count=2,
+    scratch=4.0,
+):
+    """Go along the arc from the first model to the second, to t = w_2 / (w_1 + w_2) (1/2 if the sum is below 1e-6):
+    (sin((1-t) h) a + sin(t h) b) / sin h.
+
+    a and b are the models or, with a base, their task vectors, to which the base is added again.  h is the angle
+    between the tensors as flat vectors; with `flatten: false` between the slices along the last axis (the rows of
+    a matrix), with `row_wise` too between those along the first.  Parallel and opposite vectors: (1-t) a + t b.
+    float64 and at any scale (mergekit gives vectors shorter than 1e-7 no direction).
+    """
+
+    weight: Each = number(1.0, "weight of each of the two models", each=True)
+    flatten: bool = flag(True, "one angle per tensor")
+    row_wise: bool = flag(False, "without flatten: slices along the first axis (mergekit's word for columns)")
+
+    @property
+    def grain(self) -> Grain:
+        return Grain.TENSOR if self.row_wise and not self.flatten else Grain.ELEMENT
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def skips(self, key: Key, round: int, summary: Summary) -> bool:
+        return self._sliced(key)
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        return {} if self._sliced(site.key) else gram.measure(_ends(site))
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+        return gram.products(totals) if totals else {}
+
+    def merge(self, site: Site) -> Tensor:
+        a, b = _ends(site)
+        if self._sliced(site.key):
+            aa, bb, ab = (self._along(x.detach(), y.detach()) for x, y in ((a, a), (b, b), (a, b)))
+        else:
+            products = site.summary["gram"].to(a.device)
+            aa, bb, ab = products[0, 0], products[1, 1], products[0, 1]
+        first, second = (share.to(a.dtype) for share in gram.arc_shares(aa, bb, ab, self._place(site)))
+        merged = a * first + b * second
+        return merged if site.base is None else site.base + merged
+
+    def _sliced(self, key: Key) -> bool:
+        return not self.flatten and len(key.shape) > 1
+
+    def _along(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.row_wise:
+            across: Tensor = gram.last_axis(a.transpose(0, -1), b.transpose(0, -1)).unsqueeze(-1).transpose(0, -1)
+            return across
+        return gram.last_axis(a, b).unsqueeze(-1)
+
+    def _place(self, site: Site) -> float:
+        first, second = site.spread(self.weight)
+        return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+
+
+def _ends(site: Site) -> Tensor:
+    return site.experts if site.base is None else site.deltas

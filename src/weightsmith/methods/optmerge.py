@@ -1,0 +1,104 @@
+"""WUDI on leading singular directions, for experts of one multi-modal or language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.ops.combine import mean
+from weightsmith.ops.descent import adam, momentum_gain
+from weightsmith.ops.interference import Interference, frobenius, interference, start_of
+from weightsmith.ops.spectral import top_svd
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Optmerge"]
+
+DEFAULTS = {"full": ("adam", 1e-5, "sum"), "lora": ("sgd", 1e-4, "mean")}
+"""Variant -> optimizer, learning rate and start of the authors' scripts."""
+
+
+@dataclass(frozen=True)
+class Optmerge(
+    Method,
+    name="optmerge",
+    aliases=("wudi2",),
+    needs=(BASE,),
+    paper="OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892",
+    grain=Grain.TENSOR,
+    domain=(2, 2),
+    otherwise="task_arithmetic",
+    symmetric=True,
+    scratch=12.0,
+):
+    """Lower sum_i |(M - T_i) R_i^T|^2 / |tau_i|^2, R_i and T_i being of rank k = min(m, n) // number of tasks.
+
+    R_i = S_k V_k^T of tau_i's k leading singular triplets.  variant full (experts fine-tuned as a whole):
+    T_i = mean + the rank-k part of tau_i - mean; lora (adapters, seen as whole matrices): T_i = the rank-k part of
+    tau_i.  Where a parameter is auto, full means Adam with lr 1e-5 from the sum of task vectors, lora SGD with
+    lr 1e-4 from their mean.  Result: base + scaling M; tensors that are not matrices get base + scaling mean(tau).
+
+    Adam's lr is absolute (no entry moves by more than about iters * lr), SGD's relative to the task vectors.
+    SGD is not iterated over matrices: its end is known from the eigenvalues of a Gram matrix.  The authors leave
+    out vision tower, projector, embeddings, head, norms and biases; say so by `exclude`.  The sum is about n times
+    as large as the mean, so full wants a smaller `scaling` on large fine-tunes (0.1 was used).
+    With Adam, gradients to the experts pass through the start alone.
+    """
+
+    variant: str = choice("full", "how the experts were made", "full", "lora")
+    optimizer: str = choice("auto", "how the loss is lowered", "auto", "adam", "sgd")
+    init: str = choice("auto", "where M starts", "auto", "sum", "mean")
+    iters: int = integer(300, "steps", low=0)
+    lr: float | str = number("auto", "learning rate", above=0, options=("auto",))
+    momentum: float = number(0.9, "share of its speed that SGD keeps per step", low=0, below=1)
+    scaling: float = number(1.0, "factor of the merged task vector")
+
+    def elsewhere(self) -> Stage:
+        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
+
+    def merge(self, site: Site) -> Tensor:
+        deltas = site.deltas
+        assert site.base is not None
+        start = start_of(deltas, self._setting("init", 2))
+        return site.base + (start + self._moved(start, deltas)) * self.scaling
+
+    def _setting(self, field: str, place: int) -> str:
+        given = str(getattr(self, field))
+        return str(DEFAULTS[self.variant][place]) if given == "auto" else given
+
+    def _moved(self, start: Tensor, deltas: Tensor) -> Tensor:
+        """M - M0."""
+        rank = min(start.shape) // len(deltas)
+        lr, by_adam = float(self._setting("lr", 1)), self._setting("optimizer", 0) == "adam"
+        if by_adam:
+            with torch.no_grad():
+                loss = self._loss(start, deltas, rank, loop=True)
+                return adam(loss.gradient(start.dtype), torch.zeros_like(start), self.iters, lr)
+        loss = self._loss(start, deltas, rank, loop=False)
+        # The quadratic's second derivative is 2 C, its first at the start -2 E.
+        return loss.filtered(lambda values: 2 * momentum_gain(2 * values, self.iters, lr, self.momentum)).to(
+            start.dtype
+        )
+
+    def _loss(self, start: Tensor, deltas: Tensor, rank: int, *, loop: bool) -> Interference:
+        centre = mean(deltas).double() if self.variant == "full" else None
+        return interference(start, _tasks(deltas, centre, rank), rank * len(deltas), loop=loop)
+
+
+def _tasks(deltas: Tensor, centre: Tensor | None, rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """T_i, R_i and |tau_i| of every task; singular vectors count as constants to gradients."""
+    for delta in deltas:
+        tau = delta.double()
+        leading = top_svd(tau.detach(), rank)
+        projector = leading.s[:, None] * leading.v.T
+        if centre is None:
+            target = (tau @ leading.v) @ leading.v.T
+        else:
+            v = top_svd((tau - centre).detach(), rank).v
+            target = centre + ((tau - centre) @ v) @ v.T
+        yield target, projector, frobenius(delta)

@@ -1,0 +1,52 @@
+"""RAM with the changes that stand alone made larger where most others are shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Method, Rows, number
+from weightsmith.methods.ram import active, by_sharing
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RamplusTl"]
+
+
+@dataclass(frozen=True)
+class RamplusTl(
+    Method,
+    name="ramplus_tl",
+    needs=(BASE,),
+    paper="Behavior Knowledge Merge in Reinforced Agentic Models (2026), arXiv:2601.13572, per tensor; as in mergekit",
+    symmetric=True,
+    keeps_expert=False,
+    scratch=3.0,
+):
+    """As `ram`, with the entries that only model i changed multiplied by 1 + r min(rho_i, alpha).
+
+    rho_i is the number of entries that model i changed with others, over that of those it changed alone, per
+    tensor; with none alone nothing is multiplied.
+    """
+
+    epsilon: float = number(1e-5, "size up to which a change counts as none", low=0)
+    r: float = number(0.1, "strength of the rescaling", low=0)
+    alpha: float = number(0.2, "largest ratio of shared to lone changes that counts", low=0)
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        changed, count = active(site.deltas, self.epsilon)
+        found = [[int((c & (count == 1)).sum()), int((c & (count > 1)).sum())] for c in changed]
+        return {"ram.changes": torch.tensor(found)}
+
+    def merge(self, site: Site) -> Tensor:
+        pairs = torch.as_tensor(site.summary["ram.changes"]).tolist()
+        factors = tuple(1 + self.r * min(shared / max(alone, 1), self.alpha) for alone, shared in pairs)
+        assert site.base is not None
+        return site.base + by_sharing(site.deltas, self.epsilon, factors)

@@ -1,0 +1,50 @@
+"""Mean of the best few models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import Each, Method, WeightedSum, integer, number
+from weightsmith.ops.combine import apply_weighted_sum, spread
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Soup"]
+
+
+@dataclass(frozen=True)
+class Soup(
+    Method,
+    name="soup",
+    paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
+    symmetric=True,
+    scratch=0.5,
+):
+    """The plain mean of the `size` models with the highest score, equals in recipe order; size 0: of all of them.
+
+    The uniform soup is size 0 (`linear`).  The greedy soup goes through the models by falling validation score and
+    keeps one if the mean with it scores no worse: a choice that only an evaluation after every step can make.
+    This method gives the candidates of its first pass, sizes 1, 2, 3, ..; where one scores worse than the one before,
+    take the model that it added out of the recipe and go on.
+    """
+
+    score: Each = number(0.0, "validation score of each model, higher is better", each=True)
+    size: int = integer(0, "how many of the best models are averaged; 0: all", low=0)
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        if self.size > count:
+            return f"size = {self.size} is more than the {count} models"
+        if 0 < self.size < count and len(set(spread(self.score, count))) == 1:
+            return f"size = {self.size} of {count} models needs a score for each of them"
+        return None
+
+    def fused(self, count: int) -> WeightedSum:
+        scores = spread(self.score, count)
+        best = sorted(range(count), key=lambda i: -scores[i])[: self.size or count]
+        return WeightedSum(tuple(float(i in best) for i in range(count)), divisor=float(len(best)))
+
+    def merge(self, site: Site) -> Tensor:
+        return apply_weighted_sum(self.fused(site.count), site)

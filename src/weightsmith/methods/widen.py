@@ -1,0 +1,97 @@
+"""Fuse models by how much each changed the size and the direction of every column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.method import Grain, Method, flag, number
+from weightsmith.ops.combine import weighted_sum
+from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Widen"]
+
+
+@dataclass(frozen=True)
+class Widen(
+    Method,
+    name="widen",
+    paper="Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models (Yu et al., 2024), "
+    "arXiv:2408.03092",
+    grain=Grain.TENSOR,
+    symmetric=True,
+    scratch=6.0,
+):
+    """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
+
+    W_n [out, in] with W_0 of the base, by column j:
+    1. m = |W[:, j]|; changes |m_n - m_0| of size and 1 - cos(W_n[:, j], W_0[:, j]) of direction.
+    2. Each becomes its rank within the model, 0 .. (in-1) / in: a stable rising order, equals by lower index.
+    3. Scores: softmax of the ranks over the models; a rank above t times the model's mean scores s instead.
+    4. W = W_0 + sum_n (W_n - W_0) (mean of both scores of the column).  Scores need not sum to 1: with s = 1 two
+       models that both hold a column important are added in full.
+
+    Vectors and numbers: |delta| takes the place of the ranks, entry by entry.  More than two dimensions: those
+    behind the first count as columns.  Embeddings have one column per token (`transpose_embeddings`).
+    float64; a column of zeros has changed its direction by 0 if it is zero in both and by 1 if in one (the
+    authors' code: NaN).
+    """
+
+    above_average_value_ratio: float = number(1.0, "t: what is important, as a multiple of the mean rank", low=0)
+    score_calibration_value: float = number(1.0, "s: score of what is important", above=0)
+    transpose_embeddings: bool = flag(True, "embeddings are stored [tokens, size]: rank tokens")
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        return None if has_base else "needs a base model; add base to the recipe"
+
+    def merge(self, site: Site) -> Tensor:
+        assert site.base is not None
+        shape = site.block_shape
+        turned = self.transpose_embeddings and site.key.role == "embed" and len(shape) == 2
+
+        def columns(tensor: Tensor) -> Tensor:
+            return tensor.T if turned else tensor.reshape(shape[0], -1) if len(shape) > 1 else tensor.reshape(-1)
+
+        if site.base.numel() == 0:
+            return site.base
+        base, deltas = columns(site.base), [columns(d) for d in site.deltas]
+        if base.ndim == 1:
+            kinds = [torch.stack([d.double().abs() for d in deltas])]
+            means = [pairwise_sum(kinds[0]) / base.numel()]
+        else:
+            changes = [_changes(base, base + d) for d in deltas]
+            kinds = [torch.stack([_ranks(c[kind]) for c in changes]) for kind in (0, 1)]
+            means = [torch.full((site.count,), (base.shape[1] - 1) / 2, dtype=torch.float64, device=base.device)] * 2
+        scores = weighted_sum(torch.stack([self._scores(k, m) for k, m in zip(kinds, means, strict=True)])) / len(kinds)
+        merged = base
+        for delta, score in zip(deltas, scores.to(base.dtype), strict=True):
+            merged = merged + delta * score
+        return (merged.T if turned else merged).reshape(shape).contiguous()
+
+    def _scores(self, values: Tensor, means: Tensor) -> Tensor:
+        """values: [n, columns], ranks as integers or sizes; means: [n]."""
+        length = values.shape[1] if values.dtype == torch.int64 else 1
+        shares = values.double() / length
+        powers = torch.exp(shares - shares.amax(0))
+        important = values > self.above_average_value_ratio * means[:, None]
+        return torch.where(important, self.score_calibration_value, powers / weighted_sum(powers))
+
+
+def _changes(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+    """How much size and direction of each column have changed: [out, in] twice -> [in] twice, float64."""
+    with torch.no_grad():  # ranks have no slope
+        bb, ee, be = (pairwise_sum((x.double() * y).T) for x, y in ((base, base), (expert, expert), (base, expert)))
+    # The root of a square is exact, so that an unchanged column has changed by exactly 0.
+    both = (bb * ee).sqrt()
+    cosine = torch.where(both > 0, be / torch.where(both > 0, both, 1.0), (bb == ee).double())
+    return (ee.sqrt() - bb.sqrt()).abs(), 1 - cosine
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Place of every entry in the rising order, equals by lower index: int64."""
+    return values.argsort(stable=True).argsort()

@@ -1,0 +1,133 @@
+"""The interference of a merged task vector with those of the tasks: a quadratic, kept as Gram matrices.
+
+    L(M) = sum_i |(M - T_i) R_i^T|_F^2 / |tau_i|_F^2          M, T_i: [m, n]; R_i: [r_i, n]
+
+The rows of R_i stand for the inputs of task i ("Whoever Started the Interference Should End It",
+arXiv:2503.08099).  With B the rows of all R_i / |tau_i| on top of each other, [r, n], C = B^T B and the start M0
+
+    gradient at M0 + X  =  2 (X C - E)      E = sum_i (T_i - M0) R_i^T R_i / |tau_i|^2 = F B
+
+so that a step costs one product with C, not two per task.  Every method that only filters the spectrum of C
+(gradient descent with momentum, gradient flow, truncation, the minimiser) ends at X = E h(C) = F h(B B^T) B for
+some function h of the eigenvalues.  Whichever is the smaller of C and B B^T is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.lazy import torch
+from weightsmith.ops.combine import mean, weighted_sum
+from weightsmith.ops.reduce import block_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["STARTS", "Interference", "flowed", "frobenius", "interference", "start_of"]
+
+STARTS = ("sum", "mean", "zero")
+"""Words for M0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interference:
+    """The quadratic around a start M0, float64.
+
+    pull    F [m, r]; E [m, n] where `rows` is None
+    gram    B B^T [r, r]; C [n, n] where `rows` is None
+    rows    B [r, n], or None
+    """
+
+    pull: Tensor
+    gram: Tensor
+    rows: Tensor | None
+
+    def gradient(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The function X -> gradient of L at M0 + X, computed in `dtype`."""
+        pull, gram = (2 * t.detach().to(dtype) for t in (self.pull, self.gram))
+        if self.rows is None:
+            return lambda x: torch.addmm(pull, x, gram, beta=-1)
+        rows = self.rows.to(dtype)
+        return lambda x: torch.addmm(pull, x, rows.T, beta=-1, alpha=2) @ rows
+
+    def filtered(self, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """X = E h(C), [m, n] float64; `gain`, h, gets the eigenvalues >= 0 of `gram`, rising: [k] -> [k].
+
+        The n - k eigenvalues of C that `gram` does not have are zero, and so is E in their directions.
+        """
+        values, vectors = torch.linalg.eigh(self.gram.detach())
+        moved: Tensor = ((self.pull @ vectors) * gain(values.clamp(min=0))) @ vectors.T
+        return moved if self.rows is None else moved @ self.rows
+
+
+def interference(
+    start: Tensor, tasks: Iterable[tuple[Tensor, Tensor, Tensor]], rows: int, *, loop: bool = False
+) -> Interference:
+    """Sum up the tasks, each (T_i [m, n], R_i [r_i, n], |tau_i|); a task of norm 0 has no say.
+
+    start   M0 [m, n]
+    rows    the largest sum of all r_i, to choose the cheaper form by
+    loop    for `gradient` (two products with B against one with C) rather than for `filtered`
+
+    Gradients reach T_i and M0; R_i and |tau_i| count as constants.
+    """
+    m, n = start.shape
+    stacked = rows * (2 if loop else 1) < n
+    pull = start.new_zeros(m, 0 if stacked else n, dtype=torch.float64)
+    gram = start.new_zeros(n, n, dtype=torch.float64) if not stacked else None
+    parts = []
+    for target, projector, norm in tasks:
+        if norm == 0:
+            continue
+        b = projector.detach().double() / norm
+        missed = target.double() - start.double()
+        if gram is None:
+            pull = torch.cat([pull, missed @ b.T], 1)
+            parts.append(b)
+        elif 2 * b.shape[0] < n:
+            gram.addmm_(b.T, b)
+            pull = pull + (missed @ b.T) @ b
+        else:
+            own = b.T @ b
+            gram.add_(own)
+            pull = pull + missed @ own
+    if gram is not None:
+        return Interference(pull, gram, None)
+    all_rows = torch.cat([start.new_zeros(0, n, dtype=torch.float64), *parts])
+    return Interference(pull, all_rows @ all_rows.T, all_rows)
+
+
+def frobenius(delta: Tensor) -> Tensor:
+    """|tau|_F, a float64 scalar and a constant to gradients."""
+    return block_sums(delta.detach().double().square()).sqrt()
+
+
+def start_of(deltas: Tensor, word: str) -> Tensor:
+    """M0 by its word: [n, *block] -> [*block]."""
+    if word == "zero":
+        return torch.zeros_like(deltas[0])
+    return weighted_sum(deltas) if word == "sum" else mean(deltas)
+
+
+def flowed(deltas: Tensor, start: str, time: float, floor: float, count: Callable[[Tensor], int]) -> Tensor:
+    """M after gradient flow on the loss of T_i = R_i = tau_i for `time`, in C's leading eigenvectors: [m, n].
+
+    floor   eigenvalues below it count as it
+    count   all n eigenvalues of C, falling and floored -> how many take part
+    """
+    origin, columns = start_of(deltas, start), deltas.shape[2]
+    tasks = ((delta, delta, frobenius(delta)) for delta in deltas)
+    loss = interference(origin, tasks, deltas.shape[0] * deltas.shape[1])
+
+    def gain(values: Tensor) -> Tensor:
+        safe = values.clamp(min=floor)
+        padding = safe.new_full((columns - len(safe),), floor)
+        used = min(count(torch.cat([padding, safe]).flip(0)), len(safe))
+        # h(l) = (1 - exp(-l time)) / l: D f / l - M0 f of the papers is (D - M0 C) f / l = E h.
+        gain = -torch.expm1(-safe * time) / safe
+        gain[: len(safe) - used] = 0
+        return gain
+
+    return origin + loss.filtered(gain).to(deltas.dtype)

@@ -1,0 +1,126 @@
+"""EMR: the elected task vector, masks and factors against their closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import weightsmith
+from goldens.encoded import encoded
+from weightsmith.codecs.emr_masks import EmrMasks
+from weightsmith.keys import Key
+from weightsmith.ops.masks import unpack_bits
+
+SHAPES = {"embed_tokens.weight": (300, 301), "layers.0.conv.weight": (5, 3, 3), "norm.weight": (13,), "scalar": ()}
+METHOD = ["emr", "emr_masks"]
+
+
+def state(seed: int, scale: float) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+
+
+BASE = state(0, 1.0)
+DELTAS = [state(i + 1, 0.02 * (i + 1)) for i in range(3)]
+EXPERTS = {f"e{i}": {n: BASE[n] + d[n] for n in BASE} for i, d in enumerate(DELTAS)}
+DELTAS = [{n: e[n] - BASE[n] for n in BASE} for e in EXPERTS.values()]  # as float32 has them
+
+
+def elected(name: str) -> Tensor:
+    stack = torch.stack([d[name].double() for d in DELTAS])
+    sign = stack.sum(0).sign()
+    return sign * torch.where(stack.sign() == sign, stack.abs(), 0.0).amax(0)
+
+
+def rebuilt(made, name: str, expert: str) -> Tensor:
+    kinds = {"tau": f"{name}::tau", "mask": f"{name}::mask.{expert}", "factor": f"{name}::factor.{expert}"}
+    return EmrMasks().decode({kind: made.tensors[full] for kind, full in kinds.items()}, BASE[name], 0)
+
+
+def test_elect_mask_and_rescale():
+    made = encoded(METHOD, BASE, EXPERTS)
+    for i, (expert, delta) in enumerate(zip(EXPERTS, DELTAS, strict=True)):
+        masks = {n: delta[n] * elected(n) > 0 for n in BASE}
+        own = sum(float(delta[n].double().abs().sum()) for n in BASE)
+        kept = sum(float((masks[n] * elected(n)).abs().sum()) for n in BASE)
+        assert kept > 0
+        for n in BASE:
+            want = BASE[n] + own / kept * masks[n] * elected(n)
+            assert torch.allclose(rebuilt(made, n, expert), want.float(), atol=1e-6), (i, n)
+
+
+def test_one_expert_comes_back_and_disjoint_ones_at_a_common_factor():
+    alone = encoded(METHOD, BASE, {"e0": EXPERTS["e0"]})
+    for n in BASE:
+        assert torch.allclose(rebuilt(alone, n, "e0"), EXPERTS["e0"][n], atol=1e-6)
+    halves = {}
+    for i in range(2):
+        mine = {n: (torch.arange(BASE[n].numel()) % 2 == i).reshape(BASE[n].shape) for n in BASE}
+        halves[f"e{i}"] = {n: torch.where(mine[n], EXPERTS["e0"][n], BASE[n]) for n in BASE}
+    made = encoded(METHOD, BASE, halves)
+    for expert, models in halves.items():
+        for n in BASE:
+            assert torch.allclose(rebuilt(made, n, expert), models[n], atol=1e-6)
+
+
+def test_the_same_parts_however_cut():
+    whole, cut = (encoded(METHOD, BASE, EXPERTS, block=size) for size in (1 << 30, 64))
+    assert whole.tensors.keys() == cut.tensors.keys()
+    assert [n for n, t in whole.tensors.items() if not torch.equal(t, cut.tensors[n])] == []
+
+
+def test_any_block_is_that_part_of_the_whole():
+    made, name, rows = encoded(METHOD, BASE, EXPERTS), "embed_tokens.weight", 217
+    key = Key(name, SHAPES[name], "float32")
+    full, codec = rebuilt(made, name, "e1"), EmrMasks()
+    for low, high in [(0, 3), (216, 219), (rows, rows + 1), (299, 300)]:
+        parts = {}
+        for part in codec.parts(key, ("e1",)):
+            first, last = part.rows(low * 301, high * 301)
+            parts[part.name] = made.tensors[part.key.name][first:last]
+        assert torch.equal(codec.decode(parts, BASE[name][low:high], low * 301), full[low:high])
+
+
+def test_a_folder_gives_its_experts_back(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from weightsmith.recipe.schema import Recipe
+    from weightsmith.run.compress import compress, restore
+
+    places = {n: tmp_path / n for n in ("base", *EXPERTS)}
+    for name, place in places.items():
+        place.mkdir()
+        save_file(BASE if name == "base" else EXPERTS[name], place / "model.safetensors")
+    recipe = Recipe.model_validate(
+        {
+            "base": {"model": str(places["base"])},
+            "models": {n: {"model": str(places[n])} for n in EXPERTS},
+            "method": ("emr", "emr_masks"),
+        }
+    )
+    result = compress(recipe, tmp_path / "packed")
+    weights = sum(t.numel() for t in BASE.values())
+    assert result.storage is not None
+    assert result.storage.stored < weights * 4 * 1.15  # tau, and 3 bits per weight
+    restore(tmp_path / "packed", "e2", tmp_path / "again")
+    again, made = load_file(tmp_path / "again" / "model.safetensors"), encoded(METHOD, BASE, EXPERTS)
+    assert [n for n in BASE if not torch.equal(again[n], rebuilt(made, n, "e2"))] == []
+
+
+def test_behind_the_plain_sum_and_masks_of_the_same_sign():
+    made = encoded(["task_arithmetic", "emr_masks"], BASE, EXPERTS)
+    for n in BASE:
+        tau = weightsmith.merge(EXPERTS, "task_arithmetic", base=BASE)[n] - BASE[n]
+        mask = unpack_bits(made.tensors[f"{n}::mask.e0"], 0, tau.numel()).reshape(tau.shape)
+        agree = DELTAS[0][n].sign() == made.tensors[f"{n}::tau"].sign()
+        assert torch.equal(mask, agree & (made.tensors[f"{n}::tau"] != 0))
+
+
+def test_needs_a_method_in_front():
+    from weightsmith.errors import RecipeError
+    from weightsmith.site import Site
+
+    site = Site(key=Key("w", (2, 2), "float32"), stack=torch.ones(1, 2, 2), base=torch.ones(2, 2))
+    with pytest.raises(RecipeError, match="emr_masks stores a merged task vector; put it behind the merging method"):
+        EmrMasks().encode(site)

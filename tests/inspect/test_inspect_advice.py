@@ -1,0 +1,88 @@
+"""Every rule holds where it says, and what follows names methods that exist."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from inspected import of, of_vectors
+
+from weightsmith.inspect.advice import RULES, Rule
+from weightsmith.method import registry
+
+DOCS = Path(__file__).parents[2] / "docs" / "howto" / "inspect.md"
+MODEL = of_vectors([9.0, 9.0, 9.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.1, 0.0, 1.0]).model
+EXPERTS = ("math", "code", "chat")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.condition)
+def test_a_rule_holds_within_its_bounds_only(rule: Rule) -> None:
+    inside = rule.above if rule.above > -math.inf else rule.below - 1e-6
+    found = replace(rule, figure=lambda _: inside).on(MODEL, EXPERTS)
+    assert found is not None
+    assert found.text.startswith(f"{rule.name} = ")
+    assert "{" not in found.text
+    assert found.source.startswith(("heuristic", "published", "measured"))
+    for outside in (rule.below, math.nextafter(rule.above, -math.inf), None):
+        if outside is None or math.isfinite(outside):
+            assert replace(rule, figure=lambda _, v=outside: v).on(MODEL, EXPERTS) is None
+    for name in rule.methods:
+        assert registry(name).traits.name == name
+
+
+def test_the_guide_lists_every_rule() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for rule in RULES:
+        row = "| `" + rule.condition.replace("|", "\\|") + "` |"
+        assert row in text, row
+
+
+def said(*words: str, model: object) -> bool:
+    return any(all(word in advice.text for word in words) for advice in model.advice)  # type: ignore[attr-defined]
+
+
+def test_near_orthogonal_experts() -> None:
+    eye = 0.1 * torch.eye(4)
+    found = of({"w": torch.full((4, 4), 5.0)}, [{"w": eye[[i] * 4]} for i in range(4)])
+    assert said("mean |cos| = 0 < 0.1", "lambda from 0.25 (the mean) to 0.5 (a sum as long as one", model=found)
+    assert said("largest |tau|/|base| = 1% < 5%", "near the base", model=found)
+    assert said("singular interference / by chance = 0x < 1.2x", model=found)
+
+
+def test_opposed_far_and_unequal_experts() -> None:
+    found = of_vectors([1.0] * 4, [1.0, 1.0, 1.0, 1.0], [-4.0, -4.0, -4.0, -4.0], [1.0, -1.0, 1.0, -1.0])
+    assert said("largest |tau|/|base| = 400% >= 5%", "b moved far", model=found)
+    assert said("largest / smallest |tau| = 4x >= 2x", "b drowns a", model=found)
+    assert said("smallest cos = -1 < -0.1", "a and b pull against each other", model=found)
+    assert said("largest |cos(tau, base)| = 1 >= 0.5", model=found)
+    assert said("outvoted weight mass = 27.8% >= 20%", "ties", model=found) is False
+    assert said("outvoted weight mass", "ties elects", model=found)
+
+
+def test_a_middle_cosine_has_both_bounds() -> None:
+    found = of_vectors([9.0, 9.0], [1.0, 0.0], [0.3, 0.953939])
+    assert said("mean |cos| = 0.3 >= 0.1 and < 0.5", "iso_c", model=found)
+    (rule,) = [a.rule for a in found.advice if "cos| <" in a.rule]
+    assert rule == "0.1 <= mean |cos| < 0.5"
+
+
+def test_peaks_and_sparse_changes() -> None:
+    delta = torch.zeros(1000)
+    delta[5] = 1e-3
+    found = of({"w": torch.ones(1000)}, [{"w": delta}, {"w": -delta}])
+    assert said("mean share of |tau|^2 in the top 0.1% = 100% >= 10%", "breadcrumbs", model=found)
+    assert said("mean share of unchanged weights = 99.9% >= 50%", model=found)
+    assert said("largest mean |tau_i| = 1e-06 < 0.002", "dare", model=found)
+    assert said("mean overlap of top-20% masks = 1 >= 0.4", model=found)
+
+
+def test_shared_singular_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(30, 2, generator=generator), torch.randn(2, 30, generator=generator)
+    deltas = [{"w": left @ right + 0.01 * torch.randn(30, 30, generator=generator)} for _ in range(3)]
+    found = of({"w": torch.full((30, 30), 90.0)}, deltas)
+    assert said("singular interference / by chance", ">= 1.5x", "tsvm", model=found)
+    assert said("|tau|^2 kept by 1/n of the rank = 100% >= 90%", model=found)

@@ -1,0 +1,119 @@
+"""What is printed, written and refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from weightsmith.cli.main import main
+
+Captured = pytest.CaptureFixture[str]
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (12, 8),
+    "model.layers.1.self_attn.q_proj.weight": (12, 8),
+    "model.norm.weight": (8,),
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    base = {n: draw.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+    for name in ("base", "math", "code"):
+        (tmp_path / name).mkdir()
+        moved = 0.0 if name == "base" else 0.02
+        tensors = {n: (w + moved * draw.standard_normal(w.shape)).astype(np.float32) for n, w in base.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: base\nmodels: {'<b>math': math, code: code}\nmethod: linear\n")
+    return path
+
+
+def test_tables_and_advice(recipe: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "Whole model",
+        "Cosines of task vectors",
+        "Overlap of top-20% masks",
+        "Layers",
+        "Roles",
+        "interference",
+    ):
+        assert word in shown
+    assert re.search(r"^  code +0\.\d{3} +[12]\.\d\d% ", shown, re.MULTILINE)
+    assert "3 tensors, 200 weights, 2 experts\n" in shown
+    assert "spectra of 2 matrices, smaller side up to 1024; singular interference " in shown
+    assert re.search(r"  - largest \|tau\|/\|base\| = [12]\.\d+% < 5%: .*\[measured on ", shown)
+    assert main(["inspect", str(recipe), "--spectra", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "no spectra\n" in shown
+    assert "effective rank" not in shown
+    assert main(["inspect", str(recipe), "--spectra", "4", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_json(recipe: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(recipe), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"] == ["<b>math", "code"]
+    assert list(found["tensors"]) == list(SHAPES)
+    assert list(found["layers"]) == ["0", "1", "norm"]
+    assert found["model"]["entries"] == 200
+    assert len(found["model"]["cosine"]) == 2
+    assert found["tensors"]["model.norm.weight"]["spectra"] is None
+    assert len(found["model"]["spectra"]["curve"][0]) == 33
+    assert {"text", "methods", "rule", "value", "source"} == set(found["advice"][0])
+
+
+def test_the_page_needs_nothing_else(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(recipe), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nwrote {page}\n")
+    text = page.read_text("utf-8")
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", text)
+    assert "&lt;b&gt;math" in text
+    assert "<b>math" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    figures = [json.loads(f) for f in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text)]
+    heat = [f for f in figures if f["data"][0]["type"] == "heatmap"]
+    assert len(heat) == 7
+    cosine, overlap, moved = heat[:3]
+    assert [row[i] for i, row in enumerate(cosine["data"][0]["z"])] == pytest.approx([1, 1])
+    assert cosine["data"][0]["x"] == overlap["data"][0]["y"] == ["<b>math", "code"]
+    assert moved["data"][0]["y"] == ["0", "1", "norm"]
+    assert all(1 < value < 4 for row in moved["data"][0]["z"] for value in row)
+    assert heat[3]["data"][0]["x"] == ["norm", "q"]
+    assert [row[1] is None for row in heat[3]["data"][0]["z"]] == [False, False, True]
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert any(title.startswith("Singular task interference") for title in titles)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--spectra", "-1"], r"--spectra -1 is outside \[0, inf\)"),
+        (["--html", "no/where.html"], "not a file in an existing folder; make the folder no"),
+        (["--html", "."], "not a file in an existing folder"),
+        (["--set", "base=nowhere"], "base: "),
+        (["--set", "base=null"], "need a base model"),
+        (["--threads", "0"], "--threads 0 is outside"),
+    ],
+)
+def test_mistakes_cost_one_line(recipe: Path, words: list[str], message: str, capsys: Captured) -> None:
+    assert main(["inspect", str(recipe), *words]) == 2
+    shown = capsys.readouterr()
+    assert re.search(message, shown.err)
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+
+
+def test_a_page_without_plotly(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["inspect", str(recipe), "--html", "page.html"]) == 2
+    assert "pip install 'weightsmith[report]'" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""LoRA experts are merged from their factors: the same result, and no task vector in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import weightsmith
+from weightsmith.errors import NumericError
+from weightsmith.io.open import open_source
+from weightsmith.io.source import MemorySource, Source
+from weightsmith.run import execute
+
+ROWS, COLUMNS, RANK = 14, 10, 2
+WEIGHT = "layers.0.m.weight"
+METHODS = ["tsvm", "iso_c", "iso_cts", "knots"]
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def base() -> Source:
+    return MemorySource({WEIGHT: noise(ROWS, COLUMNS, seed=0), "norm.weight": noise(7, seed=1)}, "base")
+
+
+def adapter(folder: Path, seed: int, rank: int = RANK) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["m"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"lora_A": noise(rank, COLUMNS, seed=seed), "lora_B": noise(ROWS, rank, seed=seed + 100)}
+    save_file(
+        {f"base_model.model.layers.0.m.{n}.weight": t for n, t in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def experts(tmp_path: Path, base: Source) -> dict[str, Source]:
+    return {f"e{i}": open_source(adapter(tmp_path / f"e{i}", 10 * i + 5, RANK + i), base=base) for i in range(3)}
+
+
+def dense(experts: dict[str, Source]) -> dict[str, dict[str, Tensor]]:
+    return {n: {k: s.read(k) for k in s.keys} for n, s in experts.items()}
+
+
+@pytest.mark.parametrize("front", METHODS)
+@pytest.mark.parametrize("behind", [[], ["lines"], ["consensus"]])
+def test_the_result_is_that_of_the_full_models(base: Source, experts: dict[str, Source], front: str, behind: list[str]):
+    full = {k: base.read(k) for k in base.keys}
+    got = weightsmith.merge(experts, [front, *behind], base)
+    want = weightsmith.merge(dense(experts), [front, *behind], full)
+    assert not torch.allclose(got[WEIGHT], full[WEIGHT], atol=1e-2)
+    for name in full:
+        assert torch.allclose(got[name], want[name], atol=2e-5), name
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, experts: dict[str, Source], method: object, base: Source) -> set[str]:
+    """On which devices the engine put the stack of the weight: 'meta' has no data."""
+    found, original = set(), execute._site
+
+    def watched(key, *rest):
+        site = original(key, *rest)
+        if key.name == WEIGHT:
+            found.add(site.stack.device.type)
+        return site
+
+    monkeypatch.setattr(execute, "_site", watched)
+    weightsmith.merge(experts, method, base)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_task_vector_is_formed(monkeypatch, base: Source, experts: dict[str, Source], method: str):
+    assert seen(monkeypatch, experts, method, base) == {"meta"}
+
+
+def test_where_factors_do_not_help_all_is_as_ever(monkeypatch, tmp_path: Path, base: Source, experts):
+    full = {k: base.read(k) for k in base.keys}
+    assert seen(monkeypatch, experts, "ties", base) == {"cpu"}
+    assert seen(monkeypatch, experts, ["dare", "tsvm"], base) == {"cpu"}
+    mixed = {**experts, "full": MemorySource({k: t + 1 for k, t in full.items()}, "full")}
+    assert seen(monkeypatch, mixed, "tsvm", base) == {"cpu"}
+    other = MemorySource({k: t + 1 for k, t in full.items()}, "other")
+    assert seen(monkeypatch, experts, "tsvm", other) == {"cpu"}, "their factors are not the change from this base"
+
+
+def test_a_bad_factor_is_refused_by_name(tmp_path: Path, base: Source):
+    folder = adapter(tmp_path / "bad", 5)
+    tensors = {"lora_A": torch.full((RANK, COLUMNS), torch.inf), "lora_B": noise(ROWS, RANK, seed=1)}
+    names = {f"base_model.model.layers.0.m.{n}.weight": t for n, t in tensors.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    with pytest.raises(NumericError, match=r"layers.0.m.weight in the adapter of bad holds Inf at \[0, 0\]"):
+        weightsmith.merge({"bad": open_source(folder, base=base)}, "tsvm", base)

@@ -1,0 +1,173 @@
+"""Continual merging: laws, the full formula, and going on from an earlier result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from driver import merge
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from weightsmith.methods.opcm import Opcm
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.merge import run
+from weightsmith.run.plan import make_plan
+
+SHAPES = {
+    "embed_tokens.weight": (20, 6),
+    "layers.0.up_proj.weight": (9, 7),
+    "lm_head.weight": (20, 6),
+    "norm.weight": (7,),
+}
+
+
+def state(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+
+
+BASE = state(0)
+TASKS = [state(i + 1, 0.1 * (i + 1)) for i in range(4)]
+
+
+def experts(tasks: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {f"e{i}": {n: BASE[n] + t[n] for n in BASE} for i, t in enumerate(tasks)}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return float(torch.cat([t.double().flatten() for t in tensors.values()]).norm())
+
+
+def changes(merged: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: merged[n] - BASE[n] for n in BASE}
+
+
+def by_the_book(tasks: list[dict[str, Tensor]], alpha: float) -> dict[str, Tensor]:
+    """Step by step with full square bases, rescaled after every model."""
+    merged, scale, norms = {n: t.double() for n, t in tasks[0].items()}, 1.0, [norm(tasks[0])]
+    for task in tasks[1:]:
+        norms.append(norm(task))
+        for name, t in task.items():
+            d = t.double()
+            if name in ("layers.0.up_proj.weight", "lm_head.weight"):
+                u, s, vt = torch.linalg.svd(merged[name], full_matrices=True)
+                share = s.cumsum(0) / s.sum()
+                r = int((share > alpha).int().argmax())
+                p = u.T @ d @ vt.T
+                p.diagonal().zero_()
+                p[:r, :r] = 0
+                d = u @ p @ vt
+            merged[name] = scale * merged[name] + d
+        length, mean = norm(merged), sum(norms) / len(norms)
+        merged = {n: m * mean / length for n, m in merged.items()}
+        scale = length / mean
+    return merged
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.95])
+def test_the_thin_formula_is_the_full_one(alpha):
+    got = changes(merge(experts(TASKS), "opcm", base=BASE, alpha=alpha))
+    want = by_the_book(TASKS, alpha)
+    for name in BASE:
+        assert torch.allclose(got[name].double(), want[name], atol=1e-6), name
+
+
+def test_one_model_comes_back():
+    got = merge(experts(TASKS[:1]), "opcm", base=BASE)
+    assert all(torch.allclose(got[n], BASE[n] + TASKS[0][n], atol=1e-6) for n in BASE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_norm_is_the_mean_norm(count):
+    merged = changes(merge(experts(TASKS[:count]), "opcm", base=BASE))
+    wanted = sum(norm(t) for t in TASKS[:count]) / count
+    assert norm(merged) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_more_of_the_same_keeps_its_direction():
+    task = TASKS[0]
+    merged = changes(merge(experts([task, {n: 2 * t for n, t in task.items()}]), "opcm", base=BASE))
+    name = "layers.0.up_proj.weight"
+    ratio = merged[name] / task[name]
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-3)
+
+
+def test_orthogonal_tasks_are_added():
+    q, r = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n))).Q for n in (9, 7))
+    one, two = q[:, :3] @ r[:, :3].T, q[:, 3:6] @ r[:, 3:6].T
+    name = "layers.0.up_proj.weight"
+    models = {f"e{i}": {name: t} for i, t in enumerate([one, two])}
+    got = merge(models, "opcm", base={name: torch.zeros(9, 7)}, alpha=0.0)[name]
+    factor = float(one.norm()) / float((one + two).norm())
+    assert torch.allclose(got, factor * (one + two), atol=1e-5)
+
+
+def test_a_first_model_without_changes_takes_nothing_from_the_second():
+    got = changes(merge(experts([{n: 0 * t for n, t in TASKS[0].items()}, TASKS[1]]), "opcm", base=BASE))
+    assert all(torch.allclose(got[n], TASKS[1][n] / 2, atol=1e-6) for n in BASE)
+
+
+# --- going on --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    for name, tensors in {"base": BASE, **experts(TASKS)}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path
+
+
+def recipe(there: Path, *names: str, base: str = "base", **parameters: object) -> Recipe:
+    models = {n: {"model": str(there / n)} for n in names}
+    method = ({"opcm": {"alpha": 0.4, **parameters}},)
+    return Recipe.model_validate({"base": str(there / base), "models": models, "method": method})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_models_are_added_to_an_earlier_merge_without_the_earlier_experts(there: Path, first: int) -> None:
+    names = [f"e{i}" for i in range(4)]
+    run(recipe(there, *names), there / "once", threads=1)
+    run(recipe(there, *names[:first]), there / "early", threads=1)
+    for name in names[:first]:
+        (there / name / "model.safetensors").unlink()
+    run(recipe(there, "early", *names[first:]), there / "late", threads=1)
+    a, b = weights(there / "once"), weights(there / "late")
+    assert all(torch.allclose(a[n], b[n], atol=2e-6) for n in a)
+    notes = [json.loads((there / n / "weightsmith.json").read_text())["notes"]["opcm"] for n in ("once", "late")]
+    assert notes[0]["merged"] == notes[1]["merged"] == 4
+    assert notes[0]["lambda"] == pytest.approx(notes[1]["lambda"], rel=1e-5)
+    assert notes[0]["lambda"] > 1
+
+
+def test_what_was_noted_can_be_said_by_hand_or_put_aside(there: Path) -> None:
+    run(recipe(there, "e0", "e1"), there / "early", threads=1)
+    noted = json.loads((there / "early" / "weightsmith.json").read_text())["notes"]["opcm"]
+    run(recipe(there, "early", "e2"), there / "auto", threads=1)
+    (there / "plain").mkdir()
+    save_file(weights(there / "early"), there / "plain" / "model.safetensors")
+    run(recipe(there, "plain", "e2", **noted), there / "said", threads=1)
+    run(recipe(there, "early", "e2", merged=1, **{"lambda": 1.0}), there / "aside", threads=1)
+    auto, said, aside = (weights(there / n) for n in ("auto", "said", "aside"))
+    assert all(torch.equal(auto[n], said[n]) for n in auto)
+    assert not torch.allclose(auto["norm.weight"], aside["norm.weight"], atol=1e-4)
+
+
+def test_notes_hold_for_their_base_only(there: Path) -> None:
+    run(recipe(there, "e0", "e1"), there / "early", threads=1)
+    (there / "other").mkdir()
+    save_file(BASE, there / "other" / "model.safetensors", metadata={"header": "unlike"})
+    notes = make_plan(recipe(there, "early", "e2", base="other")).notes
+    assert "early was made by opcm on another base; it counts as a model like any other" in notes
+
+
+def test_auto_is_one_model():
+    assert Opcm()._start == (1, 1.0)
+    assert Opcm().informed(None, {"earlier": {"opcm": {"merged": 3, "lambda": 1.7}}}) == Opcm(merged=3, lambda_=1.7)  # type: ignore[arg-type]

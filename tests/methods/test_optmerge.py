@@ -1,0 +1,108 @@
+"""OptMerge: its loops without iterating over matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driver import merge
+from loops import adam, sgd
+
+import weightsmith
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def delta(*changes: torch.Tensor, **parameters) -> torch.Tensor:
+    base = {"w": torch.zeros_like(changes[0])}
+    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, "optmerge", base=base, **parameters)["w"]
+
+
+def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def loss(merged: torch.Tensor, taus: torch.Tensor, centred: bool) -> torch.Tensor:
+    """With the rank-k tau_i itself as projector: its left factor changes no norm."""
+    rank, mean = min(taus.shape[1:]) // len(taus), taus.mean(0)
+    total = torch.zeros((), dtype=taus.dtype)
+    for tau in taus:
+        target = mean + truncated(tau - mean, rank) if centred else truncated(tau, rank)
+        total = total + ((merged - target) @ truncated(tau, rank).T).square().sum() / tau.square().sum()
+    return total
+
+
+SHAPES = pytest.mark.parametrize("shape", [(8, 11), (11, 8), (3, 20)], ids=["wide", "tall", "very wide"])
+
+
+@SHAPES
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_momentum_needs_no_loop_over_matrices(shape, variant):
+    taus = torch.stack([noise(*shape, seed=i) for i in range(3)])
+    wide = taus.double()
+    expected = sgd(lambda m: loss(m, wide, variant == "full"), wide.mean(0), 40, lr=0.01, momentum=0.8).float()
+    assert (expected - taus.mean(0)).abs().max() > 0.01
+    got = delta(*taus, variant=variant, optimizer="sgd", init="mean", iters=40, lr=0.01, momentum=0.8)
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+@SHAPES
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_the_loop_of_adam(shape, variant):
+    taus = torch.stack([noise(*shape, seed=i) for i in range(3)])
+    wide = taus.double()
+    expected = adam(lambda m: loss(m, wide, variant == "full"), wide.sum(0), 40, lr=0.01).float()
+    assert (expected - taus.sum(0)).abs().max() > 0.1
+    got = delta(*taus, variant=variant, optimizer="adam", init="sum", iters=40, lr=0.01)
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_auto_is_what_the_authors_use():
+    taus = [noise(8, 9, seed=i) for i in range(2)]
+    full, lora = {"optimizer": "adam", "lr": 1e-5, "init": "sum"}, {"optimizer": "sgd", "lr": 1e-4, "init": "mean"}
+    assert torch.equal(delta(*taus), delta(*taus, variant="full", **full))
+    assert torch.equal(delta(*taus, variant="lora"), delta(*taus, variant="lora", **lora))
+    assert not torch.equal(delta(*taus, variant="lora", **full), delta(*taus, variant="lora", **lora))
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_one_expert_comes_back(variant):
+    change = noise(6, 9)
+    assert torch.allclose(delta(change, variant=variant), change, atol=1e-6)
+
+
+def test_the_loss_falls_step_by_step():
+    taus = torch.stack([noise(8, 9, seed=i) for i in range(3)])
+    after = [delta(*taus, variant="lora", iters=n, lr=1e-3) for n in (0, 1, 2, 10, 100)]
+    losses = [float(loss(m, taus, centred=False)) for m in after]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_fewer_rows_than_tasks_leave_the_start():
+    taus = [noise(2, 9, seed=i) for i in range(3)]
+    assert torch.equal(delta(*taus), sum(taus))
+    assert torch.allclose(delta(*taus, variant="lora"), sum(taus) / 3, atol=1e-7)
+
+
+def test_a_task_of_zeros_has_no_say():
+    a, b, zero = noise(9, 9), noise(9, 9, seed=1), torch.zeros(9, 9)
+    assert torch.isfinite(delta(a, zero, b)).all()
+    moved = [delta(*taus, variant="lora", lr=0.01, init="sum") - (a + b) for taus in [(a, zero, b), (zero, b, a)]]
+    assert torch.allclose(moved[0], moved[1], atol=1e-6)
+    assert torch.equal(delta(zero, zero), zero)
+
+
+def test_what_is_excluded_stays_the_bases_bit_for_bit():
+    base = {"visual.proj.weight": noise(4, 4), "layers.0.mlp.up_proj.weight": noise(6, 4), "norm.weight": noise(4)}
+    experts = {f"e{i}": {n: t + 0.1 * noise(*t.shape, seed=i) for n, t in base.items()} for i in range(2)}
+    merged = weightsmith.merge(experts, "optmerge", base=base, exclude=["visual.*", "*norm*"])
+    changed = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert changed == ["layers.0.mlp.up_proj.weight"]
+
+
+def test_other_tensors_get_the_scaled_mean():
+    a, b = noise(5), noise(5, seed=1)
+    assert torch.allclose(delta(a, b, scaling=0.3), 0.3 * (a + b) / 2, atol=1e-6)

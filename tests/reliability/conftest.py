@@ -1,0 +1,56 @@
+"""Scenes, and the process whose children run them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from reliability.runs import Scene, Zygote, make_scene
+
+FIGURES: dict[str, Counter[str]] = {}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
+    """tiny: few calls, on one thread, by the kernels; torch: the same through torch; wide: 16 MB read, two threads."""
+    folder = tmp_path_factory.mktemp("scenes")
+    one = ("--threads", "1")
+    piped = "[{dare: {density: 0.5}}, {ties: {density: 0.5}}]"
+    return {
+        "tiny": make_scene(folder / "tiny", "ties", hidden=16, layers=0, shard="700B", shards=1, options=one),
+        "torch": make_scene(folder / "torch", piped, hidden=16, layers=0, shard="700B", options=one),
+        "wide": make_scene(
+            folder / "wide", "ties", hidden=192, layers=6, shard="1MB", shards=3, options=("--threads", "2")
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def zygote(scenes: dict[str, Scene], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    made = Zygote(tmp_path_factory.mktemp("zygote"), list(scenes.values()))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str, Counter[str]], None]:
+    """Adds to the figures that are shown at the end: what was tried, and how it went."""
+
+    def add(what: str, seen: Counter[str]) -> None:
+        FIGURES.setdefault(what, Counter()).update(seen)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [
+        f"{what}: " + ", ".join(f"{n} {word}" for word, n in sorted(seen.items())) for what, seen in FIGURES.items()
+    ]
+    for line in lines:
+        terminalreporter.write_line(line)
+    if lines and (path := os.environ.get("WEIGHTSMITH_FIGURES")):
+        Path(path).write_text("\n".join(lines) + "\n")

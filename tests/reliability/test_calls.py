@@ -1,0 +1,106 @@
+"""Every call to the file system fails once: OUT is absent or complete, the error is one line, --resume puts it right."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import weightsmith
+from reliability.trials import ERRORS, calls_of, fail_at, fail_resume_at
+
+KINDS = itertools.cycle(ERRORS)
+
+
+@pytest.mark.parametrize(("name", "old", "step"), [("tiny", False, 5), ("tiny", True, 11), ("torch", False, 17)])
+def test_every_call_fails(zygote, scenes, tmp_path, note, name, old, step):
+    """Each call of a run of its own; here a part of the calls, with another kind of failure at each."""
+    count = calls_of(zygote, scenes[name], tmp_path, old)
+    cases = [(n, next(KINDS)) for n in range(1, count + 1, step)]
+    note("failing calls", fail_at(zygote, scenes[name], tmp_path, cases, old=old))
+
+
+def test_every_call_of_a_resumed_run_fails(zygote, scenes, tmp_path, note):
+    count = calls_of(zygote, scenes["tiny"], tmp_path)
+    cases = [(n, next(KINDS)) for n in range(46, count + 1, 11)]
+    note("failing calls of a resumed run", fail_resume_at(zygote, scenes["tiny"], tmp_path, cases))
+
+
+DOOR = """
+import os, sys
+from pathlib import Path
+from weightsmith.cli.main import main
+from weightsmith.io import system
+inside = 0
+def call(function, /, *args, **kwargs):
+    global inside
+    inside += 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        inside -= 1
+events, past, seen = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir",
+                      "os.truncate", "os.link", "os.symlink", "os.utime", "os.chmod", "shutil.rmtree"}, [], 0
+def audit(event, args):
+    global seen
+    if event in events and args and isinstance(args[0], (str, bytes, os.PathLike)):
+        if os.fsdecode(os.fspath(args[0])).startswith(sys.argv[1]):
+            seen += 1
+            if not inside:
+                past.append(f"{event} {os.fsdecode(os.fspath(args[0]))[len(sys.argv[1]):]}")
+main([*sys.argv[2:3], sys.argv[3], sys.argv[1] + "/warm", *sys.argv[5:]])  # what is imported late is no file of ours
+system.call = call
+sys.addaudithook(audit)
+code = main(sys.argv[2:])
+print(code, seen, *past, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("name", "kind"), [("torch", "safetensors"), ("tiny", "pickle")])
+def test_nothing_goes_past_the_door(scenes, tmp_path, name, kind):
+    """Python tells of every file that is opened, listed, made, renamed or removed: all of it happens inside `call`."""
+    argv = scenes[name].argv(tmp_path, "--overwrite")
+    folder = scenes[name].folder
+    if kind == "pickle":
+        folder = pickled(folder, tmp_path)
+        argv[1] = str(folder / "recipe.yaml")
+    place = os.path.commonpath([folder, tmp_path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DOOR, place, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    code, seen, *past = done.stdout.split("\n")[:-1]
+    assert (code, past) == ("0", [])
+    assert int(seen) > 60
+
+
+def pickled(folder: Path, target: Path) -> Path:
+    """The same models as PyTorch checkpoints."""
+    import torch
+
+    from weightsmith.io.folder import FolderSource
+
+    for model in ("base", "math", "code", "law"):
+        source = FolderSource(folder / model)
+        (target / model).mkdir()
+        torch.save({name: source.read(name) for name in source.keys}, target / model / "pytorch_model.bin")
+    recipe = (folder / "recipe.yaml").read_text().replace(str(folder), str(target))
+    (target / "recipe.yaml").write_text(recipe)
+    return target
+
+
+def test_the_modules_of_the_door_use_it():
+    """What no audit event tells of (reads and writes of open files, fsync) is called through `system.call` only."""
+    quiet = {"read", "pread", "preadv", "write", "pwrite", "fsync", "fdatasync", "posix_fallocate", "ftruncate"}
+    found = Counter()
+    for path in sorted((Path(weightsmith.__file__).parent / "io").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in quiet:
+                if isinstance(node.func.value, ast.Name) and node.func.value.id == "os":
+                    found[f"{path.name}: os.{node.func.attr}"] += 1
+    assert not found

@@ -1,0 +1,190 @@
+"""The same bytes whatever the inputs' files look like, however the output is cut, in whatever order tasks end.
+
+Blocks, threads and other processes are in tests/run/test_engine.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file
+
+from goldens import tiny_llama
+from reliability.runs import save_sharded
+from weightsmith.io.open import open_source
+from weightsmith.io.output import FolderSink
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import MemorySource, Source
+from weightsmith.method import Filter, Method, registered
+from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.plan import make_plan
+from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner
+
+NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
+COUNT = {"slerp": 1}
+BARE: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
+
+
+def small(arrays: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A part of the tiny Llama that has every kind of tensor."""
+    kept = ("model.layers.0.mlp", "model.layers.1.self_attn.q_proj", "model.embed", "model.norm")
+    return {name: torch.from_numpy(a).to(dtype) for name, a in arrays.items() if name.startswith(kept)}
+
+
+def models() -> dict[str, dict[str, torch.Tensor]]:
+    base, experts = tiny_llama.make(5, 3)
+    return {n: small(a, torch.bfloat16) for n, a in (("base", base), *((f"e{i}", e) for i, e in enumerate(experts)))}
+
+
+def stats() -> dict[str, list[dict[str, torch.Tensor]]]:
+    made = {"fisher": tiny_llama.positive(5, 3), "gram": tiny_llama.grams(5, 3)}
+    return {stat: [small(d, torch.float32) for d in found] for stat, found in made.items()}
+
+
+def given(name: str, sources: dict[str, Source]) -> tuple[Recipe, Inputs]:
+    kept = [f"e{i}" for i in range(COUNT.get(name, registered()[name].traits.max_count or 3))]
+    found = {s: {f"e{i}": MemorySource(d[i], s) for i in range(len(kept))} for s, d in stats().items()}
+    recipe = Recipe(
+        base=ModelRef(model="base"),
+        models={n: ModelRef(model=n) for n in kept},
+        method=(StageSpec(name=name, parameters=BARE.get(name, {})),),
+    )
+    return recipe, Inputs(sources["base"], {n: sources[n] for n in kept}, found)
+
+
+def merged(name: str, sources: dict[str, Source], **how: Any) -> str:
+    """Checksum over all tensors of the result, by name."""
+    recipe, inputs = given(name, sources)
+    sink = MemorySink()
+    carry_out(make_plan(recipe, sources=inputs, threads=1), inputs, sink, **how)
+    return checksum(sink.tensors())
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    state = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        state.update(name.encode() + tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+# --- layouts of the inputs -------------------------------------------------------------------------
+
+
+def single(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    save_sharded(tensors, folder, 1)
+
+
+def sharded(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    save_sharded(tensors, folder, 3)
+
+
+def pickled(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def pickled_shuffled(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    names = list(tensors)
+    random.Random(1).shuffle(names)
+    pickled({name: tensors[name] for name in names}, folder)
+
+
+def reversed_data(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """The header names the tensors in another order, and their data lies in another order too."""
+    folder.mkdir()
+    at, entries, data = 0, {}, b""
+    for name in sorted(tensors, reverse=True):
+        raw = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        entries[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [at, at + len(raw)]}
+        at, data = at + len(raw), data + raw
+    header = json.dumps(dict(sorted(entries.items(), key=lambda item: item[0][::-1]))).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+LAYOUTS = [single, sharded, pickled, pickled_shuffled, reversed_data]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Source]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    for save in LAYOUTS:
+        (folder / save.__name__).mkdir()
+        for model, tensors in models().items():
+            save(tensors, folder / save.__name__ / model)
+    return {s.__name__: {m: open_source(folder / s.__name__ / m) for m in models()} for s in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def memory() -> dict[str, Source]:
+    return {name: MemorySource(tensors, name) for name, tensors in models().items()}
+
+
+class Shuffled:
+    """A runner as a cluster is one: tasks are done in any order, answers come in the order of the tasks."""
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        waiting = list(tasks)
+        order = list(range(len(waiting)))
+        random.Random(len(order)).shuffle(order)
+        found = {i: function(waiting[i]) for i in order}
+        return (found[i] for i in range(len(waiting)))
+
+
+RUNNERS: list[Runner] = [SerialRunner(), Shuffled(), ThreadRunner(2)]
+SIZES = [1, 5000, 10**9]
+
+
+def check(name: str, sources: dict[str, Source], size: int, runner: Runner, out: Path) -> str:
+    """Merge into files; checksum of what the safetensors library reads back."""
+    recipe, inputs = given(name, sources)
+    sink = FolderSink(out, shard_size=size, identity={})
+    carry_out(make_plan(recipe, sources=inputs, threads=1), inputs, sink, runner=runner)
+    sink.finish()
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) > 1) == (size < 10**9)
+    return checksum({n: t for path in files for n, t in load_file(path).items()})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_shards_and_order(
+    name: str, memory: dict[str, Source], layouts: dict[str, dict[str, Source]], tmp_path: Path
+) -> None:
+    """Three runs in which every setting and every layout occurs, each model in a layout of its own."""
+    expected = merged(name, memory)
+    for turn, (size, runner) in enumerate(zip(SIZES, RUNNERS, strict=True)):
+        kinds = [LAYOUTS[(2 * turn + i) % len(LAYOUTS)].__name__ for i in range(len(memory))]
+        mixed = {model: layouts[kind][model] for model, kind in zip(memory, kinds, strict=True)}
+        assert check(name, mixed, size, runner, tmp_path / f"out{turn}") == expected, (size, runner, kinds)
+
+
+HASH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from reliability.test_matrix import MemorySource, NAMES, merged, models
+sources = {name: MemorySource(tensors, name) for name, tensors in models().items()}
+print(*[merged(name, sources) for name in NAMES])
+"""
+
+
+def test_hash_seed(memory: dict[str, Source]) -> None:
+    """The order of sets and of hashed names differs between processes; the bytes do not."""
+    here = " ".join(merged(name, memory) for name in NAMES)
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", HASH, str(Path(__file__).parent.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == here
