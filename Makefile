@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint torture bench docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The slow proof: kills and failing calls by the hundred, coverage-guided fuzzing.
+torture: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o python_files='torture_*.py test_fuzz_*.py' tests/torture
 
 bench: setup
 	$(BIN)/python -m bench

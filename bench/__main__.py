@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(bench: Bench, options: argparse.Namespace) -> int:
     merges = [MERGES[name] for name in options.methods]
     print(_heading(options), flush=True)
-    bench.warm_up()
+    bench.warm_up(merges)
     exact = {m.name: bench.exact(m) for m in merges} if bench.rival and not options.unchecked else {}
     runs: list[Run] = []
     agreements: dict[str, Agreement] = {}

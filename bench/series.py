@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import mergekit
 from bench.agree import Agreement, check_exact, compare
 from bench.measure import BenchError, Usage, forget_cached, measure, plain_environment
-from bench.merges import MERGES, UNDRAWN, Merge
+from bench.merges import UNDRAWN, Merge
 from bench.models import make_models
 
 __all__ = ["OURS", "PROGRAMS", "THEIRS", "Bench", "Memory", "Run"]
@@ -109,9 +109,9 @@ class Bench:
         self.clear()
         return Memory(merge.name, experts, int(json.loads(found.stdout)["peak_bytes"]), used.rss)
 
-    def warm_up(self) -> None:
+    def warm_up(self, merges: Sequence[Merge]) -> None:
         """Let weightsmith compile its kernels, and Python its modules, before anything is measured."""
-        for merge in MERGES.values():
+        for merge in merges:
             self.clear()
             commands = self._commands(merge, *self.folders("tiny", 3))
             for program in (OURS, *([THEIRS] if self.rival else [])):
@@ -124,10 +124,11 @@ class Bench:
             self._clear(program)
 
     def _clear(self, program: str) -> None:
-        shutil.rmtree(self._out(program), ignore_errors=True)
+        """Remove a program's output, and what an interrupted run has left beside it."""
+        shutil.rmtree(self._out(program).parent, ignore_errors=True)
 
     def _out(self, program: str) -> Path:
-        return self.root / "out" / program.replace(" + ", "-")
+        return self.root / "out" / program.replace(" + ", "-") / "merged"
 
     def _commands(
         self, merge: Merge, base: Path, experts: Sequence[Path], dtype: str = "bfloat16"

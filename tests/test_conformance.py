@@ -334,6 +334,8 @@ class Peak(TorchDispatchMode):
 def test_scratch_is_honest(stage: Stage):
     """Merging stays within what the plan predicts from `traits.scratch`, whatever the number of experts."""
     name, side = "model.layers.1.mlp.up_proj.weight", 512  # a block as large as the engine's
+    if any(p.name == "iters" for p in stage.parameters()):
+        stage = dataclasses.replace(stage, iters=2)  # every iteration needs the same memory
     unit = side * side * 4
     base = {name: noise(side, side, seed=1)}
     for wanted in (1, 3):

@@ -29,9 +29,15 @@ __all__ = [
 
 
 class WeightsmithError(Exception):
-    """Root of the tree; the command line prints its text and exits with `code`."""
+    """Root of the tree; the command line prints its text and exits with `code`.
+
+    Names from files stand in the texts: what could drive a terminal or end a line in a log is spelt out (\\x1b).
+    """
 
     code = 2
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
 
 
 class RecipeError(WeightsmithError):

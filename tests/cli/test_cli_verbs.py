@@ -194,7 +194,7 @@ def test_methods_explains_one(capsys: Captured) -> None:
     assert any(row[:4] == ["density", "0.2", "(0,", "1]"] for row in rows)
     assert any(row[:1] == ["lambda"] for row in rows)
     assert main(["methods", "average"]) == 0
-    assert capsys.readouterr().out.startswith("linear (method, also called average)")
+    assert capsys.readouterr().out.startswith("linear (method, also called average, uniform_soup)")
     assert main(["methods", "tie"]) == 2
     assert capsys.readouterr().err == "error: unknown method 'tie'; did you mean 'ties'?\n"
 

@@ -23,7 +23,7 @@ def test_norms_and_angles() -> None:
     model = of_vectors([0.0, 0.0, 10.0], [3.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, -2.0, 0.0], [0.0, 0.0, 1.0]).model
     assert model.norm == pytest.approx((3, 5, 2, 1))
     assert model.relative == pytest.approx((0.3, 0.5, 0.2, 0.1))
-    assert model.size == pytest.approx((1, 7 / 3, 2 / 3, 1 / 3))
+    assert model.size == pytest.approx((3, 3.5, 2, 1))
     assert model.cosine[0] == pytest.approx((1, 0.6, 0, 0))
     assert model.cosine[1] == pytest.approx((0.6, 1, -0.8, 0))
     assert model.base_cosine == pytest.approx((0, 0, 0, 1))

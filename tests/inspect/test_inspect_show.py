@@ -72,6 +72,16 @@ def test_json(recipe: Path, capsys: Captured) -> None:
     assert {"text", "methods", "rule", "value", "source"} == set(found["advice"][0])
 
 
+def test_embeddings_of_unlike_vocabularies_are_left_out(recipe: Path, capsys: Captured) -> None:
+    for number, name in enumerate(("base", "math", "code")):
+        words = {"yes": number // 2, "no": 1 - number // 2}
+        (recipe.parent / name / "vocab.json").write_text(json.dumps(words))
+        table = {"model.embed_tokens.weight": np.ones((2, 8), np.float32), "w": np.full(4, number, np.float32)}
+        save_file(table, recipe.parent / name / "model.safetensors")
+    assert main(["inspect", str(recipe)]) == 0
+    assert "not looked at: model.embed_tokens.weight (unlike vocabulary in code: 2 tokens" in capsys.readouterr().out
+
+
 def test_the_page_needs_nothing_else(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
     page = tmp_path / "page.html"
     assert main(["inspect", str(recipe), "--html", str(page)]) == 0
@@ -90,6 +100,8 @@ def test_the_page_needs_nothing_else(recipe: Path, tmp_path: Path, capsys: Captu
     assert all(1 < value < 4 for row in moved["data"][0]["z"] for value in row)
     assert heat[3]["data"][0]["x"] == ["norm", "q"]
     assert [row[1] is None for row in heat[3]["data"][0]["z"]] == [False, False, True]
+    assert heat[-1]["data"][0]["x"] == ["q"]  # a norm has no spectrum
+    assert heat[-1]["data"][0]["y"] == ["0", "1"]
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert any(title.startswith("Singular task interference") for title in titles)
 

@@ -232,9 +232,12 @@ def test_a_source_survives_pickling_and_tells_files_apart(tmp_path: Path) -> Non
     (name, facts), *_ = source.fingerprint()["files"].items()
     assert name == "m.safetensors"
     assert facts["size"] == path.stat().st_size
+    before = source.fingerprint()
+    assert json.dumps(before)
     save_file({"v": torch.ones(3)}, path)
-    assert SafetensorsSource(path).fingerprint() != source.fingerprint()
-    assert json.dumps(source.fingerprint())
+    assert SafetensorsSource(path).fingerprint() != before
+    with pytest.raises(SourceError, match="changed or exchanged since it was opened"):
+        source.fingerprint()
 
 
 def test_only_the_header_is_read_to_list_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,23 @@ def test_the_formulae_on_columns_that_change_in_size_only():
         assert float(got[j]) == pytest.approx(float(scores[0] * (1 + j) + scores[1] * (4 - j)), abs=1e-6)
 
 
+@pytest.mark.parametrize(("t", "s"), [(1.0, 1.0), (1.5, 0.8), (0.3, 2.0)])
+def test_the_formulae_on_ordinary_matrices(t, s):
+    experts = [BASE + 0.3 * noise(6, 10, seed=4), BASE + 0.05 * noise(6, 10, seed=5), BASE + noise(6, 10, seed=6)]
+
+    def ranks(values: Tensor) -> Tensor:
+        return torch.tensor([sorted(values.tolist()).index(v) for v in values.tolist()]) / 10
+
+    def scores(changes: list[Tensor]) -> Tensor:
+        r = torch.stack([ranks(c) for c in changes]).double()
+        return torch.where(r > t * r.mean(1, keepdim=True), s, r.softmax(0))
+
+    size = scores([(e.double().norm(dim=0) - BASE.double().norm(dim=0)).abs() for e in experts])
+    turn = scores([1 - torch.cosine_similarity(e.double(), BASE.double(), 0) for e in experts])
+    want = BASE + sum((e - BASE) * (a + b) / 2 for e, a, b in zip(experts, size, turn, strict=True))
+    assert torch.allclose(widen(BASE, *experts, t=t, s=s), want.float(), atol=1e-5)
+
+
 def test_only_the_order_of_the_changes_counts():
     """Sizes pushed apart monotonically keep all scores, so the merged change grows by the same factors."""
     base = torch.eye(5)

@@ -47,9 +47,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, Counter[str]], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = [
-        f"{what}: " + ", ".join(f"{n} {word}" for word, n in sorted(seen.items())) for what, seen in FIGURES.items()
-    ]
+    lines = [f"{what}: {', '.join(f'{n} {word}' for word, n in sorted(FIGURES[what].items()))}" for what in FIGURES]
     for line in lines:
         terminalreporter.write_line(line)
     if lines and (path := os.environ.get("WEIGHTSMITH_FIGURES")):

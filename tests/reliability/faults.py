@@ -100,7 +100,7 @@ class Unsafe:
             elif function in SYNCS:
                 for log in (self.writes, self.sizes, self.fresh):
                     log.pop(inode, None)
-                here = Path(os.readlink(path))
+                here = Path(path).readlink()
                 self.renames = [(a, b) for a, b in self.renames if b.parent != here]
             done = function(*args, **kwargs)
             if function is os.open and args[1] & os.O_CREAT:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_a_run_in_one_process_lets_go_of_the_folder_when_its_end_fails(scenes, t
     from weightsmith.run import merge
 
     recipe = load(scenes["tiny"].recipe)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -104,4 +105,4 @@ def test_a_run_in_one_process_lets_go_of_the_folder_when_its_end_fails(scenes, t
     merge.run(recipe, tmp_path / "out", resume=True)
     assert digest(tmp_path / "out").keys()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert len(os.listdir("/proc/self/fd")) <= before + 64  # files kept open for reading
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 64  # files kept open for reading

@@ -46,7 +46,8 @@ def main() -> None:
                 _child(request, cli.main, install, patch)
             answer = {"code": _end_of(child, request.get("signal"), began), "seconds": time.monotonic() - began}
             calls = Path(request["log"] + ".calls")
-            answer["calls"] = int(calls.read_text()) if calls.exists() else None
+            counted = calls.read_text() if calls.exists() else ""  # a kill may leave an empty file
+            answer["calls"] = int(counted) if counted else None
         os.write(_ANSWERS, json.dumps(answer).encode() + b"\n")
 
 

@@ -29,7 +29,6 @@ from weightsmith.run.plan import make_plan
 from weightsmith.run.runner import SerialRunner, ThreadRunner
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
-COUNT = {"slerp": 1}
 BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
 
 
@@ -81,7 +80,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def of(name: str, inputs: Inputs) -> tuple[Recipe, Inputs]:
-    count = COUNT.get(name, 3)
+    stage = registered()[name](**BARE.get(name, {}))
+    most = stage.traits.max_count or 3
+    count = next(n for n in (3, 2, 1) if n <= most and stage.check(n, True) is None)
     return recipe({name: BARE.get(name, {})}, count=count), only(inputs, count)
 
 

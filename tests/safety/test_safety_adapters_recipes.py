@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal import outcome
 from safetensors.torch import save_file
 
-from weightsmith.errors import RecipeError, SourceError, WeightsmithError
+from weightsmith.errors import RecipeError, SourceError
 from weightsmith.io.card import licences
 from weightsmith.io.package import companions, copy_companions, left_behind
 from weightsmith.io.peft import AdapterSource
@@ -48,18 +49,29 @@ def adapter(folder: Path, config: Any, module: str = LONG, rank: int = 2) -> Cal
     return lambda: AdapterSource(folder, base)
 
 
-SLOW = ["(a+)+$", "(a|aa)+$", "(.*.*.*.*.*)*x", "(a*)*b", ".*.*.*.*.*.*.*x", "(?:a{0,40}){0,40}b", "a" * 501, "(" * 5000]
+SLOW = [
+    "(a+)+$",
+    "(a|aa)+$",
+    "(.*.*.*.*.*)*x",
+    "(a*)*b",
+    ".*.*.*.*.*.*.*x",
+    "(?:a{0,40}){0,40}b",
+    "a" * 501,
+    "(" * 5000,
+]
 SLOW += ["((a*)*)*b", "a{99999999999999999999}", "[", "(?P<x>", "*", "\\", "(?i:a)(?#" + "x" * 600 + ")"]
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", SLOW, ids=range(len(SLOW)))
 def test_patterns_that_could_be_matched_for_hours(field: str, pattern: str, tmp_path: Path) -> None:
-    with seconds(2), pytest.raises(SourceError, match=f"{field} .* (too involved|not a regular expression)"):
+    with seconds(2), pytest.raises(SourceError, match=rf"{field} .* (too involved|not a regular expression)"):
         adapter(tmp_path, {field: {pattern: 4}})()
 
 
-@pytest.mark.parametrize("pattern", [r"layers\.(0|1)\.a+", "a" * 40, r"model\.layers\.[0-9]\..*", r".*\.a{40}", "[[a]+"])
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.(0|1)\.a+", "a" * 40, r"model\.layers\.[0-9]\..*", r".*\.a{40}", "[[a]+"]
+)
 def test_patterns_as_people_write_them(pattern: str, tmp_path: Path) -> None:
     source = adapter(tmp_path, {"rank_pattern": {pattern: 2}, "r": 8, "alpha_pattern": {pattern: 6}})()
     assert source.read(f"{LONG}.weight").tolist() == [[6.0] * 3] * 4
@@ -87,7 +99,7 @@ def test_absurd_numbers(field: str, number: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_ranks_that_json_does_not_know(number: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="r = (nan|inf|-inf) is not a positive number"):
+    with pytest.raises(SourceError, match=r"r = (nan|inf|-inf) is not a positive number"):
         adapter(tmp_path, f'{{"peft_type": "LORA", "r": {number}}}')()
 
 
@@ -130,12 +142,8 @@ def test_configurations_that_are_none(case: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_any_configuration(tmp_path: Path, config: dict[str, Any]) -> None:
     load_it = adapter(tmp_path, config)
-    try:
-        value = load_it().read(f"{LONG}.weight")
-    except SourceError as error:
-        assert str(error).isprintable()
-    else:
-        assert value.shape == (4, 3)
+    value, _ = outcome(lambda: load_it().read(f"{LONG}.weight"))
+    assert value is None or value.shape == (4, 3)
 
 
 # --- licences and companion files ------------------------------------------------------------------
@@ -198,10 +206,10 @@ def test_a_link_out_of_the_model_does_not_carry_secrets_along(tmp_path: Path) ->
     assert licences({"m": model}) == {"m": "unknown"}
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '[{"path": ["x"]}]', '[{"path": {}}]', "3", "null", '"x"'])
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"path": ["x"]}]', "3", "null", '"x"'])
 def test_hostile_module_lists(text: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(text)
-    with pytest.raises(SourceError, match="modules.json"):
+    with pytest.raises(SourceError, match=r"modules\.json"):
         companions(tmp_path, ())
 
 
@@ -228,7 +236,11 @@ RECIPES = {
     "dashes": "- " * 400_000,
     "one word": "x" * 900_000,
     "quotes": '"' * 900_000,
-    "a long key": "models: {" + "y" * 400_000 + ": x}\nmethod: linear\nparameters: {weight: {" + "y" * 399_999 + "z: 1}}",
+    "a long key": "models: {"
+    + "y" * 400_000
+    + ": x}\nmethod: linear\nparameters: {weight: {"
+    + "y" * 399_999
+    + "z: 1}}",
     "a long method": f"models: {{a: x}}\nmethod: {'ties' * 100_000}",
     "many wrong keys": "models: {a: x}\nmethod: linear\n" + "".join(f"metho{i}: 1\n" for i in range(20_000)),
     "many models of one folder": "method: linear\nmodels:\n" + "".join(f"  m{i}: /\n" for i in range(20_000)),
@@ -281,20 +293,14 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=400, **BOUND)
+@settings(max_examples=200, **BOUND)
 @given(st.dictionaries(WORDS, TREES, max_size=6))
 def test_any_tree_is_a_recipe_or_an_error(tree: dict[str, Any]) -> None:
     for content in (tree, {"models": {"a": "x"}, "method": "linear"} | tree):
-        try:
-            loads(json.dumps(content))
-        except WeightsmithError as error:
-            assert str(error)
+        outcome(lambda content=content: loads(json.dumps(content)))
 
 
 @settings(max_examples=300, **BOUND)
 @given(st.text(alphabet=st.sampled_from(list("ab:-?[]{}&*!|>%@`'\"#,\n\t \\~.<=é\x85\u2028\ufeff")), max_size=40))
 def test_any_text_is_yaml_or_an_error(text: str) -> None:
-    try:
-        read(text, "x")
-    except RecipeError as error:
-        assert str(error)
+    outcome(lambda: read(text, "x"))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from weightsmith.errors import OutputError
 from weightsmith.io import system
 
 __all__ = ["duration", "printable", "progress_bar", "say", "show_json", "size", "table", "warn"]
@@ -132,5 +133,8 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
 
 def files_in(folder: Path) -> tuple[int, int]:
     """Number and bytes of the safetensors files in a folder."""
-    sizes = [p.stat().st_size for p in system.call(list, folder.glob("*.safetensors"))]
+    try:
+        sizes = [path.stat().st_size for path in system.call(list, folder.glob("*.safetensors"))]
+    except OSError as error:
+        raise OutputError(f"{folder} is complete, but its files cannot be listed ({error.strerror})") from error
     return len(sizes), sum(sizes)

@@ -282,7 +282,7 @@ RULES: tuple[Rule, ...] = (
         unit="%",
     ),
     Rule(
-        "largest mean |tau_i|",
+        "largest mean |tau_i| where changed",
         lambda m: _largest(m.size),
         "changes are as small as those that dare was found to thin out without loss",
         "published: arXiv:2311.03099 (most changes of supervised fine-tuning within 0.002)",
@@ -290,7 +290,7 @@ RULES: tuple[Rule, ...] = (
         methods=("dare",),
     ),
     Rule(
-        "largest mean |tau_i|",
+        "largest mean |tau_i| where changed",
         lambda m: _largest(m.size),
         "changes are so large that dare was found to fail even at density 0.9; leave it out",
         "published: arXiv:2311.03099 (changes of about 0.03)",

@@ -47,7 +47,7 @@ class Measures:
     tensors, entries  how many
     norm          |tau_i|, L2
     relative      |tau_i| / |base|
-    size          mean |tau_i| per entry
+    size          mean |tau_i| over the entries that are not zero
     zeros         share of entries that are exactly zero
     cosine        [n][n] of task vectors
     base_cosine   of task vector and base
@@ -94,7 +94,7 @@ def measures(totals: Mapping[str, Any]) -> Measures:
         entries=entries,
         norm=_numbers(lengths),
         relative=_over(lengths, norms[:1]),
-        size=_over(found["mass"], entries),
+        size=_over(found["mass"], entries - found["zeros"]),
         zeros=_over(found["zeros"], entries),
         cosine=_matrix(gram[1:, 1:], np.outer(lengths, lengths), 1.0),
         base_cosine=_over(gram[0, 1:], norms[0] * lengths, 1.0),

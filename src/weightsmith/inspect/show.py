@@ -71,7 +71,7 @@ _EXPERT_COLUMNS = (
     Column("expert", "Expert"),
     Column("norm", "|tau|", 3, meaning="L2 norm of the task vector"),
     Column("relative", "|tau|/|base|", 2, percent=True),
-    Column("size", "mean |tau_i|", 6, meaning="mean magnitude of a weight's change"),
+    Column("size", "mean |tau_i|", 6, meaning="mean magnitude over the weights that changed"),
     Column("base_cosine", "cos to base", 3),
     Column("zeros", "unchanged", 1, percent=True, meaning="share of weights that are exactly as in the base"),
     Column("outliers", "above 6 rms", 4, percent=True, meaning="share of entries above 6 root mean squares"),

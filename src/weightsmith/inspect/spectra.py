@@ -110,7 +110,10 @@ def chance(parts: Sequence[Svd]) -> float:
 
 
 def spectral_totals(found: Sequence[Svd], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """What adds up over matrices, from each of n experts' triplets on one matrix of this shape (p its smaller side):
+    """What adds up over matrices, from each of n experts' triplets on one matrix of this shape (p its smaller side).
+
+    All of `s` is needed, of `u` and `v` only the p // n leading columns.
+
 
     spectra.matrices     [n] 1 where the task vector is not zero, else 0, as in all that follow
     spectra.effective    [n] effective rank;  spectra.effective_share: divided by p

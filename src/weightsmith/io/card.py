@@ -18,6 +18,7 @@ __all__ = ["CardModel", "Citation", "licence_problems", "licences", "model_card"
 UNKNOWN = "unknown"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _CARD_LIMIT = 1 << 16  # bytes of an input's card that are looked at: front matter is short
+_DEEPEST = 20  # levels; the parser's time grows with the square of the depth
 _HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _NONCOMMERCIAL = re.compile(r"-nc\b|non-?commercial|research|academic", re.IGNORECASE)
 _NO_DERIVATIVES = re.compile(r"-nd\b|no-?deriv", re.IGNORECASE)
@@ -150,8 +151,12 @@ def _top_level(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     depth, key = 0, None
     for event in YAML(typ="safe", pure=True).parse(text):
+        if getattr(event, "tag", None) is not None:
+            return {}
         if isinstance(event, events.CollectionStartEvent):
             depth += 1
+            if depth > _DEEPEST:
+                return {}
             key = key if isinstance(event, events.SequenceStartEvent) else None
         elif isinstance(event, events.CollectionEndEvent):
             depth -= 1

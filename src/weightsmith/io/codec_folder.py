@@ -26,7 +26,7 @@ from weightsmith.codecs.tall_masks import TallMasks, consensus_of
 from weightsmith.errors import OutputError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import read_manifest
-from weightsmith.io.open import folder_kind, open_source, register_opener
+from weightsmith.io.open import expanded, folder_kind, open_source, register_opener
 from weightsmith.io.source import Source, tensor_to_bits
 from weightsmith.keys import Key, Part
 from weightsmith.lazy import torch
@@ -290,11 +290,11 @@ def _shared(folder: CodecFolder, base: Source) -> dict[str, Key]:
 
 
 def _is_codec_folder(ref: Any) -> bool:
-    return isinstance(ref, Path) and folder_kind(ref.expanduser()) == "codec"
+    return isinstance(ref, Path) and folder_kind(expanded(ref)) == "codec"
 
 
 def _open(ref: Any, base: Source | None, expert: str | None) -> Source:
-    return open_codec(ref.expanduser(), base, expert)
+    return open_codec(expanded(ref), base, expert)
 
 
 register_opener(_is_codec_folder, _open)

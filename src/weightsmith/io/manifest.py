@@ -137,6 +137,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
 
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
     """Whether what `verify` reads has its form: a checksum that fits says only that nobody changed it by accident."""
+    if not all(isinstance(manifest[part], dict) for part in ("recipe", "inputs")) or type(manifest["kind"]) is not str:
+        return False
     for noted in manifest["output"]["files"].values():
         if not _count(noted["bytes"]) or not isinstance(noted.get("header", noted.get(_SUM)), str):
             return False

@@ -22,7 +22,7 @@ from weightsmith.io.source import MemorySource, Source
 from weightsmith.keys import good_name
 from weightsmith.lazy import torch
 
-__all__ = ["Opener", "folder_kind", "open_source", "register_opener"]
+__all__ = ["Opener", "expanded", "folder_kind", "open_source", "register_opener"]
 
 Opener = Callable[[Any, Source | None, str | None], Source]
 """(ref, base, expert) -> source."""
@@ -73,7 +73,7 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
         return ref
     if isinstance(ref, Path):
         try:
-            return _open_path(_expanded(ref), base)
+            return _open_path(expanded(ref), base)
         except OSError as error:  # a name too long, a folder that may not be entered
             raise SourceError(f"{short(str(ref))}: cannot be opened ({error.strerror})") from None
     if isinstance(ref, str):
@@ -91,7 +91,7 @@ def _path_or_id(ref: str) -> Path | str:
     """A Path, or the text itself if it is a hub id.  What exists here never goes to the hub."""
     if not ref.strip() or "\0" in ref:
         raise SourceError(f"{ref!r} is neither a path nor a hub id")
-    path = _expanded(Path(ref))
+    path = expanded(Path(ref))
     try:
         there = path.exists()
     except OSError as error:
@@ -99,7 +99,8 @@ def _path_or_id(ref: str) -> Path | str:
     return path if there or not looks_like_hub_id(ref) else ref
 
 
-def _expanded(path: Path) -> Path:
+def expanded(path: Path) -> Path:
+    """The path with ~ resolved, where there is such a user."""
     try:
         return path.expanduser()
     except RuntimeError:  # ~somebody who has no home here

@@ -102,5 +102,6 @@ def _ranks(sizes: Tensor) -> Tensor:
     last = sizes.shape[-1] - 1
     if last < 1:
         return torch.full_like(sizes, 0.5)
-    places: Tensor = sizes.argsort(dim=-1, stable=True).argsort(-1).to(sizes.dtype)
-    return places / last
+    order = sizes.argsort(dim=-1, stable=True)
+    shares = torch.arange(last + 1, dtype=sizes.dtype, device=sizes.device) / last
+    return torch.empty_like(sizes).scatter_(-1, order, shares.expand(sizes.shape))

@@ -65,7 +65,7 @@ class Nuslerp(
             products = site.summary["gram"].to(a.device)
             aa, bb, ab = products[0, 0], products[1, 1], products[0, 1]
         first, second = (share.to(a.dtype) for share in gram.arc_shares(aa, bb, ab, self._place(site)))
-        merged = a * first + b * second
+        merged: Tensor = a * first + b * second
         return merged if site.base is None else site.base + merged
 
     def _sliced(self, key: Key) -> bool:
@@ -75,7 +75,8 @@ class Nuslerp(
         if self.row_wise:
             across: Tensor = gram.last_axis(a.transpose(0, -1), b.transpose(0, -1)).unsqueeze(-1).transpose(0, -1)
             return across
-        return gram.last_axis(a, b).unsqueeze(-1)
+        along: Tensor = gram.last_axis(a, b).unsqueeze(-1)
+        return along
 
     def _place(self, site: Site) -> float:
         first, second = site.spread(self.weight)

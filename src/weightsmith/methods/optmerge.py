@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ class Optmerge(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=12.0,
+    scratch=11.0,
 ):
     """Lower sum_i |(M - T_i) R_i^T|^2 / |tau_i|^2, R_i and T_i being of rank k = min(m, n) // number of tasks.
 
@@ -87,18 +86,18 @@ class Optmerge(
 
     def _loss(self, start: Tensor, deltas: Tensor, rank: int, *, loop: bool) -> Interference:
         centre = mean(deltas).double() if self.variant == "full" else None
-        return interference(start, _tasks(deltas, centre, rank), rank * len(deltas), loop=loop)
+        tasks = (_task(delta, centre, rank) for delta in deltas)
+        return interference(start, tasks, rank * len(deltas), loop=loop)
 
 
-def _tasks(deltas: Tensor, centre: Tensor | None, rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """T_i, R_i and |tau_i| of every task; singular vectors count as constants to gradients."""
-    for delta in deltas:
-        tau = delta.double()
-        leading = top_svd(tau.detach(), rank)
-        projector = leading.s[:, None] * leading.v.T
-        if centre is None:
-            target = (tau @ leading.v) @ leading.v.T
-        else:
-            v = top_svd((tau - centre).detach(), rank).v
-            target = centre + ((tau - centre) @ v) @ v.T
-        yield target, projector, frobenius(delta)
+def _task(delta: Tensor, centre: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """T_i, R_i and |tau_i| of one task; singular vectors count as constants to gradients."""
+    tau = delta.double()
+    leading = top_svd(tau.detach(), rank)
+    projector = leading.s[:, None] * leading.v.T
+    if centre is None:
+        return (tau @ leading.v) @ leading.v.T, projector, frobenius(delta)
+    del leading  # float64 matrices: let go of them before the second decomposition
+    rest = tau - centre
+    v = top_svd(rest.detach(), rank).v
+    return centre + (rest @ v) @ v.T, projector, frobenius(delta)

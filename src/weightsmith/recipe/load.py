@@ -304,7 +304,12 @@ def _text_of(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
-        return system.read_file(path).decode("utf-8-sig")
+        if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):  # those the shell makes: <(...)
+            raise RecipeError(f"{path}: a pipe, not a recipe file")
+        raw = system.read_file(path, MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{path}: more than {MAX_BYTES:,} bytes; a recipe has at most that")
+        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file{_nearest_file(path)}") from None
     except IsADirectoryError:

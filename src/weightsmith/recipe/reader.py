@@ -201,6 +201,8 @@ class _Reader:
         while not isinstance(event := next(events), MappingEndEvent):
             if not isinstance(event, ScalarEvent):
                 self.refuse(event, "a key must be a word")
+            if event.tag is not None:
+                self.refuse(event, f"tags are not read: {event.tag}")
             name, line = self.text(event), event.start_mark.line + 1
             if name == "<<" and event.style is None:
                 self.refuse(event, "merge keys (<<) are not read; write the keys out")

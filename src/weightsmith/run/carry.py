@@ -100,6 +100,8 @@ def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mappin
             observe = partial(_measure, step=step, context=context, known=known)
             total: dict[str, Tensor] = {}
             for found in runner.map(observe, members):
+                if any(isinstance(value, Rows) for value in found.values()):
+                    raise TypeError(f"{pipelines[0].name}: per-row values have no meaning over the whole model")
                 total = fold([total, found])
             if not total:
                 continue  # every tensor let this pass out

@@ -12,7 +12,7 @@ import xxhash
 from weightsmith.errors import NumericError
 from weightsmith.io.sink import Sink
 from weightsmith.io.source import bits_to_tensor, holds_nonfinite
-from weightsmith.kernel import TrimmedVote
+from weightsmith.kernel import TrimmedVote, WeightedSum
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Pipeline, Rows, Scope
@@ -112,6 +112,8 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[s
     summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
     for start, stop in blocks(task.key, task.start, task.stop, context.block):
         inputs, base = _stored(task.key, context, start, stop)
+        if not _reads_base(spec):
+            _refuse_bad_base(task.key, base, start, stop, context)
         out, bad = fused.merge(spec, inputs, base, task.key.dtype, summaries.get(0, {}), start)
         if bad:
             # The kernels only count; now it is worth asking whose it is.
@@ -128,7 +130,7 @@ def _stored(key: Key, context: Context, start: int, stop: int) -> Stored:
     if (key.name, start, stop) in context.kept:
         return context.kept[key.name, start, stop]
     experts = [source.bits(key.name, start, stop) for source in context.inputs.experts.values()]
-    found = experts, None if base is None else base.bits(key.name, start, stop)
+    found = experts, None if base is None or base.computes(key.name) else base.bits(key.name, start, stop)
     if key.numel * len(context.inputs.models) <= KEPT:
         context.kept[key.name, start, stop] = found
     return found
@@ -334,6 +336,13 @@ def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple
     return tuple(out)
 
 
+def _refuse_bad_base(key: Key, bits: np.ndarray | None, start: int, stop: int, context: Context) -> None:
+    """Look at a base that no kernel reads: an input that is broken is so whether the method needs it or not."""
+    base = context.inputs.base
+    if base is not None and (bits is None or holds_nonfinite(bits, base.key(key.name).dtype)):
+        refuse_bad(to_float(base.read(key.name, start, stop)), key, "base", start, context)
+
+
 def _refuse_bad_inputs(key: Key, start: int, stop: int, context: Context) -> None:
     for name, source in context.inputs.models:
         refuse_bad(to_float(source.read(key.name, start, stop)), key, name, start, context)
@@ -350,9 +359,12 @@ def is_fused(task: Task, context: Context) -> bool:
     spec = pipeline.method.fused(len(context.inputs.experts))
     if spec is None or task.key.dtype not in fused.FUSED_DTYPES or not fused.available():
         return False
-    whole = isinstance(spec, TrimmedVote) or spec.deltas
-    read = context.inputs.models if whole else tuple(context.inputs.experts.items())
+    read = context.inputs.models if _reads_base(spec) else tuple(context.inputs.experts.items())
     return all(s.key(task.key.name).dtype in fused.FUSED_DTYPES and not s.computes(task.key.name) for _, s in read)
+
+
+def _reads_base(spec: WeightedSum | TrimmedVote) -> bool:
+    return isinstance(spec, TrimmedVote) or spec.deltas
 
 
 # --- checksums -----------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["encode", "refuse_bad", "refuse_bad_result", "to_float"]
 
 
+_LARGEST = {"float8_e4m3fn": 464.0}
+"""The largest number that still rounds to a finite one, for dtypes without Inf."""
+
+
 class _Setting(Protocol):
     @property
     def nonfinite(self) -> str:
@@ -61,6 +65,13 @@ def encode(value: Tensor, key: Key, start: int) -> np.ndarray:
     """Cast to the output dtype; a finite number that becomes Inf (or NaN, in fp8) is an error with its count."""
     target = getattr(torch, key.dtype)
     cast = value.to(target)
+    if key.dtype in _LARGEST:  # torch makes the largest number of all that is larger, Inf included
+        outside = value.abs() > _LARGEST[key.dtype]
+        cast = (
+            torch.where(outside, torch.full((), float("nan")), to_float(cast)).to(target)
+            if bool(outside.any())
+            else cast
+        )
     if target.is_floating_point and value.is_floating_point() and value.dtype != target:
         lost = int((torch.isfinite(value) & ~torch.isfinite(to_float(cast))).sum())
         if lost:

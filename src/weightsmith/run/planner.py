@@ -248,7 +248,7 @@ class Planner:
             if source is self.reference:
                 continue
             for key in source.keys.values():
-                kept = key.name in self._carried or _is_keep(self.resolver(key, None))
+                kept = key.name in self._carried or self._keeps(key)
                 if key.name in self.reference.aliases and not kept:
                     self.problems.append(
                         f"{key.name} is tied to {self.reference.aliases[key.name]} in {self._reference_label()} but a "
@@ -264,6 +264,13 @@ class Planner:
                     f"{key.name} is in {name} but not in {self._reference_label()}; to carry it over unchanged "
                     f'add it to "exclude"' + (hint if "did you" in hint else "")
                 )
+
+    def _keeps(self, key: Key) -> bool:
+        try:
+            return self.resolver is not None and _is_keep(self.resolver(key, None))
+        except WeightsmithError as error:
+            self._once(str(error))
+            return False
 
     def _carried_reason(self, name: str, owner: str) -> str:
         others = [expert for expert in self._owners(name) if expert != owner]
