@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,7 +55,7 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, object]]
     global _listening  # noqa: PLW0603  (an audit hook cannot be taken back, only told to look away)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # read once, at its import
     monkeypatch.setenv("HF_TOKEN", "hf_topsecrettoken")
     _calls.clear()
     _listening = True

@@ -59,7 +59,7 @@ class _Idle:
         with self._lock:
             self._owner[fd] = owner
             self._bury()
-            if len(self._owner) > _MOST_IDLE:
+            while len(self._owner) > _MOST_IDLE:
                 os.close(self._owner.popitem(last=False)[0])
 
     def drop(self, owner: int) -> None:

@@ -130,7 +130,8 @@ class FolderSink(Sink):
         """
         assert self._journal is not None, "begin comes first"
         try:
-            self._complete(self._journal, extra_files)
+            with writing(self.partial):
+                self._complete(self._journal, extra_files)
         except BaseException:
             self.abort()
             raise

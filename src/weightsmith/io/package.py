@@ -147,14 +147,18 @@ def _judged(folder: Path, weight_files: Collection[str], code: bool) -> Iterator
 
 def _walk(folder: Path) -> Iterator[str]:
     """Relative names of all that is not a plain folder; links to folders are not followed."""
-    for place, folders, files in system.call(list, os.walk(folder, onerror=_unlistable)):
+    try:
+        places = system.call(list, os.walk(folder, onerror=_raise))
+    except OSError as error:
+        raise SourceError(f"cannot list {error.filename or folder}: {error.strerror}") from error
+    for place, folders, files in places:
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         for name in files + links:
             yield (Path(place) / name).relative_to(folder).as_posix()
 
 
-def _unlistable(error: OSError) -> None:
-    raise SourceError(f"cannot list {error.filename}: {error.strerror}") from error
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _matches(name: str, glob: str) -> bool:
