@@ -557,3 +557,28 @@ def test_sources_know_where_they_are(models: Path) -> None:
     source: Source = open_source(models / "a")
     assert models / "a" in source.places()
     assert MemorySource({"w": torch.ones(1)}).places() == ()
+
+
+CONFIGS = {
+    "deep lists": "[" * 100_000,
+    "deep objects": '{"a":' * 99_999,
+    "a number": "3",
+    "not UTF-8": "\xff",
+    "types": '{"architectures": 3, "torch_dtype": [], "model_type": 5, "hidden_size": -1, "vocab_size": "x"}',
+    "a list of numbers": '{"architectures": [3]}',
+    "absurd sizes": '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1e9}',
+    "a type with a path": '{"architectures": ["LlamaForCausalLM"], "model_type": "../../x"}',
+}
+
+
+OTHERS = [(case, f"{part}.json") for part in ("tokenizer", "generation_config") for case in ("deep lists", "a number")]
+
+
+@pytest.mark.parametrize(("case", "file"), [*((case, "config.json") for case in CONFIGS), *OTHERS])
+def test_hostile_configurations(case: str, file: str, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "a", "b"):
+        (models / name / file).write_text(CONFIGS[case], encoding="latin-1")
+    (models / "r.json").write_text(json.dumps({"models": {n: str(models / n) for n in "ab"}, "method": "linear"}))
+    for words in (["merge", str(models / "r.json"), str(models / "out")], ["check", str(models / "a")]):
+        assert main(words) in (0, 2)
+        assert "internal error" not in "".join(capsys.readouterr())

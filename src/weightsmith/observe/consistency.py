@@ -52,7 +52,7 @@ def cheap_check(out: Path) -> list[str]:
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         found = json.loads(system.read_file(path).decode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"{path.name} cannot be read ({error}); the folder will not load"
     if not isinstance(found, dict):
         return {}, f"{path.name} holds {type(found).__name__}, not an object; the folder will not load"

@@ -203,7 +203,10 @@ def _load_errors(label: str, what: str) -> Iterator[None]:
     known = (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError, AttributeError, SafetensorError)
     try:
         yield
-    except known as error:
+    except Exception as error:
+        # Libraries that check a configuration have errors of their own; those of this one pass as they are.
+        if not isinstance(error, known) and not type(error).__module__.startswith("huggingface_hub"):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise SourceError(f"{label}: {what}: {lines[0]}") from error
 
@@ -231,10 +234,13 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
         raise SourceError(
             f"{label}: no config.json, so the model cannot be built; pass the nn.Module instead"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise SourceError(f"{path}: holds {type(config).__name__}, not an object")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{path}: architectures should be a list of words")
     return config
 
 
