@@ -30,7 +30,8 @@ test: lint
 
 # The slow proof: kills and failing calls by the hundred, coverage-guided fuzzing.
 torture: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o python_files='torture_*.py test_fuzz_*.py' tests/torture
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o python_files='torture_*.py fuzz_*.py' tests/torture
 
 bench: setup
 	$(BIN)/python -m bench

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of everything that reads a stranger's bytes: `make torture`.
 
-Each target runs in a process of its own, because atheris does not return: `python test_fuzz_readers.py TARGET`.
+Each target runs in a process of its own, because atheris does not return: `python fuzz_readers.py TARGET`.
 WEIGHTSMITH_FUZZ_SECONDS says for how long (60 by default).
 """
 
