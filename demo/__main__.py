@@ -1,6 +1,6 @@
 """Train two families of models, merge them with the command `weightsmith merge`, and show what each merge keeps.
 
-    python -m demo               about four minutes on two cores the first time, seconds after that
+    python -m demo               minutes the first time; after that checkpoints and scores are cached
     python -m demo --markdown    print the tables as Markdown
     python -m demo --picture     also write docs/demo.svg
 
