@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsmith.io.source import bits_to_tensor
+from weightsmith.kernel import STRIP
 from weightsmith.keys import Key
 from weightsmith.method import WeightedSum
-from weightsmith.ops import fused
+from weightsmith.methods.ties import Ties
+from weightsmith.ops import fused, native
 from weightsmith.ops.combine import apply_weighted_sum
+from weightsmith.ops.fused import Stored, Vote
+from weightsmith.run.execute import fold
 from weightsmith.site import Site
 
-DTYPES = fused.FUSED_DTYPES
+DTYPES = tuple(fused.READ)
+WORDS = {"bfloat16": ("u2", 0x7F80), "float16": ("u2", 0x7C00), "float32": ("u4", 0x7F800000)}
+WORDS |= {"float8_e4m3fn": ("u1", 0x78), "float8_e5m2": ("u1", 0x7C)}
 
 
 def by_torch(spec: WeightedSum, inputs: list[np.ndarray], base: np.ndarray, dtypes: list[str], out: str) -> np.ndarray:
@@ -27,12 +35,12 @@ def by_torch(spec: WeightedSum, inputs: list[np.ndarray], base: np.ndarray, dtyp
     stack = torch.stack([bits_to_tensor(x, d).float() for x, d in zip(inputs, dtypes[1:], strict=True)])
     site = Site(Key("w", tuple(stack.shape[1:]), out), stack, bits_to_tensor(base, dtypes[0]).float())
     result = apply_weighted_sum(spec, site).to(getattr(torch, out))
-    return result.view(torch.uint16 if out == "bfloat16" else torch.uint32).numpy()
+    return result.view(torch.uint32 if out == "float32" else torch.uint16).numpy()
 
 
 def random_bits(rng: np.random.Generator, dtype: str, size: int, *, finite: bool = True) -> np.ndarray:
     """Any finite pattern: denormals, signed zeros, huge and tiny values."""
-    width, exponent = ("u2", 0x7F80) if dtype == "bfloat16" else ("u4", 0x7F800000)
+    width, exponent = WORDS[dtype]
     bits = rng.integers(0, np.iinfo(width).max, size, width, endpoint=True)
     if finite:
         bits[(bits & exponent) == exponent] &= ~np.array(exponent >> 1, width)
@@ -42,13 +50,13 @@ def random_bits(rng: np.random.Generator, dtype: str, size: int, *, finite: bool
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    size=st.sampled_from([0, 1, 2, 7, 33, 1000, fused.STRIP - 1, fused.STRIP, fused.STRIP + 5]),
+    size=st.sampled_from([0, 1, 2, 7, 33, 1000, STRIP - 1, STRIP, STRIP + 5]),
     weights=st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=4),
     divisor=st.sampled_from([1.0, 3.0, 0.7]),
     scale=st.sampled_from([1.0, 0.3, -1.5]),
     deltas=st.booleans(),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
-    out=st.sampled_from(DTYPES),
+    out=st.sampled_from(fused.WRITTEN),
 )
 def test_kernel_equals_torch(
     seed: int,
@@ -64,7 +72,7 @@ def test_kernel_equals_torch(
     dtypes = dtypes[: len(weights) + 1]
     base, *inputs = [random_bits(rng, d, size) for d in dtypes]
     spec = WeightedSum(tuple(weights), divisor, scale if deltas else 1.0, deltas)
-    got, bad = fused.weighted_sum(spec, inputs, base, out)
+    got, bad = fused.weighted_sum(spec, Stored(inputs, dtypes[1:], base, dtypes[0]), out)
     want = by_torch(spec, inputs, base, dtypes, out)
     finite = np.isfinite(bits_to_tensor(want.copy(), out).float().numpy())
     assert np.array_equal(got[finite], want[finite])
@@ -75,7 +83,7 @@ def test_kernel_equals_torch(
 def test_every_bf16_pattern_survives() -> None:
     """A weight of 1 gives each of the 65,536 patterns back (NaNs as one quiet NaN, as torch casts them)."""
     every = np.arange(1 << 16, dtype="u2")
-    got, bad = fused.weighted_sum(WeightedSum((1.0,)), [every], None, "bfloat16")
+    got, bad = fused.weighted_sum(WeightedSum((1.0,)), Stored([every], ["bfloat16"]), "bfloat16")
     nan = ((every & 0x7F80) == 0x7F80) & ((every & 0x7F) != 0)
     assert np.array_equal(got[~nan], every[~nan])
     assert bad == int(nan.sum()) + 2
@@ -83,9 +91,150 @@ def test_every_bf16_pattern_survives() -> None:
 
 def test_rounding_is_to_even() -> None:
     halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], "u4")  # the last rounds up to Inf
-    got, bad = fused.weighted_sum(WeightedSum((1.0,)), [halfway], None, "bfloat16")
+    got, bad = fused.weighted_sum(WeightedSum((1.0,)), Stored([halfway], ["float32"]), "bfloat16")
     assert got.tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80]
     assert bad == 1
+
+
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if WORDS[name][0] != "u4"])
+def test_every_short_pattern_is_read_as_torch_reads_it(dtype: str) -> None:
+    width, _ = WORDS[dtype]
+    every = np.arange(np.iinfo(width).max + 1, dtype=width)
+    got, _ = fused.weighted_sum(WeightedSum((1.0,)), Stored([every], [dtype]), "float32")
+    want = bits_to_tensor(every.copy(), dtype).float().view(torch.uint32).numpy()
+    nan = np.isnan(want.view("f4"))
+    assert np.array_equal(got[~nan], want[~nan])
+    assert np.isnan(got.view("f4")[nan]).all()
+
+
+def test_every_half_is_written_as_torch_writes_it() -> None:
+    """All numbers near and between halves: every half, its neighbours in float32, and every midpoint."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
+    halves = halves[halves.isfinite()]
+    midpoints = (halves + torch.roll(halves, -1)) / 2
+    inf = torch.tensor(float("inf"))
+    values = torch.cat([x for v in (halves, midpoints) for x in (v, torch.nextafter(v, inf), torch.nextafter(v, -inf))])
+    got, bad = fused.weighted_sum(
+        WeightedSum((1.0,)), Stored([values.view(torch.uint32).numpy()], ["float32"]), "float16"
+    )
+    want = values.half()
+    assert np.array_equal(got, want.view(torch.uint16).numpy())
+    assert bad == int((~want.isfinite()).sum())
+
+
+def stored_of(values: torch.Tensor, dtypes: list[str]) -> Stored:
+    """values: [1 + n, rows, width], the base first -> as stored in `dtypes`."""
+    kinds = {"float32": torch.uint32}
+    bits = [
+        v.to(getattr(torch, d)).view(kinds.get(d, torch.uint16)).numpy() for v, d in zip(values, dtypes, strict=True)
+    ]
+    return Stored(bits[1:], dtypes[1:], bits[0], dtypes[0])
+
+
+def site_of(stored: Stored, summary: dict[str, object] | None = None, start: int = 0) -> Site:
+    stack = torch.stack([bits_to_tensor(b, d).float() for b, d in zip(stored.experts, stored.dtypes, strict=True)])
+    assert stored.base is not None
+    base = bits_to_tensor(stored.base, stored.base_dtype).float()
+    return Site(Key("w", tuple(base.shape), "float32"), stack, base, summary=summary or {}, start=start)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.sampled_from([1, 3, 40, 700]),
+    width=st.sampled_from([1, 5, 130, 513]),
+    kind=st.sampled_from(["smooth", "few values", "mostly zero", "one row large"]),
+    densities=st.lists(st.sampled_from([0.001, 0.2, 0.5, 0.9, 1.0]), min_size=1, max_size=3),
+    zero_sign=st.sampled_from(["plus", "majority", "minority"]),
+    aggregate=st.sampled_from(["mean", "sum"]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    blocks=st.integers(1, 4),
+)
+def test_vote_equals_torch(
+    seed: int,
+    rows: int,
+    width: int,
+    kind: str,
+    densities: list[float],
+    zero_sign: str,
+    aggregate: str,
+    dtype: str,
+    blocks: int,
+) -> None:
+    """Cuts and votes of the kernels are those of `Ties`, measured and merged in torch."""
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(densities) + 1, rows, width, generator=draw)
+    if kind == "few values":
+        values = values.round()
+    if kind == "mostly zero":
+        values[1:] = torch.where(torch.rand(values[1:].shape, generator=draw) < 0.9, values[0], values[1:])
+    if kind == "one row large":
+        values[:, -1] *= 1e6
+    stored = stored_of(values, [dtype] * len(values))
+    method = Ties(
+        density=tuple(densities), weight=tuple(0.3 + i for i in range(len(densities))), lambda_=0.7,
+        scope_="tensor", zero_sign=zero_sign, aggregate=aggregate,
+    )  # fmt: skip
+    spec = method.fused(len(densities))
+    assert spec is not None
+    summary: dict[str, object] = {}
+    for step in range(method.rounds):
+        if not method.skips(Key("w", (rows, width), "float32"), step, summary):
+            summary = dict(method.digest(fold([method.measure(site_of(stored, summary), step)]), step, summary))
+    edges = sorted({0, rows, *(at * rows // blocks for at in range(blocks))})
+    ranges = list(itertools.pairwise(edges))
+    cuts = fused.tensor_cuts(spec, (rows, width), lambda a, b: stored[a:b], ranges) if spec.trim else {}
+    for name in cuts:
+        assert np.array_equal(cuts[name], np.asarray(summary[name])), name
+    if "signs" in spec.steps:
+        cuts["ties.signs"] = Vote(spec, cuts).count_signs(stored[a:b] for a, b in ranges)
+        assert int(cuts["ties.signs"]) == int(summary["ties.signs"])  # type: ignore[call-overload]
+    vote = Vote(spec, cuts)
+    got = np.concatenate([vote.merge(stored[a:b], "float32")[0] for a, b in ranges])
+    want = method.merge(site_of(stored, summary)).view(torch.uint32).numpy()
+    assert np.array_equal(got.view("f4") + 0.0, want.view("f4") + 0.0)
+
+
+def test_a_wrong_guess_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SAMPLE", 64)
+    monkeypatch.setattr(fused, "MARGIN", 0.0)
+    values = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
+    values[1, ::64] *= 1e-3  # what the sample sees is unlike the rest
+    stored = stored_of(values, ["float32", "float32"])
+    spec = Ties(density=0.37, scope_="tensor").fused(1)
+    assert spec is not None
+    passes = []
+
+    def read(start: int, stop: int) -> Stored:
+        passes.append((start, stop))
+        return stored[start:stop]
+
+    cuts = fused.tensor_cuts(spec, (4096, 16), read, [(0, 4096)])
+    delta = (values[1] - values[0]).abs().flatten().sort(descending=True).values
+    assert cuts["select.threshold"].item() == int(delta[int(0.37 * delta.numel()) - 1].view(torch.int32))
+    assert passes.count((0, 4096)) > 1
+
+
+def test_kept_code_that_is_damaged_or_not_ours_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {"weighted_sum": ("f", b"abc"), "vote": ("g", b"defg")}
+    file = tmp_path / "kept"
+    native._keep(file, code)
+    assert native._read(file) == code
+    file.chmod(0o666)
+    assert native._read(file) is None  # others can write to it
+    file.chmod(0o600)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert native._read(file) is None  # torn
+    link = tmp_path / "link"
+    native._keep(file, code)
+    link.symlink_to(file)
+    assert native._read(link) is None
+
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(shared))
+    assert native.cache_folder() != shared
 
 
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_KERNELS"])

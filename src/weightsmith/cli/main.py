@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightsmith import __version__
+from weightsmith.cli.process import own_process
 from weightsmith.errors import WeightsmithError
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def build() -> cyclopts.App:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.  `argv`: without the program's name."""
+    if argv is None:
+        own_process()
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]

@@ -54,10 +54,8 @@ def merge(
 
         return preview(made, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume)
     from weightsmith.observe.consistency import cheap_check
-    from weightsmith.ops.fused import lean
     from weightsmith.run.merge import run
 
-    lean()
     limit, workers = bytes_of(memory), threads_of(threads)
     with progress_bar("merging", quiet=quiet or json) as progress:
         result = run(

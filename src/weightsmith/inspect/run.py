@@ -21,7 +21,8 @@ from weightsmith.method import Pipeline, Rows
 from weightsmith.ops.spectral import Svd
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.carry import choose_device
-from weightsmith.run.execute import Context, fold, measure
+from weightsmith.run.context import Context
+from weightsmith.run.execute import fold, measure
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import cores
 from weightsmith.run.runner import SerialRunner, ThreadRunner, one_thread_each

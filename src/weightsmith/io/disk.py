@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from weightsmith.errors import OutputError
 from weightsmith.io import system
 
-__all__ = ["allocate", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder", "sync_tree", "write_all",
-           "write_file", "writing"]  # fmt: skip
+__all__ = ["WriteOut", "allocate", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder", "sync_tree",
+           "write_all", "write_file", "writing"]  # fmt: skip
 
 _FREE_SPACE = "free some space, then run again with --resume"
 _ADVICE = {
@@ -53,6 +55,37 @@ def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view.nbytes:
         count = _some(system.call(os.pwrite, descriptor, view, offset))
         view, offset = view[count:], offset + count
+
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+
+
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
+
+
+class WriteOut:
+    """Lets the system begin to write new pages to the disk, so that the last sync has little left to wait for.
+
+    A hint: it promises nothing, and where the system does not know it nothing happens.
+    """
+
+    STEP = 32 << 20
+
+    def __init__(self) -> None:
+        self._waiting = 0
+
+    def add(self, descriptor: int, nbytes: int) -> None:
+        """So much was written to a file.  Threads may interleave here: then the hint comes a little early or late."""
+        self._waiting += nbytes
+        begin = _sync_file_range()
+        if self._waiting >= self.STEP and begin is not None:
+            self._waiting = 0
+            begin(descriptor, 0, 0, _WRITE)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

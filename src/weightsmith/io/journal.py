@@ -33,7 +33,7 @@ from weightsmith.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.disk import sync_folder, write_all, writing
 
-__all__ = ["Journal", "State", "boot_id", "read_journal"]
+__all__ = ["Journal", "State", "boot_id", "differences", "read_journal"]
 
 _PREFIX = b'{"xxh3":"'
 _MIDDLE = b'","entry":'
@@ -174,3 +174,27 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 def _seal(payload: bytes) -> bytes:
     return _PREFIX + xxhash.xxh3_64_hexdigest(payload).encode() + _MIDDLE + payload + b"}"
+
+
+# --- what a run depends on ---------------------------------------------------------------------------
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed, in words: 'recipe (method)', "input 'math'", 'version'."""
+    changed = []
+    for part in _unlike(old, new):
+        before, after = old.get(part), new.get(part)
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            changed.append(f"{part} ({before} -> {after})" if isinstance(before, str) else part)
+            continue
+        inner = _unlike(before, after)
+        if part == "inputs" and inner:
+            changed += [f"input {name!r}" for name in inner]
+        else:
+            changed.append(f"{part} ({', '.join(inner) or 'order'})")
+    return changed
+
+
+def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The names under which two JSON objects differ; the order of names counts, as the order of models does."""
+    return [name for name in dict.fromkeys([*old, *new]) if json.dumps(old.get(name)) != json.dumps(new.get(name))]

@@ -29,8 +29,18 @@ import numpy as np
 
 from weightsmith.errors import OutputError
 from weightsmith.io import system
-from weightsmith.io.disk import allocate, gigabytes, pwrite_all, remove, sync_folder, sync_tree, write_file, writing
-from weightsmith.io.journal import Journal, State, boot_id, read_journal
+from weightsmith.io.disk import (
+    WriteOut,
+    allocate,
+    gigabytes,
+    pwrite_all,
+    remove,
+    sync_folder,
+    sync_tree,
+    write_file,
+    writing,
+)
+from weightsmith.io.journal import Journal, State, boot_id, differences, read_journal
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.sink import Sink
@@ -75,6 +85,7 @@ class FolderSink(Sink):
         self._places: dict[str, tuple[Shard, Key]] = {}
         self._completed: dict[str, Any] = {}
         self._journal: Journal | None = None
+        self._write_out = WriteOut()
         self._working = False  # the work folder is this run's: laid out by it, or taken over without a complaint
 
     def begin(self, keys: Sequence[Key]) -> None:
@@ -115,6 +126,7 @@ class FolderSink(Sink):
             with writing(self.folder / shard.name):
                 offset = shard.offsets[name] + start * key.row_numel * width
                 pwrite_all(self._descriptors[shard.name], data, offset)
+            self._write_out.add(self._descriptors[shard.name], data.nbytes)
 
     def completed(self) -> Mapping[str, Any]:
         return self._completed
@@ -201,7 +213,7 @@ class FolderSink(Sink):
 
     def _take_over(self, state: State) -> bool:
         """Open what an interrupted run has made; False if it had finished nothing that is certainly on the disk."""
-        changed = _differences(state.head["identity"], self._identity)
+        changed = differences(state.head["identity"], self._identity)
         if not changed and state.head["layout"] != layout_digest(self._shards):
             changed = ["the layout of the output (tensors, dtypes or shard_size)"]
         if changed:
@@ -394,24 +406,3 @@ def _discard(partial: Path) -> None:
     """Remove a work folder.  The journal first: without it, what a kill leaves of the rest is not taken for a run."""
     system.call((partial / "journal.jsonl").unlink, missing_ok=True)
     remove(partial)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed, in words: 'recipe (method)', "input 'math'", 'version'."""
-    changed = []
-    for part in _unlike(old, new):
-        before, after = old.get(part), new.get(part)
-        if not isinstance(before, dict) or not isinstance(after, dict):
-            changed.append(f"{part} ({before} -> {after})" if isinstance(before, str) else part)
-            continue
-        inner = _unlike(before, after)
-        if part == "inputs" and inner:
-            changed += [f"input {name!r}" for name in inner]
-        else:
-            changed.append(f"{part} ({', '.join(inner) or 'order'})")
-    return changed
-
-
-def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The names under which two JSON objects differ; the order of names counts, as the order of models does."""
-    return [name for name in dict.fromkeys([*old, *new]) if json.dumps(old.get(name)) != json.dumps(new.get(name))]

@@ -94,8 +94,9 @@ class Ties(
         return TrimmedVote(
             weights=spread(self.weight, count),
             scale=float(self.lambda_),
+            kept=spread(self.density, count),
+            whole=self.scope is Scope.MODEL,
             steps=self.passes,
-            trim=not self._untrimmed,
             zero=self.zero_sign,
             mean=self.aggregate == "mean",
         )

@@ -13,7 +13,9 @@ import numpy as np
 from weightsmith.errors import PlanError
 from weightsmith.io.sink import Sink
 from weightsmith.method import Pipeline, Rows, Scope
-from weightsmith.run.execute import Context, Summaries, execute, fold, is_fused, measure
+from weightsmith.run.context import Context, Summaries
+from weightsmith.run.execute import execute, fold, measure
+from weightsmith.run.fast import is_fused
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.plan import Plan
 from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner, one_thread_each

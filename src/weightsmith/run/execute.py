@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Pipeline, Rows, Scope
 from weightsmith.ops import fused
-from weightsmith.run.inputs import Inputs
+from weightsmith.run.context import Context, Summaries, share
+from weightsmith.run.fast import counted, cuts, is_fused, stored_rows, tensor_vote
 from weightsmith.run.numeric import encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.run.task import BLOCK, Task, blocks, parts
 from weightsmith.site import Group, Site, Summary
@@ -25,33 +26,7 @@ from weightsmith.site import Group, Site, Summary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Context", "Summaries", "execute", "fold", "is_fused", "measure"]
-
-Summaries = Mapping[int, Summary]
-Stored = tuple[list[np.ndarray], np.ndarray | None]
-"""Rows of every expert and of the base, as stored."""
-
-KEPT = 24 << 20
-"""Entries of all inputs of a tensor up to which its stored rows are kept between passes."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all tasks of a run share.  Picklable if the sources and the sink are.
-
-    summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
-    block        elements per block; does not change a byte of the result
-    kept         stored rows that the next pass over the same tensor will want again
-    """
-
-    inputs: Inputs
-    seed: int = 0
-    device: str = "cpu"
-    nonfinite: str = "refuse"
-    block: int = BLOCK
-    summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
-    kept: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
-    progress: Callable[[int], None] = lambda _: None
+__all__ = ["execute", "fold", "measure"]
 
 
 def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
@@ -110,11 +85,16 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[s
     assert spec is not None
     context = replace(context, kept={})
     summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
+    vote = fused.Vote(spec, summaries.get(0, {})) if isinstance(spec, TrimmedVote) else None
     for start, stop in blocks(task.key, task.start, task.stop, context.block):
-        inputs, base = _stored(task.key, context, start, stop)
-        if not _reads_base(spec):
-            _refuse_bad_base(task.key, base, start, stop, context)
-        out, bad = fused.merge(spec, inputs, base, task.key.dtype, summaries.get(0, {}), start)
+        stored = stored_rows(task.key, context, start, stop)
+        if isinstance(spec, WeightedSum):
+            if not spec.deltas:
+                _refuse_bad_base(task.key, stored.base, start, stop, context)
+            out, bad = fused.weighted_sum(spec, stored, task.key.dtype)
+        else:
+            assert vote is not None
+            out, bad = vote.merge(stored, task.key.dtype)
         if bad:
             # The kernels only count; now it is worth asking whose it is.
             _refuse_bad_inputs(task.key, start, stop, context)
@@ -122,18 +102,6 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[s
             _finished(pipeline.merge(site, summaries), task.key, site, start, context)
             refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
-
-
-def _stored(key: Key, context: Context, start: int, stop: int) -> Stored:
-    """Rows start..stop of every expert and of the base, as stored."""
-    base = context.inputs.base
-    if (key.name, start, stop) in context.kept:
-        return context.kept[key.name, start, stop]
-    experts = [source.bits(key.name, start, stop) for source in context.inputs.experts.values()]
-    found = experts, None if base is None or base.computes(key.name) else base.bits(key.name, start, stop)
-    if key.numel * len(context.inputs.models) <= KEPT:
-        context.kept[key.name, start, stop] = found
-    return found
 
 
 def _merged(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -218,6 +186,9 @@ def _sum(a: Any, b: Any) -> Any:
 def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, stop: int) -> dict[int, Summary]:
     """The summaries of the stages before `stop` that are taken over this tensor alone."""
     summaries: dict[int, Summary] = dict(known)
+    vote = tensor_vote(task, pipeline, context)
+    if vote is not None:
+        return {**summaries, 0: cuts(task, vote, context)}
     for index, stage in enumerate(pipeline.stages[:stop]):
         if stage.scope is not Scope.TENSOR:
             continue
@@ -232,9 +203,8 @@ def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, s
 def _measured(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> dict[str, Tensor | Rows]:
-    spec = pipeline.method.fused(len(context.inputs.experts)) if is_fused(task, context) else None
-    if isinstance(spec, TrimmedVote):
-        return _counted(task, spec, spec.steps[step[1]], context, summaries.get(0, {}))
+    if is_fused(task, context):
+        return counted(task, pipeline, step[1], context, summaries.get(0, {}))
     joined: set[str] = set()
 
     def passes() -> Iterator[Mapping[str, Any]]:
@@ -242,26 +212,10 @@ def _measured(
             site = _site(task.key, task, pipeline, context, start, stop)
             part = pipeline.measure(step, site, summaries)
             joined.update(name for name, value in part.items() if isinstance(value, Rows))
-            context.progress(_share(task, start, stop))
+            context.progress(share(task, start, stop))
             yield part
 
     return {name: Rows(value) if name in joined else value for name, value in fold(passes()).items()}
-
-
-def _counted(task: Task, spec: TrimmedVote, step: str, context: Context, summary: Summary) -> dict[str, Any]:
-    """The same pass by the kernels: integer counts, added into one set of histograms block by block."""
-    count = fused.Counts(spec, step, task.stop - task.start)
-    for start, stop in blocks(task.key, task.start, task.stop):
-        inputs, base = _stored(task.key, context, start, stop)
-        assert base is not None
-        count.add(inputs, base, summary, start, start - task.start)
-        context.progress(_share(task, start, stop))
-    return count.result()
-
-
-def _share(task: Task, start: int, stop: int) -> int:
-    """Output bytes that rows start..stop stand for."""
-    return task.nbytes * (stop - start) // max(task.stop - task.start, 1)
 
 
 # --- sites ---------------------------------------------------------------------------------------
@@ -346,25 +300,6 @@ def _refuse_bad_base(key: Key, bits: np.ndarray | None, start: int, stop: int, c
 def _refuse_bad_inputs(key: Key, start: int, stop: int, context: Context) -> None:
     for name, source in context.inputs.models:
         refuse_bad(to_float(source.read(key.name, start, stop)), key, name, start, context)
-
-
-# --- choosing the fused path ---------------------------------------------------------------------
-
-
-def is_fused(task: Task, context: Context) -> bool:
-    """Whether the kernels may do this task: they know the method, and all is plain bf16 or f32 on the CPU."""
-    pipeline = task.pipeline
-    if pipeline is None or len(pipeline.stages) != 1 or context.device != "cpu" or context.nonfinite == "allow":
-        return False
-    spec = pipeline.method.fused(len(context.inputs.experts))
-    if spec is None or task.key.dtype not in fused.FUSED_DTYPES or not fused.available():
-        return False
-    read = context.inputs.models if _reads_base(spec) else tuple(context.inputs.experts.items())
-    return all(s.key(task.key.name).dtype in fused.FUSED_DTYPES and not s.computes(task.key.name) for _, s in read)
-
-
-def _reads_base(spec: WeightedSum | TrimmedVote) -> bool:
-    return isinstance(spec, TrimmedVote) or spec.deltas
 
 
 # --- checksums -----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from weightsmith.io.source import Source
 from weightsmith.keys import DTYPES, Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.carry import context_of, refuse_unequal, summarise
-from weightsmith.run.execute import Context, execute
+from weightsmith.run.context import Context
+from weightsmith.run.execute import execute
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
 from weightsmith.run.runner import SerialRunner
