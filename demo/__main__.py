@@ -42,6 +42,9 @@ def measure(home: Path, say: Callable[[str], None]) -> list[Result]:
 
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a guard against bugs of one's own; a tenth of the time
+    )
     digits = measured(Digits(), home, say)
     say("text: collecting files of installed packages")
     return [digits, measured(Text(home), home, say)]

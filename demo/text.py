@@ -39,8 +39,8 @@ class Training:
     expert_steps: int = 60
     expert_rate: float = 1e-4
     joint_steps: int = 120
-    validation_windows: int = 64  # per kind of text
-    test_windows: int = 128
+    validation_windows: int = 32  # per kind of text
+    test_windows: int = 96
 
 
 # --- data ------------------------------------------------------------------------------------------
