@@ -94,7 +94,7 @@ class Doge(
         start = torch.zeros_like(taus[0])
         if self.iters == 0 or min(start.shape) // self.subspace >= start.shape[0]:
             return start  # where all directions are protected, no gradient is left
-        shared = self._shared_space(taus)
+        shared = self._shared_space(deltas)
         total = sum(factors)
         # Row r of every task, [m, T, n]: sum_c tau_j (tau_j - sum_i lambda_i tau_i), to be met by total tau_j delta.
         rows = taus.transpose(0, 1).contiguous()
@@ -107,8 +107,8 @@ class Doge(
 
         return adam(gradient, start, self.iters, self.lr)
 
-    def _shared_space(self, taus: Tensor) -> Tensor:
+    def _shared_space(self, deltas: Tensor) -> Tensor:
         """B [m, q]: what the leading left singular vectors of all tasks have in common first."""
-        smaller = min(taus.shape[1:])
-        leading = torch.cat([top_svd(tau, smaller // len(taus)).u for tau in taus], 1)
+        smaller = min(deltas.shape[1:])
+        leading = torch.cat([top_svd(delta, smaller // len(deltas)).u for delta in deltas], 1)
         return top_svd(leading, smaller // self.subspace).u

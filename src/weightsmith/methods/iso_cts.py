@@ -61,7 +61,8 @@ class IsoCts(
         strength = torch.cat([p.s for p in (*parts, shared)])
         if not strength.numel():
             return site.base + torch.zeros_like(site.base)
-        flat = orthogonal_sum([p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]) * strength.mean()
+        even = [p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]
+        flat = orthogonal_sum(even, dtype=site.base.dtype) * strength.mean()
         return site.base + flat.to(site.base.dtype) * self.scaling
 
     def _ranks(self, size: int, count: int) -> tuple[int, int]:

@@ -93,11 +93,11 @@ class Optmerge(
 def _task(delta: Tensor, centre: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """T_i, R_i and |tau_i| of one task; singular vectors count as constants to gradients."""
     tau = delta.double()
-    leading = top_svd(tau.detach(), rank)
+    leading = top_svd(delta.detach(), rank)
     projector = leading.s[:, None] * leading.v.T
     if centre is None:
         return (tau @ leading.v) @ leading.v.T, projector, frobenius(delta)
     del leading  # float64 matrices: let go of them before the second decomposition
     rest = tau - centre
-    v = top_svd(rest.detach(), rank).v
+    v = top_svd(rest.detach().to(delta.dtype), rank).v
     return centre + (rest @ v) @ v.T, projector, frobenius(delta)

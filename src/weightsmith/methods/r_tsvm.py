@@ -73,7 +73,8 @@ class RTsvm(
         found = tasks.detach()
         weighted = weigh(tasks, self._weights([outlier_share(d, self.outlier_sigma) for d in found]))
         ranks = self._ranks(size, site.count, [zero_share(d, self.sparsity_eps) for d in found])
-        merged = orthogonal_sum([svd_of(d, k) for d, k in zip(weighted, ranks, strict=True)])
+        parts = [svd_of(d, k) for d, k in zip(weighted, ranks, strict=True)]
+        merged = orthogonal_sum(parts, dtype=deltas.dtype)
         return site.base + merged.to(deltas.dtype) * self.scaling
 
     def _weights(self, outliers: list[float]) -> list[float]:

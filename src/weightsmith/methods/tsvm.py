@@ -38,8 +38,9 @@ class Tsvm(
     Triplets below 1e-6 of the largest singular value (an expert equal to the base, an adapter of low rank) are
     left out: their directions are rounding noise, but would turn the others (the authors' code keeps them).
     Where columns repeat (equal experts) the polar factor is the pseudo-inverse one.  `scaling` as a list
-    multiplies each tau_t before its decomposition.  float64 throughout.  LoRA adapters on the recipe's base are
-    decomposed from their factors, without forming tau_t.
+    multiplies each tau_t before its decomposition.  Large float32
+    matrices are decomposed in float32 (`ops.leading`; a few 1e-4 of the merged task vector), the rest in float64.
+    LoRA adapters on the recipe's base are decomposed from their factors, without forming tau_t.
     """
 
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)
@@ -67,7 +68,7 @@ class Tsvm(
         parts = [svd_of(matrix, rank) for matrix in matrices(site)]
         # A negative singular value is a task vector turned round; a zero one must not turn the others.
         parts = [p._replace(s=p.s * w) for p, w in zip(parts, weights, strict=True) if w != 0]
-        merged = orthogonal_sum(parts, self.orthogonalise) if parts else site.base * 0
+        merged = orthogonal_sum(parts, self.orthogonalise, site.base.dtype) if parts else site.base * 0
         return site.base + merged.to(site.base.dtype) * after
 
     def _rank(self, smaller: int, count: int) -> int:
