@@ -319,7 +319,9 @@ class Peak(TorchDispatchMode):
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+            if not isinstance(tensor, Tensor) or tensor.is_meta:
+                continue
+            if tensor.untyped_storage().data_ptr() not in inputs:
                 size = tensor.untyped_storage().nbytes()
                 self.live += size
                 self.peak = max(self.peak, self.live)

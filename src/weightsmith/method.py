@@ -96,6 +96,7 @@ class Traits:
     by_depth: bool = False  # useless on a model whose names show no blocks
     after: bool = False  # a filter for the merged task vector: it stands behind the method
     factored: bool = False  # takes low-rank experts as `site.factors` where it comes first
+    joint: bool = False  # of factored experts, holds each one's coordinates in the space of all
     alone: bool = False  # a codec of the experts' own task vectors: nothing may stand in front of it
     aliases: tuple[str, ...] = ()
 

@@ -11,10 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
+from test_conformance import Peak
 from weightsmith.errors import NumericError
 from weightsmith.io.open import open_source
 from weightsmith.io.source import MemorySource, Source
+from weightsmith.method import registry
+from weightsmith.recipe.schema import Recipe
 from weightsmith.run import execute
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.plan import make_plan
 
 ROWS, COLUMNS, RANK = 14, 10, 2
 WEIGHT = "layers.0.m.weight"
@@ -30,11 +35,11 @@ def base() -> Source:
     return MemorySource({WEIGHT: noise(ROWS, COLUMNS, seed=0), "norm.weight": noise(7, seed=1)}, "base")
 
 
-def adapter(folder: Path, seed: int, rank: int = RANK) -> Path:
+def adapter(folder: Path, seed: int, rank: int = RANK, rows: int = ROWS, columns: int = COLUMNS) -> Path:
     folder.mkdir()
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["m"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {"lora_A": noise(rank, COLUMNS, seed=seed), "lora_B": noise(ROWS, rank, seed=seed + 100)}
+    tensors = {"lora_A": noise(rank, columns, seed=seed), "lora_B": noise(rows, rank, seed=seed + 100)}
     save_file(
         {f"base_model.model.layers.0.m.{n}.weight": t for n, t in tensors.items()}, folder / "adapter_model.safetensors"
     )
@@ -89,6 +94,30 @@ def test_where_factors_do_not_help_all_is_as_ever(monkeypatch, tmp_path: Path, b
     assert seen(monkeypatch, mixed, "tsvm", base) == {"cpu"}
     other = MemorySource({k: t + 1 for k, t in full.items()}, "other")
     assert seen(monkeypatch, experts, "tsvm", other) == {"cpu"}, "their factors are not the change from this base"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [*((m, {}) for m in METHODS), ("tsvm", {"orthogonalise": "svd"}), ("iso_c", {"solver": "iterate"}),
+     ("knots", {"density": 0.3}), ("knots", {"shared": "right", "drop": 0.5})],
+)  # fmt: skip
+@pytest.mark.parametrize(("count", "rank"), [(2, 4), (8, 16)])
+def test_the_plan_knows_what_products_cost(tmp_path: Path, method: str, parameters: dict, count: int, rank: int):
+    rows, columns = 640, 384
+    base = MemorySource({WEIGHT: noise(rows, columns, seed=0)}, "base")
+    experts = {
+        f"e{i}": open_source(adapter(tmp_path / f"e{i}", 5 + i, rank, rows, columns), base=base) for i in range(count)
+    }
+    recipe = Recipe.model_validate(
+        {"method": method, "parameters": parameters, "base": "b", "models": {n: n for n in experts}}
+    )
+    (task,) = make_plan(recipe, sources=Inputs(base, experts)).tasks
+    with Peak() as watch:
+        weightsmith.merge(experts, registry(method)(**parameters), base)
+    assert watch.peak <= task.peak <= 3 * watch.peak
+    full = {n: MemorySource({WEIGHT: s.read(WEIGHT)}, n) for n, s in experts.items()}
+    (formed,) = make_plan(recipe, sources=Inputs(base, full)).tasks
+    assert formed.peak > 2 * task.peak
 
 
 def test_a_bad_factor_is_refused_by_name(tmp_path: Path, base: Source):

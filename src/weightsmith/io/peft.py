@@ -118,14 +118,24 @@ class AdapterSource(Source):
         None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases, or the
         change asked for is that from another model than the adapter's base.
         """
+        change = self._product(name, base)
+        if change is None:
+            return None
+        left, right = self._factors(self.key(name).name, change)
+        return change.scale * left, right
+
+    def rank(self, name: str, base: Source | None = None) -> int | None:
+        change = self._product(name, base)
+        return None if change is None or change.a is None else self._file.key(change.a).shape[0]
+
+    def _product(self, name: str, base: Source | None) -> Change | None:
+        """The change of a tensor, if it is exactly a product added to this base."""
         if base is not None and base is not self.base:
             return None
-        name = self.key(name).name
-        change = self._changes.get(name)
+        change = self._changes.get(self.key(name).name)
         if change is None or change.a is None or change.magnitude is not None or change.replacement is not None:
             return None
-        left, right = self._factors(name, change)
-        return change.scale * left, right
+        return change
 
     def places(self) -> tuple[Path, ...]:
         return (self.path, *self.base.places())

@@ -68,6 +68,10 @@ class Source(ABC):
         """(left [rows, r], right [r, columns]) where a tensor is exactly `base`'s plus left @ right, else None."""
         return None
 
+    def rank(self, name: str, base: Source) -> int | None:
+        """r of `factors`, known without reading; None where there are none."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027  (nothing to do for most sources)
         """Fetch what is not on this machine yet.  Planning works without; the first `bits` or `read` does it too."""
 

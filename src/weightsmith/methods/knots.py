@@ -32,6 +32,7 @@ class Knots(
     keeps_expert=False,
     scratch=10.0,
     factored=True,
+    joint=True,
 ):
     """TIES, or the plain mean, on coordinates in the shared singular basis of all task vectors, for LoRA experts.
 

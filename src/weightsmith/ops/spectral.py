@@ -208,8 +208,8 @@ def polar_by_iteration(matrix: Tensor, steps: int = 30) -> Tensor:
         return matrix
     x = x / scale  # singular values at most 1, where the steps rise
     for _ in range(steps):
-        gram = x.T @ x
-        x = (15 * x - x @ (10 * gram - 3 * gram @ gram)) / 8
+        square = x.T @ x
+        x = torch.addmm(x, x, torch.addmm(square, square, square, beta=10, alpha=-3), beta=15 / 8, alpha=-1 / 8)
     turned: Tensor = x.T
     return turned if wide else x
 

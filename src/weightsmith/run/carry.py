@@ -82,13 +82,16 @@ def context_of(plan: Plan, inputs: Inputs) -> Context:
 def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mapping[Pipeline, Summaries]:
     """Run the measuring passes of model-wide stages.
 
-    Tensors whose pipelines have the same stages are measured together even if parameters differ between them
-    (a ramp over depth, say): "the largest 20% of all changes" means all of them.
+    Tensors whose pipelines have the same model-wide stages are measured together even if parameters differ between
+    them (a ramp over depth, say) or the stages around (vectors beside the matrices of a spectral method, say): "the
+    largest 20% of all changes" means all of them.
     """
     families: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
-        if task.pipeline is not None and any(s.scope is Scope.MODEL and s.rounds for s in task.pipeline.stages):
-            families.setdefault((*map(type, task.pipeline.stages), task.pipeline.steps), []).append(task)
+        stages = task.pipeline.stages if task.pipeline is not None else ()
+        wide = tuple(type(s) if s.scope is Scope.MODEL and s.rounds else None for s in stages)
+        if task.pipeline is not None and any(wide):
+            families.setdefault((*wide, task.pipeline.steps), []).append(task)
     summaries: dict[Pipeline, dict[int, Mapping[str, Tensor]]] = {}
     for members in families.values():
         pipelines = list(dict.fromkeys(t.pipeline for t in members if t.pipeline is not None))

@@ -15,9 +15,11 @@ from weightsmith.io.open import open_source
 from weightsmith.io.source import Source
 from weightsmith.io.stats import open_stats
 from weightsmith.io.views import SliceSource
+from weightsmith.keys import Key
+from weightsmith.method import Pipeline
 from weightsmith.recipe.schema import ModelRef, Recipe
 
-__all__ = ["Inputs", "earlier_notes", "open_inputs"]
+__all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,15 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     if notes and _without_times(made["inputs"].get("base", {})) != _without_times(now):
         return {}, [f"{name} was made by {', '.join(notes)} on another base; it counts as a model like any other"]
     return notes, []
+
+
+def product_ranks(key: Key, pipeline: Pipeline | None, inputs: Inputs) -> tuple[int, ...]:
+    """The ranks of the experts' task vectors where all stay products; () where they, or a later stage, form them."""
+    base = inputs.base
+    if base is None or pipeline is None or len(pipeline.stages) > 1 or not pipeline.stages[0].traits.factored:
+        return ()
+    found = [source.rank(key.name, base) for source in inputs.experts.values()]
+    return tuple(rank for rank in found if rank is not None) if None not in found else ()
 
 
 def _without_times(fingerprint: Any) -> Any:

@@ -16,8 +16,8 @@ from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs, earlier_notes
-from weightsmith.run.task import Task, cuttable, parts, task_peak
+from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
+from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
 from weightsmith.symmetry import groups
 
 __all__ = ["Planner"]
@@ -348,8 +348,9 @@ class Planner:
         keys = tuple(part.key for part in encoded) or (stored or key,)
         ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline) else [(0, key.rows)]
         extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if _has(s, key.name)), default=0.0)
+        ranks = product_ranks(key, pipeline, self.inputs)
         for low, high in ranges:
-            peak = task_peak(key, high - low, count, has_base, pipeline)
+            whole = int(task_peak(key, high - low, count, has_base, pipeline) * (1 + extra))
             yield Task(
                 id=f"{keys[0].name}:{low}",
                 keys=keys,
@@ -360,7 +361,7 @@ class Planner:
                 depth=self.depth.get(key.name),
                 stats=stats,
                 reason=reason,
-                peak=int(peak * (1 + extra)) + self._stat_bytes(key, stats),
+                peak=(factored_peak(key, ranks, pipeline) if ranks else whole) + self._stat_bytes(key, stats),
                 of=None if keys == (key,) else key,
                 experts=tuple(self.inputs.experts) if encoded else (),
             )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from weightsmith.keys import DTYPES, Key, Part
 from weightsmith.method import Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "parts", "row_step", "task_peak"]
+__all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "factored_peak", "parts", "row_step", "task_peak"]
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
@@ -107,3 +107,17 @@ def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipelin
     width = 8 if key.dtype == "float64" else 4
     stack = numel * width * (count + (1 if has_base else 0))
     return int(stack * (1.0 + pipeline.scratch) + 2 * numel * width)
+
+
+def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:
+    """The same for experts whose task vectors stay products, of these ranks: there is no stack.
+
+    The base and the result, in between in float64; the factors side by side and what they are decomposed into; and
+    where the method has them (`Traits.joint`) the coordinates of every expert in the space of all.
+    """
+    width, joint = 8 if key.dtype == "float64" else 4, sum(ranks)
+    made = 6 * key.numel
+    decomposed = 4 * joint * (key.rows + key.row_numel)
+    held = pipeline is not None and any(stage.traits.joint for stage in pipeline.stages)
+    coordinates = 5 * len(ranks) * joint * max(key.rows, key.row_numel) // 2 if held else 0
+    return (made + decomposed + coordinates) * width
