@@ -353,7 +353,8 @@ class Pipeline:
         """Run all stages on a block, the last of which is a codec: stored name -> rows."""
         assert self.codec is not None
         if self.codec.traits.alone:
-            return self.codec.encode(replace(site, origin=site))
+            known = (summaries or {}).get(len(self.stages) - 1, {})
+            return self.codec.encode(replace(site, origin=site, summary=known))
         return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
 
 

@@ -97,3 +97,12 @@ def test_a_task_without_changes_is_left_out():
     got = delta("r_tsvm", CHANGES[0], torch.zeros(12, 40))
     want = (u[:, :6] * s[:6]) @ vt[:6]
     assert torch.allclose(got.double(), want, atol=1e-5), (got - want).abs().max()
+
+
+def test_weights_are_capped():
+    shares = [0.9, 0.01, 0.02]
+    free, capped = RTsvm()._weights(shares), RTsvm(weight_cap=2.0)._weights(shares)
+    assert free[0] > 2
+    assert free[1] < 0.5
+    assert capped == [2.0, 0.5, 0.5]
+    assert RTsvm(weight_cap=1.0)._weights(shares) == [1.0] * 3

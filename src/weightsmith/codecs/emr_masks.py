@@ -10,7 +10,7 @@ from weightsmith.errors import RecipeError
 from weightsmith.keys import DTYPES, Key, Part
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Codec, Rows, Scope
-from weightsmith.ops.masks import pack_bits, unpack_bits
+from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
 from weightsmith.ops.reduce import block_sums
 from weightsmith.site import Site, Summary
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["EmrMasks"]
-
-RUN = 1 << 16
-"""About how many weights share one copy of the factor: a part has to be found from any place of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class EmrMasks(
         # Task vectors are smaller than the smallest 8-bit floats.
         dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
         row = max(key.row_numel, 1)
-        run = row * max(1, RUN // row)
+        run = run_length(row)
         packed, runs = (-(-key.numel // 8),), (-(-key.numel // run),)
         return (
             Part("tau", Key(f"{key.name}::tau", key.shape, dtype), row),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class RTsvm(
 
     1. o_t = share of sum |tau_t| in entries above mean + outlier_sigma std of |tau_t| in their row.
     2. preserve: w_t = T o_t / sum o; suppress: w_t = T (1 - o_t) / sum (1 - o); none, or no outliers: w_t = 1.
+       `weight_cap` 4 keeps one task from outweighing the others by more than that.
     3. z_t = share of entries with |tau_t| <= sparsity_eps max |tau_t|.
     4. k_t = max(rank_min, floor(p rank_base (1 - rank_gamma z_t))), scaled down together to sum k_t <= p.
     5. tsvm of the w_t tau_t with ranks k_t.
@@ -57,6 +59,9 @@ class RTsvm(
     )
     rank_gamma: float = number(1.0, "how far zeros lower the rank", low=0, high=1)
     rank_min: int = integer(1, "least rank of a task", low=1)
+    weight_cap: float | str = number(
+        "none", "weights are held between 1 / weight_cap and weight_cap", low=1, options=("none",)
+    )
 
     def elsewhere(self) -> Stage:
         return scaled_mean(self.scaling)
@@ -81,7 +86,9 @@ class RTsvm(
         shares = [1 - o for o in outliers] if self.weighting == "suppress" else outliers
         if self.weighting == "none" or sum(outliers) == 0 or sum(shares) == 0:
             return [1.0] * len(outliers)
-        return [len(shares) * share / sum(shares) for share in shares]
+        weights = [len(shares) * share / sum(shares) for share in shares]
+        cap = math.inf if isinstance(self.weight_cap, str) else self.weight_cap
+        return [min(max(weight, 1 / cap), cap) for weight in weights]
 
     def _ranks(self, size: int, count: int, zeros: list[float]) -> list[int]:
         full = size / count if isinstance(self.rank_base, str) else size * self.rank_base

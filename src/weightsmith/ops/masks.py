@@ -13,10 +13,19 @@ from weightsmith.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["agreed", "pack_bits", "task_masks", "unpack_bits"]
+__all__ = ["agreed", "pack_bits", "run_length", "task_masks", "unpack_bits"]
+
+RUN = 1 << 16
+"""About how many weights share one copy of a factor: a part has to be found from any place of the tensor."""
 
 _SHIFTS = tuple(range(7, -1, -1))  # the first element of eight is the highest bit, as in numpy.packbits
 _GATHER = 0x8040201008040201 - (1 << 64)  # sum over i of 2^(63 - 9 i), as a signed number
+
+
+def run_length(row_numel: int) -> int:
+    """Elements of a tensor, whole rows, that share one stored copy of a factor."""
+    row = max(row_numel, 1)
+    return row * max(1, RUN // row)
 
 
 def task_masks(deltas: Tensor, merged: Tensor, strictness: Sequence[float]) -> Tensor:

@@ -1,0 +1,76 @@
+"""Every expert as one bit per weight and one factor per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.keys import Key, Part
+from weightsmith.lazy import torch
+from weightsmith.method import BASE, Codec, Rows
+from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
+from weightsmith.ops.reduce import block_sums
+from weightsmith.site import Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Bitdelta"]
+
+
+@dataclass(frozen=True)
+class Bitdelta(
+    Codec,
+    name="bitdelta",
+    needs=(BASE,),
+    paper="BitDelta (Liu et al., NeurIPS 2024), arXiv:2402.10193",
+    domain=(2, 99),
+    otherwise="exact",
+    symmetric=True,
+    scratch=3.0,
+    alone=True,
+):
+    """Store the sign of every change and one factor: base + a_t sign(delta_t), a_t = mean |delta_t| of the tensor.
+
+    Of all factors that one has the least squared error, 1 - mean(|delta|)^2 / mean(delta^2) of |delta|^2.  A change of
+    zero counts as minus.  The paper goes on to tune the factors on data, and applies this to the matrices of the
+    blocks: vectors are stored as they are (`exact`), and so should embeddings and head be (a rule with method exact).
+    Size: d / 8 bytes per expert, and 4 per 65536 weights.
+    """
+
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        deltas = site.deltas
+        sizes = torch.stack([block_sums(delta.abs()) for delta in deltas]).cpu()
+        return {"bitdelta.sizes": sizes, "bitdelta.count": torch.tensor(deltas[0].numel())}
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        return {"bitdelta.factors": totals["bitdelta.sizes"] / totals["bitdelta.count"].clamp(min=1)}
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        run, packed = run_length(key.row_numel), (-(-key.numel // 8),)
+        return (
+            *(Part("sign", Key(f"{key.name}::sign.{e}", packed, "uint8"), 8, e) for e in experts),
+            *(Part("factor", Key(f"{key.name}::factor.{e}", (-(-key.numel // run),), "float32"), run, e)
+              for e in experts),
+        )  # fmt: skip
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        name, run = site.key.name, self.parts(site.key, ("",))[-1]
+        low, high = run.rows(site.offset, site.offset + site.deltas[0].numel())
+        for expert, delta, factor in zip(site.names, site.deltas, site.summary["bitdelta.factors"], strict=True):
+            found[f"{name}::sign.{expert}"] = pack_bits(delta > 0)
+            found[f"{name}::factor.{expert}"] = factor.float().expand(high - low)
+        return found
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        if base.numel() == 0:
+            return base
+        plus = unpack_bits(parts["sign"], offset % 8, base.numel()).reshape(base.shape)
+        factor = parts["factor"].reshape(-1)[0]
+        return base + torch.where(plus, factor, -factor)
