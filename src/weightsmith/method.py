@@ -325,6 +325,8 @@ class Pipeline:
 
     def site_for(self, index: int, site: Site, summaries: Mapping[int, Summary]) -> Site:
         """The site as stage `index` sees it: the stages before have done their work."""
+        if self.stages[index].traits.alone:
+            return replace(site, origin=site, summary=summaries.get(index, {}))
         for i, stage in enumerate(self.stages[:index]):
             here = site.with_summary(summaries.get(i, {}))
             if isinstance(stage, Filter):
@@ -352,9 +354,6 @@ class Pipeline:
     def encode(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> dict[str, Tensor]:
         """Run all stages on a block, the last of which is a codec: stored name -> rows."""
         assert self.codec is not None
-        if self.codec.traits.alone:
-            known = (summaries or {}).get(len(self.stages) - 1, {})
-            return self.codec.encode(replace(site, origin=site, summary=known))
         return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
 
 
