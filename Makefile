@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo test lint torture bench docs clean
+.PHONY: setup demo study test lint torture bench docs clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m demo
+
+# Every method on three families of models.  DATA=FOLDER names a folder of .npz files with images and labels.
+study: setup
+	$(BIN)/python -m study $(if $(DATA),--data "$(DATA)")
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,4 +44,4 @@ docs: setup
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) .demo .bench docs/_build
+	rm -rf $(VENV) .demo .bench .study docs/_build

@@ -26,6 +26,7 @@ LAYERS = (
     ("recipe",),
     ("run",),
     ("observe", "report", "inspect", "plugins"),
+    ("study",),
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

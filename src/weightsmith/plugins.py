@@ -13,7 +13,7 @@ from types import ModuleType
 
 from weightsmith.errors import RecipeError, WeightsmithError
 
-__all__ = ["load_file"]
+__all__ = ["line_in", "load_file", "run_file"]
 
 
 def load_file(path: str | Path) -> ModuleType:
@@ -23,12 +23,25 @@ def load_file(path: str | Path) -> ModuleType:
     """
     from weightsmith.method import registered
 
+    module = run_file(path, "--plugin")
+    if not any(cls.__module__ == module.__name__ for cls in registered().values()):
+        raise RecipeError(
+            f'--plugin {path}: it defines no method; write class Mine(Method, name="mine") with a merge(site)'
+        )
+    return module
+
+
+def run_file(path: str | Path, option: str) -> ModuleType:
+    """Run a python file that the user has named with `option`, and return it as a module.
+
+    Raises RecipeError, with the file's line, if it cannot be run.  The file is code: it can do anything.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise RecipeError(f"--plugin {file}: no such file")
+        raise RecipeError(f"{option} {file}: no such file")
     if file.suffix != ".py":
-        raise RecipeError(f"--plugin {file}: a plug-in is a python file, named .py")
-    name = f"weightsmith_plugin_{file.stem}"
+        raise RecipeError(f"{option} {file}: not a python file, named .py")
+    name = f"weightsmith_{option.strip('-')}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -38,19 +51,14 @@ def load_file(path: str | Path) -> ModuleType:
         spec.loader.exec_module(module)
     except WeightsmithError as error:
         del sys.modules[name]
-        raise RecipeError(f"--plugin {file}: {error}") from None
+        raise RecipeError(f"{option} {file}: {error}") from None
     except Exception as error:
         del sys.modules[name]
-        line = _line_in(error, file)
-        raise RecipeError(f"--plugin {file}{line}: {type(error).__name__}: {error}") from error
-    if not any(cls.__module__ == name for cls in registered().values()):
-        raise RecipeError(
-            f'--plugin {file}: it defines no method; write class Mine(Method, name="mine") with a merge(site)'
-        )
+        raise RecipeError(f"{option} {file}{line_in(error, file)}: {type(error).__name__}: {error}") from error
     return module
 
 
-def _line_in(error: BaseException, file: Path) -> str:
+def line_in(error: BaseException, file: Path) -> str:
     """':7' for the last line of this file that took part in an error."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}"

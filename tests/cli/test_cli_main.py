@@ -15,7 +15,7 @@ from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
 from weightsmith.errors import PlanError
 
-VERBS = ("merge", "plan", "inspect", "methods", "check", "verify", "observe", "compress", "restore", "schema")
+VERBS = ("merge", "plan", "inspect", "methods", "check", "verify", "observe", "compress", "restore", "bench", "schema")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -44,7 +44,7 @@ def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.Captu
         ("bad.py", "x = 1\ny = (\n", r"bad\.py:2: SyntaxError: "),
         ("boom.py", "\n\n1 / 0\n", r"boom\.py:3: ZeroDivisionError: division by zero$"),
         ("gone.py", None, r"gone\.py: no such file$"),
-        ("notes.txt", "", r"notes\.txt: a plug-in is a python file, named \.py$"),
+        ("notes.txt", "", r"notes\.txt: not a python file, named \.py$"),
         ("twice.py", EXAMPLE.read_text().replace('"median"', '"ties"'), r"twice\.py: two methods are called 'ties'"),
     ],
 )

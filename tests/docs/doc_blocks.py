@@ -3,7 +3,7 @@
     ```python                 runs, in one namespace per page
     ```python file=NAME       is written to NAME
     ```yaml                   is a recipe whose plan has no problems
-    ```yaml file=NAME         is written to NAME, and is a recipe that loads
+    ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
     ```text output            is what the block before has printed; '...' stands for anything
@@ -33,6 +33,7 @@ from weightsmith.cli.main import main
 from weightsmith.method import Codec, registry
 from weightsmith.recipe.load import load, loads
 from weightsmith.run.plan import make_plan
+from weightsmith.study.schema import load_study
 
 __all__ = ["Block", "Page", "blocks"]
 
@@ -91,7 +92,7 @@ class Page:
                 self._printed = _captured(lambda: exec(compile(block.text, self.name, "exec"), self._namespace))
                 return "python"
             case "yaml":
-                _planned(block.text) if name is None else load(name)
+                _checked(block.text, name)
                 return "recipe"
             case "python":
                 assert name is not None
@@ -125,6 +126,15 @@ class Page:
                 case _:
                     raise AssertionError(f"{line!r}: cannot be run here; mark the block norun")
         assert code == int(block.option("exit") or 0), f"exit code {code}"
+
+
+def _checked(text: str, name: str | None) -> None:
+    if name is None:
+        _planned(text)
+    elif Path(name).name == "study.yaml":
+        load_study(name)
+    else:
+        load(name)
 
 
 def _planned(text: str) -> None:

@@ -36,10 +36,14 @@ _VERBS = {
     "observe": "Collect statistics of a model on data, for methods that need them.",
     "compress": "Store several fine-tuned models in little more space than one.",
     "restore": "Get one model back out of a compressed folder.",
+    "bench": "Compare methods on models of your own, every method on every task.",
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
-_RESUMABLE = ("merge", "compress", "restore")
+_HOW_TO_GO_ON = {
+    **dict.fromkeys(("merge", "compress", "restore"), "; continue with --resume"),
+    "bench": "; the same command goes on where it stopped",
+}
 
 
 def build() -> cyclopts.App:
@@ -118,8 +122,8 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        resumable = words[:1] and words[0] in _RESUMABLE
-        return _fail("interrupted; continue with --resume" if resumable else "interrupted", 130, debug)
+        how = _HOW_TO_GO_ON.get(words[0], "") if words else ""
+        return _fail(f"interrupted{how}", 130, debug)
     except BrokenPipeError:
         # Whoever read our output has seen enough.  Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

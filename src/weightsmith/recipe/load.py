@@ -22,7 +22,7 @@ from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
 
-__all__ = ["apply_overrides", "load", "loads"]
+__all__ = ["apply_overrides", "from_document", "load", "loads"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_NESTED = 200
@@ -40,6 +40,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: str | Path | None = None) -> Recipe:
     """Read a recipe from text; `where` is what messages call it, `folder` what its paths are relative to."""
     return _Loader().text(text, where, None if folder is None else Path(folder), overrides)
+
+
+def from_document(document: Document, folder: Path | None) -> Recipe:
+    """The recipe in a text that was parsed already, with the lines that messages name."""
+    return _Loader().recipe(document, folder)
 
 
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -1,0 +1,160 @@
+"""Scoring a model on every task: a function of the user's own, or what is built in for Hugging Face folders.
+
+A file named with --evaluator defines
+
+    def scores(model: Path, split: str, **arguments) -> dict[str, float]
+
+`model` is a checkpoint of the study, as the study names it, or a folder that a merge wrote (`model.safetensors`,
+and the base's companions); `split` is "validation" or "test"; the arguments are those under `evaluate: function:`.
+It returns a score for every task and guard.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from weightsmith.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
+from weightsmith.io import system
+from weightsmith.plugins import line_in, run_file
+from weightsmith.study.schema import FUNCTION, Study
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from weightsmith.observe.model import LoadedModel
+
+__all__ = ["Scorer", "digest", "scorer"]
+
+_OPTION = "--evaluator"
+
+
+class Scorer:
+    """Scores models of one study.  `identity` holds all that the scores depend on besides the model."""
+
+    def __init__(
+        self, study: Study, score: Callable[[Path, str], Mapping[str, Any]], identity: Any, label: str
+    ) -> None:
+        self.study, self.score, self.identity, self.label = study, score, identity, label
+
+    def __call__(self, model: Path, split: str) -> dict[str, float]:
+        """Task or guard -> score, all finite.
+
+        Raises RecipeError if the function fails or leaves something out.
+        """
+        found = self.score(model, split)
+        if not isinstance(found, Mapping):
+            raise RecipeError(f"{self.label}: gives {type(found).__name__}, not a mapping from tasks to scores")
+        scores = {}
+        for name in self.study.scored:
+            value = found.get(name)
+            if value is None:
+                hint = did_you_mean(name, [str(key) for key in found])
+                raise RecipeError(f"{self.label}: gives no score for {name!r}{hint}")
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise RecipeError(
+                    f"{self.label}: the score of {model} on {name!r} ({split}) is {value!r}, not a number"
+                )
+            scores[name] = float(value)
+        return scores
+
+
+def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer:
+    """How a study's models are scored.  Code runs only if the user has named its file.
+
+    Raises RecipeError if there is no such file, or it defines no `scores`.
+    """
+    kind, arguments = study.evaluation.kind, study.evaluation.arguments
+    if kind == FUNCTION:
+        if evaluator is None:
+            raise RecipeError(
+                f"{study.file}: its models are scored by a function; name the python file that defines "
+                f"scores(model, split) with {_OPTION} FILE"
+            )
+        return Scorer(study, _function(evaluator, arguments), [digest(evaluator), arguments], f"{_OPTION} {evaluator}")
+    if evaluator is not None:
+        raise RecipeError(f"{_OPTION} {evaluator}: {study.file} is scored by the built-in {kind}; leave one out")
+    measure = {"bits_per_byte": _bits_per_byte, "accuracy": _accuracy}[kind]
+
+    def score(model: Path, split: str) -> dict[str, float]:
+        from weightsmith.observe.model import load_model
+
+        wanted = {"bits_per_byte": "causal-lm", "accuracy": "image-classification"}[kind]
+        loaded = load_model(model, kind=wanted, device=device)
+        return {name: measure(loaded, Path(files[split])) for name, files in arguments.items()}
+
+    contents = {name: {split: digest(Path(file)) for split, file in files.items()} for name, files in arguments.items()}
+    return Scorer(study, score, [kind, contents], kind)
+
+
+# --- the user's function ---------------------------------------------------------------------------
+
+
+def _function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, str], Any]:
+    module = _module(evaluator.expanduser())
+    function = getattr(module, "scores", None)
+    if not callable(function):
+        names = [name for name in vars(module) if not name.startswith("_")]
+        raise RecipeError(f"{_OPTION} {evaluator}: it defines no scores(model, split){did_you_mean('scores', names)}")
+
+    def score(model: Path, split: str) -> Any:
+        try:
+            return function(model, split, **arguments)
+        except WeightsmithError:
+            raise
+        except Exception as error:
+            where = f"{_OPTION} {evaluator}{line_in(error, evaluator.expanduser())}"
+            raise RecipeError(f"{where}: scores({str(model)!r}, {split!r}): {type(error).__name__}: {error}") from error
+
+    return score
+
+
+@cache
+def _module(evaluator: Path) -> ModuleType:
+    """The file is run once, however many studies it scores."""
+    return run_file(evaluator, _OPTION)
+
+
+def digest(file: Path) -> str:
+    try:
+        return xxhash.xxh3_128_hexdigest(system.read_file(file.expanduser()))
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+# --- built in --------------------------------------------------------------------------------------
+
+
+def _bits_per_byte(loaded: LoadedModel, file: Path) -> float:
+    """Mean bits a causal language model needs per byte of a UTF-8 text."""
+    from weightsmith.observe.check import perplexity
+
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file}: not readable as UTF-8 text ({error})") from None
+    return perplexity(loaded, text)["bits_per_byte"]
+
+
+def _accuracy(loaded: LoadedModel, file: Path) -> float:
+    """Percent of the labelled images of an .npz file whose class a classifier finds."""
+    import torch
+
+    from weightsmith.observe.data import batches, read_examples
+    from weightsmith.observe.model import resting
+
+    examples = read_examples(file, loaded, examples=2**31)
+    labels = [example.label for example in examples]
+    if None in labels:
+        raise SourceError(f"{file}: images without labels; an accuracy needs both")
+    answers: list[int] = []
+    with resting(loaded.module), torch.no_grad():
+        for part in batches(examples, 64):
+            answers += loaded.logits(part.inputs).argmax(-1).tolist()
+    return 100 * sum(a == b for a, b in zip(answers, labels, strict=True)) / len(labels)

@@ -1,0 +1,130 @@
+"""Train families of models, then compare every method on them with `weightsmith bench`.
+
+    python -m study                  eight views of scikit-learn's digits, and the demo's two families
+    python -m study --data FOLDER    the data sets of a folder of .npz files instead of the eight views
+    python -m study --seeds 3        repetitions of each family
+
+Everything is kept in .study/ (checkpoints, scores, pages); a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".study"
+Say = Callable[[str], None]
+
+
+def vision(home: Path, folder: Path | None, seeds: int, say: Say) -> list[Path]:
+    """Train the second family, once per seed; returns the study files."""
+    import torch
+    from demo.family import fingerprint
+
+    from study.data import load
+    from study.vision import Training, train
+
+    data, settings = load(folder), Training()
+    shapes = [(task.name, {s: len(part.labels) for s, part in task.splits.items()}) for task in data.all]
+    pixels = hashlib.sha256(b"".join(task.splits["train"].images.numpy().tobytes() for task in data.all)).hexdigest()
+    code = [(ROOT / "study" / name).read_text("utf-8") for name in ("data.py", "vision.py")]
+    files = []
+    for seed in range(seeds):
+        key = fingerprint(asdict(settings), seed, torch.__version__, shapes, pixels, code)
+        place = home / ("images" if folder else "lenses") / f"seed{seed}-{key}"
+        if not place.is_dir():
+            partial = place.with_name(place.name + ".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            train(partial, data, seed, settings, lambda text, seed=seed: say(f"seed {seed}: {text}"))  # type: ignore[misc]
+            partial.rename(place)
+        about = (
+            f"{len(data.tasks)} image tasks, {', '.join(task.name for task in data.tasks)}; one residual MLP with a "
+            f"frozen head per task, every expert stopped when it had moved {100 * settings.displacement:g}% of the "
+            f"base's norm. Forgetting is measured on {', '.join(task.name for task in data.guards)}, which only the "
+            "base has learnt."
+        )
+        title = "Images of unlike kinds" if folder else "Digits under eight lenses"
+        models = {t.name: {"model": f"{t.name}.safetensors", "stats": f"stats/{t.name}"} for t in data.tasks}
+        study = {
+            "title": title,
+            "about": about,
+            "base": "base.safetensors",
+            "models": models,
+            "joint": "joint.safetensors",
+            "exclude": ["heads.*"],
+            "guards": [task.name for task in data.guards],
+            "score": "accuracy, %",
+            "evaluate": {"function": {"family": "vision", "data": str(folder.resolve()) if folder else ""}},
+            "seed": seed,
+        }
+        files.append(write(place / "study.yaml", study))
+    return files
+
+
+def of_the_demo(home: Path, name: str, seeds: int, say: Say) -> list[Path]:
+    """Train a family of the demo, unless `make demo` has; returns the study files."""
+    from demo.family import BASE, JOINT
+
+    from study.score import demo_family
+
+    family = demo_family(name, str(home))
+    files = []
+    for seed in family.seeds[:seeds]:
+        folder = family.checkpoints(home, seed, lambda text, seed=seed: say(f"{name}, seed {seed}: {text}"))  # type: ignore[misc]
+        study = {
+            "title": family.title,
+            "about": family.about,
+            "base": family.file(folder, BASE).name,
+            "models": {task: family.file(folder, task).name for task in family.tasks},
+            "joint": family.file(folder, JOINT).name,
+            "guards": list(family.guards),
+            "score": family.score_name,
+            "higher_is_better": family.higher_is_better,
+            "evaluate": {"function": {"family": name, "seed": seed, "home": str(home)}},
+            "seed": seed,
+        }
+        files.append(write(folder / "study.yaml", study))
+    return files
+
+
+def write(file: Path, study: dict[str, object]) -> Path:
+    """Write a study; JSON is YAML."""
+    file.write_text(json.dumps(study, indent=1) + "\n", "utf-8")
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, then run `weightsmith bench`."""
+    parser = argparse.ArgumentParser(prog="python -m study", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of .npz files with images and labels")
+    parser.add_argument("--seeds", type=int, default=2, help="repetitions of each family, at most (2)")
+    parser.add_argument("--only", choices=("vision", "demo"), help="one of the two halves")
+    chosen = parser.parse_args(arguments)
+
+    import torch
+
+    from weightsmith.cli.main import main as weightsmith
+
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    say: Say = lambda text: print(text, flush=True)  # noqa: E731
+    files = vision(HOME, chosen.data, chosen.seeds, say) if chosen.only != "demo" else []
+    if chosen.only != "vision":
+        files += [file for name in ("digits", "text") for file in of_the_demo(ROOT / ".demo", name, chosen.seeds, say)]
+    evaluator = Path(__file__).with_name("score.py")
+    out = HOME / ("bench-demo" if chosen.only == "demo" else "bench-images" if chosen.data else "bench")
+    return weightsmith(["bench", *map(str, files), "--evaluator", str(evaluator), "--out", str(out)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What is wrong with a study, its evaluator or its options: one line, exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_family import EVALUATOR, STUDY, calls, make
+
+from weightsmith.cli.main import main
+from weightsmith.study.schema import load_study
+
+Captured = pytest.CaptureFixture[str]
+
+HEAD = STUDY[: STUDY.index("methods:")]
+
+
+def refused(capsys: Captured, *words: object) -> str:
+    assert main(["bench", *map(str, words)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: Colours", "titel: Colours", "study.yaml:2: unknown key 'titel' in the study; did you mean 'title'?"),
+        ("title: Colours", "title: [a]", 'title should be a text, is ["a"]'),
+        ("title: Colours", "evaluator: score.py", "named on the command line: --evaluator FILE"),
+        ("base: base.safetensors", "", "a study needs a base"),
+        ("base: base.safetensors", "base: bas.safetensors", "bas.safetensors"),
+        ("blue: blue.safetensors", "blue: red.safetensors", "is the same model as models.red"),
+        ("guards: [grey]", "guards: [red]", "'red' is a task and a guard"),
+        ("guards: [grey]", "guards: 3", "guards should be a list of different words, is 3"),
+        ("joint: joint.safetensors", "joint: gone", "joint 'gone': no such file"),
+        ("score: closeness", "higher_is_better: up", 'should be true or false, is "up"'),
+        ("{function: {data: DATA}}", "{fuction: {}}", "evaluate takes one of function, bits_per_byte, accuracy"),
+        ("{function: {data: DATA}}", "{function: 3}", "evaluate.function should be a mapping, is 3"),
+        ("{function: {data: DATA}}", "bits_per_byte", "evaluate takes one of"),
+        ("{function: {data: DATA}}", "{bits_per_byte: {red: x}}", "evaluate.bits_per_byte needs red: {validation:"),
+        ("linear", "linaer", "average: unknown method 'linaer'; did you mean 'linear'?"),
+        ("average: linear", "average: [[linear]]", "average: a stage is a name, or a name with its parameters"),
+        ("[0.25, 0.5, 1.0]", "[]", "sum: task_arithmetic.lambda is an empty list"),
+        ("lambda: [0.25", "lamda: [0.25", "did you mean 'lambda'?"),
+        ("[0.5, 1.0]}}", "[0.5, 7]}}", "7"),
+    ],
+)
+def test_a_study_that_cannot_be_meant(tmp_path: Path, capsys: Captured, old: str, new: str, message: str) -> None:
+    assert STUDY.count(old) == 1
+    make(tmp_path, text=STUDY.replace(old, new))
+    said = refused(capsys, tmp_path, "--evaluator", tmp_path / "score.py")
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert calls(tmp_path) == []
+
+
+def test_data_of_a_built_in_evaluator(tmp_path: Path, capsys: Captured) -> None:
+    files = "{validation: a.txt, test: a.txt}"
+    text = HEAD.replace("{function: {data: DATA}}", f"{{bits_per_byte: {{red: {files}, green: {files}}}}}")
+    make(tmp_path, text=text)
+    assert "validation data of red: no file a.txt" in refused(capsys, tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    assert "red: validation and test are the same file" in refused(capsys, tmp_path)
+
+
+def test_no_code_runs_that_was_not_named(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path)
+    assert "name the python file that defines scores(model, split) with --evaluator FILE" in refused(capsys, tmp_path)
+    assert calls(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def score(model, split): ...", "it defines no scores(model, split); did you mean 'score'?"),
+        ("1 / 0", ":1: ZeroDivisionError"),
+        ("def scores(model, split, data):\n    return 3", "gives int, not a mapping"),
+        ("def scores(model, split, data):\n    return {'red': 1, 'green': 2, 'blu': 3}", "did you mean 'blu'?"),
+        (
+            "def scores(model, split, data):\n    return dict.fromkeys(['red', 'green', 'blue', 'grey'], float('nan'))",
+            "nan",
+        ),
+        (
+            "def scores(model, split, data):\n    return dict.fromkeys(['red', 'green', 'blue', 'grey'], '1')",
+            "'1', not a",
+        ),
+        ("def scores(model, split, data):\n    raise ValueError('no data')", "ValueError: no data"),
+        ("def scores(model, split):\n    return {}", "unexpected keyword argument 'data'"),
+    ],
+)
+def test_an_evaluator_that_does_not_score(tmp_path: Path, capsys: Captured, code: str, message: str) -> None:
+    make(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    assert main(["bench", str(tmp_path), "--evaluator", str(tmp_path / "mine.py")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "mine.py" in said
+
+
+def test_options(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path)
+    score = tmp_path / "score.py"
+    assert "no study" in refused(capsys)
+    assert "no such study" in refused(capsys, tmp_path / "gone.yaml")
+    assert "no such file" in refused(capsys, tmp_path, "--evaluator", tmp_path / "gone.py")
+    assert "no method 'tise' in this study; known: TIES, average, sum" in refused(
+        capsys, tmp_path, "--evaluator", score, "--methods", "tise,sum"
+    )
+    assert "is a file" in refused(capsys, tmp_path, "--evaluator", score, "--out", score)
+    assert "--threads 0" in refused(capsys, tmp_path, "--evaluator", score, "--threads", "0")
+    assert "named twice" in refused(capsys, tmp_path, tmp_path / "study.yaml", "--evaluator", score)
+
+
+def test_repetitions_must_be_alike(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", text=STUDY.replace("guards: [grey]", ""))
+    said = refused(capsys, tmp_path / "a", tmp_path / "b", "--evaluator", tmp_path / "a" / "score.py")
+    assert "guards differ from those of" in said
+
+
+def test_a_named_method_that_cannot_run_is_an_error(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path, text=STUDY.replace("average: linear", "arc: slerp"))
+    said = refused(capsys, tmp_path, "--evaluator", tmp_path / "score.py")
+    assert said.startswith("error: arc: ")
+    make(tmp_path, text=HEAD)
+    said = refused(capsys, tmp_path, "--evaluator", tmp_path / "score.py", "--methods", "slerp")
+    assert "it takes 2 models at most" in said
+
+
+def test_a_folder_and_its_file_are_the_same_study(tmp_path: Path) -> None:
+    file = make(tmp_path)
+    assert load_study(tmp_path) == load_study(file)
+    assert load_study(file).methods is not None
+    assert EVALUATOR
+
+
+def test_language_models_need_no_code(tmp_path: Path, capsys: Captured) -> None:
+    """bits_per_byte: a byte-level Llama whose logits are all equal needs 8 bits for every byte."""
+    import json
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=8, num_hidden_layers=1, bos_token_id=None,
+                         num_attention_heads=1, num_key_value_heads=1, eos_token_id=None)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    for name in ("base", "one", "two"):
+        if name != "base":
+            with torch.no_grad():
+                model.model.embed_tokens.weight += 0.1 * torch.randn(256, 8)
+        model.save_pretrained(tmp_path / name)
+    for name in ("validation", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"some text for {name}")
+    files = {"validation": "validation.txt", "test": "test.txt"}
+    study = {"base": "base", "models": {"one": "one", "two": "two"}, "methods": {"average": "linear"},
+             "evaluate": {"bits_per_byte": {"one": files, "two": files}}}  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    assert main(["bench", str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["score_name"] == "bits per byte"
+    assert found["higher_is_better"] is False
+    assert [row["score"] for row in found["rows"]] == pytest.approx([8.0] * 4)
+    assert found["without_gain"] == ["one", "two"]
+    assert np.isfinite([row["normalised"] for row in found["rows"]]).all()
