@@ -74,7 +74,7 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(run, "run", None)  # a merge would fail
     assert measured(tmp_path, tmp_path / "out") == first
     assert calls(tmp_path) == before
-    assert list((tmp_path / "out" / "merged").iterdir()) == []
+    assert not (tmp_path / "out" / "merged").exists()
 
 
 def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +203,8 @@ def test_the_command_writes_json_markdown_page_and_picture(tmp_path: Path, capsy
     assert "Published orders" not in page  # the labels of this study are its own
     assert "| **average** |" in (out / "results.md").read_text() or "| **sum** |" in (out / "results.md").read_text()
     assert (out / "results.svg").read_text().startswith("<svg")
+    assert stored[0]["rows"][-2]["edges"] == ["lambda"]
+    assert "wider grid may find better: sum (lambda)" in shown.out
     assert main(["merge", stored[0]["rows"][-2]["recipe"], str(tmp_path / "kept"), "--quiet"]) == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from weightsmith.method import registered
 from weightsmith.study.cache import Ledger, fingerprint
 from weightsmith.study.figures import Reference, tau
-from weightsmith.study.grids import BUDGET, GRIDS, candidates, offered
+from weightsmith.study.grids import BUDGET, GRIDS, candidates, edges, offered
 from weightsmith.study.orderings import PUBLISHED, Chain, compare
 
 UP = Reference({"a": 50.0, "b": 60.0, "g": 70.0}, {"a": 100.0, "b": 80.0}, higher_is_better=True)
@@ -91,6 +91,15 @@ def test_candidates_are_the_product_of_the_lists() -> None:
     made = candidates((("dare", {"density": [0.2, 0.5]}), ("ties", {"lambda": [1.0], "density": [[0.1, 0.3]]})))
     assert [c.label for c in made] == ["density 0.2", "density 0.5"]
     assert made[1].stages[1].parameters == {"lambda": 1.0, "density": [0.1, 0.3]}  # a ramp over depth
+
+
+def test_edges_of_a_grid() -> None:
+    made = candidates((("dare", {"density": [0.2, 0.5]}), ("ties", {"lambda": [0.5, 1.0, 2.0]})))
+    assert [edges(made, candidate) for candidate in made[:3]] == [
+        ("lambda",),
+        (),
+        ("lambda",),
+    ]  # two values have no middle
 
 
 def test_every_method_is_offered_or_left_out_with_a_reason() -> None:

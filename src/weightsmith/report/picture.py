@@ -9,7 +9,8 @@ from xml.sax.saxutils import escape
 
 __all__ = ["Bar", "Panel", "bars"]
 
-_ROW, _TOP, _BOTTOM, _LABEL, _VALUE = 26, 54, 34, 132, 56  # pixels
+_ROW, _TOP, _BOTTOM, _LABEL, _VALUE = 26, 54, 34, 132, 56  # pixels; labels of more than 16 letters get more room
+_LETTER = 7
 _STYLE = """
 text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: #1c2330; }
 .title { font-weight: 600; font-size: 14px; } .soft { fill: #5b6678; font-size: 12px; }
@@ -47,6 +48,7 @@ def bars(panels: Sequence[Panel], caption: str, width: int = 860) -> str:
     low = min(0.0, math.floor(5 * min(a for a, _ in reach)) / 5)
     high = max(1.0, math.ceil(5 * max(b for _, b in reach)) / 5)
     rows = max(len(panel.bars) for panel in panels)
+    label = max(_LABEL, 20 + _LETTER * max(len(bar.label) for bar in every))
     height = _TOP + _ROW * rows + _BOTTOM + 22
     each = width / len(panels)
     parts = [
@@ -56,13 +58,13 @@ def bars(panels: Sequence[Panel], caption: str, width: int = 860) -> str:
         f'<rect class="page" width="{width}" height="{height}" rx="6"/>',
     ]
     for number, panel in enumerate(panels):
-        parts += _panel(panel, number * each, each, low, high, rows)
+        parts += _panel(panel, number * each, each, label, low, high, rows)
     parts.append(f'<text class="soft" x="16" y="{height - 12}">{escape(caption)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(panel: Panel, left: float, width: float, low: float, high: float, rows: int) -> list[str]:
-    start, end = left + _LABEL, left + width - _VALUE
+def _panel(panel: Panel, left: float, width: float, label: float, low: float, high: float, rows: int) -> list[str]:
+    start, end = left + label, left + width - _VALUE
     bottom = _TOP + _ROW * rows
 
     def place(value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from weightsmith.recipe.text import dumps
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest, scorer
 from weightsmith.study.figures import Reference, Scores
+from weightsmith.study.grids import edges
 from weightsmith.study.orderings import Verdict, compare
 from weightsmith.study.run import (
     BASE,
@@ -47,6 +49,7 @@ class Row:
                      over the studies
     gain_kept        (model - base) / (expert - base), mean over the tasks whose expert gained
     forgetting       points lost against the base, on the guards if there are any
+    edges            parameters whose chosen value lies at the edge of what was tried
     moved            of an expert: |expert - base| / |base|
     seconds          wall time of one merge; cpu_seconds: its processor time over all threads
     tuning_seconds   wall time of all merges and evaluations on validation data, all studies together
@@ -65,6 +68,7 @@ class Row:
     moved: float | None = None
     chosen: str = ""
     recipe: str = ""
+    edges: tuple[str, ...] = ()
     seconds: float | None = None
     cpu_seconds: float | None = None
     tuning_seconds: float | None = None
@@ -137,10 +141,13 @@ def bench(
         ]
         prepared.append((benches, *chosen_methods(benches, methods)))
     counter = _Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), progress)
-    return tuple(
-        _result(benches, made, left_out, folder, say or (lambda text: None), counter)
-        for benches, made, left_out in prepared
-    )
+    try:
+        return tuple(
+            _result(benches, made, left_out, folder, say or (lambda text: None), counter)
+            for benches, made, left_out in prepared
+        )
+    finally:
+        shutil.rmtree(folder / "merged", ignore_errors=True)  # what an interrupted merge has left
 
 
 class _Counter:
@@ -193,7 +200,7 @@ def _result(
         counter.step(len(benches))
         recipe = folder / "recipes" / file_name(study.title) / f"{file_name(label)}.yaml"
         write_file(recipe, dumps(benches[0].recipe(choice.candidate)))
-        rows.append(_merge_row(line, label, choice, found, recipe))
+        rows.append(_merge_row(line, label, choice, found, recipe, edges(made, choice.candidate)))
         tried[label] = dict(choice.tried)
         cells[label] = _cells(against, found)
         say(_told(rows[-1], study.score))
@@ -240,7 +247,14 @@ def _row(
     )
 
 
-def _merge_row(line: Callable[..., Row], label: str, choice: Choice, found: Sequence[Measured], recipe: Path) -> Row:
+def _merge_row(
+    line: Callable[..., Row],
+    label: str,
+    choice: Choice,
+    found: Sequence[Measured],
+    recipe: Path,
+    outer: tuple[str, ...],
+) -> Row:
     assert choice.candidate is not None
     return line(
         label,
@@ -248,6 +262,7 @@ def _merge_row(line: Callable[..., Row], label: str, choice: Choice, found: Sequ
         [one.scores for one in found],
         chosen=choice.candidate.label,
         recipe=str(recipe),
+        edges=outer,
         seconds=sum(one.merge_seconds for one in found) / len(found),
         cpu_seconds=sum(one.merge_cpu_seconds for one in found) / len(found),
         tuning_seconds=choice.seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from weightsmith.method import Codec, Filter, Stage, registered
 from weightsmith.recipe.schema import StageSpec
 
-__all__ = ["BUDGET", "Candidate", "candidates", "offered"]
+__all__ = ["BUDGET", "Candidate", "candidates", "edges", "offered"]
 
 BUDGET = 6
 """Candidates per method at most, in the grids below."""
@@ -100,6 +100,18 @@ def candidates(written: Written) -> tuple[Candidate, ...]:
         stages = tuple(StageSpec(name=n, parameters=p) for (n, _), p in zip(written, parts, strict=True))
         made.append(Candidate(stages, ", ".join(shown)))
     return tuple(made)
+
+
+def edges(made: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:
+    """Parameters whose chosen value is the smallest or largest of three or more that were tried."""
+    found = []
+    for at, stage in enumerate(chosen.stages):
+        for key, value in stage.parameters.items():
+            tried = [one.stages[at].parameters[key] for one in made]
+            plain = all(isinstance(v, int | float) and not isinstance(v, bool) for v in tried)
+            if plain and len(set(tried)) >= 3 and value in (min(tried), max(tried)):
+                found.append(key)
+    return tuple(found)
 
 
 def offered(count: int, statistics: Iterable[str], has_depth: bool) -> tuple[dict[str, Written], dict[str, str]]:

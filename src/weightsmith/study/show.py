@@ -173,6 +173,8 @@ def in_words(result: Result) -> list[str]:
     said = [f"best merge: {first.name}" + (f" ({first.chosen})" if first.chosen else "") + _share(first)]
     said.append(f"{len(above)} of {len(merges)} merges are better than the base on average")
     said += [_chain_in_words(verdict) for verdict in result.verdicts]
+    if outer := [f"{row.name} ({', '.join(row.edges)})" for row in merges if row.edges]:
+        said.append(f"chosen at the edge of what was tried, so a wider grid may find better: {', '.join(outer)}")
     said += [f"failed: {text}" for text in result.failed]
     return said
 
@@ -310,4 +312,8 @@ def picture(results: Sequence[Result]) -> str:
         drawn = [Bar(row.name, row.gain_kept or 0.0, other=row.kind == "joint") for row in rows]
         if drawn:
             panels.append(Panel(result.title, drawn))
-    return bars(panels, "Share of the experts' gain that one merged model keeps.", width=860) if panels else ""
+    return (
+        bars(panels, "Share of the experts' gain that one merged model keeps.", width=max(860, 560 * len(panels)))
+        if panels
+        else ""
+    )
