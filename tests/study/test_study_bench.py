@@ -11,6 +11,8 @@ import pytest
 from toy_family import EVALUATOR, STUDY, calls, make
 
 from weightsmith.cli.main import main
+from weightsmith.errors import NumericError, OutputError
+from weightsmith.io.lock import FolderLock
 from weightsmith.study import run
 from weightsmith.study.bench import Result, bench
 from weightsmith.study.schema import load_study
@@ -111,6 +113,28 @@ def test_models_of_equal_name_size_and_time_are_told_apart(tmp_path: Path) -> No
     assert rows["expert blue"].tasks["blue"] == 100.0
 
 
+def test_an_expert_that_is_a_recipe_is_made_before_it_is_scored(tmp_path: Path) -> None:
+    nested = "{models: {a: red.safetensors, b: green.safetensors}, method: linear}"
+    text = STUDY.replace("red: red.safetensors", f"red: {nested}").replace("joint: joint.safetensors", "")
+    make(tmp_path, text=text)
+    rows = {row.name: row for row in measured(tmp_path, tmp_path / "out", methods=["average"]).rows}
+    assert rows["expert red"].tasks["red"] == pytest.approx(100 - 8**0.5, abs=1e-4)  # half way to each
+    assert rows["expert red"].tasks["green"] == pytest.approx(100 - 8**0.5, abs=1e-4)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    lock = FolderLock(tmp_path / "scores.lock", tmp_path)
+    lock.acquire()
+    try:
+        with pytest.raises(OutputError, match="is in use by process"):
+            measured(tmp_path, tmp_path)
+    finally:
+        lock.release()
+    assert measured(tmp_path, tmp_path, methods=["average"]).of("merge")
+    assert not (tmp_path / "scores.lock").exists()
+
+
 @pytest.mark.parametrize("what", ["evaluator", "weights", "arguments"])
 def test_what_scores_depend_on_is_measured_again(tmp_path: Path, what: str) -> None:
     study = make(tmp_path)
@@ -167,8 +191,6 @@ def test_without_methods_all_that_apply_are_taken(tmp_path: Path, monkeypatch: p
 
 
 def test_a_merge_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightsmith.errors import NumericError
-
     make(tmp_path)
     merge = run.run
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import OutputError, RecipeError
-from weightsmith.io.disk import write_file
+from weightsmith.io.disk import write_file, writing
+from weightsmith.io.lock import FolderLock
 from weightsmith.recipe.text import dumps
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest, scorer
@@ -141,13 +143,25 @@ def bench(
         ]
         prepared.append((benches, *chosen_methods(benches, methods)))
     counter = _Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), progress)
-    try:
+    with _alone(folder):
         return tuple(
             _result(benches, made, left_out, folder, say or (lambda text: None), counter)
             for benches, made, left_out in prepared
         )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One study per folder at a time; afterwards nothing of a merge is left, interrupted or not."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder / "scores.lock", folder)
+    lock.acquire()
+    try:
+        yield
     finally:
-        shutil.rmtree(folder / "merged", ignore_errors=True)  # what an interrupted merge has left
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        lock.release()
 
 
 class _Counter:
@@ -217,7 +231,7 @@ def _result(
         left_out=dict(left_out),
         failed=tuple(failed),
         without_gain=tuple(t for t in study.tasks if not any(t in reference.gaining() for reference in against)),
-        verdicts=compare({label: values for label, values in cells.items() if values}),
+        verdicts=compare(_complete(cells)),
     )
 
 
@@ -225,6 +239,12 @@ def _cells(against: Sequence[Reference], found: Sequence[Measured]) -> list[floa
     """Normalised scores of one method, study by study and task by task, for paired comparison."""
     by_study = [reference.normalised_by_task(one.scores) for reference, one in zip(against, found, strict=True)]
     return [value for values in by_study for value in values.values()]
+
+
+def _complete(cells: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Methods with a normalised score for as many tasks as any other: only those can be compared pair by pair."""
+    full = max((len(values) for values in cells.values()), default=0)
+    return {label: values for label, values in cells.items() if len(values) == full}
 
 
 def _row(
