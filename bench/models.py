@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SHAPES", "Shape", "decode", "encode", "make_models", "read_tensors"]
+__all__ = ["SHAPES", "Shape", "decode", "encode", "make_models", "read_tensors", "write_model"]
 
 BASE, CHANGE = 0.02, 0.001
 """Standard deviations of the base's weights and of an expert's change."""
@@ -91,7 +91,7 @@ def make_models(root: Path, size: str, experts: int, dtype: str = "bfloat16") ->
     folders = [root / f"{size}-{dtype}" / name for name in ("base", *(f"expert{i:02d}" for i in range(experts)))]
     for number, folder in enumerate(folders):
         if not folder.exists():
-            _write(folder, SHAPES[size], dtype, number)
+            write_model(folder, SHAPES[size], dtype, number)
     return folders
 
 
@@ -125,7 +125,7 @@ def decode(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16 if bits.itemsize == 2 else bits).view(np.float32)
 
 
-def _write(folder: Path, shape: Shape, dtype: str, number: int) -> None:
+def write_model(folder: Path, shape: Shape, dtype: str, number: int) -> None:
     """Write model `number` (0: the base), complete or not at all."""
     tensors = shape.tensors()
     code = _CODES[dtype]

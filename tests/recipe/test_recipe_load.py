@@ -156,7 +156,7 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: ties\nexclude: 3", r"exclude: should be a word or a list of words, is 3$"),
         (TWO + "method: ties\ntokenizer: aa", r"tokenizer 'aa' is neither a model of this recipe nor a folder"),
         ("- a", r"r\.yaml:1: a recipe is a mapping with models and method, not a list$"),
-        ("merge_method: ties\nmodels: []", r"r\.yaml:1: this is a mergekit config; write it as a weightsmith recipe: "),
+        ("merge_method: linear\nmodels: []", r"r\.yaml:1: there must be exactly one of models, slices and modules$"),
     ],
 )  # fmt: skip
 def test_one_mistake_is_one_line(text: str, message: str) -> None:

@@ -85,6 +85,7 @@ def copy_companions(
     weight_files: Collection[str],
     *,
     dtype: str | None = None,
+    config: str | None = None,
     tokenizer: Path | None = None,
     code: bool = False,
 ) -> Copied:
@@ -92,6 +93,7 @@ def copy_companions(
 
     dtype      the output's dtype ('bfloat16') where it is not the input's: `config.json` then says so too;
                nothing else in any file changes
+    config     what config.json says instead, where the merge has other blocks than the input
     tokenizer  another model's folder, whose tokenizer files go along instead of this one's
     """
     files = {path.as_posix(): folder for path in companions(folder, weight_files, code=code)}
@@ -106,6 +108,8 @@ def copy_companions(
         left = {name: reason for name, reason in left.items() if name not in files}
     for name, place in files.items():
         data = _read(place / name)
+        if name == "config.json" and config is not None:
+            data = config.encode(errors="surrogateescape")
         if name == "config.json" and dtype is not None:
             data = with_dtype(data.decode(errors="surrogateescape"), dtype).encode(errors="surrogateescape")
         write_file(target / name, data)

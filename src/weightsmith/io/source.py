@@ -42,6 +42,10 @@ class Source(ABC):
     computed: bool = False
     """True where values are calculated on reading: `bits` is then not available, and `read` may return
     a wider dtype than `keys` states.  A view that calculates some tensors only says so in `computes`."""
+    stacks: tuple[str, ...] = ()
+    """The stacks of blocks ('model.layers') that it is a slice of; none for a whole model."""
+    pinned: Collection[str] = ()
+    """Names of tensors that only the first block has, whichever block that is (T5's relative positions)."""
 
     @abstractmethod
     def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -74,6 +78,10 @@ class Source(ABC):
 
     def prepare(self) -> None:  # noqa: B027  (nothing to do for most sources)
         """Fetch what is not on this machine yet.  Planning works without; the first `bits` or `read` does it too."""
+
+    def config_text(self) -> str | None:
+        """config.json as it has to be for these tensors, where that is not what lies in `folder`."""
+        return None
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data without reading it all: files, sizes, header hashes.  Empty in memory.

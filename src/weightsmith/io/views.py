@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weightsmith.errors import SourceError
+from weightsmith.io.layers import config_of, cut_config
 from weightsmith.io.source import Source
 from weightsmith.keys import Key, layer_of
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RenamedSource", "SliceSource", "slice_names"]
+__all__ = ["RenamedSource", "SliceSource", "block_counts", "slice_names"]
 
 
 class RenamedSource(Source):
@@ -32,6 +33,8 @@ class RenamedSource(Source):
         self.folder = source.folder
         self.weight_files = source.weight_files
         self.computed = source.computed
+        self.stacks = source.stacks
+        self.pinned = source.pinned
         self.names = dict(names)
         keys: dict[str, Key] = {}
         aliases: dict[str, str] = {}
@@ -65,6 +68,9 @@ class RenamedSource(Source):
     def read_cost(self, name: str) -> float:
         return self.source.read_cost(self.names[self.key(name).name])
 
+    def config_text(self) -> str | None:
+        return self.source.config_text()
+
     def places(self) -> tuple[Path, ...]:
         return self.source.places()
 
@@ -72,32 +78,70 @@ class RenamedSource(Source):
         return {"view": self.label, "source": self.source.fingerprint()}
 
 
-def slice_names(source: Source, start: int, end: int) -> dict[str, str]:
+def block_counts(source: Source) -> dict[str, int]:
+    """How many blocks each stack has: {'model.layers': 32}."""
+    counts: dict[str, int] = {}
+    for name in (*source.keys, *source.aliases):
+        if (place := layer_of(name)) is not None:
+            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+    return counts
+
+
+def slice_names(source: Source, start: int, end: int, stack: str | None = None) -> dict[str, str]:
     """Map new names to old for blocks [start, end), renumbered from 0; tensors outside the blocks keep theirs.
 
-    A model may have several stacks of blocks (vision and text): those with fewer than `end` blocks stay whole.
+    A model may have several stacks of blocks (vision and text): those with fewer than `end` blocks stay whole, as
+    do all but `stack` where that is given.  Tensors that only the first block has stay with the first.
     """
-    names = (*source.keys, *source.aliases)
-    places = {name: layer_of(name) for name in names}
-    blocks: dict[str, int] = {}
-    for place in places.values():
-        if place is not None:
-            blocks[place[0]] = max(blocks.get(place[0], 0), place[1] + 1)
-    if not 0 <= start < end or all(count < end for count in blocks.values()):
-        have = ", ".join(f"{stack} has {count}" for stack, count in blocks.items()) or "it has none"
-        raise SourceError(f"{source.label}: cannot take blocks [{start}, {end}): {have}")
     chosen: dict[str, str] = {}
-    for name, place in places.items():
-        if place is None or blocks[place[0]] < end:
+    cut = _cut_stacks(source, start, end, stack)
+    pinned = _pinned(source, cut)
+    for name in (*source.keys, *source.aliases):
+        place = layer_of(name)
+        if place is None or place[0] not in cut or name in pinned:
             chosen[name] = name
         elif start <= place[1] < end:
-            stack, block = place
-            chosen[f"{stack}.{block - start}{name[len(f'{stack}.{block}') :]}"] = name
+            here, block = place
+            chosen[f"{here}.{block - start}{name[len(f'{here}.{block}') :]}"] = name
     return chosen
 
 
-class SliceSource(RenamedSource):
-    """Blocks [start, end) of a model, renumbered from 0."""
+def _cut_stacks(source: Source, start: int, end: int, stack: str | None) -> dict[str, int]:
+    """The stacks that are cut, with the number of their blocks."""
+    counts = block_counts(source)
+    cut = {s: n for s, n in counts.items() if n >= end and stack in (None, s)}
+    if not 0 <= start < end or not cut:
+        have = ", ".join(f"{s} has {n}" for s, n in counts.items()) or "it has none"
+        of = "" if stack is None else f" of {stack}"
+        raise SourceError(f"{source.label}: cannot take blocks [{start}, {end}){of}: {have}")
+    return cut
 
-    def __init__(self, source: Source, start: int, end: int) -> None:
-        super().__init__(source, slice_names(source, start, end), f"{source.label}[{start}:{end}]")
+
+def _pinned(source: Source, stacks: Iterable[str]) -> frozenset[str]:
+    """Tensors that the first block has beside all that every other block has, and no other block."""
+    found: set[str] = set()
+    for stack in stacks:
+        blocks: dict[int, set[str]] = {}
+        for name in (*source.keys, *source.aliases):
+            place = layer_of(name)
+            if place is not None and place[0] == stack:
+                blocks.setdefault(place[1], set()).add(name[len(f"{stack}.{place[1]}") :])
+        first, others = blocks.pop(0, set()), list(blocks.values())
+        if others and all(other < first for other in others):
+            found |= {f"{stack}.0{rest}" for rest in first.difference(*others)}
+    return frozenset(found)
+
+
+class SliceSource(RenamedSource):
+    """Blocks [start, end) of a model, renumbered from 0; its config says so too."""
+
+    def __init__(self, source: Source, start: int, end: int, stack: str | None = None) -> None:
+        super().__init__(source, slice_names(source, start, end, stack), f"{source.label}[{start}:{end}]")
+        cut = _cut_stacks(source, start, end, stack)
+        self.stacks = tuple(cut)
+        self.pinned = _pinned(source, cut)
+        self._cuts = {name: (count, start, end) for name, count in cut.items()}
+
+    def config_text(self) -> str | None:
+        text = config_of(self.source)
+        return None if text is None else cut_config(text, self._cuts, self.label)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.keys import ROLES
 from weightsmith.method import Method, Parameter, Pipeline, Stage, registry
+from weightsmith.recipe.cases import CASE_KEYS, is_cases
 from weightsmith.recipe.reader import Place
-from weightsmith.recipe.schema import ModelRef
+from weightsmith.recipe.schema import OUTSIDE, ModelRef, is_composed
 
 __all__ = ["Problem", "check_methods", "spell"]
 
@@ -87,7 +89,7 @@ class _Checker:
             self.inline(stage)
         self.outer(tree.get("parameters"), ("parameters",), groups)
         for name, ref in self.models.items():
-            if isinstance(ref, Mapping) and "models" not in ref:
+            if isinstance(ref, Mapping) and not is_composed(ref):
                 extra = {k: v for k, v in ref.items() if k not in ModelRef.model_fields}
                 self.outer(extra, ("models", name), groups, per_model=True)
         for i, (rule, group) in enumerate(zip(rules, effective, strict=True)):
@@ -229,8 +231,10 @@ class _Checker:
             self.say((*place, name), f"{where}{did_you_mean(name, known)}")
 
     def value(self, spec: Parameter, value: Any, place: Place, method: str, *, nested: bool = False) -> None:
-        """One value, a ramp over depth, or one of either per model."""
-        if isinstance(value, Mapping):
+        """One value, a ramp over depth, cases by tensor, or one of these per model."""
+        if is_cases(value):
+            self.cases(spec, value, place, method, nested=nested)
+        elif isinstance(value, Mapping):
             if nested:
                 self.say(place, f"{spell(place)} takes a number or a list of numbers, not a mapping")
             elif not spec.each:
@@ -248,6 +252,26 @@ class _Checker:
         elif text := spec.check(value):
             self.say(place, f"{method}: {text}")
 
+    def cases(self, spec: Parameter, cases: Sequence[Any], place: Place, method: str, *, nested: bool) -> None:
+        for i, case in enumerate(cases):
+            here = (*place, i)
+            if not isinstance(case, Mapping):
+                if i + 1 < len(cases):
+                    self.say(
+                        here, f"{spell(here)} is for every tensor, so that the cases behind it never count; put it last"
+                    )
+                if case is not None:
+                    self.value(spec, case, here, method, nested=nested)
+                continue
+            for key in case.keys() - set(CASE_KEYS):
+                self.say((*here, key), f"unknown key {key!r} in {spell(here)}{did_you_mean(str(key), CASE_KEYS)}")
+            if "value" not in case:
+                self.say(here, f"{spell(here)} has no value; write {{match: GLOB, value: ...}}")
+            elif case["value"] is not None:
+                self.value(spec, case["value"], (*here, "value"), method, nested=nested)
+            for text in _selector_problems(case):
+                self.say(here, f"{spell(here)}: {text}")
+
     def ramp(self, spec: Parameter, points: Sequence[Any], place: Place, method: str) -> None:
         if spec.kind != "number":
             self.say(
@@ -260,6 +284,20 @@ class _Checker:
                 self.say((*place, i), f"{method}: {spec.name} holds {point!r}; a ramp over depth takes numbers only")
             elif text := spec.check(point):
                 self.say((*place, i), f"{method}: {text}")
+
+
+def _selector_problems(case: Mapping[str, Any]) -> Iterable[str]:
+    for key in ("match", "role"):
+        words = case.get(key, "*")
+        listed = [words] if isinstance(words, str) else words
+        if not isinstance(listed, (list, tuple)) or not all(isinstance(w, str) for w in listed):
+            yield f"{key} should be a word or a list of words, is {words!r}"
+        elif key == "role" and words != "*":
+            yield from (f"unknown role {w!r}{did_you_mean(w, ROLES)}" for w in listed if w not in ROLES)
+    layers = case.get("layers")
+    numbers = isinstance(layers, (list, tuple)) and len(layers) == 2 and all(type(n) is int for n in layers)
+    if layers is not None and layers != OUTSIDE and not (numbers and 0 <= layers[0] < layers[1]):
+        yield f"layers should be two block numbers [start, end] or {OUTSIDE!r}, is {layers!r}"
 
 
 def _list(value: Any) -> Sequence[Any]:

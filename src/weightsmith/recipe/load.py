@@ -3,6 +3,7 @@
 Paths.  A model, statistics folder or tokenizer that exists relative to the recipe's own folder is
 meant by it and made absolute; otherwise the text is left as it is (a path from the working
 directory, or a hub id).  A model ending in .yaml, .yml or .json is a recipe of its own.
+mergekit's configs are read as well (see `weightsmith.recipe.mergekit`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.io import system
 from weightsmith.recipe.check import Problem, check_methods, spell
+from weightsmith.recipe.files import SUFFIXES, exists, expanded, text_of
+from weightsmith.recipe.mergekit import is_mergekit, translate
 from weightsmith.recipe.override import override
-from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
-from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
+from weightsmith.recipe.reader import Document, Place, read_all
+from weightsmith.recipe.schema import (
+    ModelRef,
+    Module,
+    Modules,
+    Output,
+    Recipe,
+    Rule,
+    Slices,
+    Tokenizer,
+    is_composed,
+)
 
 __all__ = ["apply_overrides", "from_document", "load", "loads"]
 
-SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_NESTED = 200
 _TOP_LINES = 50  # problems shown at most
 
@@ -34,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all problems, one line each: file, line, what is wrong, the nearest valid word.
     """
-    return _Loader().file(_expanded(path), overrides)
+    return _Loader().file(expanded(path), overrides)
 
 
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: str | Path | None = None) -> Recipe:
@@ -65,7 +76,7 @@ class _Loader:
         self.count = 0
 
     def file(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
-        text = _text_of(path)
+        text = text_of(path)
         real = path.resolve()
         if real in self.open:
             chain = " -> ".join(p.name for p in [*self.open[self.open.index(real) :], real])
@@ -77,10 +88,12 @@ class _Loader:
             self.open.pop()
 
     def text(self, text: str, where: str, folder: Path | None, overrides: Sequence[str]) -> Recipe:
-        document = read(text, where)
+        documents = read_all(text, where)
         for assignment in overrides:
-            override(document, assignment)
-        return self.recipe(document, folder)
+            override(documents[-1], assignment)
+        if len(documents) > 1 or is_mergekit(documents[0].tree):
+            return self.recipe(translate(documents), folder)
+        return self.recipe(documents[0], folder)
 
     def recipe(self, document: Document, folder: Path | None) -> Recipe:
         self.count += 1
@@ -89,11 +102,6 @@ class _Loader:
         tree = document.tree
         if not isinstance(tree, dict):
             raise RecipeError(f"{document.at(())}: a recipe is a mapping with models and method, not {_kind(tree)}")
-        if "merge_method" in tree:
-            raise RecipeError(
-                f"{document.at(('merge_method',))}: this is a mergekit config; write it as a weightsmith recipe: "
-                f"base, models (name: path), method, parameters"
-            )
         return _Form(self, document, folder).build()
 
 
@@ -160,7 +168,7 @@ class _Form:
 
     def reference(self, value: Any, place: Place) -> dict[str, Any]:
         inside = place
-        if isinstance(value, str) or (isinstance(value, dict) and "models" in value):
+        if isinstance(value, str) or is_composed(value):
             ref: dict[str, Any] = {"model": value}
         elif isinstance(value, dict):
             ref, inside = dict(value), (*place, "model")
@@ -170,15 +178,17 @@ class _Form:
         if "model" not in ref:
             self.say(place, f"{spell(place)} has no 'model'; write model: PATH")
         elif isinstance(model, dict):
-            ref["model"] = self.nested_text(model, inside)
+            ref["model"] = self.composed(model, inside)
         elif not isinstance(model, str) or not model.strip():
             self.say(inside, f"{spell(inside)} should be a path, a hub id or a recipe; is {_kind(model)}")
         elif Path(model).suffix.lower() in SUFFIXES:
             ref["model"] = self.nested_file(model, inside)
         else:
             ref["model"] = self.located(model)
-        if not isinstance(ref.get("model"), (str, Recipe)):
+        if not isinstance(ref.get("model"), (str, Recipe, Slices, Modules)):
             ref["model"] = "?"  # already reported
+        if isinstance(ref.get("adapter"), str):
+            ref["adapter"] = self.located(ref["adapter"])
         stats = ref.get("stats")
         if isinstance(stats, (str, list)):
             ref["stats"] = [
@@ -186,9 +196,64 @@ class _Form:
             ]
         return ref
 
+    def composed(self, tree: dict[str, Any], place: Place) -> Recipe | Slices | Modules | None:
+        """A model made of models: a recipe, slices on top of each other, or modules side by side."""
+        word = next((w for w in ("slices", "modules") if w in tree and "models" not in tree), None)
+        if word is None:
+            return self.nested_text(tree, place)
+        parts, here = tree[word], (*place, word)
+        for key in tree.keys() - {word}:
+            self.say((*place, key), f"unknown key {key!r} beside {word!r} in {spell(place)}; it takes no other")
+        if word == "slices":
+            if not isinstance(parts, list) or not parts:
+                self.say(here, f"{spell(here)} should be a list of models, each with a dash; is {_kind(parts)}")
+                return None
+            found = [self.part(part, (*here, i)) for i, part in enumerate(parts)]
+            slices: Slices | None = self.checked(Slices, {"slices": found}, here)
+            return slices
+        if not isinstance(parts, dict) or not parts:
+            self.say(here, f"{spell(here)} should be a mapping from names to modules; is {_kind(parts)}")
+            return None
+        named = {name: self.module(module, (*here, name)) for name, module in parts.items()}
+        modules: Modules | None = self.checked(Modules, {"modules": named}, here)
+        return modules
+
+    def part(self, value: Any, place: Place) -> dict[str, Any]:
+        """A slice or a module's model: it has no parameters of its own."""
+        ref = self.reference(value, place)
+        for key in ref.keys() - ModelRef.model_fields.keys():
+            text = f"unknown key {key!r} in {spell(place)}{did_you_mean(str(key), ModelRef.model_fields)}"
+            self.say((*place, key), f"{text}; parameters belong to the models of a recipe")
+        return ref
+
+    def module(self, value: Any, place: Place) -> Any:
+        if not isinstance(value, dict) or "model" not in value:
+            self.say(place, f"{spell(place)} should be a mapping with match and model; is {_kind(value)}")
+            return {"model": "?"}
+        for key in value.keys() - Module.model_fields.keys():
+            self.say(
+                (*place, key), f"unknown key {key!r} in {spell(place)}{did_you_mean(str(key), Module.model_fields)}"
+            )
+        return {k: v for k, v in value.items() if k == "match"} | {
+            "model": self.part(value["model"], (*place, "model"))
+        }
+
+    def checked(self, kind: type[Any], tree: dict[str, Any], place: Place) -> Any:
+        """The value, unless something in it has been found wrong already or is now."""
+        if any(p.place[: len(place)] == place for p in self.problems) or self.inner:
+            return None
+        try:
+            return kind.model_validate(tree)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                inner = tuple(step for step in detail["loc"][1:] if step != "function-before[_words()]")
+                said = str(detail["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
+                self.say((*place, *inner), f"{spell((*place, *inner))}: {said}")
+            return None
+
     def nested_file(self, text: str, place: Place) -> Recipe | None:
         try:
-            return self.loader.file(_expanded(self.located(text)))
+            return self.loader.file(expanded(self.located(text)))
         except RecipeError as error:
             self.inner += _lines_of(error, f"{self.document.at(place)}: in {spell(place)}")
             return None
@@ -203,8 +268,8 @@ class _Form:
 
     def located(self, text: str) -> str:
         """The absolute path where one exists beside the recipe; else the text as written."""
-        path = _expanded(text)
-        if self.folder is not None and not path.is_absolute() and _exists(self.folder / path):
+        path = expanded(text)
+        if self.folder is not None and not path.is_absolute() and exists(self.folder / path):
             return str((self.folder / path).absolute())
         return str(path) if text.startswith("~") else text
 
@@ -217,8 +282,8 @@ class _Form:
         model = ref["model"]
         if model == "?":
             return
-        identity = str(Path(model).resolve()) if isinstance(model, str) and _exists(Path(model)) else repr(model)
-        identity += repr((ref.get("layers"), ref.get("expert")))
+        identity = str(Path(model).resolve()) if isinstance(model, str) and exists(Path(model)) else repr(model)
+        identity += repr([ref.get(part) for part in ("adapter", "layers", "stack", "expert")])
         first = seen.setdefault(identity, place)
         if first != place:
             shown = model if isinstance(model, str) else "the same recipe"
@@ -227,15 +292,19 @@ class _Form:
 
     def tokenizer(self, tree: dict[str, Any]) -> None:
         wanted = tree.get("tokenizer")
-        if not isinstance(wanted, str):
-            return
+        block: dict[str, Any] = wanted if isinstance(wanted, dict) else {"source": wanted}
+        source, place = block.get("source"), ("tokenizer", "source") if block is wanted else ("tokenizer",)
+        for key in block.keys() - Tokenizer.model_fields.keys():
+            known = did_you_mean(str(key), Tokenizer.model_fields)
+            self.say(("tokenizer", key), f"unknown key {key!r} in tokenizer{known}")
         names = [*(["base"] if tree.get("base") is not None else []), *tree.get("models", ())]
-        if wanted in names:
+        if not isinstance(source, str) or source in (*names, "union"):
             return
-        tree["tokenizer"] = self.located(wanted)
-        if not _exists(Path(tree["tokenizer"])):
-            text = f"tokenizer {wanted!r} is neither a model of this recipe nor a folder"
-            self.say(("tokenizer",), text + did_you_mean(wanted, names))
+        found = self.located(source)
+        tree["tokenizer"] = {**block, "source": found}
+        if not exists(Path(found)):
+            text = f"tokenizer {source!r} is neither a model of this recipe nor a folder"
+            self.say(place, text + did_you_mean(source, names))
 
     # -- the rest: keys and types
 
@@ -303,47 +372,6 @@ def _fields(place: Place) -> Sequence[str]:
         case ("rules", int()):
             return list(Rule.model_fields)
     return []
-
-
-def _text_of(path: Path) -> str:
-    try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
-        if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):  # those the shell makes: <(...)
-            raise RecipeError(f"{path}: a pipe, not a recipe file")
-        raw = system.read_file(path, MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise RecipeError(f"{path}: more than {MAX_BYTES:,} bytes; a recipe has at most that")
-        return raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file{_nearest_file(path)}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; give the recipe file in it") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text; is this a recipe?") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {str(folder / near[0])!r}?" if near else ""
-
-
-def _expanded(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~somebody who has no home here
-        return Path(path)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long, a NUL
-        return False
 
 
 def _kind(value: Any) -> str:

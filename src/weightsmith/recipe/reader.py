@@ -28,7 +28,7 @@ from ruamel.yaml.events import (
 
 from weightsmith.errors import RecipeError
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "Document", "Place", "plain_scalar", "read"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "Document", "Place", "plain_scalar", "read", "read_all"]
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -77,9 +77,17 @@ class Document:
 
 
 def read(text: str, where: str) -> Document:
-    """Parse one YAML or JSON document; `where` is what messages call it.
+    """Parse the one document of a text; see `read_all`."""
+    first, *others = read_all(text, where)
+    if others:
+        raise RecipeError(f"{others[0].at(())}: a second document begins here; a recipe is one")
+    return first
 
-    Raises RecipeError for bad syntax, duplicate keys, tags, more than one document, and sizes over the limits.
+
+def read_all(text: str, where: str) -> list[Document]:
+    """Parse the YAML or JSON documents of a text, at least one; `where` is what messages call it.
+
+    Raises RecipeError for bad syntax, duplicate keys, tags, and sizes over the limits.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{where}: the text is {len(text):,} characters long; at most {MAX_BYTES:,} are read")
@@ -89,7 +97,7 @@ def read(text: str, where: str) -> Document:
         text = _SURROGATES.sub(_join_surrogates, text)
     reader = _Reader(where)
     try:
-        return reader.document(YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")))
+        return reader.documents(YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -130,17 +138,18 @@ class _Reader:
         self.size = 0
         self.anchors: dict[str, _Value] = {}
 
-    def document(self, events: Iterator[Event]) -> Document:
-        found: _Value | None = None
+    def documents(self, events: Iterator[Event]) -> list[Document]:
+        found: list[_Value] = []
         for event in events:
             if isinstance(event, DocumentStartEvent):
-                if found is not None:
-                    self.refuse(event, "a second document begins here; a recipe is one")
+                self.anchors = {}
             elif isinstance(event, NodeEvent):
-                found = self.value(event, events, 0)
-        if found is None:
+                found.append(self.value(event, events, 0))
+        if not found:
             raise RecipeError(f"{self.where}: the text is empty")
-        return Document(self.where, found.value, {p: f"{self.where}:{n}" for p, n in found.lines.items()})
+        return [
+            Document(self.where, one.value, {p: f"{self.where}:{n}" for p, n in one.lines.items()}) for one in found
+        ]
 
     def refuse(self, event: Event, text: str) -> NoReturn:
         raise RecipeError(f"{self.where}:{event.start_mark.line + 1}: {text}")

@@ -10,6 +10,7 @@ from typing import Any
 from weightsmith.errors import RecipeError, did_you_mean
 from weightsmith.keys import Key
 from weightsmith.method import Codec, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.recipe.cases import MISSING, applies, choose
 from weightsmith.recipe.schema import Recipe, Rule, StageSpec
 
 __all__ = ["Resolver", "ramp"]
@@ -40,8 +41,8 @@ class Resolver:
 
     A value is looked for in this order: inside the rule's own method, the rule's `parameters`, inside the
     recipe's method, the model's own entry (for parameters that may differ between models), the recipe's
-    `parameters`, the default.  Outside the blocks a ramp has its first value for embeddings and its last
-    for everything else (final norm, head).
+    `parameters`, the default; a list of cases none of which matches the tensor says nothing.  Outside the blocks
+    a ramp has its first value for embeddings and its last for everything else (final norm, head).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -59,7 +60,7 @@ class Resolver:
         """The pipeline of one tensor, with every parameter a number.  Equal pipelines are one object."""
         rule, slots = self._rule(key)
         position = depth if depth is not None else (0.0 if key.role == "embed" else 1.0)
-        stages = tuple(self._stage(slot, slots, rule, position) for slot in slots)
+        stages = tuple(self._stage(slot, slots, rule, key, position) for slot in slots)
         if stages not in self._known:
             pipeline = Pipeline(stages)
             _ = pipeline.method  # raises unless there is exactly one, and everything stands where it belongs
@@ -70,7 +71,7 @@ class Resolver:
         if any(fnmatchcase(key.name, pattern) for pattern in self.recipe.exclude):
             return None, self._excluded
         for rule, slots in zip(self.recipe.rules, self._rules, strict=True):
-            if _applies(rule, key):
+            if applies(key, rule.match, rule.role, rule.layers):
                 return rule, slots
         return None, self._main
 
@@ -78,7 +79,7 @@ class Resolver:
         slots = tuple(_Slot(registry(spec.name), spec.parameters, from_rule) for spec in specs)
         return _completed(slots)
 
-    def _stage(self, slot: _Slot, slots: Sequence[_Slot], rule: Rule | None, position: float) -> Stage:
+    def _stage(self, slot: _Slot, slots: Sequence[_Slot], rule: Rule | None, key: Key, position: float) -> Stage:
         values: dict[str, Any] = {}
         for parameter in slot.cls.parameters():
             name, inline = parameter.name, slot.inline.get(parameter.name)
@@ -93,26 +94,25 @@ class Resolver:
                     places.append(own)
                 if name in self.recipe.parameters and _claims(slot, slots, name):
                     places.append(self.recipe.parameters[name])
-            value = self._value(parameter, [p for p in places if p is not None], position)
+            value = self._value(parameter, [p for p in places if p is not None], key, position)
             if value is not None:
                 values[parameter.field] = value
         return slot.cls(**values)
 
-    def _value(self, parameter: Parameter, places: Sequence[Any], position: float) -> Any:
+    def _value(self, parameter: Parameter, places: Sequence[Any], key: Key, position: float) -> Any:
         """First answer wins; for a per-model parameter each model looks for itself."""
-        if not places:
-            return None
-        if not parameter.each:
-            return _number(places[0], position)
+
+        def first(model: str | None) -> Any:
+            answers = (choose(place, key, model, parameter.name) for place in places)
+            found = next((answer for answer in answers if answer is not MISSING), None)
+            return None if found is None else _number(found, position)
+
+        if not places or not parameter.each:
+            return first(None)
         each = []
-        for name in self.names:
-            for place in places:
-                found = place.get(name) if isinstance(place, Mapping) else place
-                if found is not None:
-                    each.append(_number(found, position))
-                    break
-            else:
-                each.append(_default(parameter.default, self.names.index(name)))
+        for i, name in enumerate(self.names):
+            found = first(name)
+            each.append(_default(parameter.default, i) if found is None else found)
         return each[0] if len(set(each)) == 1 else tuple(each)
 
     def _check_names(self) -> None:
@@ -151,16 +151,6 @@ def _completed(slots: tuple[_Slot, ...]) -> tuple[_Slot, ...]:
     behind = tuple(s for s in slots if s.cls.traits.after or issubclass(s.cls, Codec))
     before = tuple(s for s in slots if s not in behind)
     return (*before, _Slot(registry("task_arithmetic"), {}, slots[0].from_rule, implied=True), *behind)
-
-
-def _applies(rule: Rule, key: Key) -> bool:
-    if not any(fnmatchcase(key.name, pattern) for pattern in rule.match):
-        return False
-    if rule.role is not None and key.role not in rule.role:
-        return False
-    if rule.layers is not None:
-        return key.layer is not None and rule.layers[0] <= key.layer < rule.layers[1]
-    return True
 
 
 def _claims(slot: _Slot, slots: Sequence[_Slot], name: str) -> bool:

@@ -15,7 +15,22 @@ from weightsmith.keys import DTYPES, ROLES
 if TYPE_CHECKING:
     from weightsmith.run.merge import Result
 
-__all__ = ["ModelRef", "Output", "Recipe", "Rule", "StageSpec", "parse_size"]
+__all__ = [
+    "OUTSIDE",
+    "ModelRef",
+    "Module",
+    "Modules",
+    "Output",
+    "Recipe",
+    "Rule",
+    "Slices",
+    "StageSpec",
+    "Tokenizer",
+    "parse_size",
+]  # fmt: skip
+
+OUTSIDE = "outside"
+"""As `layers`: the tensors outside the blocks (embeddings, final norm, head)."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*")
 
@@ -43,8 +58,8 @@ def _words(value: Any) -> Any:
 
 
 def _block_range(value: Any) -> Any:
-    if value is None:
-        return None
+    if value is None or value == OUTSIDE:
+        return value
     good = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) is int for v in value)
     if not good or not 0 <= value[0] < value[1]:
         raise ValueError(f"should be two block numbers [start, end] with 0 <= start < end, is {value!r}")
@@ -60,6 +75,7 @@ def _plain(value: Any) -> Any:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 BlockRange = Annotated[tuple[int, int] | None, BeforeValidator(_block_range)]
+Blocks = Annotated[tuple[int, int] | Literal["outside"] | None, BeforeValidator(_block_range)]
 Values = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
@@ -68,22 +84,28 @@ class _Frozen(BaseModel):
 
 
 class ModelRef(BaseModel):
-    """One input: a path, a hub id with optional @revision, a LoRA adapter on `base`, or a nested recipe.
+    """One input: a path, a hub id with @revision, a LoRA adapter on `base`, a nested recipe, slices or modules.
 
     Any further key is a parameter of the method for this model alone (weight, density, ...).
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    model: Annotated[str | Recipe, Field(description="path, hub id[@revision], or a nested recipe")]
+    model: Annotated[
+        str | Recipe | Slices | Modules, Field(description="path, hub id[@revision], nested recipe, slices or modules")
+    ]
+    adapter: str | None = Field(default=None, description="LoRA adapter that is put on it first")
     stats: Words = Field(default=(), description="folders written by `weightsmith observe` for this model")
     layers: BlockRange = Field(default=None, description="take blocks start..end only, the end not included")
+    stack: str | None = Field(
+        default=None, description="which blocks `layers` counts (model.decoder.layers), where a model has several kinds"
+    )
     expert: str | None = Field(default=None, description="which model of a compressed folder")
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, dict) and "models" in value):
+        if isinstance(value, str) or is_composed(value):
             return {"model": value}
         if isinstance(value, dict):
             return {k: v if k in cls.model_fields else _plain(v) for k, v in value.items()}
@@ -93,6 +115,37 @@ class ModelRef(BaseModel):
     def parameters(self) -> dict[str, Any]:
         """This model's own values of method parameters."""
         return dict(self.model_extra or {})
+
+
+def is_composed(value: Any) -> bool:
+    """Whether a mapping is a model made of models (a recipe, slices, modules) rather than an entry with parameters."""
+    return isinstance(value, dict) and any(word in value for word in ("models", "slices", "modules"))
+
+
+class Slices(_Frozen):
+    """Slices of models, one on top of the other: each with its `layers`; a slice may be a recipe of its own."""
+
+    slices: tuple[ModelRef, ...] = Field(min_length=1, description="from the first block to the last")
+
+    @field_validator("slices", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"should be a list of models, each with a dash, is {value!r}")
+        return tuple(value)
+
+
+class Module(_Frozen):
+    """Part of a model, by the names of its tensors, and where it is taken from."""
+
+    match: Words = Field(default=("*",), description="globs over tensor names; the first module that matches has them")
+    model: ModelRef = Field(description="a model, or a recipe that makes these tensors")
+
+
+class Modules(_Frozen):
+    """A model put together of modules (vision tower, text decoder, ...), each with a model or a recipe of its own."""
+
+    modules: dict[str, Module] = Field(min_length=1, description="name -> tensors and model")
 
 
 class StageSpec(_Frozen):
@@ -124,7 +177,7 @@ class Rule(_Frozen):
 
     match: Words = Field(default=("*",), description="globs over tensor names")
     role: Words | None = Field(default=None, description="roles (q, k, v, o, gate, up, down, embed, head, norm, ...)")
-    layers: BlockRange = Field(default=None, description="blocks start..end, the end not included")
+    layers: Blocks = Field(default=None, description="blocks start..end, the end not included; or 'outside' the blocks")
     method: Stages | None = Field(default=None, description="method or pipeline; 'keep' takes the base's tensor")
     parameters: Values = Field(default_factory=dict)
 
@@ -159,12 +212,31 @@ class Output(_Frozen):
         return value
 
 
+class Tokenizer(_Frozen):
+    """Whose tokenizer the result has, and what becomes of tokens that not all models have."""
+
+    source: str = Field(description="'base', 'union', a model's name, or a folder")
+    tokens: Values = Field(default_factory=dict, description="token -> {source: where its row comes from, force: ...}")
+    pad_to_multiple_of: int | None = Field(default=None, gt=0, description="rows of the embeddings are padded to that")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @property
+    def plain(self) -> bool:
+        """Whether it only says whose files go along."""
+        return self.source != "union" and not self.tokens and self.pad_to_multiple_of is None
+
+
 class Recipe(_Frozen):
     """Models in, one model out.
 
     `method` is a name, or a list of stages: `[{dare: {density: 0.5}}, ties, lines]`.
     `parameters` go to the stage that has a field of that name; a value may be a number, a list of
-    numbers (a ramp over depth), or a mapping from model names to either.
+    numbers (a ramp over depth), a mapping from model names to either, or a list of cases by tensor
+    (`[{match: "*mlp*", value: 0.3}, 0.5]`: the first that matches).
     """
 
     base: ModelRef | None = Field(default=None, description="the model the experts were fine-tuned from")
@@ -173,8 +245,11 @@ class Recipe(_Frozen):
     parameters: Values = Field(default_factory=dict)
     rules: tuple[Rule, ...] = Field(default=(), description="exceptions; the first match wins")
     exclude: Words = Field(default=(), description="globs of tensors taken unchanged from the base (or first model)")
-    tokenizer: str | None = Field(
+    tokenizer: Tokenizer | None = Field(
         default=None, description="'base', a model's name, or a folder: whose tokenizer goes along"
+    )
+    chat_template: str | None = Field(
+        default=None, description="Jinja text, 'chatml', a model's name, or 'auto': what most of the models have"
     )
     output: Output = Field(default_factory=Output, description="how the result is stored")
     seed: int = Field(default=0, description="of every random choice")
@@ -203,5 +278,5 @@ class Recipe(_Frozen):
         return run(self, Path(out), **options)
 
 
-ModelRef.model_rebuild()
-Recipe.model_rebuild()
+for _model in (Slices, Module, Modules, ModelRef, Recipe):
+    _model.model_rebuild()

@@ -9,7 +9,18 @@ from typing import Any
 
 from weightsmith.keys import DTYPES, ROLES
 from weightsmith.method import Filter, Method, Parameter, Stage, registered
-from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
+from weightsmith.recipe.schema import (
+    OUTSIDE,
+    ModelRef,
+    Module,
+    Modules,
+    Output,
+    Recipe,
+    Rule,
+    Slices,
+    StageSpec,
+    Tokenizer,
+)
 
 __all__ = ["dumps", "schema", "to_tree"]
 
@@ -36,10 +47,19 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
         tree["rules"] = [_rule(rule) for rule in recipe.rules]
     if recipe.exclude:
         tree["exclude"] = _one_or_list(recipe.exclude)
-    return tree | _changed(recipe, ("tokenizer", "seed", "nonfinite")) | _output(recipe.output)
+    if recipe.tokenizer is not None:
+        tree["tokenizer"] = _tokenizer(recipe.tokenizer)
+    return tree | _changed(recipe, ("chat_template", "seed", "nonfinite")) | _output(recipe.output)
 
 
-def _changed(value: Recipe | Rule | Output | ModelRef, names: tuple[str, ...]) -> dict[str, Any]:
+def _tokenizer(tokenizer: Tokenizer) -> Any:
+    rest = _changed(tokenizer, ("pad_to_multiple_of",))
+    if tokenizer.tokens:
+        rest = {"tokens": dict(tokenizer.tokens), **rest}
+    return {"source": tokenizer.source, **rest} if rest else tokenizer.source
+
+
+def _changed(value: Recipe | Rule | Output | ModelRef | Tokenizer, names: tuple[str, ...]) -> dict[str, Any]:
     fields = type(value).model_fields
     found = {n: getattr(value, n) for n in names if getattr(value, n) != fields[n].default}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
@@ -51,12 +71,28 @@ def _output(output: Output) -> dict[str, Any]:
 
 
 def _reference(ref: ModelRef) -> Any:
-    model = ref.model if isinstance(ref.model, str) else to_tree(ref.model)
-    rest = _changed(ref, ("layers", "expert"))
+    model = _model(ref.model)
+    rest = _changed(ref, ("adapter", "layers", "stack", "expert"))
     if ref.stats:
         rest = {"stats": _one_or_list(ref.stats), **rest}
     rest |= ref.parameters
     return {"model": model, **rest} if rest else model
+
+
+def _model(model: str | Recipe | Slices | Modules) -> Any:
+    match model:
+        case str():
+            return model
+        case Recipe():
+            return to_tree(model)
+        case Slices():
+            return {"slices": [_reference(part) for part in model.slices]}
+    return {"modules": {name: _module(module) for name, module in model.modules.items()}}
+
+
+def _module(module: Module) -> dict[str, Any]:
+    match = {} if module.match == ("*",) else {"match": _one_or_list(module.match)}
+    return {**match, "model": _reference(module.model)}
 
 
 def _method(stages: tuple[StageSpec, ...]) -> Any:
@@ -101,7 +137,7 @@ def _block(tree: Mapping[str, Any], indent: str) -> list[str]:
 
 def _small(value: Any) -> bool:
     """Fits on one line beside its key, and nothing in it deserves a line of its own."""
-    return len(_flow(value)) <= 60 and "models" not in str(value)
+    return len(_flow(value)) <= 60 and not any(word in str(value) for word in ("models", "slices", "modules"))
 
 
 def _flow(value: Any) -> str:
@@ -161,25 +197,50 @@ def schema(plugins: bool = True) -> dict[str, Any]:
                 "parameters": _ref("parameters"),
                 "rules": {"type": "array", "items": _ref("rule")},
                 "exclude": _ref("words"),
-                "tokenizer": {"type": "string"},
+                "tokenizer": {"anyOf": [{"type": "string"}, _ref("tokenizer")]},
+                "chat_template": {"type": "string"},
                 "output": _ref("output"),
                 "seed": {"type": "integer"},
                 "nonfinite": {"enum": ["refuse", "allow"]},
             }),
-            "model": {"anyOf": [{"type": "string"}, _ref("model_entry"), _ref("recipe")]},
+            "model": {"anyOf": [{"type": "string"}, _ref("model_entry"), *_COMPOSED]},
             "model_entry": _object(ModelRef, {
-                "model": {"anyOf": [{"type": "string"}, _ref("recipe")]},
+                "model": {"anyOf": [{"type": "string"}, *_COMPOSED]},
+                "adapter": {"type": "string"},
                 "stats": _ref("words"),
                 "layers": _ref("layers"),
+                "stack": {"type": "string"},
                 "expert": {"type": "string"},
             }, _own_parameters(stages)),
+            "slices": _object(Slices, {"slices": {"type": "array", "items": _ref("model"), "minItems": 1}}),
+            "modules": _object(Modules, {
+                "modules": {"type": "object", "minProperties": 1, "additionalProperties": _ref("module")},
+            }),
+            "module": _object(Module, {"match": _ref("words"), "model": _ref("model")}),
+            "tokenizer": _object(Tokenizer, {
+                "source": {"type": "string"},
+                "tokens": {"type": "object"},
+                "pad_to_multiple_of": {"type": "integer", "minimum": 1},
+            }),
             "rule": _object(Rule, {
                 "match": _ref("words"),
-                "role": {"anyOf": [{"enum": list(ROLES)}, {"type": "array", "items": {"enum": list(ROLES)}}]},
-                "layers": _ref("layers"),
+                "role": _roles(),
+                "layers": {"anyOf": [_ref("layers"), {"const": OUTSIDE}]},
                 "method": _ref("method"),
                 "parameters": _ref("parameters"),
             }),
+            "case": {
+                "type": "object",
+                "description": "A value for some tensors; in a list of cases the first that matches counts.",
+                "properties": {
+                    "match": _ref("words"),
+                    "role": _roles(),
+                    "layers": {"anyOf": [_ref("layers"), {"const": OUTSIDE}]},
+                    "value": {},
+                },
+                "required": ["value"],
+                "additionalProperties": False,
+            },
             "output": _object(Output, {
                 "dtype": {"enum": [d.name for d in DTYPES.values() if d.floating]},
                 "shard_size": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]},
@@ -207,12 +268,21 @@ def schema(plugins: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _roles() -> dict[str, Any]:
+    return {"anyOf": [{"enum": list(ROLES)}, {"type": "array", "items": {"enum": list(ROLES)}}]}
+
+
 def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/$defs/{name.replace(' ', '%20')}"}
 
 
+_COMPOSED = (_ref("recipe"), _ref("slices"), _ref("modules"))
+
+
 def _object(
-    model: type[Recipe | ModelRef | Rule | Output], properties: dict[str, Any], extra: dict[str, Any] | None = None
+    model: type[Recipe | ModelRef | Slices | Modules | Module | Rule | Output | Tokenizer],
+    properties: dict[str, Any],
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A schema with the model's own descriptions; the fields must be the model's, all of them."""
     described: dict[str, Any] = {}
@@ -253,10 +323,13 @@ def _parameter(spec: Parameter, *, per_model: bool = True) -> dict[str, Any]:
         )
     if spec.each and per_model:
         forms.append({"type": "object", "additionalProperties": {"anyOf": list(forms)}})
+    forms.append(
+        {"type": "array", "contains": _ref("case"), "items": {"anyOf": [_ref("case"), *forms, {"type": "null"}]}}
+    )
     described: dict[str, Any] = {"description": f"{spec.help}; {spec.range}"}
     if isinstance(spec.default, (bool, int, float, str)):
         described["default"] = spec.default
-    return described | (one if len(forms) == 1 else {"anyOf": forms})
+    return described | {"anyOf": forms}
 
 
 def _value(spec: Parameter) -> dict[str, Any]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import OutputError, SourceError, WeightsmithError
+from weightsmith.errors import OutputError, PlanError, SourceError, WeightsmithError
 from weightsmith.io import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import MANIFEST, read_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.source import Source
+from weightsmith.io.stack import join_modules, stack_slices
 from weightsmith.io.stats import open_stats
-from weightsmith.io.views import SliceSource
+from weightsmith.io.views import RenamedSource, SliceSource
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline
-from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 
 __all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
+
+Keep = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,21 @@ class Inputs:
         return found
 
 
-def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None) -> Inputs:
+def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep: Keep | None = None) -> Inputs:
     """Open every input of a recipe, reading headers only; what cannot be opened becomes a problem.
 
     `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
+    `keep` says by name which tensors of the inputs are there.
     """
     given = given or {}
     problems: list[str] = []
     base: Source | None = given.get("base")
     if base is None and recipe.base is not None:
-        base = _open(recipe.base, None, "base", problems)
+        base = _open(recipe.base, None, "base", problems, keep)
     experts: dict[str, Source] = {}
     stats: dict[str, dict[str, Source]] = {}
     for name, ref in recipe.models.items():
-        source = given.get(name) or _open(ref, base, name, problems)
+        source = given.get(name) or _open(ref, base, name, problems, keep)
         if source is not None:
             experts[name] = source
         try:
@@ -119,15 +124,57 @@ def _without_times(fingerprint: Any) -> Any:
     return fingerprint
 
 
-def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str]) -> Source | None:
+def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str], keep: Keep | None) -> Source | None:
     try:
-        if isinstance(ref.model, Recipe):
-            from weightsmith.run.nested import RecipeSource  # the engine below opens inputs itself
-
-            source: Source = RecipeSource(ref.model, label=f"recipe {name!r}")
-        else:
-            source = open_source(ref.model, base=base, expert=ref.expert)
-        return SliceSource(source, *ref.layers) if ref.layers else source
+        return _opened(ref, base, name, keep)
     except WeightsmithError as error:
         problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
         return None
+
+
+def _opened(ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:
+    """One model: what it is made of, then its adapter, then its blocks."""
+    source: Source
+    if isinstance(ref.model, str):
+        source = _kept(open_source(ref.model, base=base, expert=ref.expert), keep)
+    elif isinstance(ref.model, Slices):
+        parts = [_opened(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
+        source = stack_slices(parts)
+    elif isinstance(ref.model, Modules):
+        source = join_modules(_modules(ref.model, base, name, keep))
+    else:
+        from weightsmith.run.nested import RecipeSource  # the engine below opens inputs itself
+
+        inputs = open_inputs(ref.model, keep=keep)
+        if inputs.problems:
+            raise PlanError(inputs.problems)
+        source = RecipeSource(ref.model, label=f"recipe {name!r}", inputs=inputs)
+    if ref.adapter is not None:
+        source = _kept(open_source(ref.adapter, base=source), keep)
+    return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
+
+
+def _kept(source: Source, keep: Keep | None) -> Source:
+    names = (*source.keys, *source.aliases)
+    if keep is None or all(map(keep, names)):
+        return source
+    return RenamedSource(source, {n: n for n in names if keep(n)})
+
+
+def _modules(modules: Modules, base: Source | None, name: str, keep: Keep | None) -> dict[str, Source]:
+    """Every module's source, with its tensors only; the first module that matches a tensor has it."""
+    found: dict[str, Source] = {}
+    before: list[str] = []
+    for module, part in modules.modules.items():
+
+        def mine(tensor: str, match: tuple[str, ...] = part.match, taken: tuple[str, ...] = tuple(before)) -> bool:
+            outer = keep is None or keep(tensor)
+            return outer and _matches(tensor, match) and not _matches(tensor, taken)
+
+        found[module] = _opened(part.model, base, f"{name}.{module}", mine)
+        before += part.match
+    return found
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)

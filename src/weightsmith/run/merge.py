@@ -18,10 +18,12 @@ from weightsmith.io.manifest import MANIFEST, build_manifest, read_manifest, wri
 from weightsmith.io.output import FolderSink, absolute, check_output, tidy
 from weightsmith.io.package import Copied, copy_companions
 from weightsmith.io.source import Source
+from weightsmith.io.template import write_template
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.vocabulary import chat_template, tokenizer_folder
 
 __all__ = ["Result", "Storage", "finished", "identity", "package", "prepared", "reads", "run", "treatments"]
 
@@ -158,8 +160,11 @@ def package(
             folder,
             reference.weight_files,
             dtype=changed,
-            tokenizer=_tokenizer(recipe, inputs),
+            config=reference.config_text(),
+            tokenizer=tokenizer_folder(recipe, inputs),
         )
+    template = chat_template(recipe, inputs)
+    written = write_template(folder, template) if template is not None else []
     stated = licences({name: source.folder for name, source in inputs.models})
     shown = recipe.model_dump(mode="json", exclude_defaults=True)
     card = model_card(
@@ -173,7 +178,7 @@ def package(
         library_name="transformers" if (folder / "config.json").exists() else "pytorch",
         version=__version__,
     )
-    paths = [folder / name for name in copied.files]
+    paths = [*(folder / name for name in copied.files), *written]
     paths.append(write_file(folder / "README.md", card))
     manifest = build_manifest(
         folder,
@@ -216,14 +221,6 @@ def _citations(plan: Plan) -> list[Citation]:
             if cls.traits.paper]  # fmt: skip
 
 
-def _tokenizer(recipe: Recipe, inputs: Inputs) -> Path | None:
-    """The folder that `tokenizer:` names: the base, a model, or a path."""
-    if recipe.tokenizer is None:
-        return None
-    named = dict(inputs.models).get(recipe.tokenizer)
-    return named.folder if named is not None else Path(recipe.tokenizer)
-
-
 def _dtype(source: Source) -> str | None:
     kinds = {key.dtype for key in source.keys.values() if key.floating}
     return kinds.pop() if len(kinds) == 1 else None
@@ -240,5 +237,5 @@ def _hub_id(ref: ModelRef | None) -> str | None:
 
 def reads(recipe: Recipe, inputs: Inputs) -> tuple[Path, ...]:
     """Every folder and file that a run reads: nothing may be written over them."""
-    tokenizer = _tokenizer(recipe, inputs)
+    tokenizer = tokenizer_folder(recipe, inputs)
     return inputs.places() if tokenizer is None else (*inputs.places(), tokenizer)

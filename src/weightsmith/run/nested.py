@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.io.layers import config_of
+from weightsmith.io.package import with_dtype
 from weightsmith.io.sink import Sink
 from weightsmith.io.source import Source
 from weightsmith.keys import DTYPES, Key
@@ -39,6 +41,8 @@ class RecipeSource(Source):
         reference = self._inputs.models[0][1]
         self.aliases = reference.aliases
         self.folder = reference.folder
+        self.weight_files = reference.weight_files
+        self.stacks, self.pinned = reference.stacks, reference.pinned
         self._tasks: dict[str, list[Task]] = {}
         for task in self._plan.tasks:
             for key in task.keys:
@@ -71,6 +75,10 @@ class RecipeSource(Source):
         if not pieces:
             return np.empty((0, *key.shape[1:]), f"u{key.nbytes // max(key.numel, 1) or 1}")
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def config_text(self) -> str | None:
+        text, dtype = config_of(self._inputs.models[0][1]), self.recipe.output.dtype
+        return text if text is None or dtype is None else with_dtype(text, dtype)
 
     def places(self) -> tuple[Path, ...]:
         return self._inputs.places()

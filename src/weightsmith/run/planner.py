@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.codec_folder import own_name
-from weightsmith.io.package import tokenizer_files
 from weightsmith.io.source import Source
-from weightsmith.io.vocabulary import difference
 from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
+from weightsmith.run.vocabulary import tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
 
 __all__ = ["Planner"]
@@ -55,7 +52,7 @@ class Planner:
             return []
         self._extra_tensors()
         self._no_tensors()
-        self._check_tokenizer()
+        self.problems += tokenizer_problems(self.recipe, self.inputs)
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
         left = 0
@@ -298,43 +295,14 @@ class Planner:
             self.problems.append(text)
 
     def _check_vocabularies(self) -> None:
-        """Rows of merged embeddings must stand for the same tokens in every model."""
+        assert self.reference is not None
         merged = [
-            key.name
+            name
             for name, (pipeline, _, _) in self._treatment.items()
-            if pipeline is not None and (key := self.reference.keys[name]).role in ("embed", "head")  # type: ignore[union-attr]
+            if pipeline is not None and self.reference.keys[name].role in ("embed", "head")
         ]
-        if not merged or self.reference is None:
-            return
-        for name, source in self.inputs.experts.items():
-            try:
-                found = difference(self.reference.folder, source.folder) if source is not self.reference else None
-            except WeightsmithError as error:
-                self.problems.append(f"{name}: {error}")
-                continue
-            if found:
-                self.problems.append(
-                    f"unlike vocabularies in {self._reference_label()} and {name}: {found}; either give the models one "
-                    f"vocabulary first, or keep the {self._reference_label()}'s rows (exclude: {json.dumps(merged)}), "
-                    f"or leave {name} out"
-                )
-
-    def _check_tokenizer(self) -> None:
-        """`tokenizer:` names a model or folder that has one; better known now than after the merge."""
-        wanted = self.recipe.tokenizer
-        if wanted is None:
-            return
-        named = dict(self.inputs.models)
-        if wanted in named:
-            folder = named[wanted].folder
-        elif Path(wanted).is_dir():
-            folder = Path(wanted)
-        else:
-            self.problems.append(f"tokenizer: {wanted!r} is neither a folder nor a model{did_you_mean(wanted, named)}")
-            return
-        if folder is None or not tokenizer_files(folder):
-            where = folder if folder is not None else wanted
-            self.problems.append(f"tokenizer: {where} holds no tokenizer files; name another model or folder")
+        found = vocabulary_problems(self.reference, self._reference_label(), self.inputs.experts, merged)
+        self.problems += found
 
     # -- cutting
 

@@ -1,0 +1,39 @@
+"""One model as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.method import Method, WeightedSum, number
+from weightsmith.ops.combine import apply_weighted_sum
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Passthrough"]
+
+
+@dataclass(frozen=True)
+class Passthrough(
+    Method,
+    name="passthrough",
+    paper="as in mergekit",
+    symmetric=True,
+    max_count=1,
+    scratch=0.5,
+):
+    """The model's own tensors, times `scale`: for models put together of slices or modules.
+
+    Other scales than 1 for some tensors weaken or silence parts of a block (o_proj and down_proj at 0 make it pass
+    its input on).  The base takes no part.
+    """
+
+    scale: float = number(1.0, "factor of the tensor")
+
+    def fused(self, count: int) -> WeightedSum:
+        return WeightedSum((float(self.scale),))
+
+    def merge(self, site: Site) -> Tensor:
+        return apply_weighted_sum(self.fused(site.count), site)
