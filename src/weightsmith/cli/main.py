@@ -37,6 +37,7 @@ _VERBS = {
     "compress": "Store several fine-tuned models in little more space than one.",
     "restore": "Get one model back out of a compressed folder.",
     "bench": "Compare methods on models of your own, every method on every task.",
+    "convert": "Print a mergekit config as the recipe that does the same.",
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."

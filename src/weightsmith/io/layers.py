@@ -25,7 +25,7 @@ _COUNT = re.compile(
     r"|(?:encoder|decoder)_layers|depth|layers"
 )
 _LISTED = re.compile(r"layer|block|attn|attention|mixer|mlp|ffn|heads|pattern|intermediate|rope|window|types")
-_INDEXED = re.compile(r"(?:.*_)?(?:layers|layer_ids|idxs?|indexes|indices)")
+_INDEXED = re.compile(r"(?!no_rope_layers)(?:.*_)?(?:layers|layer_ids|idxs?|indexes|indices)")
 _SIDES = (
     ("vision", re.compile(r"vision|visual|image")),
     ("audio", re.compile(r"audio|speech")),
@@ -65,10 +65,9 @@ def cut_config(text: str, cuts: Mapping[str, tuple[int, int, int]], label: str) 
         places = _places(config, stack, count)
         for scope in _scopes_of(config, places):
             _spell_out(scope, count)
-            for name in _lists(scope, count, stack):
-                scope[name] = scope[name][start:end]
-            for name in _index_lists(scope, count, stack):
-                scope[name] = [i - start for i in scope[name] if start <= i < end]
+            lists, indexed = _lists(scope, count, stack), _index_lists(scope, count, stack)
+            scope.update({name: scope[name][start:end] for name in lists})
+            scope.update({name: [i - start for i in scope[name] if start <= i < end] for name in indexed})
             if type(scope.get("first_k_dense_replace")) is int:
                 scope["first_k_dense_replace"] = max(0, min(scope["first_k_dense_replace"], end) - start)
             for word in _periods(scope):

@@ -32,13 +32,20 @@ class JoinedSource(Source):
     """
 
     def __init__(
-        self, parts: Sequence[Source], names: Mapping[str, tuple[int, str]], label: str, config: str | None = None
+        self,
+        parts: Sequence[Source],
+        names: Mapping[str, tuple[int, str]],
+        label: str,
+        config: str | None = None,
+        stacks: tuple[str, ...] = (),
     ) -> None:
         self.parts = tuple(parts)
         self.label = label
         self.folder = parts[0].folder
         self.weight_files = parts[0].weight_files
         self.names = dict(names)
+        self.stacks = stacks
+        self.pinned = parts[0].pinned
         self._config = config
         keys: dict[str, Key] = {}
         aliases: dict[str, str] = {}
@@ -120,7 +127,8 @@ def stack_slices(parts: Sequence[Source]) -> JoinedSource:
     texts = [config_of(part) for part in parts]
     configs = [Stacked(text, {s: count.get(s, 0) for s in stacks}) for text, count in zip(texts, counts, strict=True)
                if text is not None]  # fmt: skip
-    return JoinedSource(parts, names, label, stack_configs(configs, label) if len(configs) == len(parts) else None)
+    config = stack_configs(configs, label) if len(configs) == len(parts) else None
+    return JoinedSource(parts, names, label, config, stacks)
 
 
 def _common_stacks(parts: Sequence[Source]) -> tuple[str, ...]:

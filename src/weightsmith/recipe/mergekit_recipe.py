@@ -50,7 +50,8 @@ class RecipeWriter:
         if counted and base is not None:  # the model that lends its config and tokenizer comes first
             inputs.sort(key=lambda s: s.identity != base.identity)
         if not inputs:
-            self.entries.say(("merge_method",), "there is no model besides the base")
+            if not self.entries.problems:
+                self.entries.say(("merge_method",), "there is no model besides the base")
             return {}
         named: dict[str, Input] = {}
         for source in inputs:
@@ -100,6 +101,8 @@ class RecipeWriter:
                 self.entries.say(bad.place, f"{name}: {bad.text}")
                 return None
             if found is None and setting.default is REQUIRED:
+                if self.entries.problems:  # it may be among them, misspelt or misplaced
+                    return None
                 whose = f" for {source.model}" if source is not None else ""
                 self.entries.say(place, f"{self.entries.method} needs the parameter {name!r}{whose}; it has no default")
                 return None
