@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo study test lint torture bench docs clean
+.PHONY: setup demo study test lint torture bench compare docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ torture: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+# mergekit's configs through both programs, tensor by tensor; sets mergekit up in .bench, once.
+compare: setup
+	$(BIN)/python -m bench.compare
 
 docs: setup
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html

@@ -151,7 +151,11 @@ def _recipe_page() -> str:
     parts: list[tuple[str, str, type[BaseModel]]] = [
         ("The recipe", "recipe", schema.Recipe),
         ("A model", "model_entry", schema.ModelRef),
+        ("Slices", "slices", schema.Slices),
+        ("Modules", "modules", schema.Modules),
+        ("A module", "module", schema.Module),
         ("A rule", "rule", schema.Rule),
+        ("The tokenizer", "tokenizer", schema.Tokenizer),
         ("The output", "output", schema.Output),
     ]
     for title, name, cls in parts:
@@ -163,6 +167,18 @@ def _recipe_page() -> str:
         "`method: ties` is `method: [{name: ties}]` is `method: {ties: {}}`.",
         "Sizes are written like `500MB`, `5GB` or `2GiB`, or as a number of bytes.",
         "A path that exists beside the recipe file is meant relative to it.",
+        "",
+        "## Values that depend on the tensor",
+        "",
+        "A value may be a list of cases, the first of which that matches a tensor counts; `match`, `role` and `layers`",
+        "are those of rules:",
+        "",
+        "```yaml",
+        'weight: [{match: "*mlp*", value: [0.2, 0.8]}, {layers: outside, value: 1}, 0.5]',
+        "```",
+        "",
+        "A bare value stands for every tensor, `null` for none: a tensor that gets that far is an error. Where no case",
+        "matches, the value is looked for in the next place.",
         "",
         "## Where a parameter's value comes from",
         "",
@@ -222,6 +238,10 @@ def _kind(spec: Mapping[str, Any]) -> str:
         return "word" if len(spec["enum"]) > 4 else " | ".join(map(str, spec["enum"]))
     if spec.get("type") == "array":
         return f"list of {_kind(spec['items'])}s"
+    if "const" in spec:
+        return str(spec["const"])
+    if spec.get("type") == "object" and "additionalProperties" not in spec:
+        return "mapping"
     if spec.get("type") == "object":
         return f"names to {_kind(spec['additionalProperties'])}"
     return {"string": "text", "integer": "whole number"}.get(spec["type"], str(spec["type"]))

@@ -40,7 +40,7 @@ class Outcome:
 
 
 def main() -> int:
-    python = mergekit_python(ROOT / "mergekit")
+    python = mergekit_python(ROOT / "mergekit-venv")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         models = _models(work / "models")
@@ -107,7 +107,7 @@ def _outcome(
         total += values.size
     verdict = "equal" if not unlike else "rounding" if not beyond else "differs"
     if verdict == "differs" and beyond / total <= config.unlike[0]:
-        verdict = f"rounding, and {beyond / total:.1%} by {config.unlike[1]}"
+        verdict = f"rounding, but for {beyond / total:.1%} of the entries: {config.unlike[1]}"
     return Outcome(config.name, verdict + after, largest, unlike / total)
 
 

@@ -26,8 +26,8 @@ class Config:
     unlike: tuple[float, str] = (0.0, "")
 
 
-EQUALS = (0.03, "which of equally large changes is kept")
-NOISE = (0.03, "mergekit's importances are float32 noise at the threshold")
+EQUALS = (0.03, "the cut falls among equally large changes")
+NOISE = (0.03, "near the threshold, where float32 is noise")
 
 
 def _models(*entries: str) -> str:

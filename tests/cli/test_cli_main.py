@@ -15,7 +15,7 @@ from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
 from weightsmith.errors import PlanError
 
-VERBS = ("merge", "plan", "inspect", "methods", "check", "verify", "observe", "compress", "restore", "bench", "schema")
+VERBS = tuple("merge plan inspect methods check verify observe compress restore bench convert schema".split())
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

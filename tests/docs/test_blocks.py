@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PAGES = [
     ROOT / "README.md",
-    *(DOCS / f"{p}.md" for p in ("index", "tutorial", "choose")),
+    *(DOCS / f"{p}.md" for p in ("index", "tutorial", "choose", "mergekit")),
     *sorted((DOCS / "howto").glob("*.md")),
 ]
 NOT_RUN = {"README.md": 1, "docs/tutorial.md": 1, "docs/howto/bench.md": 1}

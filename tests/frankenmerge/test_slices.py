@@ -140,7 +140,7 @@ def test_what_a_config_cannot_say_is_refused() -> None:
     jamba = {"num_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1}
     assert stacked(jamba, (0, 3), (3, 6))["attn_layer_offset"] == 1
     assert cut(jamba, 2, 6)["attn_layer_offset"] == 2
-    with pytest.raises(SourceError, match="attn_layer_period after this; take slices whose lengths are multiples of 3"):
+    with pytest.raises(SourceError, match="attn_layer_period are after this; take slices whose"):
         stacked(jamba, (0, 2), (0, 4))
 
 
