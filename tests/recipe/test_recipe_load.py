@@ -227,7 +227,8 @@ def test_paths_are_those_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.M
     assert Path(recipe.models["a"].stats[0]).resolve() == tmp_path / "recipes/stats"
     assert recipe.models["b"].model == "b"
     assert recipe.models["hub"].model == "org/name@main"
-    assert Path(str(recipe.tokenizer)).resolve() == tmp_path / "recipes/m/a"
+    assert recipe.tokenizer is not None
+    assert Path(recipe.tokenizer.source).resolve() == tmp_path / "recipes/m/a"
 
 
 def test_one_folder_under_two_spellings_is_one_model(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def schema(plugins: bool = True) -> dict[str, Any]:
             "rule": _object(Rule, {
                 "match": _ref("words"),
                 "role": _roles(),
-                "layers": {"anyOf": [_ref("layers"), {"const": OUTSIDE}]},
+                "layers": {"anyOf": [_ref("layers"), {"enum": [OUTSIDE]}]},
                 "method": _ref("method"),
                 "parameters": _ref("parameters"),
             }),
@@ -235,7 +235,7 @@ def schema(plugins: bool = True) -> dict[str, Any]:
                 "properties": {
                     "match": _ref("words"),
                     "role": _roles(),
-                    "layers": {"anyOf": [_ref("layers"), {"const": OUTSIDE}]},
+                    "layers": {"anyOf": [_ref("layers"), {"enum": [OUTSIDE]}]},
                     "value": {},
                 },
                 "required": ["value"],
@@ -323,9 +323,7 @@ def _parameter(spec: Parameter, *, per_model: bool = True) -> dict[str, Any]:
         )
     if spec.each and per_model:
         forms.append({"type": "object", "additionalProperties": {"anyOf": list(forms)}})
-    forms.append(
-        {"type": "array", "contains": _ref("case"), "items": {"anyOf": [_ref("case"), *forms, {"type": "null"}]}}
-    )
+    forms.append({"type": "array", "items": {"anyOf": [_ref("case"), *forms, {"type": "null"}]}})
     described: dict[str, Any] = {"description": f"{spec.help}; {spec.range}"}
     if isinstance(spec.default, (bool, int, float, str)):
         described["default"] = spec.default

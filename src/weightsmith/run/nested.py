@@ -19,14 +19,16 @@ from weightsmith.run.carry import context_of, refuse_unequal, summarise
 from weightsmith.run.context import Context
 from weightsmith.run.execute import execute
 from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.plan import Plan, cores, make_plan
 from weightsmith.run.runner import SerialRunner
 from weightsmith.run.task import Task
 
 __all__ = ["RecipeSource"]
 
+_OF_THIS_PROCESS = ("_lock", "_first", "_working", "_context", "_done")
+
 KEEP = 4
-"""Finished parts kept: a reader that goes through a tensor row by row asks for the same part many times."""
+"""Finished parts kept, beside one for each core: whoever reads row by row asks for the same part many times."""
 
 
 class RecipeSource(Source):
@@ -50,12 +52,13 @@ class RecipeSource(Source):
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._first = threading.Lock(), threading.Lock()
+        self._working: dict[str, threading.Lock] = {}
         self._context: Context | None = None
         self._done: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_context", "_done")}
+        return {k: v for k, v in self.__dict__.items() if k not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,25 +95,30 @@ class RecipeSource(Source):
         return max((t.peak for t in self._tasks[key.name]), default=0) / max(4 * key.numel, 1)
 
     def _part(self, task: Task) -> dict[str, np.ndarray]:
-        """The finished bits of one task's tensors."""
-        with self._lock:  # two readers of one part: the second waits and finds it done
-            if task.id in self._done:
-                self._done.move_to_end(task.id)
-                return self._done[task.id]
+        """The finished bits of one task's tensors; two readers of one part: the second waits and finds it done."""
+        with self._lock:
+            working = self._working.setdefault(task.id, threading.Lock())
+        with working:
+            with self._lock:
+                if task.id in self._done:
+                    self._done.move_to_end(task.id)
+                    return self._done[task.id]
             sink = _PartSink(task)
             execute(task, self._ready(), sink)
-            self._done[task.id] = sink.arrays
-            while len(self._done) > KEEP:
-                self._done.popitem(last=False)
+            with self._lock:
+                self._done[task.id] = sink.arrays
+                while len(self._done) > KEEP + cores():  # every thread reads a part of its own
+                    self._done.popitem(last=False)
             return sink.arrays
 
     def _ready(self) -> Context:
-        if self._context is None:
-            refuse_unequal(self._plan.tasks, self._inputs)
-            context = context_of(self._plan, self._inputs)
-            found = summarise(self._plan.tasks, context, SerialRunner())
-            self._context = Context(**{**context.__dict__, "summaries": found})
-        return self._context
+        with self._first:
+            if self._context is None:
+                refuse_unequal(self._plan.tasks, self._inputs)
+                context = context_of(self._plan, self._inputs)
+                found = summarise(self._plan.tasks, context, SerialRunner())
+                self._context = Context(**{**context.__dict__, "summaries": found})
+            return self._context
 
 
 class _PartSink(Sink):
