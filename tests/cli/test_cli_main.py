@@ -15,7 +15,22 @@ from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
 from weightsmith.errors import PlanError
 
-VERBS = tuple("merge plan inspect methods check verify observe compress restore bench convert schema".split())
+VERBS = tuple(
+    [
+        "merge",
+        "plan",
+        "inspect",
+        "methods",
+        "check",
+        "verify",
+        "observe",
+        "compress",
+        "restore",
+        "bench",
+        "convert",
+        "schema",
+    ]
+)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
