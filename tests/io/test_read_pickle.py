@@ -43,6 +43,45 @@ def test_a_state_dict(path: Path, modern: bool) -> None:
     assert copy.fingerprint() == source.fingerprint()
 
 
+VIEWS = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 2),
+    "turned twice": lambda x: x.permute(1, 2, 0),
+    "every other row": lambda x: x[1::2],
+    "every other column": lambda x: x[:, :, ::2],
+    "a corner": lambda x: x[1:3, 1:, 2:],
+    "expanded": lambda x: x[0, 0, :3].expand(4, 3),
+    "expanded before": lambda x: x[:, :1, 0].expand(4, 7),
+    "diagonal": lambda x: x.as_strided((3, 3), (7, 1), 2),
+    "one row": lambda x: x[2:3],
+    "none": lambda x: x[:0],
+    "no axes": lambda x: x[1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_read_as_torch_reads_them(path: Path, view: str, modern: bool) -> None:
+    whole = VIEWS[view](torch.arange(60, dtype=torch.int16).reshape(4, 3, 5))
+    torch.save({"before": torch.ones(7), "w": whole}, path, _use_new_zipfile_serialization=modern)
+    source = PickleSource(path)
+    assert source.read("w").equal(whole)
+    for start, stop in [(0, 1), (1, 2), (1, 3), (2, None), (3, 3)]:
+        assert source.read("w", start, stop).equal(whole[start:stop] if whole.ndim else whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_a_checkpoint_cut_while_in_use_is_an_error(path: Path) -> None:
+    """PyTorch's mapping would end the process with SIGBUS; nothing is mapped any more once it is open."""
+    torch.save({"w": torch.arange(1_000_000.0)}, path)
+    source = PickleSource(path)
+    assert source.read("w", 0, 2).tolist() == [0, 1]
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    os.truncate(path, 5000)
+    with pytest.raises(SourceError, match=r"model\.bin: 'w': the file ends \d+ bytes early; it was cut while in use"):
+        source.read("w")
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
 def test_a_checkpoint_is_unwrapped_and_its_rest_named(path: Path, wrapper: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from weightsmith.errors import SourceError
 from weightsmith.io.folder import FolderSource, parse_index
 from weightsmith.io.open import folder_kind, open_source
-from weightsmith.io.safetensors import MAX_HEADER, SafetensorsSource, parse_header
+from weightsmith.io.safetensors import MAX_HEADER, MAX_PARTS, SafetensorsSource, parse_header
 
 BOUND = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -109,6 +109,34 @@ def test_a_large_header_takes_bounded_time_and_memory(filling: str) -> None:
         tracemalloc.stop()
     assert peak < 12 * size
     assert seconds < 30  # tracing makes it ten times slower
+
+
+TRAPS = {
+    "empty objects": b"{},",
+    "numbers": b"1,",
+    "pairs": b'"":0,',
+    "lists": b"[],",
+    "tensors": b'"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},',
+    **LARGE,
+}
+
+
+@pytest.mark.parametrize("filling", TRAPS)
+def test_a_header_of_the_full_100_mb(filling: str) -> None:
+    """Without tracing: what would be millions of objects is counted before it is parsed."""
+    piece = TRAPS[filling]
+    raw = b'{"a":[' + piece * ((MAX_HEADER - 6) // len(piece))
+    began = time.process_time()
+    refused(lambda: parse_header(raw, 8 + len(raw), "x"))
+    assert time.process_time() - began < 5
+
+
+def test_the_most_parts_that_are_parsed() -> None:
+    inner = b",".join([b"{}"] * (MAX_PARTS // 2 - 3))
+    raw = b'{"a":[' + inner + b"]}"
+    refused(lambda raw=raw: parse_header(raw, 8 + len(raw), "x"), "not a JSON object")
+    raw = b'{"a":[' + inner + b",{},{},{},{}]}"
+    refused(lambda: parse_header(raw, 8 + len(raw), "x"), f"limit {MAX_PARTS}")
 
 
 def test_a_header_above_the_limit_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

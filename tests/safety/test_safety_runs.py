@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.main import main
@@ -500,7 +501,46 @@ def test_one_changed_bit_of_an_input_is_noticed_by_a_rerun(models: Path) -> None
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same header, same time
     problems = rerun(merged)
     assert problems
-    assert all("comes out with other bytes" in text for text in problems)
+    assert problems[0] == "input a is not what it was when out was made"  # so small a file is hashed as a whole
+    assert all("comes out with other bytes" in text for text in problems[1:])
+
+
+def test_full_fingerprints_find_the_file_of_a_changed_bit(tmp_path: Path) -> None:
+    """Of a large file the usual fingerprint hashes the header and some pieces; `full` hashes every byte."""
+    for number, name in enumerate(("base", "a", "b")):
+        (tmp_path / name).mkdir()
+        tensors = {"w": torch.full((1000, 100), float(number)), "v": torch.ones(3)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    wanted, path = recipe(tmp_path, method="linear"), tmp_path / "a" / "model.safetensors"
+    run(wanted, tmp_path / "quick")
+    run(wanted, tmp_path / "full", fingerprint="full")
+    noted = read_manifest(tmp_path / "full")["inputs"]
+    assert noted["a"]["contents"] == {"model.safetensors": xxhash.xxh3_128_hexdigest(path.read_bytes())}
+    assert "contents" not in read_manifest(tmp_path / "quick")["inputs"]["a"]
+    assert [rerun(tmp_path / out) for out in ("quick", "full")] == [[], []]
+
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-200_000] ^= 0x40
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other = ["w comes out with other bytes"]
+    assert rerun(tmp_path / "quick") == other
+    assert rerun(tmp_path / "full") == ["input a is not what it was when full was made (model.safetensors)", *other]
+
+
+def test_full_fingerprints_of_every_kind_of_input(models: Path) -> None:
+    lora = adapter(models / "lora", "model.layers.0.mlp.up_proj")
+    inner = {"models": {"x": str(models / "a"), "y": str(models / "b")}, "method": "linear"}
+    made = recipe(models, models={"l": str(lora), "n": inner, "b": {"model": str(models / "b"), "layers": [0, 3]}})
+    run(made, models / "out", fingerprint="full")
+    noted = {name: list(found["contents"]) for name, found in read_manifest(models / "out")["inputs"].items()}
+    assert noted == {
+        "base": ["model.safetensors"],
+        "l": ["base/model.safetensors", "lora/adapter_model.safetensors"],
+        "n": ["a/model.safetensors", "b/model.safetensors"],
+        "b": ["model.safetensors"],
+    }
+    assert rerun(models / "out") == []
 
 
 def test_inputs_that_were_only_copied_are_the_same_inputs(merged: Path) -> None:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import (
     Device,
+    Fingerprint,
     Json,
     Memory,
     Plugins,
@@ -38,6 +39,7 @@ def compress(
     device: Device = "auto",
     resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
     overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    fingerprint: Fingerprint = "quick",
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
@@ -45,7 +47,8 @@ def compress(
     """Store all models of a recipe in little more space than one; its method ends in a codec."""
     from weightsmith.run.compress import compress as run
 
-    made = read_recipe(recipe, set_, plugin)
+    files: list[Path] = []
+    made = read_recipe(recipe, set_, plugin, files)
     limit, workers = bytes_of(memory), threads_of(threads)
     device_of(device)
     with progress_bar("compressing", quiet=quiet or json) as progress:
@@ -58,6 +61,8 @@ def compress(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            files=files,
+            fingerprint=fingerprint,
         )
     summary(
         result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} OUT --expert NAME" gets one model back'

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from weightsmith.cli.options import (
     Device,
+    Fingerprint,
     Json,
     Memory,
     Plugins,
@@ -42,17 +43,21 @@ def merge(
     device: Device = "auto",
     resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
     overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    fingerprint: Fingerprint = "quick",
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
 ) -> int:
     """Merge models as a recipe says, into a folder that transformers and others can load."""
-    made = read_recipe(recipe, set_, plugin)
+    files: list[Path] = []
+    made = read_recipe(recipe, set_, plugin, files)
     device_of(device)
     if dry_run:
         from weightsmith.cli.plan import preview
 
-        return preview(made, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume)
+        return preview(
+            made, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume, files=files
+        )
     from weightsmith.observe.consistency import cheap_check
     from weightsmith.run.merge import run
 
@@ -67,6 +72,8 @@ def merge(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            files=files,
+            fingerprint=fingerprint,
         )
     result = replace(result, warnings=(*result.warnings, *cheap_check(result.out)))
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')

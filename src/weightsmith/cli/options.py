@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Fingerprint",
     "Json",
     "Memory",
     "Plugins",
@@ -37,18 +38,26 @@ Plugins = Annotated[
 Memory = Annotated[str | None, Parameter(help="Bound on peak memory, as 4GB.")]
 Threads = Annotated[int | None, Parameter(help="Worker threads; default: all cores.")]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Fingerprint = Annotated[
+    Literal["quick", "full"],
+    Parameter(
+        help="full: note a hash of all bytes of every input; they are read once more for that.", show_default=True
+    ),
+]
 Json = Annotated[bool, Parameter(help="Print JSON for programs, and nothing else.")]
 Quiet = Annotated[bool, Parameter(help="Print nothing but errors and warnings.")]
 
 
-def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path]) -> Recipe:
-    """Load plug-ins, then the recipe with its overrides."""
+def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None) -> Recipe:
+    """Load plug-ins, then the recipe with its overrides.  `files` takes the paths of all files that were read."""
     from weightsmith.plugins import load_file
     from weightsmith.recipe.load import load
 
     for plugin in plugins:
         load_file(plugin)
-    return load(file, sets)
+    if files is not None:
+        files += [plugin.expanduser() for plugin in plugins]
+    return load(file, sets, files)
 
 
 def bytes_of(text: str | None) -> int | None:

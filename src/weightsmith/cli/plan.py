@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,9 @@ def plan(
     plugin: Plugins = (),
 ) -> int:
     """Show what would be read, done and written, and every problem, from file headers alone."""
-    return preview(read_recipe(recipe, set_, plugin), out, memory=memory, threads=threads, json=json)
+    files: list[Path] = []
+    made = read_recipe(recipe, set_, plugin, files)
+    return preview(made, out, memory=memory, threads=threads, json=json, files=files)
 
 
 def preview(
@@ -42,8 +45,9 @@ def preview(
     json: bool,
     overwrite: bool = False,
     resume: bool = False,
+    files: Sequence[Path] = (),
 ) -> int:
-    """Print the plan; 0, or 2 if it has problems."""
+    """Print the plan; 0, or 2 if it has problems.  `files`: see `run`."""
     from weightsmith.io.output import check_output
     from weightsmith.method import Codec, registry
     from weightsmith.run.inputs import open_inputs
@@ -62,7 +66,7 @@ def preview(
         encode=encode,
     )
     if out is not None:
-        more = check_output(out, reads(recipe, inputs), overwrite, resume, made.write_bytes)
+        more = check_output(out, (*reads(recipe, inputs), *files), overwrite, resume, made.write_bytes)
         made = replace(made, problems=tuple(dict.fromkeys((*made.problems, *more))))
     if json:
         show_json(_facts(made))

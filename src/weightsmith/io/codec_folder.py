@@ -236,7 +236,7 @@ class _Decoded(Source):
         self.base.prepare()
 
     def places(self) -> tuple[Path, ...]:
-        return (self.codec_folder.path, *self.base.places())
+        return (self.codec_folder.path, *self.codec_folder.files.places(), *self.base.places())
 
     def fingerprint(self) -> dict[str, Any]:
         return {"view": self.label, "parts": self.codec_folder.files.fingerprint(), "base": self.base.fingerprint()}

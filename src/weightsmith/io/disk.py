@@ -37,13 +37,18 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 
-def write_file(path: Path, data: str | bytes) -> Path:
-    """Write one small file, parents included (text as UTF-8 with Unix line ends on every system)."""
+def write_file(path: Path, data: str | bytes | Iterable[bytes]) -> Path:
+    """Write one file, parents included (text as UTF-8 with Unix line ends on every system).
+
+    `data` may come in blocks, so that a large file is never in memory as a whole.
+    """
+    blocks = [data.encode()] if isinstance(data, str) else [data] if isinstance(data, bytes) else data
     with writing(path):
         system.call(path.parent.mkdir, parents=True, exist_ok=True)
         descriptor = system.call(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            write_all(descriptor, data.encode() if isinstance(data, str) else data)
+            for block in blocks:
+                write_all(descriptor, block)
         finally:
             os.close(descriptor)
     return path

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from weightsmith.errors import SourceError
 from weightsmith.io import system
 
 __all__ = ["File", "preadv"]
 
+_BLOCK = 8 << 20  # bytes per read of a file that is hashed
+_SAMPLES, _SAMPLE = 16, 4096  # how many pieces stand for a file, and their bytes
 _MOST_IDLE = 64  # descriptors kept open between reads; hundreds of shards must not meet the process's limit
 
 
@@ -160,6 +163,26 @@ class File:
         # Another process may see the file under other numbers (a network disk), so they are not taken along there.
         if not same or self._inode not in (None, (now.st_dev, now.st_ino)):
             raise SourceError(f"{self.path}: was changed or exchanged since it was opened; start again")
+
+    def digest(self, offset: int = 0, count: int | None = None) -> str:
+        """xxh3 (128 bits) of `count` bytes from `offset`, or of the whole file; read in blocks."""
+        end = self.size if count is None else offset + count
+        state = xxhash.xxh3_128()
+        for begin in range(offset, end, _BLOCK):
+            state.update(self.read(begin, min(_BLOCK, end - begin)).data)
+        return state.hexdigest()
+
+    def sample(self) -> str:
+        """xxh3 of a small file, or of 16 pieces of a large one, spread from its first byte to its last.
+
+        Two trainings of one model agree in size and header, but hardly in all of these.
+        """
+        if self.size <= _SAMPLES * _SAMPLE:
+            return xxhash.xxh3_64_hexdigest(self.read(0, self.size).data)
+        state = xxhash.xxh3_64()
+        for i in range(_SAMPLES):
+            state.update(self.read((self.size - _SAMPLE) * i // (_SAMPLES - 1), _SAMPLE).data)
+        return state.hexdigest()
 
     @contextlib.contextmanager
     def _descriptor(self, place: str) -> Iterator[int]:

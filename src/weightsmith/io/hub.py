@@ -47,7 +47,11 @@ def looks_like_hub_id(ref: str) -> bool:
 
 @dataclass(frozen=True)
 class Repo:
-    """One commit of a repository on the hub, which `revision` was when asked for.  `sizes`: file name -> bytes."""
+    """One commit of a repository on the hub, which `revision` was when asked for.
+
+    sizes    file name -> bytes
+    digests  name of a large file -> SHA-256 of its bytes, as the hub states it
+    """
 
     name: str
     commit: str
@@ -55,6 +59,7 @@ class Repo:
     revision: str = "main"
     endpoint: str | None = None
     cache: Path | None = None
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def find(cls, name: str, revision: str | None, endpoint: str | None = None, cache: Path | None = None) -> Repo:
@@ -68,7 +73,8 @@ class Repo:
                 name, revision=revision, files_metadata=True, timeout=_TIMEOUT
             )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        return cls(name, str(info.sha), sizes, revision or "main", endpoint, cache)
+        digests = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+        return cls(name, str(info.sha), sizes, revision or "main", endpoint, cache, digests)
 
     def fetch(self, file: str) -> Path:
         """Return a file's path in the cache, downloaded if it is not there."""
@@ -188,7 +194,13 @@ class HubSource(Source):
         return self._folder().bits(self.key(name).name, start, stop)
 
     def fingerprint(self) -> dict[str, Any]:
-        files = {name: {"size": self.repo.sizes[name], "header": self._headers[name]} for name in self._weights}
+        if self._local is not None:
+            self._local.fingerprint()  # refuses files that changed since they were downloaded
+        files: dict[str, Any] = {}
+        for name in self._weights:
+            files[name] = {"size": self.repo.sizes[name], "header": self._headers[name]}
+            if name in self.repo.digests:
+                files[name]["sha256"] = self.repo.digests[name]
         return {"hub": self.repo.name, "commit": self.repo.commit, "files": files}
 
     def _folder(self) -> FolderSource:

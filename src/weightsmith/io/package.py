@@ -107,12 +107,11 @@ def copy_companions(
         files = {name: place for name, place in files.items() if name not in left} | dict.fromkeys(theirs, tokenizer)
         left = {name: reason for name, reason in left.items() if name not in files}
     for name, place in files.items():
-        data = _read(place / name)
-        if name == "config.json" and config is not None:
-            data = config.encode(errors="surrogateescape")
-        if name == "config.json" and dtype is not None:
-            data = with_dtype(data.decode(errors="surrogateescape"), dtype).encode(errors="surrogateescape")
-        write_file(target / name, data)
+        blocks = _blocks(place / name)
+        if name == "config.json" and (config is not None or dtype is not None):
+            text = config if config is not None else b"".join(blocks).decode(errors="surrogateescape")
+            blocks = iter([(with_dtype(text, dtype) if dtype else text).encode(errors="surrogateescape")])
+        write_file(target / name, blocks)
     modules = _module_folders(folder)
     weights = tuple(name for name in files if _is_module_weight(name, modules))
     return Copied(tuple(sorted(files)), weights, dict(sorted(left.items())))
@@ -189,8 +188,8 @@ def _is_module_weight(name: str, modules: frozenset[str]) -> bool:
     return str(path.parent) in modules and path.name in ("model.safetensors", "pytorch_model.bin")
 
 
-def _read(path: Path) -> bytes:
+def _blocks(path: Path) -> Iterator[bytes]:
     try:
-        return system.read_file(path)
+        yield from system.read_blocks(path)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error

@@ -138,7 +138,7 @@ class AdapterSource(Source):
         return change
 
     def places(self) -> tuple[Path, ...]:
-        return (self.path, *self.base.places())
+        return (self.path, *self._file.places(), *self.base.places())
 
     def fingerprint(self) -> dict[str, Any]:
         config = json.dumps(self._config, sort_keys=True).encode()

@@ -25,10 +25,15 @@ from weightsmith.io.small import short
 from weightsmith.io.source import Source
 from weightsmith.keys import DTYPES, Key, good_name
 
-__all__ = ["MAX_HEADER", "Header", "Place", "SafetensorsSource", "parse_header", "parse_length", "read_header"]
+__all__ = ["MAX_HEADER", "MAX_PARTS", "Header", "Place", "SafetensorsSource", "parse_header", "parse_length",
+           "read_header"]  # fmt: skip
 
 MAX_HEADER = 100_000_000
 """Largest header in bytes, as in the reference implementation."""
+
+MAX_PARTS = 4_000_000
+"""Most commas and opening brackets in a header: 500,000 tensors.  It bounds time and memory of parsing, where 100 MB
+of '{},{},{}' would become five thousand million bytes of Python objects."""
 
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -84,6 +89,8 @@ def parse_header(raw: bytes, file_size: int, label: str) -> Header:
     try:
         if raw[:1] != b"{":
             raise _HeaderError("the header is not a JSON object")
+        if (count := sum(map(raw.count, (b",", b"{", b"[")))) > MAX_PARTS:
+            raise _HeaderError(f"the header is made of {count} parts (limit {MAX_PARTS}); no model has so many tensors")
         fields = _object(json.loads(raw.decode("utf-8"), object_pairs_hook=_Pairs, **_NUMBERS), "the header")
         metadata = _metadata(fields.pop("__metadata__", None))
         found = [_place(name, entry) for name, entry in fields.items()]
@@ -140,8 +147,8 @@ class SafetensorsSource(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
-        size, mtime = self._file.size, self._file.mtime_ns
-        return {"files": {self.path.name: {"size": size, "mtime_ns": mtime, "header": self.header.digest}}}
+        noted = {"size": self._file.size, "mtime_ns": self._file.mtime_ns, "header": self.header.digest}
+        return {"files": {self.path.name: {**noted, "sample": self._file.sample()}}}
 
 
 # --- the parts of a header -------------------------------------------------------------------------

@@ -84,14 +84,19 @@ class Source(ABC):
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data without reading it all: files, sizes, header hashes.  Empty in memory.
+        """What identifies the data without reading it all: files, sizes, times, hashes of headers and samples.
+
+        Empty in memory.  `run.inputs` adds hashes of all bytes where they are asked for.
 
         Raises SourceError if a file is no longer the one that was opened.
         """
         return {}
 
     def places(self) -> tuple[Path, ...]:
-        """Every folder and file that it reads, so that no result is written over one of them."""
+        """Every folder and file that it reads, so that no result is written over one of them.
+
+        Files that hold tensors are among them, unless they are the hub's (whose hashes the hub knows).
+        """
         own = getattr(self, "path", None)
         return tuple(Path(place) for place in (self.folder, own) if place is not None)
 

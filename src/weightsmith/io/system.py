@@ -6,11 +6,13 @@ each call of a run fail, fall short, or be the last before a kill; another sees 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-__all__ = ["call", "read_file"]
+__all__ = ["call", "read_blocks", "read_file"]
+
+_BLOCK = 1 << 20
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,11 +25,12 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
 
 def read_file(path: Path, limit: int = -1) -> bytes:
     """The bytes of a small file, or its first `limit`; OSError as it comes."""
+    return b"".join(read_blocks(path, limit))
+
+
+def read_blocks(path: Path, limit: int = -1) -> Iterator[bytes]:
+    """The bytes of a file of any size, or its first `limit`, a block after the other; OSError as it comes."""
     with call(path.open, "rb", buffering=0) as file:
-        data = bytearray()
-        while limit < 0 or len(data) < limit:
-            got = call(file.read, 1 << 20 if limit < 0 else limit - len(data))
-            if not got:
-                break
-            data += got
-    return bytes(data)
+        while limit and (got := call(file.read, _BLOCK if limit < 0 else min(_BLOCK, limit))):
+            limit -= len(got) if limit > 0 else 0
+            yield got

@@ -40,12 +40,13 @@ _MAX_NESTED = 200
 _TOP_LINES = 50  # problems shown at most
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), files: list[Path] | None = None) -> Recipe:
     """Read a recipe file.  `overrides` are texts like 'parameters.density=0.3', applied before it is checked.
 
+    `files` takes the paths of all files that were read: this one, and those of nested recipes.
     Raises RecipeError with all problems, one line each: file, line, what is wrong, the nearest valid word.
     """
-    return _Loader().file(expanded(path), overrides)
+    return _Loader(files).file(expanded(path), overrides)
 
 
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: str | Path | None = None) -> Recipe:
@@ -69,10 +70,11 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 class _Loader:
-    """One call of `load`: the files that are open (to find loops), and how many recipes were read."""
+    """One call of `load`: the files that are open (to find loops), all that were read, and how many recipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: list[Path] | None = None) -> None:
         self.open: list[Path] = []
+        self.files = [] if files is None else files
         self.count = 0
 
     def file(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -82,6 +84,7 @@ class _Loader:
             chain = " -> ".join(p.name for p in [*self.open[self.open.index(real) :], real])
             raise RecipeError(f"{path}: the recipe is made of itself: {chain}")
         self.open.append(real)
+        self.files.append(real)
         try:
             return self.text(text, str(path), path.absolute().parent, overrides)
         finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def compress(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     sources: Inputs | None = None,
+    files: Sequence[Path] = (),
+    fingerprint: str = "quick",
 ) -> Result:
     """Write the experts of a recipe whose method ends in a codec (`tall_masks`) into the folder `out`.
 
@@ -44,10 +47,10 @@ def compress(
     Raises PlanError with every problem before anything is written.  `Result.storage` says what it saves.
     """
     began = time.perf_counter()
-    inputs = sources if sources is not None else open_inputs(recipe)
+    inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True)
     if not (resume and finished(plan, inputs, out)):
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=WEIGHTS)
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
         records = carry_out(plan, inputs, sink, device=device, progress=progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
     return Result(

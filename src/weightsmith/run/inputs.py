@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from weightsmith.errors import OutputError, PlanError, SourceError, WeightsmithError
 from weightsmith.io import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
+from weightsmith.io.files import File
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import MANIFEST, read_manifest
 from weightsmith.io.open import open_source
@@ -24,6 +27,7 @@ from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 __all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
 
 Keep = Callable[[str], bool]
+_HASHERS = 4  # files hashed at once
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Inputs:
     experts: Mapping[str, Source]
     stats: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    full: bool = False
+    """Whether fingerprints hold a hash of all bytes of every file; taking it reads all of them once."""
+    _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def models(self) -> tuple[tuple[str, Source], ...]:
@@ -57,10 +64,29 @@ class Inputs:
         found = {}
         for name, source in named.items():
             try:
-                found[name] = source.fingerprint()
+                found[name] = {**source.fingerprint(), **({"contents": self._contents(source)} if self.full else {})}
             except SourceError as error:
                 raise SourceError(f"input {name!r}: {error}") from error
         return found
+
+    def refuse_changed(self, before: Mapping[str, Any]) -> None:
+        """Raise SourceError, with the input's name, unless the fingerprints are what they were."""
+        for name, found in self.fingerprints().items():
+            if found != before[name]:
+                raise SourceError(f"input {name!r}: its files have changed since the run began; start again")
+
+    def _contents(self, source: Source) -> dict[str, str]:
+        """Path of each file with tensors, from the folder that holds them all -> xxh3 of its bytes."""
+        paths = sorted({path.absolute() for path in source.places() if path.is_file()})
+        if not paths:
+            return {}
+        files = [File(path) for path in paths]
+        keys = [(file.path, file.size, file.mtime_ns) for file in files]
+        new = {key: file for key, file in zip(keys, files, strict=True) if key not in self._hashed}
+        with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+            self._hashed.update(zip(new, pool.map(File.digest, new.values()), strict=True))
+        home = os.path.commonpath([path.parent for path in paths])
+        return {path.relative_to(home).as_posix(): self._hashed[key] for path, key in zip(paths, keys, strict=True)}
 
 
 def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep: Keep | None = None) -> Inputs:
@@ -119,8 +145,9 @@ def product_ranks(key: Key, pipeline: Pipeline | None, inputs: Inputs) -> tuple[
 
 
 def _without_times(fingerprint: Any) -> Any:
+    """What is the same for a copy of the files, and whether or not all bytes were hashed."""
     if isinstance(fingerprint, Mapping):
-        return {k: _without_times(v) for k, v in fingerprint.items() if k != "mtime_ns"}
+        return {k: _without_times(v) for k, v in fingerprint.items() if k not in ("mtime_ns", "contents")}
     return fingerprint
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def run(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     sources: Inputs | None = None,
+    files: Sequence[Path] = (),
+    fingerprint: str = "quick",
 ) -> Result:
     """Merge into the folder `out`, which appears complete or not at all.
 
@@ -74,15 +76,17 @@ def run(
     resume     go on with what an interrupted run of the same recipe left in `out`.partial
     overwrite  replace a non-empty `out` as a whole
     progress   called with (bytes done, bytes in all), from any thread
+    files      what else was read and must not be written over: the recipe's own files, plug-ins
+    fingerprint  'full': weightsmith.json notes a hash of all bytes of every input (read once more for that)
 
     Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
-    inputs = sources if sources is not None else open_inputs(recipe)
+    inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
     stated = licences({name: source.folder for name, source in inputs.models})
     if not (resume and finished(plan, inputs, out)):
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite)
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
         records = carry_out(plan, inputs, sink, device=device, progress=progress)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
     return Result(
@@ -96,10 +100,18 @@ def run(
 
 
 def prepared(
-    plan: Plan, inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, weight_name: str = "model"
+    plan: Plan,
+    inputs: Inputs,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    files: Sequence[Path] = (),
+    weight_name: str = "model",
 ) -> FolderSink:
     """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched."""
-    problems = [*plan.problems, *check_output(out, reads(plan.recipe, inputs), overwrite, resume, plan.write_bytes)]
+    read = (*reads(plan.recipe, inputs), *files)
+    problems = [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes)]
     if problems:
         raise PlanError(problems)
     for _, source in inputs.models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def _lasting(fingerprint: Any) -> Any:
     return fingerprint
 
 
+def _which(before: Any, now: Any) -> str:
+    """' (file, file)': the files whose contents are others, where they were noted."""
+    noted, found = ((part or {}).get("contents", {}) for part in (before, now))
+    changed = sorted(name for name in {**noted, **found} if noted.get(name) != found.get(name))
+    return f" ({', '.join(changed)})" if changed else ""
+
+
 def rerun(
     out: Path,
     *,
@@ -53,7 +61,8 @@ def rerun(
     noted = manifest["output"]["tensors"]
     try:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
-        inputs = open_inputs(recipe)
+        full = any("contents" in noted for noted in manifest["inputs"].values())
+        inputs = replace(open_inputs(recipe), full=full)
         plan = make_plan(recipe, sources=inputs, threads=threads, memory=memory, encode=manifest["kind"] == "codec")
     except WeightsmithError as error:
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
@@ -61,7 +70,7 @@ def rerun(
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
     noted_inputs = _lasting(manifest["inputs"])
     problems = [
-        f"input {name} is not what it was when {out.name} was made"
+        f"input {name} is not what it was when {out.name} was made{_which(noted_inputs.get(name), found)}"
         for name, found in _lasting(json.loads(json.dumps(inputs.fingerprints()))).items()
         if noted_inputs.get(name) != found
     ]
