@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", "v1", SHA):
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        files = [{"rfilename": name, "size": len(data)} for name, data in self.server.repos[repo].items()]
+        files = [described(name, data) for name, data in self.server.repos[repo].items()]
         return self.answer(200, json.dumps({"id": repo, "sha": SHA, "siblings": files}).encode(), {})
 
     def file(self, repo: str, name: str) -> None:
@@ -89,6 +89,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + 65536])
             if count:
                 self.server.served[count] = self.server.served.get(count, 0) + len(body[start : start + 65536])
+
+
+def described(name: str, data: bytes) -> dict[str, object]:
+    """As the hub does: of weight files, which are in its large-file store, it states the SHA-256."""
+    noted: dict[str, object] = {"rfilename": name, "size": len(data)}
+    if name.endswith((".safetensors", ".bin")):
+        noted["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+    return noted
 
 
 @pytest.fixture
@@ -148,6 +156,24 @@ def test_planning_reads_headers_only_and_reading_downloads(hub: Hub, tmp_path: P
     unread.prepare()
     assert unread.read("b").tolist() == [1, 1, 1]
     assert hub.served == before, "what is in the cache is not fetched again"
+
+
+def test_files_in_the_cache_that_change_during_a_run(hub: Hub, tmp_path: Path) -> None:
+    """The fingerprint of a commit stays what it is; the downloaded files are looked at all the same."""
+    hub.repos["org/name"] = whole()
+    source = open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path)
+    before = source.fingerprint()
+    digest = hashlib.sha256(hub.repos["org/name"]["model.safetensors"]).hexdigest()
+    assert before["files"]["model.safetensors"]["sha256"] == digest
+    source.prepare()
+    assert source.fingerprint() == before
+    assert source.folder is not None
+    blob = (source.folder / "model.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(SourceError, match="was changed or exchanged since it was opened"):
+        source.fingerprint()
 
 
 def test_a_server_that_ignores_ranges_is_cut_short(hub: Hub, tmp_path: Path) -> None:

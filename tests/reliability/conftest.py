@@ -11,8 +11,6 @@ import pytest
 
 from reliability.runs import Scene, Zygote, make_scene
 
-FIGURES: dict[str, Counter[str]] = {}
-
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
@@ -37,17 +35,24 @@ def zygote(scenes: dict[str, Scene], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def note(request: pytest.FixtureRequest) -> Callable[[str, Counter[str]], None]:
+def note(record_property: Callable[[str, object], None]) -> Callable[[str, Counter[str]], None]:
     """Adds to the figures that are shown at the end: what was tried, and how it went."""
 
     def add(what: str, seen: Counter[str]) -> None:
-        FIGURES.setdefault(what, Counter()).update(seen)
+        record_property("figures", (what, dict(seen)))
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = [f"{what}: {', '.join(f'{n} {word}' for word, n in sorted(FIGURES[what].items()))}" for what in FIGURES]
+    figures: dict[str, Counter[str]] = {}
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        for name, value in report.user_properties:
+            if name == "figures":
+                figures.setdefault(value[0], Counter()).update(value[1])
+    lines = [
+        f"{what}: {', '.join(f'{n} {word}' for word, n in sorted(seen.items()))}" for what, seen in figures.items()
+    ]
     for line in lines:
         terminalreporter.write_line(line)
     if lines and (path := os.environ.get("WEIGHTSMITH_FIGURES")):

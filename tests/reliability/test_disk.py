@@ -88,7 +88,9 @@ def test_a_bad_sector_in_an_input(zygote, scenes, tmp_path):
     """EIO in the middle of a tensor names file and tensor, keeps what is done, and is over when the disk is."""
     scene = scenes["wide"]
     place, _, _ = new_place(tmp_path, False)
-    ended = zygote.run(scene.argv(place), fault={"kind": "EIO", "at": 300, "only": "preadv"})
+    headers, samples = 2 * 12, 8 * 12  # of 12 files
+    fault = {"kind": "EIO", "at": headers + samples + 50, "only": "preadv"}
+    ended = zygote.run(scene.argv(place), fault=fault)
     assert ended.code == 2
     assert ".safetensors: 'model." in ended.stderr
     assert "Input/output error" in ended.stderr
@@ -118,7 +120,7 @@ def test_a_work_folder_half_removed_is_no_run(zygote, scenes, tmp_path):
     place, ready = tmp_path / "place", tmp_path / "ready"
     kill_where(zygote, scene, ready, 8)
     whole = len(list(ready.rglob("*")))
-    for at in range(70, 400, 3):  # to about where the removing begins
+    for at in range(200, 700, 3):  # to about where the removing begins
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(ready, place)
         zygote.run(scene.argv(place, "--overwrite"), fault={"kind": "kill", "at": at})

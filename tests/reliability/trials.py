@@ -28,10 +28,10 @@ def new_place(folder: Path, old: bool) -> tuple[Path, dict[str, str] | None, tup
     return place, put_old(place) if old else None, ("--overwrite",) if old else ()
 
 
-def calls_of(zygote: Zygote, scene: Scene, folder: Path, old: bool = False) -> int:
-    """How many calls to the file system an undisturbed run makes."""
+def calls_of(zygote: Zygote, scene: Scene, folder: Path, old: bool = False, only: str | None = None) -> int:
+    """How many calls to the file system an undisturbed run makes; `only`: calls of that function."""
     place, _, more = new_place(folder, old)
-    ended = zygote.run(scene.argv(place, *more))
+    ended = zygote.run(scene.argv(place, *more), fault={"only": only})
     assert ended.code == 0
     assert state(place, scene) == "complete"
     assert ended.calls is not None
@@ -60,14 +60,23 @@ def kill_anywhere(zygote: Zygote, scene: Scene, folder: Path, count: int, seed: 
 
 
 def end_at(
-    zygote: Zygote, scene: Scene, folder: Path, kind: str, numbers: Iterable[int], old: bool = False, **patch: Any
+    zygote: Zygote,
+    scene: Scene,
+    folder: Path,
+    kind: str,
+    numbers: Iterable[int],
+    old: bool = False,
+    only: str | None = None,
+    **patch: Any,
 ) -> Counter[str]:
-    """End the run at the n-th call for each of some n: `kill`, `torn` or `power` (see faults.py)."""
+    """End the run at the n-th call (`only`: of that function) for each of some n: `kill`, `torn` or `power`."""
     seen = Counter[str]()
     for n in numbers:
         place, before, more = new_place(folder, old)
         ended = zygote.run(
-            scene.argv(place, *more), fault={"kind": kind, "at": n, "seed": n}, patch={"boot": "one", **patch}
+            scene.argv(place, *more),
+            fault={"kind": kind, "at": n, "seed": n, "only": only},
+            patch={"boot": "one", **patch},
         )
         assert ended.code in (0, -signal.SIGKILL), (n, ended)
         seen["kills"] += ended.code != 0

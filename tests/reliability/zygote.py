@@ -14,6 +14,7 @@ The answer: {"code": exit code, or minus the signal that ended it, "calls": how 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ def main() -> None:
             _quietly(request["log"])
             answer: dict[str, Any] = {"code": cli.main(request["argv"])}
         else:
+            gc.freeze()  # a collection in a child would copy every page of the parent
             began = time.monotonic()
             child = os.fork()
             if child == 0:

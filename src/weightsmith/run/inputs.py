@@ -69,12 +69,6 @@ class Inputs:
                 raise SourceError(f"input {name!r}: {error}") from error
         return found
 
-    def refuse_changed(self, before: Mapping[str, Any]) -> None:
-        """Raise SourceError, with the input's name, unless the fingerprints are what they were."""
-        for name, found in self.fingerprints().items():
-            if found != before[name]:
-                raise SourceError(f"input {name!r}: its files have changed since the run began; start again")
-
     def _contents(self, source: Source) -> dict[str, str]:
         """Path of each file with tensors, from the folder that holds them all -> xxh3 of its bytes."""
         paths = sorted({path.absolute() for path in source.places() if path.is_file()})
