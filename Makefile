@@ -32,10 +32,10 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The slow proof: kills and failing calls by the hundred, coverage-guided fuzzing.
+# The slow proof: kills and failing calls by the thousand, coverage-guided fuzzing (WEIGHTSMITH_FUZZ_SECONDS each).
 torture: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o python_files='torture_*.py fuzz_*.py' tests/torture
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o python_files='torture_*.py fuzz_*.py' tests/torture
 
 bench: setup
 	$(BIN)/python -m bench

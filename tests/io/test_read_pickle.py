@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_views_are_read_as_torch_reads_them(path: Path, view: str, modern: bool)
     assert source.read("w").equal(whole)
     for start, stop in [(0, 1), (1, 2), (1, 3), (2, None), (3, 3)]:
         assert source.read("w", start, stop).equal(whole[start:stop] if whole.ndim else whole)
+
+
+def test_a_checkpoint_that_another_program_has_packed(path: Path, tmp_path: Path) -> None:
+    """Its parts lie in another order, and not where PyTorch would put them."""
+    state = {name: torch.full((3, 5), float(i)) for i, name in enumerate("abc")}
+    torch.save(state, tmp_path / "theirs.pt")
+    with zipfile.ZipFile(tmp_path / "theirs.pt") as theirs, zipfile.ZipFile(path, "w") as mine:
+        for name in sorted(theirs.namelist(), reverse=True):
+            mine.writestr(name, theirs.read(name))
+    source = PickleSource(path)
+    assert all(source.read(name).equal(tensor) for name, tensor in state.items())
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.package import companions, copy_companions, left_behind, with_dtype
 
 GO = {
@@ -75,6 +77,36 @@ def test_copies_are_exact_and_listed(base, tmp_path, tree):
     assert copied.files == tuple(sorted(GO))
     assert copied.modules == ("2_Dense/model.safetensors",)
     assert copied.left == STAY
+
+
+def test_a_large_file_is_never_in_memory_as_a_whole(base, tmp_path):
+    """The weights of an unmerged module may have gigabytes."""
+    large = base / "2_Dense/model.safetensors"
+    with large.open("wb") as file:
+        file.write(b"begin")
+        file.truncate(60_000_000)
+    tracemalloc.start()
+    try:
+        copy_companions(base, tmp_path / "out", MERGED)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out/2_Dense/model.safetensors").read_bytes() == large.read_bytes()
+    assert peak < 8_000_000
+
+
+def test_a_companion_that_cannot_be_read_to_its_end(base, tmp_path, monkeypatch):
+    """It is the input that fails, not the output."""
+    real = system.call
+
+    def call(function, /, *args, **kwargs):
+        if getattr(function, "__name__", "") == "read" and args == (1 << 20,):
+            raise OSError(5, "Input/output error")
+        return real(function, *args, **kwargs)
+
+    monkeypatch.setattr(system, "call", call)
+    with pytest.raises(SourceError, match=r"cannot read .*/base/.*: Input/output error"):
+        copy_companions(base, tmp_path / "out", MERGED)
 
 
 def test_a_new_dtype_changes_that_field_and_no_other_byte(base, tmp_path, tree):

@@ -162,10 +162,12 @@ def test_what_was_noted_can_be_said_by_hand_or_put_aside(there: Path) -> None:
 
 def test_notes_hold_for_their_base_only(there: Path) -> None:
     run(recipe(there, "e0", "e1"), there / "early", threads=1)
-    (there / "other").mkdir()
-    save_file(BASE, there / "other" / "model.safetensors", metadata={"header": "unlike"})
-    notes = make_plan(recipe(there, "early", "e2", base="other")).notes
-    assert "early was made by opcm on another base; it counts as a model like any other" in notes
+    others = {"header": (BASE, {"header": "unlike"}), "values": ({n: t + 1 for n, t in BASE.items()}, None)}
+    for name, (tensors, metadata) in others.items():
+        (there / name).mkdir()
+        save_file(tensors, there / name / "model.safetensors", metadata=metadata)
+        notes = make_plan(recipe(there, "early", "e2", base=name)).notes
+        assert "early was made by opcm on another base; it counts as a model like any other" in notes, name
 
 
 def test_auto_is_one_model():

@@ -19,7 +19,7 @@ from weightsmith.io.journal import read_journal
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 def test_kill_anywhere(zygote, scenes, tmp_path, note, old):
-    seen = kill_anywhere(zygote, scenes["wide"], tmp_path, 8, seed=old, old=old)
+    seen = kill_anywhere(zygote, scenes["wide"], tmp_path, 15, seed=old, old=old)
     note("SIGKILL at random moments", seen)
 
 

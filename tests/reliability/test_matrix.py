@@ -25,16 +25,17 @@ from weightsmith.io.open import open_source
 from weightsmith.io.output import FolderSink
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource, Source
-from weightsmith.method import Filter, Method, registered
+from weightsmith.method import Codec, Filter, Method, registered
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
+from weightsmith.run.plan import Plan, make_plan
 from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
+CODECS = sorted(name for name, cls in registered().items() if issubclass(cls, Codec))
 COUNT = {"slerp": 1}
-BARE: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
+BARE: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "rmm": {"rank": 2, "level": "tensor"}}
 
 
 def small(arrays: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -68,8 +69,12 @@ def merged(name: str, sources: dict[str, Source], **how: Any) -> str:
     """Checksum over all tensors of the result, by name."""
     recipe, inputs = given(name, sources)
     sink = MemorySink()
-    carry_out(make_plan(recipe, sources=inputs, threads=1), inputs, sink, **how)
+    carry_out(planned(name, recipe, inputs), inputs, sink, **how)
     return checksum(sink.tensors())
+
+
+def planned(name: str, recipe: Recipe, inputs: Inputs) -> Plan:
+    return make_plan(recipe, sources=inputs, threads=1, encode=name in CODECS)
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
@@ -150,14 +155,28 @@ def check(name: str, sources: dict[str, Source], size: int, runner: Runner, out:
     """Merge into files; checksum of what the safetensors library reads back."""
     recipe, inputs = given(name, sources)
     sink = FolderSink(out, shard_size=size, identity={})
-    carry_out(make_plan(recipe, sources=inputs, threads=1), inputs, sink, runner=runner)
+    carry_out(planned(name, recipe, inputs), inputs, sink, runner=runner)
     sink.finish()
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (size < 10**9)
     return checksum({n: t for path in files for n, t in load_file(path).items()})
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_nothing_that_is_registered_is_left_out() -> None:
+    assert sorted([*NAMES, *CODECS, "keep"]) == sorted(registered())  # keep: what every tensor under `exclude` is
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codecs_however_they_are_run(name: str, memory: dict[str, Source]) -> None:
+    """What tests/run/test_engine.py does for every method that merges."""
+    whole = merged(name, memory)
+    for block in (1, 100, 1 << 30):
+        assert merged(name, memory, block=block) == whole, f"blocks of {block}"
+    for threads in (2, 8):
+        assert merged(name, memory, runner=ThreadRunner(threads)) == whole, f"{threads} threads"
+
+
+@pytest.mark.parametrize("name", NAMES + CODECS)
 def test_layouts_shards_and_order(
     name: str, memory: dict[str, Source], layouts: dict[str, dict[str, Source]], tmp_path: Path
 ) -> None:
@@ -174,15 +193,15 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from reliability.test_matrix import MemorySource, NAMES, merged, models
+from reliability.test_matrix import CODECS, MemorySource, NAMES, merged, models
 sources = {name: MemorySource(tensors, name) for name, tensors in models().items()}
-print(*[merged(name, sources) for name in NAMES])
+print(*[merged(name, sources) for name in NAMES + CODECS])
 """
 
 
 def test_hash_seed(memory: dict[str, Source]) -> None:
     """The order of sets and of hashed names differs between processes; the bytes do not."""
-    here = " ".join(merged(name, memory) for name in NAMES)
+    here = " ".join(merged(name, memory) for name in NAMES + CODECS)
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
     environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", HASH, str(Path(__file__).parent.parent)]
