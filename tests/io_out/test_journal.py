@@ -94,6 +94,26 @@ def test_without_a_boot_id_only_flushed_tasks_count(path, monkeypatch):
     assert finished(path, "") == []
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "none"), PermissionError(13, "sandbox")])
+def test_a_system_without_a_boot_id(monkeypatch, error):
+    monkeypatch.setattr(journal.system, "read_file", raising(error))
+    assert boot_id() == ""
+
+
+def test_a_boot_id_that_cannot_be_read_now_is_an_error(monkeypatch):
+    """Taken for none, a resumed run believed no task, and threw away what was finished."""
+    monkeypatch.setattr(journal.system, "read_file", raising(OSError(24, "Too many open files")))
+    with pytest.raises(OutputError, match="boot_id: Too many open files; run again with --resume"):
+        boot_id()
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def test_tasks_added_during_a_flush_are_not_covered_by_it(path):
     book = Journal(path, HEAD, {}, lambda: None, 0)
 

@@ -28,6 +28,7 @@ def test_every_call_fails(zygote, scenes, tmp_path, note, name, old, step):
 def test_every_call_of_a_resumed_run_fails(zygote, scenes, tmp_path, note):
     count = calls_of(zygote, scenes["tiny"], tmp_path)
     cases = [(n, next(KINDS)) for n in range(46, count + 1, 11)]
+    cases += [(n, "ENOSPC for good") for n in range(60, 70, 2)]  # while it sees what the other has finished
     note("failing calls of a resumed run", fail_resume_at(zygote, scenes["tiny"], tmp_path, cases))
 
 

@@ -35,6 +35,7 @@ from weightsmith.io.disk import sync_folder, write_all, writing
 
 __all__ = ["Journal", "State", "boot_id", "differences", "read_journal"]
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PREFIX = b'{"xxh3":"'
 _MIDDLE = b'","entry":'
 _PAYLOAD = len(_PREFIX) + 16 + len(_MIDDLE)
@@ -56,11 +57,16 @@ class State:
 
 
 def boot_id() -> str:
-    """A name for the time since the kernel started; empty where the system has none (then nothing matches it)."""
+    """A name for the time since the kernel started; empty where the system has none (then nothing matches it).
+
+    Raises OutputError where it has one that cannot be read now: finished work must not be taken for lost by mistake.
+    """
     try:
-        return system.read_file(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
-    except OSError:
+        return system.read_file(_BOOT).decode().strip()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return ""
+    except OSError as error:
+        raise OutputError(f"cannot read {_BOOT}: {error.strerror}; run again with --resume") from error
 
 
 def read_journal(path: Path) -> State | None:
