@@ -24,7 +24,7 @@ from weightsmith.io import hub
 from weightsmith.io.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.source import MemorySource, Source
-from weightsmith.ops.fused import _own_folder
+from weightsmith.ops.native import cache_folder
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.api import merge
@@ -629,13 +629,18 @@ def test_a_cache_that_others_could_have_filled_is_not_used(tmp_path: Path, monke
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine = tmp_path / "kernels"
-    assert _own_folder(mine) == mine
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(mine))
+    assert cache_folder() == mine
     assert mine.stat().st_mode & 0o777 == 0o700
     mine.chmod(0o777)
-    assert _own_folder(mine) != mine
+    assert cache_folder() not in (mine, None)
     shutil.rmtree(mine)
     mine.symlink_to(tmp_path)
-    assert _own_folder(mine) != mine
+    other = cache_folder()
+    assert other not in (mine, None)
+    assert other is not None
+    other.chmod(0o777)
+    assert cache_folder() is None
 
 
 def test_sources_know_where_they_are(models: Path) -> None:
