@@ -15,21 +15,19 @@ from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
 from weightsmith.errors import PlanError
 
-VERBS = tuple(
-    [
-        "merge",
-        "plan",
-        "inspect",
-        "methods",
-        "check",
-        "verify",
-        "observe",
-        "compress",
-        "restore",
-        "bench",
-        "convert",
-        "schema",
-    ]
+VERBS = (
+    "merge",
+    "plan",
+    "inspect",
+    "methods",
+    "check",
+    "verify",
+    "observe",
+    "compress",
+    "restore",
+    "bench",
+    "convert",
+    "schema",
 )
 
 

@@ -38,7 +38,9 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_page_with_every_parameter(made: dict[str, str]) -> None:
-    for name, cls in registered().items():
+    own = {name: cls for name, cls in registered().items() if cls.__module__.startswith("weightsmith.")}
+    assert len(own) > 40
+    for name, cls in own.items():  # tests of plug-ins may have registered more
         page = made[f"methods/{name}.md"]
         assert f"[{name}](methods/{name}.md)" in made["methods.md"]
         assert f"\n  methods/{name}\n".strip() in made["methods.md"]
