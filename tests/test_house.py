@@ -25,7 +25,7 @@ LAYERS = (
     ("io",),
     ("recipe",),
     ("run",),
-    ("observe", "report", "inspect", "plugins"),
+    ("observe", "report", "inspect", "plugins", "moe"),
     ("study",),
     ("cli",),
 )

@@ -27,6 +27,9 @@ VERBS = (
     "restore",
     "bench",
     "convert",
+    "moe",
+    "diff",
+    "lineage",
     "schema",
 )
 

@@ -4,6 +4,7 @@
     ```python file=NAME       is written to NAME
     ```yaml                   is a recipe whose plan has no problems
     ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
+    ```yaml moe file=NAME     the same, for a mixture of experts
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
     ```text output            is what the block before has printed; '...' stands for anything
@@ -31,6 +32,7 @@ from typing import Any
 
 from weightsmith.cli.main import main
 from weightsmith.method import Codec, registry
+from weightsmith.moe.recipe import load as load_moe
 from weightsmith.recipe.load import load, loads
 from weightsmith.run.plan import make_plan
 from weightsmith.study.schema import load_study
@@ -82,7 +84,7 @@ class Page:
             return "directive"
         if "norun" in block.words:
             return "not run"
-        unknown = [w for w in block.words if not re.fullmatch(r"output|file=\S+|exit=\d+", w)]
+        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|file=\S+|exit=\d+", w)]
         assert not unknown, f"unknown words {unknown}"
         if (name := block.option("file")) is not None:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,10 @@ class Page:
             case "python" if name is None:
                 self._printed = _captured(lambda: exec(compile(block.text, self.name, "exec"), self._namespace))
                 return "python"
+            case "yaml" if "moe" in block.words:
+                assert name is not None
+                load_moe(name)
+                return "recipe"
             case "yaml":
                 _checked(block.text, name)
                 return "recipe"

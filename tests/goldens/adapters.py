@@ -20,6 +20,7 @@ from goldens import mergekit, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.method import Pipeline, Stage, registry
+from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
 
 State = dict[str, Tensor]
@@ -33,7 +34,6 @@ NOT_YET: Mapping[str, str] = {
     "lora-tools": "LoRA merging",
     "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
-    "moe-build": "mixture-of-experts building",
     "ota": "optimization trajectories",
     "ota+ffg": "optimization trajectories",
     "pleas": "permutation alignment",
@@ -279,6 +279,19 @@ def widen(case: Case) -> State:
     return merge(case.experts, _stage("widen", case.params), base=case.base)
 
 
+def moe_build(case: Case) -> State:
+    """Router rows from prompts given as token numbers; every layer has the same."""
+    p, embedding = case.params, case.base["model.embed_tokens.weight"]
+    assert p["gate_mode"] == "cheap_embed"
+
+    def state(prompts: list[list[int]] | None) -> Tensor | None:
+        return None if not prompts else router.cheap_embed(lambda token: embedding[token], prompts)
+
+    made = router.rows([state(ids) for ids in p["positive_ids"]], [state(ids) for ids in p["negative_ids"]])
+    out = {f"model.layers.{i}.mlp.gate.weight": made for i in range(tiny_llama.LAYERS)}
+    return out | {"condition_numbers": torch.full((tiny_llama.LAYERS,), router.condition(made))}
+
+
 def mergekit_yaml(case: Case) -> State:
     """Every output tensor names its own call; tensors of equal calls are merged together."""
     config = mergekit.read(case.params["yaml"])
@@ -321,6 +334,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "optmerge": optmerge,
     "swudi": spectral_wudi,
     "aswudi": spectral_wudi,
+    "moe-build": moe_build,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

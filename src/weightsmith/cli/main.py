@@ -38,11 +38,14 @@ _VERBS = {
     "restore": "Get one model back out of a compressed folder.",
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
+    "moe": "Build a mixture of experts of dense models.",
+    "diff": "Say how two models differ, tensor by tensor.",
+    "lineage": "Show what a model was made from, and that from what.",
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
-    **dict.fromkeys(("merge", "compress", "restore"), "; continue with --resume"),
+    **dict.fromkeys(("merge", "compress", "restore", "moe"), "; continue with --resume"),
     "bench": "; the same command goes on where it stopped",
 }
 
@@ -134,7 +137,8 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         hint = "" if debug else "; --debug shows where"
-        return _fail(f"internal error: {said}; please report it{hint}", 1, debug)
+        code = 2 if words[:1] == ["diff"] else 1  # where 1 means that two models differ
+        return _fail(f"internal error: {said}; please report it{hint}", code, debug)
 
 
 @contextlib.contextmanager

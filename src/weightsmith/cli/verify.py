@@ -25,8 +25,12 @@ def verify(
 
     problems = list(verify_folder(out))
     if rerun:
-        from weightsmith.run.verify import rerun as run_again
+        from weightsmith.io.open import folder_kind
 
+        if folder_kind(out) == "moe":
+            from weightsmith.moe.build import rerun as run_again
+        else:
+            from weightsmith.run.verify import rerun as run_again
         problems += run_again(out)
     if json:
         show_json({"out": out, "ok": not problems, "rerun": rerun, "problems": problems})

@@ -17,7 +17,7 @@ from weightsmith.io.folder import FolderSource
 from weightsmith.io.hub import looks_like_hub_id, open_hub
 from weightsmith.observe.names import Naming
 
-__all__ = ["KINDS", "LoadedModel", "TextCoder", "load_model", "pick_device", "resting", "text_coder"]
+__all__ = ["KINDS", "LoadedModel", "TextCoder", "folder_coder", "load_model", "pick_device", "resting", "text_coder"]
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "causal-lm": ("ForCausalLM", "LMHeadModel"),
@@ -153,19 +153,26 @@ class TextCoder:
 
 def text_coder(loaded: LoadedModel, *, trust_remote_code: bool = False) -> TextCoder:
     """The folder's own tokenizer; without one, and with a vocabulary of 256, bytes."""
-    if loaded.folder is not None and any((loaded.folder / name).exists() for name in _TOKENIZER_FILES):
+    vocabulary = getattr(loaded.config, "vocab_size", None)
+    return folder_coder(loaded.folder, loaded.label, vocabulary, trust_remote_code=trust_remote_code)
+
+
+def folder_coder(
+    folder: Path | None, label: str, vocabulary: int | None, *, trust_remote_code: bool = False
+) -> TextCoder:
+    """A folder's tokenizer, without its model; without tokenizer files, and with a vocabulary of 256, bytes."""
+    if folder is not None and any((folder / name).exists() for name in _TOKENIZER_FILES):
         transformers = _transformers()
-        with _quiet(transformers), _load_errors(loaded.label, "its tokenizer cannot be loaded"):
+        with _quiet(transformers), _load_errors(label, "its tokenizer cannot be loaded"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                loaded.folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         first = tokenizer.encode("")[:1]
         return TextCoder(tokenizer, tuple(first) if first == [tokenizer.bos_token_id] else ())
-    vocabulary = getattr(loaded.config, "vocab_size", None)
     if vocabulary == 256:
         return TextCoder()
     raise SourceError(
-        f"{loaded.label}: no tokenizer files beside a vocabulary of {vocabulary}; "
+        f"{label}: no tokenizer files beside a vocabulary of {vocabulary}; "
         "copy the model's tokenizer into its folder, or give token ids instead of text"
     )
 

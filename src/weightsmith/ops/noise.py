@@ -22,7 +22,7 @@ from weightsmith.site import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["bernoulli", "keep_masks", "uniform_bits"]
+__all__ = ["bernoulli", "keep_masks", "normal", "uniform_bits"]
 
 _PER_STEP = 8  # uint32 numbers per counter step: four words of 64 bits
 
@@ -44,6 +44,13 @@ def bernoulli(
     """True with probability `share`, one or [count] (rounded to multiples of 2^-32): bool [count].  So exact."""
     bits = uniform_bits(seed, name, expert, salt, offset, count)
     return bits < np.rint(np.asarray(share, np.float64) * 2**32).astype(np.uint64)
+
+
+def normal(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:
+    """Standard normal numbers offset .. offset + count of a stream (Box and Muller 1958): float64 [count]."""
+    bits = uniform_bits(seed, name, expert, salt, 2 * offset, 2 * count).astype(np.float64).reshape(count, 2)
+    radius = np.sqrt(-2 * np.log((bits[:, 0] + 1) / 2**32))  # the logarithm's argument is in (0, 1]
+    return np.asarray(radius * np.cos(bits[:, 1] * (2 * np.pi / 2**32)))
 
 
 def keep_masks(site: Site, shares: Sequence[float | Tensor], salt: str) -> Tensor:

@@ -108,8 +108,12 @@ def prepared(
     overwrite: bool,
     files: Sequence[Path] = (),
     weight_name: str = "model",
+    known: Mapping[str, Any] | None = None,
 ) -> FolderSink:
-    """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched."""
+    """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched.
+
+    `known` is the run's identity where the plan's recipe is not what the user wrote.
+    """
     read = (*reads(plan.recipe, inputs), *files)
     problems = [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes)]
     if problems:
@@ -119,7 +123,7 @@ def prepared(
     return FolderSink(
         out,
         shard_size=parse_size(plan.recipe.output.shard_size),
-        identity=identity(plan.recipe, inputs),
+        identity=known or identity(plan.recipe, inputs),
         resume=resume,
         overwrite=overwrite,
         weight_name=weight_name,
@@ -133,7 +137,7 @@ def _tied(plan: Plan, inputs: Inputs) -> dict[str, str]:
     return {alias: name for alias, name in inputs.models[0][1].aliases.items() if name in written}
 
 
-def finished(plan: Plan, inputs: Inputs, out: Path) -> bool:
+def finished(plan: Plan, inputs: Inputs, out: Path, known: Mapping[str, Any] | None = None) -> bool:
     """Whether `out` is what this plan makes: the run to resume got through.  Tidies up after it."""
     if plan.problems or not (out / MANIFEST).is_file():
         return False
@@ -141,7 +145,7 @@ def finished(plan: Plan, inputs: Inputs, out: Path) -> bool:
         made = read_manifest(out)
     except OutputError:
         return False
-    wanted = json.loads(json.dumps(identity(plan.recipe, inputs)))
+    wanted = json.loads(json.dumps(known or identity(plan.recipe, inputs)))
     noted = {"recipe": made["recipe"], "inputs": made["inputs"], "version": made["weightsmith"]}
     if json.dumps(noted) != json.dumps(wanted):  # as texts: the order of the models counts
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from weightsmith.io.sink import Sink
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import open_inputs
-from weightsmith.run.plan import make_plan
+from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.plan import Plan, make_plan
 
-__all__ = ["rerun"]
+__all__ = ["compared", "lasting", "rerun"]
 
 
 class _Nowhere(Sink):
@@ -32,10 +32,10 @@ class _Nowhere(Sink):
         """Nothing to keep."""
 
 
-def _lasting(fingerprint: Any) -> Any:
+def lasting(fingerprint: Any) -> Any:
     """A fingerprint without the times, which a copy on another machine does not keep: the bytes are compared below."""
     if isinstance(fingerprint, dict):
-        return {name: _lasting(value) for name, value in fingerprint.items() if name != "mtime_ns"}
+        return {name: lasting(value) for name, value in fingerprint.items() if name != "mtime_ns"}
     return fingerprint
 
 
@@ -58,7 +58,6 @@ def rerun(
     Returns what differs, a line each: inputs that have changed or are gone, tensors that come out otherwise.
     """
     manifest = read_manifest(out)
-    noted = manifest["output"]["tensors"]
     try:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
@@ -68,10 +67,23 @@ def rerun(
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
-    noted_inputs = _lasting(manifest["inputs"])
+    return compared(out, manifest, plan, inputs, inputs.fingerprints(), progress)
+
+
+def compared(
+    out: Path,
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    inputs: Inputs,
+    fingerprints: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Carry out a plan without writing; return what differs from a manifest in inputs and tensors, a line each."""
+    noted = manifest["output"]["tensors"]
+    noted_inputs = lasting(manifest["inputs"])
     problems = [
         f"input {name} is not what it was when {out.name} was made{_which(noted_inputs.get(name), found)}"
-        for name, found in _lasting(json.loads(json.dumps(inputs.fingerprints()))).items()
+        for name, found in lasting(json.loads(json.dumps(fingerprints))).items()
         if noted_inputs.get(name) != found
     ]
     records = carry_out(plan, inputs, _Nowhere(), progress=progress)

@@ -1,0 +1,274 @@
+"""From a mixture's recipe to a finished folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith import __version__
+from weightsmith.errors import OutputError, PlanError
+from weightsmith.inspect.difference import compare_tensors, gathered
+from weightsmith.io.card import CardModel, licence_problems, licences, model_card
+from weightsmith.io.disk import write_file
+from weightsmith.io.manifest import build_manifest, read_manifest, write_manifest
+from weightsmith.io.output import absolute, check_output
+from weightsmith.io.package import copy_companions
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import Source
+from weightsmith.lazy import torch
+from weightsmith.moe import router
+from weightsmith.moe.draft import Draft, draft
+from weightsmith.moe.recipe import PROMPTED, Expert, MoeRecipe, Prompt
+from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.merge import Result, finished, prepared
+from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.verify import compared
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Drift", "build", "build_in_memory", "drifts", "made_routers", "prepared_draft", "rerun"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an expert moved from the base, relative L2: in the MLPs, which are used, and in all that is not."""
+
+    expert: str
+    mlp: float
+    dropped: float
+
+
+def build(
+    recipe: MoeRecipe,
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    drift: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Write the mixture into the folder `out`, which appears complete or not at all.
+
+    drift    also read what the mixture leaves out of the experts, and warn where that moved more than what it takes
+    device   for the prompts' forward passes
+    The other arguments are those of `run.merge.run`.  Raises PlanError with every problem before anything is written.
+    """
+    began = time.perf_counter()
+    made = prepared_draft(recipe)
+    plan, inputs = _plan(made, out, memory=memory, threads=threads)
+    known = _identity(made)
+    warnings = list(made.notes)
+    if not (resume and finished(plan, inputs, out, known)):
+        if problems := [*plan.problems, *check_output(out, made.source.places(), overwrite, resume, plan.write_bytes)]:
+            raise PlanError(problems)
+        inputs.experts["moe"].prepare()
+        made.source.made |= made_routers(made, device)
+        warnings += conditions(made)
+        warnings += [text for found in drifts(made, threads) if (text := _told(found))] if drift else []
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, known=known)
+        records = carry_out(plan, inputs, sink, progress=progress)
+        sink.finish(partial(_package, made=made, plan=plan, records=records))
+    stated = licences({name: source.folder for name, source in made.source.sources.items()})
+    return Result(
+        out=absolute(out),
+        seconds=time.perf_counter() - began,
+        read_bytes=plan.read_bytes,
+        write_bytes=plan.write_bytes,
+        peak_bytes=plan.peak_bytes,
+        warnings=(*warnings, *(licence_problems(stated) if set(stated.values()) != {"unknown"} else ())),
+    )
+
+
+def build_in_memory(
+    recipe: MoeRecipe, given: Mapping[str, Source] | None = None, device: str = "auto"
+) -> dict[str, Tensor]:
+    """The mixture's tensors, by name, and nothing on disk; `given` as in `draft.draft`."""
+    made = prepared_draft(recipe, given)
+    plan, inputs = _plan(made, None)
+    made.source.made |= made_routers(made, device)
+    sink = MemorySink()
+    carry_out(plan, inputs, sink)
+    return sink.tensors()
+
+
+def prepared_draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> Draft:
+    """The laid-out mixture; PlanError with every problem if there is one."""
+    made, problems = draft(recipe, given)
+    if made is None:
+        raise PlanError(dict.fromkeys(problems))
+    return made
+
+
+def rerun(
+    out: Path,
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Build the mixture in `out` again, without writing, and return what differs, a line each."""
+    manifest = read_manifest(out)
+    try:
+        recipe = MoeRecipe.model_validate(manifest["recipe"])
+    except ValueError as error:
+        raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
+    made, problems = draft(recipe)
+    if made is None:
+        return [f"the recipe cannot be run again: {text}" for text in problems]
+    plan, inputs = _plan(made, None, memory=memory, threads=threads)
+    made.source.made |= made_routers(made, "auto")
+    return compared(out, manifest, plan, inputs, made.source.fingerprint(), progress)
+
+
+def _plan(made: Draft, out: Path | None, memory: int | None = None, threads: int | None = None) -> tuple[Plan, Inputs]:
+    """Copying the mixture's source is a merge with one model that is kept: planned and carried out as any other."""
+    recipe = Recipe(
+        models={"moe": ModelRef(model="moe")},
+        method=(StageSpec(name="keep"),),
+        output=made.recipe.output,
+        seed=made.recipe.seed,
+    )
+    inputs = Inputs(None, {"moe": made.source})
+    return make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=out is None), inputs
+
+
+def _identity(made: Draft) -> dict[str, Any]:
+    return {
+        "recipe": made.recipe.model_dump(mode="json", exclude_defaults=True),
+        "inputs": made.source.fingerprint(),
+        "version": __version__,
+    }
+
+
+# --- routers ---------------------------------------------------------------------------------------
+
+
+def made_routers(made: Draft, device: str = "auto") -> dict[str, Tensor]:
+    """Every tensor that comes from no model: routers [experts, hidden], gates of shared experts [1, hidden], zeros."""
+    recipe = made.recipe
+    experts, shared = recipe.experts, recipe.shared if made.gates else {}
+    if recipe.router in PROMPTED:
+        rows, gates = _from_prompts(made, {**experts, **shared}, device)
+    else:
+        rows = [router.drawn(recipe.router, recipe.seed, n, tuple(experts), made.hidden) for n in made.routers]
+        gates = [router.drawn(recipe.router, recipe.seed, n, tuple(shared), made.hidden) for n in made.gates]
+    out = dict(zip(made.routers, rows, strict=True)) | dict(zip(made.gates, gates, strict=False))
+    zeros = {n: torch.zeros(p.key.shape) for n, p in made.source.pieces.items() if not p.parts and n not in out}
+    return out | zeros
+
+
+def _from_prompts(made: Draft, experts: Mapping[str, Expert], device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of the experts and of the shared ones behind them, layer by layer."""
+    from weightsmith.moe.prompts import encoded, states
+    from weightsmith.observe.model import folder_coder, load_model
+
+    recipe, label = made.recipe, made.base.label
+    texts = any(isinstance(p, str) for e in experts.values() for p in (*e.prompts, *e.avoid))
+    coder = folder_coder(made.base.folder, label, made.vocabulary) if texts else None
+
+    def ids(prompts: tuple[Prompt, ...], who: str) -> list[tuple[int, ...]]:
+        return encoded(prompts, coder, made.vocabulary, who)
+
+    layers = len(made.routers)
+    if recipe.router == "cheap_embed":
+        name = next(key.name for key in made.base.keys.values() if key.name.endswith("embed_tokens.weight"))
+
+        def state(prompts: list[tuple[int, ...]]) -> Tensor:
+            found = router.cheap_embed(lambda token: made.base.read(name, token, token + 1)[0], prompts)
+            return found.expand(layers, -1)
+    else:
+        # The text the prompts are in is that of the base: experts only lend their MLPs.
+        loaded = load_model(made.base.folder or recipe.base, kind="causal-lm", device=device)
+
+        def state(prompts: list[tuple[int, ...]]) -> Tensor:
+            return states(loaded, prompts, whole=recipe.router == "hidden_avg", site=recipe.site)
+
+    plus = [state(ids(expert.prompts, name)) for name, expert in experts.items()]
+    minus = [state(ids(expert.avoid, name)) if expert.avoid else None for name, expert in experts.items()]
+    rows = router.rows(plus, minus).transpose(0, 1)  # [layers, experts, hidden]
+    count = len(recipe.experts)
+    return [r[:count].contiguous() for r in rows], [r[count:].contiguous() for r in rows]
+
+
+def conditions(made: Draft) -> list[str]:
+    """A warning for the worst router whose rows lie too near to each other."""
+    found = {name: router.condition(made.source.made[name]) for name in made.routers}
+    worst = max(found, key=lambda name: found[name])
+    bad = sum(value > router.ILL_CONDITIONED for value in found.values())
+    if not bad:
+        return []
+    return [f"{bad} of {len(found)} routers have a condition number above {router.ILL_CONDITIONED:g} (worst: {worst}, "
+            f"{found[worst]:.3g}): the prompts are too much alike, and some experts will hardly be used"]  # fmt: skip
+
+
+def drifts(made: Draft, threads: int | None = None) -> list[Drift]:
+    """How far each expert moved from the base in what is taken from it, and in what is left behind."""
+    base, out = made.base, []
+    for name in made.recipe.experts:
+        expert = made.source.sources[name]
+        fitting = [
+            n for n, k in base.keys.items() if k.floating and n in expert.keys and expert.key(n).shape == k.shape
+        ]
+        changes = list(compare_tensors(base, expert, fitting, threads=threads))
+        mlp = gathered(c for c in changes if ".mlp." in c.name)
+        rest = gathered(c for c in changes if ".mlp." not in c.name)
+        out.append(Drift(name, mlp.relative, rest.relative))
+    return out
+
+
+def _told(found: Drift) -> str | None:
+    if found.dropped <= found.mlp:
+        return None
+    return (
+        f"{found.expert} moved more outside its MLPs (relative L2 {found.dropped:.2%}) than in them ({found.mlp:.2%}); "
+        "a mixture takes only the MLPs, so most of what it learned is left behind"
+    )
+
+
+# --- what goes with the weights --------------------------------------------------------------------
+
+
+def _package(folder: Path, made: Draft, plan: Plan, records: Mapping[str, Any]) -> Iterable[Path]:
+    """Write config, companion files, model card and weightsmith.json; return their paths."""
+    base, recipe = made.base, made.recipe
+    assert base.folder is not None
+    copied = copy_companions(base.folder, folder, base.weight_files)
+    stated = licences({name: source.folder for name, source in made.source.sources.items()})
+    shown = recipe.model_dump(mode="json", exclude_defaults=True)
+    paths = [folder / name for name in copied.files if name != "config.json"]
+    paths.append(write_file(folder / "config.json", made.config))
+    words = f"A mixture of {made.facts.experts} experts ({made.layout.class_name}), {made.facts.chosen} per token: "
+    words += "MLPs of the models below, everything else of the base; "
+    words += f"routers by {recipe.router}, from prompts." if recipe.router in PROMPTED else f"{recipe.router} routers."
+    card = model_card(
+        title=folder.name if folder.name != "files" else "Mixture of experts",
+        models=[CardModel(name) for name in (*recipe.experts, *recipe.shared)],
+        base=CardModel("base"),
+        method=words,
+        recipe=shown,
+        licences=stated,
+        version=__version__,
+    )
+    paths.append(write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe recipe")))
+    manifest = build_manifest(
+        folder,
+        recipe=shown,
+        inputs=made.source.fingerprint(),
+        keys=plan.keys,
+        records=records.values(),
+        made_by={name: piece.story for name, piece in made.source.pieces.items()},
+        licences=stated,
+        companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
+        kind="moe",
+    )
+    return [*paths, write_manifest(folder, manifest)]
