@@ -1,0 +1,31 @@
+"""`weightsmith lineage`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from weightsmith.cli.options import Json
+from weightsmith.cli.show import say, show_json
+
+__all__ = ["lineage"]
+
+
+def lineage(
+    out: Annotated[Path, Parameter(help="Folder that weightsmith has written.")],
+    /,
+    *,
+    json: Json = False,
+) -> None:
+    """Show what a model was made from, and that from what, as far as the folders are still there."""
+    from weightsmith.inspect.lineage import lineage as behind
+    from weightsmith.inspect.lineage import tree_lines
+
+    found = behind(out)
+    if json:
+        show_json(found)
+    else:
+        for line in tree_lines(found):
+            say(line)

@@ -1,0 +1,97 @@
+"""The tree of recipes behind a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightsmith.cli.main import main
+from weightsmith.errors import OutputError
+from weightsmith.inspect.lineage import lineage, tree_lines
+from weightsmith.recipe.load import load
+
+
+def make(folder: Path, value: float) -> None:
+    folder.mkdir()
+    save_file({"layers.0.up_proj.weight": torch.full((4, 2), value)}, folder / "model.safetensors")
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """base, a, b; `first` merges them, `second` merges `first` with a nested recipe."""
+    for value, name in enumerate(("base", "a", "b", "c")):
+        make(tmp_path / name, float(value))
+    (tmp_path / "first.yaml").write_text("base: base\nmodels: {a: a, b: b}\nmethod: ties\nparameters: {density: 0.5}\n")
+    load(tmp_path / "first.yaml").run(tmp_path / "first")
+    (tmp_path / "second.yaml").write_text(
+        "base: base\nmodels:\n  first: first\n  inner: {model: {models: {b: b, c: c}, method: linear}}\n"
+        "method: task_arithmetic\n"
+    )
+    load(tmp_path / "second.yaml").run(tmp_path / "second")
+    return tmp_path
+
+
+def test_manifests_and_nested_recipes_are_followed(family: Path) -> None:
+    found = lineage(family / "second")
+    assert (found.kind, found.how) == ("merge", "task_arithmetic")
+    base, first, inner = found.parts
+    assert (base.kind, base.parts, base.notes) == ("model", (), ())
+    assert (first.kind, first.how) == ("merge", "ties(density=0.5)")
+    assert [p.name for p in first.parts] == ["base", "a", "b"]
+    assert first.parts[1].model == str(family / "a")
+    assert (inner.kind, inner.how, [p.name for p in inner.parts]) == ("recipe", "linear", ["b", "c"])
+    assert not any(p.notes for p in (*first.parts, *inner.parts))
+
+
+def test_what_changed_or_went_is_told(family: Path) -> None:
+    make_again = family / "a/model.safetensors"
+    save_file({"layers.0.up_proj.weight": torch.ones(4, 2), "more": torch.ones(1)}, make_again)
+    shutil.rmtree(family / "b")
+    first = lineage(family / "second").parts[1]
+    assert first.parts[1].notes == ("changed since",)
+    assert first.parts[2].notes == ("no longer there",)
+    manifest = family / "first/weightsmith.json"
+    manifest.write_text(manifest.read_text().replace("ties", "tips"))
+    damaged = lineage(family / "second").parts[1]
+    assert "damaged or was edited" in damaged.notes[0]
+    with pytest.raises(OutputError, match="was this folder made by weightsmith"):
+        lineage(family / "base")
+
+
+def test_models_put_together_of_several(family: Path) -> None:
+    from weightsmith.inspect.lineage import _part
+
+    slices = {"model": {"slices": [{"model": str(family / "a"), "layers": [0, 1]}, {"model": str(family / "first")}]}}
+    (node,) = _part("stack", slices, None, ())
+    assert (node.kind, node.how, [p.name for p in node.parts]) == ("recipe", "slices", ["slice 0", "slice 1"])
+    assert node.parts[1].how == "ties(density=0.5)"
+    modules = {"modules": {"eyes": {"match": ["v*"], "model": {"model": str(family / "b")}}}}
+    (node,) = _part("both", modules, None, ())
+    assert [(p.name, p.model) for p in node.parts] == [("eyes", str(family / "b"))]
+
+
+def test_a_loop_ends(family: Path) -> None:
+    shutil.rmtree(family / "a")
+    shutil.copytree(family / "second", family / "a")  # what `first` was made from is now made from `first`
+    lines = tree_lines(lineage(family / "second"))
+    assert any("stands above already" in line for line in lines)
+
+
+def test_the_verb_draws_a_tree(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lineage", str(family / "second")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{family / 'second'} (merge: task_arithmetic; weightsmith ")
+    assert lines[1] == f"├─ base: {family / 'base'}"
+    assert lines[2].startswith(f"├─ first: {family / 'first'} (merge: ties(density=0.5); weightsmith ")
+    assert lines[3] == f"│  ├─ base: {family / 'base'}"
+    assert lines[6] == "└─ inner: (nested recipe: linear)"
+    assert lines[7] == f"   ├─ b: {family / 'b'}"
+    assert main(["lineage", str(family / "second"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in told["parts"]] == ["base", "first", "inner"]
+    assert main(["lineage", str(family / "base")]) == 2
