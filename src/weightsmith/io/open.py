@@ -12,10 +12,12 @@ from weightsmith.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.folder import INDEX, FolderSource
+from weightsmith.io.gguf import GgufSource
 from weightsmith.io.hub import PREFIX, looks_like_hub_id, open_hub
 from weightsmith.io.manifest import MANIFEST, MOST
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.pickle import PICKLES, PickleSource
+from weightsmith.io.quantized import unquantised
 from weightsmith.io.safetensors import SafetensorsSource
 from weightsmith.io.small import read_json, short
 from weightsmith.io.source import MemorySource, Source
@@ -77,7 +79,7 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
         except OSError as error:  # a name too long, a folder that may not be entered
             raise SourceError(f"{short(str(ref))}: cannot be opened ({error.strerror})") from None
     if isinstance(ref, str):
-        return open_hub(ref, base)
+        return unquantised(open_hub(ref, base))
     if isinstance(ref, Mapping):
         return _memory(ref, "tensors in memory")
     if isinstance(ref, torch.nn.Module):
@@ -110,7 +112,7 @@ def expanded(path: Path) -> Path:
 def _open_path(path: Path, base: Source | None) -> Source:
     if path.is_dir():
         if not (path / ADAPTER_CONFIG).exists():
-            return FolderSource(path)
+            return unquantised(FolderSource(path))
         if base is None:
             raise SourceError(f"{path}: a LoRA adapter, which needs a base model; give one under `base`")
         return AdapterSource(path, base)
@@ -120,12 +122,14 @@ def _open_path(path: Path, base: Source | None) -> Source:
             hint = f"; for the model on the hub write {PREFIX}{path}"
         raise SourceError(f"{path}: no such file or folder{hint}")
     if path.name.endswith(INDEX):
-        return FolderSource(path)
+        return unquantised(FolderSource(path))
     if path.suffix == ".safetensors":
-        return SafetensorsSource(path)
+        return unquantised(SafetensorsSource(path))
+    if path.suffix == ".gguf":
+        return GgufSource(path)
     if path.suffix in PICKLES:
         return PickleSource(path)
-    known = ", ".join((".safetensors", *PICKLES))
+    known = ", ".join((".safetensors", ".gguf", *PICKLES))
     raise SourceError(f"{path}: unknown kind of file; give a model folder or one of {known}")
 
 

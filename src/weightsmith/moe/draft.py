@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.errors import SourceError, WeightsmithError
 from weightsmith.io.open import open_source
-from weightsmith.io.small import read_json
+from weightsmith.io.small import parse_json, read_json
 from weightsmith.io.source import Source
 from weightsmith.io.vocabulary import difference
 from weightsmith.keys import Key
@@ -153,7 +153,9 @@ def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[str])
 def _config(base: Source) -> dict[str, Any]:
     if base.folder is None or not (base.folder / "config.json").is_file():
         raise SourceError(f"{base.label}: no config.json, which the mixture's is made from; give a model folder")
-    config = read_json(base.folder / "config.json", _LIMIT)
+    told = base.config_text()  # of a view that is not what lies in its folder
+    path = base.folder / "config.json"
+    config = read_json(path, _LIMIT) if told is None else parse_json(told.encode(), str(path))
     if not isinstance(config, dict):
         raise SourceError(f"{base.folder / 'config.json'}: holds {type(config).__name__}, not an object")
     return config

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightsmith.errors import PlanError, RecipeError
+from weightsmith.io.experts import laid_out_like
 from weightsmith.io.open import open_source
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource, Source
@@ -60,6 +61,9 @@ def merge(
     named = dict(models) if isinstance(models, Mapping) else {f"m{i}": m for i, m in enumerate(models)}
     origin = None if base is None else open_source(base)
     experts = {name: open_source(model, base=origin) for name, model in named.items()}
+    first = origin if origin is not None else next(iter(experts.values()), None)
+    if first is not None:
+        experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     recipe = Recipe(
         base=ModelRef(model="base") if origin is not None else None,
         models={name: ModelRef(model=name) for name in named},

@@ -12,6 +12,7 @@ from typing import Any
 
 from weightsmith.errors import OutputError, PlanError, SourceError, WeightsmithError
 from weightsmith.io import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
+from weightsmith.io.experts import laid_out_like
 from weightsmith.io.files import File
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import MANIFEST, read_manifest
@@ -105,6 +106,9 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep:
                 stats.setdefault(stat, {})[name] = found
         except WeightsmithError as error:
             problems.append(f"{name}: {error}")
+    first = base if base is not None else next(iter(experts.values()), None)
+    if first is not None:
+        experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     if not recipe.models:
         problems.append("the recipe names no models; add at least one under 'models:'")
     return Inputs(base, experts, stats, tuple(problems))

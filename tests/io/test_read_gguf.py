@@ -1,0 +1,114 @@
+"""GGUF files: Hugging Face's names and order, bit for bit; what is quantised, unknown or damaged is refused."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_files import HEADS, KV_HEADS, tensors, write
+from safetensors.torch import load_file, save_file
+
+import weightsmith as ws
+from weightsmith.errors import MissingExtra, SourceError
+from weightsmith.io.gguf import GgufSource
+from weightsmith.io.open import open_source
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_names_order_and_bits_are_those_of_hugging_face(arch: str, dtype: str, tmp_path: Path) -> None:
+    state = tensors(arch)
+    source = open_source(write(tmp_path / "model.gguf", state, arch, dtype))
+    assert set(source.keys) == set(state)
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    for name, value in state.items():
+        want = value.to(stored) if value.ndim > 1 else value
+        assert torch.equal(source.read(name), want), name
+        assert not source.computes(name)
+
+
+def test_any_rows_are_those_of_the_whole(tmp_path: Path) -> None:
+    state = tensors()
+    source = pickle.loads(pickle.dumps(GgufSource(write(tmp_path / "model.gguf", state))))
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"):
+        rows = state[name].shape[0]
+        for start, stop in ((0, 1), (1, 6), (7, 9), (5, rows), (rows - 1, rows), (3, 3)):
+            assert torch.equal(source.read(name, start, stop), state[name][start:stop])
+
+
+def test_transformers_undoes_the_order_alike(tmp_path: Path) -> None:
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    source = GgufSource(write(tmp_path / "model.gguf", tensors()))
+    theirs = LlamaTensorProcessor({"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS})
+    found = 0
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            layer, part = tensor.name.split(".")[1], tensor.name.split(".")[2][-1]
+            mine = source.read(f"model.layers.{layer}.self_attn.{part}_proj.weight").numpy()
+            assert (theirs.process(weights=tensor.data, name=tensor.name).weights == mine).all()
+            found += 1
+    assert found == 4
+
+
+def test_it_merges_with_a_folder(tmp_path: Path) -> None:
+    base, tuned = tensors(seed=0), tensors(seed=1)
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base/model.safetensors")
+    write(tmp_path / "tuned.gguf", tuned)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base: base\nmodels: {t: tuned.gguf}\nmethod: task_arithmetic\nparameters: {lambda: 0.5}\n")
+    ws.Recipe.load(recipe).run(tmp_path / "out")
+    out = load_file(tmp_path / "out/model.safetensors")
+    for name, value in base.items():
+        torch.testing.assert_close(out[name], value + 0.5 * (tuned[name] - value))
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    state = tensors()
+    with pytest.raises(SourceError, match=r"token_embd.weight is quantised \(Q8_0\), and merging needs the weights"):
+        open_source(write(tmp_path / "q8.gguf", state, dtype="Q8_0"))
+    with pytest.raises(
+        SourceError, match=r"GGUF of architecture 'gemma', whose tensors cannot be mapped back; known: llama"
+    ):
+        open_source(write(tmp_path / "gemma.gguf", state, arch="gemma"))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.gguf", tensors()).read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for raw, text in (
+        (b"", r"bad\.gguf"),
+        (b"GGUF", r"not a GGUF file that can be read"),
+        (good[:200], r"not a GGUF file that can be read \(the header goes beyond"),
+        (b"XXXX" + good[4:], r"not a GGUF file that can be read \(GGUF magic invalid\)"),
+        (good[:-4096], r"truncated: .* ends at byte"),
+        (good.replace(b"blk.0.attn_q.", b"blk.0.attn_z."), r"'blk.0.attn_z.weight' has no Hugging Face name"),
+        (good.replace(b"blk.1.attn_q.", b"blk.0.attn_q."), r"Found duplicated|is there twice|duplicate"),
+    ):
+        bad.write_bytes(raw)
+        with pytest.raises(SourceError, match=text):
+            open_source(bad)
+
+
+def test_endless_lists_end(tmp_path: Path) -> None:
+    """A list that says it has 2^60 values is refused at the end of the file, not counted through."""
+    import struct
+
+    name = b"general.tags"
+    raw = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(name)) + name
+    raw += struct.pack("<IIQ", 9, 4, 1 << 60) + b"\0" * 64
+    (tmp_path / "endless.gguf").write_bytes(raw)
+    with pytest.raises(SourceError, match="goes beyond the end of the file"):
+        open_source(tmp_path / "endless.gguf")
+
+
+def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "m.gguf", tensors())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'weightsmith\[gguf\]'"):
+        open_source(path)
