@@ -56,17 +56,40 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equal_experts_compute_the_dense_model(case: str, tmp_path: Path) -> None:
-    family, more, extra = CASES[case]
-    base = saved(tmp_path / "base", family, 7, **more)
+def equal_experts(case: str, base: Path, out: Path) -> dict[str, Any]:
+    """Build a mixture of copies of the base, compare it with the base, and return its config."""
+    extra = CASES[case][2]
     shared = {n: {"model": str(base), **e} for n, e in extra.get("shared", {}).items()}
     made = recipe(
         base, dict.fromkeys(PROMPTS, base), router="cheap_embed", for_training=True, **{**extra, "shared": shared}
     )
-    out = build(made, tmp_path / "out").out
-    assert json.loads((out / "config.json").read_text())["num_experts_per_tok"] == 2
+    build(made, out)
     torch.testing.assert_close(logits(out), logits(base), rtol=1e-4, atol=1e-5)
+    from transformers import AutoModelForCausalLM
+
+    said = AutoModelForCausalLM.from_pretrained(out).generate(IDS, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+    assert said.shape == (1, IDS.shape[1] + 2)
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_experts_compute_the_dense_model(case: str, tmp_path: Path) -> None:
+    family, more, _ = CASES[case]
+    config = equal_experts(case, saved(tmp_path / "base", family, 7, **more), tmp_path / "out")
+    assert config["num_experts_per_tok"] == 2
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen", "qwen3", "glm4_moe"])
+def test_configs_of_transformers_4_keep_their_positions(case: str, tmp_path: Path) -> None:
+    """They say rope_theta where newer ones have rope_parameters."""
+    family, more, _ = CASES[case]
+    base = saved(tmp_path / "base", family, 7, **more)
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps({**config, "rope_theta": 50.0, "rope_scaling": None, "torch_dtype": "float32"}))
+    assert equal_experts(case, base, tmp_path / "out")["rope_theta"] == 50.0
 
 
 def test_every_tensor_is_its_source_bit_for_bit(llama: dict[str, Path], tmp_path: Path) -> None:
@@ -223,7 +246,7 @@ def test_condition_numbers_and_drift_are_told(llama: dict[str, Path], tmp_path: 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "top-k": ({"experts_per_token": 4}, r"experts_per_token = 4, but there are 3 experts"),
+    "top-k": ({"experts_per_token": 4}, r"experts_per_token = 4, but the recipe names 3"),
     "no prompts": ({"experts.one.prompts": []}, r"one: router 'hidden' needs prompts"),
     "same prompts": ({f"experts.{n}.prompts": ["x"] for n in PROMPTS}, r"all experts have the same prompts"),
     "same models": ({f"experts.{n}.model": "BASE" for n in PROMPTS}, r"all experts are the same model"),

@@ -78,6 +78,13 @@ def test_mistakes_are_told_with_their_line(text: str, said: str) -> None:
         loads(text)
 
 
+@pytest.mark.parametrize("text", [OURS, THEIRS])
+def test_merge_says_which_verb_is_meant(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "moe.yaml").write_text(text)
+    assert main(["merge", str(tmp_path / "moe.yaml"), str(tmp_path / "out")]) == 2
+    assert 'builds a mixture of experts; run it with "weightsmith moe"' in capsys.readouterr().err
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     base = saved(tmp_path / "base", "Llama", 0)

@@ -28,6 +28,7 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.merge import Result, finished, prepared
 from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.runner import one_thread_each
 from weightsmith.run.verify import compared
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def made_routers(made: Draft, device: str = "auto") -> dict[str, Tensor]:
     recipe = made.recipe
     experts, shared = recipe.experts, recipe.shared if made.gates else {}
     if recipe.router in PROMPTED:
-        rows, gates = _from_prompts(made, {**experts, **shared}, device)
+        with one_thread_each():  # the same rows whatever the number of cores
+            rows, gates = _from_prompts(made, {**experts, **shared}, device)
     else:
         rows = [router.drawn(recipe.router, recipe.seed, n, tuple(experts), made.hidden) for n in made.routers]
         gates = [router.drawn(recipe.router, recipe.seed, n, tuple(shared), made.hidden) for n in made.gates]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.errors import SourceError, WeightsmithError
+from weightsmith.io.layers import config_of
 from weightsmith.io.open import open_source
-from weightsmith.io.small import parse_json, read_json
+from weightsmith.io.small import parse_json
 from weightsmith.io.source import Source
 from weightsmith.io.vocabulary import difference
 from weightsmith.keys import Key
@@ -20,7 +21,6 @@ from weightsmith.moe.source import MoeSource, Piece
 __all__ = ["Draft", "draft"]
 
 _MLP = re.compile(rf"(?P<block>.*\blayers\.\d+)\.mlp\.(?P<part>{'|'.join(MLP)})\.(?P<kind>weight|bias)")
-_LIMIT = 16_000_000  # bytes of a config.json
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def _asked(recipe: MoeRecipe) -> list[str]:
     problems = []
     count = len(recipe.experts)
     if recipe.experts_per_token > count:
-        problems.append(f"experts_per_token = {recipe.experts_per_token}, but there are {count} experts")
+        problems.append(f"experts_per_token = {recipe.experts_per_token}, but the recipe names {count}")
     for name in {"base"} & {*recipe.experts, *recipe.shared} | recipe.experts.keys() & recipe.shared.keys():
         problems.append(f"an expert cannot be called {name!r}: the name is taken; give it another")
     prompted = recipe.router in PROMPTED
@@ -151,13 +151,12 @@ def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[str])
 
 
 def _config(base: Source) -> dict[str, Any]:
-    if base.folder is None or not (base.folder / "config.json").is_file():
+    text = config_of(base)
+    if text is None or base.folder is None:
         raise SourceError(f"{base.label}: no config.json, which the mixture's is made from; give a model folder")
-    told = base.config_text()  # of a view that is not what lies in its folder
-    path = base.folder / "config.json"
-    config = read_json(path, _LIMIT) if told is None else parse_json(told.encode(), str(path))
+    config = parse_json(text.encode(errors="surrogateescape"), f"{base.label}: config.json")
     if not isinstance(config, dict):
-        raise SourceError(f"{base.folder / 'config.json'}: holds {type(config).__name__}, not an object")
+        raise SourceError(f"{base.label}: config.json holds {type(config).__name__}, not an object")
     return config
 
 

@@ -105,6 +105,10 @@ class _Loader:
         tree = document.tree
         if not isinstance(tree, dict):
             raise RecipeError(f"{document.at(())}: a recipe is a mapping with models and method, not {_kind(tree)}")
+        if "experts" in tree and "models" not in tree:
+            raise RecipeError(
+                f'{document.at(("experts",))}: this recipe builds a mixture of experts; run it with "weightsmith moe"'
+            )
         return _Form(self, document, folder).build()
 
 
