@@ -124,3 +124,8 @@ def test_the_verb(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists and is not empty" in capsys.readouterr().err
     assert main(["moe", str(folder / "none.yaml"), str(folder / "x")]) == 2
     assert "no such recipe file" in capsys.readouterr().err
+    (folder / "inside").mkdir()
+    (folder / "inside/moe.yaml").write_text((folder / "moe.yaml").read_text().replace(": base", f": {folder}/base")
+                                            .replace("model: ", f"model: {folder}/"))  # fmt: skip
+    assert main(["moe", str(folder / "inside/moe.yaml"), str(folder / "inside"), "--overwrite"]) == 2
+    assert "holds the input" in capsys.readouterr().err

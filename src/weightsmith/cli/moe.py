@@ -56,6 +56,7 @@ def moe(
             resume=resume,
             overwrite=overwrite,
             drift=not skip_drift,
+            files=(recipe,),
             progress=progress,
         )
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')

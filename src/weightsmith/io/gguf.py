@@ -65,7 +65,8 @@ class GgufSource(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
-        return {"files": {self.path.name: {"size": self._file.size, "mtime_ns": self._file.mtime_ns}}}
+        noted = {"size": self._file.size, "mtime_ns": self._file.mtime_ns, "sample": self._file.sample()}
+        return {"files": {self.path.name: noted}}
 
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:

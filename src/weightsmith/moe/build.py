@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,12 +56,14 @@ def build(
     resume: bool = False,
     overwrite: bool = False,
     drift: bool = True,
+    files: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Write the mixture into the folder `out`, which appears complete or not at all.
 
     drift    also read what the mixture leaves out of the experts, and warn where that moved more than what it takes
     device   for the prompts' forward passes
+    files    further ones that are read (the recipe's), and so may not be written over
     The other arguments are those of `run.merge.run`.  Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
@@ -70,13 +72,14 @@ def build(
     known = _identity(made)
     warnings = list(made.notes)
     if not (resume and finished(plan, inputs, out, known)):
-        if problems := [*plan.problems, *check_output(out, made.source.places(), overwrite, resume, plan.write_bytes)]:
+        read = (*made.source.places(), *files)
+        if problems := [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes)]:
             raise PlanError(problems)
         inputs.experts["moe"].prepare()
         made.source.made |= made_routers(made, device)
         warnings += conditions(made)
         warnings += [text for found in drifts(made, threads) if (text := _told(found))] if drift else []
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, known=known)
+        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, known=known)
         records = carry_out(plan, inputs, sink, progress=progress)
         sink.finish(partial(_package, made=made, plan=plan, records=records))
     stated = licences({name: source.folder for name, source in made.source.sources.items()})
