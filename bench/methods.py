@@ -1,91 +1,132 @@
 """python -m bench.methods [--side 768] [--experts 4] [NAME ...] : what each method costs, per parameter and expert.
 
-Processor seconds of one thread for one float32 matrix [side, side] in memory, planning included, without files.  Beside
-them, where the method's own publication has a plain way to do it, that way on the same tensors: whole SVDs, or all
-weights in one vector.
+Processor seconds of one thread for float32 matrices [side, side] in memory, without planning and files.  Beside them
+the plain way to do it on the same tensors (`bench.plain`): whole SVDs, whole sorts, sums in torch.
+Filters are measured with the plain sum of task vectors behind (or, where they belong behind, in front of) them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import weightsmith
-from bench.spectral import task_vectors, timed, whole_svds
+from bench.plain import PLAIN
+from bench.spectral import task_vectors, timed
 from bench.table import markdown
-from weightsmith.method import BASE, Method, Stage, registered
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import MemorySource
+from weightsmith.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.carry import carry_out
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.plan import make_plan
 
-__all__ = ["main"]
-
-
-def flattened_ties(deltas: Tensor) -> Tensor:
-    """Sort all magnitudes of a model, cut, elect, average: the authors' way, with a density of 0.2."""
-    flat = deltas.reshape(len(deltas), -1)
-    cut = flat.abs().kthvalue(int(flat.shape[1] * 0.8), dim=1, keepdim=True).values
-    kept = flat * (flat.abs() >= cut)
-    sign = kept.sum(0).sign()
-    agree = torch.where(kept.sign() == sign, kept, 0.0)
-    return (agree.sum(0) / (agree != 0).sum(0).clamp(min=1)).reshape(deltas.shape[1:])
+__all__ = ["Case", "case", "main"]
 
 
-def whole_iso(deltas: Tensor) -> Tensor:
-    u, s, v = torch.linalg.svd(deltas.sum(0), full_matrices=False)
-    return s.mean() * (u @ v)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Case:
+    """One method on made-up experts."""
+
+    stages: tuple[str, ...]
+    base: Mapping[str, Tensor]
+    deltas: Tensor
+    stats: Mapping[str, Tensor]
+
+    @property
+    def unit(self) -> float:
+        """10^9 parameters and experts."""
+        return self.deltas.numel() * len(self.base) / 1e9
+
+    def planned(self) -> Callable[[], Mapping[str, Tensor]]:
+        """What merges by weightsmith, in memory and with one thread: the output's tensors (of a codec: its parts)."""
+        names = [f"e{i}" for i in range(len(self.deltas))]
+        experts = {
+            name: MemorySource({key: tensor + delta for key, tensor in self.base.items()}, name)
+            for name, delta in zip(names, self.deltas, strict=True)
+        }
+        stats = {
+            stat: {n: MemorySource(dict.fromkeys(self.base, one), stat) for n, one in zip(names, found, strict=True)}
+            for stat, found in self.stats.items()
+        }
+        inputs = Inputs(MemorySource(self.base, BASE), experts, stats)
+        recipe = Recipe.model_validate(
+            {"base": BASE, "models": {name: name for name in names}, "method": list(self.stages)}
+        )
+        encode = issubclass(registered()[self.stages[-1]], Codec)
+        plan = make_plan(recipe, sources=inputs, threads=1, encode=encode)
+
+        def merge() -> Mapping[str, Tensor]:
+            sink = MemorySink()
+            carry_out(plan, inputs, sink)
+            return sink.tensors()
+
+        return merge
+
+    def plain(self) -> Callable[[], Tensor] | None:
+        """The plain way, where there is one."""
+        own = [name for name in self.stages if name != "task_arithmetic"] or ["task_arithmetic"]
+        way = PLAIN.get(own[0])
+        (base, *_), stat = self.base.values(), next(iter(self.stats.values()), None)
+        return None if way is None else lambda: way(self.deltas, base, stat)
 
 
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda deltas: deltas.mean(0),
-    "task_arithmetic": lambda deltas: deltas.sum(0),
-    "ties": flattened_ties,
-    "tsvm": whole_svds,
-    "iso_c": whole_iso,
-    "r_tsvm": whole_svds,
-}
-"""Method -> the same by whole tensors and whole decompositions."""
+def case(cls: type[Stage], side: int, experts: int) -> Case:
+    """A method with as many of the experts as it takes, the tensors it is for and the statistics it needs."""
+    traits = cls.traits
+    counts = (c for c in (experts, 2, 1) if traits.min_count <= c <= (traits.max_count or c))
+    count = next(c for c in counts if cls().check(c, True) is None)
+    noise = torch.Generator().manual_seed(1)
+    names = ["up_proj", "down_proj"] if traits.group else ["w"]
+    base = {f"layers.0.mlp.{n}.weight": torch.randn(side, side, generator=noise) for n in names}
+    rows = torch.randn(count, 2 * side, side, generator=noise)
+    made = {"gram": lambda: rows.transpose(1, 2) @ rows / (2 * side), "fisher": rows[:, :side].square}
+    stats = {name: made[name]() for name in traits.needs if name != BASE}
+    stages = [traits.name]
+    if traits.after or (issubclass(cls, Codec) and not traits.alone):
+        stages = ["task_arithmetic", traits.name]
+    elif issubclass(cls, Filter):
+        stages = [traits.name, "task_arithmetic"]
+    return Case(tuple(stages), base, task_vectors(side, side, count), stats)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.methods")
-    parser.add_argument("names", nargs="*", help="methods; all that need no statistics if none is given")
+    parser.add_argument("names", nargs="*", help="methods, filters and codecs; all if none is given")
     parser.add_argument("--side", type=int, default=768)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the quickest counts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    deltas = task_vectors(options.side, options.side, options.experts)
-    base = {"layers.0.w.weight": torch.randn(options.side, options.side, generator=torch.Generator().manual_seed(1))}
-    experts = {f"e{i}": {n: b + d for n, b in base.items()} for i, d in enumerate(deltas)}
-    unit = deltas.numel() / 1e9
-    rows = [["method", "CPU s per 10^9 parameters and expert", "plain way : weightsmith"]]
+    rows = [["method", "CPU s per 10^9 parameters and expert", "plain way", "plain way : weightsmith"]]
     for name, cls in registered().items():
-        if not (name in options.names or (not options.names and measurable(cls, options.experts))):
+        if name == "keep" or (options.names and name not in options.names):
             continue
-        tiny = {n: {k: t[:16, :16].contiguous() for k, t in m.items()} for n, m in experts.items()}
-        weightsmith.merge(tiny, name, {k: t[:16, :16].contiguous() for k, t in base.items()})  # kernels are loaded once
-        spent = least(lambda n=name: weightsmith.merge(experts, n, base), options.repeat)  # type: ignore[misc]
-        plain = PLAIN.get(name)
-        ratio = f"{least(lambda p=plain: p(deltas), options.repeat) / spent:.1f}" if plain else "-"  # type: ignore[misc]
-        rows.append([name, f"{spent / unit:.1f}", ratio])
+        case(cls, 16, options.experts).planned()()  # kernels are loaded once
+        one = case(cls, options.side, options.experts)
+        spent = least(one.planned(), options.repeat)
+        plain = one.plain()
+        cells = ["-", "-"]
+        if plain is not None:
+            slow = least(plain, options.repeat)
+            cells = [_short(slow / one.unit), f"{slow / spent:.1f}"]
+        rows.append([name, _short(spent / one.unit), *cells])
         print(" | ".join(rows[-1]), flush=True)
     print("\n" + markdown(rows))
     return 0
 
 
-def measurable(cls: type[Stage], count: int) -> bool:
-    """Methods that merge any number of matrices without statistics."""
-    traits = cls.traits
-    if cls.traits.name == "keep":
-        return False
-    fits = traits.min_count <= count <= (traits.max_count or count)
-    return issubclass(cls, Method) and set(traits.needs) <= {BASE} and not traits.group and fits
-
-
 def least(work: Callable[[], object], repeat: int) -> float:
     """Processor seconds of the quickest round."""
     return min(timed(work)[1].cpu for _ in range(repeat))  # type: ignore[arg-type]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
 if __name__ == "__main__":

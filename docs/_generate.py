@@ -20,7 +20,7 @@ from pydantic import BaseModel
 import weightsmith
 from weightsmith import errors, method, site
 from weightsmith.cli import main as cli
-from weightsmith.cli.methods import describe
+from weightsmith.cli.methods import cost_at_7b, describe
 from weightsmith.keys import DTYPES, ROLES, role_of
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.text import schema as json_schema
@@ -104,6 +104,7 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any]) -> str:
         ("other tensors", f"are merged by {facts['otherwise']}" if facts["otherwise"] else ""),
         ("order of the models", "does not matter" if facts["symmetric"] else "may matter"),
         ("scratch memory", f"{cls.traits.scratch:g} bytes per byte of the models' float32 block"),
+        ("cost at 7B", f"about {cost_at_7b(facts)}; see [](../../../benchmarks.md)"),
     ]
     title = f"{facts['name']} ({facts['kind']})"
     lines = [f"# {title}", "", markdown(facts["text"]), ""]

@@ -93,6 +93,8 @@ class Traits:
     domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
     otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
     scratch: float = 2.0  # peak extra bytes per byte of the float32 stack
+    cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `run.cost`
+    cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
     by_depth: bool = False  # useless on a model whose names show no blocks
     after: bool = False  # a filter for the merged task vector: it stands behind the method
     factored: bool = False  # takes low-rank experts as `site.factors` where it comes first

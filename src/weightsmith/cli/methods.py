@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from weightsmith.cli.options import Json, Plugins
-from weightsmith.cli.show import say, show_json, table
+from weightsmith.cli.show import roughly, say, show_json, table
 
 if TYPE_CHECKING:
     from weightsmith.method import Stage
 
-__all__ = ["describe", "methods"]
+__all__ = ["cost_at_7b", "describe", "methods"]
 
 
 def methods(
@@ -48,6 +49,7 @@ def methods(
 def describe(cls: type[Stage]) -> dict[str, Any]:
     """Everything a stage declares about itself, as plain values."""
     from weightsmith.method import Codec, Filter
+    from weightsmith.run.cost import seconds_at_7b
 
     traits = cls.traits
     text = inspect.cleandoc(cls.__doc__ or "")
@@ -64,11 +66,18 @@ def describe(cls: type[Stage]) -> dict[str, Any]:
         "min_models": traits.min_count,
         "max_models": traits.max_count,
         "otherwise": traits.otherwise,
+        "seconds_per_billion": traits.cost,
+        "seconds_at_7b": seconds_at_7b(cls),
         "parameters": [
             {"name": p.name, "default": p.default, "range": p.range, "per_model": p.each, "meaning": p.help}
             for p in cls.parameters()
         ],
     }
+
+
+def cost_at_7b(found: Mapping[str, Any]) -> str:
+    """What a method costs on models of 7e9 parameters, in words."""
+    return f"{roughly(found['seconds_at_7b'])} per model, on one core of the reference machine (default parameters)"
 
 
 _GRAINS = {
@@ -96,6 +105,8 @@ def _explain(found: dict[str, Any]) -> None:
         ("sees", _GRAINS[found["grain"]]),
         ("order", "of the models does not matter" if found["symmetric"] else "of the models may matter"),
     ]
+    if found["seconds_at_7b"] is not None:
+        facts.append(("at 7B", f"about {cost_at_7b(found)}"))
     if found["otherwise"]:
         facts.append(("elsewhere", f"tensors it does not cover are merged by {found['otherwise']}"))
     for name, text in facts:

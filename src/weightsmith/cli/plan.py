@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from weightsmith.cli.options import Json, Memory, Plugins, RecipeFile, Sets, Threads, bytes_of, read_recipe, threads_of
-from weightsmith.cli.show import say, show_json, size, table
+from weightsmith.cli.show import roughly, say, show_json, size, table
 
 if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
@@ -85,6 +85,7 @@ def _facts(made: Plan) -> dict[str, Any]:
         "read_bytes": made.read_bytes,
         "write_bytes": made.write_bytes,
         "peak_bytes": made.peak_bytes,
+        "seconds": made.seconds,
         "free_bytes": made.free_bytes,
         "threads": made.threads,
         "notes": made.notes,
@@ -128,6 +129,10 @@ def _show(made: Plan) -> None:
     passes = f" (with {made.passes} measuring pass{'es' if made.passes > 1 else ''})" if made.passes else ""
     say(f"reads:    {size(made.read_bytes)}{passes}")
     say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
+    time = "not known: a method declares no cost"
+    if made.seconds is not None:
+        time = f"about {roughly(made.seconds)} on one core of the reference machine (rough; without downloads)"
+    say(f"time:     {time}")
     if made.free_bytes is not None:
         say(f"disk:     {size(made.free_bytes)} free")
     for note in made.notes:

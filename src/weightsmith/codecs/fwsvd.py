@@ -34,6 +34,8 @@ class Fwsvd(
     otherwise="exact",
     symmetric=True,
     scratch=8.0,
+    cost=240.0,
+    cubic=True,
     alone=True,
 ):
     """Store each weight itself, not its change, as a product of rank r weighted by its Fisher information.

@@ -28,6 +28,8 @@ class Tsvc(
     otherwise="exact",
     symmetric=True,
     scratch=6.0,
+    cost=99.0,
+    cubic=True,
     factored=True,
     alone=True,
 ):

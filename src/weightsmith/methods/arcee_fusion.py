@@ -25,6 +25,7 @@ class ArceeFusion(
     keeps_expert=False,
     max_count=1,
     scratch=10.0,
+    cost=170.0,
 ):
     """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.
 

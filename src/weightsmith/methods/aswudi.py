@@ -30,6 +30,8 @@ class Aswudi(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=8.0,
+    cost=160.0,
+    cubic=True,
 ):
     """`swudi` with the minimiser (time inf) and as many leading directions per matrix as its spectrum suggests.
 

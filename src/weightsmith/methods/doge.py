@@ -35,6 +35,8 @@ class Doge(
     symmetric=True,
     keeps_expert=False,
     scratch=10.0,
+    cost=3100.0,
+    cubic=True,
 ):
     """Every task gets the same norm in every matrix, one shared correction, and keeps its largest changes.
 

@@ -29,6 +29,8 @@ class IsoC(
     symmetric=True,
     keeps_expert=False,
     scratch=8.0,
+    cost=75.0,
+    cubic=True,
     factored=True,
 ):
     """Flatten the singular spectrum of sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.

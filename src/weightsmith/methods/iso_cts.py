@@ -29,6 +29,8 @@ class IsoCts(
     symmetric=True,
     keeps_expert=False,
     scratch=10.0,
+    cost=370.0,
+    cubic=True,
     factored=True,
 ):
     """Like iso_c, with a part of the directions taken from what each task vector has outside the common space.

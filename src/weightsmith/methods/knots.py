@@ -31,6 +31,8 @@ class Knots(
     symmetric=True,
     keeps_expert=False,
     scratch=10.0,
+    cost=210.0,
+    cubic=True,
     factored=True,
     joint=True,
 ):

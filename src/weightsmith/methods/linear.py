@@ -23,6 +23,7 @@ class Linear(
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
     symmetric=True,
     scratch=0.5,
+    cost=1.0,
 ):
     """Average the models' weights: sum_i w_i x_i / sum_i w_i.
 

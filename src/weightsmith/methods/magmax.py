@@ -23,6 +23,7 @@ class Magmax(
     paper="MagMax (Marczak et al., ECCV 2024), arXiv:2407.06322",
     symmetric=True,
     scratch=2.0,
+    cost=8.0,
 ):
     """base + lambda delta, delta at every entry that of the model that changed it most; of +x and -x, +x.
 

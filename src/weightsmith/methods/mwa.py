@@ -23,6 +23,7 @@ class Mwa(
     paper="Metrics-Weighted Averaging (Yu and Choi, 2025), arXiv:2504.18580",
     symmetric=True,
     scratch=0.5,
+    cost=1.0,
 ):
     """sum_c u_c x_c / sum_c u_c over checkpoints x_c with metric m_c and penalty p.
 

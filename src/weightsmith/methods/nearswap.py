@@ -23,6 +23,7 @@ class Nearswap(
     keeps_expert=False,
     max_count=1,
     scratch=2.0,
+    cost=3.0,
 ):
     """base + delta cut to [-t, t]: entries that are near become the other model's, the others move by t.
 

@@ -34,6 +34,8 @@ class Optmerge(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=11.0,
+    cost=2100.0,
+    cubic=True,
 ):
     """Lower sum_i |(M - T_i) R_i^T|^2 / |tau_i|^2, R_i and T_i being of rank k = min(m, n) // number of tasks.
 

@@ -24,6 +24,7 @@ class Ram(
     symmetric=True,
     keeps_expert=False,
     scratch=3.0,
+    cost=6.0,
 ):
     """base + the mean of the changes of those models that changed the entry: |delta_i| > epsilon.
 

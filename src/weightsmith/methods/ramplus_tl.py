@@ -25,6 +25,7 @@ class RamplusTl(
     symmetric=True,
     keeps_expert=False,
     scratch=3.0,
+    cost=14.0,
 ):
     """As `ram`, with the entries that only model i changed multiplied by 1 + r min(rho_i, alpha).
 

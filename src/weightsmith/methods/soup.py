@@ -22,6 +22,7 @@ class Soup(
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
     symmetric=True,
     scratch=0.5,
+    cost=2.0,
 ):
     """The plain mean of the `size` models with the highest score, equals in recipe order; size 0: of all of them.
 

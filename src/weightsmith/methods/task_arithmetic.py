@@ -23,6 +23,7 @@ class TaskArithmetic(
     paper="Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089",
     symmetric=True,
     scratch=1.25,
+    cost=1.0,
 ):
     """Add the models' changes to the base: base + lambda sum_i w_i (x_i - base).
 

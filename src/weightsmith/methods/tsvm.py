@@ -27,6 +27,8 @@ class Tsvm(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=10.0,
+    cost=230.0,
+    cubic=True,
     factored=True,
 ):
     """Keep the k leading singular triplets of each of T task vectors and make the bases of all of them orthogonal.

@@ -27,6 +27,8 @@ class WeightMatching(
     group="mlp",
     otherwise="linear",
     scratch=4.0,
+    cost=61.0,
+    cubic=True,
 ):
     """Permute the hidden units of every MLP onto the reference's, then average.
 

@@ -26,6 +26,7 @@ class Widen(
     grain=Grain.TENSOR,
     symmetric=True,
     scratch=6.0,
+    cost=14.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
 

@@ -28,6 +28,8 @@ class Wudi(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=8.0,
+    cost=1900.0,
+    cubic=True,
 ):
     """Start at the sum M of the task vectors and lower sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2 by Adam.
 

@@ -39,6 +39,7 @@ class RecipeSource(Source):
         self.recipe = recipe
         self._inputs = inputs if inputs is not None else open_inputs(recipe)
         self._plan: Plan = make_plan(recipe, sources=self._inputs, threads=1)
+        self.seconds = self._plan.seconds
         self.keys = {key.name: key for key in self._plan.keys}
         reference = self._inputs.models[0][1]
         self.aliases = reference.aliases

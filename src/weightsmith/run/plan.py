@@ -13,6 +13,7 @@ from weightsmith.errors import PlanError
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
+from weightsmith.run.cost import estimate
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.planner import Planner
 from weightsmith.run.task import Task
@@ -61,6 +62,8 @@ class Plan:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     depth: Mapping[str, float] = field(default_factory=dict)
+    nested_seconds: float = 0.0
+    """Of the inputs that are merges themselves, computed as they are read."""
 
     @property
     def write_bytes(self) -> int:
@@ -69,6 +72,13 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         return sum(i.nbytes for i in self.inputs) * (1 + self.passes)
+
+    @property
+    def seconds(self) -> float | None:
+        """Rough estimate for one core of the reference machine, see `run.cost`; None if a method declares no cost."""
+        experts = sum(i.role == "expert" for i in self.inputs)
+        own = estimate(self.tasks, experts, self.read_bytes, self.write_bytes)
+        return None if own is None else own + self.nested_seconds * (1 + self.passes)
 
 
 def make_plan(
@@ -110,6 +120,7 @@ def make_plan(
         problems=tuple(dict.fromkeys(problems)),
         notes=tuple(notes),
         depth=planner.depth,
+        nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)
