@@ -28,6 +28,10 @@ from weightsmith.run.plan import make_plan
 __all__ = ["Case", "case", "main"]
 
 
+GIVEN: Mapping[str, Mapping[str, float]] = {"mwa": {"value": 1.0}}
+"""Parameters that are otherwise read from files."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One method on made-up experts."""
@@ -55,7 +59,11 @@ class Case:
         }
         inputs = Inputs(MemorySource(self.base, BASE), experts, stats)
         recipe = Recipe.model_validate(
-            {"base": BASE, "models": {name: name for name in names}, "method": list(self.stages)}
+            {
+                "base": BASE,
+                "models": {name: name for name in names},
+                "method": [{"name": s, "parameters": GIVEN.get(s, {})} for s in self.stages],
+            }
         )
         encode = issubclass(registered()[self.stages[-1]], Codec)
         plan = make_plan(recipe, sources=inputs, threads=1, encode=encode)

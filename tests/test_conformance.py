@@ -38,6 +38,9 @@ NEUTRAL = {
 }
 """Parameter values with which filters change nothing, and one expert comes back."""
 
+READ: dict[str, dict[str, Any]] = {"mwa": {"value": 2.0}}
+"""Parameters whose default is read from files that these models do not have."""
+
 SHAPES = {
     "model.embed_tokens.weight": (12, 6),
     "model.layers.0.mlp.up_proj.weight": (7, 5),
@@ -118,13 +121,14 @@ def statistics(stage: Stage, experts: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 def variants(cls: type[Stage]) -> Iterator[Stage]:
     """The defaults, and each word, switch and list of numbers by itself."""
-    yield cls()
+    given = READ.get(cls.traits.name, {})
+    yield cls(**given)
     for p in cls.parameters():
         if p.kind == "flag":
-            yield cls(**{p.field: not p.default})
+            yield cls(**{**given, p.field: not p.default})
         for word in p.options:
             if word != p.default:
-                yield cls(**{p.field: word})
+                yield cls(**{**given, p.field: word})
 
 
 def pipeline(stage: Stage) -> Pipeline:

@@ -196,7 +196,8 @@ class Stage:
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes).
 
-        Under 'earlier': what the run that made the first model noted (stage -> `notes`).
+        Under 'earlier': what the run that made the first model noted (stage -> `notes`); under 'logged': what the
+        trainer logged for each expert (kind -> one reader per expert, see `run.logs`).
         """
         return self
 

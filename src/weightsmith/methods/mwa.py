@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from weightsmith.method import Each, Method, WeightedSum, choice, number
-from weightsmith.ops.combine import apply_weighted_sum, spread
+from weightsmith.keys import Key
+from weightsmith.method import Method, Stage, WeightedSum, choice, number
+from weightsmith.ops.combine import apply_weighted_sum
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -34,29 +36,70 @@ class Mwa(
     p = 0 is the plain mean, a large p the best checkpoint.  The weights do not change when all metrics are multiplied
     by one number.  The paper's formula in print could not be compared: it has weights from loss or steps and one
     penalty factor, as here.  Full checkpoints, or adapters of one run and one initialisation.
+
+    value   log: from each checkpoint's trainer_state.json, or its run's; steps from its name, checkpoint-N
+    source  the training loss or eval_loss, of the log's last entry up to the checkpoint's step
+    smooth  since: the mean of the entries since the checkpoint before in its place; single training losses are noisy
     """
 
-    value: Each = number(1.0, "loss, score or step of each checkpoint", each=True)
+    value: Any = number("log", "loss, score or step of each checkpoint; log: what the trainer logged", options=("log",),
+                        each=True)  # fmt: skip
     metric: str = choice("loss", "what the values are; of a loss the lowest is best", "loss", "steps", "score")
     penalty: float = number(1.0, "how strongly the better ones are preferred (0 not at all)", low=0)
     rule: str = choice("power", "from values to weights", "power", "softmax", "rank")
+    source: str = choice("train", "which logged loss", "train", "eval")
+    smooth: str = choice("nearest", "the last logged loss, or the mean since the checkpoint before", "nearest", "since")
 
     def check(self, count: int, has_base: bool) -> str | None:
-        low = min(spread(self.value, count))
-        if self.rule == "power" and (low < 0 or (low == 0 and self.metric == "loss")):
+        values = self._values(count)
+        if "log" in values:
+            missing = self._reads and self.metric == "score"
+            return "a score is not in the log; give each model's value" if missing else None
+        low = min(values)
+        if self.rule == "power" and self.penalty and (low < 0 or (low == 0 and self.metric == "loss")):
             wanted = "above 0" if self.metric == "loss" else "of at least 0"
             return f"rule power needs values {wanted}, not {low:g}; use rule softmax or rank"
         return None
 
+    def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
+        """With the values that are in the log; equal ones where there is no penalty and so no need of them."""
+        if not self._reads or self.metric == "score":
+            return self
+        what = "steps" if self.metric == "steps" else "eval_loss" if self.source == "eval" else "loss"
+        kind = f"{what} since" if self.smooth == "since" and what != "steps" else what
+        readers = notes["logged"][kind]
+        values = self._values(len(readers))
+        if len(values) != len(readers):
+            return self
+        found = tuple(read() if value == "log" else value for read, value in zip(readers, values, strict=True))
+        return replace(self, value=found)
+
+    def remark(self, count: int) -> str | None:
+        values = self._values(count)
+        if "log" in values or len(values) != count:
+            return None
+        weights = self._weights(values)
+        return f"weights {', '.join(f'{w / sum(weights):.4g}' for w in weights)}"
+
     def fused(self, count: int) -> WeightedSum:
-        weights = self._weights(spread(self.value, count))
+        weights = self._weights(self._values(count))
         return WeightedSum(weights, divisor=sum(weights))
 
     def merge(self, site: Site) -> Tensor:
         return apply_weighted_sum(self.fused(site.count), site)
 
-    def _weights(self, values: tuple[float, ...]) -> tuple[float, ...]:
+    @property
+    def _reads(self) -> bool:
+        """Whether the log is needed."""
+        return self.penalty > 0 and "log" in self._values(1)
+
+    def _values(self, count: int) -> tuple[Any, ...]:
+        return self.value if isinstance(self.value, tuple) else (self.value,) * count
+
+    def _weights(self, values: tuple[Any, ...]) -> tuple[float, ...]:
         """u_c, 1 for the best."""
+        if self.penalty == 0 or "log" in values:
+            return (1.0,) * len(values)
         best, worst = min(values), max(values)
         if self.metric != "loss":
             best, worst = worst, best

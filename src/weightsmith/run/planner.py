@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weightsmith.errors import WeightsmithError, did_you_mean
@@ -13,6 +13,7 @@ from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
+from weightsmith.run.logs import TrainerLogs
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
 from weightsmith.run.vocabulary import tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
@@ -41,8 +42,11 @@ class Planner:
             self.resolver = None
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
         self._complained: set[str] = set()
-        self._notes_on = {stat: _common_notes(found.values()) for stat, found in inputs.stats.items()}
+        self._notes_on: dict[str, Mapping[str, Any]] = {
+            stat: _common_notes(found.values()) for stat, found in inputs.stats.items()
+        }
         self._notes_on["earlier"], remarks = earlier_notes(inputs)
+        self._notes_on["logged"] = TrainerLogs(inputs.experts)
         self.notes += remarks
 
     # -- what becomes of each tensor
@@ -127,7 +131,15 @@ class Planner:
             return None
         for stage in pipeline.stages:
             self._check_stage(stage)
-        return Pipeline(tuple(s.informed(key, self._notes_on) for s in pipeline.stages)), "", reason
+        try:
+            informed = tuple(stage.informed(key, self._notes_on) for stage in pipeline.stages)
+        except WeightsmithError as error:
+            self._once(f"{pipeline.name}: {error}")
+            return None
+        for before, stage in zip(pipeline.stages, informed, strict=True):
+            if stage != before:
+                self._check_stage(stage)
+        return Pipeline(informed), "", reason
 
     def _may_encode(self, pipeline: Pipeline) -> bool:
         if not self.encode:
