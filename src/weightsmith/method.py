@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -307,8 +307,9 @@ class Pipeline:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        wanted = [n for s in self.stages for n in s.traits.needs]
-        if len(self.stages) > 1:
+        alone = self.stages[-1].traits.alone  # nothing of what stands in front of it is used
+        wanted = [n for s in self.stages[-alone:] for n in s.traits.needs]
+        if len(self.stages) > 1 and not alone:
             wanted.append(BASE)  # filters edit task vectors
         return tuple(dict.fromkeys(wanted))
 
@@ -377,11 +378,13 @@ _PACKAGES = ("weightsmith.methods", "weightsmith.codecs")
 
 def registered() -> Mapping[str, type[Stage]]:
     """Every method, filter and codec by name: built-in ones first, then installed plug-ins."""
+    from importlib.metadata import entry_points
+
     for package in _PACKAGES:
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             importlib.import_module(f"{package}.{module.name}")
-    for entry in _entry_points():
-        entry()
+    for entry in entry_points(group="weightsmith.methods"):
+        entry.load()
     return dict(sorted(_registered.items()))
 
 
@@ -405,10 +408,3 @@ def registry(name: str) -> type[Stage]:
         return known[name]
     words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
     raise RecipeError(f"unknown method {name!r}{did_you_mean(name, words)}")
-
-
-def _entry_points() -> Iterator[Callable[[], Any]]:
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="weightsmith.methods"):
-        yield entry.load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from weightsmith.codecs.fwsvd import Fwsvd
 from weightsmith.codecs.rmm import Rmm, balanced
 from weightsmith.errors import NumericError, PlanError, RecipeError, SourceError
 from weightsmith.io.open import open_source
+from weightsmith.io.source import MemorySource
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.compress import compress, restore
+from weightsmith.run.inputs import Inputs
 from weightsmith.site import Site
 
 State = dict[str, Tensor]
@@ -368,3 +371,53 @@ def test_half_precision_is_stored_in_half(there: Path) -> None:
     got = load_file(restore(small, "e0", there / "out").out / "model.safetensors")
     assert got[UP].dtype == torch.bfloat16
     assert torch.equal(got["norm.weight"], EXPERTS["e0"]["norm.weight"].bfloat16())
+
+
+def alone(tmp_path: Path, **parameters: object) -> Path:
+    """One model and its Fisher on disk, with a tied head and a configuration, compressed without a base."""
+    model, stats = tmp_path / "model", tmp_path / "stats"
+    model.mkdir()
+    stats.mkdir()
+    save_file(EXPERTS["e0"], model / "model.safetensors")
+    (model / "config.json").write_text('{"model_type": "none"}')
+    save_file(FISHER["fisher"]["e0"], stats / "fisher.safetensors")
+    inputs = Inputs(None, {"m": open_source(model)}, {"fisher": {"m": open_source(stats / "fisher.safetensors")}})
+    recipe = Recipe.model_validate(
+        {"models": {"m": str(model)}, "method": [{"fwsvd": parameters}], "exclude": ["*down_proj*"]}
+    )
+    compress(recipe, tmp_path / "small", sources=inputs)
+    return tmp_path / "small"
+
+
+def test_one_model_alone_there_and_back(tmp_path: Path) -> None:
+    small = alone(tmp_path, rank=12, always=True)
+    (tmp_path / "model/model.safetensors").unlink()  # nothing but the folder is needed
+    restore(small, "m", tmp_path / "back")
+    found = load_file(tmp_path / "back/model.safetensors")
+    assert found.keys() == EXPERTS["e0"].keys()
+    for name, tensor in found.items():
+        exact = torch.equal(tensor, EXPERTS["e0"][name])
+        assert exact == (name != UP), name
+        assert close(tensor, EXPERTS["e0"][name])
+    assert (tmp_path / "back/config.json").exists()
+    again = open_source(small, expert="m")
+    assert close(again.read(UP, 3, 5), EXPERTS["e0"][UP][3:5])
+    assert close(pickle.loads(pickle.dumps(again)).read(UP), EXPERTS["e0"][UP])
+
+
+def test_one_model_alone_takes_less_room(tmp_path: Path) -> None:
+    small = alone(tmp_path, rank=2)
+    files = load_file(small / "experts.safetensors")
+    want = sum(t.numel() for n, t in EXPERTS["e0"].items() if n != UP) + 2 * (16 + 12)
+    assert sum(t.numel() for t in files.values()) == want
+
+
+def test_without_a_base_there_is_one_model(tmp_path: Path) -> None:
+    sources = {name: MemorySource(EXPERTS[name], name) for name in ("e0", "e1")}
+    stats = {"fisher": {name: MemorySource(FISHER["fisher"][name]) for name in sources}}
+    recipe = Recipe.model_validate({"models": {n: n for n in sources}, "method": "fwsvd"})
+    with pytest.raises(PlanError, match="without a base one model is compressed by itself"):
+        compress(recipe, tmp_path / "out", sources=Inputs(None, sources, stats))
+    other = Recipe.model_validate({"models": {"e0": "e0"}, "method": "rmm"})
+    with pytest.raises(PlanError, match="rmm needs a base model"):
+        compress(other, tmp_path / "out", sources=Inputs(None, {"e0": sources["e0"]}))

@@ -104,8 +104,10 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
         count = "1 file" if files == 1 else f"{files} files"
         say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}, {size(rate)}/s in and out")
         if (kept := result.storage) is not None:
+            beside = f" beside the base's {size(kept.base)}" if kept.base else ""
+            who, taken = ("1 model", "it takes") if kept.count == 1 else (f"{kept.count} models", "they take")
             say(
-                f"{kept.count} models in {size(kept.stored)} beside the base's {size(kept.base)}: "
-                f"{kept.ratio:.0%} of the {size(kept.experts)} that they take in full"
+                f"{who} in {size(kept.stored)}{beside}: "
+                f"{kept.ratio:.0%} of the {size(kept.experts)} that {taken} in full"
             )
         say(f"next: {next_step}")

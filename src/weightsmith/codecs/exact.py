@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.keys import Key, Part
-from weightsmith.method import BASE, Codec
+from weightsmith.method import Codec
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ __all__ = ["Exact"]
 
 
 @dataclass(frozen=True)
-class Exact(Codec, name="exact", needs=(BASE,), symmetric=True, scratch=1.0, cost=2.0, alone=True):
+class Exact(Codec, name="exact", symmetric=True, scratch=1.0, cost=2.0, alone=True):
     """Store each model's tensor as it is (in the output's dtype): for small tensors and heads beside another codec."""
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weightsmith.codecs.exact import Exact
 from weightsmith.errors import NumericError
 from weightsmith.keys import Key, Part
-from weightsmith.method import BASE, Codec, Grain, choice, flag, number
+from weightsmith.method import Codec, Grain, choice, flag, number
 from weightsmith.ops.reduce import row_sums
 from weightsmith.ops.spectral import Svd, padded, top_svd
 from weightsmith.site import Site
@@ -27,7 +27,7 @@ STEPS = 30
 class Fwsvd(
     Codec,
     name="fwsvd",
-    needs=(BASE, "fisher"),
+    needs=("fisher",),
     paper="Language model compression with weighted low-rank factorization (Hsu et al., ICLR 2022), arXiv:2207.00112",
     grain=Grain.TENSOR,
     domain=(2, 2),
@@ -44,7 +44,8 @@ class Fwsvd(
     a_j = sum_i F_ij; thin SVD W diag(sqrt a) = U S V^T; stored left = U_r S_r [out, r] and
     right = diag(1 / sqrt a) V_r [in, r], W ~ left right^T.  This minimises sum_ij a_j (W - W_r)_ij^2 exactly.
     A weight is factored if that takes less room, r (out + in) < out in; embeddings, the output head (unless `head`),
-    other tensors and those without a Fisher are stored as they are (`exact`).
+    other tensors and those without a Fisher are stored as they are (`exact`).  Without a base in the recipe one model
+    is compressed by itself: nothing else is needed to restore it.
 
     weighting  row_sum as above; none: plain SVD; element: sum_ij F_ij (W - W_r)_ij^2, lowered in 30 steps
                X <- SVD_r(F W + (1 - F) X), F scaled to a maximum of 1 (Srebro and Jaakkola, ICML 2003)

@@ -49,12 +49,16 @@ def own_name(name: str, expert: str) -> str:
     return f"{name}::own.{expert}"
 
 
-def describe(base: Source, path: str, experts: Iterable[str], encoded: Mapping[str, Codec]) -> dict[str, Any]:
+def describe(
+    base: Source, path: str, experts: Iterable[str], encoded: Mapping[str, Codec], alone: bool = False
+) -> dict[str, Any]:
     """What weightsmith.json says under 'codec'.  Reads the encoded tensors of the base once.
 
     path     where the base is found again; '' if it was in memory
     encoded  tensor name -> codec
+    alone    there is no base: `base` is the model itself, of which all tensors are stored
     """
+    shapes = {key.name: [key.dtype, *key.shape] for key in base.keys.values()}
     codecs: dict[Codec, list[str]] = {}
     for name, codec in encoded.items():
         codecs.setdefault(codec, []).append(name)
@@ -64,10 +68,11 @@ def describe(base: Source, path: str, experts: Iterable[str], encoded: Mapping[s
             {"name": c.name, "parameters": {p.name: getattr(c, p.field) for p in c.parameters()}, "tensors": names}
             for c, names in codecs.items()
         ],
+        **({"alone": {"tensors": shapes, "aliases": dict(base.aliases)}} if alone else {}),
         "base": {
             "path": path,
-            "sample": _sample(base, encoded),
-            "tensors": {name: _content(base, name) for name in encoded},
+            "sample": "" if alone else _sample(base, encoded),
+            "tensors": {} if alone else {name: _content(base, name) for name in encoded},
         },
     }
 
@@ -133,7 +138,12 @@ class CodecFolder:
         return None
 
     def base(self, given: Source | None = None, *, strict: bool = False) -> Source:
-        """Open the base: `given` if it is the one (`strict`: or else an error), otherwise from where it was."""
+        """Open the base: `given` if it is the one (`strict`: or else an error), otherwise from where it was.
+
+        A model that was compressed by itself has none: whatever is given, the shapes of its tensors take that place.
+        """
+        if "alone" in self.about:
+            return _Shapes(self.path, self.about["alone"])
         path = self.about["base"]["path"]
         if given is not None:
             difference = self.differs(given)
@@ -154,7 +164,7 @@ class CodecFolder:
 
     def refuse_other(self, base: Source) -> None:
         """Raise SourceError unless every encoded tensor of `base` is what it was; reads them all."""
-        if (difference := self.differs(base, thorough=True)) is not None:
+        if "alone" not in self.about and (difference := self.differs(base, thorough=True)) is not None:
             raise self._other(base, difference)
 
     def check_expert(self, expert: str | None) -> str:
@@ -171,6 +181,41 @@ class CodecFolder:
         return SourceError(
             f"{self.path}: was not made from {base.label} ({difference}); give the base it was made from ({origin})"
         )
+
+
+class _Shapes(Source):
+    """In place of a base: zeros in the shapes of a model that was compressed by itself, and its companion files."""
+
+    computed = True
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.folder = path
+        self.label = f"{path} (shapes)"
+        self._about = about
+        try:
+            self.keys = {name: Key(name, tuple(map(int, shape)), dtype) for name, (dtype, *shape) in
+                         about["tensors"].items()}  # fmt: skip
+            self.aliases = {tied: held for tied, held in about["aliases"].items() if held in self.keys}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SourceError(f"{path}: weightsmith.json does not say what its tensors are ({error!r})") from None
+
+    def __reduce__(self) -> tuple[type[_Shapes], tuple[Path, Mapping[str, Any]]]:
+        return _Shapes, (self.folder, self._about)  # type: ignore[return-value]
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise SourceError(f"{self.label}: {name!r} is not stored")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        key = self.key(name)
+        rows = len(range(*slice(start, stop).indices(key.rows)))
+        dtype = torch.float64 if key.dtype == "float64" else torch.float32
+        return torch.zeros((rows, *key.shape[1:]) if key.shape else (), dtype=dtype)
+
+    def places(self) -> tuple[Path, ...]:
+        return ()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"shapes": dict(self._about["tensors"])}
 
 
 class _Decoded(Source):

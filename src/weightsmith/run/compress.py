@@ -15,6 +15,7 @@ from weightsmith.io.codec_folder import WEIGHTS, CodecFolder, CodecSource, Conse
 from weightsmith.io.manifest import build_manifest, write_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.output import absolute, check_output
+from weightsmith.io.package import copy_companions
 from weightsmith.io.source import Source
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.carry import carry_out
@@ -41,6 +42,7 @@ def compress(
 ) -> Result:
     """Write the experts of a recipe whose method ends in a codec (`tall_masks`) into the folder `out`.
 
+    Without a base (where the codec needs none: `fwsvd`) one model is compressed, and the folder is all that is needed.
     Tensors that `exclude` or a rule keeps stay in the base.  Tensors that only experts have are stored whole for
     each of them, if excluded.  The folder appears complete or not at all; the other arguments are those of `run`.
 
@@ -120,8 +122,12 @@ def restore(
 
 
 def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Iterable[Path]:
-    """Write weightsmith.json.  The base's companion files stay with the base."""
-    assert inputs.base is not None
+    """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
+    (_, reference), *_ = inputs.models
+    written: list[Path] = []
+    if inputs.base is None and reference.folder is not None:
+        copied = copy_companions(reference.folder, folder, reference.weight_files)
+        written = [folder / name for name in copied.files]
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     manifest = build_manifest(
         folder,
@@ -133,8 +139,8 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
         licences=licences({name: source.folder for name, source in inputs.models}),
         kind="codec",
     )
-    about = describe(inputs.base, _path(plan.recipe.base), inputs.experts, encoded)
-    return [write_manifest(folder, {**manifest, "codec": about})]
+    about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
+    return [*written, write_manifest(folder, {**manifest, "codec": about})]
 
 
 def _path(ref: ModelRef | None) -> str:
@@ -146,8 +152,7 @@ def _path(ref: ModelRef | None) -> str:
 
 
 def _storage(plan: Plan, inputs: Inputs) -> Storage:
-    assert inputs.base is not None
     size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in inputs.models}
     return Storage(
-        base=size.pop("base"), stored=plan.write_bytes, experts=sum(size.values()), count=len(inputs.experts)
+        base=size.pop("base", 0), stored=plan.write_bytes, experts=sum(size.values()), count=len(inputs.experts)
     )

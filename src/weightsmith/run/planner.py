@@ -66,7 +66,7 @@ class Planner:
             if treatment is None:
                 continue
             pipeline, source, reason = treatment
-            if self.encode and pipeline is None and key.floating:
+            if self.encode and self.inputs.base is not None and pipeline is None and key.floating:
                 left += key.numel > 0  # the base has it, and whoever decodes has the base
                 continue
             self._treatment[name] = treatment
@@ -85,6 +85,10 @@ class Planner:
         if left:
             self.notes.append(
                 f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
+            )
+        if self.encode and self.inputs.base is None and len(self.inputs.experts) > 1:
+            self.problems.append(
+                "without a base one model is compressed by itself: add 'base:', or leave the others out"
             )
         if self.encode and not self.problems and not any(t.pipeline and t.pipeline.codec for t in out):
             self.problems.append("nothing is compressed: end 'method' with a codec such as tall_masks")
