@@ -9,7 +9,7 @@ import torch
 from driver import every, merge, whole
 from torch import Tensor
 
-from weightsmith.methods.della import Della
+from weightsmith.methods.della import Della, _rising
 
 
 def della(change: Tensor, seed: int = 0, step: int = 7, **parameters) -> Tensor:
@@ -59,6 +59,15 @@ def test_rescaling_keeps_the_norm_or_the_expectation():
     ).mean(0)
     assert float((mean - change).mean()) == pytest.approx(0, abs=0.01)
     assert float((mean * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.02)
+
+
+def test_ranks_are_those_of_a_stable_sort():
+    sizes = torch.cat([noise(60, 50).abs(), torch.randint(4, (60, 50)).float(), torch.zeros(3, 50)])
+    sizes[5, 7] = sizes[5, 9] = math.inf
+    for given in (sizes, sizes.T):
+        order = given.argsort(dim=-1, stable=True)
+        assert torch.equal(_rising(given), order)
+        assert torch.equal(_rising(given.double()), order)
 
 
 def test_density_one_and_rows_of_one_entry():

@@ -103,6 +103,18 @@ def _ranks(sizes: Tensor) -> Tensor:
     last = sizes.shape[-1] - 1
     if last < 1:
         return torch.full_like(sizes, 0.5)
-    order = sizes.argsort(dim=-1, stable=True)
+    order = _rising(sizes)
     shares = torch.arange(last + 1, dtype=sizes.dtype, device=sizes.device) / last
     return torch.empty_like(sizes).scatter_(-1, order, shares.expand(sizes.shape))
+
+
+def _rising(sizes: Tensor) -> Tensor:
+    """The stable order of sizes >= 0 along the last axis: int64."""
+    if sizes.dtype != torch.float32 or sizes.device.type != "cpu":
+        return sizes.argsort(dim=-1, stable=True)
+    # The bits of such numbers are in their order.  With the index below them all differ, so that a plain sort of
+    # integers, three times as fast as a stable one of places, gives the same.
+    bits = sizes.contiguous().view(torch.int32).to(torch.int64)
+    keys = (bits << 32) | torch.arange(sizes.shape[-1])
+    keys.numpy().sort(axis=-1)
+    return keys & 0xFFFFFFFF
