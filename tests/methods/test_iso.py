@@ -37,6 +37,27 @@ def test_a_multiple_of_an_orthogonal_matrix_comes_back(solver):
     assert torch.allclose(delta("iso_c", change, solver=solver), change, atol=1e-5)
 
 
+SPECTRA = {
+    "flat": torch.ones(256),
+    "falling": 10 ** (-5 * torch.arange(256) / 256),
+    "low rank": (torch.arange(256) < 16).float(),
+    "zero": torch.zeros(256),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_matrices_in_float32_are_flattened_as_in_float64(spectrum, turned):
+    u, v = torch.linalg.qr(noise(300, 256)).Q, torch.linalg.qr(noise(256, 256, seed=1)).Q
+    change = 1e-3 * (u * SPECTRA[spectrum]) @ v
+    change = change.T.contiguous() if turned else change
+    want = delta("iso_c", change.double())
+    assert delta("iso_c", change).dtype == torch.float32
+    assert (delta("iso_c", change) - want).norm() <= 1e-4 * want.norm()
+    kept = torch.linalg.matrix_rank(change.double(), rtol=1e-6)
+    assert (svdvals(delta("iso_c", change)) > 0.5 * svdvals(want)[0]).sum() == kept
+
+
 def test_without_task_directions_iso_cts_is_iso_c():
     want = delta("iso_c", *CHANGES, scaling=0.7)
     assert torch.allclose(delta("iso_cts", *CHANGES, scaling=0.7, common_space_fraction=1.0), want, atol=1e-5)

@@ -66,12 +66,14 @@ class Svd(NamedTuple):
         return (self.u * self.s) @ self.v.T
 
 
-def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0) -> Svd:
+def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0, left: bool = False) -> Svd:
     """The k leading singular triplets of a matrix [m, n], without those of singular value zero.
 
     Costs an eigendecomposition of the smaller side.  Fewer than k triplets come back from a matrix of
     lower rank: directions of singular values up to `cutoff` (at least max(m, n) eps) times the largest would
     be arbitrary.  For the difference of float32 matrices 1e-6 is a good cutoff: below lies rounding noise.
+
+    left: only u is wanted; v may then come back empty, which saves a product of matrices.
 
     Of float32 matrices of 256 or more rows and columns up to half of the triplets are found in float32: what a
     triplet misses, |A v - s u|, is then up to 1e-2 s for the weakest ones and far less for the others.
@@ -96,7 +98,7 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0) -> Svd:
     else:
         rank = int((s > s[0] * cutoff).sum())
         u, s = vectors.flip(1)[:, :rank], s[:rank]
-        v = (short.T @ u) / s
+        v = u.new_zeros(short.shape[1], 0) if left and wide else (short.T @ u) / s
     return Svd(u, s * scale, v) if wide else Svd(v, s * scale, u)
 
 
@@ -263,7 +265,7 @@ def left_basis(found: Sequence[Matrix], cutoff: float = NOISE) -> Tensor:
             matrix = matrix[0].double() @ torch.linalg.qr(matrix[1].double().T).R.T
         blocks.append(matrix)
     joined = torch.cat(blocks, 1)
-    return top_svd(joined, min(joined.shape), cutoff).u
+    return top_svd(joined, min(joined.shape), cutoff, left=True).u
 
 
 def orthogonal_sum(parts: Sequence[Svd], how: str = "eigh", dtype: torch.dtype | None = None) -> Tensor:
