@@ -303,7 +303,11 @@ def _errors_page() -> str:
 # --- Python ----------------------------------------------------------------------------------------
 
 _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
-    "Merging": [("weightsmith.merge", weightsmith.merge), ("weightsmith.open_source", weightsmith.open_source)],
+    "Merging": [
+        ("weightsmith.merge", weightsmith.merge),
+        ("weightsmith.greedy_soup", weightsmith.greedy_soup),
+        ("weightsmith.open_source", weightsmith.open_source),
+    ],
     "Recipes": [
         ("weightsmith.Recipe", schema.Recipe),
         ("weightsmith.Recipe.load", schema.Recipe.load),

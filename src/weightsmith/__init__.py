@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weightsmith.method import Filter, Method, Pipeline, registered
     from weightsmith.recipe.schema import Recipe
     from weightsmith.run.api import merge
+    from weightsmith.run.soup import greedy_soup
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "WeightsmithError",
+    "greedy_soup",
     "merge",
     "open_source",
     "registered",
@@ -56,6 +58,7 @@ _HOMES = {
     "registered": "method",
     "Recipe": "recipe.schema",
     "merge": "run.api",
+    "greedy_soup": "run.soup",
     "open_source": "io.open",
 }
 

@@ -28,8 +28,7 @@ class Soup(
 
     The uniform soup is size 0 (`linear`).  The greedy soup goes through the models by falling validation score and
     keeps one if the mean with it scores no worse: a choice that only an evaluation after every step can make.
-    This method gives the candidates of its first pass, sizes 1, 2, 3, ..; where one scores worse than the one before,
-    take the model that it added out of the recipe and go on.
+    `weightsmith.greedy_soup` makes it, in Python, with your function that scores merged tensors.
     """
 
     score: Each = number(0.0, "validation score of each model, higher is better", each=True)
