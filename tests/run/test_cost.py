@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,14 @@ def test_every_method_declares_its_cost(name: str) -> None:
     assert cost is not None
     assert cost > 0 or name == "keep"
     assert "per model" in cost_at_7b(describe(registered()[name]))
+
+
+def test_the_costs_are_those_of_the_published_table() -> None:
+    page = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text().split("## Cost of each method")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert {name for name, _ in rows} == registered().keys() - {"keep"}
+    for name, measured in rows:
+        assert registered()[name].traits.cost == pytest.approx(float(measured), rel=0.1, abs=0.6), name
 
 
 def test_costs_add_up_over_stages_and_experts() -> None:

@@ -34,7 +34,7 @@ class Fwsvd(
     otherwise="exact",
     symmetric=True,
     scratch=8.0,
-    cost=240.0,
+    cost=270.0,
     cubic=True,
     alone=True,
 ):

@@ -28,7 +28,7 @@ class Rmm(
     domain=(2, 2),
     otherwise="exact",
     scratch=8.0,
-    cost=98.0,
+    cost=85.0,
     cubic=True,
     factored=True,
     alone=True,

@@ -28,7 +28,7 @@ class Tsvc(
     otherwise="exact",
     symmetric=True,
     scratch=6.0,
-    cost=99.0,
+    cost=66.0,
     cubic=True,
     factored=True,
     alone=True,

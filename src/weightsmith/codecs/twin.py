@@ -33,7 +33,7 @@ class Twin(
     otherwise="exact",
     symmetric=True,
     scratch=7.0,
-    cost=110.0,
+    cost=88.0,
     cubic=True,
 ):
     """Store the merged task vector tau of the method in front once, and of each expert v_t = delta_t - tau compressed.

@@ -30,7 +30,7 @@ class IsoC(
     symmetric=True,
     keeps_expert=False,
     scratch=8.0,
-    cost=75.0,
+    cost=55.0,
     cubic=True,
     factored=True,
 ):

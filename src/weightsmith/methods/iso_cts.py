@@ -29,7 +29,7 @@ class IsoCts(
     symmetric=True,
     keeps_expert=False,
     scratch=10.0,
-    cost=370.0,
+    cost=300.0,
     cubic=True,
     factored=True,
 ):

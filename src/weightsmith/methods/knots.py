@@ -31,7 +31,7 @@ class Knots(
     symmetric=True,
     keeps_expert=False,
     scratch=10.0,
-    cost=210.0,
+    cost=120.0,
     cubic=True,
     factored=True,
     joint=True,

@@ -27,7 +27,7 @@ class Opcm(
     paper="OPCM (Tang et al., NeurIPS 2025), arXiv:2501.09522",
     grain=Grain.TENSOR,
     scratch=9.0,
-    cost=710.0,
+    cost=640.0,
     cubic=True,
 ):
     """Continual merging: project each new task vector away from the directions that the merged ones use most.

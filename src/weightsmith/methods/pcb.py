@@ -28,7 +28,7 @@ class Pcb(
     symmetric=True,
     keeps_expert=False,
     scratch=9.0,
-    cost=140.0,
+    cost=95.0,
 ):
     """Score every entry by its size and its agreement with the others, and average by the scores of the top share.
 

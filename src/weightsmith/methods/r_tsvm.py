@@ -31,7 +31,7 @@ class RTsvm(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=9.0,
-    cost=290.0,
+    cost=230.0,
     cubic=True,
 ):
     """tsvm for task vectors with heavy tails: a weight per task from its outliers, a rank from its sparsity.

@@ -33,7 +33,7 @@ class Regmean(
     otherwise="linear",
     symmetric=True,
     scratch=7.0,
-    cost=84.0,
+    cost=64.0,
     cubic=True,
 ):
     """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.

@@ -26,7 +26,7 @@ class Swudi(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=8.0,
-    cost=180.0,
+    cost=130.0,
     cubic=True,
 ):
     """WUDI's loss lowered by gradient flow for a time, in the leading directions only, in closed form.

@@ -27,7 +27,7 @@ class Tsvm(
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=10.0,
-    cost=230.0,
+    cost=250.0,
     cubic=True,
     factored=True,
 ):
