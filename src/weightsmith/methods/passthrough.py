@@ -23,7 +23,7 @@ class Passthrough(
     symmetric=True,
     max_count=1,
     scratch=0.5,
-    cost=1.0,
+    cost=3.0,
 ):
     """The model's own tensors, times `scale`: for models put together of slices or modules.
 

@@ -27,7 +27,7 @@ class WeightMatching(
     group="mlp",
     otherwise="linear",
     scratch=4.0,
-    cost=61.0,
+    cost=42.0,
     cubic=True,
 ):
     """Permute the hidden units of every MLP onto the reference's, then average.
