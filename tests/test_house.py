@@ -25,7 +25,7 @@ LAYERS = (
     ("io",),
     ("recipe",),
     ("run",),
-    ("observe", "report", "inspect", "plugins", "moe"),
+    ("observe", "report", "inspect", "plugins", "moe", "lora"),
     ("study",),
     ("cli",),
 )

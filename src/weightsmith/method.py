@@ -131,7 +131,7 @@ class Stage:
                 value = tuple(value)
                 object.__setattr__(self, spec.field, value)
             if text := spec.check(value):
-                problems.append(f"{self.traits.name}: {text}")
+                problems.append(f"{self.name}: {text}")
         if problems:
             raise RecipeError("; ".join(problems))
 

@@ -25,6 +25,7 @@ VERBS = (
     "observe",
     "compress",
     "restore",
+    "lora",
     "bench",
     "convert",
     "moe",

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from goldens import mergekit, tiny_llama
+from goldens import adapter_cases, mergekit, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.method import Pipeline, Stage, registry
@@ -31,7 +31,6 @@ NOT_YET: Mapping[str, str] = {
     "dct_adamw": "low-rank optimizers",
     "expert-merging composition": "learned coefficients",
     "fw-merging (hard)": "Frank-Wolfe merging",
-    "lora-tools": "LoRA merging",
     "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
     "ota": "optimization trajectories",
@@ -292,6 +291,10 @@ def moe_build(case: Case) -> State:
     return out | {"condition_numbers": torch.full((tiny_llama.LAYERS,), router.condition(made))}
 
 
+def lora_tools(case: Case) -> State:
+    return adapter_cases.outcome(case.seed, case.params)
+
+
 def mergekit_yaml(case: Case) -> State:
     """Every output tensor names its own call; tensors of equal calls are merged together."""
     config = mergekit.read(case.params["yaml"])
@@ -335,6 +338,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "swudi": spectral_wudi,
     "aswudi": spectral_wudi,
     "moe-build": moe_build,
+    "lora-tools": lora_tools,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

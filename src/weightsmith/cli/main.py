@@ -36,6 +36,7 @@ _VERBS = {
     "observe": "Collect statistics of a model on data, for methods that need them.",
     "compress": "Store several fine-tuned models in little more space than one.",
     "restore": "Get one model back out of a compressed folder.",
+    "lora": "Combine, average, resize or extract LoRA adapters.",
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
     "moe": "Build a mixture of experts of dense models.",

@@ -23,9 +23,10 @@ from weightsmith.io.small import read_json, short, word
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 
-__all__ = ["CONFIG", "Change", "open_weights", "read_changes", "read_config"]
+__all__ = ["CONFIG", "Change", "of_module", "open_weights", "plain_name", "read_changes", "read_config", "split_name"]
 
 CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PART = re.compile(
@@ -144,7 +145,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name."""
     return next((value for pattern, value in (patterns or {}).items() if _compiled(pattern).match(module)), default)
 
@@ -162,10 +163,9 @@ def read_changes(config: Mapping[str, Any], file: Source, base: Source, label: s
     modules: dict[str, dict[str, str]] = {}
     changes: dict[str, Change] = {}
     for stored in (*file.keys, *file.aliases):
-        name = stored.removeprefix("base_model.model.")
-        part = _PART.fullmatch(name)
+        part = split_name(stored)
         if part is None:
-            target = _plain_name(name)
+            target = plain_name(stored.removeprefix(_PREFIX))
             if target is not None:
                 key = _target(stored, target, base, label)
                 _same_shape(stored, file.key(stored).shape, key, base, label)
@@ -173,8 +173,8 @@ def read_changes(config: Mapping[str, Any], file: Source, base: Source, label: s
                 twin = changes.setdefault(target, Change(replacement=stored)).replacement or stored
                 _once(not np.array_equal(file.bits(twin), file.bits(stored)), stored, label)
             continue
-        kind = "bias" if part["leaf"] == ".bias" else _KINDS[part["part"]]
-        entry = modules.setdefault(part["module"], {})
+        module, kind = part
+        entry = modules.setdefault(module, {})
         _once(kind in entry, stored, label)
         entry[kind] = stored
     updates = [_low_rank(config, file, base, label, module, parts) for module, parts in modules.items()]
@@ -186,7 +186,15 @@ def read_changes(config: Mapping[str, Any], file: Source, base: Source, label: s
     return changes
 
 
-def _plain_name(name: str) -> str | None:
+def split_name(stored: str) -> tuple[str, str] | None:
+    """(module, 'A', 'B', 'magnitude' or 'bias') of a stored name, or None for a tensor kept in full."""
+    part = _PART.fullmatch(stored.removeprefix(_PREFIX))
+    if part is None:
+        return None
+    return part["module"], "bias" if part["leaf"] == ".bias" else _KINDS[part["part"]]
+
+
+def plain_name(name: str) -> str | None:
     """The base name of a tensor stored whole, or None for the untrained copy that peft keeps beside a trained one."""
     if ".original_module." in name:
         return None
@@ -267,7 +275,7 @@ def _low_rank(
         raise SourceError(
             f"{label}: {weight.name!r} in {base.label} is {weight.dtype} (quantised?); give the full model"
         )
-    rank = _of_module(config.get("rank_pattern"), module, config.get("r", 8))
+    rank = of_module(config.get("rank_pattern"), module, config.get("r", 8))
     if not a[0] == b[1] == rank:
         raise SourceError(f"{label}: {module!r} has rank {a[0]} in A and {b[1]} in B, but {CONFIG} says {rank}")
     found = _LowRank(module, parts, weight, rank, inputs=a[1], outputs=b[0])
@@ -317,7 +325,7 @@ def _add(
     flip: bool,
 ) -> None:
     """Enter one module's update into `changes`, on top of a replacement that may be there."""
-    alpha = _of_module(config.get("alpha_pattern"), update.module, config.get("lora_alpha", 8))
+    alpha = of_module(config.get("alpha_pattern"), update.module, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(update.rank) if config.get("use_rslora") else update.rank)
     parts, name = update.parts, update.weight.name
     before = changes.get(name, Change())

@@ -53,12 +53,14 @@ def model_card(
     citations: Sequence[Citation] = (),
     library_name: str = "transformers",
     version: str = "",
+    command: str = "weightsmith merge recipe.yaml OUT",
 ) -> str:
     """Return the text of README.md.
 
     method     what was done, in a sentence or two
     recipe     as given to `weightsmith merge`; folders outside the working folder are cut to their last name here
     licences   name -> licence, as `licences` returns them
+    command    what makes the same folder again from the recipe
     Only hub ids go into `base_model`: the hub refuses a card that names a local folder there.
     """
     known = licences or {}
@@ -78,7 +80,7 @@ def model_card(
         *_notes(known),
         f"## Recipe\n\n```yaml\n{_yaml(_public(recipe))}```\n",
         "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
-        "```\nweightsmith merge recipe.yaml OUT\n```\n\n"
+        f"```\n{command}\n```\n\n"
         "gives the same bytes; `weightsmith.json` holds the checksums of inputs and output.\n",
     ]
     if citations:

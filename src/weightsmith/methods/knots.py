@@ -77,14 +77,19 @@ class Knots(
         return select.digest(totals, round, summary, self._cuts, whole=True)
 
     def merge(self, site: Site) -> Tensor:
+        left, right = self.merged(site)
+        assert site.base is not None
+        return site.base + (left @ right).to(site.base.dtype)
+
+    def merged(self, site: Site) -> tuple[Tensor, Tensor]:
+        """The merged task vector as a product: left [rows, k], right [k, columns], float64; needs no base."""
         basis, coordinates = self._coordinates(site)
         if self.rounds:
             (kept,) = select.before(coordinates, site.summary)
             coordinates = torch.where(kept, coordinates, 0.0)
         votes = weigh(coordinates, site.spread(self.scaling))
-        merged = basis @ self._combined(coordinates, votes).to(basis.dtype)
-        assert site.base is not None
-        return site.base + (merged if self.shared == "left" else merged.T).to(site.base.dtype)
+        merged = self._combined(coordinates, votes).to(basis.dtype)
+        return (basis, merged) if self.shared == "left" else (merged.T, basis.T)
 
     def _coordinates(self, site: Site) -> tuple[Tensor, Tensor]:
         """U [m, k] in float64, and Z [n, k, columns] in the dtype of the task vectors."""

@@ -1,0 +1,144 @@
+"""What a fine-tune has changed, and which of it an adapter can hold, in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from weightsmith.errors import PlanError, SourceError
+from weightsmith.io.source import Source
+from weightsmith.keys import Key
+from weightsmith.lazy import torch
+
+__all__ = ["Changes", "find_changes"]
+
+_STEP = 1 << 22  # elements compared at once
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of each changed tensor.
+
+    low     module -> its weight, for matrices that become factors
+    saved   module -> its weight and bias, kept in full (modules_to_save)
+    biases  changed biases of modules in `low`
+    lost    changed tensors that an adapter cannot hold -> why
+    notes   what the user should know
+    """
+
+    low: Mapping[str, Key]
+    saved: Mapping[str, Sequence[Key]]
+    biases: Sequence[Key]
+    lost: Mapping[str, str]
+    notes: Sequence[str]
+
+    def without_whole(self) -> Changes:
+        """The factors alone; a note says what is left out."""
+        names = [*self.lost, *(key.name for keys in self.saved.values() for key in keys)]
+        names += [key.name for key in self.biases]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes = [f"left out although changed: {', '.join(names[:3])}{more}"] if names else []
+        return Changes(self.low, {}, (), {}, notes)
+
+    def refuse_lost(self) -> None:
+        """PlanError where something would be lost silently."""
+        if self.lost:
+            name, why = next(iter(self.lost.items()))
+            more = f" (and {len(self.lost) - 1} more)" if len(self.lost) > 1 else ""
+            raise PlanError([f"{name} changed, but an adapter cannot hold it: {why}{more}; --skip leaves it out"])
+
+
+def find_changes(
+    tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str], embeddings: bool
+) -> Changes:
+    """Compare two models, tensor by tensor.  `embeddings`: those become factors too, if they are not longer now.
+
+    Raises SourceError where `origin` is not what `tuned` was made from.
+    """
+    fates = {key.name: _fate(key, tuned, origin, embeddings) for key in _changed(tuned, origin, include, exclude)}
+    notes = [note for _, note in fates.values() if note]
+    gone = [name for name in origin.keys if name not in tuned.keys and name not in tuned.aliases]
+    if gone:
+        notes.append(f"{len(gone)} tensors of {origin.label} are not in {tuned.label} ({gone[0]}, ...)")
+
+    def having(fate: str) -> Iterator[tuple[str, Key]]:
+        return ((name.rpartition(".")[0], tuned.keys[name]) for name, (found, _) in fates.items() if found == fate)
+
+    full = dict.fromkeys(module for module, _ in having("saved"))
+    return Changes(
+        low={module: key for module, key in having("low") if module not in full},
+        saved={module: [tuned.keys[n] for n in _parts(module) if n in tuned.keys] for module in full},
+        biases=[key for module, key in having("bias") if module not in full],
+        lost={key.name: _unfit(key) for _, key in having("lost")},
+        notes=notes,
+    )
+
+
+def _parts(module: str) -> tuple[str, str]:
+    return f"{module}.weight", f"{module}.bias"
+
+
+def _changed(tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Key]:
+    for key in tuned.keys.values():
+        wanted = (not include or _matches(key.name, include)) and not _matches(key.name, exclude)
+        if wanted and not _equal(tuned, origin, key):
+            yield key
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _equal(tuned: Source, origin: Source, key: Key) -> bool:
+    """Whether a tensor did not change; compared by rows, so that no two full copies are held."""
+    name = origin.aliases.get(key.name, key.name)
+    other = origin.keys.get(name)
+    if other is None or other.shape != key.shape:
+        return False
+    stored = other.dtype == key.dtype and not tuned.computes(key.name) and not origin.computes(name)
+    step = max(1, _STEP // max(key.row_numel, 1))
+    for start in range(0, key.rows, step):
+        if stored:
+            same = np.array_equal(tuned.bits(key.name, start, start + step), origin.bits(name, start, start + step))
+        else:
+            one, two = (s.read(key.name, start, start + step) for s in (tuned, origin))
+            same = torch.equal(one.double(), two.double())
+        if not same:
+            return False
+    return True
+
+
+def _unfit(key: Key) -> str:
+    """Why no adapter can hold a tensor, or ''."""
+    module, _, leaf = key.name.rpartition(".")
+    if not key.floating:
+        return f"its dtype is {key.dtype}"
+    return "" if module and leaf in ("weight", "bias") else "it is no weight or bias of a module"
+
+
+def _fate(key: Key, tuned: Source, origin: Source, embeddings: bool) -> tuple[str, str]:
+    """What becomes of a changed tensor (low, saved, bias, lost), and a note or ''."""
+    known = origin.keys.get(origin.aliases.get(key.name, key.name))
+    if _unfit(key):
+        return "lost", ""
+    if known is None:
+        return "saved", f"{key.name} is not in {origin.label}: kept in full"
+    if known.shape != key.shape:
+        if key.role not in ("embed", "head") or known.shape[1:] != key.shape[1:]:
+            raise SourceError(
+                f"{key.name} is {list(key.shape)} in {tuned.label}, but {list(known.shape)} in {origin.label}; "
+                "is this its base?"
+            )
+        return "saved", (
+            f"{key.name} has {key.shape[0]} rows, the base {known.shape[0]}: kept in full; resize the base's "
+            f"embeddings to {key.shape[0]} rows before you load the adapter"
+        )
+    module, _, leaf = key.name.rpartition(".")
+    weight = tuned.keys.get(f"{module}.weight")
+    matrix = weight is not None and len(weight.shape) == 2 and (embeddings or weight.role != "embed")
+    if not matrix:
+        return "saved", ""
+    return ("low" if leaf == "weight" else "bias"), ""

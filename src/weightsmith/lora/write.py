@@ -1,0 +1,252 @@
+"""Writing an adapter.  Its ranks are known only when all modules are done, so until then factors wait on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from weightsmith import __version__
+from weightsmith.errors import NumericError, PlanError
+from weightsmith.io import system
+from weightsmith.io.adapter import CONFIG
+from weightsmith.io.card import CardModel, licences, model_card
+from weightsmith.io.disk import write_file, writing
+from weightsmith.io.lora import keys_of
+from weightsmith.io.manifest import build_manifest, write_manifest
+from weightsmith.io.output import FolderSink, absolute, check_output
+from weightsmith.io.source import bits_to_tensor
+from weightsmith.keys import Key
+from weightsmith.lazy import torch
+from weightsmith.ops.lowrank import Factors, distance, size
+from weightsmith.run.numeric import encode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Description", "ModuleReport", "Writer", "Written"]
+
+_ONE_FILE = 1 << 62  # bytes: peft reads no shards
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module of the result.
+
+    energy  share of the squared singular values that the rank keeps (1: nothing was cut)
+    error   |what was to be stored - what is stored| / |what was to be stored|, Frobenius, rounding included
+    """
+
+    name: str
+    rank: int
+    energy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished adapter: where, its modules, what the user should look at, and the bytes of its tensors."""
+
+    out: Path
+    seconds: float
+    nbytes: int
+    modules: tuple[ModuleReport, ...]
+    saved: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return max((module.rank for module in self.modules), default=0)
+
+    @property
+    def worst(self) -> float:
+        """The largest error of a module."""
+        return max((module.error for module in self.modules), default=0.0)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What goes into weightsmith.json and README.md beside the tensors.
+
+    made     plain values: what was asked for
+    inputs   name -> fingerprint
+    folders  name -> folder, whose README.md states a licence
+    how      how the factors were made, in words
+    command  what makes the same folder again
+    """
+
+    made: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    folders: Mapping[str, Path | None]
+    how: str
+    command: str
+    base: str | None = None
+
+
+class Writer:
+    """Collects an adapter's tensors in an unnamed file beside `out`, then writes the folder at once.
+
+    The folder appears complete or not at all.  Raises PlanError before any work where `out` cannot be written.
+    """
+
+    def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+        self.out = absolute(out)
+        if problems := check_output(self.out, inputs, overwrite, True, 0):
+            raise PlanError(problems)
+        self._overwrite = overwrite
+        self._began = time.perf_counter()
+        self._keys: list[Key] = []
+        self._places: list[int] = []
+        self._made_by: dict[str, str] = {}
+        self._reports: list[ModuleReport] = []
+        ground = next(folder for folder in self.out.parents if folder.is_dir())
+        with writing(ground):
+            self._spool: IO[bytes] = system.call(tempfile.TemporaryFile, dir=ground)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {report.name: report.rank for report in self._reports}
+
+    def add(
+        self,
+        module: str,
+        found: Factors,
+        wanted: Factors | Tensor,
+        *,
+        dtype: str,
+        energy: float = 1.0,
+        how: str = "",
+        embedding: bool = False,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    ) -> ModuleReport:
+        """Store a module's factors, and measure how well they stand for the matrix `wanted`.
+
+        shapes  what follows [outputs, r] in B and [r, inputs] in A: the kernel's axes of a convolution
+        """
+        b_rest, a_rest = shapes
+        b_shape, a_shape = (found.b.shape[0], found.rank, *b_rest), (found.rank, *(a_rest or (found.a.shape[1],)))
+        stored = []
+        for key, value in zip(keys_of(module, b_shape, a_shape, dtype, embedding), found, strict=True):
+            if not bool(torch.isfinite(value).all()):
+                raise NumericError(f"{module}: the result holds NaN or Inf; look at the adapters' values and weights")
+            bits = self._put(key, encode(value.reshape(key.shape), key, 0), how)
+            stored.append(bits_to_tensor(bits, dtype).reshape(value.shape))
+        report = ModuleReport(module, found.rank, energy, _error(Factors(*stored), wanted))
+        self._reports.append(report)
+        return report
+
+    def add_whole(self, name: str, value: Tensor, dtype: str, how: str) -> None:
+        """Store a tensor in full, under the name that peft gives it."""
+        key = Key(f"base_model.model.{name}", tuple(value.shape), dtype)
+        self._put(key, encode(value, key, 0), how)
+
+    def _put(self, key: Key, bits: np.ndarray, how: str) -> np.ndarray:
+        with writing(self.out):
+            self._places.append(self._spool.seek(0, os.SEEK_END))
+            system.call(self._spool.write, np.ascontiguousarray(bits).tobytes())
+        self._keys.append(key)
+        self._made_by[key.name] = how
+        return bits
+
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        about: Description,
+        *,
+        saved: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+    ) -> Written:
+        """Write the folder: weights, configuration, model card, weightsmith.json."""
+        identity = {"recipe": about.made, "inputs": about.inputs, "version": __version__}
+        sink = FolderSink(
+            self.out,
+            shard_size=_ONE_FILE,
+            identity=identity,
+            resume=True,  # what an interrupted run of the same request has left is done anew
+            overwrite=self._overwrite,
+            weight_name="adapter_model",
+        )
+        sink.begin(self._keys)
+        records = []
+        try:
+            for key, place in zip(self._keys, self._places, strict=True):
+                self._spool.seek(place)
+                raw = system.call(self._spool.read, key.nbytes)
+                sink.write(
+                    key.name, 0, np.frombuffer(raw, f"u{key.nbytes // max(key.numel, 1) or 1}").reshape(key.shape)
+                )
+                records.append({"parts": [[key.name, 0, key.rows, xxhash.xxh3_128_hexdigest(raw)]]})
+        except BaseException:
+            sink.abort()
+            raise
+        sink.finish(partial(self._package, config=config, about=about, records=records))
+        return Written(
+            out=self.out,
+            seconds=time.perf_counter() - self._began,
+            nbytes=sum(key.nbytes for key in self._keys),
+            modules=tuple(self._reports),
+            saved=tuple(saved),
+            warnings=tuple(warnings),
+            weights=weights or {},
+        )
+
+    def _package(
+        self, folder: Path, config: Mapping[str, Any], about: Description, records: Sequence[Mapping[str, Any]]
+    ) -> list[Path]:
+        stated = licences(about.folders)
+        paths = [write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")]
+        card = model_card(
+            title=self.out.name,
+            models=[CardModel(name) for name in about.folders if name != "base"],
+            method=about.how,
+            recipe=about.made,
+            base=None if about.base is None else CardModel("base", _hub_id(about.base)),
+            licences=stated,
+            library_name="peft",
+            version=__version__,
+            command=about.command,
+        )
+        paths.append(write_file(folder / "README.md", card))
+        manifest = build_manifest(
+            folder,
+            recipe=about.made,
+            inputs=about.inputs,
+            keys=self._keys,
+            records=records,
+            made_by=self._made_by,
+            licences=stated,
+            kind="adapter",
+        )
+        modules = {report.name: asdict(report) for report in self._reports}
+        return [*paths, write_manifest(folder, {**manifest, "modules": modules})]
+
+
+def _error(stored: Factors, wanted: Factors | Tensor) -> float:
+    if isinstance(wanted, Factors):
+        whole = size(wanted)
+        return distance(stored, wanted) / whole if whole else 0.0
+    missed = wanted - Factors(stored.b.float(), stored.a.float()).product
+    whole = float(torch.linalg.vector_norm(wanted, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(missed, dtype=torch.float64)) / whole if whole else 0.0
+
+
+def _hub_id(name: str) -> str | None:
+    local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    return None if local else name
