@@ -166,7 +166,7 @@ def read_changes(config: Mapping[str, Any], file: Source, base: Source, label: s
         part = split_name(stored)
         if part is None:
             target = plain_name(stored.removeprefix(_PREFIX))
-            if target is not None:
+            if target is not None and not _tied_copy(stored, target, file, base):
                 key = _target(stored, target, base, label)
                 _same_shape(stored, file.key(stored).shape, key, base, label)
                 # With bias="all" peft stores the bias of a saved module twice, plain and under its wrapper's name.
@@ -201,6 +201,20 @@ def plain_name(name: str) -> str | None:
     # As saved the wrapper's name is gone; a raw state dict has `.modules_to_save.<adapter>.` in it.
     name = re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", name)
     return name.replace(".base_layer.", ".")
+
+
+def _tied_copy(stored: str, target: str, file: Source, base: Source) -> bool:
+    """Whether this is the second copy of a tensor that the base ties, and does not store under this name.
+
+    peft keeps both where a saved embedding is the output layer as well; where they are equal one stands for both.
+    """
+    if target in base.keys:
+        return False
+    name_of = {other: plain_name(other.removeprefix(_PREFIX)) for other in file.keys if split_name(other) is None}
+    tied_to = base.aliases.get(target)
+    twins = [other for other, name in name_of.items() if name in base.keys and tied_to in (None, name)]
+    shape = file.key(stored).shape
+    return any(file.key(t).shape == shape and np.array_equal(file.bits(t), file.bits(stored)) for t in twins)
 
 
 def _once(repeated: bool, stored: str, label: str) -> None:

@@ -25,7 +25,7 @@ from weightsmith.ops.lowrank import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TARGETING", "Adapter", "Module", "config_of", "keys_of", "stored_name"]
+__all__ = ["PREFIX", "TARGETING", "Adapter", "Module", "config_of", "keys_of", "stored_name"]
 
 PREFIX = "base_model.model."
 _TAKEN = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "revision",

@@ -5,12 +5,12 @@ Per matrix T = W_tuned - W_base in float32, T = U S V^T; B = U_r sqrt(S_r), A = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import NumericError, PlanError, RecipeError
-from weightsmith.io.lora import config_of
+from weightsmith.io.lora import PREFIX, config_of
 from weightsmith.io.open import open_source
 from weightsmith.io.small import read_json
 from weightsmith.io.source import Source
@@ -29,6 +29,8 @@ __all__ = ["check_rank", "extract"]
 _TASKS = (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"),
           ("ForTokenClassification", "TOKEN_CLS"), ("ForQuestionAnswering", "QUESTION_ANS"),
           ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))  # fmt: skip
+HEAD = "lm_head"
+"""The output layer of every causal language model in transformers whose weight may be tied to the embedding's."""
 _CONFIG_LIMIT = 10_000_000
 
 
@@ -77,6 +79,9 @@ def extract(
     if not (chosen.low or chosen.saved or chosen.biases):
         raise PlanError([f"{tuned.label} and {origin.label} differ in nothing that an adapter could hold"])
     notes = list(chosen.notes)
+    facts = _facts(origin)
+    tied = _tied(facts, origin)
+    head = _tied_head(chosen, facts) if tied else None
     flip = _flipped(chosen, origin) if fan_in_fan_out is None else fan_in_fan_out
     cap = rank if rank is not None else max_rank
     with Writer(Path(out), (*tuned.places(), *origin.places()), overwrite=overwrite) as writer:
@@ -102,14 +107,17 @@ def extract(
                 progress(done + 1, len(chosen.low))
         for key in (*(k for keys in chosen.saved.values() for k in keys), *chosen.biases):
             writer.add_whole(_peft_name(key, chosen), tuned.read(key.name), key.dtype, f"copied from {tuned.label}")
-        facts = _facts(origin)
+        saved = [*chosen.saved]
+        if head is not None:
+            saved.append(HEAD)
+            writer.add_whole(f"{PREFIX}{HEAD}.weight", tuned.read(head.name), head.dtype, f"tied to {head.name}")
         place = _place(base, origin)
         like = {
             "base_model_name_or_path": place,
             "bias": "all" if chosen.biases else "none",
             "fan_in_fan_out": flip,
             "task_type": _task(facts),
-            **({"ensure_weight_tying": True} if _tied(facts, origin) and _embeds(writer.ranks, chosen.saved) else {}),
+            **({"ensure_weight_tying": True} if tied and any(k.role == "embed" for k in chosen.low.values()) else {}),
         }
         made_of = {
             "model": tuned.label, "base": origin.label, "rank": rank, "energy": energy, "max_rank": max_rank,
@@ -124,9 +132,7 @@ def extract(
             command="weightsmith lora extract MODEL --base BASE OUT",
             base=place,
         )
-        return writer.finish(
-            config_of(writer.ranks, like, saved=chosen.saved), about, saved=tuple(chosen.saved), warnings=notes
-        )
+        return writer.finish(config_of(writer.ranks, like, saved=saved), about, saved=tuple(saved), warnings=notes)
 
 
 def check_rank(rank: int | None, energy: float | None, max_rank: int) -> None:
@@ -190,7 +196,7 @@ def _widest(chosen: Changes, tuned: Source, origin: Source, cap: int, energy: fl
 def _peft_name(key: Key, chosen: Changes) -> str:
     """A bias of an adapted module lies beneath peft's wrapper."""
     module, _, leaf = key.name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if leaf == "bias" and module in chosen.low else key.name
+    return PREFIX + (f"{module}.base_layer.{leaf}" if leaf == "bias" and module in chosen.low else key.name)
 
 
 def _facts(origin: Source) -> Mapping[str, Any]:
@@ -209,8 +215,19 @@ def _tied(facts: Mapping[str, Any], origin: Source) -> bool:
     return bool(facts.get("tie_word_embeddings")) or any("head" in alias for alias in origin.aliases)
 
 
-def _embeds(ranks: Iterable[str], saved: Iterable[str]) -> bool:
-    return any(Key(f"{module}.weight", (), "float32").role in ("embed", "head") for module in (*ranks, *saved))
+def _tied_head(chosen: Changes, facts: Mapping[str, Any]) -> Key | None:
+    """The embedding, kept in full, that the output layer shares: peft unties what it wraps, so that one is kept too."""
+    embeds = [key for keys in chosen.saved.values() for key in keys if key.role == "embed" and len(key.shape) == 2]
+    if not embeds or HEAD in chosen.saved:
+        return None
+    task = _task(facts)
+    largest = max(embeds, key=lambda key: key.shape[0])  # position embeddings are not tied
+    if task == "SEQ_2_SEQ_LM":
+        raise PlanError([
+            f"{largest.name} changed and is shared by several layers, which an adapter would untie; leave it out with "
+            f"--exclude {largest.name}"
+        ])  # fmt: skip
+    return largest if task == "CAUSAL_LM" else None
 
 
 def _place(base: str | Path | Source, origin: Source) -> str | None:

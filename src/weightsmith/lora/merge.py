@@ -102,7 +102,8 @@ def run(
                 progress(done + 1, len(modules))
         whole, more = _whole(adapters, weights, method)
         for name, (value, how) in whole.items():
-            writer.add_whole(name, value, recipe.output.dtype or str(value.dtype).removeprefix("torch."), how)
+            stored = next(adapter.whole[name] for adapter in adapters.values() if name in adapter.whole)
+            writer.add_whole(stored, value, recipe.output.dtype or str(value.dtype).removeprefix("torch."), how)
         config = _config(recipe, adapters, writer.ranks, method, _limit(adapters, method))
         about = Description(
             made=recipe.model_dump(mode="json", exclude_defaults=True),

@@ -48,9 +48,9 @@ def resize(
                 embedding=module.embedding,
                 shapes=(module.b_shape[2:], module.a_shape[1:]),
             )
-        for target in found.whole:
+        for target, stored in found.whole.items():
             value = found.tensor(target)
-            writer.add_whole(target, value, str(value.dtype).removeprefix("torch."), "copied")
+            writer.add_whole(stored, value, str(value.dtype).removeprefix("torch."), "copied")
         config = config_of(
             writer.ranks,
             found.config,

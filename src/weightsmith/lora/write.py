@@ -153,7 +153,7 @@ class Writer:
 
     def add_whole(self, name: str, value: Tensor, dtype: str, how: str) -> None:
         """Store a tensor in full, under the name that peft gives it."""
-        key = Key(f"base_model.model.{name}", tuple(value.shape), dtype)
+        key = Key(name, tuple(value.shape), dtype)
         self._put(key, encode(value, key, 0), how)
 
     def _put(self, key: Key, bits: np.ndarray, how: str) -> np.ndarray:
