@@ -81,7 +81,7 @@ def extract(
     notes = list(chosen.notes)
     facts = _facts(origin)
     tied = _tied(facts, origin)
-    head = _tied_head(chosen, facts) if tied else None
+    head = _tied_head(chosen, _facts(tuned) or facts) if tied else None
     flip = _flipped(chosen, origin) if fan_in_fan_out is None else fan_in_fan_out
     cap = rank if rank is not None else max_rank
     with Writer(Path(out), (*tuned.places(), *origin.places()), overwrite=overwrite) as writer:
@@ -221,13 +221,14 @@ def _tied_head(chosen: Changes, facts: Mapping[str, Any]) -> Key | None:
     if not embeds or HEAD in chosen.saved:
         return None
     task = _task(facts)
-    largest = max(embeds, key=lambda key: key.shape[0])  # position embeddings are not tied
+    tokens = [key for key in embeds if key.shape[0] == facts.get("vocab_size")]  # positions are embedded too
+    shared = max(tokens or embeds, key=lambda key: key.shape[0])
     if task == "SEQ_2_SEQ_LM":
         raise PlanError([
-            f"{largest.name} changed and is shared by several layers, which an adapter would untie; leave it out with "
-            f"--exclude {largest.name}"
+            f"{shared.name} changed and is shared by several layers, which an adapter would untie; leave it out with "
+            f"--exclude {shared.name}"
         ])  # fmt: skip
-    return largest if task == "CAUSAL_LM" else None
+    return shared if task == "CAUSAL_LM" else None
 
 
 def _place(base: str | Path | Source, origin: Source) -> str | None:
