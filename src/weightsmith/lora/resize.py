@@ -8,7 +8,7 @@ from weightsmith.errors import RecipeError
 from weightsmith.io.lora import Adapter, config_of
 from weightsmith.lora.extract import check_rank
 from weightsmith.lora.write import Description, Writer, Written
-from weightsmith.ops.lowrank import Factors, rank_for, split, svd_of_factors
+from weightsmith.ops.lowrank import Factors, rank_for, split, svd_of_factors, widened
 
 __all__ = ["resize"]
 
@@ -36,11 +36,11 @@ def resize(
             wanted = Factors(b * module.scale, a)
             cut = svd_of_factors(wanted)
             square = float(cut.s.square().sum())
-            count = max(rank_for(cut.s, square, rank=rank, energy=energy), 1)
+            count = rank_for(cut.s, square, rank=rank, energy=energy)
             kept = min(float(cut.s[:count].square().sum()) / square, 1.0) if square else 1.0
             writer.add(
                 name,
-                split(cut, count, even=True) if square else Factors(b[:, :1] * 0, a[:1] * 0),
+                widened(split(cut, count, even=True), max(count, 1)),
                 wanted,
                 dtype=dtype or found.file.key(module.a).dtype,
                 energy=kept,

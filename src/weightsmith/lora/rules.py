@@ -36,6 +36,7 @@ from weightsmith.ops.lowrank import (
     split,
     stacked,
     svd_of_factors,
+    widened,
 )
 from weightsmith.ops.spectral import Svd, top_svd
 from weightsmith.site import Site
@@ -170,6 +171,7 @@ class Combine(Stage):
         square = float(total.square().sum())
         rank = rank_for(found.s, square, rank=limit if self.rank == "auto" else self.rank)
         kept = split(found, rank, even=False)
+        kept = widened(kept, max(kept.rank, 1))  # where adapters cancel: a module needs a rank
         if self.clamp != "none":
             kept = clamped(kept, self.clamp)
         return Made(kept, wanted, _share(found.s[:rank], square))

@@ -37,8 +37,10 @@ __all__ = [
 ]
 
 VOTES = ("total", "frequency", "weighted")
-_EXACT = 1e-12
-"""Relative singular values up to which a product of float32 factors, computed in float64, holds rounding only."""
+_ROUNDING = 1e-13
+"""Singular values of b a, relative to |b| |a|, up to which float64 arithmetic leaves rounding only."""
+_SLACK = 1e-12
+"""Relative error of a sum of squares: a share that is missed by this is reached."""
 
 
 class Factors(NamedTuple):
@@ -64,8 +66,14 @@ def stacked(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def svd_of_factors(found: Factors) -> Svd:
-    """All singular triplets of b a from the QR of both and an SVD of their core: O((m + n) r^2), float64."""
-    return signed(qr_core(found.b, found.a.T, cutoff=_EXACT))
+    """All singular triplets of b a from the QR of both and an SVD of their core: O((m + n) r^2), float64.
+
+    What is rounding only, measured against the factors (they may cancel), is left out.
+    """
+    cut = qr_core(found.b, found.a.T)
+    noise = _ROUNDING * float(found.b.double().norm()) * float(found.a.double().norm())
+    rank = int((cut.s > noise).sum())
+    return signed(Svd(cut.u[:, :rank], cut.s[:rank], cut.v[:, :rank]))
 
 
 def signed(found: Svd) -> Svd:
@@ -89,7 +97,7 @@ def rank_for(
     """
     count = int((s > floor).sum())
     if energy is not None and count:
-        reached = s.square().cumsum(0) >= energy * square * (1 - _EXACT)
+        reached = s.square().cumsum(0) >= energy * square * (1 - _SLACK)
         count = min(count, int(reached.int().argmax()) + 1 if bool(reached.any()) else count)
     return count if rank is None else min(count, rank)
 
