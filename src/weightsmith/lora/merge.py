@@ -14,10 +14,11 @@ from weightsmith.io.lora import TARGETING, Adapter, config_of
 from weightsmith.io.trainer import logged, step_of
 from weightsmith.keys import DTYPES, Key
 from weightsmith.lazy import torch
-from weightsmith.lora.recipe import AdapterRecipe, method_of
+from weightsmith.lora.recipe import AdapterRecipe, built, method_of
 from weightsmith.lora.rules import Averaged, Combine, Made, Part, SharedBasis
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.recipe.reader import Document
 from weightsmith.run.execute import fold
 from weightsmith.site import Site
 
@@ -53,15 +54,15 @@ def merge(
 
     Raises RecipeError, SourceError or PlanError, one line per problem, before anything is written.
     """
-    recipe = AdapterRecipe.model_validate({
+    tree = {
         "models": {name: str(path) for name, path in models.items()},
         "method": {"name": method},
         "parameters": {name: list(v) if isinstance(v, tuple) else v for name, v in parameters.items()},
         "base": base,
         "output": {"dtype": dtype},
         "seed": seed,
-    })  # fmt: skip
-    return run(recipe, out, force=force, overwrite=overwrite)
+    }
+    return run(built(Document("lora.merge", tree), tree), out, force=force, overwrite=overwrite)
 
 
 def run(

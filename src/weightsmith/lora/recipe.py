@@ -29,7 +29,7 @@ from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
 from weightsmith.recipe.schema import StageSpec
 
-__all__ = ["AdapterRecipe", "AdapterRef", "load", "loads", "method_of"]
+__all__ = ["AdapterRecipe", "AdapterRef", "built", "load", "loads", "method_of"]
 
 
 class _Frozen(BaseModel):
@@ -100,7 +100,7 @@ def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folde
     tree = document.tree
     if not isinstance(tree, dict):
         raise RecipeError(f"{document.at(())}: a recipe is a mapping with models and method")
-    return _built(document, _located(tree, folder))
+    return built(document, _located(tree, folder))
 
 
 def _located(tree: dict[str, Any], folder: Path | None) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def _located(tree: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     return {**tree, "models": {name: one(ref) for name, ref in models.items()}}
 
 
-def _built(document: Document, tree: Mapping[str, Any]) -> AdapterRecipe:
+def built(document: Document, tree: Mapping[str, Any]) -> AdapterRecipe:
+    """The recipe that a tree of plain values says; RecipeError with the document's lines for what is wrong."""
     try:
         recipe = AdapterRecipe.model_validate({key: value for key, value in tree.items() if value is not None})
     except ValidationError as error:
@@ -160,6 +161,8 @@ def method_of(recipe: AdapterRecipe) -> Combine | SharedBasis | Averaged:
             if key not in specs:
                 raise RecipeError(f"{name} has no parameter {key!r}{did_you_mean(key, specs)}")
             given[key] = _by_name(value, specs[key], names) if isinstance(value, Mapping) else value
+            if isinstance(value, (list, tuple)) and len(value) != len(names):
+                raise RecipeError(f"{name}: {key} has {len(value)} values for {len(names)} adapters")
     own = {model: ref.parameters for model, ref in recipe.models.items()}
     for key in dict.fromkeys(key for parameters in own.values() for key in parameters):
         if key not in specs or not specs[key].each:
@@ -169,9 +172,6 @@ def method_of(recipe: AdapterRecipe) -> Combine | SharedBasis | Averaged:
         usual = given.get(key, specs[key].default)
         spread = usual if isinstance(usual, (list, tuple)) else [usual] * len(names)
         given[key] = [own[model].get(key, spread[i]) for i, model in enumerate(names)]
-    for key, value in given.items():
-        if isinstance(value, (list, tuple)) and len(value) != len(names):
-            raise RecipeError(f"{name}: {key} has {len(value)} values for {len(names)} adapters")
     method = METHODS[name](**{specs[key].field: value for key, value in given.items()})
     said = method.check(len(names), False)
     if said:

@@ -58,6 +58,8 @@ def rerun(
     Returns what differs, a line each: inputs that have changed or are gone, tensors that come out otherwise.
     """
     manifest = read_manifest(out)
+    if manifest["kind"] == "adapter":
+        raise OutputError(f"{out} was made by weightsmith lora; run that again into another folder to compare")
     try:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
