@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import weightsmith
-from weightsmith import errors, method, site
+from weightsmith import errors, lora, method, site
 from weightsmith.cli import main as cli
 from weightsmith.cli.methods import cost_at_7b, describe
 from weightsmith.keys import DTYPES, ROLES, role_of
@@ -255,12 +255,17 @@ def _names(names: Iterable[str]) -> str:
 # --- command line ----------------------------------------------------------------------------------
 
 
+_WORDS_OF = {"lora": ("merge", "extract", "average", "resize")}
+
+
 def _cli_page() -> str:
     doc = inspect.cleandoc(cli.__doc__ or "")
     codes = next(line for line in doc.splitlines() if line.startswith("Exit codes"))
     lines = ["# Command line", "", codes, "", "```text", _help(), "```"]
     for verb in cli._VERBS:
         lines += ["", f"## weightsmith {verb}", "", "```text", _help(verb), "```"]
+        for word in _WORDS_OF.get(verb, ()):
+            lines += ["", f"### weightsmith {verb} {word}", "", "```text", _help(verb, word), "```"]
     return "\n".join(lines)
 
 
@@ -318,6 +323,14 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
     "Compressing": [
         ("weightsmith.run.compress.compress", compress),
         ("weightsmith.run.compress.restore", restore),
+    ],
+    "Adapters": [
+        ("weightsmith.lora.merge", lora.merge),
+        ("weightsmith.lora.extract", lora.extract),
+        ("weightsmith.lora.average", lora.average),
+        ("weightsmith.lora.resize", lora.resize),
+        ("weightsmith.lora.Written", lora.Written),
+        ("weightsmith.lora.ModuleReport", lora.ModuleReport),
     ],
     "Methods as values": [
         ("weightsmith.Pipeline", method.Pipeline),

@@ -5,6 +5,7 @@
     ```yaml                   is a recipe whose plan has no problems
     ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
     ```yaml moe file=NAME     the same, for a mixture of experts
+    ```yaml adapters file=NAME  is a recipe of adapters that loads
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
     ```text output            is what the block before has printed; '...' stands for anything
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightsmith import lora
 from weightsmith.cli.main import main
 from weightsmith.method import Codec, registry
 from weightsmith.moe.recipe import load as load_moe
@@ -84,7 +86,7 @@ class Page:
             return "directive"
         if "norun" in block.words:
             return "not run"
-        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|file=\S+|exit=\d+", w)]
+        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|adapters|file=\S+|exit=\d+", w)]
         assert not unknown, f"unknown words {unknown}"
         if (name := block.option("file")) is not None:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,10 @@ class Page:
                 load_moe(name)
                 return "recipe"
             case "yaml":
-                _checked(block.text, name)
+                if "adapters" in block.words:
+                    lora.load(name or "")
+                else:
+                    _checked(block.text, name)
                 return "recipe"
             case "python":
                 assert name is not None
