@@ -112,12 +112,13 @@ def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipelin
 def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:
     """The same for experts whose task vectors stay products, of these ranks: there is no stack.
 
-    The base and the result, in between in float64, or before that, where the method has them (`Traits.joint`), the
-    coordinates of every expert in the space of all; and the factors side by side and what they are decomposed into.
+    The base and the result, in between in float64; the factors side by side and what they are decomposed into; and
+    where the method has them (`Traits.joint`) the coordinates of every expert in the space of all.
     """
     width, joint = 8 if key.dtype == "float64" else 4, sum(ranks)
     made = 6 * key.numel
     decomposed = 4 * joint * (key.rows + key.row_numel)
-    held = pipeline is not None and any(stage.traits.joint for stage in pipeline.stages)
-    coordinates = 5 * len(ranks) * joint * max(key.rows, key.row_numel) // 2 if held else 0
-    return (max(made, coordinates) + decomposed) * width
+    holding = [stage for stage in pipeline.stages if stage.traits.joint] if pipeline is not None else []
+    copies = 5 if any(stage.rounds for stage in holding) else 3 if holding else 0  # halves; measuring them takes more
+    coordinates = copies * len(ranks) * joint * max(key.rows, key.row_numel) // 2
+    return (made + decomposed + coordinates) * width
