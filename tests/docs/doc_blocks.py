@@ -99,11 +99,12 @@ class Page:
                 assert name is not None
                 load_moe(name)
                 return "recipe"
+            case "yaml" if "adapters" in block.words:
+                assert name is not None
+                lora.load(name)
+                return "recipe"
             case "yaml":
-                if "adapters" in block.words:
-                    lora.load(name or "")
-                else:
-                    _checked(block.text, name)
+                _checked(block.text, name)
                 return "recipe"
             case "python":
                 assert name is not None
