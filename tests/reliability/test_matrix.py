@@ -35,7 +35,10 @@ from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
 CODECS = sorted(name for name, cls in registered().items() if issubclass(cls, Codec))
 COUNT = {"slerp": 1}
-BARE: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "rmm": {"rank": 2, "level": "tensor"}}
+BARE: dict[str, dict[str, Any]] = {
+    **{"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "rmm": {"rank": 2, "level": "tensor"}},
+    "mwa": {"value": 0.5},
+}
 
 
 def small(arrays: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from weightsmith.run.plan import make_plan
 from weightsmith.run.runner import SerialRunner, ThreadRunner
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
-BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
+BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 0.5}}
 
 
 def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
