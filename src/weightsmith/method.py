@@ -178,6 +178,13 @@ class Stage:
         """Turn the totals of one round into what the next round, and `merge`, read as `site.summary`."""
         return {**summary, **totals}
 
+    def question(self, round: int) -> Any:
+        """What a measuring pass depends on besides the site; stages with equal answers measure the same.
+
+        The variants of a sweep share such passes.  Default: all parameters.
+        """
+        return self, round
+
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
         """True if this measuring pass would find nothing on `key`, so that the engine need not read for it.
 

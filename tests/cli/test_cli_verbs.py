@@ -80,7 +80,7 @@ def test_merge_passes_its_options_on(
     assert target == out
     assert engine.named == {
         "memory": 4_000_000_000, "threads": 3, "device": "cuda:1", "resume": True, "overwrite": True, "progress": None,
-        "files": [recipe], "fingerprint": "quick",
+        "files": [recipe], "fingerprint": "quick", "ray": None,
     }  # fmt: skip
     shown = capsys.readouterr()
     assert shown.err == "warning: look at this\n"

@@ -319,7 +319,7 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(recipe(there), there / "whole", threads=1)
     from weightsmith.run import execute
 
-    real, calls = execute._site, []
+    real, calls = execute.site_of, []
 
     def failing(*args):
         calls.append(args)
@@ -328,7 +328,7 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "_site", failing)
+        patch.setattr(execute, "site_of", failing)
         with pytest.raises(KeyboardInterrupt):
             squeeze(there)
     assert not (there / "small").exists()

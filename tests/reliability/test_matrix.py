@@ -142,6 +142,8 @@ def memory() -> dict[str, Source]:
 class Shuffled:
     """A runner as a cluster is one: tasks are done in any order, answers come in the order of the tasks."""
 
+    remote = False
+
     def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         waiting = list(tasks)
         order = list(range(len(waiting)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -16,17 +16,18 @@ from weightsmith.cli.options import (
     Plugins,
     Quiet,
     RecipeFile,
-    Sets,
+    Sweeps,
     Threads,
     bytes_of,
     device_of,
-    read_recipe,
+    read_variants,
     threads_of,
 )
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
 
 if TYPE_CHECKING:
     from weightsmith.run.merge import Result
+    from weightsmith.run.sweep import SweepResult
 
 __all__ = ["merge", "summary"]
 
@@ -36,11 +37,12 @@ def merge(
     out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
     /,
     *,
-    set_: Sets = (),
+    set_: Sweeps = (),
     dry_run: Annotated[bool, Parameter(help="Show the plan and stop.")] = False,
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "auto",
+    ray: Annotated[str | None, Parameter(help="Spread tasks over the Ray cluster at ADDRESS, or 'local'.")] = None,
     resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
     overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
     fingerprint: Fingerprint = "quick",
@@ -50,34 +52,73 @@ def merge(
 ) -> int:
     """Merge models as a recipe says, into a folder that transformers and others can load."""
     files: list[Path] = []
-    made = read_recipe(recipe, set_, plugin, files)
+    variants = read_variants(recipe, set_, plugin, files)
     device_of(device)
     if dry_run:
         from weightsmith.cli.plan import preview
 
         return preview(
-            made, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume, files=files
+            variants, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume, files=files
         )
     from weightsmith.observe.consistency import cheap_check
     from weightsmith.run.merge import run
+    from weightsmith.run.sweep import run_sweep
 
-    limit, workers = bytes_of(memory), threads_of(threads)
+    how: dict[str, Any] = {
+        "memory": bytes_of(memory),
+        "threads": threads_of(threads),
+        "device": device,
+        "ray": ray,
+        "resume": resume,
+        "overwrite": overwrite,
+        "files": files,
+        "fingerprint": fingerprint,
+    }
     with progress_bar("merging", quiet=quiet or json) as progress:
-        result = run(
-            made,
-            out,
-            memory=limit,
-            threads=workers,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            files=files,
-            fingerprint=fingerprint,
-        )
+        if len(variants) > 1:
+            swept = run_sweep(variants, out, progress=progress, **how)
+        else:
+            result = run(next(iter(variants.values())), out, progress=progress, **how)
+    if len(variants) > 1:
+        _summary_of_all(swept, json=json, quiet=quiet)
+        return 0
     result = replace(result, warnings=(*result.warnings, *cheap_check(result.out)))
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
     return 0
+
+
+def _summary_of_all(swept: SweepResult, *, json: bool, quiet: bool) -> None:
+    """Say what a sweep has made, a line for each variant."""
+    from weightsmith.observe.consistency import cheap_check
+
+    warnings = {name: (*found.warnings, *cheap_check(found.out)) for name, found in swept.variants.items()}
+    if json:
+        made = {name: files_in(found.out) for name, found in swept.variants.items()}
+        show_json({
+            "out": swept.out,
+            "variants": {
+                name: {"out": found.out, "files": made[name][0], "bytes": made[name][1], "warnings": warnings[name]}
+                for name, found in swept.variants.items()
+            },
+            "seconds": round(swept.seconds, 3),
+            "read_bytes": swept.read_bytes,
+            "write_bytes": swept.write_bytes,
+            "peak_bytes": swept.peak_bytes,
+        })  # fmt: skip
+        return
+    texts: dict[str, list[str]] = {}
+    for name, said in warnings.items():
+        for text in said:
+            texts.setdefault(text, []).append(name)
+    for text, names in texts.items():
+        warn(text if len(names) == len(warnings) else f"{', '.join(names)}: {text}")
+    if quiet:
+        return
+    for found in swept.variants.values():
+        files, nbytes = files_in(found.out)
+        say(f"wrote {found.out}: {size(nbytes)} in {files} file{'s' if files != 1 else ''}")
+    say(f"{len(swept.variants)} variants in {duration(swept.seconds)}; the inputs were read once")
+    say(f'next: "weightsmith check {next(iter(swept.variants.values())).out}" sees whether the first one works')
 
 
 def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,16 +21,26 @@ __all__ = [
     "Quiet",
     "RecipeFile",
     "Sets",
+    "Sweeps",
     "Threads",
     "bytes_of",
     "device_of",
     "read_recipe",
+    "read_variants",
 ]
 
 RecipeFile = Annotated[Path, Parameter(help="Recipe file, YAML or JSON.")]
 Sets = Annotated[
     tuple[str, ...],
     Parameter(name="--set", help="Change one value of the recipe, as parameters.density=0.3; may be repeated."),
+]
+Sweeps = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        help="Change one value of the recipe, as parameters.density=0.3; may be repeated.  "
+        "Several values (0.1,0.2,0.4) make a folder each inside OUT, in one pass over the inputs.",
+    ),
 ]
 Plugins = Annotated[
     tuple[Path, ...], Parameter(name="--plugin", help="Python file that defines further methods; it is run.")
@@ -49,15 +59,29 @@ Quiet = Annotated[bool, Parameter(help="Print nothing but errors and warnings.")
 
 
 def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None) -> Recipe:
-    """Load plug-ins, then the recipe with its overrides.  `files` takes the paths of all files that were read."""
+    """Load plug-ins, then the recipe with its overrides, one value each.  `files` takes the paths of all files read."""
+    from weightsmith.errors import RecipeError
+
+    found = read_variants(file, sets, plugins, files)
+    if len(found) > 1:
+        raise RecipeError(
+            "--set: several values make a sweep, which merge and plan do; give one value, or [a, b] for a list"
+        )
+    return next(iter(found.values()))
+
+
+def read_variants(
+    file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None
+) -> Mapping[str, Recipe]:
+    """Load plug-ins, then every recipe that `--set` options with several values stand for, by folder name."""
     from weightsmith.plugins import load_file
-    from weightsmith.recipe.load import load
+    from weightsmith.recipe.sweep import load_variants
 
     for plugin in plugins:
         load_file(plugin)
     if files is not None:
         files += [plugin.expanduser() for plugin in plugins]
-    return load(file, sets, files)
+    return load_variants(file, sets, files)
 
 
 def bytes_of(text: str | None) -> int | None:

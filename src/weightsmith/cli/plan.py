@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import Json, Memory, Plugins, RecipeFile, Sets, Threads, bytes_of, read_recipe, threads_of
+from weightsmith.cli.options import (
+    Json,
+    Memory,
+    Plugins,
+    RecipeFile,
+    Sweeps,
+    Threads,
+    bytes_of,
+    read_variants,
+    threads_of,
+)
 from weightsmith.cli.show import roughly, say, show_json, size, table
 
 if TYPE_CHECKING:
@@ -24,7 +34,7 @@ def plan(
     out: Annotated[Path | None, Parameter(help="Folder to write; default: one in the working directory.")] = None,
     /,
     *,
-    set_: Sets = (),
+    set_: Sweeps = (),
     memory: Memory = None,
     threads: Threads = None,
     json: Json = False,
@@ -32,12 +42,12 @@ def plan(
 ) -> int:
     """Show what would be read, done and written, and every problem, from file headers alone."""
     files: list[Path] = []
-    made = read_recipe(recipe, set_, plugin, files)
-    return preview(made, out, memory=memory, threads=threads, json=json, files=files)
+    variants = read_variants(recipe, set_, plugin, files)
+    return preview(variants, out, memory=memory, threads=threads, json=json, files=files)
 
 
 def preview(
-    recipe: Recipe,
+    variants: Mapping[str, Recipe],
     out: Path | None,
     *,
     memory: str | None,
@@ -47,7 +57,19 @@ def preview(
     resume: bool = False,
     files: Sequence[Path] = (),
 ) -> int:
-    """Print the plan; 0, or 2 if it has problems.  `files`: see `run`."""
+    """Print the plan, or what the plans of a sweep come to; 0, or 2 if there are problems.  `files`: see `run`."""
+    if len(variants) > 1:
+        return _preview_all(
+            variants,
+            out or Path.cwd(),
+            memory=memory,
+            threads=threads,
+            json=json,
+            overwrite=overwrite,
+            resume=resume,
+            files=files,
+        )
+    (recipe,) = variants.values()
     from weightsmith.io.output import check_output
     from weightsmith.method import Codec, registry
     from weightsmith.run.inputs import open_inputs
@@ -72,6 +94,46 @@ def preview(
         show_json(_facts(made))
     else:
         _show(made)
+    return 2 if made.problems else 0
+
+
+def _preview_all(
+    variants: Mapping[str, Recipe],
+    out: Path,
+    *,
+    memory: str | None,
+    threads: int | None,
+    json: bool,
+    overwrite: bool,
+    resume: bool,
+    files: Sequence[Path],
+) -> int:
+    from weightsmith.run.sweep import plan_sweep
+
+    limit, workers = bytes_of(memory), threads_of(threads)
+    made = plan_sweep(variants, out, memory=limit, threads=workers, resume=resume, overwrite=overwrite, files=files)
+    if json:
+        show_json({
+            "out": made.out,
+            "variants": {name: _facts(plan) for name, plan in made.plans.items()},
+            "read_bytes": made.read_bytes,
+            "write_bytes": made.write_bytes,
+            "peak_bytes": made.peak_bytes,
+            "threads": made.threads,
+            "problems": made.problems,
+        })  # fmt: skip
+        return 2 if made.problems else 0
+    rows = [
+        (name, len(plan.keys), size(plan.write_bytes), "; ".join(c.description for c in plan.coverage))
+        for name, plan in made.plans.items()
+    ]
+    table("Variants", ("folder", "tensors", "size", "what"), rows, right=(1, 2))
+    say(f"writes:   {size(made.write_bytes)} in {len(made.plans)} folders in {made.out}")
+    say(f"reads:    {size(made.read_bytes)} for all of them together")
+    say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
+    for note in dict.fromkeys(note for plan in made.plans.values() for note in plan.notes):
+        say(f"note:     {note}")
+    _problems(made.problems)
     return 2 if made.problems else 0
 
 
@@ -137,7 +199,11 @@ def _show(made: Plan) -> None:
         say(f"disk:     {size(made.free_bytes)} free")
     for note in made.notes:
         say(f"note:     {note}")
-    if made.problems:
-        say(f"\n{len(made.problems)} problem{'s' if len(made.problems) != 1 else ''}:")
-        for problem in made.problems:
+    _problems(made.problems)
+
+
+def _problems(problems: Sequence[str]) -> None:
+    if problems:
+        say(f"\n{len(problems)} problem{'s' if len(problems) != 1 else ''}:")
+        for problem in problems:
             say(f"  - {problem}")

@@ -33,7 +33,7 @@ class Fwsvd(
     domain=(2, 2),
     otherwise="exact",
     symmetric=True,
-    scratch=8.0,
+    scratch=6.5,
     cost=270.0,
     cubic=True,
     alone=True,

@@ -27,7 +27,7 @@ class Rmm(
     grain=Grain.TENSOR,
     domain=(2, 2),
     otherwise="exact",
-    scratch=8.0,
+    scratch=5.25,
     cost=85.0,
     cubic=True,
     factored=True,

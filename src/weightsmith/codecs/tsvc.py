@@ -27,7 +27,7 @@ class Tsvc(
     domain=(2, 2),
     otherwise="exact",
     symmetric=True,
-    scratch=6.0,
+    scratch=4.25,
     cost=66.0,
     cubic=True,
     factored=True,

@@ -13,8 +13,8 @@ from pathlib import Path
 from weightsmith.errors import OutputError
 from weightsmith.io import system
 
-__all__ = ["WriteOut", "allocate", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder", "sync_tree",
-           "write_all", "write_file", "writing"]  # fmt: skip
+__all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder",
+           "sync_tree", "write_all", "write_file", "writing"]  # fmt: skip
 
 _FREE_SPACE = "free some space, then run again with --resume"
 _ADVICE = {
@@ -114,6 +114,11 @@ def allocate(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         system.call(os.ftruncate, descriptor, size)
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of the disk that a folder's files take."""
+    return sum(path.lstat().st_blocks * 512 for path in system.call(list, folder.rglob("*")))
 
 
 def sync_file(path: Path, flags: int = 0) -> None:

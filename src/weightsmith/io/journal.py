@@ -165,26 +165,6 @@ class Journal:
             write_all(self._descriptor, data)  # of a line that a full disk cuts short, the next reader sees the end
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return _seal(json.dumps(entry, separators=(",", ":")).encode()) + b"\n"
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """The content of a line, or None if it is not whole."""
-    payload = line[_PAYLOAD:-1]
-    if line != _seal(payload):
-        return None
-    entry: dict[str, Any] = json.loads(payload)
-    return entry
-
-
-def _seal(payload: bytes) -> bytes:
-    return _PREFIX + xxhash.xxh3_64_hexdigest(payload).encode() + _MIDDLE + payload + b"}"
-
-
-# --- what a run depends on ---------------------------------------------------------------------------
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed, in words: 'recipe (method)', "input 'math'", 'version'."""
     changed = []
@@ -204,3 +184,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The names under which two JSON objects differ; the order of names counts, as the order of models does."""
     return [name for name in dict.fromkeys([*old, *new]) if json.dumps(old.get(name)) != json.dumps(new.get(name))]
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return _seal(json.dumps(entry, separators=(",", ":")).encode()) + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The content of a line, or None if it is not whole."""
+    payload = line[_PAYLOAD:-1]
+    if line != _seal(payload):
+        return None
+    entry: dict[str, Any] = json.loads(payload)
+    return entry
+
+
+def _seal(payload: bytes) -> bytes:
+    return _PREFIX + xxhash.xxh3_64_hexdigest(payload).encode() + _MIDDLE + payload + b"}"
+
+
+# --- what a run depends on ---------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from weightsmith.io import system
 from weightsmith.io.disk import (
     WriteOut,
     allocate,
+    allocated,
     gigabytes,
     pwrite_all,
     remove,
@@ -44,7 +45,8 @@ from weightsmith.io.journal import Journal, State, boot_id, differences, read_jo
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.sink import Sink
-from weightsmith.keys import DTYPES, Key
+from weightsmith.io.writer import ShardWriter
+from weightsmith.keys import Key
 
 __all__ = ["FolderSink", "absolute", "check_output", "tidy"]
 
@@ -82,7 +84,7 @@ class FolderSink(Sink):
         self._lock = FolderLock(_lock_path(self.out), self.out)
         self._shards: list[Shard] = []
         self._descriptors: dict[str, int] = {}
-        self._places: dict[str, tuple[Shard, Key]] = {}
+        self._writer = ShardWriter(self.folder, ())
         self._completed: dict[str, Any] = {}
         self._journal: Journal | None = None
         self._write_out = WriteOut()
@@ -95,9 +97,9 @@ class FolderSink(Sink):
         run holds the folder; and where what is to be resumed belongs to another recipe or is damaged.
         """
         self._shards = plan_shards(keys, self._shard_size, self._weight_name, self._metadata)
-        self._places = {name: (shard, key) for shard in self._shards for name, key in shard.keys.items()}
-        if len(self._places) != len(keys):
-            raise OutputError(f"{self.out}: {len(keys) - len(self._places)} tensor names are used twice")
+        names = {name for shard in self._shards for name in shard.keys}
+        if len(names) != len(keys):
+            raise OutputError(f"{self.out}: {len(keys) - len(names)} tensor names are used twice")
         if not self.partial.exists():  # else first see what was left there; a refusal now leaves not even a lock file
             self._check(need=0)
         with writing(self.out.parent):
@@ -110,23 +112,17 @@ class FolderSink(Sink):
                 self._create()
             head = {"identity": self._identity, "layout": layout_digest(self._shards)}
             self._journal = Journal(self.partial / "journal.jsonl", head, self._completed, self._flush)
+            self._writer = ShardWriter(self.folder, self._shards, self._descriptors)
         except BaseException:
             self.abort()
             raise
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         """Store rows `start`, `start + 1`, ... of a tensor: bits [rows, *rest], or [] for a 0-dim tensor."""
-        shard, key = self._places[name]
-        width = DTYPES[key.dtype].itemsize
-        rows = bits.shape[0] if bits.ndim else 1
-        if bits.itemsize != width or bits.shape[1:] != key.shape[1:] or not 0 <= start <= start + rows <= key.rows:
-            raise ValueError(f"{name}: rows {start}.. of {bits.dtype} {bits.shape} are no part of {key}")
-        if bits.size:
-            data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data
-            with writing(self.folder / shard.name):
-                offset = shard.offsets[name] + start * key.row_numel * width
-                pwrite_all(self._descriptors[shard.name], data, offset)
-            self._write_out.add(self._descriptors[shard.name], data.nbytes)
+        self._write_out.add(*self._writer.put(name, start, bits))
+
+    def writer(self) -> Sink:
+        return ShardWriter(self.folder, self._shards)
 
     def completed(self) -> Mapping[str, Any]:
         return self._completed
@@ -320,7 +316,7 @@ def _obstacles(out: Path, overwrite: bool, resume: bool, needed_bytes: int, lock
     elif not os.access(ground, os.W_OK | os.X_OK):
         problems.append(f"{ground} is not writable; choose another folder")
     else:
-        free = system.call(shutil.disk_usage, ground).free + (_allocated(partial) if _is_ours(partial) else 0)
+        free = system.call(shutil.disk_usage, ground).free + (allocated(partial) if _is_ours(partial) else 0)
         if needed_bytes > free:
             problems.append(
                 f"{out} needs {gigabytes(needed_bytes)}, but {gigabytes(free)} are free on its disk; "
@@ -396,10 +392,6 @@ def _lock_path(out: Path) -> Path:
 def _is_ours(partial: Path) -> bool:
     """Whether a work folder holds nothing but what `begin` makes (it may have been cut short anywhere)."""
     return partial.is_dir() and set(system.call(os.listdir, partial)) <= {"files", "journal.jsonl", "journal.new"}
-
-
-def _allocated(folder: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in system.call(list, folder.rglob("*")))
 
 
 def _discard(partial: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightsmith.errors import OutputError
 from weightsmith.io.source import bits_to_tensor
 from weightsmith.keys import DTYPES, Key
 
@@ -38,6 +39,10 @@ class Sink(ABC):
 
     def done(self, task: str, record: Mapping[str, Any]) -> None:  # noqa: B027  (nothing to note in memory)
         """A task's blocks are all written; the record says what they hash to."""
+
+    def writer(self) -> Sink:
+        """What another process writes through: picklable, its `done` makes a task's bytes durable.  After `begin`."""
+        raise OutputError(f"{type(self).__name__} takes blocks from one process only")
 
     def abort(self) -> None:  # noqa: B027  (nothing to release in memory)
         """The run failed: leave what can be resumed, release files and locks."""

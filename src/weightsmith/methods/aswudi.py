@@ -29,7 +29,7 @@ class Aswudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=8.0,
+    scratch=6.75,
     cost=160.0,
     cubic=True,
 ):

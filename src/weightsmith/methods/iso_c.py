@@ -29,7 +29,7 @@ class IsoC(
     otherwise="task_arithmetic",
     symmetric=True,
     keeps_expert=False,
-    scratch=8.0,
+    scratch=5.25,
     cost=55.0,
     cubic=True,
     factored=True,

@@ -28,7 +28,7 @@ class IsoCts(
     otherwise="task_arithmetic",
     symmetric=True,
     keeps_expert=False,
-    scratch=10.0,
+    scratch=8.0,
     cost=300.0,
     cubic=True,
     factored=True,

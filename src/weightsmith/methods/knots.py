@@ -30,7 +30,7 @@ class Knots(
     otherwise="keep",
     symmetric=True,
     keeps_expert=False,
-    scratch=10.0,
+    scratch=8.0,
     cost=120.0,
     cubic=True,
     factored=True,

@@ -26,7 +26,7 @@ class Opcm(
     needs=(BASE,),
     paper="OPCM (Tang et al., NeurIPS 2025), arXiv:2501.09522",
     grain=Grain.TENSOR,
-    scratch=9.0,
+    scratch=7.25,
     cost=640.0,
     cubic=True,
 ):

@@ -32,7 +32,7 @@ class Regmean(
     domain=(2, 2),
     otherwise="linear",
     symmetric=True,
-    scratch=7.0,
+    scratch=6.25,
     cost=64.0,
     cubic=True,
 ):

@@ -25,7 +25,7 @@ class Swudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=8.0,
+    scratch=7.25,
     cost=130.0,
     cubic=True,
 ):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
@@ -71,6 +71,12 @@ class Ties(
     @property
     def scope(self) -> Scope:
         return Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
+
+    def question(self, round: int) -> Any:
+        step = self.passes[round]
+        if step == "high":
+            return type(self), step  # all magnitudes are counted, whatever is kept of them
+        return replace(self, lambda_=1.0, aggregate="mean"), step
 
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
         return self.passes[round] == "ties" and select.settled(summary)

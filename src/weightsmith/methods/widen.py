@@ -25,7 +25,7 @@ class Widen(
     "arXiv:2408.03092",
     grain=Grain.TENSOR,
     symmetric=True,
-    scratch=6.0,
+    scratch=2.75,
     cost=14.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.

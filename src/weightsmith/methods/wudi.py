@@ -27,7 +27,7 @@ class Wudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=8.0,
+    scratch=7.25,
     cost=1900.0,
     cubic=True,
 ):

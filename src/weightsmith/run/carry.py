@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,17 +15,36 @@ from weightsmith.errors import PlanError
 from weightsmith.io.sink import Sink
 from weightsmith.method import Pipeline, Rows, Scope
 from weightsmith.run.context import Context, Summaries
-from weightsmith.run.execute import execute, fold, measure
+from weightsmith.run.execute import Steps, fold, measuring, together, working
 from weightsmith.run.fast import is_fused
 from weightsmith.run.inputs import Inputs
+from weightsmith.run.kept import Kept
 from weightsmith.run.plan import Plan
 from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
-from weightsmith.run.task import BLOCK, Task, blocks
+from weightsmith.run.task import Task, blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["carry_out", "choose_device", "context_of", "summarise"]
+__all__ = [
+    "Job",
+    "carry_out",
+    "carry_out_all",
+    "choose_device",
+    "context_of",
+    "refuse_unequal",
+    "side_by_side",
+    "summarise",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output: what to do, from what, into what."""
+
+    plan: Plan
+    inputs: Inputs
+    sink: Sink
 
 
 def carry_out(
@@ -33,7 +53,7 @@ def carry_out(
     sink: Sink,
     *,
     device: str = "auto",
-    block: int = BLOCK,
+    block: int | None = None,
     runner: Runner | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -42,41 +62,113 @@ def carry_out(
     The bytes written are the same for every block size, thread count and runner.
     On an error the sink is told to abort and keeps what can be resumed.
     """
-    refuse_unequal(plan.tasks, inputs)
-    context = replace(context_of(plan, inputs), device=choose_device(device), block=block)
-    if not all(task.pipeline is None or is_fused(task, context) for task in plan.tasks):
+    job = Job(plan, inputs, sink)
+    return carry_out_all([job], device=device, block=block, runner=runner, progress=progress)[0]
+
+
+def carry_out_all(
+    jobs: Sequence[Job],
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    block: int | None = None,
+    runner: Runner | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run several plans side by side, tensor by tensor; return task id -> record for each.
+
+    Jobs that share their `Inputs` (the same object) read and decode every block once.  Each writes the bytes
+    that it would write alone.  `threads`: default as the first plan says.
+    """
+    refuse_unequal({(t.id, t.reason, id(job.inputs)): (t, job.inputs) for job in jobs for t in job.plan.tasks}.values())
+    where = choose_device(device)
+    contexts = [replace(context_of(job.plan, job.inputs), device=where, block=block) for job in jobs]
+    if not all(t.pipeline is None or is_fused(t, c) for job, c in zip(jobs, contexts, strict=True)
+               for t in job.plan.tasks):  # fmt: skip
         importlib.import_module("torch")  # once, before threads race for it; the fused path does without
-    workers = runner or (ThreadRunner(plan.threads) if plan.threads > 1 else SerialRunner())
-    meter = _Meter(plan, progress)
-    context = replace(context, progress=meter.add)
+    count = threads or jobs[0].plan.threads
+    workers = runner or (ThreadRunner(count) if count > 1 else SerialRunner())
+    meter = _Meter([job.plan for job in jobs], progress)
+    if not workers.remote:
+        contexts = [replace(context, progress=meter.add) for context in contexts]
     try:
         with one_thread_each():
-            sink.begin(plan.keys)
-            records = dict(sink.completed())
-            todo = [task for task in plan.tasks if task.id not in records]
-            meter.skip(sum(task.nbytes for task in plan.tasks if task.id in records))
+            for job in jobs:
+                job.sink.begin(job.plan.keys)
+            records = [dict(job.sink.completed()) for job in jobs]
+            todo = [
+                [task for task in job.plan.tasks if task.id not in done]
+                for job, done in zip(jobs, records, strict=True)
+            ]
+            meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
             # What was measured belongs to all tensors, so it is measured again on resume.
-            measured = summarise(plan.tasks, context, workers) if todo else {}
-            context = replace(context, summaries=measured)
-            for task, record in zip(todo, workers.map(partial(_one, context=context, sink=sink), todo), strict=True):
-                records[task.id] = record
-            inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
+            tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
+            measured = summarise_all(tasks, contexts, workers)
+            contexts = [replace(c, summaries=found) for c, found in zip(contexts, measured, strict=True)]
+            bundles = side_by_side(todo)
+            sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
+            execute = partial(_execute, contexts=contexts, sinks=sinks)
+            for bundle, found in zip(bundles, workers.map(execute, bundles), strict=True):
+                for (i, task), record in zip(bundle, found, strict=True):
+                    records[i][task.id] = record
+                    if workers.remote:
+                        jobs[i].sink.done(task.id, record)
+                        meter.add(task.nbytes)
+            for inputs in {id(job.inputs): job.inputs for job in jobs}.values():
+                inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
+        meter.close()
     except BaseException:
-        sink.abort()
+        for job in jobs:
+            job.sink.abort()
         raise
-    meter.close()
-    return {task.id: records[task.id] for task in plan.tasks}
+    return [{task.id: done[task.id] for task in job.plan.tasks} for job, done in zip(jobs, records, strict=True)]
 
 
-def _one(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
-    record = execute(task, context, sink)
-    sink.done(task.id, record)
-    return record
+Bundle = tuple[tuple[int, Task], ...]
+"""Tasks of several jobs (by number) over the same rows."""
+
+
+def side_by_side(tasks: Sequence[Sequence[Task]]) -> list[Bundle]:
+    """Bring the tasks of all jobs that have the same id together, in the order of the first job."""
+    found: dict[str, list[tuple[int, Task]]] = {}
+    for i, of_job in enumerate(tasks):
+        for task in of_job:
+            found.setdefault(task.id, []).append((i, task))
+    return [tuple(bundle) for bundle in found.values()]
+
+
+def _execute(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink]) -> list[dict[str, Any]]:
+    kept = Kept()
+    running = [working(task, replace(contexts[i], kept=kept), sinks[i]) for i, task in bundle]
+    found = together(running)
+    for (i, task), record in zip(bundle, found, strict=True):
+        sinks[i].done(task.id, record)
+    return found
 
 
 def context_of(plan: Plan, inputs: Inputs) -> Context:
     """The parts of a context that follow from the plan."""
     return Context(inputs=inputs, seed=plan.recipe.seed, nonfinite=plan.recipe.nonfinite)
+
+
+@dataclass
+class _Pass:
+    """One measuring pass of a model-wide stage over all its tensors, and what it has found so far."""
+
+    members: Sequence[Task]
+    step: tuple[int, int]
+    known: Mapping[Pipeline, Summaries]
+    total: dict[str, Any] = field(default_factory=dict)
+
+    def observe(self, task: Task, context: Context) -> Steps[dict[str, Tensor | Rows]]:
+        assert task.pipeline is not None
+        return measuring(task, self.step, context, self.known[task.pipeline])
+
+    def add(self, found: Mapping[str, Tensor | Rows]) -> None:
+        if any(isinstance(value, Rows) for value in found.values()):
+            name = self.members[0].pipeline.name if self.members[0].pipeline else ""
+            raise TypeError(f"{name}: per-row values have no meaning over the whole model")
+        self.total = fold([self.total, found])
 
 
 def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mapping[Pipeline, Summaries]:
@@ -86,13 +178,41 @@ def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mappin
     them (a ramp over depth, say) or the stages around (vectors beside the matrices of a spectral method, say): "the
     largest 20% of all changes" means all of them.
     """
+    return summarise_all([tasks], [context], runner)[0]
+
+
+def summarise_all(
+    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner
+) -> list[Mapping[Pipeline, Summaries]]:
+    """`summarise` for several jobs, whose n-th passes go on side by side."""
+    summaries: list[dict[Pipeline, dict[int, Mapping[str, Any]]]] = [{} for _ in tasks]
+    for passes in zip_longest(*map(_passes, tasks, summaries)):
+        bundles = side_by_side([() if one is None else one.members for one in passes])
+        # The totals so far stay here: only what a pass reads goes along with the function.
+        asked = [one and replace(one, members=one.members[:1], total={}) for one in passes]
+        observe = partial(_observe, passes=asked, contexts=contexts)
+        for bundle, found in zip(bundles, runner.map(observe, bundles), strict=True):
+            for (i, _), one in zip(bundle, found, strict=True):
+                passes[i].add(one)
+    return list(summaries)
+
+
+def _observe(
+    bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context]
+) -> list[dict[str, Tensor | Rows]]:
+    kept = Kept()
+    asked = [(passes[i], task, replace(contexts[i], kept=kept)) for i, task in bundle]
+    return together([one.observe(task, context) for one, task, context in asked if one is not None])
+
+
+def _passes(tasks: Iterable[Task], summaries: dict[Pipeline, dict[int, Mapping[str, Any]]]) -> Iterator[_Pass]:
+    """Every measuring pass in turn; its total has to be there when the next one is asked for."""
     families: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
         stages = task.pipeline.stages if task.pipeline is not None else ()
         wide = tuple(type(s) if s.scope is Scope.MODEL and s.rounds else None for s in stages)
         if task.pipeline is not None and any(wide):
             families.setdefault((*wide, task.pipeline.steps), []).append(task)
-    summaries: dict[Pipeline, dict[int, Mapping[str, Tensor]]] = {}
     for members in families.values():
         pipelines = list(dict.fromkeys(t.pipeline for t in members if t.pipeline is not None))
         for pipeline in pipelines:
@@ -101,32 +221,19 @@ def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mappin
             index, round = step
             if pipelines[0].stages[index].scope is not Scope.MODEL:
                 continue
-            known = {p: dict(summaries[p]) for p in pipelines}
-            observe = partial(_measure, step=step, context=context, known=known)
-            total: dict[str, Tensor] = {}
-            for found in runner.map(observe, members):
-                if any(isinstance(value, Rows) for value in found.values()):
-                    raise TypeError(f"{pipelines[0].name}: per-row values have no meaning over the whole model")
-                total = fold([total, found])
-            if not total:
+            one = _Pass(members, step, {p: dict(summaries[p]) for p in pipelines})
+            yield one
+            if not one.total:
                 continue  # every tensor let this pass out
             for pipeline in pipelines:
-                digest = pipeline.stages[index].digest(total, round, summaries[pipeline].get(index, {}))
+                digest = pipeline.stages[index].digest(one.total, round, summaries[pipeline].get(index, {}))
                 summaries[pipeline][index] = digest
-    return summaries
 
 
-def _measure(
-    task: Task, step: tuple[int, int], context: Context, known: Mapping[Pipeline, Summaries]
-) -> dict[str, Tensor | Rows]:
-    assert task.pipeline is not None
-    return measure(task, step, context, known[task.pipeline])
-
-
-def refuse_unequal(tasks: Iterable[Task], inputs: Inputs) -> None:
+def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
     """Integer and bool tensors are copied only if every input holds the same; checked before anything is written."""
     problems = []
-    for task in tasks:
+    for task, inputs in tasks:
         key = task.key
         if key.floating or task.pipeline is not None or "equal everywhere" not in task.reason:
             continue
@@ -160,10 +267,12 @@ def choose_device(device: str) -> str:
 class _Meter:
     """Counts bytes of output and of measured rows, for a progress bar."""
 
-    def __init__(self, plan: Plan, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, plans: Iterable[Plan], progress: Callable[[int, int], None] | None) -> None:
         self._progress = progress
         self._done = 0
-        self._total = sum(t.nbytes * (1 + (len(t.pipeline.steps) if t.pipeline else 0)) for t in plan.tasks)
+        self._total = sum(
+            t.nbytes * (1 + (len(t.pipeline.steps) if t.pipeline else 0)) for plan in plans for t in plan.tasks
+        )
 
     def add(self, nbytes: int) -> None:
         # Threads may interleave here; a lost update only makes the bar lag.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.method import Pipeline
-from weightsmith.ops.fused import Stored
 from weightsmith.run.inputs import Inputs
-from weightsmith.run.task import BLOCK, Task
+from weightsmith.run.kept import Kept
+from weightsmith.run.task import Task, block_size
 from weightsmith.site import Summary
 
 __all__ = ["Context", "Summaries", "share"]
@@ -16,23 +16,37 @@ __all__ = ["Context", "Summaries", "share"]
 Summaries = Mapping[int, Summary]
 
 
+def _nothing(count: int) -> None:
+    """Nobody watches (and, unlike a lambda, this can be pickled)."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What all tasks of a run share.  Picklable if the sources and the sink are.
 
     summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
-    block        elements per block; does not change a byte of the result
-    kept         stored rows that the next pass over the same tensor will want again
+    block        elements per block of a merge, default as in measuring passes; does not change a byte of the result
+    kept         what has been read and will be wanted again; replaced for every task, or group of tasks
     """
 
     inputs: Inputs
     seed: int = 0
     device: str = "cpu"
     nonfinite: str = "refuse"
-    block: int = BLOCK
+    block: int | None = None
     summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
-    kept: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
-    progress: Callable[[int], None] = lambda _: None
+    kept: Kept = field(default_factory=Kept)
+    progress: Callable[[int], None] = _nothing
+
+    @property
+    def measured(self) -> int:
+        """Elements per block of a measuring pass, which is no setting: what is added up there has its order."""
+        return block_size(len(self.inputs.models))
+
+    @property
+    def merged(self) -> int:
+        """Elements per block of a merge."""
+        return self.block or self.measured
 
 
 def share(task: Task, start: int, stop: int) -> int:

@@ -1,13 +1,17 @@
-"""Carrying out tasks: read rows, merge in float32, check, cast, hand over the bytes."""
+"""Carrying out tasks: read rows, merge in float32, check, cast, hand over the bytes.
+
+Work is written as generators that pause after every block: several tasks over the same tensor, the variants of a
+sweep, then go on side by side, and what one of them has read and decoded serves all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import xxhash
 
 from weightsmith.errors import NumericError
 from weightsmith.io.sink import Sink
@@ -19,21 +23,59 @@ from weightsmith.method import Grain, Pipeline, Rows, Scope
 from weightsmith.ops import fused
 from weightsmith.run.context import Context, Summaries, share
 from weightsmith.run.fast import counted, cuts, is_fused, stored_rows, tensor_vote
+from weightsmith.run.hashes import Hashes
+from weightsmith.run.kept import Kept
 from weightsmith.run.numeric import encode, refuse_bad, refuse_bad_result, to_float
-from weightsmith.run.task import BLOCK, Task, blocks, parts
+from weightsmith.run.sites import site_of
+from weightsmith.run.task import Task, blocks
 from weightsmith.site import Group, Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["execute", "fold", "measure"]
+__all__ = [
+    "Context",
+    "Steps",
+    "Summaries",
+    "execute",
+    "fold",
+    "measure",
+    "measuring",
+    "together",
+    "working",
+]
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Work that pauses after every block; what it returns is its result."""
+Made = Generator[tuple[str, int, np.ndarray] | None, None, None]
+"""Finished rows (tensor, first row, bits); None is a mere pause, in a measuring pass."""
 
 
 def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
     """Do one task and return its record: the checksum of every part, and what overflowed in the cast."""
-    hashes = _Hashes(task)
+    return together([working(task, replace(context, kept=Kept()), sink)])[0]
+
+
+def together(running: Sequence[Steps[T]]) -> list[T]:
+    """Let generators take turns, step by step, until all have ended; returns their results in order."""
+    results: dict[int, T] = {}
+    left = dict(enumerate(running))
+    while left:
+        for i in list(left):
+            try:
+                next(left[i])
+            except StopIteration as end:
+                results[i] = end.value
+                del left[i]
+    return [results[i] for i in range(len(running))]
+
+
+def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
+    """`execute` as steps, which read through `context.kept`."""
+    hashes = Hashes(task)
     if task.pipeline is None:
-        produced: Iterable[tuple[str, int, np.ndarray]] = _copied(task, context)
+        produced: Made = _copied(task, context)
     elif task.pipeline.grain is Grain.GROUP:
         produced = _grouped(task, task.pipeline, context)
     elif task.pipeline.codec is not None:
@@ -42,10 +84,14 @@ def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
         produced = _fused(task, task.pipeline, context)
     else:
         produced = _merged(task, task.pipeline, context)
-    for name, start, bits in produced:
-        sink.write(name, start, bits)
-        hashes.add(name, start, bits)
-        context.progress(bits.nbytes)
+    for made in produced:
+        if made is not None:
+            name, start, bits = made
+            sink.write(name, start, bits)
+            hashes.add(name, start, bits)
+            context.progress(bits.nbytes)
+            del made, bits  # while others have their turn, whole tensors would add up
+        yield
     return {"parts": hashes.records(), **_noted(task, context)}
 
 
@@ -61,14 +107,14 @@ def _noted(task: Task, context: Context) -> dict[str, Any]:
 # --- the ways a tensor is made -------------------------------------------------------------------
 
 
-def _copied(task: Task, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+def _copied(task: Task, context: Context) -> Made:
     """The stored bytes of one input, cast only where the output dtype differs."""
     source = context.inputs.experts[task.source] if task.source else context.inputs.base
     assert source is not None
     stored, (out,) = source.key(task.key.name), task.keys
-    for start, stop in blocks(task.key, task.start, task.stop, context.block):
+    for start, stop in blocks(task.key, task.start, task.stop, context.merged):
         if stored.dtype == out.dtype and not source.computes(stored.name):
-            bits = source.bits(stored.name, start, stop)
+            bits = context.kept.rows(source, (stored.name, start, stop))
             if stored.floating and holds_nonfinite(bits, stored.dtype):
                 refuse_bad(to_float(bits_to_tensor(bits, stored.dtype)), stored, task.source or "base", start, context)
             yield out.name, start, bits
@@ -79,14 +125,13 @@ def _copied(task: Task, context: Context) -> Iterator[tuple[str, int, np.ndarray
             yield out.name, start, encode(value, out, start)
 
 
-def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+def _fused(task: Task, pipeline: Pipeline, context: Context) -> Made:
     """The kernels, straight over the stored bits; the same bytes as `_merged`, several times faster."""
     spec = pipeline.method.fused(len(context.inputs.experts))
     assert spec is not None
-    context = replace(context, kept={})
-    summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
+    summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
     vote = fused.Vote(spec, summaries.get(0, {})) if isinstance(spec, TrimmedVote) else None
-    for start, stop in blocks(task.key, task.start, task.stop, context.block):
+    for start, stop in blocks(task.key, task.start, task.stop, context.merged):
         stored = stored_rows(task.key, context, start, stop)
         if isinstance(spec, WeightedSum):
             if not spec.deltas:
@@ -98,26 +143,26 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[s
         if bad:
             # The kernels only count; now it is worth asking whose it is.
             _refuse_bad_inputs(task.key, start, stop, context)
-            site = _site(task.key, task, pipeline, context, start, stop)
+            site = site_of(task.key, task, context, start, stop)
             _finished(pipeline.merge(site, summaries), task.key, site, start, context)
             refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
 
 
-def _merged(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+def _merged(task: Task, pipeline: Pipeline, context: Context) -> Made:
     """The torch path: blocks of rows, or the whole tensor where the method needs it."""
-    summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
-    for start, stop in _ranges(task, pipeline, context.block):
-        site = _site(task.key, task, pipeline, context, start, stop)
-        out = pipeline.merge(site, summaries)
-        yield task.key.name, start, _finished(out, task.key, site, start, context)
+    summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
+    for start, stop in _ranges(task, pipeline, context.merged):
+        site = site_of(task.key, task, context, start, stop)
+        # No name for the merged tensor: it would live on while others have their turn.
+        yield task.key.name, start, _finished(pipeline.merge(site, summaries), task.key, site, start, context)
 
 
-def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Made:
     """The parts that a codec makes of a tensor; every block gives the rows that stand for it."""
-    summaries = _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
-    for start, stop in _ranges(task, pipeline, context.block):
-        site = _site(task.key, task, pipeline, context, start, stop)
+    summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
+    for start, stop in _ranges(task, pipeline, context.merged):
+        site = site_of(task.key, task, context, start, stop)
         made = pipeline.encode(site, summaries)
         for part in task.encoded:
             low, high = part.rows(site.offset, site.offset + site.stack[0].numel())
@@ -130,8 +175,8 @@ def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple
             yield part.key.name, low, encode(rows.cpu(), part.key, low)
 
 
-def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
-    sites = {key.name: _site(key, task, pipeline, context, 0, key.rows) for key in task.keys}
+def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Made:
+    sites = {key.name: site_of(key, task, context, 0, key.rows) for key in task.keys}
     merged = pipeline.method.merge_group(Group(task.group, sites))
     for key in task.keys:
         yield key.name, 0, _finished(merged[key.name], key, sites[key.name], 0, context)
@@ -149,32 +194,51 @@ def _finished(out: Tensor, key: Key, site: Site, start: int, context: Context) -
 
 def measure(task: Task, step: tuple[int, int], context: Context, summaries: Summaries) -> dict[str, Tensor | Rows]:
     """One measuring pass over one task's rows, for a model-wide stage.  Blocks have their fixed size."""
+    return together([measuring(task, step, replace(context, kept=Kept()), summaries)])[0]
+
+
+def measuring(
+    task: Task, step: tuple[int, int], context: Context, summaries: Summaries
+) -> Steps[dict[str, Tensor | Rows]]:
+    """`measure` as steps, which read through `context.kept`."""
     assert task.pipeline is not None
     index, round = step
     if task.pipeline.stages[index].skips(task.key, round, summaries.get(index, {})):
         return {}
-    context = replace(context, kept={})
-    local = _local(task, task.pipeline, context, summaries, index)
-    return _measured(task, task.pipeline, step, context, local)
+    local = yield from _local(task, task.pipeline, context, summaries, index)
+    return (yield from _measured(task, task.pipeline, step, context, local))
+
+
+class _Totals:
+    """What measuring finds, added up as it comes: a histogram per block of a large tensor would be a gigabyte."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._joined: dict[str, list[Any]] = {}
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        for name, value in part.items():
+            if isinstance(value, Rows):
+                self._joined.setdefault(name, []).append(value.values)
+            else:
+                self._sums[name] = _sum(self._sums[name], value) if name in self._sums else value
+
+    def result(self) -> dict[str, Any]:
+        """Sums, and as `Rows` what was joined."""
+        out = dict(self._sums)
+        for name, values in self._joined.items():
+            plain = all(isinstance(v, np.ndarray) for v in values)
+            whole: Any = np.concatenate(values, -1) if plain else torch.cat([torch.as_tensor(v) for v in values], -1)
+            out[name] = Rows(whole)
+        return out
 
 
 def fold(totals: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Add equal names up in the order given; `Rows` are joined on their last axis.  Values: tensors or arrays.
-
-    Takes one at a time: a histogram per block of a large tensor would be a gigabyte.
-    """
-    out: dict[str, Any] = {}
-    joined: dict[str, list[Any]] = {}
+    """Add equal names up in the order given; `Rows` are joined on their last axis.  Values: tensors or arrays."""
+    sums = _Totals()
     for total in totals:
-        for name, value in total.items():
-            if isinstance(value, Rows):
-                joined.setdefault(name, []).append(value.values)
-            else:
-                out[name] = _sum(out[name], value) if name in out else value
-    for name, values in joined.items():
-        plain = all(isinstance(v, np.ndarray) for v in values)
-        out[name] = np.concatenate(values, -1) if plain else torch.cat([torch.as_tensor(v) for v in values], -1)
-    return out
+        sums.add(total)
+    return {name: value.values if isinstance(value, Rows) else value for name, value in sums.result().items()}
 
 
 def _sum(a: Any, b: Any) -> Any:
@@ -183,111 +247,66 @@ def _sum(a: Any, b: Any) -> Any:
     return a + b
 
 
-def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, stop: int) -> dict[int, Summary]:
+def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, stop: int) -> Steps[dict[int, Summary]]:
     """The summaries of the stages before `stop` that are taken over this tensor alone."""
     summaries: dict[int, Summary] = dict(known)
     vote = tensor_vote(task, pipeline, context)
     if vote is not None:
-        return {**summaries, 0: cuts(task, vote, context)}
+        question = pipeline.stages[0].question(0), pipeline.stages[0].question(pipeline.stages[0].rounds - 1)
+        place = id(context.inputs), task.key, task.start, task.stop, "cuts"
+        found, _ = yield from context.kept.once((question, place), partial(_cuts, task, vote, context))
+        return {**summaries, 0: found}
     for index, stage in enumerate(pipeline.stages[:stop]):
         if stage.scope is not Scope.TENSOR:
             continue
         for round in range(stage.rounds):
             if stage.skips(task.key, round, summaries.get(index, {})):
                 continue
-            total = fold([_measured(task, pipeline, (index, round), context, summaries)])
-            summaries[index] = stage.digest(total, round, summaries.get(index, {}))
+            found = yield from _measured(task, pipeline, (index, round), context, summaries)
+            summaries[index] = stage.digest(fold([found]), round, summaries.get(index, {}))
     return summaries
+
+
+def _cuts(task: Task, vote: TrimmedVote, context: Context) -> Steps[Summary]:
+    yield
+    return cuts(task, vote, context)
 
 
 def _measured(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
-) -> dict[str, Tensor | Rows]:
+) -> Steps[dict[str, Tensor | Rows]]:
+    """One measuring pass; tasks side by side whose stages ask the same of the same blocks share it."""
+    index, round = step
+    stages = pipeline.stages
+    work = partial(_measuring, task, pipeline, step, context, summaries)
+    if any(s.scope is Scope.MODEL and s.rounds for s in stages[: index + (round > 0)]):
+        return (yield from work())  # what is known of the model may differ: other tensors may have been measured
+    shared = id(context.inputs), context.seed, context.nonfinite, stages[:index], stages[index].question(round)
+    found: dict[str, Tensor | Rows]
+    found, done_now = yield from context.kept.once((shared, task.key, task.start, task.stop, task.depth), work)
+    if not done_now:
+        context.progress(task.nbytes)
+    return found
+
+
+def _measuring(
+    task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
+) -> Steps[dict[str, Tensor | Rows]]:
     if is_fused(task, context):
         return counted(task, pipeline, step[1], context, summaries.get(0, {}))
-    joined: set[str] = set()
-
-    def passes() -> Iterator[Mapping[str, Any]]:
-        for start, stop in _ranges(task, pipeline, BLOCK):
-            site = _site(task.key, task, pipeline, context, start, stop)
-            part = pipeline.measure(step, site, summaries)
-            joined.update(name for name, value in part.items() if isinstance(value, Rows))
-            context.progress(share(task, start, stop))
-            yield part
-
-    return {name: Rows(value) if name in joined else value for name, value in fold(passes()).items()}
-
-
-# --- sites ---------------------------------------------------------------------------------------
+    totals = _Totals()
+    for start, stop in _ranges(task, pipeline, context.measured):
+        site = site_of(task.key, task, context, start, stop)
+        totals.add(pipeline.measure(step, site, summaries))
+        context.progress(share(task, start, stop))
+        yield
+    return totals.result()
 
 
 def _ranges(task: Task, pipeline: Pipeline, block: int) -> Iterable[tuple[int, int]]:
     if pipeline.grain is Grain.ELEMENT:
         return blocks(task.key, task.start, task.stop, block, [part.span for part in task.encoded])
     return [(task.start, task.stop)]
-
-
-def _site(key: Key, task: Task, pipeline: Pipeline, context: Context, start: int, stop: int) -> Site:
-    """Read rows start..stop of every input as float32 (float64 where an input is)."""
-    inputs = context.inputs
-    wide = any(s.key(key.name).dtype == "float64" for _, s in inputs.models)
-    dtype = torch.float64 if wide else torch.float32
-    shape = (stop - start, *key.shape[1:]) if key.shape else ()
-    factors = _factors(key, task.pipeline, context, dtype) if stop - start == key.rows else ()
-    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else context.device)
-    for i, (name, source) in enumerate(inputs.experts.items()):
-        if not factors:
-            stack[i].copy_(source.read(key.name, start, stop))
-            refuse_bad(stack[i], key, name, start, context)
-    base = None
-    if inputs.base is not None:
-        base = inputs.base.read(key.name, start, stop).to(context.device, dtype)
-        refuse_bad(base, key, "base", start, context)
-    return Site(
-        key=key,
-        stack=stack,
-        base=base,
-        names=tuple(inputs.experts),
-        start=start,
-        depth=task.depth,
-        stats={stat: _stat(stat, key, start, stop, context) for stat in task.stats},
-        seed=context.seed,
-        factors=factors,
-    )
-
-
-def _factors(
-    key: Key, pipeline: Pipeline | None, context: Context, dtype: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Every expert's task vector as a product, if the first stage takes that and all of them have it."""
-    base = context.inputs.base
-    if base is None or pipeline is None:
-        return ()
-    alone = pipeline.codec is not None and pipeline.codec.traits.alone
-    if not pipeline.stages[-1 if alone else 0].traits.factored:
-        return ()
-    out = []
-    for name, source in context.inputs.experts.items():
-        pair = source.factors(key.name, base)
-        if pair is None:
-            return ()
-        left, right = (side.to(context.device, dtype) for side in pair)
-        for side in (left, right):
-            refuse_bad(side, key, f"the adapter of {name}", 0, context)
-        out.append((left, right))
-    return tuple(out)
-
-
-def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple[Tensor, ...]:
-    """One statistic per expert: the same rows if it is shaped like the parameter, else all of it."""
-    out = []
-    for name in context.inputs.experts:
-        source = context.inputs.stats[stat][name]
-        whole = source.key(key.name).shape != key.shape
-        value = source.read(key.name) if whole else source.read(key.name, start, stop)
-        out.append(value.to(context.device, torch.float64 if value.dtype == torch.float64 else torch.float32))
-        refuse_bad(out[-1], key, f"the {stat} of {name}", 0 if whole else start, context)
-    return tuple(out)
 
 
 def _refuse_bad_base(key: Key, bits: np.ndarray | None, start: int, stop: int, context: Context) -> None:
@@ -300,30 +319,3 @@ def _refuse_bad_base(key: Key, bits: np.ndarray | None, start: int, stop: int, c
 def _refuse_bad_inputs(key: Key, start: int, stop: int, context: Context) -> None:
     for name, source in context.inputs.models:
         refuse_bad(to_float(source.read(key.name, start, stop)), key, name, start, context)
-
-
-# --- checksums -----------------------------------------------------------------------------------
-
-
-class _Hashes:
-    """xxh3-128 of every part of a task's tensors, fed in row order."""
-
-    def __init__(self, task: Task) -> None:
-        self._parts: dict[str, list[tuple[int, int, Any]]] = {}
-        whole = task.group or (task.start, task.stop) == (0, task.key.rows)
-        width = task.key.row_numel
-        cut = {part.key.name: part.rows(task.start * width, task.stop * width) for part in task.encoded}
-        for key in task.keys:
-            ranges = parts(key) if whole else [cut.get(key.name, (task.start, task.stop))]
-            self._parts[key.name] = [(low, high, xxhash.xxh3_128()) for low, high in ranges]
-
-    def add(self, name: str, start: int, bits: np.ndarray) -> None:
-        rows = bits.shape[0] if bits.ndim else 1
-        for low, high, digest in self._parts[name]:
-            first, last = max(low, start), min(high, start + rows)
-            if first < last:
-                piece = bits[first - start : last - start] if bits.ndim else bits
-                digest.update(np.ascontiguousarray(piece).view(np.uint8).data if piece.ndim else piece.tobytes())
-
-    def records(self) -> list[list[Any]]:
-        return [[n, low, high, d.hexdigest()] for n, found in self._parts.items() for low, high, d in found]

@@ -12,22 +12,25 @@ from weightsmith.method import Pipeline, Scope
 from weightsmith.ops import fused
 from weightsmith.ops.fused import Stored
 from weightsmith.run.context import Context, share
-from weightsmith.run.task import BLOCK, Task, blocks, row_step
+from weightsmith.run.kept import keeps_rows
+from weightsmith.run.task import Task, blocks, row_step
 from weightsmith.site import Summary
 
-__all__ = ["counted", "cuts", "is_fused", "stored_rows", "tensor_vote"]
-
-KEPT = 24 << 20
-"""Entries of all inputs of a tensor up to which its stored rows are kept between passes."""
+__all__ = ["counted", "cuts", "fits_kernels", "is_fused", "stored_rows", "tensor_vote"]
 
 
 def is_fused(task: Task, context: Context) -> bool:
+    """Whether the kernels do this task."""
+    return fits_kernels(task, context) and fused.available()
+
+
+def fits_kernels(task: Task, context: Context) -> bool:
     """Whether the kernels may do this task: they know the method, and all is plain bf16 or f32 on the CPU."""
     pipeline = task.pipeline
     if pipeline is None or len(pipeline.stages) != 1 or context.device != "cpu" or context.nonfinite == "allow":
         return False
     spec = pipeline.method.fused(len(context.inputs.experts))
-    if spec is None or task.key.dtype not in fused.WRITTEN or not fused.available():
+    if spec is None or task.key.dtype not in fused.WRITTEN:
         return False
     wants_base = isinstance(spec, TrimmedVote) or spec.deltas
     read = context.inputs.models if wants_base else tuple(context.inputs.experts.items())
@@ -36,12 +39,11 @@ def is_fused(task: Task, context: Context) -> bool:
 
 def stored_rows(key: Key, context: Context, start: int, stop: int) -> Stored:
     """Rows start..stop of every expert and of the base, as stored; blocks of tensors that are not large are kept."""
-    step = row_step(key, BLOCK)
+    inputs, step = context.inputs, row_step(key, context.measured)
     whole = start - start % step
-    kept = context.kept.get((key.name, whole, min(whole + step, key.rows)))
+    kept = context.kept.stored.get((id(inputs), key.name, whole, min(whole + step, key.rows)))
     if kept is not None and stop <= whole + step:
         return kept[start - whole : stop - whole] if (start, stop) != (whole, whole + step) and key.shape else kept
-    inputs = context.inputs
     base = None if inputs.base is None or inputs.base.computes(key.name) else inputs.base
     found = Stored(
         experts=[source.bits(key.name, start, stop) for source in inputs.experts.values()],
@@ -49,13 +51,11 @@ def stored_rows(key: Key, context: Context, start: int, stop: int) -> Stored:
         base=None if base is None else base.bits(key.name, start, stop),
         base_dtype="" if base is None else base.key(key.name).dtype,
     )
-    if _keeps(key, context) and (start, stop) == (whole, min(whole + step, key.rows)):
-        context.kept[key.name, start, stop] = found
+    if (start, stop) == (whole, min(whole + step, key.rows)):
+        if not keeps_rows(key, len(inputs.models)):
+            context.kept.stored.clear()  # the latest block only: the next variant of a sweep asks for it
+        context.kept.stored[id(inputs), key.name, start, stop] = found
     return found
-
-
-def _keeps(key: Key, context: Context) -> bool:
-    return key.numel * len(context.inputs.models) <= KEPT
 
 
 def tensor_vote(task: Task, pipeline: Pipeline, context: Context) -> TrimmedVote | None:
@@ -68,9 +68,9 @@ def tensor_vote(task: Task, pipeline: Pipeline, context: Context) -> TrimmedVote
 
 def cuts(task: Task, vote: TrimmedVote, context: Context) -> Summary:
     """What the measuring rounds would find, in fewer passes."""
-    ranges = list(blocks(task.key, task.start, task.stop))
+    ranges = list(blocks(task.key, task.start, task.stop, context.measured))
     read = partial(stored_rows, task.key, context)
-    if _keeps(task.key, context):
+    if keeps_rows(task.key, len(context.inputs.models)):
         for block in ranges:
             read(*block)  # so that the sample is taken from memory
     summary = fused.tensor_cuts(vote, (task.key.rows, task.key.row_numel), read, ranges) if vote.trim else {}
@@ -86,7 +86,7 @@ def counted(task: Task, pipeline: Pipeline, round: int, context: Context, summar
     assert isinstance(spec, TrimmedVote)
 
     def read() -> Iterator[Stored]:
-        for start, stop in blocks(task.key, task.start, task.stop):
+        for start, stop in blocks(task.key, task.start, task.stop, context.measured):
             yield stored_rows(task.key, context, start, stop)
             context.progress(share(task, start, stop))
 

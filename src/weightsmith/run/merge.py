@@ -21,11 +21,24 @@ from weightsmith.io.source import Source
 from weightsmith.io.template import write_template
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
 from weightsmith.run.carry import carry_out
+from weightsmith.run.cluster import ray_runner
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
 from weightsmith.run.vocabulary import chat_template, tokenizer_folder
 
-__all__ = ["Result", "Storage", "finished", "identity", "package", "prepared", "reads", "run", "treatments"]
+__all__ = [
+    "Result",
+    "Storage",
+    "finished",
+    "folder_sink",
+    "identity",
+    "package",
+    "prepared",
+    "reads",
+    "result_of",
+    "run",
+    "treatments",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ def run(
     sources: Inputs | None = None,
     files: Sequence[Path] = (),
     fingerprint: str = "quick",
+    ray: str | None = None,
 ) -> Result:
     """Merge into the folder `out`, which appears complete or not at all.
 
@@ -78,20 +92,27 @@ def run(
     progress   called with (bytes done, bytes in all), from any thread
     files      what else was read and must not be written over: the recipe's own files, plug-ins
     fingerprint  'full': weightsmith.json notes a hash of all bytes of every input (read once more for that)
+    ray        address of a Ray cluster that sees the inputs and `out` under the same paths, or 'local'
 
     Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
     inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
-    stated = licences({name: source.folder for name, source in inputs.models})
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
-        records = carry_out(plan, inputs, sink, device=device, progress=progress)
+        with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
+            records = carry_out(plan, inputs, sink, device=device, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
+    return result_of(plan, inputs, out, time.perf_counter() - began)
+
+
+def result_of(plan: Plan, inputs: Inputs, out: Path, seconds: float) -> Result:
+    """What there is to say about a finished merge."""
+    stated = licences({name: source.folder for name, source in inputs.models})
     return Result(
         out=absolute(out),
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         peak_bytes=plan.peak_bytes,
@@ -120,6 +141,20 @@ def prepared(
         raise PlanError(problems)
     for _, source in inputs.models:
         source.prepare()
+    return folder_sink(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=weight_name, known=known)
+
+
+def folder_sink(
+    plan: Plan,
+    inputs: Inputs,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    weight_name: str = "model",
+    known: Mapping[str, Any] | None = None,
+) -> FolderSink:
+    """The sink for a plan that nothing speaks against; `known`: see `prepared`."""
     return FolderSink(
         out,
         shard_size=parse_size(plan.recipe.output.shard_size),

@@ -115,7 +115,7 @@ class RecipeSource(Source):
     def _ready(self) -> Context:
         with self._first:
             if self._context is None:
-                refuse_unequal(self._plan.tasks, self._inputs)
+                refuse_unequal((task, self._inputs) for task in self._plan.tasks)
                 context = context_of(self._plan, self._inputs)
                 found = summarise(self._plan.tasks, context, SerialRunner())
                 self._context = Context(**{**context.__dict__, "summaries": found})

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from weightsmith.errors import PlanError
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
+from weightsmith.run.context import Context
 from weightsmith.run.cost import estimate
+from weightsmith.run.fast import fits_kernels
 from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.kept import keeps_rows
 from weightsmith.run.planner import Planner
-from weightsmith.run.task import Task
+from weightsmith.run.task import Task, row_step
 
-__all__ = ["Coverage", "InputInfo", "Plan", "cores", "make_plan"]
+__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "make_plan", "resident"]
 
-RESIDENT = 330 << 20
-"""Bytes of a process that has Python, torch and the kernels loaded (measured: 300 to 330 MB)."""
+PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
+"""Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Plan:
     depth: Mapping[str, float] = field(default_factory=dict)
     nested_seconds: float = 0.0
     """Of the inputs that are merges themselves, computed as they are read."""
+    task_bytes: int = 0
+    """Predicted peak of a process that does one task at a time."""
 
     @property
     def write_bytes(self) -> int:
@@ -99,14 +105,15 @@ def make_plan(
     if sources is None:
         sources = open_inputs(recipe)
     planner = Planner(recipe, sources, encode=encode)
-    tasks = planner.tasks()
+    tasks = [_by_kernels(task, sources) for task in planner.tasks()]
     keys = planner.output_keys(tasks)
     problems = [*sources.problems, *planner.problems]
     notes = list(planner.notes)
     free = None
     if out is not None:
         free = _free_bytes(out)
-    workers, peak = _workers(tasks, threads, memory, problems)
+    loaded = resident(tasks, sources)
+    workers, peak = choose_threads([(t.peak, t.key.name) for t in tasks], threads, memory, problems, loaded)
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -121,6 +128,7 @@ def make_plan(
         notes=tuple(notes),
         depth=planner.depth,
         nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
+        task_bytes=loaded + max((task.peak for task in tasks), default=0),
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)
@@ -163,19 +171,54 @@ def _coverage(tasks: Iterable[Task]) -> Iterable[Coverage]:
     return [Coverage(text, len(names), numel) for text, (names, numel) in found.items()]
 
 
-def _workers(tasks: list[Task], threads: int | None, memory: int | None, problems: list[str]) -> tuple[int, int]:
-    """Thread count and predicted peak: as many threads as asked for (or cores), fewer if memory is short."""
+def choose_threads(
+    tasks: Sequence[tuple[int, str]], threads: int | None, memory: int | None, problems: list[str], loaded: int
+) -> tuple[int, int]:
+    """Thread count and predicted peak: as many threads as asked for (or cores), fewer if memory is short.
+
+    tasks   (predicted bytes, tensor) of whatever one thread does at a time
+    loaded  bytes of the process beside its tasks, see `resident`
+    """
     wanted = threads or cores()
-    peaks = sorted((t.peak for t in tasks), reverse=True) or [0]
+    peaks = sorted((peak for peak, _ in tasks), reverse=True) or [0]
     for workers in range(max(1, min(wanted, max(len(tasks), 1))), 0, -1):
-        peak = RESIDENT + sum(peaks[:workers])
+        peak = loaded + sum(peaks[:workers])
         if memory is None or peak <= memory:
             return workers, peak
-    largest = max(tasks, key=lambda t: t.peak)
-    problems.append(
-        f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest.key.name} alone needs {peak / 1e6:,.0f} MB"
-    )
+    _, largest = max(tasks)
+    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {peak / 1e6:,.0f} MB")
     return 1, peak
+
+
+def _by_kernels(task: Task, inputs: Inputs) -> Task:
+    """What a task takes that the kernels do: stored rows and histograms, no float32 copies, no torch."""
+    context = Context(inputs=inputs)
+    if not fits_kernels(task, context):
+        return task
+    assert task.pipeline is not None
+    key, count = task.key, len(inputs.models)
+    rows = min(task.stop - task.start, row_step(key, context.measured))
+    stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
+    kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
+    histograms = count * (2 << 20) if task.pipeline.steps else 0  # of this task, and of some that wait to be added
+    return replace(task, peak=kept + histograms + 2 * rows * key.row_numel * 4 + (2 << 20))
+
+
+def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
+    """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels."""
+    compiled = find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
+    kernels = torch = False
+    context = Context(inputs=inputs)
+    for task in tasks:
+        if task.pipeline is None:
+            source = inputs.experts[task.source] if task.source else inputs.base
+            assert source is not None
+            torch = torch or source.computes(task.key.name) or source.key(task.key.name).dtype != task.keys[0].dtype
+        elif compiled and fits_kernels(task, context):
+            kernels = True
+        else:
+            torch = True
+    return PYTHON + KERNELS * kernels + TORCH * torch
 
 
 def cores() -> int:

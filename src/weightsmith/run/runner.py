@@ -21,7 +21,12 @@ class Runner(Protocol):
     """Applies a function to tasks; results come in the order of the tasks, as soon as they can.
 
     Functions, tasks and results are picklable, so that a runner may cross processes and machines.
+
+    remote  whether it does: then nothing that a function does to its arguments is seen here
     """
+
+    @property
+    def remote(self) -> bool: ...
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]: ...
 
@@ -29,12 +34,16 @@ class Runner(Protocol):
 class SerialRunner:
     """In this thread, in order."""
 
+    remote = False
+
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         return map(function, tasks)
 
 
 class ThreadRunner:
     """On `threads` threads of this process; torch, numpy and the kernels release the interpreter lock."""
+
+    remote = False
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from weightsmith.keys import DTYPES, Key, Part
 from weightsmith.method import Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "PART_BYTES", "Task", "blocks", "cuttable", "factored_peak", "parts", "row_step", "task_peak"]
+__all__ = ["BLOCK", "HELD", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "factored_peak", "parts",
+           "row_step", "task_peak"]  # fmt: skip
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
 
-Measuring passes always use blocks of this size, so that what they add up does not depend on settings."""
+Measuring passes always use blocks of `block_size`, so that what they add up does not depend on settings."""
+
+HELD = 20_000_000
+"""Bytes that torch's and Python's allocators hold beside what is in use (measured: 15 to 30 MB per thread)."""
 
 PART_BYTES = 32 << 20
 """Output bytes per part: the unit of checksums and, for tensors that may be cut, of work.  Fixed likewise."""
@@ -69,6 +73,11 @@ class Task:
         return codec.parts(self.key, self.experts) if codec is not None else ()
 
 
+def block_size(inputs: int) -> int:
+    """Elements per block for a number of inputs, the base included: many experts take no more memory than three."""
+    return max(min(BLOCK, 1 << 14), BLOCK * 4 // max(inputs, 4))
+
+
 def row_step(key: Key, size: int, spans: Iterable[int] = ()) -> int:
     """How many rows make up about `size` elements, at least one; a multiple of every span in elements."""
     unit = math.lcm(*(span // math.gcd(span, max(key.row_numel, 1)) for span in spans))
@@ -97,8 +106,9 @@ def cuttable(pipeline: Pipeline | None) -> bool:
     return pipeline.grain is Grain.ELEMENT and all(s.rounds == 0 or s.scope is Scope.MODEL for s in pipeline.stages)
 
 
-def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None, block: int = BLOCK) -> int:
+def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None) -> int:
     """Predicted peak bytes of working on `rows` rows: inputs, the float stack, the method's scratch, the result."""
+    block = block_size(count + has_base)
     if pipeline is None:
         return 2 * min(rows * key.row_numel, max(block, key.row_numel)) * 8
     numel = rows * key.row_numel
@@ -106,7 +116,8 @@ def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipelin
         numel = min(numel, max(block, key.row_numel))
     width = 8 if key.dtype == "float64" else 4
     stack = numel * width * (count + (1 if has_base else 0))
-    return int(stack * (1.0 + pipeline.scratch) + 2 * numel * width)
+    counts = count << 20 if pipeline.steps else 0  # histograms of half a megabyte, this block's and the sum so far
+    return HELD + counts + int(stack * (1.0 + pipeline.scratch) + 2 * numel * width)
 
 
 def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:

@@ -1,0 +1,95 @@
+"""Reading a block of every input, as a method sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsmith.keys import Key
+from weightsmith.lazy import torch
+from weightsmith.method import Pipeline
+from weightsmith.run.context import Context
+from weightsmith.run.kept import Values
+from weightsmith.run.numeric import refuse_bad
+from weightsmith.run.task import Task
+from weightsmith.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["site_of"]
+
+
+def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Site:
+    """Rows start..stop of every input as float32 (float64 where an input is), and what else a method may see."""
+    factored = stop - start == key.rows and _may_factor(task.pipeline)
+    which = (id(context.inputs), factored, context.nonfinite == "allow")
+    stack, base, factors = context.kept.values(
+        (key.name, start, stop), which, lambda: _values(key, context, start, stop, factored)
+    )
+    return Site(
+        key=key,
+        stack=stack,
+        base=base,
+        names=tuple(context.inputs.experts),
+        start=start,
+        depth=task.depth,
+        stats={stat: _stat(stat, key, start, stop, context) for stat in task.stats},
+        seed=context.seed,
+        factors=factors,
+    )
+
+
+def _values(key: Key, context: Context, start: int, stop: int, factored: bool) -> Values:
+    """Read and check one block of every input."""
+    inputs = context.inputs
+    wide = any(s.key(key.name).dtype == "float64" for _, s in inputs.models)
+    dtype = torch.float64 if wide else torch.float32
+    shape = (stop - start, *key.shape[1:]) if key.shape else ()
+    factors = _factors(key, context, dtype) if factored else ()
+    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else context.device)
+    for i, (name, source) in enumerate(inputs.experts.items()):
+        if not factors:
+            stack[i].copy_(source.read(key.name, start, stop))
+            refuse_bad(stack[i], key, name, start, context)
+    base = None
+    if inputs.base is not None:
+        base = inputs.base.read(key.name, start, stop).to(context.device, dtype)
+        refuse_bad(base, key, "base", start, context)
+    return stack, base, factors
+
+
+def _may_factor(pipeline: Pipeline | None) -> bool:
+    """Whether the first stage takes task vectors as products."""
+    if pipeline is None:
+        return False
+    alone = pipeline.codec is not None and pipeline.codec.traits.alone
+    return pipeline.stages[-1 if alone else 0].traits.factored
+
+
+def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Every expert's task vector as a product, if all of them have it."""
+    base = context.inputs.base
+    if base is None:
+        return ()
+    out = []
+    for name, source in context.inputs.experts.items():
+        pair = source.factors(key.name, base)
+        if pair is None:
+            return ()
+        left, right = (side.to(context.device, dtype) for side in pair)
+        for side in (left, right):
+            refuse_bad(side, key, f"the adapter of {name}", 0, context)
+        out.append((left, right))
+    return tuple(out)
+
+
+def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple[Tensor, ...]:
+    """One statistic per expert: the same rows if it is shaped like the parameter, else all of it."""
+    out = []
+    for name in context.inputs.experts:
+        source = context.inputs.stats[stat][name]
+        whole = source.key(key.name).shape != key.shape
+        value = source.read(key.name) if whole else source.read(key.name, start, stop)
+        out.append(value.to(context.device, torch.float64 if value.dtype == torch.float64 else torch.float32))
+        refuse_bad(out[-1], key, f"the {stat} of {name}", 0 if whole else start, context)
+    return tuple(out)

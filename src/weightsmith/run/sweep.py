@@ -1,0 +1,213 @@
+"""Several variants of a recipe in one run: every block of the inputs is read and decoded once.
+
+Each variant becomes a folder of its own inside OUT, complete and verifiable like that of a single merge, and with
+the same bytes.  All of them are laid out, journalled and resumed as single merges are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from weightsmith.errors import PlanError
+from weightsmith.io.disk import allocated, gigabytes
+from weightsmith.io.manifest import MANIFEST
+from weightsmith.io.output import absolute, check_output
+from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.run.carry import Bundle, Job, carry_out_all, side_by_side
+from weightsmith.run.cluster import ray_runner
+from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.merge import Result, finished, folder_sink, package, reads, result_of
+from weightsmith.run.plan import Plan, choose_threads, make_plan, resident
+
+__all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
+
+_STATE = 1 << 20
+"""Bytes per expert that a variant keeps between two of its turns: the histograms of a measuring pass."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The plans of all variants, by folder name, and what they take together.  No tensor in it.
+
+    done  variants that the run to resume has finished
+    """
+
+    out: Path
+    plans: Mapping[str, Plan]
+    inputs: Mapping[str, Inputs]
+    done: frozenset[str]
+    threads: int
+    peak_bytes: int
+    problems: tuple[str, ...]
+    task_bytes: int = 0
+
+    @property
+    def read_bytes(self) -> int:
+        """Inputs that several variants share count once."""
+        found = {id(self.inputs[name]): 0 for name in self.plans}
+        for name, plan in self.plans.items():
+            found[id(self.inputs[name])] = max(found[id(self.inputs[name])], plan.read_bytes)
+        return sum(found.values())
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(plan.write_bytes for plan in self.plans.values())
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep did; `variants` maps folder names to what a single merge would have said."""
+
+    out: Path
+    variants: Mapping[str, Result]
+    seconds: float
+    read_bytes: int
+    write_bytes: int
+    peak_bytes: int
+
+
+def plan_sweep(
+    recipes: Mapping[str, Recipe],
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    sources: Inputs | None = None,
+    files: Sequence[Path] = (),
+    fingerprint: str = "quick",
+) -> Sweep:
+    """Plan every variant (folder name -> recipe) from headers alone.  The problems are in the result, not raised."""
+    opened: dict[str, Inputs] = {}
+    inputs: dict[str, Inputs] = {}
+    for name, recipe in recipes.items():
+        key = _what_is_read(recipe)
+        if key not in opened:
+            found = sources if sources is not None else open_inputs(recipe)
+            opened[key] = replace(found, full=fingerprint == "full")
+        inputs[name] = opened[key]
+    plans = {
+        name: make_plan(recipe, sources=inputs[name], threads=threads, out=out / name, strict=False)
+        for name, recipe in recipes.items()
+    }
+    done = {name for name, plan in plans.items() if resume and finished(plan, inputs[name], out / name)}
+    problems: dict[str, list[str]] = {}
+    for name, plan in plans.items():
+        places = (*reads(plan.recipe, inputs[name]), *files)
+        more = [] if name in done else check_output(out / name, places, overwrite, resume, plan.write_bytes)
+        for text in (*plan.problems, *more):
+            problems.setdefault(text, []).append(name)
+    # What all variants have in common is said once.
+    said = [text if len(names) == len(plans) else f"{', '.join(names)}: {text}" for text, names in problems.items()]
+    said += [] if said else _obstacles(out, {name: plan for name, plan in plans.items() if name not in done})
+    bundles = side_by_side([plan.tasks for plan in plans.values()])
+    peaks = [(_peak(bundle), bundle[0][1].key.name) for bundle in bundles]
+    loaded = max(resident(plan.tasks, inputs[name]) for name, plan in plans.items())
+    workers, peak = choose_threads(peaks, threads, memory, said, loaded)
+    return Sweep(
+        absolute(out),
+        plans,
+        inputs,
+        frozenset(done),
+        workers,
+        peak,
+        tuple(said),
+        loaded + max((nbytes for nbytes, _ in peaks), default=0),
+    )
+
+
+def run_sweep(
+    recipes: Mapping[str, Recipe],
+    out: Path,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    sources: Inputs | None = None,
+    ray: str | None = None,
+    files: Sequence[Path] = (),
+    fingerprint: str = "quick",
+) -> SweepResult:
+    """Merge every variant (folder name -> recipe) into a folder of that name inside `out`.
+
+    The other arguments are those of `run.merge.run`.  Each variant's folder appears complete or not at all; an
+    interrupted sweep is taken up again with `resume`, finished variants are left as they are.
+
+    Raises PlanError with every problem before anything is written.
+    """
+    began = time.perf_counter()
+    sweep = plan_sweep(
+        recipes,
+        out,
+        memory=memory,
+        threads=threads,
+        resume=resume,
+        overwrite=overwrite,
+        sources=sources,
+        files=files,
+        fingerprint=fingerprint,
+    )
+    if sweep.problems:
+        raise PlanError(sweep.problems)
+    for inputs in sweep.inputs.values():
+        for _, source in inputs.models:
+            source.prepare()
+    left = {name: plan for name, plan in sweep.plans.items() if name not in sweep.done}
+    sinks = {
+        name: folder_sink(plan, sweep.inputs[name], out / name, resume=resume, overwrite=overwrite)
+        for name, plan in left.items()
+    }
+    if left:
+        jobs = [Job(plan, sweep.inputs[name], sinks[name]) for name, plan in left.items()]
+        with ray_runner(ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
+            records = carry_out_all(jobs, threads=sweep.threads, device=device, progress=progress, runner=runner)
+        try:
+            for job, sink, found in zip(jobs, sinks.values(), records, strict=True):
+                sink.finish(partial(package, plan=job.plan, inputs=job.inputs, records=found))
+        except BaseException:
+            for sink in sinks.values():
+                sink.abort()
+            raise
+    seconds = time.perf_counter() - began
+    variants = {name: result_of(plan, sweep.inputs[name], out / name, seconds) for name, plan in sweep.plans.items()}
+    return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.peak_bytes)
+
+
+def _what_is_read(recipe: Recipe) -> str:
+    """Equal for recipes with the same base, models and statistics; the models' own parameters do not count."""
+    fields = tuple(ModelRef.model_fields)
+    read = {name: {f: getattr(ref, f) for f in fields} for name, ref in recipe.models.items()}
+    return repr((recipe.base, read))
+
+
+def _peak(bundle: Bundle) -> int:
+    """Predicted bytes of tasks that go on side by side: they share what is read, and take turns with the rest."""
+    tasks = [task for _, task in bundle]
+    state = [0 if t.pipeline is None or not t.pipeline.steps else _STATE + 8 * (t.stop - t.start) for t in tasks]
+    return max(task.peak for task in tasks) + sum(sorted(state)[:-1])
+
+
+def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[str]:
+    """What speaks against all variants together."""
+    out = absolute(out)
+    if (out / MANIFEST).exists() or (out / "config.json").exists():
+        return [f"{out} is a model; the variants need a folder of their own to stand in"]
+    need = sum(plan.write_bytes for plan in plans.values())
+    ground = next(folder for folder in (out, *out.parents) if folder.exists())
+    begun = [work for name in plans if (work := out / f"{name}.partial").exists()]
+    free = shutil.disk_usage(ground).free + sum(map(allocated, begun))
+    if need <= free:
+        return []
+    return [
+        f"{len(plans)} variants need {gigabytes(need)} in {out}, but {gigabytes(free)} are free on its disk; "
+        "free some space or sweep over fewer values"
+    ]

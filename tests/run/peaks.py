@@ -1,0 +1,175 @@
+"""Peak memory of every registered method against what its plan predicts, each in a forked process.
+
+    python tests/run/peaks.py ROWS EXPERTS [METHOD ...]      prints: name, predicted, measured, before
+
+A child begins with the memory of its parent, which has everything imported: that part is measured, not predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from weightsmith.method import Codec, Filter, Stage, registered
+
+STATISTICS = ("gram", "fisher")
+BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
+FEW = ("steps", "iterations", "epochs", "max_iterations")
+
+
+class Peak(NamedTuple):
+    """Bytes that a process may take as planned, that it took, and that it had taken before its first task."""
+
+    predicted: int
+    measured: int
+    before: int
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+def stage_of(name: str, **more: Any) -> Stage:
+    """A stage with its defaults, but few steps: they take time, not memory."""
+    cls = registered()[name]
+    few = {p.field: max(2, int(p.low)) for p in cls.parameters() if p.name in FEW}
+    return cls(**{**BARE.get(name, {}), **few, **more})
+
+
+def methods() -> list[str]:
+    """All of them, filters and codecs too."""
+    return sorted(name for name in registered() if name != "keep")
+
+
+def models(folder: Path, rows: int, columns: int, experts: int, dtype: str = "F32", stats: Iterable[str] = ()) -> None:
+    """Folders base, e0, e1, ... with one matrix each, and stats-0, ... with what `observe` would have written."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((rows, columns), np.float32)
+    for i in range(experts + 1):
+        noise = rng.standard_normal((rows, columns), np.float32)
+        write(folder / ("base" if i == 0 else f"e{i - 1}"), "model", first + 0.1 * noise, dtype)
+    for i in range(experts):
+        for stat in stats:
+            made = np.abs(first) if stat == "fisher" else np.eye(columns, dtype=np.float32) * (i + 1)
+            about = {"stat": stat, "examples": 3, "rows": 96, "aliases": {}}
+            write(folder / f"stats-{i}", stat, made, "F32", {"weightsmith": json.dumps(about)})
+
+
+def write(folder: Path, name: str, values: np.ndarray, dtype: str = "F32", about: dict[str, str] | None = None) -> None:
+    bits = values.astype(np.float32).view(np.uint32)
+    data = (bits >> 16).astype(np.uint16) if dtype == "BF16" else bits
+    entry = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [0, data.nbytes]}
+    header = {"model.layers.0.mlp.up_proj.weight": entry, **({"__metadata__": about} if about else {})}
+    raw = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(data.tobytes())
+
+
+def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, fork: bool = True) -> Peak:
+    """Run one merge (or compression) over the models in `folder`, in a forked child."""
+    from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
+    from weightsmith.run.inputs import open_inputs
+    from weightsmith.run.plan import make_plan, resident
+
+    stats = any(n in STATISTICS for s in stages for n in s.traits.needs)
+    recipe = Recipe(
+        base=ModelRef(model=str(folder / "base")),
+        models={
+            f"e{i}": ModelRef(model=str(folder / f"e{i}"), stats=(str(folder / f"stats-{i}"),) if stats else ())
+            for i in range(experts)
+        },
+        method=tuple(StageSpec(name=s.name, parameters={p.name: getattr(s, p.field) for p in s.parameters()
+                     if getattr(s, p.field) is not None}) for s in stages),
+    )  # fmt: skip
+    inputs = open_inputs(recipe)
+    encode = isinstance(stages[-1], Codec)
+    plan = make_plan(recipe, sources=inputs, threads=threads, encode=encode)
+    if not fork:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            _run(recipe, Path(out) / "out", encode, threads)
+        return Peak(plan.peak_bytes, plan.peak_bytes, 0)
+    read, write_ = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            before = _status("VmRSS")
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                _run(recipe, Path(out) / "out", encode, threads)
+                os.write(write_, f"{before} {_status('VmHWM')}".encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write_)
+    with os.fdopen(read) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, [s.name for s in stages]
+    before, measured = map(int, text.split())
+    return Peak(plan.peak_bytes - resident(plan.tasks, inputs) + before, measured, before)
+
+
+def _run(recipe: Any, out: Path, encode: bool, threads: int) -> None:
+    from weightsmith.run.compress import compress
+    from weightsmith.run.merge import run
+
+    (compress if encode else run)(recipe, out, threads=threads)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def stages_for(name: str) -> list[Stage]:
+    stage = stage_of(name)
+    if isinstance(stage, Filter):
+        plain = stage_of("task_arithmetic")
+        return [plain, stage] if stage.traits.after else [stage, plain]
+    if isinstance(stage, Codec) and not stage.traits.alone:
+        return [stage_of("ties"), stage]
+    return [stage]
+
+
+def count_for(name: str, most: int) -> int:
+    stages = stages_for(name)
+    top = min((s.traits.max_count or most for s in stages), default=most)
+    return next(n for n in range(min(top, most), 0, -1) if all(s.check(n, True) is None for s in stages))
+
+
+def warm_up() -> None:
+    """Import and touch in this process what every child will use: it is the process, not the tensors."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        models(Path(folder), 16, 16, 2, stats=STATISTICS)
+        for name in ("ties", "dare", "tsvm", "regmean", "wudi", "tall_masks"):
+            peak_of(Path(folder), stages_for(name), 2, fork=False)
+
+
+def main() -> None:
+
+    warm_up()
+    rows, experts = int(sys.argv[1]), int(sys.argv[2])
+    with tempfile.TemporaryDirectory() as folder:
+        models(Path(folder), rows, rows, experts, stats=STATISTICS)
+        for name in sys.argv[3:] or methods():
+            found = peak_of(Path(folder), stages_for(name), count_for(name, experts))
+            print(name, found.predicted, found.measured, found.before, flush=True)
+
+
+if __name__ == "__main__":
+    main()

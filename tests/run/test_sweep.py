@@ -1,0 +1,270 @@
+"""Sweeps: several variants in one pass over the inputs, each with the bytes of a run of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from goldens import tiny_llama
+from weightsmith.cli.main import main
+from weightsmith.errors import PlanError, RecipeError
+from weightsmith.io.output import FolderSink
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import MemorySource
+from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.recipe.sweep import expand, load_variants
+from weightsmith.run.carry import Job, carry_out, carry_out_all
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.merge import run
+from weightsmith.run.plan import make_plan
+from weightsmith.run.sweep import plan_sweep, run_sweep
+
+NAMES = ["e0", "e1", "e2"]
+
+
+TIED: list[dict[str, Any]] = [{"density": 0.3}, {"density": 0.3, "lambda": 0.5}, {"density": 0.5, "aggregate": "sum"},
+        {"density": 0.3, "zero_sign": "plus"}, {"density": 0.3, "weight": 2.0}, {"density": 0.3, "sign": "count"},
+        {"density": 0.3, "sign": "normmass"}]  # fmt: skip
+
+
+class Counting(MemorySource):
+    """Counts how many entries are read."""
+
+    entries = 0
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        found = super().read(name, start, stop)
+        self.entries += found.numel()
+        return found
+
+
+def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(a).to(dtype) for name, a in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    base, experts = tiny_llama.make(3, 3)
+    stats = {
+        "fisher": [tensors(d, torch.float32) for d in tiny_llama.positive(3, 3)],
+        "gram": [tensors(d, torch.float32) for d in tiny_llama.grams(3, 3)],
+    }
+    return Inputs(
+        Counting(tensors(base), "base"),
+        {name: Counting(tensors(e), name) for name, e in zip(NAMES, experts, strict=True)},
+        {s: {n: MemorySource(d, s) for n, d in zip(NAMES, found, strict=True)} for s, found in stats.items()},
+    )
+
+
+def recipe(method: Any, **more: Any) -> Recipe:
+    models = {name: ModelRef(model=name) for name in NAMES}
+    return Recipe(base=ModelRef(model="base"), models=models, method=method, **more)
+
+
+def bits(sink: MemorySink) -> dict[str, bytes]:
+    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in sink.tensors().items()}
+
+
+def alone(wanted: Recipe, given: Inputs, **how: Any) -> dict[str, bytes]:
+    sink = MemorySink()
+    carry_out(make_plan(wanted, sources=given, threads=1), given, sink, **how)
+    return bits(sink)
+
+
+def together(wanted: list[Recipe], given: Inputs, **how: Any) -> list[dict[str, bytes]]:
+    jobs = [Job(make_plan(one, sources=given, threads=1), given, MemorySink()) for one in wanted]
+    carry_out_all(jobs, **how)
+    return [bits(job.sink) for job in jobs]  # type: ignore[arg-type]
+
+
+MIXED = ["ties", "della", "linear", "magnitude", "model_stock", "fisher", "regmean", "tsvm", "sce",
+         "consensus", "lines", "keep"]  # fmt: skip
+
+
+def test_unlike_methods_side_by_side_give_the_bytes_of_separate_runs(inputs: Inputs) -> None:
+    """They read other ranges in another order, with and without measuring passes, model-wide ones among them."""
+    wanted = [recipe({name: {}}) for name in MIXED]
+    wanted += [
+        recipe({"dare": {"density": 0.6}}, seed=1),
+        recipe({"breadcrumbs": {"density": 0.5}}),
+        recipe({"ties": {"density": 0.3, "scope": "global"}}),
+        recipe({"ties": {"density": 0.6, "scope": "global"}}),
+        recipe("ties", exclude="*embed*", seed=4),
+        *(recipe({"ties": {"scope": "tensor", **more}}) for more in TIED),
+    ]
+    for one, found in zip(wanted, together(wanted, inputs), strict=True):
+        assert found == alone(one, inputs), one.method
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "slerp", "tsvm"])
+def test_inputs_are_read_once_for_all_variants(
+    method: str, kernels: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "0":
+        monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    if not (method == "ties" and kernels == "1"):  # whose passes over a large tensor do not pause
+        monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
+    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1000)
+    given = replace(inputs, experts={"e0": inputs.experts["e0"]}) if method == "slerp" else inputs
+    key, values = {"slerp": "t", "tsvm": "scaling"}.get(method, "lambda"), (0.1, 0.5, 0.9)
+    wanted = [recipe(method, parameters={key: value}) for value in values]
+    if method == "slerp":
+        wanted = [one.model_copy(update={"models": {"e0": ModelRef(model="e0")}}) for one in wanted]
+
+    def read_by(action: Callable[[], Any]) -> int:
+        for _, source in given.models:
+            source.entries = 0  # type: ignore[attr-defined]
+        action()
+        return sum(source.entries for _, source in given.models)  # type: ignore[attr-defined]
+
+    one = read_by(lambda: alone(wanted[0], given, block=1000))
+    assert one > 0
+    assert read_by(lambda: together(wanted, given, block=1000)) == one
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    for name in ("base", *NAMES):
+        (tmp_path / name).mkdir()
+        made = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(40, 30).bfloat16() for i in range(3)}
+        save_file(made, tmp_path / name / "model.safetensors")
+    listed = "".join(f"  {name}: ./{name}\n" for name in NAMES)
+    (tmp_path / "r.yaml").write_text(f"base: ./base\nmodels:\n{listed}method: ties\n")
+    return tmp_path
+
+
+SETS = ["parameters.density=0.2,0.5", "models.e1.weight=1,2", "seed=7"]
+FOLDERS = ["density=0.2,weight=1", "density=0.2,weight=2", "density=0.5,weight=1", "density=0.5,weight=2"]
+
+
+def test_every_variant_is_the_folder_that_a_run_of_its_own_makes(models: Path, capsys: pytest.CaptureFixture) -> None:
+    options = [word for text in SETS for word in ("--set", text)]
+    assert main(["merge", str(models / "r.yaml"), str(models / "out"), *options, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown["variants"]) == FOLDERS == sorted(p.name for p in (models / "out").iterdir())
+    for name, one in load_variants(models / "r.yaml", SETS).items():
+        run(one, models / "one" / name)
+        made, wanted = models / "out" / name, models / "one" / name
+        assert sorted(p.name for p in made.iterdir()) == sorted(p.name for p in wanted.iterdir())
+        assert (made / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+        noted, expected = (json.loads((folder / "weightsmith.json").read_text()) for folder in (made, wanted))
+        assert noted["recipe"] == expected["recipe"]
+        assert noted["output"] == expected["output"]
+        assert main(["verify", str(made), "--rerun"]) == 0
+
+
+@pytest.mark.parametrize("at", ["merging", "publishing"])
+def test_an_interrupted_sweep_goes_on(at: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = load_variants(models / "r.yaml", SETS)
+    whole = run_sweep(wanted, models / "whole")
+    finish, calls = FolderSink.finish, []
+
+    def stop(done: int, total: int) -> None:
+        if at == "merging" and done > 0.9 * total:  # behind three measuring passes
+            raise KeyboardInterrupt
+
+    def finish_one(self: FolderSink, *arguments: Any) -> Path:
+        calls.append(self)
+        if at == "publishing" and len(calls) == 3:
+            raise KeyboardInterrupt
+        return finish(self, *arguments)
+
+    monkeypatch.setattr(FolderSink, "finish", finish_one)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(wanted, models / "out", threads=1, progress=stop)
+    there = sorted(p.name for p in (models / "out").iterdir())
+    assert [name for name in there if "partial" not in name] == ([] if at == "merging" else FOLDERS[:2])
+    assert any(name.endswith(".partial") for name in there)
+    with pytest.raises(PlanError, match="--resume"):
+        run_sweep(wanted, models / "out")
+    calls.extend([None] * 9)
+    run_sweep(wanted, models / "out", resume=True)
+    assert sorted(p.name for p in (models / "out").iterdir()) == FOLDERS
+    for name in whole.variants:
+        made, expected = (models / folder / name / "model.safetensors" for folder in ("out", "whole"))
+        assert made.read_bytes() == expected.read_bytes()
+
+
+def test_the_plan_counts_inputs_once_and_outputs_each(models: Path, capsys: pytest.CaptureFixture) -> None:
+    wanted = load_variants(models / "r.yaml", ["parameters.density=0.1,0.2,0.3"])
+    swept, one = plan_sweep(wanted, models / "out"), make_plan(wanted["density=0.1"])
+    assert swept.read_bytes == one.read_bytes
+    assert swept.write_bytes == 3 * one.write_bytes
+    assert one.peak_bytes < swept.peak_bytes < 1.3 * one.peak_bytes
+    assert main(["plan", str(models / "r.yaml"), str(models / "out"), "--set", "parameters.density=0.1,0.2"]) == 0
+    assert "in 2 folders" in capsys.readouterr().out
+    assert not (models / "out").exists()
+
+
+def test_problems_are_said_once_and_before_anything_is_written(models: Path) -> None:
+    wanted = load_variants(models / "r.yaml", ["models.e1.layers=[0,1],[0,2]", "parameters.density=0.1,0.2"])
+    with pytest.raises(PlanError, match=r"layers=_0_1_,density=0.1, layers=_0_1_,density=0.2: model.layers.1"):
+        run_sweep(wanted, models / "out")
+    (models / "taken").mkdir()
+    (models / "taken" / "config.json").write_text("{}")
+    with pytest.raises(PlanError, match="taken is a model; the variants need a folder of their own"):
+        run_sweep(load_variants(models / "r.yaml", ["seed=1,2"]), models / "taken")
+    assert not (models / "out").exists()
+
+
+def test_too_little_space_for_all_is_a_problem(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 0, 10_000))
+    wanted = load_variants(models / "r.yaml", ["seed=1,2"])
+    with pytest.raises(PlanError, match=r"2 variants need 0.00 GB in .*out, but 0.00 GB are free"):
+        run_sweep(wanted, models / "out")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a.density=0.1,0.2"], {"density=0.1": ("a.density=0.1",), "density=0.2": ("a.density=0.2",)}),
+        (["a.d=[1,2]"], {"": ("a.d=[1,2]",)}),
+        (["a.d=[1,2],3"], {"d=_1_2_": ("a.d=[1,2]",), "d=3": ("a.d=3",)}),
+        (['out="a,b"'], {"": ('out="a,b"',)}),
+        (["broken"], {"": ("broken",)}),
+        (["a.w=1,2", "b.w=3, 4", "s=1"], {
+            "a.w=1,b.w=3": ("a.w=1", "b.w=3", "s=1"), "a.w=1,b.w=4": ("a.w=1", "b.w=4", "s=1"),
+            "a.w=2,b.w=3": ("a.w=2", "b.w=3", "s=1"), "a.w=2,b.w=4": ("a.w=2", "b.w=4", "s=1"),
+        }),
+        (["m=a/b,../c"], {"m=a_b": ("m=a/b",), "m=.._c": ("m=../c",)}),
+    ],
+)  # fmt: skip
+def test_values_multiply(given: list[str], expected: dict[str, tuple[str, ...]]) -> None:
+    assert expand(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["d=1,,2"], "an empty value in a list"),
+        (["d=1,1"], "two variants would be called 'd=1'"),
+        (["d=a/b,a:b"], "two variants would be called 'd=a_b'"),
+        ([f"x{i}=1,2" for i in range(10)], "1024 variants; at most 1000"),
+        ([f"d={'x' * 300},1"], "too long for a folder's name"),
+    ],
+)
+def test_lists_that_cannot_be_meant(given: list[str], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        expand(given)
+
+
+def test_verbs_that_make_one_thing_refuse_several_values(models: Path, capsys: pytest.CaptureFixture) -> None:
+    out = str(models / "out")
+    assert main(["compress", str(models / "r.yaml"), out, "--set", "parameters.density=0.1,0.2"]) == 2
+    assert "several values make a sweep, which merge and plan do" in capsys.readouterr().err
