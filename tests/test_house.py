@@ -23,6 +23,7 @@ LAYERS = (
     ("ops",),
     ("methods", "codecs"),
     ("io",),
+    ("tokens",),
     ("recipe",),
     ("run",),
     ("observe", "report", "inspect", "plugins", "moe", "lora"),

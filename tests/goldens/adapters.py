@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from goldens import adapter_cases, mergekit, tiny_llama
+from goldens import adapter_cases, mergekit, surgery, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.method import Pipeline, Stage, registry
@@ -36,7 +36,6 @@ NOT_YET: Mapping[str, str] = {
     "ota": "optimization trajectories",
     "ota+ffg": "optimization trajectories",
     "pleas": "permutation alignment",
-    "tokenizer-surgery": "vocabulary alignment",
     "weight-matching": "permutation alignment",
 }
 """Methods that are not built yet, and the piece of work that brings each."""
@@ -316,6 +315,10 @@ def mergekit_yaml(case: Case) -> State:
     return out
 
 
+def tokenizer_surgery(case: Case) -> State:
+    return surgery.embeddings(case.seed, case.params) | surgery.pursuit(case.expected, case.params["omp_k"])
+
+
 ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "ties": ties,
     "breadcrumbs": breadcrumbs,
@@ -339,6 +342,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "aswudi": spectral_wudi,
     "moe-build": moe_build,
     "lora-tools": lora_tools,
+    "tokenizer-surgery": tokenizer_surgery,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

@@ -261,7 +261,19 @@ class _Translator:
         self.unknown(block, ("source", "tokens", "pad_to_multiple_of"), place)
         self.mark(("tokenizer",), place)
         rest = {key: block[key] for key in ("tokens", "pad_to_multiple_of") if block.get(key) is not None}
+        if isinstance(rest.get("tokens"), Mapping):
+            rest["tokens"] = {t: self.token(v, (*place, "tokens", t), native) for t, v in rest["tokens"].items()}
         return {"tokenizer": {"source": self.tokenizer_source(block.get("source"), place, native), **rest}}
+
+    def token(self, given: Any, place: Place, native: Mapping[str, Any]) -> Any:
+        """The entry of one token, with its model under the name that the native recipe gives it."""
+        source = given.get("source") if isinstance(given, Mapping) else None
+        if isinstance(source, Mapping) and source.get("kind") == "model_token" and source.get("model") is not None:
+            named = {**source, "model": self.tokenizer_source(source["model"], place, native)}
+            return {**given, "source": {k: v for k, v in named.items() if v is not None}}
+        if isinstance(source, str) or (isinstance(source, Mapping) and "kind" not in source):
+            return {**given, "source": self.tokenizer_source(source, place, native)}
+        return given
 
     def tokenizer_source(self, wanted: Any, place: Place, native: Mapping[str, Any]) -> str:
         """'union', the name of a model of the native recipe, or a path."""

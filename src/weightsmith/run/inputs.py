@@ -24,6 +24,7 @@ from weightsmith.io.views import RenamedSource, SliceSource
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline
 from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
+from weightsmith.run.align import aligned
 
 __all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
 
@@ -111,7 +112,11 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep:
         experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     if not recipe.models:
         problems.append("the recipe names no models; add at least one under 'models:'")
-    return Inputs(base, experts, stats, tuple(problems))
+    if problems:
+        return Inputs(base, experts, stats, tuple(problems))
+    models, problems = aligned(recipe.tokenizer, {**({} if base is None else {"base": base}), **experts})
+    shown = {name: source for name, source in models.items() if base is None or name != "base"}
+    return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
 
 
 def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:

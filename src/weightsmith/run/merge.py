@@ -215,6 +215,8 @@ def package(
             tokenizer=tokenizer_folder(recipe, inputs),
         )
     template = chat_template(recipe, inputs)
+    if reference.folder is not None and (numbering := getattr(reference, "numbering", None)) is not None:
+        numbering.write(folder)  # only files that were copied just now
     written = write_template(folder, template) if template is not None else []
     stated = licences({name: source.folder for name, source in inputs.models})
     shown = recipe.model_dump(mode="json", exclude_defaults=True)

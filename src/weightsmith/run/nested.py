@@ -45,6 +45,7 @@ class RecipeSource(Source):
         self.aliases = reference.aliases
         self.folder = reference.folder
         self.weight_files = reference.weight_files
+        self.numbering = getattr(reference, "numbering", None)
         self.stacks, self.pinned = reference.stacks, reference.pinned
         self._tasks: dict[str, list[Task]] = {}
         for task in self._plan.tasks:

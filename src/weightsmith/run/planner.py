@@ -15,7 +15,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
-from weightsmith.run.vocabulary import tokenizer_problems, vocabulary_problems
+from weightsmith.run.vocabulary import rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
 
 __all__ = ["Planner"]
@@ -241,11 +241,9 @@ class Planner:
     def _shape_problem(self, key: Key, other: Key, name: str) -> None:
         a, b = list(key.shape), list(other.shape)
         if key.role in ("embed", "head") and a[1:] == b[1:]:
-            self.problems.append(
-                f"unlike vocabularies: {key.name} has {a[0]} rows in {self._reference_label()} and {b[0]} in {name}; "
-                f"either give the models one vocabulary first, or keep the {self._reference_label()}'s rows "
-                f'(exclude: ["{key.name}"]), or leave {name} out'
-            )
+            assert self.reference is not None
+            models = {self._reference_label(): self.reference, name: self.inputs.experts[name]}
+            self.problems.append(rows_problem(key.name, models))
         else:
             self.problems.append(
                 f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}; "

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.package import tokenizer_files
 from weightsmith.io.source import Source
 from weightsmith.io.template import AUTO, CHATML, most_common_template, template_of
-from weightsmith.io.vocabulary import difference, read_vocabulary
-from weightsmith.recipe.schema import Recipe, Tokenizer
+from weightsmith.io.vocabulary import difference
+from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs
+from weightsmith.tokens.view import VocabularyView
+from weightsmith.tokens.vocabulary import vocabulary_of
 
-__all__ = ["chat_template", "tokenizer_folder", "tokenizer_problems", "vocabulary_problems"]
+__all__ = ["chat_template", "rows_problem", "tokenizer_folder", "tokenizer_problems", "vocabulary_problems"]
 
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
@@ -29,6 +31,8 @@ def vocabulary_problems(
     reference: Source, label: str, experts: Mapping[str, Source], merged: list[str]
 ) -> Iterable[str]:
     """Rows of merged embeddings must stand for the same tokens in every model."""
+    if isinstance(reference, VocabularyView):
+        return  # a view of every model in one vocabulary
     for name, source in experts.items() if merged else ():
         try:
             found = difference(reference.folder, source.folder) if source is not reference else None
@@ -37,9 +41,37 @@ def vocabulary_problems(
             continue
         if found:
             yield (
-                f"unlike vocabularies in {label} and {name}: {found}; either give the models one vocabulary first, "
-                f"or keep the {label}'s rows (exclude: {json.dumps(merged)}), or leave {name} out"
+                f"unlike vocabularies in {label} and {name}: {found}; either give the models one vocabulary "
+                f"(tokenizer: union, or a model's name), or keep the {label}'s rows "
+                f"(exclude: {json.dumps(merged)}), or leave {name} out"
             )
+
+
+def rows_problem(name: str, models: Mapping[str, Source]) -> str:
+    """What to say of two models whose embedding `name` has unlike numbers of rows: why, and the three ways out."""
+    (label, first), (other, second) = models.items()
+    rows = [source.key(name).rows for source in (first, second)]
+    return (
+        f"unlike vocabularies: {name} has {rows[0]} rows in {label} and {rows[1]} in {other}"
+        f"{_further(rows, (first, second))}; either give the models one vocabulary (tokenizer: union, or a model's "
+        f"name), or keep the {label}'s rows (exclude: {json.dumps([name])}), or leave {other} out"
+    )
+
+
+def _further(rows: Sequence[int], models: Sequence[Source]) -> str:
+    """Whether the rows that only one of two models has stand for tokens, in words; '' where nothing tells."""
+    larger = models[rows.index(max(rows))]
+    try:
+        known = vocabulary_of(larger)
+    except WeightsmithError:
+        return ""
+    if known is None:
+        return ""
+    tokens = [known.tokens[number] for number in range(min(rows), max(rows)) if number in known.tokens]
+    count = max(rows) - min(rows)
+    if not tokens:
+        return f" (the {count} further rows are padding)"
+    return f" (of the {count} further rows {len(tokens)} are tokens, the first {tokens[0]!r})"
 
 
 def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[str]:
@@ -53,30 +85,10 @@ def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[str]:
         if wanted.source != "union" and (folder is None or not tokenizer_files(folder)):
             where = folder if folder is not None else wanted.source
             yield f"tokenizer: {where} holds no tokenizer files; name another model or folder"
-        if text := _not_yet(wanted, inputs):
-            yield text
     try:
         chat_template(recipe, inputs)
     except WeightsmithError as error:
         yield str(error)
-
-
-def _not_yet(wanted: Tokenizer, inputs: Inputs) -> str | None:
-    """What asks for new rows in the embeddings, which nothing here makes."""
-    if wanted.tokens or wanted.pad_to_multiple_of is not None:
-        asked = "tokens" if wanted.tokens else "pad_to_multiple_of"
-        return f"tokenizer: {asked} asks for new rows of the embeddings, which cannot be made yet; leave it out"
-    if wanted.source != "union":
-        return None
-    known = {place: found for place in _folders(inputs) if (found := read_vocabulary(place)) is not None}
-    first = next(iter(known), None)
-    for place, theirs in known.items():
-        if first is not None and theirs != known[first]:
-            return (
-                f"tokenizer: the vocabularies of {first} ({len(known[first])} tokens) and {place} ({len(theirs)}) are "
-                f"unlike, and their union cannot be made yet; give the models one vocabulary first"
-            )
-    return None
 
 
 def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
