@@ -31,6 +31,7 @@ VERBS = (
     "moe",
     "diff",
     "lineage",
+    "tokenizer",
     "schema",
 )
 
@@ -202,7 +203,7 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_every_verb_is_a_file_of_its_own() -> None:
     app = build()
     for verb in VERBS:
-        several = {"lora": ("merge", "extract", "average", "resize")}
+        several = {"lora": ("merge", "extract", "average", "resize"), "tokenizer": ("transplant",)}
         words = [app[verb][word] for word in several[verb]] if verb in several else [app[verb]]
         assert {word.default_command.__module__ for word in words} == {f"weightsmith.cli.{verb}"}
 

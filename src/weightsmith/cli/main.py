@@ -42,6 +42,7 @@ _VERBS = {
     "moe": "Build a mixture of experts of dense models.",
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
+    "tokenizer": "Move a model to another tokenizer.",
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."

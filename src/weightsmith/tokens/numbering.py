@@ -26,12 +26,14 @@ class Numbering:
     old, new   the vocabularies
     rows       of the token tensors, before and after
     others     numbers in the new vocabulary, by config field, for tokens that it spells otherwise (eos_token_id: 2)
+    own_first  whether the model's own special tokens are looked for before those of `others`
     """
 
     old: Vocabulary
     new: Vocabulary
     rows: tuple[int, int]
     others: Mapping[str, Any] = field(default_factory=dict)
+    own_first: bool = True
 
     def config(self, text: str) -> str:
         """config.json with the output's vocab_size and token numbers."""
@@ -74,6 +76,8 @@ class Numbering:
         return out
 
     def _number(self, name: str, value: Any) -> Any:
+        if not self.own_first and name in self.others:
+            return self.others[name]
         if isinstance(value, list):
             numbers = [self._one(number) for number in value]
             return [n for n in numbers if n is not None] or self.others.get(name)

@@ -1,0 +1,94 @@
+"""`weightsmith tokenizer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+from cyclopts import Parameter
+
+from weightsmith.cli.merge import summary
+from weightsmith.cli.options import Json, Memory, Quiet, Threads, bytes_of, threads_of
+from weightsmith.cli.show import progress_bar, say
+
+__all__ = ["tokenizer", "transplant"]
+
+tokenizer = cyclopts.App(
+    name="tokenizer",
+    help="Move a model to another tokenizer.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=(), show_default=False),
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+
+Method = Literal[
+    "omp", "common_interpolation", "subword", "mean", "zero", "randn", "john_hewitt", "landmark_pca", "stb", "mp_rope"
+]
+Where = Literal["no", "embed", "lm_head", "yes"]
+
+
+@tokenizer.command
+def transplant(
+    model: Annotated[str, Parameter(help="Model to move: a folder or a hub id.")],
+    donor: Annotated[str, Parameter(help="Model whose tokenizer it gets.")],
+    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    /,
+    *,
+    method: Annotated[Method, Parameter(help="How rows of new tokens are made.", show_default=True)] = "omp",
+    k: Annotated[int, Parameter(help="Shared tokens that each new row is made of.", show_default=True)] = 64,
+    metric: Annotated[
+        Literal["euclidean", "cosine"], Parameter(help="common_interpolation: what is near.", show_default=True)
+    ] = "euclidean",
+    weights: Annotated[
+        Literal["distance_proportional", "barycentric", "least_squares"],
+        Parameter(help="common_interpolation: how near tokens are weighed.", show_default=True),
+    ] = "distance_proportional",
+    subword: Annotated[
+        Literal["mean", "sum", "weighted_mean", "first_last"],
+        Parameter(help="subword: how rows of pieces are combined.", show_default=True),
+    ] = "mean",
+    prefix_match: Annotated[Where, Parameter(help="Take rows of known beginnings of tokens, and where.")] = "no",
+    byte_match: Annotated[Where, Parameter(help="Take rows of byte tokens for letters, and where.")] = "no",
+    magikarp: Annotated[bool, Parameter(help="Leave under-trained tokens out of what new rows are made of.")] = False,
+    batch_size: Annotated[int, Parameter(help="Rows computed together.", show_default=True)] = 512,
+    noise: Annotated[float, Parameter(help="Standard deviation of noise on new rows.")] = 0.0,
+    scale: Annotated[float, Parameter(help="Factor on new rows.")] = 1.0,
+    pad_to_multiple_of: Annotated[int, Parameter(help="Round the number of rows up.")] = 1,
+    seed: Annotated[int, Parameter(help="Of every random choice.")] = 0,
+    memory: Memory = None,
+    threads: Threads = None,
+    resume: Annotated[bool, Parameter(help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give a model the tokenizer of another: rows of shared tokens stay, those of new ones are approximated."""
+    from weightsmith.run.transplant import transplant as run
+    from weightsmith.tokens.transplant import Transplant
+
+    how = Transplant(
+        method=method,
+        k=k,
+        metric=metric,
+        weights=weights,
+        subword=subword,
+        prefix_match=prefix_match,
+        byte_match=byte_match,
+        magikarp=magikarp,
+        batch=batch_size,
+        noise=noise,
+        scale=scale,
+        multiple=pad_to_multiple_of,
+        seed=seed,
+    )
+    limit, workers = bytes_of(memory), threads_of(threads)
+    with progress_bar("transplanting", quiet=quiet or json) as progress:
+        result, tokens = run(
+            model, donor, out, how, memory=limit, threads=workers, resume=resume, overwrite=overwrite, progress=progress
+        )
+    if not (quiet or json):
+        kept, new = int((tokens.own >= 0).sum()), int(((tokens.own < 0) & (tokens.theirs >= 0)).sum())
+        say(f"{kept} tokens keep their rows, {new} are new (by {method})")
+    summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
