@@ -126,6 +126,23 @@ def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:
     assert torch.allclose(found[EMBED][5], load_file(tmp_path / "b" / "model.safetensors")[EMBED][5], atol=1e-6)
 
 
+def test_a_nested_merge_has_the_vocabulary_it_was_given(trio: Path) -> None:
+    from transformers import AutoTokenizer
+
+    inner = "{model: {models: {x: x, y: y}, method: linear, tokenizer: y}}"
+    found = merged(trio, f"models: {{m: {inner}, b: base}}\nmethod: linear\ntokenizer: b\n")
+    x, y, base = (load_file(trio / name / "model.safetensors")[EMBED] for name in ("x", "y", "base"))
+    red = AutoTokenizer.from_pretrained(trio / "out")("red")["input_ids"][0]
+    assert red == 3
+    assert json.loads((trio / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert torch.allclose(found[EMBED][red], ((x[3] + y[4]) / 2 + base[3]) / 2, atol=1e-6)
+    alone = merged(trio, f"models: {{m: {inner}}}\nmethod: passthrough\n")
+    assert AutoTokenizer.from_pretrained(trio / "out")("red")["input_ids"] == [4]
+    assert torch.allclose(alone[EMBED][4], (x[3] + y[4]) / 2, atol=1e-6)
+    assert json.loads((trio / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((trio / "out" / "config.json").read_text())["vocab_size"] == 5
+
+
 def plain(folder: Path, words: list[str], rows: int, kind: str = "WordLevel") -> Path:
     folder.mkdir(exist_ok=True)
     vocabulary: object = {w: i for i, w in enumerate(words)}

@@ -47,7 +47,7 @@ _VERBS = {
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
-    **dict.fromkeys(("merge", "compress", "restore", "moe"), "; continue with --resume"),
+    **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe"), "; continue with --resume"),
     "bench": "; the same command goes on where it stopped",
 }
 

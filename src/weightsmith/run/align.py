@@ -80,7 +80,9 @@ def _aligned(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, So
             models,
             layout,
             tensors[name][0],
-            Numbering(vocabularies[name], output, (rows[name], layout.rows), others),
+            Numbering(
+                vocabularies[name], output, (rows[name], layout.rows), others, before=getattr(source, "numbering", None)
+            ),
         )
         for name, source in models.items()
     }

@@ -21,6 +21,10 @@ __all__ = ["chat_template", "rows_problem", "tokenizer_folder", "tokenizer_probl
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
     """The folder that `tokenizer:` names (the base, a model, or a path); None where the first model's goes along."""
+    numbering = getattr(inputs.models[0][1], "numbering", None) if inputs.models else None
+    if numbering is not None:
+        found: Path | None = numbering.new.folder
+        return found
     if recipe.tokenizer is None or recipe.tokenizer.source == "union":
         return None
     named = dict(inputs.models).get(recipe.tokenizer.source)

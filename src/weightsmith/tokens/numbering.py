@@ -27,6 +27,7 @@ class Numbering:
     rows       of the token tensors, before and after
     others     numbers in the new vocabulary, by config field, for tokens that it spells otherwise (eos_token_id: 2)
     own_first  whether the model's own special tokens are looked for before those of `others`
+    before     of a model that is itself shown in another vocabulary than its files
     """
 
     old: Vocabulary
@@ -34,6 +35,7 @@ class Numbering:
     rows: tuple[int, int]
     others: Mapping[str, Any] = field(default_factory=dict)
     own_first: bool = True
+    before: Numbering | None = None
 
     def config(self, text: str) -> str:
         """config.json with the output's vocab_size and token numbers."""
@@ -44,7 +46,8 @@ class Numbering:
         changed = []
         path = folder / "generation_config.json"
         if path.is_file():
-            changed.append(write_file(path, _text(self._renumbered(_read(path)))))
+            found = _read(path) if self.before is None else self.before._renumbered(_read(path))
+            changed.append(write_file(path, _text(self._renumbered(found))))
         if self.new.fresh:
             changed += [write_file(folder / name, _text(found)) for name, found in self._with_fresh(folder)]
         return changed

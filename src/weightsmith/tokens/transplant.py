@@ -28,6 +28,7 @@ __all__ = ["METHODS", "Transplant", "TransplantedSource"]
 
 _STEP = 4096  # rows at a time of a pass over a whole tensor
 _KEPT = 8  # windows of finished rows
+_PART = 8 << 20  # elements of a tensor that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,16 @@ class TransplantedSource(VocabularyView):
     def prepare(self) -> None:
         self.source.prepare()
         self.donor.prepare()
+
+    def read_cost(self, name: str) -> float:
+        key = self.key(name)
+        cost = super().read_cost(name)
+        if key.name not in self.pairs or self.how.method not in _BY_ANCHOR:
+            return cost
+        width, theirs = key.row_numel, self._width(self.donor, [self.pairs[key.name]])
+        anchors = int(self.pairings[key.name].anchors.size)
+        held = anchors * (width + theirs) + self.how.batch * (self.how.k * (width + theirs) + 2 * anchors)
+        return cost + held / max(min(key.numel, _PART), 1)
 
     def rows_of(self, name: str, start: int, stop: int) -> Tensor:
         step = self.how.batch
