@@ -33,12 +33,12 @@ class Training:
     heads: int = 4
     mlp: int = 768
     context: int = 128
-    batch: int = 16
+    batch: int = 12
     base_steps: int = 300
     base_rate: float = 3e-3
     expert_steps: int = 60
     expert_rate: float = 1e-4
-    joint_steps: int = 120
+    joint_steps: int = 80
     validation_windows: int = 32  # per kind of text
     test_windows: int = 96
 

@@ -120,10 +120,13 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
         TransferSpeedColumn,
     )
 
+    from weightsmith.ops import native
+
     counts = [DownloadColumn(), TransferSpeedColumn()] if nbytes else [MofNCompleteColumn()]
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=Console(stderr=True)
     )
+    native.announce = bar.console.print
     task = bar.add_task(text, total=None)
     last = [0.0]
 

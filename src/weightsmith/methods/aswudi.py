@@ -29,7 +29,7 @@ class Aswudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=6.75,
+    scratch=7.25,
     cost=160.0,
     cubic=True,
 ):

@@ -29,6 +29,10 @@ Kernels = Mapping[str, Callable[..., int]]
 _SOURCES = (Path(__file__).with_name("kernels.py"), Path(__file__).parent.parent / "kernel.py")
 
 
+announce: Callable[[str], None] = lambda text: None  # noqa: E731
+"""Is told when there is something to wait for; the command line shows it."""
+
+
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels by name; None without llvmlite and numba, or with WEIGHTSMITH_KERNELS=0."""
@@ -49,6 +53,7 @@ def kernels() -> Kernels | None:
     folder = cache_folder()
     code = _read(folder / name) if folder is not None else None
     if code is None:
+        announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
         try:
             code = _compiled(llvm)
         except ImportError:
