@@ -68,7 +68,7 @@ def test_the_result_is_that_of_the_full_models(base: Source, experts: dict[str, 
 
 def seen(monkeypatch: pytest.MonkeyPatch, experts: dict[str, Source], method: object, base: Source) -> set[str]:
     """On which devices the engine put the stack of the weight: 'meta' has no data."""
-    found, original = set(), execute._site
+    found, original = set(), execute.site_of
 
     def watched(key, *rest):
         site = original(key, *rest)
@@ -76,7 +76,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, experts: dict[str, Source], method: ob
             found.add(site.stack.device.type)
         return site
 
-    monkeypatch.setattr(execute, "_site", watched)
+    monkeypatch.setattr(execute, "site_of", watched)
     weightsmith.merge(experts, method, base)
     return found
 

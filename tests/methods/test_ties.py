@@ -127,3 +127,11 @@ def test_how_often_it_reads():
     assert Ties(zero_sign="plus", density=1.0).rounds == 0
     assert Ties(zero_sign="plus").passes == ("high", "low")
     assert Ties(scope_="tensor", sign="normmass").passes == ("high", "low", "ties", "norms", "signs")
+
+
+def test_nothing_trimmed_and_nothing_to_ask_of_the_tensor():
+    """density 1 in tensor scope with ties counting as plus needs no measuring pass at all."""
+    experts = {"x": {"w": torch.tensor([1.0, -3.0, 2.0])}, "y": {"w": torch.tensor([3.0, 1.0, -2.0])}}
+    base = {"w": torch.zeros(3)}
+    got = merge(experts, "ties", base=base, density=1.0, scope="tensor", zero_sign="plus")
+    assert got["w"].tolist() == [2.0, -3.0, 2.0]

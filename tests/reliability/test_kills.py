@@ -27,7 +27,7 @@ def test_kill_anywhere(zygote, scenes, tmp_path, note, old):
 def test_kill_instead_of_a_call(zygote, scenes, tmp_path, note, name, old):
     """A random part of all calls; the last ones, from the renames on, every time."""
     count = calls_of(zygote, scenes[name], tmp_path, old)
-    numbers = sorted({*random.Random(0).sample(range(1, count + 1), 8), *(range(count - 36, count - 8) if old else ())})
+    numbers = sorted({*random.Random(0).sample(range(1, count + 1), 8), *(range(count - 48, count - 4) if old else ())})
     seen = end_at(zygote, scenes[name], tmp_path, "kill", numbers, old=old)
     assert not old or {"then old", "then moved", "then complete"} <= set(seen)  # every moment of the swap was met
     note("SIGKILL at a call", seen)

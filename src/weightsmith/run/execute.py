@@ -251,7 +251,7 @@ def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, s
     """The summaries of the stages before `stop` that are taken over this tensor alone."""
     summaries: dict[int, Summary] = dict(known)
     vote = tensor_vote(task, pipeline, context)
-    if vote is not None:
+    if vote is not None and pipeline.stages[0].rounds:
         question = pipeline.stages[0].question(0), pipeline.stages[0].question(pipeline.stages[0].rounds - 1)
         place = id(context.inputs), task.key, task.start, task.stop, "cuts"
         found, _ = yield from context.kept.once((question, place), partial(_cuts, task, vote, context))
