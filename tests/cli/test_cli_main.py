@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -50,12 +51,14 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     assert done.stdout.endswith("\nheavy:\n")
     for verb in VERBS:
         assert f"\n  {verb} " in done.stdout
-    took = []
-    for _ in range(3):
+    took = math.inf
+    for _ in range(12):  # on a busy machine most tries take longer than the program does
         began = time.perf_counter()
         assert run("--help").returncode == 0
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.3
+        took = min(took, time.perf_counter() - began)
+        if took < 0.3:
+            break
+    assert took < 0.3
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
