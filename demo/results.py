@@ -9,6 +9,7 @@ from pathlib import Path
 from demo.family import BASE, JOINT, Family, Scores
 from demo.merging import METHODS, Bench, choose
 from demo.table import Reference, Row, row
+from weightsmith.report.heat import heat_map
 from weightsmith.report.html import Figure, Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
 from weightsmith.report.table import Column, Table
@@ -151,33 +152,18 @@ def gain_figure(result: Result) -> Figure:
 def task_figure(result: Result) -> Figure:
     """Every model's score on every task, as a heat map of gains with the scores written in."""
     base = result.rows[0].tasks
-    experts = {task: next(one for one in result.rows if one.name == f"expert {task}").tasks[task] for task in base}
-    shown = list(reversed(result.rows))
-    decimals = 1 if result.higher_is_better else 3
-    share = [[100 * (one.tasks[t] - base[t]) / (experts[t] - base[t]) for t in result.tasks] for one in shown]
-    heat = {
-        "type": "heatmap",
-        "x": list(result.tasks),
-        "y": [one.name for one in shown],
-        "z": share,
-        "zmin": -100,
-        "zmax": 100,
-        "zmid": 0,
-        "colorscale": [[0, "rgba(196,87,59,0.75)"], [0.5, "rgba(127,127,127,0.1)"], [1, "rgba(59,130,196,0.75)"]],
-        "text": [[f"{one.tasks[t]:.{decimals}f}" for t in result.tasks] for one in shown],
-        "texttemplate": "%{text}",
-        "hovertemplate": "%{y} on %{x}: %{text}<br>%{z:.0f}% of the expert's gain<extra></extra>",
-        "colorbar": {"title": {"text": "gain kept, %"}, "thickness": 12},
-        "xgap": 2,
-        "ygap": 2,
+    experts = {
+        task: next(one for one in result.rows if one.name == f"expert {task}").tasks[task] for task in result.tasks
     }
-    layout = {
-        "margin": {"l": 130, "r": 20, "t": 30, "b": 20},
-        "xaxis": {"side": "top", "showgrid": False},
-        "yaxis": {"showgrid": False},
-    }
-    note = "Colour: share of that task's expert's gain; grey is the base."
-    return Figure(f"{result.title}: {result.score_name} by task", [heat], layout, note, height=60 + 32 * len(shown))
+    return heat_map(
+        f"{result.title}: {result.score_name} by task",
+        [(one.name, one.tasks) for one in reversed(result.rows)],
+        base,
+        experts,
+        decimals=1 if result.higher_is_better else 3,
+        margin=130,
+        line=32,
+    )
 
 
 def tried_table(result: Result) -> Table:

@@ -39,7 +39,6 @@ class TrimmedVote:
     """TIES: trim each task vector at its cut, weigh, elect a sign by mass, combine what agrees; base + scale * x.
 
     kept    share of each task vector that is kept; where all are 1 nothing is trimmed
-    whole   whether the shares are of the model, or of each tensor
     steps   what each measuring round finds out: 'high', 'low', 'ties' (as in `ops.select`), 'signs'
     zero    whether an even vote counts as plus ('plus'), as the majority of all signs, or its opposite
     mean    divide by the sum of the agreeing weights
@@ -48,7 +47,6 @@ class TrimmedVote:
     weights: tuple[float, ...]
     scale: float
     kept: tuple[float, ...]
-    whole: bool
     steps: tuple[str, ...]
     zero: str
     mean: bool

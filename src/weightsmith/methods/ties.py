@@ -102,7 +102,6 @@ class Ties(
             weights=spread(self.weight, count),
             scale=float(self.lambda_),
             kept=spread(self.density, count),
-            whole=self.scope is Scope.MODEL,
             steps=self.passes,
             zero=self.zero_sign,
             mean=self.aggregate == "mean",

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from weightsmith import __version__
 from weightsmith.errors import OutputError, PlanError
 from weightsmith.inspect.difference import compare_tensors, gathered
-from weightsmith.io.card import CardModel, licence_problems, licences, model_card
+from weightsmith.io.card import CardModel, licences, model_card
 from weightsmith.io.disk import write_file
 from weightsmith.io.manifest import build_manifest, read_manifest, write_manifest
-from weightsmith.io.output import absolute, check_output
+from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import Source
@@ -26,7 +26,7 @@ from weightsmith.moe.recipe import PROMPTED, Expert, MoeRecipe, Prompt
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import Result, finished, prepared
+from weightsmith.run.merge import Result, finished, licence_warnings, prepared, result_of
 from weightsmith.run.plan import Plan, make_plan
 from weightsmith.run.runner import one_thread_each
 from weightsmith.run.verify import compared
@@ -82,15 +82,8 @@ def build(
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, known=known)
         records = carry_out(plan, inputs, sink, progress=progress)
         sink.finish(partial(_package, made=made, plan=plan, records=records))
-    stated = licences({name: source.folder for name, source in made.source.sources.items()})
-    return Result(
-        out=absolute(out),
-        seconds=time.perf_counter() - began,
-        read_bytes=plan.read_bytes,
-        write_bytes=plan.write_bytes,
-        peak_bytes=plan.peak_bytes,
-        warnings=(*warnings, *(licence_problems(stated) if set(stated.values()) != {"unknown"} else ())),
-    )
+    warnings += licence_warnings(made.source.sources)
+    return result_of(plan, out, time.perf_counter() - began, warnings)
 
 
 def build_in_memory(

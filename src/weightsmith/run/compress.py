@@ -14,13 +14,13 @@ from weightsmith.io.card import licences
 from weightsmith.io.codec_folder import WEIGHTS, CodecFolder, CodecSource, ConsensusSource, describe
 from weightsmith.io.manifest import build_manifest, write_manifest
 from weightsmith.io.open import open_source
-from weightsmith.io.output import absolute, check_output
+from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
 from weightsmith.io.source import Source
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.merge import Result, Storage, finished, prepared, run, treatments
+from weightsmith.run.merge import Result, Storage, finished, prepared, result_of, run, treatments
 from weightsmith.run.plan import Plan, make_plan
 
 __all__ = ["compress", "restore"]
@@ -55,15 +55,7 @@ def compress(
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
         records = carry_out(plan, inputs, sink, device=device, progress=progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
-    return Result(
-        out=absolute(out),
-        seconds=time.perf_counter() - began,
-        read_bytes=plan.read_bytes,
-        write_bytes=plan.write_bytes,
-        peak_bytes=plan.peak_bytes,
-        storage=_storage(plan, inputs),
-        warnings=plan.notes,
-    )
+    return result_of(plan, out, time.perf_counter() - began, plan.notes, _storage(plan, inputs))
 
 
 def restore(

@@ -25,7 +25,7 @@ def is_fused(task: Task, context: Context) -> bool:
 
 
 def fits_kernels(task: Task, context: Context) -> bool:
-    """Whether the kernels may do this task: they know the method, and all is plain bf16 or f32 on the CPU."""
+    """Whether the kernels may do this task: they know the method, and all is stored in dtypes they read, on the CPU."""
     pipeline = task.pipeline
     if pipeline is None or len(pipeline.stages) != 1 or context.device != "cpu" or context.nonfinite == "allow":
         return False

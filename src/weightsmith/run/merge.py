@@ -32,6 +32,7 @@ __all__ = [
     "finished",
     "folder_sink",
     "identity",
+    "licence_warnings",
     "package",
     "prepared",
     "reads",
@@ -104,20 +105,28 @@ def run(
         with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
             records = carry_out(plan, inputs, sink, device=device, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
-    return result_of(plan, inputs, out, time.perf_counter() - began)
+    return result_of(plan, out, time.perf_counter() - began, (*plan.notes, *licence_warnings(dict(inputs.models))))
 
 
-def result_of(plan: Plan, inputs: Inputs, out: Path, seconds: float) -> Result:
-    """What there is to say about a finished merge."""
-    stated = licences({name: source.folder for name, source in inputs.models})
+def result_of(
+    plan: Plan, out: Path, seconds: float, warnings: Iterable[str] = (), storage: Storage | None = None
+) -> Result:
+    """What there is to say about a finished run of a plan."""
     return Result(
         out=absolute(out),
         seconds=seconds,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
         peak_bytes=plan.peak_bytes,
-        warnings=(*plan.notes, *(licence_problems(stated) if set(stated.values()) != {"unknown"} else ())),
+        warnings=tuple(warnings),
+        storage=storage,
     )
+
+
+def licence_warnings(sources: Mapping[str, Source]) -> list[str]:
+    """What a publisher should look at; nothing where no input states a licence at all."""
+    stated = licences({name: source.folder for name, source in sources.items()})
+    return licence_problems(stated) if set(stated.values()) != {"unknown"} else []
 
 
 def prepared(

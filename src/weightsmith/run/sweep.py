@@ -21,7 +21,7 @@ from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.carry import Bundle, Job, carry_out_all, side_by_side
 from weightsmith.run.cluster import ray_runner
 from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.merge import Result, finished, folder_sink, package, reads, result_of
+from weightsmith.run.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
 from weightsmith.run.plan import Plan, choose_threads, make_plan, resident
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
@@ -178,7 +178,10 @@ def run_sweep(
                 sink.abort()
             raise
     seconds = time.perf_counter() - began
-    variants = {name: result_of(plan, sweep.inputs[name], out / name, seconds) for name, plan in sweep.plans.items()}
+    variants = {
+        name: result_of(plan, out / name, seconds, (*plan.notes, *licence_warnings(dict(sweep.inputs[name].models))))
+        for name, plan in sweep.plans.items()
+    }
     return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.peak_bytes)
 
 

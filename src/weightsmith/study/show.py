@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from weightsmith.report.heat import heat_map
 from weightsmith.report.html import Figure, Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
 from weightsmith.report.table import Column, Table, markdown
@@ -229,34 +230,15 @@ def task_figure(result: Result) -> Figure:
     base = result.rows[0].tasks
     experts = {task: row.tasks[task] for task, row in zip(result.tasks, result.of("expert"), strict=True)}
     shown = [*result.of("base", "expert", "joint"), *ranked(result)][::-1]
-    decimals = _decimals(result)
-    share = [
-        [None if experts[t] == base[t] else 100 * (row.tasks[t] - base[t]) / (experts[t] - base[t])
-         for t in result.tasks] for row in shown
-    ]  # fmt: skip
-    heat = {
-        "type": "heatmap",
-        "x": list(result.tasks),
-        "y": [row.name for row in shown],
-        "z": share,
-        "zmin": -100,
-        "zmax": 100,
-        "zmid": 0,
-        "colorscale": [[0, "rgba(196,87,59,0.75)"], [0.5, "rgba(127,127,127,0.1)"], [1, "rgba(59,130,196,0.75)"]],
-        "text": [[f"{row.tasks[t]:.{decimals}f}" for t in result.tasks] for row in shown],
-        "texttemplate": "%{text}",
-        "hovertemplate": "%{y} on %{x}: %{text}<br>%{z:.0f}% of the expert's gain<extra></extra>",
-        "colorbar": {"title": {"text": "gain kept, %"}, "thickness": 12},
-        "xgap": 2,
-        "ygap": 2,
-    }
-    layout = {
-        "margin": {"l": 210, "r": 20, "t": 30, "b": 20},
-        "xaxis": {"side": "top", "showgrid": False},
-        "yaxis": {"showgrid": False},
-    }
-    note = "Colour: share of that task's expert's gain; grey is the base."
-    return Figure(f"{result.title}: {result.score_name} by task", [heat], layout, note, height=60 + 26 * len(shown))
+    return heat_map(
+        f"{result.title}: {result.score_name} by task",
+        [(row.name, row.tasks) for row in shown],
+        base,
+        experts,
+        decimals=_decimals(result),
+        margin=210,
+        line=26,
+    )
 
 
 def cost_figure(result: Result) -> Figure:
