@@ -1,10 +1,27 @@
-"""What the fused kernels can do, as values: a method says which one gives its bytes (`Method.fused`)."""
+"""What the fused kernels can do, as values: a stage says which one gives its bytes (`Stage.fused`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["BF16", "E4M3", "E5M2", "F16", "F32", "SIGNATURES", "STRIP", "TrimmedVote", "WeightedSum"]
+__all__ = [
+    "BF16",
+    "E4M3",
+    "E5M2",
+    "F16",
+    "F32",
+    "SIGNATURES",
+    "STRIP",
+    "Agreement",
+    "Arc",
+    "Drop",
+    "Fused",
+    "Program",
+    "TrimmedVote",
+    "WeightedSum",
+    "Window",
+]
 
 BF16, F32, F16, E4M3, E5M2 = range(5)
 """How the kernels are told what an array of stored bits holds."""
@@ -16,7 +33,9 @@ SIGNATURES = {
     "weighted_sum": "iiiiiiffiiiii",
     "magnitudes": "iiiiiii",
     "count_between": "iiiiiiiiii",
-    "trimmed_vote": "iiiiiiiiififiiiii",
+    "masked_merge": "iiiiiiiiiiiiiififfiifiiiii",
+    "row_masses": "iiiiiiiiiiiiiiiii",
+    "row_products": "iiiiiiiii",
 }
 """Kernel -> its arguments: i is a 64-bit integer (or an address), f a float32.  All return a 64-bit integer."""
 
@@ -38,7 +57,7 @@ class WeightedSum:
 class TrimmedVote:
     """TIES: trim each task vector at its cut, weigh, elect a sign by mass, combine what agrees; base + scale * x.
 
-    kept    share of each task vector that is kept; where all are 1 nothing is trimmed
+    trim    whether anything is trimmed at all, at the first of the stage's `cuts`
     steps   what each measuring round finds out: 'high', 'low', 'ties' (as in `ops.select`), 'signs'
     zero    whether an even vote counts as plus ('plus'), as the majority of all signs, or its opposite
     mean    divide by the sum of the agreeing weights
@@ -46,12 +65,86 @@ class TrimmedVote:
 
     weights: tuple[float, ...]
     scale: float
-    kept: tuple[float, ...]
+    trim: bool
     steps: tuple[str, ...]
     zero: str
     mean: bool
 
+
+@dataclass(frozen=True)
+class Arc:
+    """What the shares that a measuring pass finds make of two models: share_a * a + share_b * b.
+
+    a is the base, or the first of two experts where there is none.
+    """
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A filter: keep an entry of task vector i with probability shares[i], by the noise of `ops.noise`.
+
+    salt    of the noise
+    rescale what the survivors are scaled by: '' nothing, 'expectation' 1 / share, 'l1' what measuring finds
+    """
+
+    shares: tuple[float, ...]
+    salt: str
+    rescale: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """A filter: keep what lies, by falling |delta| over the tensor, in front of the last of the stage's `cuts`.
+
+    Of two cuts the first drops what lies in front of it.  With `rescale` the survivors are scaled by what measuring
+    finds.
+    """
+
+    rescale: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A filter of the merged task vector tau: keep what k task masks |delta_i| > strict[i] |tau - delta_i| select."""
+
+    k: int
+    strict: tuple[float, ...]
+    scale: float
+
+
+Fused = WeightedSum | TrimmedVote | Arc | Drop | Window | Agreement
+"""What a stage may say of itself."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the kernels do in one pass: at most one filter of task vectors, one way to combine, one filter of that."""
+
+    combine: WeightedSum | TrimmedVote | Arc
+    before: Drop | Window | None = None
+    after: Agreement | None = None
+
+    @classmethod
+    def of(cls, specs: Sequence[Fused | None]) -> Program | None:
+        """The program of a pipeline's stages in order, or None if the kernels have none for it."""
+        combining = [s for s in specs if isinstance(s, (WeightedSum, TrimmedVote, Arc))]
+        before = [s for s in specs if isinstance(s, (Drop, Window))]
+        after = [s for s in specs if isinstance(s, Agreement)]
+        if len(combining) != 1 or len(before) > 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
+            return None
+        combine = combining[0]
+        plain = isinstance(combine, Arc) or (isinstance(combine, WeightedSum) and not combine.deltas)
+        trims = isinstance(combine, TrimmedVote) and combine.trim
+        if (plain and (before or after)) or (trims and before):
+            return None
+        return cls(combine, before[0] if before else None, after[0] if after else None)
+
     @property
-    def trim(self) -> bool:
-        """Whether anything is trimmed at all."""
-        return any(share != 1 for share in self.kept)
+    def masks(self) -> bool:
+        """Whether it is more than a weighted sum of the inputs."""
+        return self.before is not None or self.after is not None or isinstance(self.combine, TrimmedVote)
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether it reads the base, if there is one."""
+        return not isinstance(self.combine, WeightedSum) or self.combine.deltas

@@ -15,13 +15,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.kernel import TrimmedVote, WeightedSum
+from weightsmith.kernel import Fused, Program, TrimmedVote, WeightedSum
 from weightsmith.keys import Key, Part
 from weightsmith.parameter import Each, Parameter, choice, flag, integer, number
 from weightsmith.site import Group, Site, Summary
@@ -74,7 +74,7 @@ class Scope(Enum):
 class Rows(NamedTuple):
     """Returned by `measure` for a value with one entry per row on its last axis: blocks are joined, not added."""
 
-    values: Tensor
+    values: Any  # a tensor or an array
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Stage:
         """
         raise NotImplementedError(f"{self.name} declares {self.rounds} rounds but no measure()")
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
         """Turn the totals of one round into what the next round, and `merge`, read as `site.summary`."""
         return {**summary, **totals}
 
@@ -191,6 +191,14 @@ class Stage:
         Leaving a skipped pass out (digest included) or running it gives the same bytes.
         """
         return False
+
+    def fused(self, count: int) -> Fused | None:
+        """How the kernels of `ops.fused` get the same bytes straight from the stored inputs, if they can."""
+        return None
+
+    def cuts(self, count: int, total: int) -> Sequence[Sequence[int]]:
+        """For each expert, behind how many of the `total` largest entries its cuts lie (see `ops.select`)."""
+        raise NotImplementedError(f"{self.name} cuts nothing")
 
     def check(self, count: int, has_base: bool) -> str | None:
         """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
@@ -239,10 +247,6 @@ class Method(Stage):
     def merge(self, site: Site) -> Tensor:
         """Return the merged block, shaped like `site.base`, in the site's dtype."""
         raise NotImplementedError
-
-    def fused(self, count: int) -> WeightedSum | TrimmedVote | None:
-        """How the kernels of `ops.fused` get the same bytes straight from the stored inputs, if they can."""
-        return None
 
     def merge_group(self, group: Group) -> dict[str, Tensor]:
         """GROUP grain only: return every tensor of the group, merged."""
@@ -305,6 +309,10 @@ class Pipeline:
             if isinstance(stage, Codec):
                 raise RecipeError(f"{stage.name} is a codec; put it last")
         return found[0]
+
+    def fused(self, count: int) -> Program | None:
+        """How the kernels get the same bytes, if they can."""
+        return Program.of([stage.fused(count) for stage in self.stages])
 
     @property
     def codec(self) -> Codec | None:

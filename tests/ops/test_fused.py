@@ -6,7 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,17 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import STRIP
+from weightsmith.kernel import STRIP, Program
 from weightsmith.keys import Key
 from weightsmith.method import WeightedSum
 from weightsmith.methods.ties import Ties
 from weightsmith.ops import fused, native
 from weightsmith.ops.combine import apply_weighted_sum
-from weightsmith.ops.fused import Stored, Vote
+from weightsmith.ops.cuts import tensor_cuts
+from weightsmith.ops.fused import Merge
+from weightsmith.ops.stored import READ, WRITTEN, Stored
 from weightsmith.run.execute import fold
 from weightsmith.site import Site
 
-DTYPES = tuple(fused.READ)
+T = TypeVar("T")
+DTYPES = tuple(READ)
 WORDS = {"bfloat16": ("u2", 0x7F80), "float16": ("u2", 0x7C00), "float32": ("u4", 0x7F800000)}
 WORDS |= {"float8_e4m3fn": ("u1", 0x78), "float8_e5m2": ("u1", 0x7C)}
 
@@ -56,7 +61,7 @@ def random_bits(rng: np.random.Generator, dtype: str, size: int, *, finite: bool
     scale=st.sampled_from([1.0, 0.3, -1.5]),
     deltas=st.booleans(),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
-    out=st.sampled_from(fused.WRITTEN),
+    out=st.sampled_from(tuple(WRITTEN)),
 )
 def test_kernel_equals_torch(
     seed: int,
@@ -131,6 +136,14 @@ def stored_of(values: torch.Tensor, dtypes: list[str]) -> Stored:
     return Stored(bits[1:], dtypes[1:], bits[0], dtypes[0])
 
 
+def result_of(steps: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
 def site_of(stored: Stored, summary: dict[str, object] | None = None, start: int = 0) -> Site:
     stack = torch.stack([bits_to_tensor(b, d).float() for b, d in zip(stored.experts, stored.dtypes, strict=True)])
     assert stored.base is not None
@@ -177,39 +190,42 @@ def test_vote_equals_torch(
     )  # fmt: skip
     spec = method.fused(len(densities))
     assert spec is not None
+    program = Program(spec)
     summary: dict[str, object] = {}
     for step in range(method.rounds):
         if not method.skips(Key("w", (rows, width), "float32"), step, summary):
             summary = dict(method.digest(fold([method.measure(site_of(stored, summary), step)]), step, summary))
     edges = sorted({0, rows, *(at * rows // blocks for at in range(blocks))})
     ranges = list(itertools.pairwise(edges))
-    cuts = fused.tensor_cuts(spec, (rows, width), lambda a, b: stored[a:b], ranges) if spec.trim else {}
+    ranks = method.cuts(len(densities), rows * width)
+    cuts = result_of(tensor_cuts(ranks, (rows, width), lambda a, b: stored[a:b], ranges)) if spec.trim else {}
     for name in cuts:
         assert np.array_equal(cuts[name], np.asarray(summary[name])), name
     if "signs" in spec.steps:
-        cuts["ties.signs"] = Vote(spec, cuts).count_signs(stored[a:b] for a, b in ranges)
+        signs = Merge(program, cuts)
+        assert sum(signs.add(stored[a:b], a * width) for a, b in ranges) == 0
+        cuts |= signs.result()
         assert int(cuts["ties.signs"]) == int(summary["ties.signs"])  # type: ignore[call-overload]
-    vote = Vote(spec, cuts)
-    got = np.concatenate([vote.merge(stored[a:b], "float32")[0] for a, b in ranges])
+    vote = Merge(program, cuts)
+    got = np.concatenate([vote.merge(stored[a:b], "float32", a * width)[0] for a, b in ranges])
     want = method.merge(site_of(stored, summary)).view(torch.uint32).numpy()
     assert np.array_equal(got.view("f4") + 0.0, want.view("f4") + 0.0)
 
 
 def test_a_wrong_guess_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "SAMPLE", 64)
-    monkeypatch.setattr(fused, "MARGIN", 0.0)
+    monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", 64)
+    monkeypatch.setattr("weightsmith.ops.cuts.MARGIN", 0.0)
     values = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
     values[1, ::64] *= 1e-3  # what the sample sees is unlike the rest
     stored = stored_of(values, ["float32", "float32"])
-    spec = Ties(density=0.37, scope_="tensor").fused(1)
-    assert spec is not None
+    ranks = Ties(density=0.37, scope_="tensor").cuts(1, 4096 * 16)
     passes = []
 
     def read(start: int, stop: int) -> Stored:
         passes.append((start, stop))
         return stored[start:stop]
 
-    cuts = fused.tensor_cuts(spec, (4096, 16), read, [(0, 4096)])
+    cuts = result_of(tensor_cuts(ranks, (4096, 16), read, [(0, 4096)]))
     delta = (values[1] - values[0]).abs().flatten().sort(descending=True).values
     assert cuts["select.threshold"].item() == int(delta[int(0.37 * delta.numel()) - 1].view(torch.int32))
     assert passes.count((0, 4096)) > 1
@@ -248,3 +264,14 @@ def test_everything_works_without_kernels(variable: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, variable: "0"}
     )
     assert done.stdout.strip() == "[2.0, 4.0]"
+
+
+def test_the_loader_knows_all_that_the_kernels_name() -> None:
+    """An unknown name would leave every other one, memset included, at address 0."""
+    import re
+
+    from weightsmith.ops.kernels import KERNELS
+
+    for name, kernel in KERNELS.items():
+        named = set(re.findall(r"^declare .*?@(\w+)\(", kernel.inspect_llvm(), re.M))
+        assert {n for n in named if not n.startswith("Py")} <= set(native._NEVER), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.kernel import Window
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Filter, Rows, choice, flag, number
@@ -65,7 +66,10 @@ class Breadcrumbs(
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
         if round == select.ROUNDS:
             return {**summary, **l1_factors(totals)}
-        return select.digest(totals, round, summary, self._cuts) if totals else {**summary}
+        return select.digest(totals, round, summary, self.cuts) if totals else {**summary}
+
+    def fused(self, count: int) -> Window | None:
+        return Window(self.rescale) if self.scope_ == "tensor" else None
 
     def apply(self, site: Site) -> Site:
         masked = self._masked(site)
@@ -87,7 +91,7 @@ class Breadcrumbs(
             return [total - tail - kept, total - tail]
         return [dropped, dropped + kept] if self.remove_first else [min(dropped, kept), kept]
 
-    def _cuts(self, count: int, total: int) -> list[list[int]]:
+    def cuts(self, count: int, total: int) -> list[list[int]]:
         shares = zip(spread(self.density, count), spread(self.remove_top, count), strict=True)
         return [self._window(total, *share) for share in shares]
 
@@ -98,7 +102,7 @@ class Breadcrumbs(
         if self._ranks_tensor(site.key):
             first, last = select.before(deltas, site.summary, site.start)
         else:
-            cuts = self._cuts(site.count, site.key.shape[-1])
+            cuts = self.cuts(site.count, site.key.shape[-1])
             first, last = (
                 torch.stack([select.leading(d, c[side]) for d, c in zip(deltas, cuts, strict=True)]) for side in (0, 1)
             )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weightsmith.errors import RecipeError
+from weightsmith.kernel import Agreement
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Filter, integer, number
+from weightsmith.ops.combine import spread
 from weightsmith.ops.masks import agreed, task_masks
 from weightsmith.site import Site
 
@@ -48,6 +50,9 @@ class Consensus(
             models = "1 model" if count == 1 else f"{count} models"
             return f"k = {self.k} with {models} selects nothing: the result is the base"
         return None
+
+    def fused(self, count: int) -> Agreement:
+        return Agreement(self.k, spread(self.tall_mask_lambda, count), float(self.lambda_))
 
     def apply(self, site: Site) -> Site:
         if site.origin is None:

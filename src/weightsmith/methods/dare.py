@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from weightsmith.kernel import Drop
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Filter, Rows, choice, flag, number
-from weightsmith.ops.combine import per_expert
+from weightsmith.ops.combine import per_expert, spread
 from weightsmith.ops.noise import keep_masks
 from weightsmith.ops.rescale import l1_factors, l1_sums
 from weightsmith.site import Site, Summary
@@ -51,8 +52,11 @@ class Dare(
         deltas = site.deltas
         return l1_sums(deltas, self._masked(site, deltas))
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
         return l1_factors(totals)
+
+    def fused(self, count: int) -> Drop:
+        return Drop(spread(self.density, count), self.name, self.rescale_rule if self.rescale else "")
 
     def apply(self, site: Site) -> Site:
         masked = self._masked(site, site.deltas)

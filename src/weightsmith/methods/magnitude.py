@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.kernel import Window
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Filter, Rows, flag, number
@@ -52,8 +53,11 @@ class Magnitude(
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
         if round < select.ROUNDS:
-            return select.digest(totals, round, summary, self._cuts)
+            return select.digest(totals, round, summary, self.cuts)
         return {**summary, **l1_factors(totals)}
+
+    def fused(self, count: int) -> Window:
+        return Window(self.rescale)
 
     def apply(self, site: Site) -> Site:
         masked = self._masked(site)
@@ -61,7 +65,7 @@ class Magnitude(
             masked = masked * per_expert(site.summary["l1.factors"], masked)
         return site.with_deltas(masked)
 
-    def _cuts(self, count: int, total: int) -> list[list[int]]:
+    def cuts(self, count: int, total: int) -> list[list[int]]:
         return [[select.keep_share(total, d)] for d in spread(self.density, count)]
 
     def _masked(self, site: Site) -> Tensor:

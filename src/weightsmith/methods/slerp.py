@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.kernel import Arc
 from weightsmith.method import Method, Rows, number
-from weightsmith.ops.gram import arc_shares, measure, products
+from weightsmith.ops.gram import arc_shares, measure
+from weightsmith.ops.reduce import pairwise_sum
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -51,12 +55,15 @@ class Slerp(
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         return measure(_ends(site))
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return products(totals)
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        aa, ab, bb = pairwise_sum(np.asarray(totals["gram.products"]))
+        return {"arc.shares": np.array(arc_shares(aa, bb, ab, self.t, PARALLEL))}
+
+    def fused(self, count: int) -> Arc:
+        return Arc()
 
     def merge(self, site: Site) -> Tensor:
-        gram = site.summary["gram"]
-        first, second = arc_shares(gram[0, 0], gram[1, 1], gram[0, 1], self.t, PARALLEL)
+        first, second = site.summary["arc.shares"]
         a, b = _ends(site)
         return a * float(first) + b * float(second)
 

@@ -93,7 +93,7 @@ class Ties(
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
         if self.passes[round] in ("norms", "signs"):
             return {**summary, **totals}
-        return select.digest(totals, round, summary, self._cuts, whole=self.scope is Scope.MODEL)
+        return select.digest(totals, round, summary, self.cuts, whole=self.scope is Scope.MODEL)
 
     def fused(self, count: int) -> TrimmedVote | None:
         if self.sign != "mass" or self.aggregate == "max":
@@ -101,7 +101,7 @@ class Ties(
         return TrimmedVote(
             weights=spread(self.weight, count),
             scale=float(self.lambda_),
-            kept=spread(self.density, count),
+            trim=not self._untrimmed,
             steps=self.passes,
             zero=self.zero_sign,
             mean=self.aggregate == "mean",
@@ -115,7 +115,7 @@ class Ties(
         assert site.base is not None
         return site.base + merged * self.lambda_
 
-    def _cuts(self, count: int, total: int) -> list[list[int]]:
+    def cuts(self, count: int, total: int) -> list[list[int]]:
         densities = spread(self.density, count)
         if self.scope is Scope.MODEL:
             return [[total if d == 1 else min(int(total * d) + 1, total)] for d in densities]

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
 from weightsmith.ops.reduce import pairwise_sum, row_sums
@@ -56,18 +58,19 @@ def cosines(gram: Tensor) -> Tensor:
     return (gram * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
 
 
-def arc_shares(aa: Tensor, bb: Tensor, ab: Tensor, t: float, straight: float = PARALLEL) -> tuple[Tensor, Tensor]:
+def arc_shares(aa: Any, bb: Any, ab: Any, t: float, straight: float = PARALLEL) -> tuple[Any, Any]:
     """The factors of a and b at the place t of the arc between them: (sin((1-t) h), sin(t h)) / sin h.
 
-    aa, bb, ab  squared lengths and inner products, float64, any shape; h is the angle
+    aa, bb, ab  squared lengths and inner products, float64 of any shape, tensors or numpy arrays; h is the angle
     straight    |cos h| above which the factors are 1-t and t
     """
-    lengths = aa.sqrt() * bb.sqrt()  # two roots: the product of the squares may underflow
-    cosine = torch.where(lengths > 0, ab / torch.where(lengths > 0, lengths, 1.0), 0.0)
-    line = cosine.abs() > straight
-    angle = torch.acos(torch.where(line, 0.0, cosine))
-    first, second = (torch.sin(share * angle) / torch.sin(angle) for share in (1 - t, t))
-    return torch.where(line, 1 - t, first), torch.where(line, t, second)
+    of: Any = np if isinstance(aa, (np.ndarray, np.generic)) else torch
+    lengths = of.sqrt(aa) * of.sqrt(bb)  # two roots: the product of the squares may underflow
+    cosine = of.where(lengths > 0, ab / of.where(lengths > 0, lengths, 1.0), 0.0)
+    line = of.abs(cosine) > straight
+    angle = of.arccos(of.where(line, 0.0, cosine))
+    first, second = (of.sin(share * angle) / of.sin(angle) for share in (1 - t, t))
+    return of.where(line, 1 - t, first), of.where(line, t, second)
 
 
 def _pairs(vectors: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

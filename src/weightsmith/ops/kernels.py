@@ -1,8 +1,7 @@
-"""The loops behind `ops.fused`, as numba compiles them; `ops.native` keeps the machine code.
+"""The kernels behind `ops.fused`, as numba compiles them; `ops.native` keeps the machine code.
 
 Every kernel takes addresses and sizes and works through its block in strips of STRIP entries: an input's strip is
 decoded to float32, used, and overwritten by the next one's, so that all of it stays in a core's own cache.
-`fastmath` stays off and products are not fused with sums: the same bytes as torch is the point.
 """
 
 from __future__ import annotations
@@ -12,147 +11,32 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 
-from weightsmith.kernel import BF16, E4M3, F16, F32, SIGNATURES, STRIP
+from weightsmith.kernel import SIGNATURES, STRIP
+from weightsmith.ops.loops import (
+    EXPONENT,
+    I8,
+    MAGNITUDE,
+    OPTIONS,
+    as_bits,
+    as_float,
+    decode,
+    drop,
+    encode,
+    fold,
+    pointer,
+    strip,
+    subtract,
+    trim,
+)
 
 __all__ = ["KERNELS"]
-
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
-_I8 = types.int64
-_MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-
-
-def _float8(mantissa: int, bias: int, ieee: bool) -> np.ndarray:
-    """The 256 values of an 8-bit float.  `ieee`: the largest exponent means Inf and NaN, else only all ones is NaN."""
-    bits = np.arange(256)
-    exponent, fraction = (bits & 0x7F) >> mantissa, (bits & ((1 << mantissa) - 1)) / (1 << mantissa)
-    size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - bias), fraction * 2.0 ** (1 - bias))
-    if ieee:
-        top = exponent == 0x7F >> mantissa
-        size = np.where(top, np.where(fraction == 0, np.inf, np.nan), size)
-    else:
-        size = np.where((bits & 0x7F) == 0x7F, np.nan, size)
-    return np.where(bits < 128, size, -size).astype(np.float32)
-
-
-_TABLE_E4M3, _TABLE_E5M2 = _float8(3, 7, False), _float8(2, 15, True)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing: Any, address: Any) -> Any:
-    """An address as a pointer, for `carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_float(typing: Any, value: Any) -> Any:
-    """Reinterpret uint32 bits as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_bits(typing: Any, value: Any) -> Any:
-    """Reinterpret a float32 as uint32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
 
 
 def _exported(f: Any) -> Any:
     """Compile to a C function with the arguments that `SIGNATURES` names."""
     arguments = [{"i": types.int64, "f": types.float32}[letter] for letter in SIGNATURES[f.__name__]]
     return cfunc(types.int64(*arguments), error_model="numpy")(f)
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _strip(scratch: Any, place: Any, size: Any) -> Any:
-    """The place-th strip of the scratch space: one contiguous array, as the vectoriser wants it."""
-    return carray(_pointer(scratch + 4 * STRIP * place), (size,), np.float32)
-
-
-# --- stored bits to float32 and back -----------------------------------------------------------------
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _decode(address: Any, kind: Any, start: Any, out: Any) -> None:
-    """Entries start .. start + out.size of an array of stored bits -> float32."""
-    n = out.size
-    if kind == BF16:
-        short = carray(_pointer(address + 2 * start), (n,), np.uint16)
-        for j in range(n):
-            out[j] = _as_float(np.uint32(short[j]) << np.uint32(16))
-    elif kind == F32:
-        word = carray(_pointer(address + 4 * start), (n,), np.uint32)
-        for j in range(n):
-            out[j] = _as_float(word[j])
-    elif kind == F16:
-        half = carray(_pointer(address + 2 * start), (n,), np.uint16)
-        for j in range(n):
-            bits = np.uint32(half[j])
-            size = (bits & np.uint32(0x7FFF)) << np.uint32(13)
-            # As a float32 the bits stand for a number 2^112 times too small, subnormal ones included.
-            scaled = _as_bits(_as_float(size) * np.float32(2.0**112))
-            special = scaled | _EXPONENT if size >= np.uint32(0x0F800000) else scaled
-            out[j] = _as_float(special | ((bits & np.uint32(0x8000)) << np.uint32(16)))
-    else:
-        table = _TABLE_E4M3 if kind == E4M3 else _TABLE_E5M2
-        byte = carray(_pointer(address + start), (n,), np.uint8)
-        for j in range(n):
-            out[j] = table[byte[j]]
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
-    """float32 -> entries start .. of an array of stored bits, to nearest even; how many results are NaN or Inf."""
-    n = values.size
-    bad = np.uint32(0)
-    if kind == F32:
-        word = carray(_pointer(address + 4 * start), (n,), np.uint32)
-        for j in range(n):
-            bits = _as_bits(values[j])
-            word[j] = bits
-            bad += np.uint32((bits & _EXPONENT) == _EXPONENT)
-    elif kind == BF16:
-        short = carray(_pointer(address + 2 * start), (n,), np.uint16)
-        for j in range(n):
-            bits = _as_bits(values[j])
-            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            # A NaN becomes the quiet NaN that torch writes.
-            kept = np.uint32(0x7FC00000) if (bits & _MAGNITUDE) > _EXPONENT else rounded
-            short[j] = np.uint16(kept >> np.uint32(16))
-            bad += np.uint32((kept & _EXPONENT) == _EXPONENT)
-    else:
-        half = carray(_pointer(address + 2 * start), (n,), np.uint16)
-        for j in range(n):
-            bits = _as_bits(values[j])
-            size = bits & _MAGNITUDE
-            odd = (size >> np.uint32(13)) & np.uint32(1)
-            normal = (size - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
-            # Below 2^-14 halves are subnormal: adding 0.5 rounds to their grid and leaves the result in the last bits.
-            subnormal = _as_bits(_as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
-            small = subnormal if size < np.uint32(0x38800000) else normal
-            large = np.uint32(0x7E00) if size > _EXPONENT else np.uint32(0x7C00)
-            kept = small if size < np.uint32(0x47800000) else large
-            half[j] = np.uint16(kept | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
-            bad += np.uint32((kept & np.uint32(0x7C00)) == np.uint32(0x7C00))
-    return _I8(bad)
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _subtract(values: Any, base: Any) -> None:
-    for j in range(values.size):
-        values[j] = values[j] - base[j]
 
 
 # --- weighted sums -----------------------------------------------------------------------------------
@@ -167,18 +51,18 @@ def weighted_sum(
 
     inputs [count] addresses, kinds [count] int64, weights [count] float32; scratch 3 STRIP float32.
     """
-    address, kind = carray(_pointer(inputs), (count,), np.int64), carray(_pointer(kinds), (count,), np.int64)
-    weight = carray(_pointer(weights), (count,), np.float32)
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    weight = carray(pointer(weights), (count,), np.float32)
     bad = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
-        total, value, origin = _strip(scratch, 0, n), _strip(scratch, 1, n), _strip(scratch, 2, n)
+        total, value, origin = strip(scratch, 0, n), strip(scratch, 1, n), strip(scratch, 2, n)
         if deltas:
-            _decode(base, base_kind, low, origin)
+            decode(base, base_kind, low, origin)
         for i in range(count):
-            _decode(address[i], kind[i], low, value)
+            decode(address[i], kind[i], low, value)
             if deltas:
-                _subtract(value, origin)
+                subtract(value, origin)
             w = weight[i]
             if i == 0:
                 for j in range(n):
@@ -192,24 +76,24 @@ def weighted_sum(
         if deltas:
             for j in range(n):
                 total[j] = origin[j] + total[j] * scale
-        bad += _encode(total, out, out_kind, low)
+        bad += encode(total, out, out_kind, low)
     return bad
 
 
-# --- trimmed votes -----------------------------------------------------------------------------------
+# --- cuts -------------------------------------------------------------------------------------------
 
 
 @_exported
 def magnitudes(address: Any, kind: Any, base: Any, base_kind: Any, size: Any, out: Any, scratch: Any) -> Any:
     """The bits of |input - base|: out [size] uint32; scratch 2 STRIP float32.  Returns 0."""
-    found = carray(_pointer(out), (size,), np.uint32)
+    found = carray(pointer(out), (size,), np.uint32)
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
-        value, origin = _strip(scratch, 0, n), _strip(scratch, 1, n)
-        _decode(base, base_kind, low, origin)
-        _decode(address, kind, low, value)
+        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+        decode(base, base_kind, low, origin)
+        decode(address, kind, low, value)
         for j in range(n):
-            found[low + j] = _as_bits(value[j] - origin[j]) & _MAGNITUDE
+            found[low + j] = as_bits(value[j] - origin[j]) & MAGNITUDE
     return 0
 
 
@@ -226,35 +110,35 @@ def count_between(
     counts[(bits - lowest) >> shift] += 1 for bits in lowest .. lowest + (width << shift); counts [width + 1] uint32,
     whose last entry gains every bit that `shift` has shifted out.
     """
-    found = carray(_pointer(counts), (width + 1,), np.uint32)
+    found = carray(pointer(counts), (width + 1,), np.uint32)
     first, span, down = np.uint32(lowest), np.uint32(min(width << shift, 0xFFFFFFFF)), np.uint32(shift)
     lost, rest = np.uint32((1 << shift) - 1), np.uint32(0)
     above = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
-        value, origin = _strip(scratch, 0, n), _strip(scratch, 1, n)
-        _decode(base, base_kind, low, origin)
-        _decode(address, kind, low, value)
+        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+        decode(base, base_kind, low, origin)
+        decode(address, kind, low, value)
         over = np.uint32(0)
         for j in range(n):
-            bits = _as_bits(value[j] - origin[j]) & _MAGNITUDE
+            bits = as_bits(value[j] - origin[j]) & MAGNITUDE
             place = np.uint32(bits - first)  # wraps to something large where bits < first
-            value[j] = _as_float(place)
+            value[j] = as_float(place)
             over += np.uint32(np.uint32(bits >= first) & np.uint32(place >= span))
-        above += _I8(over)
+        above += I8(over)
         whole = n - n % _GROUP
         for j in range(0, whole, _GROUP):
             some = np.uint32(0)
             for k in range(j, j + _GROUP):  # few groups hold anything: look at sixteen at once
-                some |= np.uint32(_as_bits(value[k]) < span)
+                some |= np.uint32(as_bits(value[k]) < span)
             if some:
                 for k in range(j, j + _GROUP):
-                    place = _as_bits(value[k])
+                    place = as_bits(value[k])
                     if place < span:
                         found[place >> down] += np.uint32(1)
                         rest |= place & lost
         for k in range(whole, n):
-            place = _as_bits(value[k])
+            place = as_bits(value[k])
             if place < span:
                 found[place >> down] += np.uint32(1)
                 rest |= place & lost
@@ -262,39 +146,13 @@ def count_between(
     return above
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _trim(values: Any, threshold: Any, quota: Any, ties: Any, seen: Any) -> Any:
-    """Zero what lies below the threshold, and of its equals all but the first `quota` of `ties`, `seen` before these.
-
-    Returns how many equals have been seen now.
-    """
-    least = np.uint32(threshold if quota else threshold + 1)
-    if quota != ties:
-        equal, here = np.uint32(threshold), np.uint32(0)
-        for j in range(values.size):
-            here += np.uint32((_as_bits(values[j]) & _MAGNITUDE) == equal)
-        if seen < quota < seen + here:  # the cut lies in this strip
-            for j in range(values.size):
-                bits = _as_bits(values[j]) & _MAGNITUDE
-                seen += bits == equal
-                if bits < equal or (bits == equal and seen > quota):
-                    values[j] = np.float32(0)
-            return seen
-        least = np.uint32(threshold if seen + here <= quota else threshold + 1)
-        seen += here
-    for j in range(values.size):
-        kept = (_as_bits(values[j]) & _MAGNITUDE) >= least
-        values[j] = values[j] if kept else np.float32(0)
-    return seen
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _combine(scratch: Any, count: Any, weight: Any, elected: Any, divisor: Any) -> None:
     """The first strip becomes the sum of the votes of the elected sign, `divisor` the sum of their weights."""
     n = elected.size
-    total = _strip(scratch, 0, n)
+    total = strip(scratch, 0, n)
     for i in range(count):
-        vote, w = _strip(scratch, i, n), weight[i]
+        vote, w = strip(scratch, i, n), weight[i]
         if i == 0:
             for j in range(n):
                 agrees = vote[j] * elected[j] > np.float32(0)  # a sign is 1 or -1, so the product is exact
@@ -307,64 +165,199 @@ def _combine(scratch: Any, count: Any, weight: Any, elected: Any, divisor: Any) 
                 divisor[j] += w if agrees else np.float32(0)
 
 
-@_exported
-def trimmed_vote(
-    inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, cuts: Any, seen: Any, trim: Any,
-    zero: Any, mean: Any, scale: Any, out: Any, out_kind: Any, signs: Any, size: Any, scratch: Any,
-) -> Any:  # fmt: skip
-    """Trim, elect, combine, as `Ties.merge` does; returns how many inputs and results are NaN or Inf.
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _masked(values: Any, i: Any, low: Any, cuts: Any, seen: Any, draws: Any, start: Any, room: Any) -> None:
+    """What filters leave of a strip of expert i's task vector, the entries from `low` on of a block.
 
-    cuts [3, count] int64: threshold, quota, ties of each expert; seen [count] int64, equals met so far, is brought
-    up to date; signs [1] int64 gains the sum of the elected signs.  With `out` 0 that is all that is done.
-    scratch: (count + 3) STRIP float32.
+    cuts   [sides, 3, count] int64, see `masked_merge`; seen [sides, count] is brought up to date
+    draws  [count, 3] int64: the two halves of its noise's key, and the number its noise must stay below
     """
-    address, kind = carray(_pointer(inputs), (count,), np.int64), carray(_pointer(kinds), (count,), np.int64)
-    weight = carray(_pointer(weights), (count,), np.float32)
-    cut, met = carray(_pointer(cuts), (3, count), np.int64), carray(_pointer(seen), (count,), np.int64)
-    majority = carray(_pointer(signs), (1,), np.int64)
+    for side in range(cuts.shape[0]):
+        threshold, quota, ties = cuts[side, 0, i], cuts[side, 1, i], cuts[side, 2, i]
+        seen[side, i] = trim(values, side == 0, threshold, quota, ties, seen[side, i])
+    if draws.size:
+        drop(values, draws[i, 0], draws[i, 1], draws[i, 2], start + low, room)
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: Any, kind: Any, low: Any) -> None:
+    """Zero the entries of the first strip, tau, that fewer than k task masks |delta| > agree |tau - delta| select."""
+    n = base.size
+    tau, value, votes = strip(scratch, 0, n), strip(scratch, count + 1, n), strip(scratch, count + 2, n)
+    for j in range(n):
+        votes[j] = np.float32(0)
+    for i in range(count):
+        decode(address[i], kind[i], low, value)
+        strict = agree[i]
+        for j in range(n):
+            delta = value[j] - base[j]
+            votes[j] += np.float32(abs(delta) > abs(tau[j] - delta) * strict)
+    for j in range(n):
+        tau[j] = tau[j] if votes[j] >= k else np.float32(0)
+
+
+@_exported
+def masked_merge(
+    inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, cuts: Any, sides: Any, seen: Any,
+    draws: Any, start: Any, factors: Any, shares: Any, vote: Any, zero: Any, mean: Any, divisor: Any, scale: Any,
+    agree: Any, k: Any, after: Any, out: Any, out_kind: Any, signs: Any, size: Any, scratch: Any,
+) -> Any:  # fmt: skip
+    """Mask task vectors, weigh and combine them; returns how many inputs and results are NaN or Inf.
+
+    cuts     [sides, 3, count] int64: threshold, quota, ties; what lies behind the first cut or in front of the second
+             becomes zero.  seen [sides, count]: equals met so far, brought up to date
+    draws    [count, 3] int64 or 0: the noise of each expert, whose first number here is the `start`-th
+    factors  [count] float32 or 0: the survivors are multiplied by them; shares, likewise: divided by them
+    vote     elect signs as `Ties.merge` does, `zero` where there is none, and divide by the agreeing weights if `mean`;
+             else the sum is divided by `divisor`
+    agree    [count] float32 or 0: of the scaled result tau stays what k task masks select, times `after`
+    signs    [1] int64 gains the sum of the elected signs.  With `out` 0 that is all that is done.
+    scratch  (count + 4) STRIP float32
+    """
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    weight = carray(pointer(weights), (count,), np.float32)
+    cut = carray(pointer(cuts), (sides, 3, count), np.int64)
+    met = carray(pointer(seen), (sides, count), np.int64)
+    draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
+    factor, share = carray(pointer(factors), (count,), np.float32), carray(pointer(shares), (count,), np.float32)
+    strict = carray(pointer(agree), (count,), np.float32)
+    majority = carray(pointer(signs), (1,), np.int64)
+    room = carray(pointer(scratch + 4 * STRIP * (count + 2)), (STRIP + 16,), np.uint32)
     bad = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
-        origin, elected = _strip(scratch, count, n), _strip(scratch, count + 1, n)
-        divisor = _strip(scratch, count + 2, n)
-        _decode(base, base_kind, low, origin)
+        origin, elected = strip(scratch, count, n), strip(scratch, count + 1, n)
+        decode(base, base_kind, low, origin)
         for i in range(count):
-            vote = _strip(scratch, i, n)
-            _decode(address[i], kind[i], low, vote)
-            w = weight[i]
+            voice = strip(scratch, i, n)
+            decode(address[i], kind[i], low, voice)
             broken = np.uint32(0)
             for j in range(n):
-                vote[j] = vote[j] - origin[j]
-                broken += np.uint32((_as_bits(vote[j]) & _EXPONENT) == _EXPONENT)  # a vote would hide it
-            bad += _I8(broken)
-            if trim:
-                met[i] = _trim(vote, cut[0, i], cut[1, i], cut[2, i], met[i])
+                voice[j] = voice[j] - origin[j]
+                broken += np.uint32((as_bits(voice[j]) & EXPONENT) == EXPONENT)  # a mask would hide it
+            bad += I8(broken)
+            _masked(voice, i, low, cut, met, draw, start, room)
+            if factors:
+                for j in range(n):
+                    voice[j] = voice[j] * factor[i]
+            if shares:
+                for j in range(n):
+                    voice[j] = voice[j] / share[i]
+            w = weight[i]
             if i == 0:
                 for j in range(n):
-                    vote[j] = vote[j] * w
-                    elected[j] = vote[j]
+                    voice[j] = voice[j] * w
+                    elected[j] = voice[j]
             else:
                 for j in range(n):
-                    vote[j] = vote[j] * w
-                    elected[j] += vote[j]
-        balance = np.int32(0)
-        for j in range(n):
-            sign = np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0))
-            balance += sign
-            elected[j] = zero if sign == 0 else np.float32(sign)
-        majority[0] += _I8(balance)
-        if out == 0:
-            continue
-        total = _strip(scratch, 0, n)
-        _combine(scratch, count, weight, elected, divisor)
-        if mean:
+                    voice[j] = voice[j] * w
+                    elected[j] += voice[j]
+        total = strip(scratch, 0, n)
+        if vote:
+            balance = np.int32(0)
             for j in range(n):
-                total[j] = total[j] / (np.float32(1) if divisor[j] == np.float32(0) else divisor[j])
+                sign = np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0))
+                balance += sign
+                elected[j] = zero if sign == 0 else np.float32(sign)
+            majority[0] += I8(balance)
+            if out == 0:
+                continue
+            agreeing = strip(scratch, count + 2, n)
+            _combine(scratch, count, weight, elected, agreeing)
+            if mean:
+                for j in range(n):
+                    total[j] = total[j] / (np.float32(1) if agreeing[j] == np.float32(0) else agreeing[j])
+        else:
+            for j in range(n):
+                total[j] = elected[j]
+            if divisor != np.float32(1):
+                for j in range(n):
+                    total[j] = total[j] / divisor
         for j in range(n):
-            total[j] = origin[j] + total[j] * scale
-        bad += _encode(total, out, out_kind, low)
+            total[j] = total[j] * scale
+        if agree:
+            for j in range(n):
+                total[j] = np.float32(0) + total[j]  # as around a base of zeros: no zero has a sign
+            _agreeing(origin, strict, count, k, scratch, address, kind, low)
+            for j in range(n):
+                total[j] = total[j] * after
+        for j in range(n):
+            total[j] = origin[j] + total[j]
+        bad += encode(total, out, out_kind, low)
     return bad
 
 
-KERNELS: Mapping[str, Any] = {f.__name__: f for f in (weighted_sum, magnitudes, count_between, trimmed_vote)}
+# --- measuring: sums of a fixed order ----------------------------------------------------------------
+
+
+@_exported
+def row_masses(
+    address: Any, kind: Any, base: Any, base_kind: Any, expert: Any, count: Any, cuts: Any, sides: Any, seen: Any,
+    draws: Any, start: Any, whole: Any, left: Any, rows: Any, width: Any, scratch: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """Per row sum |delta|, and of what the filters leave of it; returns how many entries are NaN or Inf.
+
+    cuts, seen, draws, start as in `masked_merge`, of which those of `expert` are used; whole, left [rows] float64;
+    scratch 4 STRIP float32, wide [2, width] float64.
+    """
+    cut = carray(pointer(cuts), (sides, 3, count), np.int64)
+    met = carray(pointer(seen), (sides, count), np.int64)
+    draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
+    everything, some = carray(pointer(whole), (rows,), np.float64), carray(pointer(left), (rows,), np.float64)
+    size = carray(pointer(wide), (2, width), np.float64)
+    room = carray(pointer(scratch + 4 * STRIP * 2), (STRIP + 16,), np.uint32)
+    bad = 0
+    for row in range(rows):
+        for low in range(0, width, STRIP):
+            n = min(STRIP, width - low)
+            value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+            place = row * width + low
+            decode(base, base_kind, place, origin)
+            decode(address, kind, place, value)
+            broken = np.uint32(0)
+            for j in range(n):
+                value[j] = value[j] - origin[j]
+                broken += np.uint32((as_bits(value[j]) & EXPONENT) == EXPONENT)
+                size[0, low + j] = np.float64(abs(value[j]))
+            bad += I8(broken)
+            _masked(value, expert, place, cut, met, draw, start, room)
+            for j in range(n):
+                size[1, low + j] = np.float64(abs(value[j]))
+        everything[row], some[row] = fold(size[0]), fold(size[1])
+    return bad
+
+
+@_exported
+def row_products(
+    first: Any, first_kind: Any, second: Any, second_kind: Any, products: Any, rows: Any, width: Any,
+    scratch: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """Inner products row by row of a with a, a with b, b with b: products [3, rows] float64.
+
+    Returns how many entries are NaN or Inf; scratch 2 STRIP float32, wide [3, width] float64.
+    """
+    found = carray(pointer(products), (3, rows), np.float64)
+    product = carray(pointer(wide), (3, width), np.float64)
+    bad = 0
+    for row in range(rows):
+        for low in range(0, width, STRIP):
+            n = min(STRIP, width - low)
+            a, b = strip(scratch, 0, n), strip(scratch, 1, n)
+            decode(first, first_kind, row * width + low, a)
+            decode(second, second_kind, row * width + low, b)
+            broken = np.uint32(0)
+            for j in range(n):
+                x, y = np.float64(a[j]), np.float64(b[j])
+                product[0, low + j], product[1, low + j], product[2, low + j] = x * x, x * y, y * y
+                broken += np.uint32((as_bits(a[j]) & EXPONENT) == EXPONENT)
+                broken += np.uint32((as_bits(b[j]) & EXPONENT) == EXPONENT)
+            bad += I8(broken)
+        for pair in range(3):
+            found[pair, row] = fold(product[pair])
+    return bad
+
+
+KERNELS: Mapping[str, Any] = {
+    f.__name__: f for f in (weighted_sum, magnitudes, count_between, masked_merge, row_masses, row_products)
+}
 """Name -> compiled C function."""

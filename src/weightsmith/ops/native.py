@@ -26,7 +26,7 @@ __all__ = ["cache_folder", "kernels"]
 
 _ARGUMENTS: Mapping[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 Kernels = Mapping[str, Callable[..., int]]
-_SOURCES = (Path(__file__).with_name("kernels.py"), Path(__file__).parent.parent / "kernel.py")
+_SOURCES = [Path(__file__).parent / name for name in ("kernels.py", "loops.py", "../kernel.py")]
 
 
 announce: Callable[[str], None] = lambda text: None  # noqa: E731
@@ -91,6 +91,20 @@ def _compiled(llvm: Any) -> Code:
     }
 
 
+_NEVER = (
+    "NRT_Free",
+    "NRT_MemInfo_call_dtor",
+    "numba_do_raise",
+    "numba_gil_ensure",
+    "numba_gil_release",
+    "numba_runtime_build_excinfo_struct",
+    "numba_unpickle",
+)
+"""What numba's wrapper would call to report an exception or to free memory: the kernels do neither.
+
+All must be found: one unknown symbol, and the loader leaves every address outside the object at zero.
+"""
+
 _engines: list[Any] = []
 """What owns the loaded code, for as long as the process lives."""
 
@@ -98,8 +112,7 @@ _engines: list[Any] = []
 def _loaded(llvm: Any, kernel: str, symbol: str, code: bytes) -> Callable[..., int]:
     """A Python callable; ctypes lets go of the interpreter lock while it runs."""
     abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for never in ("numba_gil_ensure", "numba_gil_release", "NRT_MemInfo_call_dtor"):
-        # numba's wrapper would call them to report an exception, or to free memory: the kernels do neither.
+    for never in _NEVER:
         if llvm.address_of_symbol(never) is None:
             llvm.add_symbol(never, abort)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(llvm))

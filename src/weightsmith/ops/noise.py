@@ -11,6 +11,7 @@ of the others; renaming one changes its mask.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,30 @@ from weightsmith.site import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["bernoulli", "keep_masks", "normal", "uniform_bits"]
+__all__ = ["bernoulli", "keep_masks", "limit", "normal", "stream", "uniform_bits"]
 
 _PER_STEP = 8  # uint32 numbers per counter step: four words of 64 bits
 
 
+def stream(seed: int, name: str, expert: str, salt: str) -> tuple[int, int]:
+    """A stream's 128-bit key in two halves, the lower one first, as signed 64-bit numbers."""
+    text = "\0".join((str(seed), name, expert, salt))
+    low, high = struct.unpack("<2q", hashlib.blake2b(text.encode(), digest_size=16).digest())
+    return low, high
+
+
 def uniform_bits(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:
     """Numbers offset .. offset + count of a stream, as uint32: any part equals that part of the whole."""
-    text = "\0".join((str(seed), name, expert, salt))
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-    generator = np.random.Philox(key=key)
+    generator = np.random.Philox(key=np.array(stream(seed, name, expert, salt), np.int64).view(np.uint64))
     step, skip = divmod(offset, _PER_STEP)
     generator.advance(step)
     words = np.asarray(generator.random_raw((skip + count + 1) // 2), dtype="<u8")
     return words.view("<u4")[skip : skip + count]
+
+
+def limit(share: float) -> int:
+    """A number of a stream below this one is drawn with probability `share`, rounded to multiples of 2^-32."""
+    return round(share * 2**32)
 
 
 def bernoulli(

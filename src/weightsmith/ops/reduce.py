@@ -6,7 +6,9 @@ the order is a fixed tree of elementwise additions in float64, which are the sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from weightsmith.lazy import torch
 
@@ -15,19 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["as_rows", "block_sums", "pairwise_sum", "row_sums"]
 
+Values = TypeVar("Values")
+"""Tensors or numpy arrays."""
 
-def pairwise_sum(values: Tensor) -> Tensor:
-    """Sum over the last axis in float64 by halving it again and again: [*, m] -> [*]."""
-    length = values.shape[-1]
+
+def pairwise_sum(values: Values) -> Values:
+    """Sum over the last axis in float64 by halving it again and again: [*, m] -> [*], tensors or numpy arrays."""
+    plain = isinstance(values, np.ndarray)
+    found: Any = values.astype(np.float64) if isinstance(values, np.ndarray) else values.double()  # type: ignore[attr-defined]
+    join: Any = np.concatenate if plain else torch.cat
+    length = found.shape[-1]
     if length == 0:
-        return values.new_zeros(values.shape[:-1], dtype=torch.float64)
-    values = values.double()
+        return found.sum(-1)  # type: ignore[no-any-return]
     while length > 1:
         half = length // 2
-        folded = values[..., :half] + values[..., half : 2 * half]
-        values = torch.cat([folded, values[..., 2 * half :]], -1) if length % 2 else folded
-        length = values.shape[-1]
-    return values[..., 0]
+        folded = found[..., :half] + found[..., half : 2 * half]
+        found = join([folded, found[..., 2 * half :]], -1) if length % 2 else folded
+        length = found.shape[-1]
+    return found[..., 0]  # type: ignore[no-any-return]
 
 
 def as_rows(block: Tensor) -> Tensor:

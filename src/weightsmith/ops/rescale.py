@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
 from weightsmith.ops.reduce import pairwise_sum, row_sums
@@ -26,8 +28,8 @@ def l1_sums(whole: Tensor, masked: Tensor) -> dict[str, Tensor | Rows]:
     }
 
 
-def l1_factors(totals: Summary) -> dict[str, Tensor]:
+def l1_factors(totals: Summary) -> dict[str, np.ndarray]:
     """sum |delta| / sum |masked delta| per expert, 1 where either is below 1e-7: 'l1.factors' [n] float64."""
-    whole, masked = pairwise_sum(totals["l1.whole"]), pairwise_sum(totals["l1.masked"])
+    whole, masked = (pairwise_sum(np.asarray(totals[f"l1.{name}"])) for name in ("whole", "masked"))
     usable = (whole >= TINY) & (masked >= TINY)
-    return {"l1.factors": torch.where(usable, whole / torch.where(usable, masked, 1.0), 1.0)}
+    return {"l1.factors": np.where(usable, whole / np.where(usable, masked, 1.0), 1.0)}

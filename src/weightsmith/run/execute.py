@@ -16,13 +16,11 @@ import numpy as np
 from weightsmith.errors import NumericError
 from weightsmith.io.sink import Sink
 from weightsmith.io.source import bits_to_tensor, holds_nonfinite
-from weightsmith.kernel import TrimmedVote, WeightedSum
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Pipeline, Rows, Scope
-from weightsmith.ops import fused
 from weightsmith.run.context import Context, Summaries, share
-from weightsmith.run.fast import counted, cuts, is_fused, stored_rows, tensor_vote
+from weightsmith.run.fast import Observer, cut_rounds, cuts, is_fused, merger, observer, program, stored_rows
 from weightsmith.run.hashes import Hashes
 from weightsmith.run.kept import Kept
 from weightsmith.run.numeric import encode, refuse_bad, refuse_bad_result, to_float
@@ -127,19 +125,14 @@ def _copied(task: Task, context: Context) -> Made:
 
 def _fused(task: Task, pipeline: Pipeline, context: Context) -> Made:
     """The kernels, straight over the stored bits; the same bytes as `_merged`, several times faster."""
-    spec = pipeline.method.fused(len(context.inputs.experts))
-    assert spec is not None
-    summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), 1)
-    vote = fused.Vote(spec, summaries.get(0, {})) if isinstance(spec, TrimmedVote) else None
+    summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
+    merging, found = merger(task, context, summaries), program(task, context)
+    assert found is not None
     for start, stop in blocks(task.key, task.start, task.stop, context.merged):
         stored = stored_rows(task.key, context, start, stop)
-        if isinstance(spec, WeightedSum):
-            if not spec.deltas:
-                _refuse_bad_base(task.key, stored.base, start, stop, context)
-            out, bad = fused.weighted_sum(spec, stored, task.key.dtype)
-        else:
-            assert vote is not None
-            out, bad = vote.merge(stored, task.key.dtype)
+        if not found.wants_base:
+            _refuse_bad_base(task.key, stored.base, start, stop, context)
+        out, bad = merging.merge(stored, task.key.dtype, start * task.key.row_numel)
         if bad:
             # The kernels only count; now it is worth asking whose it is.
             _refuse_bad_inputs(task.key, start, stop, context)
@@ -250,26 +243,20 @@ def _sum(a: Any, b: Any) -> Any:
 def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, stop: int) -> Steps[dict[int, Summary]]:
     """The summaries of the stages before `stop` that are taken over this tensor alone."""
     summaries: dict[int, Summary] = dict(known)
-    vote = tensor_vote(task, pipeline, context)
-    if vote is not None and pipeline.stages[0].rounds:
-        question = pipeline.stages[0].question(0), pipeline.stages[0].question(pipeline.stages[0].rounds - 1)
+    ranked = cut_rounds(task, pipeline, context) if stop else 0
+    if ranked:
+        question = pipeline.stages[0].question(0), pipeline.stages[0].question(ranked - 1)
         place = id(context.inputs), task.key, task.start, task.stop, "cuts"
-        found, _ = yield from context.kept.once((question, place), partial(_cuts, task, vote, context))
-        return {**summaries, 0: found}
+        summaries[0], _ = yield from context.kept.once((question, place), partial(cuts, task, pipeline, context))
     for index, stage in enumerate(pipeline.stages[:stop]):
         if stage.scope is not Scope.TENSOR:
             continue
-        for round in range(stage.rounds):
+        for round in range(0 if index else ranked, stage.rounds):
             if stage.skips(task.key, round, summaries.get(index, {})):
                 continue
             found = yield from _measured(task, pipeline, (index, round), context, summaries)
             summaries[index] = stage.digest(fold([found]), round, summaries.get(index, {}))
     return summaries
-
-
-def _cuts(task: Task, vote: TrimmedVote, context: Context) -> Steps[Summary]:
-    yield
-    return cuts(task, vote, context)
 
 
 def _measured(
@@ -293,7 +280,7 @@ def _measuring(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> Steps[dict[str, Tensor | Rows]]:
     if is_fused(task, context):
-        return counted(task, pipeline, step[1], context, summaries.get(0, {}))
+        return (yield from _observed(task, observer(task, pipeline, step, context, summaries), context))
     totals = _Totals()
     for start, stop in _ranges(task, pipeline, context.measured):
         site = site_of(task.key, task, context, start, stop)
@@ -301,6 +288,16 @@ def _measuring(
         context.progress(share(task, start, stop))
         yield
     return totals.result()
+
+
+def _observed(task: Task, looking: Observer, context: Context) -> Steps[dict[str, Any]]:
+    """The same by the kernels."""
+    for start, stop in blocks(task.key, task.start, task.stop, context.measured):
+        if looking.add(stored_rows(task.key, context, start, stop), start * task.key.row_numel):
+            _refuse_bad_inputs(task.key, start, stop, context)
+        context.progress(share(task, start, stop))
+        yield
+    return looking.result()
 
 
 def _ranges(task: Task, pipeline: Pipeline, block: int) -> Iterable[tuple[int, int]]:

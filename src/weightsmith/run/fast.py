@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from weightsmith.kernel import TrimmedVote
+from weightsmith.kernel import Arc, Drop, Program, TrimmedVote, Window
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline, Scope
 from weightsmith.ops import fused
-from weightsmith.ops.fused import Stored
-from weightsmith.run.context import Context, share
+from weightsmith.ops.cuts import Counts, tensor_cuts
+from weightsmith.ops.noise import stream
+from weightsmith.ops.select import ROUNDS
+from weightsmith.ops.stored import READ, WRITTEN, Stored
+from weightsmith.run.context import Context, Summaries
 from weightsmith.run.kept import keeps_rows
 from weightsmith.run.task import Task, blocks, row_step
 from weightsmith.site import Summary
 
-__all__ = ["counted", "cuts", "fits_kernels", "is_fused", "stored_rows", "tensor_vote"]
+__all__ = ["Observer", "cut_rounds", "cuts", "fits_kernels", "is_fused", "merger", "observer", "program", "stored_rows"]
+
+
+class Observer(Protocol):
+    """A measuring pass over one tensor."""
+
+    def add(self, stored: Stored, offset: int) -> int:
+        """Look at the next block, whose first entry has this flat position; how many inputs are NaN or Inf."""
+
+    def result(self) -> dict[str, Any]:
+        """What `Stage.measure` finds, summed up."""
+
+
+def program(task: Task, context: Context) -> Program | None:
+    """What the kernels would do for this task, if they know its methods."""
+    return None if task.pipeline is None else task.pipeline.fused(len(context.inputs.experts))
 
 
 def is_fused(task: Task, context: Context) -> bool:
@@ -25,16 +43,15 @@ def is_fused(task: Task, context: Context) -> bool:
 
 
 def fits_kernels(task: Task, context: Context) -> bool:
-    """Whether the kernels may do this task: they know the method, and all is stored in dtypes they read, on the CPU."""
-    pipeline = task.pipeline
-    if pipeline is None or len(pipeline.stages) != 1 or context.device != "cpu" or context.nonfinite == "allow":
+    """Whether the kernels may do this task: they know its methods, and read all dtypes it is stored in, on the CPU."""
+    found = program(task, context)
+    if found is None or context.device != "cpu" or context.nonfinite == "allow" or task.key.dtype not in WRITTEN:
         return False
-    spec = pipeline.method.fused(len(context.inputs.experts))
-    if spec is None or task.key.dtype not in fused.WRITTEN:
-        return False
-    wants_base = isinstance(spec, TrimmedVote) or spec.deltas
-    read = context.inputs.models if wants_base else tuple(context.inputs.experts.items())
-    return all(s.key(task.key.name).dtype in fused.READ and not s.computes(task.key.name) for _, s in read)
+    if isinstance(found.before, Window) and not task.key.shape:
+        return False  # a single number is no ranking
+    inputs = context.inputs
+    read = inputs.models if found.wants_base else tuple(inputs.experts.items())
+    return all(s.key(task.key.name).dtype in READ and not s.computes(task.key.name) for _, s in read)
 
 
 def stored_rows(key: Key, context: Context, start: int, stop: int) -> Stored:
@@ -58,36 +75,70 @@ def stored_rows(key: Key, context: Context, start: int, stop: int) -> Stored:
     return found
 
 
-def tensor_vote(task: Task, pipeline: Pipeline, context: Context) -> TrimmedVote | None:
-    """The trimmed vote whose cuts the kernels find over this tensor alone."""
-    if pipeline.stages[0].scope is not Scope.TENSOR or not is_fused(task, context):
-        return None
-    spec = pipeline.method.fused(len(context.inputs.experts))
-    return spec if isinstance(spec, TrimmedVote) else None
+def merger(task: Task, context: Context, summaries: Summaries) -> fused.Merge:
+    """What makes the task's rows, block by block."""
+    found = program(task, context)
+    assert found is not None
+    return fused.Merge(found, _known(summaries), _streams(task, context, found))
 
 
-def cuts(task: Task, vote: TrimmedVote, context: Context) -> Summary:
-    """What the measuring rounds would find, in fewer passes."""
-    ranges = list(blocks(task.key, task.start, task.stop, context.measured))
-    read = partial(stored_rows, task.key, context)
-    if keeps_rows(task.key, len(context.inputs.models)):
+def cut_rounds(task: Task, pipeline: Pipeline, context: Context) -> int:
+    """How many rounds of the first stage `cuts` stands for: those that rank entries over this tensor alone."""
+    stage = pipeline.stages[0]
+    if stage.scope is not Scope.TENSOR or not is_fused(task, context):
+        return 0
+    spec = stage.fused(len(context.inputs.experts))
+    return ROUNDS if isinstance(spec, Window) else stage.rounds if isinstance(spec, TrimmedVote) else 0
+
+
+def cuts(task: Task, pipeline: Pipeline, context: Context) -> Generator[None, None, Summary]:
+    """What these rounds would find, in fewer passes; pauses after every block."""
+    key, count = task.key, len(context.inputs.experts)
+    ranges = list(blocks(key, task.start, task.stop, context.measured))
+    read = partial(stored_rows, key, context)
+    if keeps_rows(key, len(context.inputs.models)):
         for block in ranges:
             read(*block)  # so that the sample is taken from memory
-    summary = fused.tensor_cuts(vote, (task.key.rows, task.key.row_numel), read, ranges) if vote.trim else {}
-    if "signs" in vote.steps:
-        summary["ties.signs"] = fused.Vote(vote, summary).count_signs(read(*block) for block in ranges)
-    context.progress(task.nbytes * len(vote.steps))
+            yield
+    stage = pipeline.stages[0]
+    spec = stage.fused(count)
+    summary: dict[str, Any] = {}
+    if isinstance(spec, Window) or (isinstance(spec, TrimmedVote) and spec.trim):
+        summary = yield from tensor_cuts(stage.cuts(count, key.numel), (key.rows, key.row_numel), read, ranges)
+    if isinstance(spec, TrimmedVote) and "signs" in spec.steps:
+        signs = fused.Merge(Program(spec), summary)
+        for start, stop in ranges:
+            signs.add(read(start, stop), start * key.row_numel)
+            yield
+        summary |= signs.result()
+    context.progress(task.nbytes * cut_rounds(task, pipeline, context))
     return summary
 
 
-def counted(task: Task, pipeline: Pipeline, round: int, context: Context, summary: Summary) -> dict[str, Any]:
-    """A pass of a model-wide trimmed vote by the kernels: integer counts."""
-    spec = pipeline.method.fused(len(context.inputs.experts))
-    assert isinstance(spec, TrimmedVote)
+def observer(task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries) -> Observer:
+    """One measuring pass by the kernels."""
+    index, round = step
+    spec, count = pipeline.stages[index].fused(len(context.inputs.experts)), len(context.inputs.experts)
+    if isinstance(spec, TrimmedVote):
+        return (
+            merger(task, context, summaries)
+            if spec.steps[round] == "signs"
+            else (Counts(spec, spec.steps[round], summaries.get(index, {})))
+        )
+    if isinstance(spec, Arc):
+        return fused.Products()
+    found = program(task, context)
+    assert found is not None
+    assert isinstance(spec, (Drop, Window))
+    return fused.Masses(spec, count, summaries.get(index, {}), _streams(task, context, found))
 
-    def read() -> Iterator[Stored]:
-        for start, stop in blocks(task.key, task.start, task.stop, context.measured):
-            yield stored_rows(task.key, context, start, stop)
-            context.progress(share(task, start, stop))
 
-    return fused.Counts(spec, spec.steps[round], summary).over(read())
+def _known(summaries: Summaries) -> Summary:
+    """What the stages found: a program has at most one that ranks, one that rescales, one that votes."""
+    return {name: value for summary in summaries.values() for name, value in summary.items()}
+
+
+def _streams(task: Task, context: Context, found: Program) -> list[tuple[int, int]]:
+    if not isinstance(found.before, Drop):
+        return []
+    return [stream(context.seed, task.key.name, expert, found.before.salt) for expert in context.inputs.experts]

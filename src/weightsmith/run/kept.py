@@ -9,7 +9,7 @@ import numpy as np
 
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
-from weightsmith.ops.fused import Stored
+from weightsmith.ops.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

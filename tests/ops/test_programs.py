@@ -1,0 +1,182 @@
+"""Pipelines that the kernels carry out in one pass give the bytes that torch gives, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import weightsmith
+from weightsmith.errors import NumericError
+from weightsmith.kernel import STRIP, Program
+from weightsmith.method import Pipeline, registry
+from weightsmith.ops import noise
+from weightsmith.ops.fused import Masses, Products
+from weightsmith.ops.gram import measure
+from weightsmith.ops.rescale import l1_sums
+from weightsmith.ops.stored import Stored
+
+State = dict[str, Tensor]
+WIDE = STRIP + 77
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "scale": (), "bias": (37,), "empty": (0, 4), "odd": (13, 7, 3), "long": (3, WIDE), "tall": (700, 9),
+}  # fmt: skip
+
+PIPELINES: Mapping[str, Any] = {
+    "dare": "dare",
+    "dare at 1": {"dare": {"density": 1.0}},
+    "dare, one density each": {"dare": {"density": [0.1, 0.9, 0.5]}},
+    "dare without rescaling": {"dare": {"density": 0.3, "rescale": False}},
+    "dare, l1": {"dare": {"density": 0.3, "rescale_rule": "l1"}},
+    "dare, ties": [{"dare": {"density": 0.4}}, {"ties": {"density": 1.0}}],
+    "dare, l1, ties per tensor": [
+        {"dare": {"density": 0.4, "rescale_rule": "l1"}}, {"ties": {"density": 1.0, "scope": "tensor"}},
+    ],
+    "dare, ties as in mergekit": [
+        {"dare": {"density": 0.4, "rescale_rule": "l1"}},
+        {"ties": {"density": 1.0, "aggregate": "sum", "zero_sign": "plus", "scope": "tensor"}},
+    ],
+    "dare, consensus": [{"dare": {"density": 0.7}}, {"task_arithmetic": {"lambda": 0.8}}, "consensus"],
+    "breadcrumbs": {"breadcrumbs": {"density": 0.6, "remove_top": 0.1}},
+    "breadcrumbs, nothing from the top": {"breadcrumbs": {"density": 0.6, "remove_top": 0.0}},
+    "breadcrumbs, all": {"breadcrumbs": {"density": 1.0}},
+    "breadcrumbs rescaled": {"breadcrumbs": {"density": [0.2, 0.5, 0.9], "remove_top": 0.05, "rescale": True}},
+    "breadcrumbs, ties": [{"breadcrumbs": {"density": 0.6}}, {"ties": {"density": 1.0, "zero_sign": "minority"}}],
+    "magnitude": {"magnitude": {"density": 0.3}},
+    "magnitude rescaled": {"magnitude": {"density": 0.3, "rescale": True}},
+    "consensus": {"consensus": {"k": 2, "lambda": 0.4}},
+    "consensus of one": {"consensus": {"k": 1}},
+    "consensus, nothing agrees": {"consensus": {"k": 4}},
+    "consensus of ties": [{"ties": {"density": 0.5}}, {"consensus": {"k": 2, "tall_mask_lambda": [0.2, 0.4, 0.8]}}],
+    "consensus of ties per tensor": [{"ties": {"density": 0.5, "scope": "tensor"}}, "consensus"],
+}  # fmt: skip
+
+
+def models(count: int, dtype: str, kind: str) -> list[State]:
+    """A base and experts near it; 'coarse': many equal and many zero changes."""
+    draw = torch.Generator().manual_seed(count)
+    base = {n: torch.randn(s, generator=draw) for n, s in SHAPES.items()}
+    out = [base]
+    for _ in range(count):
+        step = {n: torch.randn(s, generator=draw) for n, s in SHAPES.items()}
+        if kind == "coarse":
+            step = {n: (d * 2).round() for n, d in step.items()}
+        out.append({n: base[n] + 0.25 * step[n] for n in SHAPES})
+    return [{n: t.to(getattr(torch, dtype)) for n, t in m.items()} for m in out]
+
+
+def merged(base: State | None, experts: list[State], method: Any, **more: Any) -> State:
+    names = {f"e{i}": m for i, m in enumerate(experts)}
+    return weightsmith.merge(names, method, base=base, seed=3, **more)  # type: ignore[return-value]
+
+
+def bits(state: State) -> dict[str, bytes]:
+    return {n: t.float().numpy().tobytes() for n, t in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["smooth", "coarse"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_kernels_equal_torch(name: str, dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *experts = models(3, dtype, kind)
+    if dtype == "float32":
+        base, *experts = ({n: t for n, t in m.items() if t.ndim} for m in (base, *experts))
+    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)  # several blocks per tensor
+    by_kernels = merged(base, experts, PIPELINES[name])
+    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.run.execute.cut_rounds", lambda *_: 0)
+    by_torch = merged(base, experts, PIPELINES[name])
+    for tensor, want in by_torch.items():
+        got = by_kernels[tensor]
+        assert torch.equal(got, want), f"{tensor}: {int((got != want).sum())} of {got.numel()} entries differ"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_kernels_know_these(name: str) -> None:
+    """So that the comparison above compares something."""
+    stages = PIPELINES[name] if isinstance(PIPELINES[name], list) else [PIPELINES[name]]
+    values = []
+    for stage in stages:
+        ((method, given),) = stage.items() if isinstance(stage, dict) else [(stage, {})]
+        fields = {p.name: p.field for p in registry(method).parameters()}
+        values.append(registry(method)(**{fields[k]: v for k, v in given.items()}))
+    if not any(v.name in ("ties", "task_arithmetic") for v in values):
+        place = 0 if values[0].name == "consensus" else 1
+        values.insert(place, registry("task_arithmetic")())
+    assert isinstance(Pipeline(tuple(values)).fused(3), Program)
+
+
+@pytest.mark.parametrize("stages", [
+    ["dare", "ties"],  # which trims what is left
+    ["dare", "magnitude", "task_arithmetic"],
+    ["dare", "linear"],
+    ["lines", "task_arithmetic"],
+    ["dare", "slerp"],
+])  # fmt: skip
+def test_what_no_kernel_does(stages: list[str]) -> None:
+    assert Pipeline(tuple(registry(name)() for name in stages)).fused(3) is None
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_slerp_equals_torch(t: float, dtype: str, with_base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *experts = models(2, dtype, "smooth")
+    given: tuple[State | None, list[State]] = (base, experts[:1]) if with_base else (None, experts)
+    assert Pipeline((registry("slerp")(t=t),)).fused(1) is not None
+    by_kernels = merged(*given, "slerp", t=t)
+    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    by_torch = merged(*given, "slerp", t=t)
+    assert bits(by_kernels) == bits(by_torch)
+
+
+@pytest.mark.parametrize("method", ["slerp", {"dare": {"rescale_rule": "l1"}}, "dare", "magnitude", "consensus"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_input_is_found_where_it_is(method: Any, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)
+    base, expert = models(1, "bfloat16", "smooth")
+    wrong = torch.zeros(9000, 7, dtype=torch.bfloat16)
+    base["last"], expert["last"] = wrong, wrong.clone()
+    expert["last"][8999, 3] = value
+    with pytest.raises(NumericError, match=r"last.*e0.*8999"):
+        merged(base, [expert], method)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7, 8, 1000003])
+@pytest.mark.parametrize("share", [0.0001, 0.5, 1 - 2**-33, 1.0])
+def test_kernels_draw_the_noise_that_numpy_draws(offset: int, share: float) -> None:
+    """A stream per expert; `Masses` shows what is left of a task vector of ones."""
+    rows, width = 5, STRIP + 3
+    ones = np.full((rows, width), 0x3F80, "u2")
+    stored = Stored([ones, ones], ["bfloat16"] * 2, np.zeros_like(ones), "bfloat16")
+    spec = registry("dare")(density=share).fused(2)
+    keys = [noise.stream(5, "w", expert, "dare") for expert in ("a", "b")]
+    found = Masses(spec, 2, {}, keys)  # type: ignore[arg-type]
+    assert found.add(stored, offset) == 0
+    totals = found.result()
+    for i, expert in enumerate(("a", "b")):
+        kept = noise.bernoulli(5, "w", expert, "dare", offset, rows * width, share).reshape(rows, width)
+        assert np.array_equal(totals["l1.masked"].values[i], kept.sum(1))
+        assert np.array_equal(totals["l1.whole"].values[i], np.full(rows, width))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 64, STRIP - 1, STRIP, 3 * STRIP + 5])
+def test_sums_have_the_order_of_torch(width: int) -> None:
+    draw = torch.Generator().manual_seed(width)
+    a, b = (
+        torch.randn(4, width, generator=draw) * 10 ** torch.randint(-9, 9, (4, width), generator=draw) for _ in "ab"
+    )
+    stored = Stored([a.view(torch.uint32).numpy(), b.view(torch.uint32).numpy()], ["float32"] * 2)
+    products = Products()
+    products.add(stored, 0)
+    want = measure([a, b])["gram.products"].values  # type: ignore[union-attr]
+    assert np.array_equal(products.result()["gram.products"].values, want.numpy())
+    spec = registry("dare")(density=1.0).fused(1)
+    masses = Masses(spec, 1, {}, [(0, 0)])  # type: ignore[arg-type]
+    masses.add(Stored(stored.experts[:1], ["float32"], stored.experts[1], "float32"), 0)
+    delta = (a - b)[None]
+    assert np.array_equal(masses.result()["l1.whole"].values, l1_sums(delta, delta)["l1.whole"].values.numpy())  # type: ignore[union-attr]
