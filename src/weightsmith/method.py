@@ -21,7 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.kernel import Fused, Program, TrimmedVote, WeightedSum
+from weightsmith.kernel import Fused, Program
 from weightsmith.keys import Key, Part
 from weightsmith.parameter import Each, Parameter, choice, flag, integer, number
 from weightsmith.site import Group, Site, Summary
@@ -42,8 +42,6 @@ __all__ = [
     "Scope",
     "Stage",
     "Traits",
-    "TrimmedVote",
-    "WeightedSum",
     "choice",
     "flag",
     "integer",
@@ -198,7 +196,7 @@ class Stage:
 
     def cuts(self, count: int, total: int) -> Sequence[Sequence[int]]:
         """For each expert, behind how many of the `total` largest entries its cuts lie (see `ops.select`)."""
-        raise NotImplementedError(f"{self.name} cuts nothing")
+        return [[]] * count
 
     def check(self, count: int, has_base: bool) -> str | None:
         """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
@@ -348,10 +346,7 @@ class Pipeline:
             return replace(site, origin=site, summary=summaries.get(index, {}))
         for i, stage in enumerate(self.stages[:index]):
             here = site.with_summary(summaries.get(i, {}))
-            if isinstance(stage, Filter):
-                site = stage.apply(here)
-            else:
-                site = _merged_delta(stage, here)
+            site = stage.apply(here) if isinstance(stage, Filter) else _merged_delta(stage, here)
         return site.with_summary(summaries.get(index, {}))
 
     def measure(self, step: tuple[int, int], site: Site, summaries: Mapping[int, Summary]) -> dict[str, Tensor | Rows]:

@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import STRIP, Program
+from weightsmith.kernel import STRIP, Program, WeightedSum
 from weightsmith.keys import Key
-from weightsmith.method import WeightedSum
 from weightsmith.methods.ties import Ties
 from weightsmith.ops import fused, native
 from weightsmith.ops.combine import apply_weighted_sum

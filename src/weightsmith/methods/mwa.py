@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.kernel import WeightedSum
 from weightsmith.keys import Key
-from weightsmith.method import Method, Stage, WeightedSum, choice, number
+from weightsmith.method import Method, Stage, choice, number
 from weightsmith.ops.combine import apply_weighted_sum
 from weightsmith.site import Site
 

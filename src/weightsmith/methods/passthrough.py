@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import Method, WeightedSum, number
+from weightsmith.kernel import WeightedSum
+from weightsmith.method import Method, number
 from weightsmith.ops.combine import apply_weighted_sum
 from weightsmith.site import Site
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import Each, Method, WeightedSum, integer, number
+from weightsmith.kernel import WeightedSum
+from weightsmith.method import Each, Method, integer, number
 from weightsmith.ops.combine import apply_weighted_sum, spread
 from weightsmith.site import Site
 

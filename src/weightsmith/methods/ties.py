@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.kernel import TrimmedVote
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Method, Rows, Scope, TrimmedVote, choice, number
+from weightsmith.method import BASE, Each, Method, Rows, Scope, choice, number
 from weightsmith.ops import select
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
 from weightsmith.ops.reduce import block_sums

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from weightsmith.kernel import WeightedSum
 from weightsmith.lazy import torch
-from weightsmith.method import Each, WeightedSum
+from weightsmith.method import Each
 from weightsmith.site import Site
 
 if TYPE_CHECKING:

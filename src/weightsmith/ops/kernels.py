@@ -290,6 +290,12 @@ def masked_merge(
 # --- measuring: sums of a fixed order ----------------------------------------------------------------
 
 
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _sizes(values: Any, out: Any) -> None:
+    for j in range(values.size):
+        out[j] = np.float64(abs(values[j]))
+
+
 @_exported
 def row_masses(
     address: Any, kind: Any, base: Any, base_kind: Any, expert: Any, count: Any, cuts: Any, sides: Any, seen: Any,
@@ -304,8 +310,8 @@ def row_masses(
     met = carray(pointer(seen), (sides, count), np.int64)
     draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
     everything, some = carray(pointer(whole), (rows,), np.float64), carray(pointer(left), (rows,), np.float64)
-    size = carray(pointer(wide), (2, width), np.float64)
     room = carray(pointer(scratch + 4 * STRIP * 2), (STRIP + 16,), np.uint32)
+    before, after = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
     bad = 0
     for row in range(rows):
         for low in range(0, width, STRIP):
@@ -314,17 +320,22 @@ def row_masses(
             place = row * width + low
             decode(base, base_kind, place, origin)
             decode(address, kind, place, value)
+            subtract(value, origin)
             broken = np.uint32(0)
             for j in range(n):
-                value[j] = value[j] - origin[j]
                 broken += np.uint32((as_bits(value[j]) & EXPONENT) == EXPONENT)
-                size[0, low + j] = np.float64(abs(value[j]))
             bad += I8(broken)
+            _sizes(value, before[low : low + n])
             _masked(value, expert, place, cut, met, draw, start, room)
-            for j in range(n):
-                size[1, low + j] = np.float64(abs(value[j]))
-        everything[row], some[row] = fold(size[0]), fold(size[1])
+            _sizes(value, after[low : low + n])
+        everything[row], some[row] = fold(before), fold(after)
     return bad
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _multiply(a: Any, b: Any, out: Any) -> None:
+    for j in range(a.size):
+        out[j] = np.float64(a[j]) * np.float64(b[j])
 
 
 @_exported
@@ -337,7 +348,8 @@ def row_products(
     Returns how many entries are NaN or Inf; scratch 2 STRIP float32, wide [3, width] float64.
     """
     found = carray(pointer(products), (3, rows), np.float64)
-    product = carray(pointer(wide), (3, width), np.float64)
+    aa, ab = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
+    bb = carray(pointer(wide + 16 * width), (width,), np.float64)
     bad = 0
     for row in range(rows):
         for low in range(0, width, STRIP):
@@ -347,13 +359,13 @@ def row_products(
             decode(second, second_kind, row * width + low, b)
             broken = np.uint32(0)
             for j in range(n):
-                x, y = np.float64(a[j]), np.float64(b[j])
-                product[0, low + j], product[1, low + j], product[2, low + j] = x * x, x * y, y * y
                 broken += np.uint32((as_bits(a[j]) & EXPONENT) == EXPONENT)
                 broken += np.uint32((as_bits(b[j]) & EXPONENT) == EXPONENT)
             bad += I8(broken)
-        for pair in range(3):
-            found[pair, row] = fold(product[pair])
+            _multiply(a, a, aa[low : low + n])
+            _multiply(a, b, ab[low : low + n])
+            _multiply(b, b, bb[low : low + n])
+        found[0, row], found[1, row], found[2, row] = fold(aa), fold(ab), fold(bb)
     return bad
 
 

@@ -192,16 +192,17 @@ def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: A
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _high_product(typing: Any, a: Any, b: Any) -> Any:
-    """The upper half of the product of two 64-bit numbers."""
+def _product(typing: Any, a: Any, b: Any) -> Any:
+    """The upper and the lower half of the product of two 64-bit numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = context.get_value_type(types.uint64).__class__(128)
+        narrow = args[0].type
+        wide = type(narrow)(128)
         product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
-        upper = builder.lshr(product, product.type(64))
-        return builder.trunc(upper, args[0].type)
+        halves = builder.trunc(builder.lshr(product, wide(64)), narrow), builder.trunc(product, narrow)
+        return context.make_tuple(builder, signature.return_type, halves)
 
-    return types.uint64(types.uint64, types.uint64), generate
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
 
 
 _M0, _M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
@@ -225,8 +226,8 @@ def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -
         a, b, c, d = np.uint64(first + step + 1), np.uint64(0), np.uint64(0), np.uint64(0)
         k0, k1 = np.uint64(key0), np.uint64(key1)
         for _ in range(_ROUNDS):
-            high0, high1 = _high_product(_M0, a), _high_product(_M1, c)
-            low0, low1 = _M0 * a, _M1 * c
+            high0, low0 = _product(_M0, a)
+            high1, low1 = _product(_M1, c)
             a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
             k0, k1 = k0 + _W0, k1 + _W1
         at = step << 3
