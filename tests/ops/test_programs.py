@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_fused import DTYPES, random_bits
 from torch import Tensor
 
 import weightsmith
 from weightsmith.errors import NumericError
+from weightsmith.io.source import bits_to_tensor
 from weightsmith.kernel import STRIP, Program
+from weightsmith.keys import Key
 from weightsmith.method import Pipeline, registry
 from weightsmith.ops import noise
-from weightsmith.ops.fused import Masses, Products
+from weightsmith.ops.fused import Masses, Merge, Products
 from weightsmith.ops.gram import measure
 from weightsmith.ops.rescale import l1_sums
-from weightsmith.ops.stored import Stored
+from weightsmith.ops.stored import WRITTEN, Stored
+from weightsmith.run.execute import fold
+from weightsmith.site import Site
 
 State = dict[str, Tensor]
 WIDE = STRIP + 77
@@ -95,9 +102,8 @@ def test_kernels_equal_torch(name: str, dtype: str, kind: str, monkeypatch: pyte
         assert torch.equal(got, want), f"{tensor}: {int((got != want).sum())} of {got.numel()} entries differ"
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_the_kernels_know_these(name: str) -> None:
-    """So that the comparison above compares something."""
+def pipeline_of(name: str) -> Pipeline:
+    """As a recipe makes it: what combines is added where there is nothing but filters."""
     stages = PIPELINES[name] if isinstance(PIPELINES[name], list) else [PIPELINES[name]]
     values = []
     for stage in stages:
@@ -107,7 +113,65 @@ def test_the_kernels_know_these(name: str) -> None:
     if not any(v.name in ("ties", "task_arithmetic") for v in values):
         place = 0 if values[0].name == "consensus" else 1
         values.insert(place, registry("task_arithmetic")())
-    assert isinstance(Pipeline(tuple(values)).fused(3), Program)
+    return Pipeline(tuple(values))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_kernels_know_these(name: str) -> None:
+    """So that the comparison above compares something."""
+    assert isinstance(pipeline_of(name).fused(3), Program)
+
+
+def measured(pipeline: Pipeline, site: Site) -> dict[int, dict[str, Any]]:
+    """What every stage finds over a tensor in one block, by torch."""
+    found: dict[int, dict[str, Any]] = {}
+    for index, stage in enumerate(pipeline.stages):
+        found[index] = {}
+        for round in range(stage.rounds):
+            if not stage.skips(site.key, round, found[index]):
+                totals = fold([pipeline.measure((index, round), site, found)])
+                found[index] = dict(stage.digest(totals, round, found[index]))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PIPELINES)),
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(), (1,), (37,), (3, 5), (1, STRIP + 1), (7, 300)]),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=4, max_size=4),
+    out=st.sampled_from(sorted(WRITTEN)),
+    near=st.booleans(),
+)
+def test_any_bits_give_what_torch_gives(
+    name: str, seed: int, shape: tuple[int, ...], dtypes: list[str], out: str, near: bool
+) -> None:
+    """Every dtype, subnormal and huge numbers, zeros of both signs; `near`: experts that change few entries."""
+    pipeline = pipeline_of(name)
+    assume(shape or "breadcrumbs" not in name)  # a single number is no ranking
+    rng = np.random.default_rng(seed)
+    size = int(np.prod(shape))
+    patterns = [random_bits(rng, dtype, size).reshape(shape) for dtype in dtypes]
+    if near:
+        dtypes = [dtypes[0]] * 4
+        patterns = [patterns[0], *(np.where(rng.random(shape) < 0.3, random_bits(rng, dtypes[0], size).reshape(shape),
+                                            patterns[0]) for _ in range(3))]  # fmt: skip
+    base, *experts = [bits_to_tensor(bits.copy(), dtype).float() for bits, dtype in zip(patterns, dtypes, strict=True)]
+    assume(bool((torch.stack(experts) - base).isfinite().all()))
+    site = Site(Key("w", shape, out), torch.stack(experts), base, names=("e0", "e1", "e2"), seed=3)
+    summaries = measured(pipeline, site)
+    want = pipeline.merge(site, summaries).to(getattr(torch, out))
+    program = pipeline.fused(3)
+    assert program is not None
+    salted = [noise.stream(3, "w", expert, "dare") for expert in site.names]
+    known = {k: np.asarray(v) for found in summaries.values() for k, v in found.items()}
+    stored = Stored(patterns[1:], dtypes[1:], patterns[0], dtypes[0])
+    got, bad = Merge(program, known, salted).merge(stored, out)
+    result = bits_to_tensor(got.copy(), out)
+    finite = want.isfinite()
+    assert torch.equal(result[finite], want[finite])
+    assert bool(torch.equal(result.signbit()[finite], want.signbit()[finite])), "zeros of another sign"
+    assert bad == int((~finite).sum())
 
 
 @pytest.mark.parametrize("stages", [
