@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -19,10 +21,12 @@ from refusal import outcome
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from weightsmith.errors import SourceError
+from weightsmith.errors import OutputError, SourceError
 from weightsmith.io.folder import FolderSource, parse_index
+from weightsmith.io.layout import plan_shards
 from weightsmith.io.open import folder_kind, open_source
-from weightsmith.io.safetensors import MAX_HEADER, MAX_PARTS, SafetensorsSource, parse_header
+from weightsmith.io.safetensors import MAX_HEADER, MAX_NOTES, MAX_PARTS, MAX_WIDE, SafetensorsSource, parse_header
+from weightsmith.keys import Key
 
 BOUND = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -78,7 +82,8 @@ def test_messages_stay_short_whatever_the_header_holds(tmp_path: Path) -> None:
     for header in spoilt:
         raw = json.dumps(header).encode()
         refused(lambda raw=raw: parse_header(raw, 8 + len(raw) + 1, "x"))
-    twice = f'{{"{long}":1,"{long}":1}}'.encode()
+    entry = b'"' + b"x" * 1000 + b'":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    twice = b"{" + entry + b"," + entry + b"}"
     refused(lambda: parse_header(twice, 8 + len(twice), "x"), "twice")
 
 
@@ -137,6 +142,71 @@ def test_the_most_parts_that_are_parsed() -> None:
     refused(lambda raw=raw: parse_header(raw, 8 + len(raw), "x"), "not a JSON object")
     raw = b'{"a":[' + inner + b",{},{},{},{}]}"
     refused(lambda: parse_header(raw, 8 + len(raw), "x"), f"limit {MAX_PARTS}")
+
+
+def many(count: int) -> bytes:
+    entries = (b'"%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(count))
+    return b"{" + b",".join(entries) + b"}"
+
+
+def noted(value: bytes) -> bytes:
+    return b'{"__metadata__":{' + value + b'},"a":' + ENTRY + b"}"
+
+
+TENSORS = MAX_PARTS // 7 - 1
+TOO_MUCH: dict[str, tuple[Callable[[], bytes], str]] = {
+    "tensors": (lambda: b'{"a":' + ENTRY + b"".join([b',"a":' + ENTRY] * (TENSORS + 2)) + b"}", f"limit {MAX_PARTS}"),
+    "notes": (lambda: noted(b'"a":"b",' * MAX_NOTES + b'"a":"b"'), f"limit {MAX_NOTES}"),
+    "notes up to the parts": (lambda: noted(b'"a":"b",' * (MAX_PARTS - 20) + b'"a":"b"'), f"limit {MAX_NOTES}"),
+    "wide": (lambda: noted(b'"a":"\xf0\x9f\x98\x80' + b"x" * MAX_WIDE + b'"'), f"limit {MAX_WIDE}"),
+    "escapes": (lambda: noted(b'"a":"\\ud83d\\ude00' + b"x" * MAX_WIDE + b'"'), f"limit {MAX_WIDE}"),
+}
+MOST: dict[str, Callable[[], bytes]] = {
+    "tensors": lambda: many(TENSORS),
+    "one note": lambda: noted(b'"a":"' + b"x" * (MAX_HEADER - 100) + b'"'),
+    "one wide note": lambda: noted(b'"a":"\xf0\x9f\x98\x80' + b"x" * (MAX_WIDE - 100) + b'"'),
+}
+MEASURE = """
+import resource, sys, time
+from pathlib import Path
+from weightsmith.io.safetensors import parse_header
+raw = Path(sys.argv[1]).read_bytes()
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+found = parse_header(raw, 8 + len(raw) + int(sys.argv[2]), "x")
+seconds = time.process_time() - began
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3, len(found.tensors))
+"""
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_headers_that_are_larger_than_any_models_are_refused_soon(case: str) -> None:
+    make, text = TOO_MUCH[case]
+    raw = make()
+    began = time.process_time()
+    refused(lambda: parse_header(raw, 8 + len(raw) + 1, "x"), text)
+    assert time.process_time() - began < 6
+
+
+@pytest.mark.parametrize("case", MOST)
+def test_the_largest_headers_that_are_read_take_bounded_time_and_memory(case: str, tmp_path: Path) -> None:
+    """In a process of its own, whose largest size is that of the parsing: 5 s and 200 MB were measured."""
+    (tmp_path / "raw").write_bytes(MOST[case]())
+    count = TENSORS if case == "tensors" else 1
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "raw"), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, megabytes, tensors = map(float, done.stdout.split())
+    assert tensors == count
+    assert seconds < 15
+    assert megabytes < 400
+
+
+def test_no_file_is_written_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [Key(str(i), (1,), "uint8") for i in range(4)]
+    monkeypatch.setattr("weightsmith.io.layout.MAX_PARTS", 7 * len(keys))  # a brace, and no comma behind the last
+    plan_shards(keys, 1 << 40, "model", {})
+    with pytest.raises(OutputError, match="choose a smaller shard_size"):
+        plan_shards([*keys, Key("more", (1,), "uint8")], 1 << 40, "model", {})
 
 
 def test_a_header_above_the_limit_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from weightsmith.errors import OutputError
-from weightsmith.io.safetensors import MAX_HEADER
+from weightsmith.io.safetensors import MAX_HEADER, MAX_PARTS, count_parts
 from weightsmith.keys import DTYPES, Key
 
 __all__ = ["Shard", "index_json", "layout_digest", "plan_shards"]
@@ -65,6 +65,10 @@ def _shard(name: str, keys: Sequence[Key], metadata: Mapping[str, str]) -> Shard
     if len(text) > MAX_HEADER:
         raise OutputError(
             f"{name}: header of {len(text)} bytes is above the format's limit; choose a smaller shard_size"
+        )
+    if count_parts(text) > MAX_PARTS:
+        raise OutputError(
+            f"{name}: {len(keys)} tensors are more than one file is read with; choose a smaller shard_size"
         )
     header = len(text).to_bytes(8, "little") + text
     by_name = {key.name: key for key in keys}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,15 +26,21 @@ from weightsmith.io.small import short
 from weightsmith.io.source import Source
 from weightsmith.keys import DTYPES, Key, good_name
 
-__all__ = ["MAX_HEADER", "MAX_PARTS", "Header", "Place", "SafetensorsSource", "parse_header", "parse_length",
-           "read_header"]  # fmt: skip
+__all__ = ["MAX_HEADER", "MAX_NOTES", "MAX_PARTS", "MAX_WIDE", "Header", "Place", "SafetensorsSource", "count_parts",
+           "parse_header", "parse_length", "read_header"]  # fmt: skip
 
 MAX_HEADER = 100_000_000
 """Largest header in bytes, as in the reference implementation."""
 
-MAX_PARTS = 4_000_000
-"""Most commas and opening brackets in a header, good for 400,000 tensors.  It bounds time and memory of parsing:
+MAX_PARTS = 2_000_000
+"""Most commas and opening brackets in a header, good for 250,000 tensors.  It bounds time and memory of parsing:
 100 MB of '{},{},{}' would become more than 3 GB of Python objects."""
+
+MAX_NOTES = 100_000
+"""Most entries of `__metadata__`."""
+
+MAX_WIDE = MAX_HEADER // 4
+"""Largest header in bytes that spells characters beyond ASCII: one of them makes four bytes of every other."""
 
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -87,17 +94,19 @@ def parse_length(first: bytes, file_size: int, label: str) -> int:
 def parse_header(raw: bytes, file_size: int, label: str) -> Header:
     """Check the JSON of a file of `file_size` bytes and return what it describes; `label` names it in errors."""
     try:
-        if raw[:1] != b"{":
-            raise _HeaderError("the header is not a JSON object")
-        if (count := sum(map(raw.count, (b",", b"{", b"[")))) > MAX_PARTS:
-            raise _HeaderError(f"the header is made of {count} parts (limit {MAX_PARTS}); no model has so many tensors")
-        fields = _object(json.loads(raw.decode("utf-8"), object_pairs_hook=_Pairs, **_NUMBERS), "the header")
-        metadata = _metadata(fields.pop("__metadata__", None))
-        found = [_place(name, entry) for name, entry in fields.items()]
+        _check_bounds(raw)
+        metadata: dict[str, str] = {}
+        found: dict[str, Place] = {}
+        for name, value in _members(raw.decode("utf-8")):
+            if name == "__metadata__":
+                metadata = _metadata(value)
+            else:
+                found[name] = _place(name, value)
         for name, kept in metadata.items():
-            if kept in fields and name not in fields:
+            if kept in found and name not in found:
                 _name(name)  # it will be listed as tied to `kept`
-        _check_cover(found, file_size - 8 - len(raw))
+        places = sorted(found.values(), key=lambda place: (place.offset, place.key.nbytes))
+        _check_cover(places, file_size - 8 - len(raw))
     except _HeaderError as error:
         raise SourceError(f"{label}: {error}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of absurd length or depth
@@ -105,13 +114,17 @@ def parse_header(raw: bytes, file_size: int, label: str) -> Header:
             f"{label}: the safetensors header is not valid JSON ({type(error).__name__}: {error})"
         ) from None
     start = 8 + len(raw)
-    found.sort(key=lambda place: (place.offset, place.key.nbytes))
     return Header(
-        tensors={place.key.name: Place(place.key, start + place.offset) for place in found},
+        tensors={place.key.name: Place(place.key, start + place.offset) for place in places},
         metadata=metadata,
         size=start,
         digest=xxhash.xxh3_64_hexdigest(raw),
     )
+
+
+def count_parts(raw: bytes) -> int:
+    """Commas and opening brackets: no fewer than the values that the JSON holds."""
+    return sum(map(raw.count, (b",", b"{", b"[")))
 
 
 def read_header(path: str | Path | File) -> Header:
@@ -172,7 +185,54 @@ def _constant(word: str) -> None:
     raise _HeaderError(f"the header holds {word}, which JSON does not know")
 
 
-_NUMBERS: dict[str, Any] = {"parse_int": _integer, "parse_constant": _constant}
+_DECODER = json.JSONDecoder(object_pairs_hook=_Pairs, parse_int=_integer, parse_constant=_constant)
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _check_bounds(raw: bytes) -> None:
+    """Refuse, at the speed of counting bytes, what would take long or much memory to parse."""
+    if raw[:1] != b"{":
+        raise _HeaderError("the header is not a JSON object")
+    if (count := count_parts(raw)) > MAX_PARTS:
+        raise _HeaderError(f"the header is made of {count} parts (limit {MAX_PARTS}); no model has so many tensors")
+    if len(raw) > MAX_WIDE and (not raw.isascii() or b"\\u" in raw):
+        raise _HeaderError(f"the header has {len(raw)} bytes (limit {MAX_WIDE}, if not all is plain ASCII)")
+
+
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """Name and value of each member of the JSON object that is all of `text`, one at a time: the values of a large
+    header all at once take several times its size.  Names must not repeat.
+    """
+    seen: set[str] = set()
+    at = _gap(text, 1)
+    more = not text.startswith("}", at)
+    while more:
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+        name, at = _DECODER.raw_decode(text, at)
+        if _text(name) in seen:
+            raise _HeaderError(f"the header names {short(name)} twice")
+        seen.add(name)
+        at = _gap(text, at)
+        if not text.startswith(":", at):
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
+        value, at = _DECODER.raw_decode(text, _gap(text, at + 1))
+        yield name, value
+        at = _gap(text, at)
+        more = text.startswith(",", at)
+        at = _gap(text, at + 1) if more else at
+    if not text.startswith("}", at):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    if (at := _gap(text, at + 1)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _gap(text: str, at: int) -> int:
+    """The next position that is no white space."""
+    found = _SPACE.match(text, at)
+    assert found is not None  # it may be empty
+    return found.end()
 
 
 def _text(value: object) -> str:
@@ -197,7 +257,7 @@ def _object(value: object, what: str) -> dict[str, Any]:
         raise _HeaderError(f"{what} is {short(value)}, not a JSON object")
     result: dict[str, Any] = {}
     for name, entry in value:
-        if _text(name) in result:
+        if name in result:
             raise _HeaderError(f"{what} names {short(name)} twice")
         result[name] = entry
     return result
@@ -206,10 +266,13 @@ def _object(value: object, what: str) -> dict[str, Any]:
 def _metadata(value: object) -> dict[str, str]:
     if value is None:
         return {}
+    if isinstance(value, _Pairs) and len(value) > MAX_NOTES:
+        raise _HeaderError(f"__metadata__ has {len(value)} entries (limit {MAX_NOTES})")
     fields = _object(value, "__metadata__")
     for name, text in fields.items():
         if not isinstance(text, str):
             raise _HeaderError(f"__metadata__ {short(name)} is {short(text)}, not a string")
+        _text(name)
         _text(text)
     return fields
 
@@ -217,7 +280,7 @@ def _metadata(value: object) -> dict[str, str]:
 def _place(name: str, value: object) -> Place:
     """Check one tensor's entry; the offset is still that within the data."""
     entry = _object(value, f"the entry of {_name(name)!r}")
-    if set(entry) != {"dtype", "shape", "data_offsets"}:
+    if entry.keys() != _FIELDS:
         raise _HeaderError(f"{name!r} has the fields {short(sorted(entry))}, not dtype, shape and data_offsets")
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _BY_CODE:
@@ -238,9 +301,9 @@ def _place(name: str, value: object) -> Place:
 
 
 def _check_cover(places: list[Place], data_size: int) -> None:
-    """The tensors must fill the data exactly: in order, no overlap, no hole, nothing behind."""
+    """The tensors, by offset, must fill the data exactly: no overlap, no hole, nothing behind."""
     at, before = 0, ""
-    for key, offset in sorted(places, key=lambda place: (place.offset, place.key.nbytes)):
+    for key, offset in places:
         if offset < at:
             raise _HeaderError(f"{key.name!r} overlaps {before!r} (it begins at {offset}, {before!r} ends at {at})")
         if offset > at:
@@ -258,4 +321,4 @@ def _fits(shape: list[int], itemsize: int) -> bool:
 
 
 def _integers(value: object) -> bool:
-    return isinstance(value, list) and not isinstance(value, _Pairs) and all(type(n) is int for n in value)
+    return isinstance(value, list) and not isinstance(value, _Pairs) and set(map(type, value)) <= {int}
