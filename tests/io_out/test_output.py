@@ -392,7 +392,7 @@ def test_everything_is_on_the_disk_before_it_becomes_visible(job, out, monkeypat
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "No space left on device; free some space, then run again with --resume"),
+        (errno.ENOSPC, "No space left on device; free some space, then run again, with --resume"),
         (errno.EIO, "Input/output error; check the disk"),
         (errno.EFBIG, "File too large; .* choose a smaller output.shard_size"),
     ],

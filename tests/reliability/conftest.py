@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reliability.runs import Scene, Zygote, make_scene
+from reliability.writers import make_writers
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +43,15 @@ def zygote(scenes: dict[str, Scene], tmp_path_factory: pytest.TempPathFactory) -
     made = Zygote(tmp_path_factory.mktemp("zygote"), list(scenes.values()))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def writers(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
+    """compress, restore, moe, lora merge, tokenizer transplant, and a sweep."""
+    made = make_writers(tmp_path_factory.mktemp("writers") / "made")
+    for scene in made.values():
+        zygote.warm(scene)
+    return made
 
 
 @pytest.fixture

@@ -49,16 +49,31 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int) ->
 
 @dataclass
 class Scene:
-    """A recipe over small sharded models in a folder, and what it makes."""
+    """A recipe over small models in a folder, a command line, and what it makes.
+
+    words    the command, '{out}' for the output; without them a merge of the recipe
+    resumes  whether the command knows --resume
+    apart    whether it makes several folders inside the output, each complete for itself
+    """
 
     folder: Path
     recipe: Path
     options: tuple[str, ...] = ()
     result: dict[str, str] = field(default_factory=dict)
     """Name -> checksum of every file of the output."""
+    words: tuple[str, ...] = ()
+    resumes: bool = True
+    apart: bool = False
 
     def argv(self, place: Path, *more: str) -> list[str]:
-        return ["merge", str(self.recipe), str(place / "out"), "--quiet", *self.options, *more]
+        words = self.words or ("merge", str(self.recipe), "{out}", "--quiet", *self.options)
+        return [str(place / "out") if word == "{out}" else word for word in (*words, *more)]
+
+    def again(self, place: Path) -> list[str]:
+        """What is typed after a run that was stopped."""
+        if self.resumes:
+            return self.argv(place, "--resume")
+        return self.argv(place, *(["--overwrite"] if (place / "out").exists() else []))
 
 
 def make_scene(
@@ -110,14 +125,18 @@ class Zygote:
         )  # fmt: skip
         try:
             for scene in warm:
-                place = folder / f"warm-{self.number}"
-                place.mkdir(parents=True)
-                ended = self.ask({"argv": scene.argv(place), "warm": True, "log": str(place / "log")})
-                assert ended["code"] == 0, (place / "log.err").read_text()
-                scene.result = digest(place / "out")
+                self.warm(scene)
         except BaseException:
             self.close()
             raise
+
+    def warm(self, scene: Scene) -> None:
+        """Run a scene in the process itself, so that all it needs is loaded there, and keep what it makes."""
+        place = self.folder / f"warm-{self.number}"
+        place.mkdir(parents=True)
+        ended = self.ask({"argv": scene.argv(place), "warm": True, "log": str(place / "log")})
+        assert ended["code"] == 0, (place / "log.err").read_text()
+        scene.result = digest(place / "out")
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.number += 1
@@ -169,6 +188,8 @@ def state(place: Path, scene: Scene, old: dict[str, str] | None = None) -> str:
     Anything else fails: there is no moment at which OUT is something else.
     """
     out = place / "out"
+    if scene.apart:
+        return _state_of_parts(out, scene)
     if out.exists():
         found = digest(out)
         assert found in (scene.result, old), f"out is neither old nor new: {sorted(found)}"
@@ -181,9 +202,19 @@ def state(place: Path, scene: Scene, old: dict[str, str] | None = None) -> str:
     return "moved"
 
 
+def _state_of_parts(out: Path, scene: Scene) -> str:
+    """The same of an output that is several folders: each of them is there as a whole or not at all."""
+    there = [path for path in out.iterdir() if ".partial" not in path.name] if out.exists() else []
+    for part in there:
+        wanted = {name: sum_ for name, sum_ in scene.result.items() if name.startswith(f"{part.name}/")}
+        assert {f"{part.name}/{name}": sum_ for name, sum_ in digest(part).items()} == wanted, part
+    parts = {name.split("/")[0] for name in scene.result}
+    return "complete" if {path.name for path in there} == parts else "absent"
+
+
 def finish(zygote: Zygote, scene: Scene, place: Path, *more: str, **how: Any) -> None:
-    """The same command with --resume ends well, with the same bytes, and leaves nothing else behind."""
-    ended = zygote.run(scene.argv(place, "--resume", *more), **how)
+    """The same command, resumed, ends well, with the same bytes, and leaves nothing else behind."""
+    ended = zygote.run([*scene.again(place), *more], **how)
     assert ended.code == 0, ended.stderr
     assert digest(place / "out") == scene.result
     assert [path.name for path in place.iterdir()] == ["out"]

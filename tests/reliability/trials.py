@@ -46,9 +46,9 @@ def kill_anywhere(zygote: Zygote, scene: Scene, folder: Path, count: int, seed: 
     while seen["kills"] < count:
         place, before, more = new_place(folder, old)
         for attempt in range(3):
-            again = ("--resume",) if attempt else ()
+            argv = scene.again(place) if attempt else scene.argv(place)
             moment = {"number": signal.SIGKILL, "after": chance.uniform(0, whole)}
-            ended = zygote.run(scene.argv(place, *again, *more), signal=moment)
+            ended = zygote.run([*argv, *more], signal=moment)
             seen["kills"] += ended.code == -signal.SIGKILL
             found = state(place, scene, before)
             seen[f"then {found}"] += 1

@@ -54,6 +54,7 @@ def inspect(
 
     from weightsmith.inspect.run import inspect as measure
     from weightsmith.inspect.show import html_page, plain
+    from weightsmith.io.disk import write_file
 
     with progress_bar("inspecting", quiet=quiet or json, nbytes=False) as progress:
         found = measure(read, spectra=spectra, threads=threads_of(threads), device=device_of(device), progress=progress)
@@ -62,7 +63,7 @@ def inspect(
     elif not quiet:
         _show(found)
     if html is not None:
-        html.write_text(html_page(found, f"Task vectors of {', '.join(found.experts)}"), "utf-8")
+        write_file(html, html_page(found, f"Task vectors of {', '.join(found.experts)}"))
         if not json and not quiet:
             say(f"\nwrote {html}")
 

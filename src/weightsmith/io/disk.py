@@ -16,7 +16,8 @@ from weightsmith.io import system
 __all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder",
            "sync_tree", "write_all", "write_file", "writing"]  # fmt: skip
 
-_FREE_SPACE = "free some space, then run again with --resume"
+_AGAIN = "then run again, with --resume if the command knows it"
+_FREE_SPACE = f"free some space, {_AGAIN}"
 _ADVICE = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
@@ -33,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check the disk, then run again with --resume")
+        advice = _ADVICE.get(error.errno or 0, f"check the disk, {_AGAIN}")
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 

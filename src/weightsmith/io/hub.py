@@ -16,10 +16,12 @@ import numpy as np
 
 from weightsmith.errors import SourceError
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
+from weightsmith.io.disk import write_file
 from weightsmith.io.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.safetensors import Header, parse_header, parse_length
 from weightsmith.io.source import Source
+from weightsmith.io.system import read_file
 
 __all__ = ["PREFIX", "HubSource", "Repo", "looks_like_hub_id", "open_hub"]
 
@@ -92,8 +94,7 @@ class Repo:
 
         folder = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
         note = Path(self.cache or constants.HF_HUB_CACHE) / folder / "refs" / self.revision
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(self.commit)
+        write_file(note, self.commit)
 
     def cached(self, file: str) -> bool:
         """Whether a file is in the cache already."""
@@ -159,7 +160,7 @@ class HubSource(Source):
         named = None
         self._weights = [chosen]
         if chosen.endswith(INDEX):
-            named = parse_index(repo.fetch(chosen).read_bytes(), f"{repo.name}/{chosen}")
+            named = parse_index(read_file(repo.fetch(chosen)), f"{repo.name}/{chosen}")
             check_present(named, repo.sizes, f"{repo.name}/{chosen}")
             self._weights = sorted(set(named.values()))
         with ThreadPoolExecutor(_WORKERS) as pool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.safetensors import SafetensorsSource
 from weightsmith.io.source import Source
 
@@ -82,7 +83,10 @@ def open_stats(paths: Iterable[str | Path]) -> dict[str, Source]:
     """Open every statistic in some folders (or files): name of the statistic -> source."""
     found: dict[str, StatsSource] = {}
     for path in map(Path, paths):
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        try:
+            files = sorted(system.call(list, path.glob("*.safetensors"))) if path.is_dir() else [path]
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be listed ({error.strerror})") from None
         if not files:
             raise SourceError(f"{path}: no statistics here (no *.safetensors); make them with: weightsmith observe")
         for file in files:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from weightsmith.errors import OutputError
+from weightsmith.io import system
+from weightsmith.io.disk import remove, sync_file, sync_folder, write_file, writing
+from weightsmith.io.layout import plan_shards
+from weightsmith.io.lock import FolderLock
 from weightsmith.io.stats import METADATA
+from weightsmith.keys import Key
 
 __all__ = ["Statistic", "stat_path", "write_statistic"]
 
@@ -44,8 +48,6 @@ def stat_path(out: Path, stat: str) -> Path:
 
 def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[str, Any]) -> Path:
     """Write OUT/STAT.safetensors in one visible step; `__metadata__["weightsmith"]` is a JSON object."""
-    from safetensors.torch import save_file
-
     metadata = {
         "stat": stat,
         **story,
@@ -57,16 +59,31 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
         "version": importlib.metadata.version("weightsmith"),
     }
     final = stat_path(out, stat)
-    partial = out / f".{final.name}.{os.getpid()}.partial"
+    partial = out / f".{final.name}.partial"
+    with writing(out):
+        system.call(out.mkdir, parents=True, exist_ok=True)
+    lock = FolderLock(out / f".{final.name}.lock", final)
+    lock.acquire()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(statistic.tensors), partial, metadata={METADATA: json.dumps(metadata)})
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{final}: cannot be written ({error.strerror or error})") from error
+        with writing(final):
+            try:
+                write_file(partial, _file(statistic.tensors, {METADATA: json.dumps(metadata)}))
+                sync_file(partial)
+                system.call(partial.replace, final)
+            except BaseException:
+                with contextlib.suppress(OSError):  # there is an error to report already
+                    remove(partial)
+                raise
+            sync_folder(out)
+    finally:
+        lock.release()
     return final
+
+
+def _file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a safetensors file, a tensor at a time."""
+    keys = [Key(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items()]
+    (shard,) = plan_shards(keys, sum(key.nbytes for key in keys), "model", metadata)
+    yield shard.header
+    for key in keys:
+        yield tensors[key.name].detach().cpu().contiguous().numpy().tobytes()

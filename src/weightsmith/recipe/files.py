@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def text_of(path: Path) -> str:
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent
-    names = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES] if folder.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # no more than a hint
+        names = [p.name for p in system.call(list, folder.iterdir()) if p.suffix in SUFFIXES] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {str(folder / near[0])!r}?" if near else ""
 

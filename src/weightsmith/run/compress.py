@@ -12,7 +12,7 @@ from typing import Any
 from weightsmith.errors import PlanError, RecipeError
 from weightsmith.io.card import licences
 from weightsmith.io.codec_folder import WEIGHTS, CodecFolder, CodecSource, ConsensusSource, describe
-from weightsmith.io.manifest import build_manifest, write_manifest
+from weightsmith.io.manifest import MANIFEST, build_manifest, write_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
@@ -86,7 +86,8 @@ def restore(
         raise RecipeError("restore needs the name of an expert, or a number for consensus, and not both")
     if consensus is None and scale != 1:
         raise RecipeError(f"scale = {scale:g} is for a consensus only; an expert is rebuilt at scale 1")
-    if problems := check_output(out, [folder], overwrite, resume, 0):
+    complete = resume and (out / MANIFEST).is_file()  # it may be; `run` will see
+    if not complete and (problems := check_output(out, [folder], overwrite, resume, 0)):  # before a download
         raise PlanError(problems)
     opened = CodecFolder(Path(folder))
     name = opened.check_expert(expert) if consensus is None else "consensus"

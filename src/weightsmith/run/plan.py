@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from weightsmith.errors import PlanError
+from weightsmith.io import system
+from weightsmith.io.disk import writing
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
@@ -227,7 +229,8 @@ def cores() -> int:
 
 
 def _free_bytes(out: Path) -> int | None:
-    for folder in (out, *out.absolute().parents):
-        if folder.exists():
-            return shutil.disk_usage(folder).free
+    with writing(out):
+        for folder in (out, *out.absolute().parents):
+            if folder.exists():
+                return system.call(shutil.disk_usage, folder).free
     return None

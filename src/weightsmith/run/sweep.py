@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.errors import PlanError
-from weightsmith.io.disk import allocated, gigabytes
+from weightsmith.io import system
+from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.manifest import MANIFEST
 from weightsmith.io.output import absolute, check_output
 from weightsmith.recipe.schema import ModelRef, Recipe
@@ -205,9 +206,10 @@ def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[str]:
     if (out / MANIFEST).exists() or (out / "config.json").exists():
         return [f"{out} is a model; the variants need a folder of their own to stand in"]
     need = sum(plan.write_bytes for plan in plans.values())
-    ground = next(folder for folder in (out, *out.parents) if folder.exists())
-    begun = [work for name in plans if (work := out / f"{name}.partial").exists()]
-    free = shutil.disk_usage(ground).free + sum(map(allocated, begun))
+    with writing(out):
+        ground = next(folder for folder in (out, *out.parents) if folder.exists())
+        begun = [work for name in plans if (work := out / f"{name}.partial").exists()]
+        free = system.call(shutil.disk_usage, ground).free + sum(map(allocated, begun))
     if need <= free:
         return []
     return [
