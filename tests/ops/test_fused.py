@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import STRIP, Program, WeightedSum
+from weightsmith.kernel import SIGNATURES, STRIP, Program, WeightedSum
 from weightsmith.keys import Key
 from weightsmith.methods.ties import Ties
 from weightsmith.ops import fused, native
@@ -231,7 +231,7 @@ def test_a_wrong_guess_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyP
 
 
 def test_kept_code_that_is_damaged_or_not_ours_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = {"weighted_sum": ("f", b"abc"), "vote": ("g", b"defg")}
+    code = {name: (f"f{i}", b"abc" + bytes(i)) for i, name in enumerate(SIGNATURES)}
     file = tmp_path / "kept"
     native._keep(file, code)
     assert native._read(file) == code

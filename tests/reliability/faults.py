@@ -84,7 +84,7 @@ class Unsafe:
         self.writes: dict[int, list[tuple[int, int, bytes]]] = {}  # inode -> (own descriptor, offset, what was there)
         self.sizes: dict[int, tuple[int, int]] = {}  # inode -> (own descriptor, flushed size) of appended files
         self.fresh: dict[int, int] = {}  # inode -> own descriptor of files made and never flushed
-        self.renames: list[tuple[Path, Path]] = []
+        self.renames: list[tuple[Path, Path, bytes | None]] = []  # from, to, the file that was there
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.lock:
@@ -101,13 +101,15 @@ class Unsafe:
                 for log in (self.writes, self.sizes, self.fresh):
                     log.pop(inode, None)
                 here = Path(path).readlink()
-                self.renames = [(a, b) for a, b in self.renames if b.parent != here]
+                self.renames = [each for each in self.renames if each[1].parent != here]
+            renames = function.__name__ in ("rename", "replace")
+            replaced = args[0].read_bytes() if renames and args[0].is_file() else None
             done = function(*args, **kwargs)
             if function is os.open and args[1] & os.O_CREAT:
                 inode = os.fstat(done).st_ino
                 self.fresh[inode] = os.open(f"/proc/self/fd/{done}", os.O_RDWR)
-            elif function.__name__ in ("rename", "replace"):
-                self.renames.append((function.__self__, args[0]))  # a Path's method
+            elif renames:
+                self.renames.append((function.__self__, args[0], replaced))  # a Path's method
             return done
 
     def lose(self) -> None:
@@ -125,11 +127,13 @@ class Unsafe:
         for descriptor in self.fresh.values():
             if chance.random() < 0.5:
                 os.ftruncate(descriptor, 0)
-        for source, target in reversed(self.renames):
+        for source, target, replaced in reversed(self.renames):
             if chance.random() < 0.5:
                 break
             if not source.exists():
                 target.rename(source)
+                if replaced is not None:
+                    target.write_bytes(replaced)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from reliability.conftest import note, pytest_terminal_summary, scenes, zygote
+from reliability.conftest import note, pytest_terminal_summary, scenes, writers, zygote
 from reliability.test_matrix import layouts, memory
 
-__all__ = ["layouts", "memory", "note", "pytest_terminal_summary", "scenes", "tmp_path", "zygote"]
+__all__ = ["layouts", "memory", "note", "pytest_terminal_summary", "scenes", "tmp_path", "writers",
+           "zygote"]  # fmt: skip
 
 MEMORY = Path("/dev/shm")
 

@@ -17,7 +17,7 @@ from weightsmith.keys import DTYPES, Key, good_name
 __all__ = ["GgufSource"]
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_MOST = 10_000_000  # values in the metadata; a vocabulary and its merges have about a million
+_MOST = 3_000_000  # values in the metadata; a vocabulary and its merges have about a million
 _PERMUTED = frozenset({"llama"})
 """Architectures whose rows of q and k llama.cpp's converter puts in another order (pairs for its rotation)."""
 _KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3"})
@@ -92,7 +92,10 @@ def _places(path: Path, size: int) -> dict[str, _Place]:
             f"{path}: GGUF of architecture {short(arch)}, whose tensors cannot be mapped back; known: "
             f"{', '.join(sorted(_KNOWN))}; give the Hugging Face folder that it was converted from"
         )
-    names = _names(arch, _number(found.fields, f"{arch}.block_count", path))
+    blocks = _number(found.fields, f"{arch}.block_count", path)
+    if blocks > len(found.tensors):  # the table of names grows with it
+        raise SourceError(f"{path}: {arch}.block_count = {blocks}, but the file has {len(found.tensors)} tensors")
+    names = _names(arch, blocks)
     heads = _number(found.fields, f"{arch}.attention.head_count", path)
     shared = _number(found.fields, f"{arch}.attention.head_count_kv", path, heads)
     places: dict[str, _Place] = {}

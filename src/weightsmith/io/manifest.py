@@ -29,7 +29,7 @@ from weightsmith.keys import DTYPES, Key
 __all__ = ["MANIFEST", "MOST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
 
 MANIFEST = "weightsmith.json"
-MOST = 1_000_000_000
+MOST = 200_000_000
 """Bytes of a manifest that are read: a line for each tensor, more for large ones."""
 
 _NONE: Mapping[str, Any] = {}

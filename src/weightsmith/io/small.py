@@ -9,7 +9,11 @@ from typing import Any
 from weightsmith.errors import SourceError
 from weightsmith.io.files import File
 
-__all__ = ["parse_json", "read_json", "read_small", "short", "word"]
+__all__ = ["MAX_VALUES", "parse_json", "read_json", "read_small", "short", "word"]
+
+MAX_VALUES = 8_000_000
+"""Most commas and opening brackets in a JSON text; the largest tokenizers have about two million.  It bounds time and
+memory of parsing: 100 MB of '{},{},{}' would become more than 3 GB of Python objects."""
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -27,6 +31,8 @@ def read_json(path: Path, limit: int) -> Any:
 
 def parse_json(raw: bytes, label: str) -> Any:
     """The value of a JSON text in UTF-8; SourceError for bad syntax and repeated names (parsers read them unlike)."""
+    if sum(map(raw.count, (b",", b"{", b"["))) > MAX_VALUES:
+        raise SourceError(f"{label}: more than {MAX_VALUES:,} values, which no file of its kind has")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated)
     except _RepeatedError as error:

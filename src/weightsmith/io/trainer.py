@@ -17,7 +17,7 @@ from weightsmith.io.small import read_json
 __all__ = ["STATE", "checkpoints", "logged", "select", "step_of"]
 
 STATE = "trainer_state.json"
-_MAX_STATE = 1_000_000_000  # bytes: an entry per logged step
+_MAX_STATE = 200_000_000  # bytes: an entry per logged step
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from weightsmith.errors import SourceError
 from weightsmith.io import system
+from weightsmith.io.small import read_json, short
 
 __all__ = ["difference", "read_vocabulary"]
 
 _FILES = ("tokenizer.json", "vocab.json")
-_LIMIT = 1 << 28  # bytes; real ones have up to 35 MB
+_LIMIT = 100_000_000  # bytes; real ones have up to 35 MB
+_MOST = 1 << 28  # tokens' numbers are below it; real ones are below 300,000
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
@@ -20,13 +21,12 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            if path.stat().st_size > _LIMIT:
-                raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for a vocabulary")
-            found = json.loads(system.read_file(path))
-        except (OSError, ValueError, RecursionError) as error:
-            raise SourceError(f"{path} cannot be read as a vocabulary: {error}") from None
-        return _tokens(found) if name == "tokenizer.json" else _numbers(found)
+        found = read_json(path, _LIMIT)
+        tokens = _tokens(found) if name == "tokenizer.json" else _numbers(found)
+        for token, number in tokens.items():
+            if not 0 <= number < _MOST:
+                raise SourceError(f"{path}: the token {short(token)} has the number {short(number)}")
+        return tokens
     return None
 
 
@@ -66,17 +66,18 @@ def _tokens(found: object) -> dict[str, int]:
     model = found.get("model")
     listed = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(listed, list):
-        tokens = {entry[0]: i for i, entry in enumerate(listed) if isinstance(entry, list) and entry}
+        texts = ((i, entry[0]) for i, entry in enumerate(listed) if isinstance(entry, list) and entry)
+        tokens = {text: i for i, text in texts if isinstance(text, str)}
     else:
         tokens = _numbers(listed)
     added = found.get("added_tokens")
     for entry in added if isinstance(added, list) else []:
-        if isinstance(entry, dict):
-            tokens |= _numbers({entry.get("content"): entry.get("id")})
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            tokens |= _numbers({entry["content"]: entry.get("id")})
     return tokens
 
 
 def _numbers(found: object) -> dict[str, int]:
     if not isinstance(found, dict):
         return {}
-    return {t: n for t, n in found.items() if isinstance(t, str) and isinstance(n, int)}
+    return {t: n for t, n in found.items() if isinstance(t, str) and type(n) is int}

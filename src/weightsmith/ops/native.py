@@ -47,19 +47,16 @@ def kernels() -> Kernels | None:
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    wanted = [path.read_bytes() for path in _SOURCES]
-    machine = f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-    name = xxhash.xxh3_128(b"\0".join([machine.encode(), *wanted])).hexdigest()
-    folder = cache_folder()
-    code = _read(folder / name) if folder is not None else None
+    file = _file(f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}")
+    code = _read(file) if file is not None else None
     if code is None:
         announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
         try:
             code = _compiled(llvm)
         except ImportError:
             return None
-        if folder is not None:
-            _keep(folder / name, code)
+        if file is not None:
+            _keep(file, code)
     return {kernel: _loaded(llvm, kernel, *code[kernel]) for kernel in SIGNATURES}
 
 
@@ -123,6 +120,13 @@ def _loaded(llvm: Any, kernel: str, symbol: str, code: bytes) -> Callable[..., i
     return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(engine.get_function_address(symbol))
 
 
+def _file(machine: str) -> Path | None:
+    """Where the code for this machine and these sources is kept."""
+    wanted = [path.read_bytes() for path in _SOURCES]
+    folder = cache_folder()
+    return None if folder is None else folder / xxhash.xxh3_128(b"\0".join([machine.encode(), *wanted])).hexdigest()
+
+
 # --- keeping -------------------------------------------------------------------------------------
 
 
@@ -156,9 +160,13 @@ def _keep(path: Path, code: Code) -> None:
     body = head + b"\n" + b"".join(binary for _, binary in code.values())
     with contextlib.suppress(OSError):
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(xxhash.xxh3_128(body).digest() + body)
-        Path(temporary).replace(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(xxhash.xxh3_128(body).digest() + body)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
 
 
 def _read(path: Path) -> Code | None:
@@ -175,7 +183,11 @@ def _read(path: Path) -> Code | None:
         return None
     head, _, rest = body.partition(b"\n")
     code, place = {}, 0
-    for kernel, (symbol, length) in json.loads(head).items():
-        code[kernel] = symbol, rest[place : place + length]
-        place += length
-    return code
+    try:
+        for kernel, (symbol, length) in json.loads(head).items():
+            code[str(kernel)] = str(symbol), rest[place : place + length]
+            place += length
+    except (ValueError, TypeError, AttributeError):
+        return None
+    whole = all(binary for _, binary in code.values()) and place == len(rest)
+    return code if whole and code.keys() == set(SIGNATURES) else None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import SourceError
-from weightsmith.io import system
 from weightsmith.io.layers import config_of
 from weightsmith.io.package import tokenizer_files
+from weightsmith.io.small import read_json, read_small
 from weightsmith.io.source import Source
 from weightsmith.io.vocabulary import read_vocabulary
 from weightsmith.keys import layer_of
@@ -57,7 +57,7 @@ def read_tokens(folder: Path) -> Vocabulary | None:
     added: dict[str, Mapping[str, Any]] = {}
     kind = ""
     if ids is not None and (folder / "tokenizer.json").is_file():
-        found = _json(folder / "tokenizer.json")
+        found = read_json(folder / "tokenizer.json", _SIZE)
         entries = found.get("added_tokens") if isinstance(found, dict) else None
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("content"), str):
@@ -66,8 +66,8 @@ def read_tokens(folder: Path) -> Vocabulary | None:
         kind = str(model.get("type") or "") if isinstance(model, dict) else ""
     elif ids is not None or (folder / "vocab.txt").is_file():
         ids = dict(ids) if ids is not None else _lines(folder / "vocab.txt")
-        extra = _json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-        ids |= {t: n for t, n in (extra.items() if isinstance(extra, dict) else ()) if isinstance(n, int)}
+        extra = read_json(folder / "added_tokens.json", _SIZE) if (folder / "added_tokens.json").is_file() else {}
+        ids |= {t: n for t, n in (extra.items() if isinstance(extra, dict) else ()) if type(n) is int and n >= 0}
     elif tokenizer_files(folder):
         ids = _through_transformers(folder)
     return Vocabulary(ids, added, folder, kind) if ids else None
@@ -149,19 +149,10 @@ def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in entry.items() if k not in ("id", "content")}
 
 
-def _json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _SIZE:
-            raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for a tokenizer")
-        return json.loads(system.read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read as a tokenizer: {error}") from None
-
-
 def _lines(path: Path) -> dict[str, int]:
     try:
-        text = system.read_file(path).decode()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small(path, _SIZE).decode()
+    except UnicodeDecodeError as error:
         raise SourceError(f"{path} cannot be read as a vocabulary: {error}") from None
     return {line.rstrip("\r"): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
 
