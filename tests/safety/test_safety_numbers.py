@@ -125,7 +125,7 @@ def test_bfloat16_overflows_in_the_cast_alike_on_both_paths(path: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "count"), [("float16", 7e4, 4), ("float8_e4m3fn", 500.0, 4), ("float8_e5m2", 6.5e4, 4)]
 )
-def test_narrow_dtypes(dtype: str, value: float, count: int) -> None:
+def test_narrow_dtypes(dtype: str, value: float, count: int, path: str) -> None:
     part = {"w": torch.ones(10, 10)}
     part["w"][2, :count] = value
     with pytest.raises(NumericError, match=rf"w: {count} values from row 0 on do not fit into {dtype} \(largest"):
@@ -138,6 +138,22 @@ def test_numbers_that_just_fit_and_infinities_in_a_dtype_without_them() -> None:
     inf = {"kept": torch.tensor([1.0, float("inf")])}
     kept = keep(model(0) | inf, [model(1)], dtype="float8_e4m3fn", nonfinite="allow")["kept"]
     assert kept.float().isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare", "slerp", "breadcrumbs", "consensus"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_every_kernel_counts_what_does_not_fit(method: str, stored: str, path: str) -> None:
+    """7e4 is no float16.  The kernels only see that something is wrong; the words are those of torch."""
+    base, tuned = ({"w": torch.zeros(ROWS, COLUMNS)} for _ in range(2))
+    for part in (base, tuned):
+        part["w"][41, 3:6] = 7e4
+    tuned["w"][200] = 0.25
+    models = [{"w": part["w"].to(getattr(torch, stored))} for part in (tuned, tuned)]
+    kept = {"w": base["w"].to(getattr(torch, stored))}
+    given: dict[str, Any] = {"slerp": {"t": 0.5}, "dare": {"density": 1.0}}.get(method, {})
+    said = r"w: [36] values from row \d+ on do not fit into float16 \(largest (7|6.99)"
+    with pytest.raises(NumericError, match=said):
+        merge(models[: 1 if method == "slerp" else 2], method, base=kept, dtype="float16", **given)
 
 
 def test_float64_overflows_in_float32() -> None:

@@ -26,6 +26,7 @@ class Context:
 
     summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
     block        elements per block of a merge, default as in measuring passes; does not change a byte of the result
+    kernels      whether the compiled kernels may be used
     kept         what has been read and will be wanted again; replaced for every task, or group of tasks
     """
 
@@ -34,6 +35,7 @@ class Context:
     device: str = "cpu"
     nonfinite: str = "refuse"
     block: int | None = None
+    kernels: bool = True
     summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     progress: Callable[[int], None] = _nothing

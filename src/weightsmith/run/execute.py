@@ -134,10 +134,9 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Made:
             _refuse_bad_base(task.key, stored.base, start, stop, context)
         out, bad = merging.merge(stored, task.key.dtype, start * task.key.row_numel)
         if bad:
-            # The kernels only count; now it is worth asking whose it is.
+            # The kernels only count; now it is worth asking whose it is, and to let torch say what is wrong.
             _refuse_bad_inputs(task.key, start, stop, context)
-            site = site_of(task.key, task, context, start, stop)
-            _finished(pipeline.merge(site, summaries), task.key, site, start, context)
+            list(_merged(task, pipeline, replace(context, kernels=False, kept=Kept())))
             refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
 

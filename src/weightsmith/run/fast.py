@@ -39,7 +39,7 @@ def program(task: Task, context: Context) -> Program | None:
 
 def is_fused(task: Task, context: Context) -> bool:
     """Whether the kernels do this task."""
-    return fits_kernels(task, context) and fused.available()
+    return context.kernels and fits_kernels(task, context) and fused.available()
 
 
 def fits_kernels(task: Task, context: Context) -> bool:
