@@ -9,7 +9,7 @@ from torch import Tensor
 
 from goldens import tiny_llama
 from weightsmith.io.source import MemorySource
-from weightsmith.tokens.approximate import omp
+from weightsmith.ops.pursuit import omp
 from weightsmith.tokens.layout import lay_out, read_rule
 from weightsmith.tokens.view import AlignedSource
 
@@ -49,5 +49,6 @@ def _named(given: dict[str, Any]) -> dict[str, Any]:
 def pursuit(given: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     inputs = {name: tensor for name, tensor in given.items() if name.startswith("omp.input.")}
     indices, coefficients = omp(inputs["omp.input.targets"], inputs["omp.input.donor_shared"], k)
+    coefficients = coefficients.float()
     result = (coefficients.unsqueeze(1) @ inputs["omp.input.base_shared"][indices]).squeeze(1)
     return {**inputs, "omp.indices": indices, "omp.coeff": coefficients, "omp.result": result}

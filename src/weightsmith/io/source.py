@@ -39,6 +39,8 @@ class Source(ABC):
     """Names, relative to `folder`, of the files that hold its tensors."""
     download_bytes: int = 0
     """What `prepare` will still have to download."""
+    held_bytes: int = 0
+    """What it keeps in memory for as long as it is read, beside what single reads take."""
     computed: bool = False
     """True where values are calculated on reading: `bits` is then not available, and `read` may return
     a wider dtype than `keys` states.  A view that calculates some tensors only says so in `computes`."""

@@ -207,7 +207,8 @@ def _by_kernels(task: Task, inputs: Inputs) -> Task:
 
 
 def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
-    """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels."""
+    """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
+    what sources hold for all of them."""
     compiled = find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
     kernels = torch = False
     context = Context(inputs=inputs)
@@ -220,7 +221,8 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
             kernels = True
         else:
             torch = True
-    return PYTHON + KERNELS * kernels + TORCH * torch
+    held = sum(source.held_bytes for _, source in inputs.models)
+    return PYTHON + KERNELS * kernels + TORCH * torch + held
 
 
 def cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import SourceError, WeightsmithError
@@ -39,6 +40,8 @@ def transplant(
     source, other = open_source(model), open_source(donor)
     other.prepare()
     view = transplanted(source, other, how or Transplant())
+    if memory is not None and view.held_bytes > memory / 2:
+        view = transplanted(source, other, replace(view.how, table=False))
     recipe = Recipe(
         models={"model": ModelRef(model=str(model) if isinstance(model, (str, Path)) else source.label)},
         method=(StageSpec(name="passthrough"),),

@@ -10,50 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.lazy import torch
+from weightsmith.ops.pursuit import omp
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rope", "basis", "interpolate", "landmarks", "omp", "pursue_with_rope"]
+__all__ = ["Affine", "Rope", "basis", "carried", "interpolate", "landmarks", "pursue_with_rope"]
 
 _TINY = 1e-8
-
-
-def omp(targets: Tensor, atoms: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit: (indices, coefficients) [b, k] of the atoms whose sum comes near each target.
-
-    Greedy: the atom (not normalised) with the largest inner product with what is left is taken, then all
-    coefficients are those of the least-squares fit (Pati, Rezaiifar and Krishnaprasad 1993; on embeddings:
-    arXiv 2506.06607).  Atoms are made orthogonal twice over, so that float32 does for any k.  An atom that lies in
-    the span of those before gets coefficient 0.
-    """
-    count, size = targets.shape
-    left = targets.clone()
-    span = targets.new_zeros(count, k, size)  # orthonormal rows
-    upper = targets.new_zeros(count, k, k)  # the taken atoms in that basis
-    inner = targets.new_zeros(count, k)  # the targets in that basis
-    taken = torch.zeros(count, k, dtype=torch.long)
-    free = torch.ones(count, len(atoms), dtype=torch.bool)
-    each = torch.arange(count)
-    for t in range(k):
-        match = (left @ atoms.T).abs().masked_fill_(~free, -1.0)
-        chosen = match.argmax(dim=1)
-        taken[:, t] = chosen
-        free[each, chosen] = False
-        atom = atoms[chosen]
-        size_before = atom.norm(dim=1)
-        for _ in range(2):
-            shares = (span[:, :t] @ atom.unsqueeze(2)).squeeze(2)
-            atom = atom - (shares.unsqueeze(1) @ span[:, :t]).squeeze(1)
-            upper[:, :t, t] += shares
-        norm = atom.norm(dim=1)
-        new = norm > 1e-6 * size_before.clamp(min=_TINY)
-        span[:, t] = torch.where(new.unsqueeze(1), atom / norm.clamp(min=_TINY).unsqueeze(1), 0.0)
-        upper[:, t, t] = torch.where(new, norm, 1.0)
-        inner[:, t] = (span[:, t] * left).sum(dim=1)
-        left = left - inner[:, t : t + 1] * span[:, t]
-    coefficients = torch.linalg.solve_triangular(upper, inner.unsqueeze(2), upper=True).squeeze(2)
-    return taken, coefficients
 
 
 def interpolate(targets: Tensor, anchors: Tensor, k: int, metric: str, weights: str) -> tuple[Tensor, Tensor]:
@@ -82,22 +46,33 @@ def interpolate(targets: Tensor, anchors: Tensor, k: int, metric: str, weights: 
     return indices, torch.cat([free, 1 - free.sum(dim=1, keepdim=True)], dim=1)
 
 
-def landmarks(targets: Tensor, anchors: Tensor, ours: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Affine:
+    """Rows [b, d] -> (rows - here) @ turn [d, e] + there, in float64."""
+
+    here: Tensor
+    turn: Tensor
+    there: Tensor
+
+    def __call__(self, targets: Tensor) -> Tensor:
+        return (targets.double() - self.here) @ self.turn + self.there
+
+
+def landmarks(anchors: Tensor, ours: Tensor) -> Affine:
     """The rotation between the spaces that takes the anchors nearest to ours (orthogonal Procrustes, centred).
 
     Where one space is wider, only the directions in which its anchors vary most take part.
     """
-    targets, anchors, ours = targets.double(), anchors.double(), ours.double()
+    anchors, ours = anchors.double(), ours.double()
     here, there = anchors.mean(dim=0), ours.mean(dim=0)
     size = min(anchors.shape[1], ours.shape[1])
     left, right = _leading(anchors - here, size), _leading(ours - there, size)
     cross = ((anchors - here) @ left).T @ ((ours - there) @ right)
     u, _, v = torch.linalg.svd(cross)
-    found: Tensor = (targets - here) @ left @ (u @ v) @ right.T + there
-    return found
+    return Affine(here, left @ (u @ v) @ right.T, there)
 
 
-def basis(targets: Tensor, anchors: Tensor, ours: Tensor, k: int) -> Tensor:
+def basis(anchors: Tensor, ours: Tensor, k: int) -> Affine:
     """Sparse token basis: principal directions as sums of k anchors carry each target's coordinates over.
 
     The directions are those of the narrower space; each is written with k anchors (`omp`), and the same anchors with
@@ -108,10 +83,18 @@ def basis(targets: Tensor, anchors: Tensor, ours: Tensor, k: int) -> Tensor:
     narrow = theirs if theirs.shape[1] < mine.shape[1] else mine
     directions = _leading(narrow.double(), narrow.shape[1]).T.to(narrow.dtype)
     indices, coefficients = omp(directions, narrow, k)
-    source, goal = (_combined(coefficients, space, indices) for space in (theirs, mine))
-    solved = torch.linalg.lstsq(source.T.double(), (targets - here).T.double(), driver="gelsd").solution
-    found: Tensor = solved.T @ goal.double() + there.double()
-    return found
+    source, goal = (carried(coefficients, indices, space).double() for space in (theirs, mine))
+    # Coordinates by least squares: the smallest where several fit.
+    return Affine(here.double(), torch.linalg.pinv(source) @ goal, there.double())
+
+
+def carried(coefficients: Tensor, indices: Tensor, ours: Tensor) -> Tensor:
+    """Sums of anchors: [b, k] with [n, e] -> [b, e], in the coefficients' dtype."""
+    found = []
+    for low in range(0, len(indices), 64):  # what is gathered is k times as large as what comes out
+        share, own = coefficients[low : low + 64], indices[low : low + 64]
+        found.append((share.unsqueeze(1) @ ours[own].to(share.dtype)).squeeze(1))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -166,11 +149,6 @@ def pursue_with_rope(targets: Tensor, anchors: Tensor, ours: Tensor, k: int, the
     turned = theirs.turned(anchors[taken], places).double()
     coefficients = _least_squares(turned.transpose(1, 2), targets.double())
     return (coefficients.unsqueeze(2) * mine.turned(ours[taken], places).double()).sum(dim=1)
-
-
-def _combined(coefficients: Tensor, anchors: Tensor, indices: Tensor) -> Tensor:
-    """Sums of anchors: [b, k] x [n, e] -> [b, e]."""
-    return (coefficients.unsqueeze(1) @ anchors[indices].to(coefficients.dtype)).squeeze(1)
 
 
 def _leading(rows: Tensor, count: int) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from weightsmith.io.layers import config_of
 from weightsmith.io.source import Source
 from weightsmith.lazy import torch
 from weightsmith.ops.noise import uniform_bits
-from weightsmith.tokens.approximate import Rope, basis, interpolate, landmarks, omp, pursue_with_rope
+from weightsmith.ops.pursuit import GRAM, inner_products, omp
+from weightsmith.tokens.approximate import Affine, Rope, basis, carried, interpolate, landmarks, pursue_with_rope
 from weightsmith.tokens.numbering import Numbering
 from weightsmith.tokens.pairing import Pairing
 from weightsmith.tokens.view import VocabularyView, gather
@@ -42,6 +45,8 @@ class Transplant:
     prefix_match, byte_match   no, embed, lm_head or yes: take the row of the longest known beginning of the token, or
               of the byte token for a letter and the other way round, before anything is approximated
     magikarp  leave under-trained tokens out of the anchors (arXiv 2405.05417)
+    table     omp: keep the inner products of all pairs of anchors, if they are 2048 to 32768: 4 n^2 bytes for each
+              tensor; the rows are then made some ten times as fast
     batch     rows that are computed together
     noise, scale   new rows are multiplied by scale after normal noise of this deviation was added
     multiple  the number of rows is rounded up to a multiple of it
@@ -55,6 +60,7 @@ class Transplant:
     prefix_match: str = "no"
     byte_match: str = "no"
     magikarp: bool = False
+    table: bool = True
     batch: int = 512
     noise: float = 0.0
     scale: float = 1.0
@@ -81,10 +87,11 @@ class Transplant:
 
 @dataclass(frozen=True)
 class _Space:
-    """Rows of the anchors: [n, d] of the donor, [n, e] of the model."""
+    """Rows of the anchors: [n, d] of the donor, [n, e] of the model; the inner products of the donor's [n, n]."""
 
     theirs: Tensor
     ours: Tensor
+    gram: Tensor | None = None
 
 
 class TransplantedSource(VocabularyView):
@@ -92,8 +99,8 @@ class TransplantedSource(VocabularyView):
 
     pairs   token tensor of the model -> the donor's that stands for the same (embedding, head)
 
-    Rows are computed in windows of `how.batch`, whatever is asked for, so that the bytes do not depend on the cut.
-    The anchors' rows of a tensor are held in memory: 4 bytes for each number of n x (d + e).
+    Rows are computed in windows of `how.batch`, whatever is asked for, so that the bytes do not depend on the cut;
+    several threads work on several windows.  The anchors' rows of a tensor are held in memory (`held_bytes`).
     """
 
     def __init__(
@@ -118,12 +125,14 @@ class TransplantedSource(VocabularyView):
                 self._check_anchors(name)
 
     def _forget(self) -> None:
+        self._making = threading.RLock()  # one thread makes what all windows of a tensor need
         self._spaces: dict[str, _Space] = {}
+        self._maps: dict[str, Affine] = {}
         self._moments: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._windows: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, int], Future[Tensor]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_spaces", "_moments", "_windows")
+        own = ("_making", "_spaces", "_maps", "_moments", "_windows")
         return {k: v for k, v in super().__getstate__().items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,15 +149,28 @@ class TransplantedSource(VocabularyView):
         self.source.prepare()
         self.donor.prepare()
 
+    @property
+    def held_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
+        """What the anchors of all tensors take, as long as rows are made."""
+        if self.how.method not in _BY_ANCHOR:
+            return 0
+        count = {name: int(self.pairings[name].anchors.size) for name in self.pairs}
+        widths = {name: self._width(self, [name]) + self._width(self.donor, [self.pairs[name]]) for name in self.pairs}
+        return sum(4 * count[n] * (widths[n] + self._tabled(n) * count[n]) for n in self.pairs)
+
     def read_cost(self, name: str) -> float:
         key = self.key(name)
         cost = super().read_cost(name)
         if key.name not in self.pairs or self.how.method not in _BY_ANCHOR:
             return cost
         width, theirs = key.row_numel, self._width(self.donor, [self.pairs[key.name]])
-        anchors = int(self.pairings[key.name].anchors.size)
-        held = anchors * (width + theirs) + self.how.batch * (self.how.k * (width + theirs) + 2 * anchors)
+        anchors, k, batch = int(self.pairings[key.name].anchors.size), self.how.k, self.how.batch
+        held = batch * (theirs + width + anchors) + 128 * k * (theirs + width)  # 64 fits in float64
+        held += k * anchors if self._tabled(key.name) else batch * (k * theirs + anchors)
         return cost + held / max(min(key.numel, _PART), 1)
+
+    def _tabled(self, name: str) -> bool:
+        return self.how.table and self.how.method == "omp" and self.pairings[name].anchors.size in GRAM
 
     def rows_of(self, name: str, start: int, stop: int) -> Tensor:
         step = self.how.batch
@@ -159,15 +181,23 @@ class TransplantedSource(VocabularyView):
         return torch.cat(pieces) if pieces else torch.zeros(0, *self.key(name).shape[1:])
 
     def _window(self, name: str, index: int) -> Tensor:
+        place = (name, index)
         with self._lock:
-            place = (name, index)
-            if place not in self._windows:
-                low = index * self.how.batch
-                self._windows[place] = self._made(name, low, min(low + self.how.batch, self.key(name).rows))
+            found = self._windows.get(place)
+            mine = found is None
+            if found is None:
+                found = self._windows[place] = Future()
                 while len(self._windows) > _KEPT:
                     self._windows.popitem(last=False)
-            self._windows.move_to_end(place)
-            return self._windows[place]
+            else:
+                self._windows.move_to_end(place)
+        if mine:
+            low = index * self.how.batch
+            try:
+                found.set_result(self._made(name, low, min(low + self.how.batch, self.key(name).rows)))
+            except BaseException as error:
+                found.set_exception(error)
+        return found.result()
 
     def _made(self, name: str, low: int, high: int) -> Tensor:
         pairing = self.pairings[name]
@@ -201,31 +231,43 @@ class TransplantedSource(VocabularyView):
         return gather(self.donor, self.pairs[name], self.pairings[name].theirs[rows]).float()
 
     def space(self, name: str) -> _Space:
-        if name not in self._spaces:
-            pairing = self.pairings[name]
-            theirs = gather(self.donor, self.pairs[name], pairing.theirs[pairing.anchors]).float()
-            self._spaces[name] = _Space(theirs, gather(self.source, name, pairing.shared[pairing.anchors]).float())
-        return self._spaces[name]
+        with self._making:
+            if name not in self._spaces:
+                pairing = self.pairings[name]
+                theirs = gather(self.donor, self.pairs[name], pairing.theirs[pairing.anchors]).float()
+                ours = gather(self.source, name, pairing.shared[pairing.anchors]).float()
+                self._spaces[name] = _Space(theirs, ours, inner_products(theirs) if self._tabled(name) else None)
+            return self._spaces[name]
+
+    def map(self, name: str, make: Callable[[], Affine]) -> Affine:
+        """What `make` finds, once for a tensor."""
+        with self._making:
+            if name not in self._maps:
+                self._maps[name] = make()
+            return self._maps[name]
 
     def _mean(self, name: str) -> Tensor:
         return self.moments(name, spread=False)[0]
 
     def moments(self, name: str, *, spread: bool) -> tuple[Tensor, Tensor | None]:
         """Mean [e] and, with `spread`, covariance [e, e] of the model's rows, float64."""
-        known = self._moments.get(name)
-        if known is None or (spread and known[1] is None):
-            key = self.source.key(name)
-            total = torch.zeros(key.shape[1:], dtype=torch.float64)
-            square = torch.zeros(*key.shape[1:], *key.shape[1:], dtype=torch.float64) if spread else None
-            for low in range(0, key.rows, _STEP):
-                block = self.source.read(name, low, min(low + _STEP, key.rows)).double()
-                total += block.sum(dim=0)
-                if square is not None:
-                    square += block.T @ block
-            mean = total / key.rows
-            known = mean, None if square is None else square / key.rows - mean.outer(mean)
-            self._moments[name] = known
-        return known
+        with self._making:
+            known = self._moments.get(name)
+            if known is None or (spread and known[1] is None):
+                known = self._moments[name] = self._measured(name, spread)
+            return known
+
+    def _measured(self, name: str, spread: bool) -> tuple[Tensor, Tensor | None]:
+        key = self.source.key(name)
+        total = torch.zeros(key.shape[1:], dtype=torch.float64)
+        square = torch.zeros(*key.shape[1:], *key.shape[1:], dtype=torch.float64) if spread else None
+        for low in range(0, key.rows, _STEP):
+            block = self.source.read(name, low, min(low + _STEP, key.rows)).double()
+            total += block.sum(dim=0)
+            if square is not None:
+                square += block.T @ block
+        mean = total / key.rows
+        return mean, None if square is None else square / key.rows - mean.outer(mean)
 
     def normal(self, name: str, rows: np.ndarray, salt: str) -> Tensor:
         """Standard normal numbers for the given rows, [n, e] in float64; those of a row never change."""
@@ -260,31 +302,32 @@ class TransplantedSource(VocabularyView):
 # --- the methods ---------------------------------------------------------------------------------
 
 
-def _carried(coefficients: Tensor, indices: Tensor, ours: Tensor) -> Tensor:
-    """Sums of the model's anchors: [b, k] -> [b, e], in the coefficients' dtype."""
-    return (coefficients.unsqueeze(1) @ ours[indices].to(coefficients.dtype)).squeeze(1)
-
-
 def _omp(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
     space = view.space(name)
-    indices, coefficients = omp(view.targets(name, rows), space.theirs, view.how.k)
-    return _carried(coefficients, indices, space.ours)
+    indices, coefficients = omp(view.targets(name, rows), space.theirs, view.how.k, space.gram)
+    return carried(coefficients, indices, space.ours)
 
 
 def _interpolated(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
     space, how = view.space(name), view.how
     indices, weights = interpolate(view.targets(name, rows), space.theirs, how.k, how.metric, how.weights)
-    return _carried(weights, indices, space.ours)
+    return carried(weights, indices, space.ours)
 
 
 def _landmarks(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
-    space = view.space(name)
-    return landmarks(view.targets(name, rows), space.theirs, space.ours)
+    def found() -> Affine:
+        space = view.space(name)
+        return landmarks(space.theirs, space.ours)
+
+    return view.map(name, found)(view.targets(name, rows))
 
 
 def _basis(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
-    space = view.space(name)
-    return basis(view.targets(name, rows), space.theirs, space.ours, view.how.k)
+    def found() -> Affine:
+        space = view.space(name)
+        return basis(space.theirs, space.ours, view.how.k)
+
+    return view.map(name, found)(view.targets(name, rows))
 
 
 def _with_rope(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
@@ -309,11 +352,14 @@ def _random(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
 
 def _like_the_rows(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
     """Samples of the normal distribution with the mean and covariance of the model's rows (Hewitt 2021)."""
-    mean, spread = view.moments(name, spread=True)
-    assert spread is not None
-    values, vectors = torch.linalg.eigh(spread)
-    found: Tensor = mean + view.normal(name, rows, "hewitt") * values.clamp(min=0).sqrt() @ vectors.T
-    return found
+
+    def found() -> Affine:
+        mean, spread = view.moments(name, spread=True)
+        assert spread is not None
+        values, vectors = torch.linalg.eigh(spread)
+        return Affine(torch.zeros_like(mean), values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T, mean)
+
+    return view.map(name, found)(view.normal(name, rows, "hewitt"))
 
 
 def _subwords(view: TransplantedSource, name: str, rows: np.ndarray) -> Tensor:
