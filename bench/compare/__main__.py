@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.compare.examples import examples
 from bench.compare.grid import Config, grid
+from bench.compare.models import write_hearing, write_saying, write_seeing
 from bench.measure import BenchError
 from bench.mergekit import PACKAGES, mergekit_python
 from bench.models import Shape, write_model
@@ -44,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         models = _models(work / "models")
-        configs = [(config, _filled(config.text, models)) for config in grid()]
+        configs = [(config, _filled(config.text, models)) for config in (*grid(), *examples())]
         jobs = [(text, str(work / "theirs" / str(i))) for i, (_, text) in enumerate(configs)]
         (work / "jobs.json").write_text(json.dumps(jobs))
         script = Path(__file__).with_name("theirs.py")
@@ -67,11 +69,15 @@ def _models(root: Path) -> dict[str, Path]:
         for suffix, dtype in (("", "float32"), ("16", "bfloat16")):
             found[name + suffix] = root / (name + suffix)
             write_model(found[name + suffix], SHAPE, dtype, number)
+    for kind, write in (("SEE", write_seeing), ("HEAR", write_hearing), ("SAY", write_saying)):
+        for number in range(3):
+            found[f"{kind}{number}"] = root / f"{kind}{number}"
+            write(found[f"{kind}{number}"], number)
     return found
 
 
 def _filled(text: str, models: Mapping[str, Path]) -> str:
-    return re.sub(r"\b(BASE|A|B|C)(16)?\b", lambda m: str(models[m[0]]), text)
+    return re.sub(r"\b((BASE|A|B|C)(16)?|(SEE|HEAR|SAY)\d)\b", lambda m: str(models[m[0]]), text)
 
 
 def _outcome(
@@ -85,6 +91,7 @@ def _outcome(
     if error and not stored:
         return Outcome(config.name, f"mergekit fails: {error}")
     after = "; then mergekit fails to write config.json" if error else ""
+    after += f"; mergekit stores {config.stores} whatever dtype says" if config.stores else ""
     if config.random:
         base = _read(models["BASE"])
         ratio = _change(_read(ours), base) / _change(_read(theirs), base)
@@ -95,7 +102,7 @@ def _outcome(
     largest, unlike, beyond, total = 0.0, 0, 0, 0
     for name, (code, values) in a.items():
         other_code, other = b[name]
-        if code != other_code or values.shape != other.shape:
+        if other_code not in (code, config.stores) or values.shape != other.shape:
             return Outcome(
                 config.name, f"differs: {name} is {code} {values.shape}, mergekit's {other_code} {other.shape}"
             )

@@ -1,7 +1,6 @@
-"""The configs that are compared: methods, parameters, filters, gradients, slices, dtypes, and the published examples.
+"""The configs that are compared: methods, parameters, filters, gradients, slices, dtypes; see `examples` for the rest.
 
 In the texts BASE, A, B and C stand for the folders of a base and three experts, BASE16 ... for them in bfloat16.
-The examples have the shapes and parameters of those that come with mergekit, written anew for these models.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Config", "grid"]
+__all__ = ["EQUALS", "NOISE", "Config", "cut", "grid", "models", "stack", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -18,25 +17,27 @@ class Config:
 
     random   masks are drawn, so that only the size of the change can be compared
     unlike   share of the entries that may differ by more than rounding, and why
+    stores   the dtype in which mergekit writes the result whatever the config says; '' if it follows it
     """
 
     name: str
     text: str
     random: bool = False
     unlike: tuple[float, str] = (0.0, "")
+    stores: str = ""
 
 
 EQUALS = (0.03, "the cut falls among equally large changes")
 NOISE = (0.03, "near the threshold, where float32 is noise")
 
 
-def _models(*entries: str) -> str:
+def models(*entries: str) -> str:
     return "models:\n" + "\n".join(f"  - {{{entry}}}" for entry in entries)
 
 
-def _weighted(*weights: object, base: bool = False) -> str:
+def weighted(*weights: object, base: bool = False) -> str:
     listed = ["model: BASE"] if base else []
-    return _models(*listed, *(f"model: {m}, parameters: {{weight: {w}}}" for m, w in zip("ABC", weights, strict=False)))
+    return models(*listed, *(f"model: {m}, parameters: {{weight: {w}}}" for m, w in zip("ABC", weights, strict=False)))
 
 
 def grid() -> Iterator[Config]:
@@ -44,16 +45,15 @@ def grid() -> Iterator[Config]:
     yield from _values()
     yield from _slices()
     yield from _dtypes()
-    yield from _examples()
 
 
 def _methods() -> Iterator[Config]:
     """Every method with its defaults and with other parameters."""
     deltas = "base_model: BASE"
-    many = _weighted(0.5, 0.3, -0.2, base=True)
-    yield Config("linear", f"{_weighted(1, 2, 0.5)}\nmerge_method: linear")
+    many = weighted(0.5, 0.3, -0.2, base=True)
+    yield Config("linear", f"{weighted(1, 2, 0.5)}\nmerge_method: linear")
     yield Config(
-        "linear, not normalized", f"{_weighted(1, 2, 0.5)}\nmerge_method: linear\nparameters: {{normalize: false}}"
+        "linear, not normalized", f"{weighted(1, 2, 0.5)}\nmerge_method: linear\nparameters: {{normalize: false}}"
     )
     yield Config(
         "linear, base among the inputs",
@@ -61,8 +61,8 @@ def _methods() -> Iterator[Config]:
         "parameters: {weight: 2}",
     )
     for t in (0, 0.3, 1):
-        yield Config(f"slerp, t {t}", f"{_models('model: A')}\nmerge_method: slerp\n{deltas}\nparameters: {{t: {t}}}")
-    two = _weighted(0.3, 0.9)
+        yield Config(f"slerp, t {t}", f"{models('model: A')}\nmerge_method: slerp\n{deltas}\nparameters: {{t: {t}}}")
+    two = weighted(0.3, 0.9)
     for flatten, rows in (("true", "false"), ("false", "false"), ("false", "true")):
         shared = f"parameters: {{nuslerp_flatten: {flatten}, nuslerp_row_wise: {rows}}}"
         yield Config(f"nuslerp, flatten {flatten}, row_wise {rows}", f"{two}\nmerge_method: nuslerp\n{shared}")
@@ -72,16 +72,16 @@ def _methods() -> Iterator[Config]:
         )
     for base in ("", f"\n{deltas}"):
         where = " on a base" if base else ""
-        yield Config(f"multislerp{where}", f"{_weighted(1, 2, 0.5)}\nmerge_method: multislerp{base}")
+        yield Config(f"multislerp{where}", f"{weighted(1, 2, 0.5)}\nmerge_method: multislerp{base}")
         raw = "parameters: {normalize_weights: false}"
         yield Config(
             f"multislerp{where}, weights as they are",
-            f"{_weighted(1, 2, 0.5)}\nmerge_method: multislerp{base}\n{raw}",
+            f"{weighted(1, 2, 0.5)}\nmerge_method: multislerp{base}\n{raw}",
         )
-        yield Config(f"karcher{where}", f"{_models('model: A', 'model: B', 'model: C')}\nmerge_method: karcher{base}")
+        yield Config(f"karcher{where}", f"{models('model: A', 'model: B', 'model: C')}\nmerge_method: karcher{base}")
     yield Config(
         "karcher, one step",
-        f"{_models('model: A', 'model: B')}\nmerge_method: karcher\nparameters: {{max_iter: 1, tol: 1e-5}}",
+        f"{models('model: A', 'model: B')}\nmerge_method: karcher\nparameters: {{max_iter: 1, tol: 1e-5}}",
     )
     for extra in ("", "lambda: 0.4", "normalize: true, lambda: 0.4"):
         yield Config(
@@ -101,7 +101,7 @@ def _methods() -> Iterator[Config]:
             "density: 0.6, gamma: 0.05, rescale: true",
             "density: 0.6, normalize: true",
         ):
-            text = f"{_weighted(0.5, 0.3, 0.4, base=True)}\nmerge_method: {method}\n{deltas}\nparameters: {{{extra}}}"
+            text = f"{weighted(0.5, 0.3, 0.4, base=True)}\nmerge_method: {method}\n{deltas}\nparameters: {{{extra}}}"
             yield Config(f"{method}, {extra}", text)
     for method in ("dare_linear", "dare_ties", "della", "della_linear"):
         yield Config(f"{method}, density 1", f"{many}\nmerge_method: {method}\n{deltas}")
@@ -111,9 +111,9 @@ def _methods() -> Iterator[Config]:
             f"{many}\nmerge_method: {method}\n{deltas}\nparameters: {{normalize: {other}}}",
         )
         for extra in ("density: 0.5", "density: 0.5, rescale: false"):
-            text = f"{_weighted(0.5, 0.3, 0.2, base=True)}\nmerge_method: {method}\n{deltas}\nparameters: {{{extra}}}"
+            text = f"{weighted(0.5, 0.3, 0.2, base=True)}\nmerge_method: {method}\n{deltas}\nparameters: {{{extra}}}"
             yield Config(f"{method}, {extra}", text, random=True)
-    three = _models("model: BASE", "model: A", "model: B", "model: C")
+    three = models("model: BASE", "model: A", "model: B", "model: C")
     for topk in (1.0, 0.3):
         yield Config(
             f"sce, select_topk {topk}", f"{three}\nmerge_method: sce\n{deltas}\nparameters: {{select_topk: {topk}}}"
@@ -130,10 +130,10 @@ def _methods() -> Iterator[Config]:
             f"model_stock, filter_wise {wise}",
             f"{three}\nmerge_method: model_stock\n{deltas}\nparameters: {{filter_wise: {wise}}}",
         )
-    yield Config("nearswap", f"{_models('model: A')}\nmerge_method: nearswap\n{deltas}\nparameters: {{t: 0.0005}}")
-    yield Config("arcee_fusion", f"{_models('model: A')}\nmerge_method: arcee_fusion\n{deltas}", unlike=NOISE)
-    yield Config("passthrough", f"{_models('model: A')}\nmerge_method: passthrough")
-    yield Config("passthrough, scale", f"{_models('model: A')}\nmerge_method: passthrough\nparameters: {{scale: 0.5}}")
+    yield Config("nearswap", f"{models('model: A')}\nmerge_method: nearswap\n{deltas}\nparameters: {{t: 0.0005}}")
+    yield Config("arcee_fusion", f"{models('model: A')}\nmerge_method: arcee_fusion\n{deltas}", unlike=NOISE)
+    yield Config("passthrough", f"{models('model: A')}\nmerge_method: passthrough")
+    yield Config("passthrough, scale", f"{models('model: A')}\nmerge_method: passthrough\nparameters: {{scale: 0.5}}")
 
 
 def _values() -> Iterator[Config]:
@@ -153,7 +153,7 @@ def _values() -> Iterator[Config]:
     }.items():
         yield Config(
             f"slerp, {name}",
-            f"{_models('model: A')}\nmerge_method: slerp\nbase_model: BASE\nparameters: {{t: {value}}}",
+            f"{models('model: A')}\nmerge_method: slerp\nbase_model: BASE\nparameters: {{t: {value}}}",
         )
         text = (
             f"models: [{{model: A, parameters: {{weight: {value}}}}}, {{model: B}}]\nmerge_method: linear\n"
@@ -169,17 +169,17 @@ def _values() -> Iterator[Config]:
     )
     yield Config(
         "task_arithmetic, lambda by filter and normalize by filter",
-        f"{_weighted(0.5, 0.9)}\nmerge_method: task_arithmetic\nbase_model: BASE\n"
+        f"{weighted(0.5, 0.9)}\nmerge_method: task_arithmetic\nbase_model: BASE\n"
         "parameters: {lambda: [{filter: mlp, value: 0.5}], normalize: [{filter: down, value: true}]}",
     )
 
 
-def _cut(model: str, start: int, end: int, parameters: str = "") -> str:
+def cut(model: str, start: int, end: int, parameters: str = "") -> str:
     own = f", parameters: {{{parameters}}}" if parameters else ""
     return f"{{model: {model}, layer_range: [{start}, {end}]{own}}}"
 
 
-def _stack(*slices: str) -> str:
+def stack(*slices: str) -> str:
     return "slices:\n" + "\n".join(f"  - sources: [{sources}]" for sources in slices)
 
 
@@ -187,36 +187,36 @@ def _slices() -> Iterator[Config]:
     plain = "merge_method: passthrough"
     yield Config(
         "slerp in slices",
-        f"{_stack(_cut('BASE', 0, 4) + ', ' + _cut('A', 0, 4))}\nmerge_method: slerp\nbase_model: BASE\n"
+        f"{stack(cut('BASE', 0, 4) + ', ' + cut('A', 0, 4))}\nmerge_method: slerp\nbase_model: BASE\n"
         "parameters: {t: [0, 1]}",
     )
-    yield Config("stacked", f"{_stack(_cut('A', 0, 3), _cut('B', 1, 4))}\n{plain}")
+    yield Config("stacked", f"{stack(cut('A', 0, 3), cut('B', 1, 4))}\n{plain}")
     silent = "scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: 0.0}, {value: 1.0}]"
     yield Config(
-        "stacked with itself, output projections at 0", f"{_stack(_cut('A', 0, 3), _cut('A', 2, 4, silent))}\n{plain}"
+        "stacked with itself, output projections at 0", f"{stack(cut('A', 0, 3), cut('A', 2, 4, silent))}\n{plain}"
     )
     yield Config(
         "stacked, filter on a layer's own number",
-        f"{_stack(_cut('A', 0, 2), _cut('B', 1, 4))}\n{plain}\n"
+        f"{stack(cut('A', 0, 2), cut('B', 1, 4))}\n{plain}\n"
         "parameters: {scale: [{filter: layers.2.mlp, value: 0.5}, {value: 1.0}]}",
     )
-    yield Config("one layer at a time", f"{_stack(*(_cut(m, i, i + 1) for i, m in enumerate('ABCA')))}\n{plain}")
-    both = _cut("A", 0, 2, "weight: [0, 1]") + ", " + _cut("B", 1, 3, "weight: 1")
+    yield Config("one layer at a time", f"{stack(*(cut(m, i, i + 1) for i, m in enumerate('ABCA')))}\n{plain}")
+    both = cut("A", 0, 2, "weight: [0, 1]") + ", " + cut("B", 1, 3, "weight: 1")
     yield Config(
         "linear of slices, unlike places",
-        f"{_stack(both, _cut('C', 3, 4, 'weight: [0.2, 0.9]'))}\n    parameters: {{normalize: false}}\n"
+        f"{stack(both, cut('C', 3, 4, 'weight: [0.2, 0.9]'))}\n    parameters: {{normalize: false}}\n"
         "merge_method: linear",
     )
-    pairs = _stack(_cut("BASE", 0, 2) + ", " + _cut("A", 0, 2), _cut("BASE", 1, 4) + ", " + _cut("B", 1, 4))
+    pairs = stack(cut("BASE", 0, 2) + ", " + cut("A", 0, 2), cut("BASE", 1, 4) + ", " + cut("B", 1, 4))
     yield Config(
         "slerp of slices, filter on the output's number",
         f"{pairs}\nmerge_method: slerp\nbase_model: BASE\n"
         "parameters: {t: [{filter: layers.3.mlp, value: 1}, {value: [0.2, 0.6]}]}",
     )
-    low, high = (", ".join(_cut(m, *range_) for m in ("BASE", "A", "B")) for range_ in ((0, 2), (2, 4)))
+    low, high = (", ".join(cut(m, *range_) for m in ("BASE", "A", "B")) for range_ in ((0, 2), (2, 4)))
     yield Config(
         "ties of slices",
-        f"{_stack(low, high)}\n    parameters: {{density: 0.9}}\n"
+        f"{stack(low, high)}\n    parameters: {{density: 0.9}}\n"
         "merge_method: ties\nbase_model: BASE\nparameters: {weight: 0.5, density: 0.4}",
     )
 
@@ -233,51 +233,8 @@ def _dtypes() -> Iterator[Config]:
         )
     yield Config(
         "float32 models, task_arithmetic, out_dtype: bfloat16",
-        f"{_weighted(0.5, 0.7)}\nmerge_method: task_arithmetic\nbase_model: BASE\nout_dtype: bfloat16",
+        f"{weighted(0.5, 0.7)}\nmerge_method: task_arithmetic\nbase_model: BASE\nout_dtype: bfloat16",
     )
     yield Config(
-        "float32 models, linear, dtype: bfloat16", f"{_weighted(0.5, 0.7)}\nmerge_method: linear\ndtype: bfloat16"
-    )
-
-
-def _examples() -> Iterator[Config]:
-    """What mergekit's own examples show, on these models."""
-    yield Config(
-        "example: gradient slerp",
-        f"{_stack(_cut('BASE', 0, 4) + ', ' + _cut('A', 0, 4))}\nmerge_method: slerp\nbase_model: BASE\n"
-        "parameters:\n  t:\n    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}\n"
-        "    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}\n    - value: 0.5\ndtype: float16",
-    )
-    yield Config("example: linear", f"{_weighted(1.0, 0.3, 0.5)}\nmerge_method: linear\ndtype: float16")
-    for dtype, unlike in (("float16", EQUALS), ("float32", (0.0, ""))):
-        yield Config(
-            f"example: ties, {dtype}",
-            "models:\n"
-            "  - model: A\n    parameters: {density: [1, 0.7, 0.1], weight: 1.0}\n"
-            "  - model: B\n    parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}\n"
-            "  - model: C\n    parameters: {density: 0.33, weight: [{filter: mlp, value: 0.5}, {value: 0}]}\n"
-            "merge_method: ties\nbase_model: BASE\nparameters: {normalize: true, int8_mask: true}\n"
-            f"dtype: {dtype}",
-            unlike=unlike,
-        )
-    yield Config(
-        "example: stacked with overlap",
-        f"{_stack(_cut('A', 0, 3), _cut('B', 1, 4))}\nmerge_method: passthrough\ndtype: float16",
-    )
-    yield Config(
-        "example: self-attention from one, mlp from another",
-        "models:\n  - {model: A, parameters: {weight: [{filter: self_attn, value: 1}, {value: 0.0001}]}}\n"
-        "  - {model: B, parameters: {weight: [{filter: mlp, value: 1}, {value: 0.0001}]}}\n"
-        "merge_method: linear\ndtype: float32",
-    )
-    yield Config(
-        "example: model stock",
-        f"{_models('model: A', 'model: B', 'model: C')}\nmerge_method: model_stock\nbase_model: BASE\ndtype: bfloat16",
-    )
-    yield Config(
-        "example: dare_ties",
-        "models:\n  - {model: BASE}\n  - {model: A, parameters: {density: 0.53, weight: 0.4}}\n"
-        "  - {model: B, parameters: {density: 0.53, weight: 0.3}}\n"
-        "merge_method: dare_ties\nbase_model: BASE\nparameters: {int8_mask: true}",
-        random=True,
+        "float32 models, linear, dtype: bfloat16", f"{weighted(0.5, 0.7)}\nmerge_method: linear\ndtype: bfloat16"
     )

@@ -51,7 +51,7 @@ CASES = {
     "qwen": ("Qwen2", {}, {"shared": {"always": {"residual": 0.0, "prompts": ["anything"]}}}),
     "qwen3": ("Qwen3", {"head_dim": 8}, {}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}, {}),
-    "glm4_moe": ("Llama", {}, {"shared": SHARED, "architecture": "glm4_moe"}),
+    "glm4_moe": ("Llama", {}, {"shared": SHARED}),
     "glm4_moe-qwen2": ("Qwen2", {}, {"shared": SHARED, "architecture": "glm4_moe"}),
 }
 
@@ -201,7 +201,10 @@ def test_random_routers_and_noise_follow_the_seed(llama: dict[str, Path], tmp_pa
 def test_deepseek_has_its_names_and_shared_experts_side_by_side(llama: dict[str, Path], tmp_path: Path) -> None:
     shared = {"a": {"model": str(llama["base"])}, "b": {"model": str(llama["three"])}}
     models = {n: llama[n] for n in ("one", "two")}
-    out = build(recipe(llama["base"], models, router="cheap_embed", shared=shared), tmp_path / "out").out
+    made = recipe(llama["base"], models, router="cheap_embed", shared=shared, architecture="deepseek")
+    result = build(made, tmp_path / "out")
+    out = result.out
+    assert any("transformers has no class for DeepseekForCausalLM" in text for text in result.warnings)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["DeepseekForCausalLM"]
     assert config["n_shared_experts"] == 2
@@ -217,6 +220,82 @@ def test_deepseek_has_its_names_and_shared_experts_side_by_side(llama: dict[str,
     wide = {p: got[f"model.layers.1.mlp.shared_experts.{p}.weight"] for p in ("gate_proj", "up_proj", "down_proj")}
     both = (torch.nn.functional.silu(x @ wide["gate_proj"].T) * (x @ wide["up_proj"].T)) @ wide["down_proj"].T
     torch.testing.assert_close(both, sum(shared_out))
+
+
+class PublishedMoe(torch.nn.Module):
+    """DeepSeekMoE as it was published: the chosen experts by softmax, their weights summing to one, and the shared."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        def mlp(count: int) -> torch.nn.Module:
+            sizes = {"hidden_size": config["hidden_size"], "intermediate_size": count * config["moe_intermediate_size"]}
+            return LlamaMLP(LlamaConfig(**sizes))
+
+        self.chosen = config["num_experts_per_tok"]
+        self.gate = torch.nn.Linear(config["hidden_size"], config["n_routed_experts"], bias=False)
+        self.experts = torch.nn.ModuleList(mlp(1) for _ in range(config["n_routed_experts"]))
+        self.shared_experts = mlp(config["n_shared_experts"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, places = self.gate(x).softmax(-1).topk(self.chosen)
+        every = torch.stack([expert(x) for expert in self.experts], -2)
+        picked = every.gather(-2, places.unsqueeze(-1).expand(*places.shape, x.shape[-1]))
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights.unsqueeze(-1) * picked).sum(-2) + self.shared_experts(x)
+
+
+def test_deepseek_runs_by_its_published_rule(llama: dict[str, Path], tmp_path: Path) -> None:
+    """In a Llama whose MLPs are replaced: every tensor has a place, equal experts are the dense model, it generates."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = llama["base"]
+    shared = {"always": {"model": str(base), "residual": 0.0}}
+    made = recipe(base, dict.fromkeys(PROMPTS, base), router="cheap_embed", for_training=True, shared=shared,
+                  architecture="deepseek")  # fmt: skip
+    out = build(made, tmp_path / "out").out
+    config = json.loads((out / "config.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**{**config, "model_type": "llama"})).eval()
+    for layer in model.model.layers:
+        layer.mlp = PublishedMoe(config)
+    model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS).logits, logits(base), rtol=1e-4, atol=1e-5)
+        assert model.generate(IDS, max_new_tokens=3, min_new_tokens=3, pad_token_id=0).shape == (1, IDS.shape[1] + 3)
+
+
+def test_no_class_of_transformers_has_deepseeks_experts_and_llamas_attention() -> None:
+    """Why the layout `deepseek` needs other code there.  When this fails, it no longer does."""
+    from transformers import CONFIG_MAPPING, DeepseekV3Config, DeepseekV3ForCausalLM
+
+    assert "deepseek" not in CONFIG_MAPPING
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 16, "num_attention_heads": 2}
+    with torch.device("meta"):
+        attention = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).model.layers[0].self_attn
+    assert not hasattr(attention, "k_proj")
+    assert attention.kv_a_proj_with_mqa.out_features == attention.kv_lora_rank + attention.qk_rope_head_dim
+
+
+def test_without_a_name_the_architecture_is_one_that_transformers_loads(llama: dict[str, Path]) -> None:
+    always = {"model": str(llama["base"])}
+    for shared, name in (
+        ({}, "mixtral"),
+        ({"s": {**always, "prompts": ["x"]}}, "qwen"),
+        ({"s": always}, "glm4_moe"),
+        ({"s": always, "t": always}, "glm4_moe"),
+    ):
+        made = recipe(llama["base"], {n: llama[n] for n in ("one", "two")}, router="cheap_embed", shared=shared)
+        assert prepared_draft(made).layout.name == name
+
+
+def test_sigmoids_of_routers_do_not_round_to_one(llama: dict[str, Path]) -> None:
+    shared = {"s": {"model": str(llama["base"])}}
+    made = recipe(llama["base"], {n: llama[n] for n in PROMPTS}, router="cheap_embed", shared=shared)
+    rows = made_routers(prepared_draft(made))["model.layers.0.mlp.gate.weight"]
+    torch.testing.assert_close(rows.norm(dim=1), torch.full((3,), 4 / 32**0.5))
+    assert (torch.sigmoid(rows.norm(dim=1) * 32**0.5) < 0.99).all()  # with the state most like it, sqrt(32) long
 
 
 def _mlp(model: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

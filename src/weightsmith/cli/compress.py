@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import (
@@ -13,9 +10,12 @@ from weightsmith.cli.options import (
     Fingerprint,
     Json,
     Memory,
+    Out,
+    Overwrite,
     Plugins,
     Quiet,
     RecipeFile,
+    Resume,
     Sets,
     Threads,
     bytes_of,
@@ -30,15 +30,15 @@ __all__ = ["compress"]
 
 def compress(
     recipe: RecipeFile,
-    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    out: Out,
     /,
     *,
     set_: Sets = (),
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "auto",
-    resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
-    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     fingerprint: Fingerprint = "quick",
     json: Json = False,
     quiet: Quiet = False,

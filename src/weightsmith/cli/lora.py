@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import cyclopts
 from cyclopts import Parameter
 
-from weightsmith.cli.options import Json, Quiet, RecipeFile, Sets
+from weightsmith.cli.options import Json, Overwrite, Quiet, RecipeFile, Sets
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table, warn
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ lora = cyclopts.App(
     default_parameter=Parameter(negative=(), show_default=False),
 )
 
-Out = Annotated[Path, Parameter(help="PEFT folder to write; it appears when it is complete.")]
-Overwrite = Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")]
+Out = Annotated[
+    Path,
+    Parameter(help="PEFT folder to write.  It appears complete or not at all; an interrupted run begins anew."),
+]
 DType = Annotated[str | None, Parameter(help="Of the stored factors, as float32; default: as the inputs store theirs.")]
 Energy = Annotated[
     float | None, Parameter(help="Per module the smallest rank that keeps this share of the squared singular values.")

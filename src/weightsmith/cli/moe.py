@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Device, Json, Memory, Quiet, Sets, Threads, bytes_of, device_of, threads_of
+from weightsmith.cli.options import (
+    Device,
+    Json,
+    Memory,
+    Out,
+    Overwrite,
+    Quiet,
+    Resume,
+    Sets,
+    Threads,
+    bytes_of,
+    device_of,
+    threads_of,
+)
 from weightsmith.cli.show import progress_bar, say, show_json, size, table, warn
 
 if TYPE_CHECKING:
@@ -19,7 +32,7 @@ __all__ = ["moe"]
 
 def moe(
     recipe: Annotated[Path, Parameter(help="Recipe of the mixture, YAML or JSON; mergekit-moe's configs too.")],
-    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    out: Out,
     /,
     *,
     set_: Sets = (),
@@ -28,8 +41,8 @@ def moe(
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "auto",
-    resume: Annotated[bool, Parameter(help="Go on where an interrupted run of this recipe stopped.")] = False,
-    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,7 +61,7 @@ def moe(
         say(_sizes(draft))
     with progress_bar("building", quiet=quiet or json) as progress:
         result = build(
-            made,
+            draft,
             out,
             memory=limit,
             threads=workers,

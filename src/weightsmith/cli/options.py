@@ -17,9 +17,12 @@ __all__ = [
     "Fingerprint",
     "Json",
     "Memory",
+    "Out",
+    "Overwrite",
     "Plugins",
     "Quiet",
     "RecipeFile",
+    "Resume",
     "Sets",
     "Sweeps",
     "Threads",
@@ -30,6 +33,9 @@ __all__ = [
 ]
 
 RecipeFile = Annotated[Path, Parameter(help="Recipe file, YAML or JSON.")]
+Out = Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")]
+Resume = Annotated[bool, Parameter(help="Go on where an interrupted run of the same stopped.")]
+Overwrite = Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")]
 Sets = Annotated[
     tuple[str, ...],
     Parameter(name="--set", help="Change one value of the recipe, as parameters.density=0.3; may be repeated."),

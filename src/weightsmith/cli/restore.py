@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Json, Memory, Quiet, Threads, bytes_of, threads_of
+from weightsmith.cli.options import Json, Memory, Out, Overwrite, Quiet, Resume, Threads, bytes_of, threads_of
 from weightsmith.cli.show import progress_bar
 
 __all__ = ["restore"]
@@ -16,7 +16,7 @@ __all__ = ["restore"]
 
 def restore(
     folder: Annotated[Path, Parameter(help="Folder that compress has written.")],
-    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    out: Out,
     /,
     *,
     expert: Annotated[str | None, Parameter(help="Name of the model to get back.")] = None,
@@ -26,8 +26,8 @@ def restore(
     dtype: Annotated[str | None, Parameter(help="Of the result; default: as the base stores it.")] = None,
     memory: Memory = None,
     threads: Threads = None,
-    resume: Annotated[bool, Parameter(help="Go on where an interrupted run stopped.")] = False,
-    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Json, Memory, Quiet, Threads, bytes_of, threads_of
+from weightsmith.cli.options import Json, Memory, Out, Overwrite, Quiet, Resume, Threads, bytes_of, threads_of
 from weightsmith.cli.show import progress_bar, say
 
 __all__ = ["tokenizer", "transplant"]
@@ -33,7 +32,7 @@ Where = Literal["no", "embed", "lm_head", "yes"]
 def transplant(
     model: Annotated[str, Parameter(help="Model to move: a folder or a hub id.")],
     donor: Annotated[str, Parameter(help="Model whose tokenizer it gets.")],
-    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    out: Out,
     /,
     *,
     method: Annotated[Method, Parameter(help="How rows of new tokens are made.", show_default=True)] = "omp",
@@ -59,8 +58,8 @@ def transplant(
     seed: Annotated[int, Parameter(help="Of every random choice.")] = 0,
     memory: Memory = None,
     threads: Threads = None,
-    resume: Annotated[bool, Parameter(help="Go on where an interrupted run stopped.")] = False,
-    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

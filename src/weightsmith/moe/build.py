@@ -47,7 +47,7 @@ class Drift:
 
 
 def build(
-    recipe: MoeRecipe,
+    recipe: MoeRecipe | Draft,
     out: Path,
     *,
     memory: int | None = None,
@@ -61,13 +61,14 @@ def build(
 ) -> Result:
     """Write the mixture into the folder `out`, which appears complete or not at all.
 
+    recipe   or what `prepared_draft` has made of it
     drift    also read what the mixture leaves out of the experts, and warn where that moved more than what it takes
     device   for the prompts' forward passes
     files    further ones that are read (the recipe's), and so may not be written over
     The other arguments are those of `run.merge.run`.  Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
-    made = prepared_draft(recipe)
+    made = recipe if isinstance(recipe, Draft) else prepared_draft(recipe)
     plan, inputs = _plan(made, out, memory=memory, threads=threads)
     known = _identity(made)
     warnings = list(made.notes)
@@ -160,6 +161,8 @@ def made_routers(made: Draft, device: str = "auto") -> dict[str, Tensor]:
     else:
         rows = [router.drawn(recipe.router, recipe.seed, n, tuple(experts), made.hidden) for n in made.routers]
         gates = [router.drawn(recipe.router, recipe.seed, n, tuple(shared), made.hidden) for n in made.gates]
+    if made.layout.sigmoid and recipe.router != "uniform_random":
+        rows = [router.within_sigmoid(matrix) for matrix in rows]
     out = dict(zip(made.routers, rows, strict=True)) | dict(zip(made.gates, gates, strict=False))
     zeros = {n: torch.zeros(p.key.shape) for n, p in made.source.pieces.items() if not p.parts and n not in out}
     return out | zeros

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from weightsmith.errors import SourceError, WeightsmithError
@@ -94,12 +95,9 @@ def draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> tuple
     if problems or embedding is None:
         return None, problems
     facts = _facts(recipe, sources, blocks, config)
-    layout, whys = choose(recipe.architecture, facts)
+    layout, whys = choose(recipe.architecture, facts, partial(_unused_prompts, recipe))
     if layout is None or whys:
         return None, whys
-    problems += _unused_prompts(recipe, layout)
-    if problems:
-        return None, problems
     source, routers, gates = _laid_out(recipe, sources, layout, blocks, facts)
     made = Draft(
         recipe,
@@ -111,7 +109,7 @@ def draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> tuple
         hidden=embedding.shape[1],
         vocabulary=embedding.shape[0],
         config=config_json(config, layout, facts, recipe.output.dtype),
-        notes=tuple(_notes(facts, config)),
+        notes=tuple(_notes(layout, facts, config)),
     )
     return made, []
 
@@ -315,8 +313,8 @@ def _laid_out(
     return source, tuple(routers), tuple(gates)
 
 
-def _notes(facts: Facts, config: Mapping[str, Any]) -> list[str]:
-    notes = []
+def _notes(layout: Layout, facts: Facts, config: Mapping[str, Any]) -> list[str]:
+    notes = [layout.foreign] if layout.foreign else []
     if facts.experts & (facts.experts - 1):
         notes.append(f"{facts.experts} experts are no power of two; some runtimes (llama.cpp) want one")
     window = config.get("sliding_window")

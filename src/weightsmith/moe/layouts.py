@@ -7,7 +7,7 @@ and llama.cpp read that.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class Layout:
     correction   a bias of the router that starts at zero; '' if it has none
     biased       field that says whether q, k and v have biases; '' if they may not
     normed       whether q and k are normalised: True, False, or a field that says so
+    sigmoid      scores are sigmoids of what a router's rows have in common with a token, not their softmax
+    foreign      what the user has to know where transformers has no such class; '' where it has
     """
 
     name: str
@@ -52,6 +54,8 @@ class Layout:
     correction: str = ""
     biased: str = ""
     normed: bool | str = False
+    sigmoid: bool = False
+    foreign: str = ""
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -77,14 +81,6 @@ LAYOUTS: Mapping[str, Layout] = {
         ),
         Layout("qwen3", frozenset({"qwen3"}), "Qwen3MoeForCausalLM", "qwen3_moe", normed=True),
         Layout(
-            "deepseek",
-            _LLAMA,
-            "DeepseekForCausalLM",
-            "deepseek",
-            shared="shared_experts",
-            shares=(0, 64),
-        ),
-        Layout(
             "glm4_moe",
             _LLAMA | {"qwen2", "qwen3"},
             "Glm4MoeForCausalLM",
@@ -94,10 +90,21 @@ LAYOUTS: Mapping[str, Layout] = {
             correction="gate.e_score_correction_bias",
             biased="attention_bias",
             normed="use_qk_norm",
+            sigmoid=True,
+        ),
+        Layout(
+            "deepseek",
+            _LLAMA,
+            "DeepseekForCausalLM",
+            "deepseek",
+            shared="shared_experts",
+            shares=(0, 64),
+            foreign="transformers has no class for DeepseekForCausalLM (its DeepseekV2 and V3 have another attention): "
+            "it needs its publisher's code there; glm4_moe is the same layout in a class of transformers",
         ),
     )
 }
-"""In the order in which they are tried."""
+"""In the order in which they are tried: what transformers can load comes first."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,20 @@ class Facts:
         return self.shared_size // self.size
 
 
-def choose(wanted: str | None, facts: Facts) -> tuple[Layout | None, list[str]]:
-    """The layout by name, or the first that can hold the inputs; else None and what stands in the way."""
+def choose(wanted: str | None, facts: Facts, further: Callable[[Layout], list[str]]) -> tuple[Layout | None, list[str]]:
+    """The layout by name, or the first that can hold the inputs; else None and what stands in the way.
+
+    further  what else stands in the way of one, a line each
+    """
     if wanted is not None:
         layout = LAYOUTS[wanted]
-        return layout, obstacles(layout, facts)
+        return layout, obstacles(layout, facts) + further(layout)
+    whys = []
     for layout in LAYOUTS.values():
-        if not obstacles(layout, facts):
+        found = obstacles(layout, facts) + further(layout)
+        if not found:
             return layout, []
-    whys = [
-        text for layout in LAYOUTS.values() if facts.model_type in layout.holds for text in obstacles(layout, facts)
-    ]
+        whys += found if facts.model_type in layout.holds else []
     if not whys:
         known = sorted({kind for layout in LAYOUTS.values() for kind in layout.holds})
         whys = [f"no architecture here can hold experts of {facts.model_type!r} models; known: {', '.join(known)}"]

@@ -20,7 +20,7 @@ from weightsmith.ops.noise import normal, uniform_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ILL_CONDITIONED", "cheap_embed", "condition", "drawn", "rows"]
+__all__ = ["ILL_CONDITIONED", "cheap_embed", "condition", "drawn", "rows", "within_sigmoid"]
 
 ILL_CONDITIONED = 5.0
 """Condition number of a router above which the prompts are too much alike for all experts to be used."""
@@ -57,6 +57,16 @@ def drawn(kind: str, seed: int, name: str, experts: Sequence[str], hidden: int) 
             share = uniform_bits(seed, name, expert, "router", 0, hidden) / 2.0**32
             made.append((2 * share - 1) / np.sqrt(hidden))
     return torch.from_numpy(np.stack(made)).float()
+
+
+def within_sigmoid(matrix: Tensor) -> Tensor:
+    """Rows [experts, hidden] short enough for sigmoids of their products with normalised states.
+
+    Such a state is about sqrt(hidden) long, so that a product with a row of length 1 may be far above 17, where float32
+    rounds every sigmoid to 1 and the router cannot tell experts apart.  Here it is at most 4: sigmoid(4) = 0.98.
+    """
+    length: float = 4.0 / matrix.shape[1] ** 0.5
+    return length * matrix
 
 
 def condition(matrix: Tensor) -> float:
