@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -99,6 +100,99 @@ def test_a_model_that_hears_by_module(tmp_path: Path) -> None:
     with torch.inference_mode():
         said = model.generate(torch.randn(1, 8, 40), max_new_tokens=3, min_new_tokens=3)
     assert said.shape[1] >= 3
+
+
+def qwen_vl(seed: int) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "image_token_id": 63, "video_token_id": 62}
+    text = {**TEXT, "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 1}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=60, vision_end_token_id=61, **ids
+    )
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+CASES = {
+    "vision": (
+        qwen_vl,
+        {"sight": ("*visual.blocks.*", "keep"), "joint": ("*visual.merger.*", "slerp"), "rest": ("*", "ties")},
+    ),
+    "speech": (
+        whisper,
+        {"ears": ("*.encoder.*", "ties"), "mouth": ("*.decoder.layers.*", "slerp"), "rest": ("*", "keep")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_modules_with_a_method_each(case: str, tmp_path: Path) -> None:
+    """A model joined of three recipes: every tensor is what its recipe alone makes of it, and transformers loads it."""
+    make, parts = CASES[case]
+    for seed, name in enumerate(("base", "one")):
+        make(seed).save_pretrained(tmp_path / name)
+    own = {"keep": {}, "slerp": {"t": 0.3}, "ties": {"density": 0.5}}
+    modules = {
+        name: {"match": [globs], "model": {
+            "base": str(tmp_path / "base"), "models": {"one": str(tmp_path / "one")}, "method": method,
+            "parameters": own[method],
+        }}
+        for name, (globs, method) in parts.items()
+    }  # fmt: skip
+    tree = {"models": {"joined": {"modules": modules}}, "method": "passthrough"}
+    out = ws.Recipe.model_validate(tree).run(tmp_path / "out").out
+    got, base, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base", "one"))
+    assert got.keys() == base.keys()
+    names: dict[str, list[str]] = {part: [] for part in parts}
+    for name in got:
+        names[next(part for part, (globs, _) in parts.items() if fnmatch(name, globs))].append(name)
+    for part, (_, method) in parts.items():
+        before = [{name: model[name] for name in names[part]} for model in (base, one)]
+        alone = ws.merge({"one": before[1]}, method, base=before[0], **own[method])
+        assert alone
+        assert all(torch.equal(got[name], value) for name, value in alone.items())
+        assert all(torch.equal(got[name], base[name]) for name in alone) == (method == "keep")
+    model, info = make(2).__class__.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.inference_mode():
+        if case == "speech":
+            assert model.generate(torch.randn(1, 8, 40), max_new_tokens=3, min_new_tokens=3).shape[1] >= 3
+        else:
+            ids = torch.tensor([[60, *[63] * 4, 61, 5]])
+            seen_by = {"pixel_values": torch.randn(16, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+            kinds = {"mm_token_type_ids": (ids == 63).int()}
+            assert model(input_ids=ids, **seen_by, **kinds).logits.shape == (1, 7, 64)
+
+
+def test_mergekits_modules_of_models_that_see_and_hear(tmp_path: Path) -> None:
+    for kind, make in (("see", qwen_vl), ("hear", whisper)):
+        for seed in range(2):
+            make(seed).save_pretrained(tmp_path / f"{kind}{seed}")
+
+    def run(kind: str, shares: dict[str, tuple[float, float]]) -> tuple[dict[str, torch.Tensor], ...]:
+        listed = "".join(
+            f"  {part}: {{models: [{{model: {kind}0, parameters: {{weight: {a}}}}}, "
+            f"{{model: {kind}1, parameters: {{weight: {b}}}}}]}}\n"
+            for part, (a, b) in shares.items()
+        )
+        path = tmp_path / f"{kind}.yml"
+        path.write_text(f"modules:\n{listed}merge_method: linear\n")
+        ws.Recipe.load(path).run(tmp_path / f"{kind}-out")
+        return tuple(load_file(tmp_path / f"{kind}{end}" / "model.safetensors") for end in ("0", "1", "-out"))
+
+    shares = {"text_decoder": (0.7, 0.3), "multi_modal_projector": (0.5, 0.5), "vision_tower": (1.0, 0.0)}
+    one, two, got = run("see", shares)
+    for name, value in got.items():
+        part = "vision_tower" if "visual.blocks" in name or "patch_embed" in name else "text_decoder"
+        a, b = shares["multi_modal_projector" if "visual.merger" in name else part]
+        torch.testing.assert_close(value, a * one[name] + b * two[name])
+    one, two, got = run("hear", {"encoder": (0.8, 0.2), "decoder": (0.3, 0.7)})
+    for name, value in got.items():
+        a, b = (0.8, 0.2) if ".encoder." in name else (0.3, 0.7)
+        torch.testing.assert_close(value, a * one[name] + b * two[name])
 
 
 def sentence_folder(folder: Path, seed: int) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from weightsmith.io.open import open_source
 from weightsmith.io.source import Source
 from weightsmith.io.stack import join_modules, stack_slices
 from weightsmith.io.stats import open_stats
+from weightsmith.io.untied import untied
 from weightsmith.io.views import RenamedSource, SliceSource
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline
@@ -114,7 +115,8 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep:
         problems.append("the recipe names no models; add at least one under 'models:'")
     if problems:
         return Inputs(base, experts, stats, tuple(problems))
-    models, problems = aligned(recipe.tokenizer, {**({} if base is None else {"base": base}), **experts})
+    whole = untied({**({} if base is None else {"base": base}), **experts}, lambda name: _matches(name, recipe.exclude))
+    models, problems = aligned(recipe.tokenizer, whole)
     shown = {name: source for name, source in models.items() if base is None or name != "base"}
     return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
 

@@ -8,6 +8,7 @@ from typing import Any
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.codec_folder import own_name
 from weightsmith.io.source import Source
+from weightsmith.io.untied import is_output_layer
 from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
@@ -15,7 +16,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
-from weightsmith.run.vocabulary import rows_problem, tokenizer_problems, vocabulary_problems
+from weightsmith.run.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
 
 __all__ = ["Planner"]
@@ -240,10 +241,11 @@ class Planner:
 
     def _shape_problem(self, key: Key, other: Key, name: str) -> None:
         a, b = list(key.shape), list(other.shape)
-        if key.role in ("embed", "head") and a[1:] == b[1:]:
+        if is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
             assert self.reference is not None
             models = {self._reference_label(): self.reference, name: self.inputs.experts[name]}
-            self.problems.append(rows_problem(key.name, models))
+            if not any(text.startswith("tokenizer:") for text in self.inputs.problems):  # that is the one to solve
+                self._once(rows_problem(models))
         else:
             self.problems.append(
                 f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}; "
@@ -260,6 +262,12 @@ class Planner:
                 continue
             for key in source.keys.values():
                 kept = key.name in self._carried or self._keeps(key)
+                if not kept and not _has(self.reference, key.name) and is_output_layer(source, key):
+                    self.problems.append(
+                        f"{key.name} is a tensor of its own in {name}, but {self._reference_label()} has none, or uses "
+                        f"its embedding in another way; leave {name} out"
+                    )
+                    continue
                 if key.name in self.reference.aliases and not kept:
                     self.problems.append(
                         f"{key.name} is tied to {self.reference.aliases[key.name]} in {self._reference_label()} but a "
@@ -290,8 +298,11 @@ class Planner:
         return f"not in {self._reference_label()}; {owner} is the first that has it, {', '.join(others)} dropped"
 
     def _no_tensors(self) -> None:
-        """Entries of pickled checkpoints that are no tensors stay behind, and are said to."""
+        """Entries of pickled checkpoints that are no tensors stay behind, and are said to; so are heads untied."""
         for name, source in self.inputs.models:
+            if heads := getattr(source, "heads", None):
+                self.notes.append(f"{name}: tied to {next(iter(heads.values()))}, {next(iter(heads))} becomes a tensor "
+                                  "of its own, as another model has it (tie_word_embeddings: false)")  # fmt: skip
             if extras := getattr(source, "extras", ()):
                 shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
                 self.notes.append(f"{name}: entries that are no tensors are left out: {shown}")

@@ -11,12 +11,20 @@ from weightsmith.io.package import tokenizer_files
 from weightsmith.io.source import Source
 from weightsmith.io.template import AUTO, CHATML, most_common_template, template_of
 from weightsmith.io.vocabulary import difference
+from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs
 from weightsmith.tokens.view import VocabularyView
-from weightsmith.tokens.vocabulary import vocabulary_of
+from weightsmith.tokens.vocabulary import LOGITS_BIAS, vocabulary_of
 
-__all__ = ["chat_template", "rows_problem", "tokenizer_folder", "tokenizer_problems", "vocabulary_problems"]
+__all__ = [
+    "chat_template",
+    "is_of_tokens",
+    "rows_problem",
+    "tokenizer_folder",
+    "tokenizer_problems",
+    "vocabulary_problems",
+]
 
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
@@ -51,15 +59,27 @@ def vocabulary_problems(
             )
 
 
-def rows_problem(name: str, models: Mapping[str, Source]) -> str:
-    """What to say of two models whose embedding `name` has unlike numbers of rows: why, and the three ways out."""
+def rows_problem(models: Mapping[str, Source]) -> str:
+    """What to say of two models with unlike numbers of tokens, once for all of their tensors: why, and the ways out."""
     (label, first), (other, second) = models.items()
-    rows = [source.key(name).rows for source in (first, second)]
+    names = [
+        key.name for key in first.keys.values()
+        if is_of_tokens(key) and key.name in second.keys and second.key(key.name).shape != key.shape
+    ]  # fmt: skip
+    name = next((n for n in names if not n.endswith(LOGITS_BIAS)), names[0])
+    rows = [source.key(name).shape[-1 if name.endswith(LOGITS_BIAS) else 0] for source in (first, second)]
+    choices = [f"keep the {label}'s rows (exclude: {json.dumps(names)})", f"leave {other} out"]
+    if not any(n.endswith(LOGITS_BIAS) for n in names):
+        choices.insert(0, "give the models one vocabulary (tokenizer: union, or a model's name)")
     return (
         f"unlike vocabularies: {name} has {rows[0]} rows in {label} and {rows[1]} in {other}"
-        f"{_further(rows, (first, second))}; either give the models one vocabulary (tokenizer: union, or a model's "
-        f"name), or keep the {label}'s rows (exclude: {json.dumps([name])}), or leave {other} out"
+        f"{_further(rows, (first, second))}; either {', or '.join(choices)}"
     )
+
+
+def is_of_tokens(key: Key) -> bool:
+    """Whether a tensor has a place for each token: embeddings, heads, and the bias of BART's logits [1, tokens]."""
+    return key.role in ("embed", "head") or key.name.endswith(LOGITS_BIAS)
 
 
 def _further(rows: Sequence[int], models: Sequence[Source]) -> str:

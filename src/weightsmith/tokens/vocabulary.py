@@ -18,7 +18,10 @@ from weightsmith.io.source import Source
 from weightsmith.io.vocabulary import read_vocabulary
 from weightsmith.keys import layer_of
 
-__all__ = ["Vocabulary", "read_tokens", "unite", "vocabulary_of", "vocabulary_tensors", "with_tokens"]
+__all__ = ["LOGITS_BIAS", "Vocabulary", "read_tokens", "unite", "vocabulary_of", "vocabulary_tensors", "with_tokens"]
+
+LOGITS_BIAS = "final_logits_bias"
+"""BART's: [1, tokens], where all other tensors have a row per token."""
 
 _NOT_TOKENS = re.compile(r"wpe|pos_embed|position|patch|token_type|segment|class_embed|relative|per_layer")
 _SIZE = 100_000_000  # bytes of a tokenizer's file
@@ -131,7 +134,7 @@ def vocabulary_tensors(source: Source) -> tuple[tuple[str, ...], int]:
     stated = [k.rows for k in likely if k.rows in sizes]
     rows = max(stated or [k.rows for k in likely if k.role == "embed"], default=0)
     found = tuple(k.name for k in likely if k.rows == rows and rows)
-    if found and (odd := next((n for n in source.keys if n.endswith("final_logits_bias")), None)):
+    if found and (odd := next((n for n in source.keys if n.endswith(LOGITS_BIAS)), None)):
         raise SourceError(f"{source.label}: {odd} has its tokens along the second axis; give it no other vocabulary")
     return found, rows if found else 0
 
