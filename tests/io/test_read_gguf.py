@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import HEADS, KV_HEADS, tensors, write
+from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, VOCAB, tensors, write
 from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
@@ -66,6 +66,39 @@ def test_it_merges_with_a_folder(tmp_path: Path) -> None:
     out = load_file(tmp_path / "out/model.safetensors")
     for name, value in base.items():
         torch.testing.assert_close(out[name], value + 0.5 * (tuned[name] - value))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_merge_with_a_folder_loads_in_transformers(dtype: str, tmp_path: Path) -> None:
+    """Names, order of rows and numbers: the logits are those of the mean of the two models."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(LlamaForCausalLM(config).eval())
+    models[0].save_pretrained(tmp_path / "one")
+    other = dict(models[1].state_dict())
+    write(tmp_path / "two.gguf", other, dtype=dtype)
+    tree = {"models": {"one": str(tmp_path / "one"), "two": str(tmp_path / "two.gguf")}, "method": "linear"}
+    ws.Recipe.model_validate(tree).run(tmp_path / "out")
+    made, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    two = {name: value.to(stored).float() if value.ndim > 1 else value for name, value in other.items()}
+    models[0].load_state_dict({name: (value + two[name]) / 2 for name, value in models[0].state_dict().items()})
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(made.eval()(ids).logits, models[0](ids).logits)
+        assert made.generate(ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (1, 11)
+    tree["models"] = {name: str(tmp_path / "two.gguf") for name in ("one", "two")}
+    alone = ws.Recipe.model_validate(tree).run(tmp_path / "alone")
+    assert not (tmp_path / "alone/config.json").exists()
+    assert any("one is a GGUF file, so the result has no config.json" in text for text in alone.warnings)
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
+from weightsmith.run.remarks import what_inputs_say
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
 from weightsmith.run.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
@@ -56,7 +57,7 @@ class Planner:
         if self.resolver is None or self.reference is None:
             return []
         self._extra_tensors()
-        self._no_tensors()
+        self.notes += what_inputs_say(self.inputs)
         self.problems += tokenizer_problems(self.recipe, self.inputs)
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
@@ -296,16 +297,6 @@ class Planner:
         if not others or self.encode:
             return f"only in {owner}, kept from there"
         return f"not in {self._reference_label()}; {owner} is the first that has it, {', '.join(others)} dropped"
-
-    def _no_tensors(self) -> None:
-        """Entries of pickled checkpoints that are no tensors stay behind, and are said to; so are heads untied."""
-        for name, source in self.inputs.models:
-            if heads := getattr(source, "heads", None):
-                self.notes.append(f"{name}: tied to {next(iter(heads.values()))}, {next(iter(heads))} becomes a tensor "
-                                  "of its own, as another model has it (tie_word_embeddings: false)")  # fmt: skip
-            if extras := getattr(source, "extras", ()):
-                shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
-                self.notes.append(f"{name}: entries that are no tensors are left out: {shown}")
 
     def _reference_name(self) -> str:
         """'' for the base, else the first expert's name."""

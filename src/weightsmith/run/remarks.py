@@ -1,0 +1,30 @@
+"""What the user should know of the inputs that a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from weightsmith.io.gguf import GgufSource
+from weightsmith.io.untied import UntiedSource
+from weightsmith.run.inputs import Inputs
+
+__all__ = ["what_inputs_say"]
+
+
+def what_inputs_say(inputs: Inputs) -> Iterator[str]:
+    """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors."""
+    for i, (name, source) in enumerate(inputs.models):
+        if i == 0 and isinstance(source, GgufSource):
+            yield (
+                f"{name} is a GGUF file, so the result has no config.json and no tokenizer; for them give a Hugging "
+                "Face folder as the base or first model"
+            )
+        if isinstance(source, UntiedSource):
+            head, embedding = next(iter(source.heads.items()))
+            yield (
+                f"{name}: tied to {embedding}, {head} becomes a tensor of its own, as another model has it "
+                "(tie_word_embeddings: false)"
+            )
+        if extras := getattr(source, "extras", ()):
+            shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
+            yield f"{name}: entries that are no tensors are left out: {shown}"
