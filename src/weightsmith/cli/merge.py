@@ -61,7 +61,15 @@ def merge(
         from weightsmith.cli.plan import preview
 
         return preview(
-            variants, out, memory=memory, threads=threads, json=json, overwrite=overwrite, resume=resume, files=files
+            variants,
+            out,
+            memory=memory,
+            threads=threads,
+            device=device,
+            json=json,
+            overwrite=overwrite,
+            resume=resume,
+            files=files,
         )
     from weightsmith.observe.consistency import cheap_check
     from weightsmith.run.merge import run

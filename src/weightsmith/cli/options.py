@@ -53,7 +53,7 @@ Plugins = Annotated[
 ]
 Memory = Annotated[str | None, Parameter(help="Bound on peak memory, as 4GB.")]
 Threads = Annotated[int | None, Parameter(help="Worker threads; default: all cores.")]
-Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda (all GPUs) or cuda:N.", show_default=True)]
 Fingerprint = Annotated[
     Literal["quick", "full"],
     Parameter(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from weightsmith.cli.options import (
+    Device,
     Json,
     Memory,
     Plugins,
@@ -17,6 +18,7 @@ from weightsmith.cli.options import (
     Sweeps,
     Threads,
     bytes_of,
+    device_of,
     read_variants,
     threads_of,
 )
@@ -37,13 +39,14 @@ def plan(
     set_: Sweeps = (),
     memory: Memory = None,
     threads: Threads = None,
+    device: Device = "auto",
     json: Json = False,
     plugin: Plugins = (),
 ) -> int:
     """Show what would be read, done and written, and every problem, from file headers alone."""
     files: list[Path] = []
     variants = read_variants(recipe, set_, plugin, files)
-    return preview(variants, out, memory=memory, threads=threads, json=json, files=files)
+    return preview(variants, out, memory=memory, threads=threads, device=device_of(device), json=json, files=files)
 
 
 def preview(
@@ -52,6 +55,7 @@ def preview(
     *,
     memory: str | None,
     threads: int | None,
+    device: str = "auto",
     json: bool,
     overwrite: bool = False,
     resume: bool = False,
@@ -64,6 +68,7 @@ def preview(
             out or Path.cwd(),
             memory=memory,
             threads=threads,
+            device=device,
             json=json,
             overwrite=overwrite,
             resume=resume,
@@ -86,6 +91,7 @@ def preview(
         out=out or Path.cwd(),
         strict=False,
         encode=encode,
+        device=device,
     )
     if out is not None:
         more = check_output(out, (*reads(recipe, inputs), *files), overwrite, resume, made.write_bytes)
@@ -103,6 +109,7 @@ def _preview_all(
     *,
     memory: str | None,
     threads: int | None,
+    device: str = "auto",
     json: bool,
     overwrite: bool,
     resume: bool,
@@ -111,7 +118,9 @@ def _preview_all(
     from weightsmith.run.sweep import plan_sweep
 
     limit, workers = bytes_of(memory), threads_of(threads)
-    made = plan_sweep(variants, out, memory=limit, threads=workers, resume=resume, overwrite=overwrite, files=files)
+    made = plan_sweep(
+        variants, out, memory=limit, threads=workers, resume=resume, overwrite=overwrite, files=files, device=device
+    )
     if json:
         show_json({
             "out": made.out,
@@ -150,6 +159,7 @@ def _facts(made: Plan) -> dict[str, Any]:
         "seconds": made.seconds,
         "free_bytes": made.free_bytes,
         "threads": made.threads,
+        "device": made.device or "cpu",
         "notes": made.notes,
         "problems": made.problems,
     }
@@ -191,6 +201,11 @@ def _show(made: Plan) -> None:
     passes = f" (with {made.passes} measuring pass{'es' if made.passes > 1 else ''})" if made.passes else ""
     say(f"reads:    {size(made.read_bytes)}{passes}")
     say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
+    if (fit := made.fit) is not None:
+        say(
+            f"devices:  {', '.join(fit.devices)}; {size(fit.device_bytes)} of each at most, in {fit.lanes} "
+            f"lane{'s' if fit.lanes != 1 else ''}"
+        )
     time = "not known: a method declares no cost"
     if made.seconds is not None:
         time = f"about {roughly(made.seconds)} on one core of the reference machine (rough; without downloads)"

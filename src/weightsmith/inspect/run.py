@@ -20,10 +20,11 @@ from weightsmith.keys import Key, layer_of
 from weightsmith.method import Pipeline, Rows
 from weightsmith.ops.spectral import Svd
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.carry import choose_device
+from weightsmith.run.accelerator import accelerator_of
 from weightsmith.run.context import Context
 from weightsmith.run.execute import fold, measure
 from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.place import CPU, Plain
 from weightsmith.run.plan import cores
 from weightsmith.run.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.run.task import Task
@@ -89,7 +90,9 @@ def inspect(
     keys, left_out = _comparable(inputs)
     for _, source in inputs.models:
         source.prepare()
-    context = Context(inputs=inputs, device=choose_device(device), nonfinite=recipe.nonfinite)
+    wanted = accelerator_of(device)
+    place = CPU if wanted is None else Plain(wanted.devices()[0])
+    context = Context(inputs=inputs, place=place, nonfinite=recipe.nonfinite)
     importlib.import_module("torch")  # once, before threads race for it
     workers = threads or cores()
     # The largest first: none of them is then left over at the end for one thread alone.

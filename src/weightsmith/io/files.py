@@ -124,8 +124,8 @@ class File:
         self._number = next(_numbers)
         weakref.finalize(self, _idle.drop, self._number)
 
-    def read(self, offset: int, count: int, what: str = "") -> np.ndarray:
-        """Return `count` bytes from `offset` as uint8, in memory of their own.
+    def read(self, offset: int, count: int, what: str = "", into: np.ndarray | None = None) -> np.ndarray:
+        """Return `count` bytes from `offset` as uint8, in memory of their own or in `into`, uint8 [count].
 
         `what` names the part being read (a tensor) in errors: a file that ends too early, an I/O error,
         a file changed since it was first looked at.
@@ -135,7 +135,7 @@ class File:
             raise SourceError(
                 f"{place}bytes {offset} to {offset + count} lie outside the file ({self.size} bytes); it is truncated"
             )
-        data = np.empty(count, np.uint8)
+        data = np.empty(count, np.uint8) if into is None else into
         if not count:
             return data
         view = data.data

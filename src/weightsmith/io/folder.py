@@ -167,6 +167,10 @@ class FolderSource(Source):
         key = self.key(name)
         return self._parts[self._shard_of[key.name]].bits(key.name, start, stop)
 
+    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
+        key = self.key(name)
+        self._parts[self._shard_of[key.name]].read_into(out, key.name, start, stop)
+
     def places(self) -> tuple[Path, ...]:
         return (*super().places(), *(part.path for part in self._parts.values()))  # the hub's cache links elsewhere
 

@@ -148,15 +148,20 @@ class SafetensorsSource(Source):
             self.folder = self.path.parent
 
     def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        key, offset, rows, pitch = self._span(name, start, stop)
+        data = self._file.read(offset, rows * pitch, repr(name)).view(_UNSIGNED[DTYPES[key.dtype].itemsize])
+        return data.reshape(rows, *key.shape[1:]) if key.shape else data.reshape(())
+
+    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
+        _, offset, rows, pitch = self._span(name, start, stop)
+        self._file.read(offset, rows * pitch, repr(name), out.reshape(-1).view(np.uint8))
+
+    def _span(self, name: str, start: int, stop: int | None) -> tuple[Key, int, int, int]:
+        """The tensor; where its rows start..stop lie in the file: position, how many, bytes of one."""
         key, offset = self.header.tensors[self.key(name).name]
-        unsigned = _UNSIGNED[DTYPES[key.dtype].itemsize]
-        if not key.shape:
-            return self._file.read(offset, key.nbytes, repr(name)).view(unsigned).reshape(())
         first, last, _ = slice(start, stop).indices(key.rows)
-        rows = max(last - first, 0)
         pitch = key.row_numel * DTYPES[key.dtype].itemsize
-        data = self._file.read(offset + first * pitch, rows * pitch, repr(name))
-        return data.view(unsigned).reshape(rows, *key.shape[1:])
+        return key, offset + first * pitch, max(last - first, 0), pitch
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()

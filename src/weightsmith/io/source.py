@@ -56,6 +56,10 @@ class Source(ABC):
         A 0-dim tensor gives shape [].  No conversion, no torch.
         """
 
+    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
+        """What `bits` returns, into memory that is there: contiguous, of that shape and item size."""
+        out[...] = self.bits(name, start, stop)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of a tensor on the CPU, in its stored dtype."""
         return bits_to_tensor(self.bits(name, start, stop), self.key(name).dtype)

@@ -59,6 +59,9 @@ class RenamedSource(Source):
     def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.source.bits(self.names[self.key(name).name], start, stop)
 
+    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
+        self.source.read_into(out, self.names[self.key(name).name], start, stop)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.source.read(self.names[self.key(name).name], start, stop)
 

@@ -13,6 +13,7 @@ from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource, Source
 from weightsmith.method import Pipeline, Stage
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
+from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.plan import make_plan
@@ -38,7 +39,7 @@ def merge(
     exclude: Sequence[str] = (),
     nonfinite: Literal["refuse", "allow"] = "refuse",
     threads: int | None = None,
-    device: str = "auto",
+    device: str | Accelerator = "auto",
     **parameters: Any,
 ) -> dict[str, Tensor] | Path:
     """Merge models into one.
@@ -54,6 +55,7 @@ def merge(
     rules       exceptions for some tensors, as in a recipe: `[{"match": "*norm*", "method": "keep"}]`
     exclude     globs of tensors taken unchanged from the base (or first model)
     nonfinite   what to do about NaN or Inf in an input
+    device      'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
     parameters  of the method, as in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
 
     Raises PlanError (all problems at once), RecipeError, SourceError or NumericError.
@@ -81,9 +83,9 @@ def merge(
         from weightsmith.run.merge import run
 
         return run(recipe, Path(out), sources=inputs, threads=threads, device=device).out
-    plan = make_plan(recipe, sources=inputs, threads=threads)
+    plan = make_plan(recipe, sources=inputs, threads=threads, device=device)
     sink = MemorySink()
-    carry_out(plan, inputs, sink, device=device)
+    carry_out(plan, inputs, sink)
     merged = sink.tensors()
     reference = origin if origin is not None else next(iter(experts.values()))
     return merged | {alias: merged[name] for alias, name in reference.aliases.items() if name in merged}

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.errors import PlanError
+from weightsmith.errors import PlanError, WeightsmithError
 from weightsmith.io.sink import Sink
 from weightsmith.method import Pipeline, Rows, Scope
 from weightsmith.run.context import Context, Summaries
+from weightsmith.run.device import Do, Fit, Lanes, at_home
 from weightsmith.run.execute import Steps, fold, measuring, together, working
 from weightsmith.run.fast import is_fused
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.kept import Kept
+from weightsmith.run.place import Place
 from weightsmith.run.plan import Plan
 from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.run.task import Task, blocks
@@ -30,7 +32,6 @@ __all__ = [
     "Job",
     "carry_out",
     "carry_out_all",
-    "choose_device",
     "context_of",
     "refuse_unequal",
     "side_by_side",
@@ -52,25 +53,24 @@ def carry_out(
     inputs: Inputs,
     sink: Sink,
     *,
-    device: str = "auto",
     block: int | None = None,
     runner: Runner | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every task of a plan into a sink; return task id -> record.
+    """Run every task of a plan into a sink, on the devices that it was made for; return task id -> record.
 
     The bytes written are the same for every block size, thread count and runner.
     On an error the sink is told to abort and keeps what can be resumed.
     """
     job = Job(plan, inputs, sink)
-    return carry_out_all([job], device=device, block=block, runner=runner, progress=progress)[0]
+    return carry_out_all([job], fit=plan.fit, block=block, runner=runner, progress=progress)[0]
 
 
 def carry_out_all(
     jobs: Sequence[Job],
     *,
     threads: int | None = None,
-    device: str = "auto",
+    fit: Fit | None = None,
     block: int | None = None,
     runner: Runner | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -78,16 +78,21 @@ def carry_out_all(
     """Run several plans side by side, tensor by tensor; return task id -> record for each.
 
     Jobs that share their `Inputs` (the same object) read and decode every block once.  Each writes the bytes
-    that it would write alone.  `threads`: default as the first plan says.
+    that it would write alone.  `threads`: default as the first plan says; `fit`: the devices to use.
     """
     refuse_unequal({(t.id, t.reason, id(job.inputs)): (t, job.inputs) for job in jobs for t in job.plan.tasks}.values())
-    where = choose_device(device)
-    contexts = [replace(context_of(job.plan, job.inputs), device=where, block=block) for job in jobs]
-    if not all(t.pipeline is None or is_fused(t, c) for job, c in zip(jobs, contexts, strict=True)
+    contexts = [replace(context_of(job.plan, job.inputs), block=block) for job in jobs]
+    if fit is not None or not all(t.pipeline is None or is_fused(t, c) for job, c in zip(jobs, contexts, strict=True)
                for t in job.plan.tasks):  # fmt: skip
         importlib.import_module("torch")  # once, before threads race for it; the fused path does without
     count = threads or jobs[0].plan.threads
     workers = runner or (ThreadRunner(count) if count > 1 else SerialRunner())
+    if fit is not None and workers.remote:
+        raise WeightsmithError(
+            f"--ray with --device {fit.accelerator.kind}: the workers of a cluster merge on their CPUs; leave one out"
+        )
+    lanes = None if fit is None else Lanes(fit)
+    do: Do = at_home if lanes is None else lanes.do
     meter = _Meter([job.plan for job in jobs], progress)
     if not workers.remote:
         contexts = [replace(context, progress=meter.add) for context in contexts]
@@ -103,11 +108,11 @@ def carry_out_all(
             meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
             # What was measured belongs to all tensors, so it is measured again on resume.
             tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
-            measured = summarise_all(tasks, contexts, workers)
+            measured = summarise_all(tasks, contexts, workers, do)
             contexts = [replace(c, summaries=found) for c, found in zip(contexts, measured, strict=True)]
             bundles = side_by_side(todo)
             sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
-            execute = partial(_execute, contexts=contexts, sinks=sinks)
+            execute = partial(_execute, contexts=contexts, sinks=sinks, do=do)
             for bundle, found in zip(bundles, workers.map(execute, bundles), strict=True):
                 for (i, task), record in zip(bundle, found, strict=True):
                     records[i][task.id] = record
@@ -121,6 +126,9 @@ def carry_out_all(
         for job in jobs:
             job.sink.abort()
         raise
+    finally:
+        if lanes is not None:
+            lanes.close()
     return [{task.id: done[task.id] for task in job.plan.tasks} for job, done in zip(jobs, records, strict=True)]
 
 
@@ -137,10 +145,12 @@ def side_by_side(tasks: Sequence[Sequence[Task]]) -> list[Bundle]:
     return [tuple(bundle) for bundle in found.values()]
 
 
-def _execute(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink]) -> list[dict[str, Any]]:
-    kept = Kept()
-    running = [working(task, replace(contexts[i], kept=kept), sinks[i]) for i, task in bundle]
-    found = together(running)
+def _execute(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
+    def work(place: Place) -> list[dict[str, Any]]:
+        kept = Kept()
+        return together([working(t, replace(contexts[i], kept=kept, place=place), sinks[i]) for i, t in bundle])
+
+    found: list[dict[str, Any]] = do([task for _, task in bundle], work)
     for (i, task), record in zip(bundle, found, strict=True):
         sinks[i].done(task.id, record)
     return found
@@ -182,7 +192,7 @@ def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mappin
 
 
 def summarise_all(
-    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner
+    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner, do: Do = at_home
 ) -> list[Mapping[Pipeline, Summaries]]:
     """`summarise` for several jobs, whose n-th passes go on side by side."""
     summaries: list[dict[Pipeline, dict[int, Mapping[str, Any]]]] = [{} for _ in tasks]
@@ -190,7 +200,7 @@ def summarise_all(
         bundles = side_by_side([() if one is None else one.members for one in passes])
         # The totals so far stay here: only what a pass reads goes along with the function.
         asked = [one and replace(one, members=one.members[:1], total={}) for one in passes]
-        observe = partial(_observe, passes=asked, contexts=contexts)
+        observe = partial(_observe, passes=asked, contexts=contexts, do=do)
         for bundle, found in zip(bundles, runner.map(observe, bundles), strict=True):
             for (i, _), one in zip(bundle, found, strict=True):
                 passes[i].add(one)
@@ -198,11 +208,15 @@ def summarise_all(
 
 
 def _observe(
-    bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context]
+    bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context], do: Do
 ) -> list[dict[str, Tensor | Rows]]:
-    kept = Kept()
-    asked = [(passes[i], task, replace(contexts[i], kept=kept)) for i, task in bundle]
-    return together([one.observe(task, context) for one, task, context in asked if one is not None])
+    def work(place: Place) -> list[dict[str, Tensor | Rows]]:
+        kept = Kept()
+        asked = [(passes[i], task, replace(contexts[i], kept=kept, place=place)) for i, task in bundle]
+        return together([one.observe(task, context) for one, task, context in asked if one is not None])
+
+    found: list[dict[str, Tensor | Rows]] = do([task for _, task in bundle], work)
+    return found
 
 
 def _passes(tasks: Iterable[Task], summaries: dict[Pipeline, dict[int, Mapping[str, Any]]]) -> Iterator[_Pass]:
@@ -249,19 +263,6 @@ def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
                     break
     if problems:
         raise PlanError(dict.fromkeys(problems))
-
-
-def choose_device(device: str) -> str:
-    """'auto' is the CPU, whose bytes are the same on every run; a GPU is used where it is named."""
-    if device in ("auto", "cpu"):
-        return "cpu"
-    import torch
-
-    from weightsmith.errors import WeightsmithError
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise WeightsmithError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    return str(torch.device(device))
 
 
 class _Meter:

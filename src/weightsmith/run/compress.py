@@ -18,6 +18,7 @@ from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
 from weightsmith.io.source import Source
 from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.merge import Result, Storage, finished, prepared, result_of, run, treatments
@@ -32,7 +33,7 @@ def compress(
     *,
     memory: int | None = None,
     threads: int | None = None,
-    device: str = "auto",
+    device: str | Accelerator = "auto",
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -50,10 +51,11 @@ def compress(
     """
     began = time.perf_counter()
     inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
-    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True)
+    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True,
+                     device=device)  # fmt: skip
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
-        records = carry_out(plan, inputs, sink, device=device, progress=progress)
+        records = carry_out(plan, inputs, sink, progress=progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
     return result_of(plan, out, time.perf_counter() - began, plan.notes, _storage(plan, inputs))
 
@@ -133,7 +135,8 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
         kind="codec",
     )
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
-    return [*written, write_manifest(folder, {**manifest, "codec": about})]
+    more = {"device": plan.device} if plan.device else {}
+    return [*written, write_manifest(folder, {**manifest, "codec": about, **more})]
 
 
 def _path(ref: ModelRef | None) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from weightsmith.method import Pipeline
 from weightsmith.run.inputs import Inputs
 from weightsmith.run.kept import Kept
-from weightsmith.run.task import Task, block_size
+from weightsmith.run.place import CPU, Place
+from weightsmith.run.task import Task
 from weightsmith.site import Summary
 
 __all__ = ["Context", "Summaries", "share"]
@@ -25,14 +26,15 @@ class Context:
     """What all tasks of a run share.  Picklable if the sources and the sink are.
 
     summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
-    block        elements per block of a merge, default as in measuring passes; does not change a byte of the result
+    place        where the arithmetic happens; replaced for every task, or group of tasks
+    block        elements per block of a merge, default as the place says; does not change a byte of the result
     kernels      whether the compiled kernels may be used
     kept         what has been read and will be wanted again; replaced for every task, or group of tasks
     """
 
     inputs: Inputs
     seed: int = 0
-    device: str = "cpu"
+    place: Place = CPU
     nonfinite: str = "refuse"
     block: int | None = None
     kernels: bool = True
@@ -43,12 +45,12 @@ class Context:
     @property
     def measured(self) -> int:
         """Elements per block of a measuring pass, which is no setting: what is added up there has its order."""
-        return block_size(len(self.inputs.models))
+        return self.place.measured(len(self.inputs.models))
 
     @property
     def merged(self) -> int:
         """Elements per block of a merge."""
-        return self.block or self.measured
+        return self.block or self.place.block or self.measured
 
 
 def share(task: Task, start: int, stop: int) -> int:

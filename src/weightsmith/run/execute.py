@@ -6,7 +6,7 @@ sweep, then go on side by side, and what one of them has read and decoded serves
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from weightsmith.run.context import Context, Summaries, share
 from weightsmith.run.fast import Observer, cut_rounds, cuts, is_fused, merger, observer, program, stored_rows
 from weightsmith.run.hashes import Hashes
 from weightsmith.run.kept import Kept
-from weightsmith.run.numeric import encode, refuse_bad, refuse_bad_result, to_float
+from weightsmith.run.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.run.sites import site_of
 from weightsmith.run.task import Task, blocks
 from weightsmith.site import Group, Site, Summary
@@ -147,7 +147,7 @@ def _merged(task: Task, pipeline: Pipeline, context: Context) -> Made:
     for start, stop in _ranges(task, pipeline, context.merged):
         site = site_of(task.key, task, context, start, stop)
         # No name for the merged tensor: it would live on while others have their turn.
-        yield task.key.name, start, _finished(pipeline.merge(site, summaries), task.key, site, start, context)
+        yield from _finished(pipeline.merge(site, summaries), task.key, site, start, context)
 
 
 def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Made:
@@ -164,21 +164,30 @@ def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Made:
                 raise NumericError(f"{part.key.name}: the codec returned shape {list(rows.shape)} for {list(wanted)}")
             if part.key.floating:
                 refuse_bad_result(part.key, low, rows, context)
-            yield part.key.name, low, encode(rows.cpu(), part.key, low)
+            yield from _out(cast(rows, part.key, low), part.key, low, context)
 
 
 def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Made:
     sites = {key.name: site_of(key, task, context, 0, key.rows) for key in task.keys}
     merged = pipeline.method.merge_group(Group(task.group, sites))
     for key in task.keys:
-        yield key.name, 0, _finished(merged[key.name], key, sites[key.name], 0, context)
+        yield from _finished(merged[key.name], key, sites[key.name], 0, context)
 
 
-def _finished(out: Tensor, key: Key, site: Site, start: int, context: Context) -> np.ndarray:
+def _finished(out: Tensor, key: Key, site: Site, start: int, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
     if tuple(out.shape) != site.block_shape:
         raise NumericError(f"{key.name}: the method returned shape {list(out.shape)} for {list(site.block_shape)}")
     refuse_bad_result(key, start, out, context)
-    return encode(out.cpu(), key, start)
+    return _out(cast(out, key, start), key, start, context)
+
+
+def _out(made: Tensor, key: Key, start: int, context: Context) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Rows from `start` on, as they come back from where they were made."""
+    return map(partial(_placed, key.name, start), context.place.fetch(made))
+
+
+def _placed(name: str, start: int, piece: tuple[int, np.ndarray]) -> tuple[str, int, np.ndarray]:
+    return name, start + piece[0], piece[1]
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ def _measuring(
     totals = _Totals()
     for start, stop in _ranges(task, pipeline, context.measured):
         site = site_of(task.key, task, context, start, stop)
-        totals.add(pipeline.measure(step, site, summaries))
+        totals.add({n: _home(found) for n, found in pipeline.measure(step, site, summaries).items()})
         context.progress(share(task, start, stop))
         yield
     return totals.result()
@@ -297,6 +306,13 @@ def _observed(task: Task, looking: Observer, context: Context) -> Steps[dict[str
         context.progress(share(task, start, stop))
         yield
     return looking.result()
+
+
+def _home(found: Any) -> Any:
+    """What was measured, on the CPU: devices differ from task to task."""
+    if isinstance(found, Rows):
+        return Rows(_home(found.values))
+    return found.cpu() if isinstance(found, torch.Tensor) else found
 
 
 def _ranges(task: Task, pipeline: Pipeline, block: int) -> Iterable[tuple[int, int]]:

@@ -45,7 +45,8 @@ def is_fused(task: Task, context: Context) -> bool:
 def fits_kernels(task: Task, context: Context) -> bool:
     """Whether the kernels may do this task: they know its methods, and read all dtypes it is stored in, on the CPU."""
     found = program(task, context)
-    if found is None or context.device != "cpu" or context.nonfinite == "allow" or task.key.dtype not in WRITTEN:
+    unfit = not context.place.kernels or context.nonfinite == "allow" or task.key.dtype not in WRITTEN
+    if found is None or unfit:
         return False
     if isinstance(found.before, Window) and not task.key.shape:
         return False  # a single number is no ranking

@@ -20,6 +20,7 @@ from weightsmith.io.package import Copied, copy_companions
 from weightsmith.io.source import Source
 from weightsmith.io.template import write_template
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
+from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
 from weightsmith.run.cluster import ray_runner
 from weightsmith.run.inputs import Inputs, open_inputs
@@ -76,7 +77,7 @@ def run(
     *,
     memory: int | None = None,
     threads: int | None = None,
-    device: str = "auto",
+    device: str | Accelerator = "auto",
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -88,6 +89,7 @@ def run(
     """Merge into the folder `out`, which appears complete or not at all.
 
     memory     bound on the predicted peak, in bytes
+    device     'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
     resume     go on with what an interrupted run of the same recipe left in `out`.partial
     overwrite  replace a non-empty `out` as a whole
     progress   called with (bytes done, bytes in all), from any thread
@@ -99,11 +101,11 @@ def run(
     """
     began = time.perf_counter()
     inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
-    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False)
+    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, device=device)
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
         with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
-            records = carry_out(plan, inputs, sink, device=device, progress=progress, runner=runner)
+            records = carry_out(plan, inputs, sink, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
     return result_of(plan, out, time.perf_counter() - began, (*plan.notes, *licence_warnings(dict(inputs.models))))
 
@@ -167,7 +169,7 @@ def folder_sink(
     return FolderSink(
         out,
         shard_size=parse_size(plan.recipe.output.shard_size),
-        identity=known or identity(plan.recipe, inputs),
+        identity=known or identity(plan.recipe, inputs, plan.device),
         resume=resume,
         overwrite=overwrite,
         weight_name=weight_name,
@@ -189,20 +191,22 @@ def finished(plan: Plan, inputs: Inputs, out: Path, known: Mapping[str, Any] | N
         made = read_manifest(out)
     except OutputError:
         return False
-    wanted = json.loads(json.dumps(known or identity(plan.recipe, inputs)))
+    wanted = json.loads(json.dumps(known or identity(plan.recipe, inputs, plan.device)))
     noted = {"recipe": made["recipe"], "inputs": made["inputs"], "version": made["weightsmith"]}
+    noted |= {"device": made["device"]} if "device" in made else {}
     if json.dumps(noted) != json.dumps(wanted):  # as texts: the order of the models counts
         return False
     tidy(out)
     return True
 
 
-def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+def identity(recipe: Recipe, inputs: Inputs, device: str = "") -> dict[str, Any]:
     """What the output's bytes depend on: a run is resumed, and can be repeated, under the same identity only."""
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "inputs": inputs.fingerprints(),
         "version": __version__,
+        **({"device": device} if device else {}),
     }
 
 
@@ -254,7 +258,8 @@ def package(
         kind=kind,
     )
     notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
-    paths.append(write_manifest(folder, {**manifest, **({"notes": notes} if notes else {})}))
+    more = {"notes": notes, "device": plan.device}
+    paths.append(write_manifest(folder, {**manifest, **{name: value for name, value in more.items() if value}}))
     return paths
 
 

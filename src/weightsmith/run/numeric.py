@@ -14,7 +14,7 @@ from weightsmith.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["encode", "refuse_bad", "refuse_bad_result", "to_float"]
+__all__ = ["cast", "encode", "refuse_bad", "refuse_bad_result", "to_float"]
 
 
 _LARGEST = {"float8_e4m3fn": 464.0}
@@ -62,25 +62,26 @@ def _first(value: Tensor, bad: Tensor, start: int) -> tuple[list[int], str]:
 
 
 def encode(value: Tensor, key: Key, start: int) -> np.ndarray:
+    """`cast`, as bits."""
+    return tensor_to_bits(cast(value, key, start))
+
+
+def cast(value: Tensor, key: Key, start: int) -> Tensor:
     """Cast to the output dtype; a finite number that becomes Inf (or NaN, in fp8) is an error with its count."""
     target = getattr(torch, key.dtype)
-    cast = value.to(target)
+    made = value.to(target)
     if key.dtype in _LARGEST:  # torch makes the largest number of all that is larger, Inf included
         outside = value.abs() > _LARGEST[key.dtype]
-        cast = (
-            torch.where(outside, torch.full((), float("nan")), to_float(cast)).to(target)
-            if bool(outside.any())
-            else cast
-        )
+        made = torch.where(outside, float("nan"), to_float(made)).to(target) if bool(outside.any()) else made
     if target.is_floating_point and value.is_floating_point() and value.dtype != target:
-        lost = int((torch.isfinite(value) & ~torch.isfinite(to_float(cast))).sum())
+        lost = int((torch.isfinite(value) & ~torch.isfinite(to_float(made))).sum())
         if lost:
             worst = float(value.abs().max())
             raise NumericError(
                 f"{key.name}: {lost} values from row {start} on do not fit into {key.dtype} (largest {worst:.4g}); "
                 f"choose output dtype bfloat16 or float32"
             )
-    return tensor_to_bits(cast)
+    return made
 
 
 def to_float(value: Tensor) -> Tensor:

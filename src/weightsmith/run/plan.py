@@ -16,8 +16,10 @@ from weightsmith.io.disk import writing
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
+from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.context import Context
 from weightsmith.run.cost import estimate
+from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.fast import fits_kernels
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
@@ -72,6 +74,13 @@ class Plan:
     """Of the inputs that are merges themselves, computed as they are read."""
     task_bytes: int = 0
     """Predicted peak of a process that does one task at a time."""
+    fit: Fit | None = None
+    """How devices are used; None: the CPU does it."""
+
+    @property
+    def device(self) -> str:
+        """The kind of devices whose bytes the result has; '' for the CPU's."""
+        return "" if self.fit is None or self.fit.accelerator.exact else self.fit.accelerator.kind
 
     @property
     def write_bytes(self) -> int:
@@ -98,24 +107,36 @@ def make_plan(
     out: Path | None = None,
     strict: bool = True,
     encode: bool = False,
+    device: str | Accelerator = "auto",
 ) -> Plan:
     """Plan a merge, or with `encode` a compression, from headers alone.
 
     `memory` bounds the predicted peak in bytes (fewer threads are used to keep it), `threads` defaults to
     the cores at hand.  Raises PlanError with every problem found; with `strict=False` the plan holds them.
+    `device`: where it will be carried out, see `accelerator_of`; its lanes are then the plan's threads.
     """
+    accelerator = accelerator_of(device)
     if sources is None:
         sources = open_inputs(recipe)
     planner = Planner(recipe, sources, encode=encode)
-    tasks = [_by_kernels(task, sources) for task in planner.tasks()]
+    tasks = planner.tasks()
+    if accelerator is None:
+        tasks = [_by_kernels(task, sources) for task in tasks]
     keys = planner.output_keys(tasks)
     problems = [*sources.problems, *planner.problems]
     notes = list(planner.notes)
     free = None
     if out is not None:
         free = _free_bytes(out)
-    loaded = resident(tasks, sources)
-    workers, peak = choose_threads([(t.peak, t.key.name) for t in tasks], threads, memory, problems, loaded)
+    loaded = resident(tasks, sources) if accelerator is None else PYTHON + TORCH + accelerator.resident
+    fit = None
+    if accelerator is None:
+        workers, peak = choose_threads([(t.peak, t.key.name) for t in tasks], threads, memory, problems, loaded)
+    else:
+        work = [Work((task,), sources) for task in tasks]
+        fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=problems)
+        workers = fit.threads
+        notes += [fit.note] if fit.note else []
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -131,6 +152,7 @@ def make_plan(
         depth=planner.depth,
         nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
         task_bytes=loaded + max((task.peak for task in tasks), default=0),
+        fit=fit,
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)

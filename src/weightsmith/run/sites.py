@@ -46,14 +46,15 @@ def _values(key: Key, context: Context, start: int, stop: int, factored: bool) -
     dtype = torch.float64 if wide else torch.float32
     shape = (stop - start, *key.shape[1:]) if key.shape else ()
     factors = _factors(key, context, dtype) if factored else ()
-    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else context.device)
-    for i, (name, source) in enumerate(inputs.experts.items()):
-        if not factors:
-            stack[i].copy_(source.read(key.name, start, stop))
-            refuse_bad(stack[i], key, name, start, context)
-    base = None
-    if inputs.base is not None:
-        base = inputs.base.read(key.name, start, stop).to(context.device, dtype)
+    place = context.place
+    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else place.device)
+    read = {} if factors else inputs.experts
+    for i, source in enumerate(read.values()):
+        place.fill(stack[i], source, key.name, start, stop)
+    base = None if inputs.base is None else place.load(inputs.base, key.name, start, stop, dtype)
+    for i, name in enumerate(read):  # only now: a device copies and computes while the next rows are read
+        refuse_bad(stack[i], key, name, start, context)
+    if base is not None:
         refuse_bad(base, key, "base", start, context)
     return stack, base, factors
 
@@ -76,7 +77,7 @@ def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tens
         pair = source.factors(key.name, base)
         if pair is None:
             return ()
-        left, right = (side.to(context.device, dtype) for side in pair)
+        left, right = (context.place.move(side, dtype) for side in pair)
         for side in (left, right):
             refuse_bad(side, key, f"the adapter of {name}", 0, context)
         out.append((left, right))
@@ -89,7 +90,8 @@ def _stat(stat: str, key: Key, start: int, stop: int, context: Context) -> tuple
     for name in context.inputs.experts:
         source = context.inputs.stats[stat][name]
         whole = source.key(key.name).shape != key.shape
-        value = source.read(key.name) if whole else source.read(key.name, start, stop)
-        out.append(value.to(context.device, torch.float64 if value.dtype == torch.float64 else torch.float32))
+        rows = (0, source.key(key.name).rows) if whole else (start, stop)
+        dtype = torch.float64 if source.key(key.name).dtype == "float64" else torch.float32
+        out.append(context.place.load(source, key.name, *rows, dtype))
         refuse_bad(out[-1], key, f"the {stat} of {name}", 0 if whole else start, context)
     return tuple(out)

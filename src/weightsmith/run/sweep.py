@@ -19,11 +19,13 @@ from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.manifest import MANIFEST
 from weightsmith.io.output import absolute, check_output
 from weightsmith.recipe.schema import ModelRef, Recipe
+from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.carry import Bundle, Job, carry_out_all, side_by_side
 from weightsmith.run.cluster import ray_runner
+from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
-from weightsmith.run.plan import Plan, choose_threads, make_plan, resident
+from weightsmith.run.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
 
@@ -46,6 +48,7 @@ class Sweep:
     peak_bytes: int
     problems: tuple[str, ...]
     task_bytes: int = 0
+    fit: Fit | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -83,6 +86,7 @@ def plan_sweep(
     sources: Inputs | None = None,
     files: Sequence[Path] = (),
     fingerprint: str = "quick",
+    device: str | Accelerator = "auto",
 ) -> Sweep:
     """Plan every variant (folder name -> recipe) from headers alone.  The problems are in the result, not raised."""
     opened: dict[str, Inputs] = {}
@@ -94,7 +98,7 @@ def plan_sweep(
             opened[key] = replace(found, full=fingerprint == "full")
         inputs[name] = opened[key]
     plans = {
-        name: make_plan(recipe, sources=inputs[name], threads=threads, out=out / name, strict=False)
+        name: make_plan(recipe, sources=inputs[name], threads=threads, out=out / name, strict=False, device=device)
         for name, recipe in recipes.items()
     }
     done = {name for name, plan in plans.items() if resume and finished(plan, inputs[name], out / name)}
@@ -110,7 +114,15 @@ def plan_sweep(
     bundles = side_by_side([plan.tasks for plan in plans.values()])
     peaks = [(_peak(bundle), bundle[0][1].key.name) for bundle in bundles]
     loaded = max(resident(plan.tasks, inputs[name]) for name, plan in plans.items())
-    workers, peak = choose_threads(peaks, threads, memory, said, loaded)
+    fit, accelerator = None, accelerator_of(device)
+    if accelerator is None:
+        workers, peak = choose_threads(peaks, threads, memory, said, loaded)
+    else:
+        loaded = PYTHON + TORCH + accelerator.resident
+        read = list(inputs.values())
+        work = [Work(tuple(task for _, task in bundle), read[bundle[0][0]]) for bundle in bundles]
+        fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=said)
+        workers = fit.threads
     return Sweep(
         absolute(out),
         plans,
@@ -120,6 +132,7 @@ def plan_sweep(
         peak,
         tuple(said),
         loaded + max((nbytes for nbytes, _ in peaks), default=0),
+        fit,
     )
 
 
@@ -129,7 +142,7 @@ def run_sweep(
     *,
     memory: int | None = None,
     threads: int | None = None,
-    device: str = "auto",
+    device: str | Accelerator = "auto",
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -156,6 +169,7 @@ def run_sweep(
         sources=sources,
         files=files,
         fingerprint=fingerprint,
+        device=device,
     )
     if sweep.problems:
         raise PlanError(sweep.problems)
@@ -170,7 +184,7 @@ def run_sweep(
     if left:
         jobs = [Job(plan, sweep.inputs[name], sinks[name]) for name, plan in left.items()]
         with ray_runner(ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
-            records = carry_out_all(jobs, threads=sweep.threads, device=device, progress=progress, runner=runner)
+            records = carry_out_all(jobs, threads=sweep.threads, fit=sweep.fit, progress=progress, runner=runner)
         try:
             for job, sink, found in zip(jobs, sinks.values(), records, strict=True):
                 sink.finish(partial(package, plan=job.plan, inputs=job.inputs, records=found))

@@ -106,9 +106,14 @@ def cuttable(pipeline: Pipeline | None) -> bool:
     return pipeline.grain is Grain.ELEMENT and all(s.rounds == 0 or s.scope is Scope.MODEL for s in pipeline.stages)
 
 
-def task_peak(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None) -> int:
-    """Predicted peak bytes of working on `rows` rows: inputs, the float stack, the method's scratch, the result."""
-    block = block_size(count + has_base)
+def task_peak(
+    key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None, block: int | None = None
+) -> int:
+    """Predicted peak bytes of working on `rows` rows: inputs, the float stack, the method's scratch, the result.
+
+    `block`: entries per block, by default those of the CPU.
+    """
+    block = block or block_size(count + has_base)
     if pipeline is None:
         return 2 * min(rows * key.row_numel, max(block, key.row_numel)) * 8
     numel = rows * key.row_numel

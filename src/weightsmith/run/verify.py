@@ -64,7 +64,14 @@ def rerun(
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
         inputs = replace(open_inputs(recipe), full=full)
-        plan = make_plan(recipe, sources=inputs, threads=threads, memory=memory, encode=manifest["kind"] == "codec")
+        plan = make_plan(
+            recipe,
+            sources=inputs,
+            threads=threads,
+            memory=memory,
+            encode=manifest["kind"] == "codec",
+            device=manifest.get("device", "cpu"),
+        )
     except WeightsmithError as error:
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
     except ValueError as error:
