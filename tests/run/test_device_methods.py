@@ -14,6 +14,7 @@ from test_conformance import STAGES, count_for, noise, pipeline, statistics, var
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
 from weightsmith.method import BASE, Filter, Grain, Method, Stage, registered
+from weightsmith.ops import spectral
 from weightsmith.run.carry import carry_out
 from weightsmith.run.plan import make_plan
 
@@ -26,6 +27,13 @@ LARGE = {"model.layers.0.mlp.up_proj.weight": (300, 280)}
 """From 256 on spectral methods take other ways."""
 
 WHOLE = {n: cls for n, cls in STAGES.items() if cls.traits.grain is Grain.TENSOR}
+
+
+@pytest.fixture(autouse=True)
+def _decomposed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPU: a device would take polar factors by products, to another rounding."""
+    if "by_products" not in request.node.name:
+        monkeypatch.setattr("weightsmith.ops.spectral.on_accelerator", lambda _: False)
 
 
 def check(stage: Stage, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -50,6 +58,22 @@ def test_methods_make_their_tensors_where_the_models_are(stage: Stage) -> None:
 @pytest.mark.parametrize("cls", [pytest.param(cls, id=n) for n, cls in WHOLE.items()])
 def test_the_ways_for_large_matrices_too(cls: type[Stage]) -> None:
     check(next(variants(cls)), LARGE)
+
+
+@pytest.mark.parametrize("name", ["tsvm", "r_tsvm", "iso_c", "iso_cts"])
+def test_polar_factors_by_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    plain = spectral.polar_by_products
+    monkeypatch.setattr(spectral, "polar_by_products", lambda x: [plain(x), found.append(True)][0])
+    for side in (40, 300):
+        key = f"layers.0.mlp.up_proj.{side}"
+        base, *experts = ({key: noise(side, side - 20, seed=seed)} for seed in range(4))
+        expected = weightsmith.merge(experts, name, base=base)[key] - base[key]
+        assert not found
+        got = weightsmith.merge(experts, name, base=base, device=Disguise())[key] - base[key]
+        assert float((got - expected).norm() / expected.norm()) < 1e-4  # those of the CPU are made in float32
+        assert bool(found) == (name != "iso_c" or side > 256)
+        found.clear()
 
 
 @pytest.mark.parametrize("name", sorted(set(registered()) - set(STAGES)))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightsmith.lazy import torch
 from weightsmith.ops.leading import LARGE, RESIDUAL, gram, leading_space
+from weightsmith.ops.polar import on_accelerator, polar_by_products
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -160,11 +161,14 @@ def polar(matrix: Tensor, how: str = "eigh") -> Tensor:
     Directions with D <= 1e-6 of the largest are dropped (a pseudo-inverse root): where columns repeat, as
     with equal experts, the factor is not unique, and theirs is shared out evenly.
 
-    how  eigh (of the Gram matrix where that is exact, else svd), or svd; equal up to rounding
+    how  eigh (of the Gram matrix where that is exact, else svd), or svd; equal up to rounding.  On an accelerator
+         eigh tries products of matrices first (`ops.polar`)
     """
     x = matrix.double()
     if x.numel() == 0:
         return x
+    if how == "eigh" and on_accelerator(x) and (quick := polar_by_products(x)) is not None:
+        return quick
     if how == "eigh" and x.shape[1] <= x.shape[0]:
         values, vectors = torch.linalg.eigh(gram(x.T))
         if values[0] > 1e-8 * values[-1]:
@@ -181,7 +185,10 @@ def polar_of_large(matrix: Tensor) -> Tensor:
 
     X^T X in float32 leaves the weak directions, D below a fortieth of the largest, mixed with strong ones.  Their
     share of X is therefore cleaned of the strong ones (one Newton step) and decomposed once more, in float64.
+    On an accelerator products of matrices are tried first, see `polar`.
     """
+    if on_accelerator(matrix) and (quick := polar_by_products(matrix)) is not None:
+        return quick.to(matrix.dtype)
     values, vectors = torch.linalg.eigh(gram(matrix.T))
     weak = int((values < WEAK * values[-1]).sum())
     root = gram(vectors[:, weak:] * values[weak:] ** -0.25)
