@@ -36,9 +36,9 @@ def polar_by_products(matrix: Tensor) -> Tensor | None:
     """The polar factor P Q^T of X = P D Q^T, [m, n], float64; None where products cannot settle it.
 
     Settled is a factor whose S is a projector, |S S - S|_F <= max(1e-12, 8 eps k) with k = min(m, n): every direction
-    has arrived at 1, or is as good as zero.  The decomposition drops directions up to 1e-6 of the strongest.  Those from
-    1e-6 to 1e-5 do not arrive within the steps that are made, and weaker ones are never made strong.  So what is
-    returned agrees with the decomposition to 1e-11 of the norm, or to 1e-6 where weak directions are dropped.
+    has arrived at 1, or is as good as zero.  The decomposition drops directions up to 1e-6 of the strongest.  Those
+    from 1e-6 to 1e-5 do not arrive within the steps that are made, and weaker ones are never made strong.  So what
+    is returned agrees with it to 1e-11 of the norm, or to 2e-6 where weak directions are dropped.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
     x = (matrix if tall else matrix.T).double()
