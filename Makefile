@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo study test lint torture bench compare docs clean
+.PHONY: setup demo study test lint torture gpu bench compare docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ test: lint
 torture: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torture]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o python_files='torture_*.py fuzz_*.py' tests/torture
+
+# CUDA against the CPU, then rates; one line where there is no GPU.
+gpu: setup
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: torch sees no CUDA device, nothing was compared")'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o python_files='gpu_*.py' tests/gpu
+	$(BIN)/python -m bench.device
 
 bench: setup
 	$(BIN)/python -m bench
