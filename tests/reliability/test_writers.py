@@ -32,3 +32,28 @@ def test_failing_calls(zygote, writers, tmp_path, note, name):
     count = calls_of(zygote, writers[name], tmp_path)
     cases = [(n, next(KINDS)) for n in random.Random(name).sample(range(1, count + 1), 6)]
     note("failing calls of another command", fail_at(zygote, writers[name], tmp_path, cases))
+
+
+RERUN = dict.fromkeys(WRITERS, "") | {"lora": "was made by weightsmith lora; run that again into another folder"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_verify_proves_what_every_command_makes(zygote, writers, tmp_path, name):
+    """Whole as it is, made again by its recipe, and no longer whole with a bit flipped in any of its files."""
+    scene = writers[name]
+    assert zygote.run(scene.argv(tmp_path)).code == 0
+    for out in sorted((tmp_path / "out").iterdir()) if scene.apart else [tmp_path / "out"]:
+        assert zygote.run(["verify", str(out)]).code == 0
+        again = zygote.run(["verify", str(out), "--rerun"])
+        assert RERUN[name] in again.stderr
+        assert again.code == (2 if RERUN[name] else 0), again
+        for path in sorted(each for each in out.rglob("*") if each.is_file()):
+            data = bytearray(path.read_bytes())
+            at = random.Random(path.name).randrange(len(data))
+            data[at] ^= 4
+            path.write_bytes(data)
+            found = zygote.run(["verify", str(out)])
+            assert found.code == 2, (path, at)
+            data[at] ^= 4
+            path.write_bytes(data)
+        assert zygote.run(["verify", str(out)]).code == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from weightsmith.errors import SourceError, WeightsmithError
 from weightsmith.io.open import open_source
@@ -17,7 +18,7 @@ from weightsmith.tokens.pairing import Pairing, pair, pieces_of, role_numbers, u
 from weightsmith.tokens.transplant import Transplant, TransplantedSource
 from weightsmith.tokens.vocabulary import Vocabulary, vocabulary_of, vocabulary_tensors
 
-__all__ = ["transplant", "transplanted"]
+__all__ = ["inputs_of", "transplant", "transplanted"]
 
 
 def transplant(
@@ -58,6 +59,21 @@ def transplant(
         sources=Inputs(None, {"model": view}),
     )
     return result, next(iter(view.pairings.values()))
+
+
+def inputs_of(recipe: Recipe, noted: Any) -> Inputs | None:
+    """The inputs of a transplant that weightsmith.json tells of; None if it tells of something else.
+
+    noted  what it says of the input `model`: the transplant's settings are a part of that
+    """
+    how = noted.get("transplant") if isinstance(noted, dict) else None
+    if how is None:
+        return None
+    if recipe.tokenizer is None or not isinstance(how, dict) or how.keys() != {f.name for f in fields(Transplant)}:
+        raise SourceError("the transplant in weightsmith.json is not one of this version")
+    model, donor = open_source(recipe.models["model"].model), open_source(recipe.tokenizer.source)
+    donor.prepare()
+    return Inputs(None, {"model": transplanted(model, donor, Transplant(**how))})
 
 
 def transplanted(source: Source, donor: Source, how: Transplant) -> TransplantedSource:

@@ -18,6 +18,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.transplant import inputs_of
 
 __all__ = ["compared", "lasting", "rerun"]
 
@@ -63,7 +64,8 @@ def rerun(
     try:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
-        inputs = replace(open_inputs(recipe), full=full)
+        made = inputs_of(recipe, manifest["inputs"].get("model"))
+        inputs = replace(made if made is not None else open_inputs(recipe), full=full)
         plan = make_plan(
             recipe,
             sources=inputs,
