@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,14 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
-from weightsmith.errors import NumericError, WeightsmithError
+from reliability.test_matrix import CODECS, LAYOUTS, NAMES, check, merged
+from weightsmith.errors import NumericError, OutputError, WeightsmithError
+from weightsmith.io import system
+from weightsmith.io.source import Source
 from weightsmith.io.writer import ShardWriter
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
+from weightsmith.run.cluster import ray_runner
 from weightsmith.run.merge import run
 from weightsmith.run.sweep import run_sweep
 
@@ -75,6 +81,47 @@ def test_the_same_bytes_as_on_one_machine(cluster: Cluster, recipe: Recipe, tmp_
     variants = {f"seed={i}": recipe.model_copy(update={"seed": i}) for i in range(2)}
     run_sweep(variants, tmp_path / "swept", ray=cluster.address)
     assert bits(tmp_path / "swept" / "seed=1") == bits(tmp_path / "near")
+
+
+def test_every_method_on_the_cluster(
+    cluster: Cluster, memory: dict[str, Source], layouts: dict[str, dict[str, Source]], tmp_path: Path
+) -> None:
+    """Every registered method and codec, tasks spread over the nodes; inputs and shards in turns of the layouts."""
+    with ray_runner(cluster.address, cpus=1, memory=1 << 28) as runner:
+        assert runner is not None
+        for turn, name in enumerate(NAMES + CODECS):
+            layout = layouts[LAYOUTS[turn % len(LAYOUTS)].__name__]
+            size = (1, 5000, 10**9)[turn % 3]
+            assert check(name, layout, size, runner, tmp_path / name) == merged(name, memory), name
+
+
+class Full(ShardWriter):
+    """A disk that takes nothing any more."""
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        def call(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if function is os.pwrite:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        usual, system.call = system.call, call
+        try:
+            super().write(name, start, bits)
+        finally:
+            system.call = usual
+
+
+def test_a_disk_that_is_full_on_a_node(
+    cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes back as it is, and the run goes on when there is room."""
+    near = bits(run(recipe, tmp_path / "near", threads=1).out)
+    with monkeypatch.context() as patch:
+        patch.setattr("weightsmith.io.output.ShardWriter", Full)
+        with pytest.raises(OutputError, match=r"cannot write .*model.safetensors: No space left on device; free some"):
+            run(recipe, tmp_path / "far", ray=cluster.address)
+    assert not (tmp_path / "far").exists()
+    assert bits(run(recipe, tmp_path / "far", ray=cluster.address, resume=True).out) == near
 
 
 def test_a_node_that_dies_costs_time_only(
