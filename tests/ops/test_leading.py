@@ -8,7 +8,7 @@ from torch import Tensor
 
 import weightsmith
 from weightsmith.ops import spectral
-from weightsmith.ops.leading import LARGE, gram, leading_space
+from weightsmith.ops.leading import LARGE, eigh, gram, leading_space
 from weightsmith.ops.spectral import Svd, orthogonal_sum, polar, polar_of_large, top_svd
 
 SIZE, K = 320, 40
@@ -147,3 +147,18 @@ def test_orthogonal_sum_in_float32():
     exact, quick = orthogonal_sum(parts), orthogonal_sum(parts, dtype=torch.float32)
     assert (exact.dtype, quick.dtype) == (torch.float64, torch.float32)
     assert float((quick - exact).norm() / exact.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("seed", [1, 6, 7, 10, 14, 25, 31, 36])
+def test_zero_rows_among_strong_and_weak_ones_are_decomposed(seed: int) -> None:
+    """As in the change of an embedding of which few tokens were seen; LAPACK's float32 eigh gives up on these."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(256, 256, generator=generator) * torch.logspace(0, -3, 256)[:, None]
+    matrix[torch.randperm(256, generator=generator)[:152]] = 0
+    matrix *= torch.rand(256, 1, generator=generator) ** 4
+    values, vectors = eigh(gram(matrix))
+    assert values.dtype == vectors.dtype == torch.float32
+    assert torch.allclose(vectors.T @ vectors, torch.eye(256), atol=1e-5)
+    found = top_svd(matrix, 64)
+    wanted = torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(found.s.double(), wanted[: len(found.s)], rtol=1e-3)

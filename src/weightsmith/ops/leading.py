@@ -17,7 +17,7 @@ from weightsmith.ops.noise import uniform_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGE", "RESIDUAL", "gram", "leading_space"]
+__all__ = ["LARGE", "RESIDUAL", "eigh", "gram", "leading_space"]
 
 LARGE = 256
 """Smaller side from which on float32 and approximations pay; below, everything is float64 and exact."""
@@ -52,6 +52,21 @@ def gram(rows: Tensor) -> Tensor:
     return out
 
 
+def eigh(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix, in its dtype.
+
+    LAPACK's float32 routine gives up on matrices with many rows of zeros among strong and weak ones (the change of an
+    embedding of which few tokens were seen); they are decomposed in float64 then, which takes twice the time.
+    """
+    try:
+        found = torch.linalg.eigh(square)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if square.dtype == torch.float64:
+            raise
+        found = torch.linalg.eigh(square.double())
+    return found.eigenvalues.to(square.dtype), found.eigenvectors.to(square.dtype)
+
+
 def leading_space(square: Tensor, k: int) -> Tensor:
     """Orthonormal columns [p, k + EXTRA] that hold the k leading eigenvectors of a Gram matrix [p, p], float32.
 
@@ -60,7 +75,7 @@ def leading_space(square: Tensor, k: int) -> Tensor:
     """
     size = square.shape[0]
     found = _krylov(square, k) if 5 * k <= size else None
-    return torch.linalg.eigh(square).eigenvectors[:, -min(k + EXTRA, size) :] if found is None else found
+    return eigh(square)[1][:, -min(k + EXTRA, size) :] if found is None else found
 
 
 def _krylov(square: Tensor, k: int) -> Tensor | None:
@@ -82,7 +97,7 @@ def _krylov(square: Tensor, k: int) -> Tensor | None:
             rest = rest - (rest @ near.T) @ near
         block, coupling = (part.T for part in torch.linalg.qr(rest.T))
         if filled >= look:
-            values, vectors = torch.linalg.eigh(image[:filled] @ known.T)
+            values, vectors = eigh(image[:filled] @ known.T)
             missed = float(((coupling.T @ vectors[-WIDTH:, -k:]).norm(dim=0) / values[-k:]).max())
             if missed <= RESIDUAL:
                 found: Tensor = known.T @ vectors[:, -(k + EXTRA) :]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightsmith.lazy import torch
-from weightsmith.ops.leading import LARGE, RESIDUAL, gram, leading_space
+from weightsmith.ops.leading import LARGE, RESIDUAL, eigh, gram, leading_space
 from weightsmith.ops.polar import on_accelerator, polar_by_products
 from weightsmith.site import Site
 
@@ -90,7 +90,7 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0, left: bool = False) -> 
     wide = a.shape[0] <= a.shape[1]
     short = a if wide else a.T
     k = min(k, short.shape[0])
-    values, vectors = torch.linalg.eigh(gram(short))
+    values, vectors = eigh(gram(short))
     s = values.clamp(min=0).sqrt().flip(0)[:k]
     if s[-1] < RESOLVED * s[0] and cutoff < RESOLVED:
         u, s, vt = torch.linalg.svd(short, full_matrices=False)
@@ -116,7 +116,7 @@ def _top_of_large(matrix: Tensor, k: int, cutoff: float) -> Svd | None:
     short = a if wide else a.T
     space = leading_space(gram(short), k)
     image = (short.T @ space).double()
-    values, turn = torch.linalg.eigh(image.T @ image)
+    values, turn = eigh(image.T @ image)
     s, turn = values.clamp(min=0).sqrt().flip(0)[:k], turn.flip(1)[:, :k]
     u, v = space @ turn.float(), image @ (turn / s)
     missed = (short @ v.float() - u * s.float()).norm(dim=0) / s
@@ -170,7 +170,7 @@ def polar(matrix: Tensor, how: str = "eigh") -> Tensor:
     if how == "eigh" and on_accelerator(x) and (quick := polar_by_products(x)) is not None:
         return quick
     if how == "eigh" and x.shape[1] <= x.shape[0]:
-        values, vectors = torch.linalg.eigh(gram(x.T))
+        values, vectors = eigh(gram(x.T))
         if values[0] > 1e-8 * values[-1]:
             root: Tensor = (vectors * values.rsqrt()) @ vectors.T
             return x @ root
@@ -189,7 +189,7 @@ def polar_of_large(matrix: Tensor) -> Tensor:
     """
     if on_accelerator(matrix) and (quick := polar_by_products(matrix)) is not None:
         return quick.to(matrix.dtype)
-    values, vectors = torch.linalg.eigh(gram(matrix.T))
+    values, vectors = eigh(gram(matrix.T))
     weak = int((values < WEAK * values[-1]).sum())
     root = gram(vectors[:, weak:] * values[weak:] ** -0.25)
     factor: Tensor = matrix @ root
@@ -197,7 +197,7 @@ def polar_of_large(matrix: Tensor) -> Tensor:
         x, right = matrix.double(), vectors[:, :weak].double()
         right -= (root @ (root @ (x.T @ (x @ right)).float())).double()
         left = x @ right
-        squares, turn = torch.linalg.eigh(left.T @ left)
+        squares, turn = eigh(left.T @ left)
         kept = squares > RESOLVED**2 * values[-1]
         turn = turn[:, kept]
         factor = factor + ((left @ (turn * squares[kept].rsqrt())) @ (right @ turn).T).float()
