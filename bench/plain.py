@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from bench import plain_codecs, plain_loops
 from bench.spectral import whole_svds
 
 __all__ = ["PLAIN", "Way"]
@@ -169,15 +170,6 @@ def tsvm(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     return base + whole_svds(deltas)
 
 
-def tsvc(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
-    """A tenth of the triplets of each; what comes back is the mean of the rebuilt task vectors."""
-    rank, rebuilt = min(base.shape) // 10, []
-    for delta in deltas:
-        u, s, v = torch.linalg.svd(delta, full_matrices=False)
-        rebuilt.append((u[:, :rank] * s[:rank]) @ v[:rank])
-    return base + torch.stack(rebuilt).mean(0)
-
-
 def iso_c(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     u, s, v = torch.linalg.svd(deltas.sum(0), full_matrices=False)
     return base + s.mean() * (u @ v)
@@ -262,13 +254,14 @@ PLAIN: Mapping[str, Way] = {
         karcher,
         model_stock,
         tsvm,
-        tsvc,
         iso_c,
         iso_cts,
         knots,
         opcm,
         fisher,
         regmean,
+        *(getattr(plain_loops, name) for name in plain_loops.__all__),
+        *(getattr(plain_codecs, name) for name in plain_codecs.__all__),
     )
 } | {"r_tsvm": tsvm}
 """Method -> its plain way.  Filters stand before (consensus: behind) task_arithmetic, as in the measurement."""
