@@ -1,4 +1,4 @@
-"""Four unlike kinds of text that the demo's own dependencies ship: Python, English prose, JSON and C++.
+"""Four unlike kinds of text that the demo's own dependencies ship: Python, English prose, JSON and French.
 
 Nothing is downloaded, and the packages' versions are pinned, so everybody trains on the same bytes.
 """
@@ -21,21 +21,25 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # import name -> name of the packag
 SPLITS = ("train", "validation", "test")
 PER_FILE = 60_000  # characters taken of one file at most, so that no file rules its domain
 PER_DOMAIN = 600_000  # characters; training reads about half of it
+SHORTEST = 500  # characters of a document, so that many unlike windows fit into it
+
+Reader = Callable[[Path], Iterable[str]]
+"""What counts as text of a kind: the documents of one file."""
 
 Corpus = Mapping[str, Mapping[str, tuple[bytes, ...]]]
-"""Domain -> split -> one text per file."""
+"""Domain -> split -> documents: a file each, or several messages of a catalogue."""
 
 
 def corpus(home: Path) -> Corpus:
     """Read all four domains, or what an earlier run with the same packages kept of them under `home`.
 
-    Files are shuffled by a hash of their names; each belongs to one split only.
+    Documents are shuffled by a hash of their names; each belongs to one split only.
     """
     packages = sorted({package for sources in SOURCES.values() for package, _ in sources})
     key = fingerprint([version(DISTRIBUTIONS.get(name, name)) for name in packages], Path(__file__).read_text("utf-8"))
     kept = home / f"corpus-{key}.json"
     if not kept.is_file():
-        texts = {domain: split_by_file(documents(SOURCES[domain], READERS[domain])) for domain in SOURCES}
+        texts = {domain: split_by_document(documents(SOURCES[domain], READERS[domain])) for domain in SOURCES}
         write(kept, json.dumps(texts))
     return {
         domain: {split: tuple(text.encode() for text in texts) for split, texts in splits.items()}
@@ -43,23 +47,24 @@ def corpus(home: Path) -> Corpus:
     }
 
 
-def documents(sources: Iterable[tuple[str, str]], reader: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
-    """(name inside the package, text) of the files of some (package, pattern) pairs, up to PER_DOMAIN characters."""
+def documents(sources: Iterable[tuple[str, str]], reader: Reader) -> Iterator[str]:
+    """The documents in the files of some (package, pattern) pairs, up to PER_DOMAIN characters."""
     found = {name: path for package, pattern in sources for name, path in files(package, pattern)}
     total = 0
-    for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = reader(found[name]).strip()[:PER_FILE]
-        if len(text) >= 500:
-            yield name, text
-            total += len(text)
-        if total >= PER_DOMAIN:
-            return
+    for name in sorted(found, key=_shuffled):
+        for document in reader(found[name]):
+            text = document.strip()[:PER_FILE]
+            if len(text) >= SHORTEST:
+                yield text
+                total += len(text)
+            if total >= PER_DOMAIN:
+                return
 
 
-def split_by_file(named: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
-    """Four files of six to training, one to validation, one to test; a text met before is dropped."""
+def split_by_document(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Four documents of six to training, one to validation, one to test; a text met before is dropped."""
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for number, text in enumerate(dict.fromkeys(text for _, text in named)):
+    for number, text in enumerate(dict.fromkeys(texts)):
         parts[("train", "train", "validation", "train", "test", "train")[number % 6]].append(text)
     return {split: tuple(texts) for split, texts in parts.items()}
 
@@ -76,10 +81,15 @@ def files(package: str, pattern: str) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
+def _shuffled(name: str) -> bytes:
+    """A key that sorts names into a random order, the same everywhere."""
+    return hashlib.sha256(name.encode()).digest()
+
+
 # --- readers: what counts as text of a kind --------------------------------------------------------
 
 
-def python_code(path: Path) -> str:
+def python_code(path: Path) -> tuple[str]:
     """A source file without its docstrings (those are the English)."""
     source = path.read_text("utf-8")
     lines = source.splitlines()
@@ -88,28 +98,43 @@ def python_code(path: Path) -> str:
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
             span = slice(first.lineno - 1, first.end_lineno)
             lines[span] = [""] * len(lines[span])
-    return re.sub(r"\n(\s*\n){2,}", "\n\n", "\n".join(lines))
+    return (re.sub(r"\n(\s*\n){2,}", "\n\n", "\n".join(lines)),)
 
 
-def english_prose(path: Path) -> str:
+def english_prose(path: Path) -> tuple[str]:
     """The paragraphs of a source file's docstrings, or of a text file, that read like sentences."""
     text = path.read_text("utf-8")
     if path.suffix == ".py":
         text = "\n\n".join(doc for node in _documented(text) if (doc := ast.get_docstring(node)))
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    return "\n".join(dict.fromkeys(line for line in paragraphs if _is_prose(line)))
+    return ("\n".join(dict.fromkeys(line for line in paragraphs if _is_prose(line))),)
 
 
-def json_text(path: Path) -> str:
+def json_text(path: Path) -> tuple[str]:
     """A gzipped JSON file."""
-    return gzip.decompress(path.read_bytes()).decode("utf-8")
+    return (gzip.decompress(path.read_bytes()).decode("utf-8"),)
 
 
-def cpp_code(path: Path) -> str:
-    """A header without comments (which are English)."""
-    text = path.read_text("utf-8", errors="replace")
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
-    return re.sub(r"\s*\n(\s*\n)+", "\n\n", text)
+def catalogue(path: Path) -> Iterator[str]:
+    """The translations of a compiled message catalogue, shuffled and joined to documents of SHORTEST or more.
+
+    A message stands in one document only, so none is in two splits; what is left at the end makes no document.
+    """
+    from babel.messages.mofile import read_mo
+
+    with path.open("rb") as file:
+        translated = {_first(message.id): _first(message.string) for message in read_mo(file) if message.id}
+    held: list[str] = []
+    for text in dict.fromkeys(translated[name] for name in sorted(translated, key=_shuffled)):
+        held.append(text)
+        if sum(map(len, held)) >= SHORTEST:
+            yield "\n".join(held)
+            held = []
+
+
+def _first(forms: str | list[str] | tuple[str, ...]) -> str:
+    """A message, or the first form of one that has a plural (the forms are nearly the same text)."""
+    return forms if isinstance(forms, str) else forms[0]
 
 
 def _documented(source: str) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
@@ -129,11 +154,11 @@ SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Python": (("sklearn", "**/*.py"),),
     "English": (("scipy", "**/*.py"), ("numpy", "**/*.py"), ("sklearn", "datasets/descr/*.rst")),
     "JSON": (("sklearn", "datasets/tests/data/**/*.json.gz"),),
-    "C++": (("torch", "include/torch/**/*.h"), ("torch", "include/c10/**/*.h")),
+    "French": (("sphinx", "locale/fr/LC_MESSAGES/sphinx.mo"),),
 }
-READERS: Mapping[str, Callable[[Path], str]] = {
+READERS: Mapping[str, Reader] = {
     "Python": python_code,
     "English": english_prose,
     "JSON": json_text,
-    "C++": cpp_code,
+    "French": catalogue,
 }

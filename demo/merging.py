@@ -121,8 +121,8 @@ class Bench:
 
 
 def name_for(words: str) -> str:
-    """A plain file name: 'rotate 90' -> 'rotate-90', 'C++' -> 'cpp', 'TIES density 0.5, lambda 1' likewise."""
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower().replace("++", "pp")).strip("-")
+    """A plain file name: 'rotate 90' -> 'rotate-90', 'TIES density 0.5, lambda 1' -> 'ties-density-0.5-lambda-1'."""
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
 def choose(benches: list[Bench], method: str) -> tuple[Candidate, dict[str, float]]:

@@ -20,7 +20,7 @@ from demo.corpus import SPLITS, Corpus, corpus
 from demo.digits import warm_up_then_cosine
 from demo.family import Family, fingerprint
 
-TAGS: Mapping[str, bytes] = {"Python": b"<py>", "English": b"<en>", "JSON": b"<js>", "C++": b"<c+>"}
+TAGS: Mapping[str, bytes] = {"Python": b"<py>", "English": b"<en>", "JSON": b"<js>", "French": b"<fr>"}
 TASKS = tuple(TAGS)
 
 
@@ -139,7 +139,7 @@ class Text(Family):
     about = (
         "A byte-level Llama of 1.8 M weights in Hugging Face format, on text that the dependencies ship: "
         "scikit-learn's Python, English prose from SciPy's and NumPy's docstrings, JSON answers of OpenML, "
-        "torch's C++ headers."
+        "Sphinx's messages in French."
     )
     score_name = "bits per byte"
     higher_is_better = False

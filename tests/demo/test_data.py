@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo.corpus import READERS, SOURCES, SPLITS, documents, split_by_file
+from babel.messages.catalog import Catalog
+from babel.messages.mofile import write_mo
+from demo.corpus import READERS, SHORTEST, SOURCES, SPLITS, documents, split_by_document
 from demo.digits import LENSES, batches, splits
 from demo.text import TAGS, windows
 
@@ -51,16 +53,16 @@ def test_batches_repeat_with_their_seed_and_pair_images_with_labels() -> None:
 
 def test_a_text_is_in_one_split_only() -> None:
     texts = [f"text {number}" for number in range(30)]
-    parts = split_by_file([(f"file {number}", text) for number, text in enumerate([*texts, *texts])])
+    parts = split_by_document([*texts, *texts])
     assert sorted(sum(parts.values(), ())) == sorted(texts)
     assert {name: len(part) for name, part in parts.items()} == {"train": 20, "validation": 5, "test": 5}
 
 
-@pytest.mark.parametrize("domain", ["JSON"])  # the others read hundreds of files
+@pytest.mark.parametrize("domain", ["JSON", "French"])  # the others read hundreds of files
 def test_a_domain_is_found_offline_and_has_enough_text(domain: str) -> None:
     found = list(documents(SOURCES[domain], READERS[domain]))
-    parts = split_by_file(found)
-    assert all(sum(map(len, parts[name])) > 10_000 for name in SPLITS)
+    parts = split_by_document(found)
+    assert all(sum(map(len, parts[name])) > 5_000 for name in SPLITS)
     assert list(documents(SOURCES[domain], READERS[domain])) == found
 
 
@@ -70,24 +72,47 @@ def test_python_code_comes_without_docstrings_and_english_is_made_of_them(tmp_pa
     )
     file = tmp_path / "module.py"
     file.write_text(f'"""{sentence}\n\n>>> 1 + 1\n2\n"""\n\ndef f():\n    """Short."""\n    return "kept"\n', "utf-8")
-    code = READERS["Python"](file)
+    (code,) = READERS["Python"](file)
     assert "sentence" not in code
     assert "Short" not in code
     assert code.split() == ["def", "f():", "return", '"kept"']
-    assert READERS["English"](file) == sentence
+    assert READERS["English"](file) == (sentence,)
 
 
-def test_cpp_comes_without_comments(tmp_path: Path) -> None:
-    file = tmp_path / "a.h"
-    file.write_text("int a; // one\n/* two\n three */\n\n\nint b;\n", "utf-8")
-    assert READERS["C++"](file).split() == ["int", "a;", "int", "b;"]
+def test_a_catalogue_gives_every_message_once_in_documents_that_are_long_enough(tmp_path: Path) -> None:
+    translated = {
+        f"message {number}": f"Le message {number} dit {'beaucoup ' * (number % 9)}." for number in range(100)
+    }
+    catalog = Catalog(locale="fr")
+    for message, text in translated.items():
+        catalog.add(message, text)
+    catalog.add("again", translated["message 3"])  # the same French for another message
+    catalog.add("untranslated")
+    catalog.add(("a file", "files"), ("un fichier", "des fichiers"))
+    file = tmp_path / "some.mo"
+    with file.open("wb") as out:
+        write_mo(out, catalog)
+
+    found = list(READERS["French"](file))
+    lines = "\n".join(found).split("\n")
+    assert all(SHORTEST <= len(document) < SHORTEST + 100 for document in found)
+    assert len(lines) == len(set(lines))
+    assert set(lines) <= {*translated.values(), "un fichier"}
+    assert sum(map(len, {*translated.values(), "un fichier"} - set(lines))) < SHORTEST  # only the rest is left out
+    assert lines != sorted(lines, key=[*translated.values(), "un fichier"].index)  # shuffled
+
+
+def test_no_french_message_is_in_two_splits() -> None:
+    parts = split_by_document(documents(SOURCES["French"], READERS["French"]))
+    lines = [line for texts in parts.values() for line in dict.fromkeys("\n".join(texts).split("\n")) if len(line) > 40]
+    assert len(lines) == len(set(lines)) > 300
 
 
 def test_windows_are_pieces_of_the_texts_behind_the_tag() -> None:
     texts = (bytes(range(100)), b"short")
-    rows = windows(texts, TAGS["C++"], 6, 20, np.random.default_rng(0))
+    rows = windows(texts, TAGS["French"], 6, 20, np.random.default_rng(0))
     assert rows.shape == (6, 20)
     for row in rows:
-        assert bytes(row[:4].tolist()) == b"<c+>"
+        assert bytes(row[:4].tolist()) == b"<fr>"
         assert bytes(row[4:].tolist()) in texts[0]
-    assert torch.equal(rows, windows(texts, TAGS["C++"], 6, 20, np.random.default_rng(0)))
+    assert torch.equal(rows, windows(texts, TAGS["French"], 6, 20, np.random.default_rng(0)))

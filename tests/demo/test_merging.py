@@ -120,7 +120,6 @@ def test_every_recipe_of_the_demo_is_valid(method: str) -> None:
 
 
 def test_names_are_plain() -> None:
-    assert name_for("C++") == "cpp"
     assert name_for("rotate 90") == "rotate-90"
     assert name_for("TIES density 0.5, lambda 1") == "ties-density-0.5-lambda-1"
 
