@@ -1,6 +1,7 @@
 """Reference pages from what the code says of itself: methods, recipe, command line, errors, Python.
 
-Nothing on these pages is written by hand, so nothing on them can fall behind the code.
+Nothing on these pages is written by hand, so nothing on them can fall behind the code.  When to use a method is what
+`choose.md` says: the problems under which it names it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from weightsmith.recipe.text import schema as json_schema
 from weightsmith.run.compress import compress, restore
 from weightsmith.run.merge import Result, run
 
-__all__ = ["generate", "markdown", "pages"]
+__all__ = ["generate", "markdown", "pages", "problems_by_method"]
+
+CHOOSE = Path(__file__).with_name("choose.md")
 
 WIDTH = 96
 """Columns of the command line's help."""
@@ -45,7 +48,11 @@ def generate(folder: Path) -> None:
 def pages() -> dict[str, str]:
     """File name -> MyST text."""
     stages = [(cls, describe(cls)) for cls in method.registered().values() if _is_built_in(cls)]
-    made = {f"methods/{facts['name']}.md": _method_page(cls, facts) for cls, facts in stages}
+    problems = problems_by_method(CHOOSE.read_text("utf-8"))
+    made = {
+        f"methods/{facts['name']}.md": _method_page(cls, facts, problems.get(facts["name"], ()))
+        for cls, facts in stages
+    }
     return {
         **made,
         "methods.md": _methods_index([facts for _, facts in stages]),
@@ -54,6 +61,21 @@ def pages() -> dict[str, str]:
         "errors.md": _errors_page(),
         "python.md": _python_page(),
     }
+
+
+def problems_by_method(text: str) -> dict[str, tuple[str, ...]]:
+    """Method -> the headings of `choose.md` under which its page is linked, in order."""
+    found: dict[str, dict[str, None]] = {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        heading, _, body = section.partition("\n")
+        for name in re.findall(r"\(reference/_generated/methods/(\w+)\.md\)", body):
+            found.setdefault(name, {})[heading.strip()] = None
+    return {name: tuple(headings) for name, headings in found.items()}
+
+
+def _slug(heading: str) -> str:
+    """The anchor that MyST gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _is_built_in(cls: type) -> bool:
@@ -87,13 +109,14 @@ def _methods_index(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *(f"methods/{m['name']}" for m in found), "```"])
 
 
-def _method_page(cls: type[method.Stage], facts: Mapping[str, Any]) -> str:
+def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Sequence[str]) -> str:
     top = facts["max_models"]
     low = facts["min_models"]
     models = str(low) if top == low else f"{low} to {top}" if top else f"{low} or more"
     domain = cls.traits.domain
     rows = [
         ("kind", facts["kind"]),
+        ("when", "; ".join(f"[{problem}](../../../choose.md#{_slug(problem)})" for problem in problems)),
         ("also called", ", ".join(facts["aliases"])),
         ("in Python", f"`weightsmith.{cls.__name__}`"),
         ("paper", _escaped(facts["paper"])),

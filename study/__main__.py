@@ -1,8 +1,9 @@
 """Train families of models, then compare every method on them with `weightsmith bench`.
 
-    python -m study                  eight views of scikit-learn's digits, and the demo's two families
-    python -m study --data FOLDER    the data sets of a folder of .npz files instead of the eight views
-    python -m study --seeds 3        repetitions of each family
+    python -m study                      eight views of scikit-learn's digits, and the demo's two families
+    python -m study --data FOLDER        the data sets of a folder of .npz files instead of the eight views
+    python -m study --seeds 2            repetitions of each family, where it has as many
+    python -m study --only digits text   some of the families
 
 Everything is kept in .study/ (checkpoints, scores, pages); a second run takes seconds.
 """
@@ -23,6 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".study"
+FAMILIES = {"images": 1, "digits": 3, "text": 1}
+"""Family -> repetitions, if nothing else is asked for; the digits are the quickest to train."""
+
 Say = Callable[[str], None]
 
 
@@ -107,8 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, then run `weightsmith bench`."""
     parser = argparse.ArgumentParser(prog="python -m study", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of .npz files with images and labels")
-    parser.add_argument("--seeds", type=int, default=2, help="repetitions of each family, at most (2)")
-    parser.add_argument("--only", choices=("vision", "demo"), help="one of the two halves")
+    usual = ", ".join(f"{name} {count}" for name, count in FAMILIES.items())
+    parser.add_argument("--seeds", type=int, help=f"repetitions of each family, at most ({usual})")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="some of the families")
     chosen = parser.parse_args(arguments)
 
     import torch
@@ -118,11 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
     say: Say = lambda text: print(text, flush=True)  # noqa: E731
-    files = vision(HOME, chosen.data, chosen.seeds, say) if chosen.only != "demo" else []
-    if chosen.only != "vision":
-        files += [file for name in ("digits", "text") for file in of_the_demo(ROOT / ".demo", name, chosen.seeds, say)]
+    files: list[Path] = []
+    for name, count in FAMILIES.items():
+        seeds = chosen.seeds or count
+        if name in chosen.only and name == "images":
+            files += vision(HOME, chosen.data, seeds, say)
+        elif name in chosen.only:
+            files += of_the_demo(ROOT / ".demo", name, seeds, say)
     evaluator = Path(__file__).with_name("score.py")
-    out = HOME / ("bench-demo" if chosen.only == "demo" else "bench-images" if chosen.data else "bench")
+    out = HOME / "-".join(["bench", *(["data"] if chosen.data else []), *(n for n in FAMILIES if n in chosen.only)])
     return weightsmith(["bench", *map(str, files), "--evaluator", str(evaluator), "--out", str(out)])
 
 

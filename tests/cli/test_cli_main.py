@@ -27,6 +27,7 @@ VERBS = (
     "compress",
     "restore",
     "lora",
+    "soup",
     "bench",
     "convert",
     "moe",

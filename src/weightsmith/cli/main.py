@@ -37,6 +37,7 @@ _VERBS = {
     "compress": "Store several fine-tuned models in little more space than one.",
     "restore": "Get one model back out of a compressed folder.",
     "lora": "Combine, average, resize or extract LoRA adapters.",
+    "soup": "Merge those models of a recipe that are better together, by their scores.",
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
     "moe": "Build a mixture of experts of dense models.",
@@ -48,7 +49,7 @@ _VERBS = {
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
     **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe"), "; continue with --resume"),
-    "bench": "; the same command goes on where it stopped",
+    **dict.fromkeys(("bench", "soup"), "; the same command goes on where it stopped"),
 }
 
 

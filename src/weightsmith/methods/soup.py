@@ -29,7 +29,7 @@ class Soup(
 
     The uniform soup is size 0 (`linear`).  The greedy soup goes through the models by falling validation score and
     keeps one if the mean with it scores no worse: a choice that only an evaluation after every step can make.
-    `weightsmith.greedy_soup` makes it, in Python, with your function that scores merged tensors.
+    `weightsmith soup` makes it with a program that scores a folder, `weightsmith.greedy_soup` with a function.
     """
 
     score: Each = number(0.0, "validation score of each model, higher is better", each=True)

@@ -15,9 +15,9 @@ __all__ = ["BUDGET", "Candidate", "candidates", "edges", "offered"]
 BUDGET = 6
 """Candidates per method at most, in the grids below."""
 
-_SCALES = [0.3, 0.5, 0.7, 1.0, 1.3, 1.6]
-_LAMBDAS = [0.1, 0.2, 0.3, 0.4, 0.6, 0.8]  # of a sum of task vectors
-_FEW = [0.2, 0.35, 0.5]
+_SCALES = [0.4, 0.7, 1.0, 1.5, 2.2, 3.2]
+_LAMBDAS = [0.1, 0.2, 0.35, 0.5, 0.8, 1.2]  # of a sum of task vectors
+_FEW = [0.2, 0.4, 0.8]
 
 Written = tuple[tuple[str, Mapping[str, Any]], ...]
 """Stages with their parameters; a list of values is an axis of the grid."""
@@ -27,12 +27,12 @@ _SUM: tuple[str, Mapping[str, Any]] = ("task_arithmetic", {})
 GRIDS: Mapping[str, Written] = {
     "average": (("linear", {}),),
     "task_arithmetic": (("task_arithmetic", {"lambda": _LAMBDAS}),),
-    "ties": (("ties", {"density": [0.2, 0.5], "lambda": [0.7, 1.0, 1.5]}),),
+    "ties": (("ties", {"density": [0.2, 0.5], "lambda": [0.7, 1.2, 2.0]}),),
     "magnitude | task_arithmetic": (("magnitude", {"density": [0.2, 0.5]}), ("task_arithmetic", {"lambda": _FEW})),
     "dare | task_arithmetic": (("dare", {"density": [0.2, 0.5]}), ("task_arithmetic", {"lambda": _FEW})),
-    "dare | ties": (("dare", {"density": [0.5, 0.8]}), ("ties", {"density": 1.0, "lambda": [0.7, 1.0, 1.5]})),
+    "dare | ties": (("dare", {"density": [0.5, 0.8]}), ("ties", {"density": 1.0, "lambda": [0.5, 1.0, 2.0]})),
     "della | task_arithmetic": (("della", {"density": [0.2, 0.5]}), ("task_arithmetic", {"lambda": _FEW})),
-    "della | ties": (("della", {"density": [0.5, 0.8]}), ("ties", {"density": 1.0, "lambda": [0.7, 1.0, 1.5]})),
+    "della | ties": (("della", {"density": [0.5, 0.8]}), ("ties", {"density": 1.0, "lambda": [0.5, 1.0, 2.0]})),
     "breadcrumbs | task_arithmetic": (
         ("breadcrumbs", {"density": [0.5, 0.9]}),
         ("task_arithmetic", {"lambda": _FEW}),
@@ -41,31 +41,33 @@ GRIDS: Mapping[str, Written] = {
         _SUM,
         ("consensus", {"lambda": _FEW, "tall_mask_lambda": [0.2, 0.4]}),
     ),
-    "task_arithmetic | lines": (_SUM, ("lines", {"beta": [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]})),
-    "ties | lines": (("ties", {"density": [0.2, 0.5]}), ("lines", {"beta": [0.3, 0.7, 1.0]})),
-    "pcb": (("pcb", {"ratio": [0.1, 0.2], "lambda": [0.7, 1.0, 1.5]}),),
+    "task_arithmetic | lines": (_SUM, ("lines", {"beta": [0.2, 0.4, 0.7, 1.0, 1.5, 2.2]})),
+    "ties | lines": (("ties", {"density": [0.2, 0.5]}), ("lines", {"beta": [0.5, 1.0, 2.0]})),
+    "pcb": (("pcb", {"ratio": [0.1, 0.2], "lambda": [0.5, 1.0, 2.0]}),),
     "sce": (("sce", {"select_topk": [0.1, 0.2, 0.4, 0.6, 0.8, 1.0]}),),
     "magmax": (("magmax", {"lambda": _SCALES}),),
     "emr": (("emr", {"lambda": _SCALES}),),
     "ram": (("ram", {"epsilon": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]}),),
-    "ramplus_tl": (("ramplus_tl", {"epsilon": [1e-4, 3e-4, 1e-3], "r": [0.1, 0.5]}),),
+    "ramplus_tl": (("ramplus_tl", {"epsilon": [3e-4, 1e-3, 3e-3], "r": [0.1, 0.5]}),),
     "model_stock": (("model_stock", {"filter_wise": [False, True]}),),
     "tsvm": (("tsvm", {"scaling": _SCALES}),),
     "r_tsvm": (("r_tsvm", {"scaling": _SCALES}),),
     "iso_c": (("iso_c", {"scaling": _SCALES}),),
-    "iso_cts": (("iso_cts", {"scaling": [0.7, 1.0, 1.3], "common_space_fraction": [0.6, 0.8]}),),
-    "knots": (("knots", {"density": [0.3, 1.0], "scaling": [0.7, 1.0, 1.5]}),),
-    "wudi": (("wudi", {"lr": [1e-5, 1e-4], "scaling": [0.5, 0.7, 1.0]}),),
-    "optmerge": (("optmerge", {"scaling": _SCALES}),),
+    "iso_cts": (("iso_cts", {"scaling": [1.0, 1.7, 3.0], "common_space_fraction": [0.6, 0.8]}),),
+    "knots": (("knots", {"density": [0.3, 1.0], "scaling": [0.7, 1.5, 3.0]}),),
+    "wudi": (("wudi", {"lr": [1e-5, 1e-4], "scaling": [0.5, 1.0]}),),
+    "optmerge": (("optmerge", {"scaling": [0.2, 0.5, 1.2]}),),
     "swudi": (("swudi", {"time": [100.0, 300.0], "scaling": [0.5, 0.7, 1.0]}),),
     "aswudi": (("aswudi", {"scaling": _SCALES}),),
-    "doge": (("doge", {"lambda": [0.03, 0.05, 0.07, 0.1, 0.15, 0.2]}),),
+    "doge": (("doge", {"lambda": [0.06, 0.2, 0.6]}),),
     "opcm": (("opcm", {"alpha": [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]}),),
     "widen": (("widen", {"above_average_value_ratio": [0.5, 1.0, 2.0], "score_calibration_value": [0.5, 1.0]}),),
-    "fisher": (("fisher", {"floor": [1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5]}),),
+    "fisher": (("fisher", {"floor": [1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6]}),),
     "regmean": (("regmean", {"alpha": [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]}),),
 }
-"""What is tried where a study names no methods.  A method without an entry (a plug-in) is tried as it is."""
+"""What is tried where a study names no methods.  A method without an entry (a plug-in) is tried as it is.
+
+wudi, optmerge and doge, which take hundreds of steps per matrix, get fewer candidates."""
 
 _LEFT_OUT = {
     "keep": "it is the base",
