@@ -22,7 +22,7 @@ import weightsmith
 from weightsmith import errors, lora, method, site
 from weightsmith.cli import main as cli
 from weightsmith.cli.methods import cost_at_7b, describe
-from weightsmith.keys import DTYPES, ROLES, role_of
+from weightsmith.keys import DTYPES, ROLES, RULE_ROLES, role_of
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.text import schema as json_schema
 from weightsmith.run.compress import compress, restore
@@ -217,6 +217,9 @@ def _recipe_page() -> str:
         *_table(("name", "role"), [(f"`{n}`", f"`{role_of(n)}`") for n in _EXAMPLES]),
         "",
         f"All roles: {', '.join(f'`{role}`' for role in ROLES)}.",
+        "",
+        f"A rule also takes {', '.join(f'`{role}`' for role in RULE_ROLES[len(ROLES) :])}: biases, and the parts of "
+        "models that see or hear, whatever role a tensor has within them. `visual.merger.mlp.0.weight` is a connector.",
         "",
         "## Storage formats",
         "",

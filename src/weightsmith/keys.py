@@ -8,7 +8,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["DTYPES", "DType", "Key", "Part", "depths", "good_name", "layer_of", "role_of"]
+__all__ = [
+    "DTYPES",
+    "ROLES",
+    "RULE_ROLES",
+    "DType",
+    "Key",
+    "Part",
+    "depths",
+    "good_name",
+    "layer_of",
+    "plays",
+    "role_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +146,18 @@ _ROLES: tuple[tuple[str, str], ...] = (
 _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
 ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), "other")
 
+# Parts of models that see and hear (LLaVA, Qwen-VL and -Omni, InternVL, Gemma 3, Ultravox, ...); a connector may lie
+# in an encoder, as `visual.merger` does, and is the connector then.
+_SENSES: tuple[tuple[str, str], ...] = (
+    ("connector", r"\w*(projector|connector|merger|resampler|aligner)|(visual|vision|audio|video)_proj\w*"),
+    ("vision", r"visual\w*|vision\w*|image\w*"),
+    ("audio", r"audio\w*|speech\w*|sound\w*"),
+    ("video", r"video\w*"),
+)
+_SENSE_PATTERNS = tuple((sense, re.compile(pattern)) for sense, pattern in _SENSES)
+RULE_ROLES: tuple[str, ...] = (*ROLES, *(sense for sense, _ in _SENSES), "bias")
+"""What a rule may call `role`: also the part of a model that sees or hears, and biases, besides the role itself."""
+
 
 def good_name(name: str) -> bool:
     """Whether a file may call a tensor so: at most 1000 characters, none that ends a line or drives a terminal."""
@@ -153,6 +177,16 @@ def role_of(name: str) -> str:
             if pattern.fullmatch(component):
                 return role
     return "other"
+
+
+@lru_cache(maxsize=65536)
+def plays(name: str, role: str) -> bool:
+    """Whether a tensor plays a part of `RULE_ROLES`: `visual.blocks.0.attn.qkv.bias` is 'qkv', 'vision' and 'bias'."""
+    if role == "bias":
+        return name.rpartition(".")[2] == "bias"
+    components = name.split(".")
+    sense = next((s for s, pattern in _SENSE_PATTERNS if any(map(pattern.fullmatch, components))), "")
+    return role in (role_of(name), sense)
 
 
 @lru_cache(maxsize=65536)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from weightsmith.errors import RecipeError
-from weightsmith.keys import Key
+from weightsmith.keys import Key, plays
 from weightsmith.recipe.schema import OUTSIDE
 
 __all__ = ["CASE_KEYS", "MISSING", "applies", "choose", "is_cases"]
@@ -34,7 +34,7 @@ def applies(key: Key, match: Sequence[str], role: Sequence[str] | None, layers: 
     """Whether a tensor is meant: one of the globs, one of the roles, in the blocks (None: wherever)."""
     if not any(fnmatchcase(key.name, pattern) for pattern in match):
         return False
-    if role is not None and key.role not in role:
+    if role is not None and not any(plays(key.name, one) for one in role):
         return False
     if layers == OUTSIDE:
         return key.layer is None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.keys import ROLES
+from weightsmith.keys import RULE_ROLES
 from weightsmith.method import Method, Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.cases import CASE_KEYS, is_cases
 from weightsmith.recipe.reader import Place
@@ -293,7 +293,7 @@ def _selector_problems(case: Mapping[str, Any]) -> Iterable[str]:
         if not isinstance(listed, (list, tuple)) or not all(isinstance(w, str) for w in listed):
             yield f"{key} should be a word or a list of words, is {words!r}"
         elif key == "role" and words != "*":
-            yield from (f"unknown role {w!r}{did_you_mean(w, ROLES)}" for w in listed if w not in ROLES)
+            yield from (f"unknown role {w!r}{did_you_mean(w, RULE_ROLES)}" for w in listed if w not in RULE_ROLES)
     layers = case.get("layers")
     numbers = isinstance(layers, (list, tuple)) and len(layers) == 2 and all(type(n) is int for n in layers)
     if layers is not None and layers != OUTSIDE and not (numbers and 0 <= layers[0] < layers[1]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from weightsmith.errors import did_you_mean
-from weightsmith.keys import DTYPES, ROLES
+from weightsmith.keys import DTYPES, RULE_ROLES
 
 if TYPE_CHECKING:
     from weightsmith.run.merge import Result
@@ -176,7 +176,9 @@ class Rule(_Frozen):
     """Another method or other parameters for some tensors.  The first rule that matches a tensor wins."""
 
     match: Words = Field(default=("*",), description="globs over tensor names")
-    role: Words | None = Field(default=None, description="roles (q, k, v, o, gate, up, down, embed, head, norm, ...)")
+    role: Words | None = Field(
+        default=None, description="roles (q, k, v, o, gate, up, down, embed, head, norm, bias, vision, connector, ...)"
+    )
     layers: Blocks = Field(default=None, description="blocks start..end, the end not included; or 'outside' the blocks")
     method: Stages | None = Field(default=None, description="method or pipeline; 'keep' takes the base's tensor")
     parameters: Values = Field(default_factory=dict)
@@ -185,8 +187,8 @@ class Rule(_Frozen):
     @classmethod
     def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for role in value or ():
-            if role not in ROLES:
-                raise ValueError(f"unknown role {role!r}{did_you_mean(role, ROLES)}")
+            if role not in RULE_ROLES:
+                raise ValueError(f"unknown role {role!r}{did_you_mean(role, RULE_ROLES)}")
         return value
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.keys import DTYPES, ROLES
+from weightsmith.keys import DTYPES, RULE_ROLES
 from weightsmith.method import Filter, Method, Parameter, Stage, registered
 from weightsmith.recipe.schema import (
     OUTSIDE,
@@ -269,7 +269,7 @@ def schema(plugins: bool = True) -> dict[str, Any]:
 
 
 def _roles() -> dict[str, Any]:
-    return {"anyOf": [{"enum": list(ROLES)}, {"type": "array", "items": {"enum": list(ROLES)}}]}
+    return {"anyOf": [{"enum": list(RULE_ROLES)}, {"type": "array", "items": {"enum": list(RULE_ROLES)}}]}
 
 
 def _ref(name: str) -> dict[str, Any]:
