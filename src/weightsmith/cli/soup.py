@@ -16,6 +16,8 @@ from weightsmith.cli.options import (
     Device,
     Json,
     Memory,
+    Out,
+    Overwrite,
     Plugins,
     Quiet,
     RecipeFile,
@@ -36,7 +38,7 @@ __all__ = ["soup"]
 
 def soup(
     recipe: RecipeFile,
-    out: Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")],
+    out: Out,
     /,
     *,
     score_command: Annotated[
@@ -52,7 +54,7 @@ def soup(
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),

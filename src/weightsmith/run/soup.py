@@ -129,7 +129,8 @@ def soup(
     _check_scores(names, scores)
     _check_size(names, score is not None, scores, size)
     inputs = open_inputs(recipe)
-    _check_plans(recipe, inputs, out, overwrite, files, alone=score is not None and scores is None)
+    planned = {name: how[name] for name in ("memory", "threads", "device") if name in how}
+    _check_plans(recipe, inputs, out, overwrite, files, alone=score is not None and scores is None, **planned)
     if score is None:
         ranked = names if scores is None else sorted(names, key=scores.__getitem__, reverse=not lower_is_better)
         trials: Trials = ()
@@ -162,14 +163,14 @@ def soup(
 
 
 def _check_plans(
-    recipe: Recipe, inputs: Inputs, out: Path, overwrite: bool, files: Sequence[Path], *, alone: bool
+    recipe: Recipe, inputs: Inputs, out: Path, overwrite: bool, files: Sequence[Path], *, alone: bool, **planned: Any
 ) -> None:
     """Raise what speaks against the merge of all models, or with `alone` of one, before hours go into scores."""
-    plans = [make_plan(recipe, sources=inputs, out=out, strict=False)]
-    problems = list(plans[0].problems)
+    plan = make_plan(recipe, sources=inputs, out=out, strict=False, **planned)
+    problems = list(plan.problems)
     if alone and not problems:
-        problems += make_plan(_of(recipe, list(recipe.models)[:1]), out=out, strict=False).problems
-    problems += check_output(out, (*reads(recipe, inputs), *files), overwrite, False, plans[0].write_bytes)
+        problems += make_plan(_of(recipe, list(recipe.models)[:1]), out=out, strict=False, **planned).problems
+    problems += check_output(out, (*reads(recipe, inputs), *files), overwrite, False, plan.write_bytes)
     if problems:
         raise PlanError(problems)
 
