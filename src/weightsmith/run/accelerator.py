@@ -195,6 +195,8 @@ def accelerator_of(device: str | Accelerator) -> Accelerator | None:
         return device
     if device in ("auto", "cpu"):
         return None
+    import torch  # itself: its stand-in has no __version__
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise WeightsmithError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
