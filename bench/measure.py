@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = ["BenchError", "Usage", "forget_cached", "measure", "plain_environment
 
 _HERE = Path(__file__).parent
 _LAUNCH = _HERE / "launch.py"
+_TRIES, _PAUSE, _LOOKS = 10, 0.2, 8
 
 
 class BenchError(Exception):
@@ -59,17 +61,28 @@ def plain_environment() -> dict[str, str]:
 
 
 def forget_cached(files: Iterable[Path]) -> bool:
-    """Drop files from the page cache; returns whether they are gone from it."""
+    """Drop files from the page cache; returns whether they are gone from it.
+
+    Pages that are just being written or read stay for the moment, so it is tried for a while.
+    """
     os.sync()
-    gone = True
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            gone = gone and not _cached(descriptor, os.fstat(descriptor).st_size // 2)
-        finally:
-            os.close(descriptor)
-    return gone
+    left = list(files)
+    for _ in range(_TRIES):
+        left = [path for path in left if not _forgotten(path)]
+        if not left:
+            return True
+        time.sleep(_PAUSE)
+    return False
+
+
+def _forgotten(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return not any(_cached(descriptor, size * i // _LOOKS) for i in range(_LOOKS))
+    finally:
+        os.close(descriptor)
 
 
 def _cached(descriptor: int, place: int) -> bool:

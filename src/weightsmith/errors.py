@@ -14,6 +14,7 @@ A text says what, where, which value, and what to do about it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -25,19 +26,37 @@ __all__ = [
     "SourceError",
     "WeightsmithError",
     "did_you_mean",
+    "public",
 ]
+
+
+_SECRETS = (
+    (re.compile(r"hf_\w{6,}"), "hf_***"),  # access tokens
+    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer ***"),
+    (re.compile(r"(\w:/{1,2})[^/\s@'\"]+@"), r"\1***@"),  # names and passwords in addresses
+    (re.compile(r"(\w://?[^\s?'\"]+)\?[^\s'\")]+"), r"\1?***"),  # signatures of links that are good for an hour
+)
+
+
+def public(text: str) -> str:
+    """A text without what lets others in: tokens, and the user, password and query of every address in it."""
+    for secret, shown in _SECRETS:
+        text = secret.sub(shown, text)
+    return text
 
 
 class WeightsmithError(Exception):
     """Root of the tree; the command line prints its text and exits with `code`.
 
     Names from files stand in the texts: what could drive a terminal or end a line in a log is spelt out (\\x1b).
+    Addresses do too: their passwords and query strings are left out (`public`).
     """
 
     code = 2
 
     def __init__(self, text: str = "") -> None:
-        super().__init__("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
+        shown = public(text) if ":/" in text or "hf_" in text else text
+        super().__init__("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in shown))
 
 
 class RecipeError(WeightsmithError):
@@ -52,7 +71,7 @@ class PlanError(WeightsmithError):
     """Recipe and inputs do not fit.  `problems` holds every one of them, a line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(public, problems))
         if len(self.problems) == 1:
             text = self.problems[0]
         else:
@@ -72,11 +91,12 @@ class OutputError(WeightsmithError):
 
 
 class MissingExtra(WeightsmithError):
-    """An optional package is not installed."""
+    """An optional package is not installed.  `extra` is weightsmith's, or '' where the package goes by itself."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package, self.extra, self.purpose = package, extra, purpose
-        super().__init__(f"{purpose} needs {package}; install it with: pip install 'weightsmith[{extra}]'")
+        what = f"'weightsmith[{extra}]'" if extra else package
+        super().__init__(f"{purpose} needs {package}; install it with: pip install {what}")
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
         return MissingExtra, (self.package, self.extra, self.purpose)

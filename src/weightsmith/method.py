@@ -13,6 +13,7 @@ A `Filter` edits task vectors (`apply(site) -> Site`); `a | b` joins filters and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -134,13 +135,11 @@ class Stage:
             raise RecipeError("; ".join(problems))
 
     @classmethod
+    @functools.cache  # asked many times for each tensor of a model
     def parameters(cls) -> tuple[Parameter, ...]:
         """The fields that a recipe may set."""
-        return tuple(
-            replace(f.metadata["parameter"], field=f.name, name=f.name.rstrip("_"))
-            for f in dataclasses.fields(cls)
-            if "parameter" in f.metadata
-        )
+        own = (f for f in dataclasses.fields(cls) if "parameter" in f.metadata)
+        return tuple(replace(f.metadata["parameter"], field=f.name, name=f.name.rstrip("_")) for f in own)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,3 +157,47 @@ def test_a_forked_child_reads(path: Path) -> None:
     go.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_disk_is_asked_for_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading block by block: advice in few calls, without gaps, ahead of every block, never beyond the file."""
+    monkeypatch.setattr("weightsmith.io.files._AHEAD", 1000)
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(256)) * 40)
+    asked: list[tuple[int, int]] = []
+
+    def call(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function is os.posix_fadvise:
+            asked.append((args[1], args[1] + args[2]))
+            return None
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr("weightsmith.io.system.call", call)
+    file = File(path)
+    whole = b""
+    for offset in range(0, file.size, 64):
+        whole += file.read_on(offset, min(64, file.size - offset)).tobytes()
+        assert max(stop for _, stop in asked) >= min(offset + 64 + 500, file.size)
+    assert whole == path.read_bytes()
+    assert asked[0][0] == 64
+    assert [start for start, _ in asked[1:]] == [stop for _, stop in asked[:-1]]
+    assert asked[-1][1] == file.size
+    assert len(asked) <= 2 * file.size // 1000 + 2
+    before = len(asked)
+    file.read_on(0, 64)  # from the start again, as the next pass does
+    assert asked[before:] == [(64, 1064)]
+    file.read(128, 64)
+    assert len(asked) == before + 1, "single reads (headers) announce nothing"
+
+
+def test_a_disk_that_takes_no_advice_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(256)))
+
+    def call(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function is os.posix_fadvise:
+            raise OSError(22, "Invalid argument")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr("weightsmith.io.system.call", call)
+    assert File(path).read_on(3, 5).tolist() == [3, 4, 5, 6, 7]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import ray
@@ -18,23 +23,27 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 from reliability.test_matrix import CODECS, LAYOUTS, NAMES, check, merged
+from remote.conftest import Web
 from weightsmith.errors import NumericError, OutputError, WeightsmithError
 from weightsmith.io import system
 from weightsmith.io.source import Source
 from weightsmith.io.writer import ShardWriter
 from weightsmith.recipe.load import loads
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Output, Recipe
 from weightsmith.run.cluster import ray_runner
 from weightsmith.run.merge import run
 from weightsmith.run.sweep import run_sweep
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 TENSORS = 12
+STORE = Path(tempfile.mkdtemp(prefix="weightsmith-store-"))
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head that does no work, and two nodes of one processor."""
+    """A head that does no work, and two nodes of one processor.  `dir://x` is STORE/x for every process."""
+    os.environ["FSSPEC_DIR"] = json.dumps({"path": str(STORE), "target_protocol": "file"})
+    fsspec.config.set_conf_env(fsspec.config.conf)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1, memory=4 << 30)
@@ -44,6 +53,9 @@ def cluster() -> Iterator[Cluster]:
     yield made
     ray.shutdown()
     made.shutdown()
+    del os.environ["FSSPEC_DIR"]
+    del fsspec.config.conf["dir"]
+    shutil.rmtree(STORE, ignore_errors=True)
 
 
 @pytest.fixture
@@ -122,6 +134,30 @@ def test_a_disk_that_is_full_on_a_node(
             run(recipe, tmp_path / "far", ray=cluster.address)
     assert not (tmp_path / "far").exists()
     assert bits(run(recipe, tmp_path / "far", ray=cluster.address, resume=True).out) == near
+
+
+def test_workers_read_and_write_urls(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """Inputs on a web server; the output in a store that all processes see (fsspec's `dir`, see `cluster`)."""
+    near = run(recipe.model_copy(update={"output": Output(shard_size=5000)}), tmp_path / "near", threads=1).out
+    assert isinstance(near, Path)
+    server = Web()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        for name in ("base", "a", "b"):
+            server.files[f"/{name}/model.safetensors"] = (tmp_path / name / "model.safetensors").read_bytes()
+        text = "base: {0}/base\nmodels: {{a: {0}/a, b: {0}/b}}\nmethod: ties\noutput: {{shard_size: 5000}}\n"
+        far = loads(text.format(server.address) + "rules: [{layers: [0, 3], method: tsvm}]")
+        run(far, tmp_path / "far", ray=cluster.address)
+        run(far, Path("dir://store/out"), ray=cluster.address)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    shards = sorted(path.name for path in near.glob("*.safetensors"))
+    assert len(shards) > 3
+    for folder in (tmp_path / "far", STORE / "store" / "out"):
+        assert [(folder / name).read_bytes() for name in shards] == [(near / name).read_bytes() for name in shards]
 
 
 def test_a_node_that_dies_costs_time_only(

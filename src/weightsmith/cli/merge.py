@@ -13,7 +13,6 @@ from weightsmith.cli.options import (
     Fingerprint,
     Json,
     Memory,
-    Out,
     Overwrite,
     Plugins,
     Quiet,
@@ -37,7 +36,7 @@ __all__ = ["merge", "summary"]
 
 def merge(
     recipe: RecipeFile,
-    out: Out,
+    out: Annotated[Path, Parameter(help="Folder, or URL (s3://bucket/out), to write; it appears when complete.")],
     /,
     *,
     set_: Sweeps = (),

@@ -14,6 +14,7 @@ from typing import Any
 
 from weightsmith.errors import OutputError
 from weightsmith.io import system
+from weightsmith.io.url import Url, stored_at
 
 __all__ = ["duration", "printable", "progress_bar", "roughly", "say", "show_json", "size", "table", "warn"]
 
@@ -62,6 +63,8 @@ def show_json(value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Url):
+        return str(value)  # without what it keeps to itself
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -140,10 +143,13 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
         yield update
 
 
-def files_in(folder: Path) -> tuple[int, int]:
+def files_in(folder: Path | Url) -> tuple[int, int]:
     """Number and bytes of the safetensors files in a folder."""
     try:
-        sizes = [path.stat().st_size for path in system.call(list, folder.glob("*.safetensors"))]
+        if isinstance(folder, Path):
+            sizes = [path.stat().st_size for path in system.call(list, folder.glob("*.safetensors"))]
+        else:
+            sizes = [size or 0 for name, size in stored_at(folder).items() if name.endswith(".safetensors")]
     except OSError as error:
         raise OutputError(f"{folder} is complete, but its files cannot be listed ({error.strerror})") from error
     return len(sizes), sum(sizes)

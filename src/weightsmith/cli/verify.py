@@ -14,30 +14,30 @@ __all__ = ["verify"]
 
 
 def verify(
-    out: Annotated[Path, Parameter(help="Folder that merge or compress has written.")],
+    out: Annotated[Path, Parameter(help="Folder (or URL) that merge or compress has written.")],
     /,
     *,
     rerun: Annotated[bool, Parameter(help="Also merge again and compare the bytes (writes nothing).")] = False,
     json: Json = False,
 ) -> int:
     """See whether a result is as it was written: every checksum, no file missing or added."""
-    from weightsmith.io.manifest import verify_folder
+    from weightsmith.io.manifest import read_manifest, verify_folder
+    from weightsmith.io.url import place_of
 
-    problems = list(verify_folder(out))
+    place = place_of(out)
+    problems = list(verify_folder(place))
     if rerun:
-        from weightsmith.io.open import folder_kind
-
-        if folder_kind(out) == "moe":
+        if read_manifest(place)["kind"] == "moe":
             from weightsmith.moe.build import rerun as run_again
         else:
             from weightsmith.run.verify import rerun as run_again
-        problems += run_again(out)
+        problems += run_again(place)
     if json:
-        show_json({"out": out, "ok": not problems, "rerun": rerun, "problems": problems})
+        show_json({"out": place, "ok": not problems, "rerun": rerun, "problems": problems})
     elif problems:
-        say(f"{out}: {len(problems)} problem{'s' if len(problems) != 1 else ''}:")
+        say(f"{place}: {len(problems)} problem{'s' if len(problems) != 1 else ''}:")
         for problem in problems:
             say(f"  - {problem}")
     else:
-        say(f"{out}: as it was written" + (", and the recipe gives the same bytes again" if rerun else ""))
+        say(f"{place}: as it was written" + (", and the recipe gives the same bytes again" if rerun else ""))
     return 2 if problems else 0

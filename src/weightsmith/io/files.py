@@ -2,6 +2,9 @@
 
 `preadv` into fresh memory, not mmap: resident memory stays what the caller holds, a file that
 shrinks gives an error instead of SIGBUS, and network file systems are not read page by page.
+
+Tensors are read in blocks, one after the other.  The kernel is told what comes next (`posix_fadvise`), so that the
+disk works on it while this block is merged; from the page cache that costs one call for some megabytes.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import os
 import stat
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -23,10 +27,14 @@ import xxhash
 from weightsmith.errors import SourceError
 from weightsmith.io import system
 
-__all__ = ["File", "preadv"]
+if TYPE_CHECKING:
+    from weightsmith.io.url import Url
+
+__all__ = ["File", "Ranged", "preadv"]
 
 _BLOCK = 8 << 20  # bytes per read of a file that is hashed
 _SAMPLES, _SAMPLE = 8, 8192  # how many pieces stand for a file, and their bytes
+_AHEAD = 8 << 20  # bytes behind a block that the disk is asked for
 _MOST_IDLE = 64  # descriptors kept open between reads; hundreds of shards must not meet the process's limit
 
 
@@ -92,78 +100,48 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.forget)
 
 
-class File:
-    """A file to read ranges from: any number of threads, opened when needed, picklable.
+class Ranged(ABC):
+    """A file to read ranges from, here or elsewhere: any number of threads, picklable.
 
-    Its size and modification time are noted on creation; a file that was exchanged or rewritten
-    since then is refused, because the offsets read from its header may no longer hold.  Reading sees that
-    when it opens the file; `refuse_changed` looks for it at any time.
+    path   how messages call it
+    size   bytes
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            status = system.call(self.path.stat)
-        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-            raise SourceError(f"{self.path}: cannot be read ({_reason(error)})") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{self.path}: not a regular file")
-        self.size = status.st_size
-        self.mtime_ns = status.st_mtime_ns
-        self._inode: tuple[int, int] | None = (status.st_dev, status.st_ino)
-        self._sample: str | None = None
-        self._number = next(_numbers)
-        weakref.finalize(self, _idle.drop, self._number)
+    path: Path | Url
+    size: int
+    _sample: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "mtime_ns": self.mtime_ns}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._inode = self._sample = None
-        self._number = next(_numbers)
-        weakref.finalize(self, _idle.drop, self._number)
-
+    @abstractmethod
     def read(self, offset: int, count: int, what: str = "", into: np.ndarray | None = None) -> np.ndarray:
-        """Return `count` bytes from `offset` as uint8, in memory of their own or in `into`, uint8 [count].
+        """Return `count` bytes from `offset` as uint8, in memory of their own or in `into`, uint8 [count]; no others.
 
         `what` names the part being read (a tensor) in errors: a file that ends too early, an I/O error,
         a file changed since it was first looked at.
         """
-        place = f"{self.path}: {what}: " if what else f"{self.path}: "
+
+    @abstractmethod
+    def read_on(self, offset: int, count: int, what: str = "", into: np.ndarray | None = None) -> np.ndarray:
+        """`read`, where what follows will be asked for next: more may be fetched than is returned."""
+
+    @abstractmethod
+    def refuse_changed(self) -> None:
+        """Raise SourceError if the file is no longer the one that this was made from."""
+
+    @abstractmethod
+    def stamp(self) -> dict[str, Any]:
+        """What tells this state of the file from others, beside its size: plain JSON values."""
+
+    @property
+    @abstractmethod
+    def place(self) -> Path:
+        """What stands for it among paths, see `Source.places`."""
+
+    def outside(self, offset: int, count: int, place: str) -> None:
+        """Raise SourceError for a range that is not in the file."""
         if offset < 0 or count < 0 or offset + count > self.size:
             raise SourceError(
                 f"{place}bytes {offset} to {offset + count} lie outside the file ({self.size} bytes); it is truncated"
             )
-        data = np.empty(count, np.uint8) if into is None else into
-        if not count:
-            return data
-        view = data.data
-        done = 0
-        try:
-            with self._descriptor(place) as fd:
-                while done < count:
-                    got = preadv(fd, view[done:], offset + done)
-                    if got <= 0:
-                        raise SourceError(f"{place}the file ends {count - done} bytes early; it was cut while in use")
-                    done += got
-        except OSError as error:
-            raise SourceError(f"{place}reading {count} bytes at {offset} failed ({_reason(error)})") from None
-        return data
-
-    def refuse_changed(self) -> None:
-        """Raise SourceError if the file at the path is no longer the one that this was made from.
-
-        What a program changed without touching size and modification time is not seen.
-        """
-        try:
-            now = system.call(self.path.stat)
-        except OSError as error:
-            raise SourceError(f"{self.path}: has gone since it was opened ({_reason(error)}); start again") from None
-        same = (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
-        # Another process may see the file under other numbers (a network disk), so they are not taken along there.
-        if not same or self._inode not in (None, (now.st_dev, now.st_ino)):
-            raise SourceError(f"{self.path}: was changed or exchanged since it was opened; start again")
 
     def digest(self, offset: int = 0, count: int | None = None) -> str:
         """xxh3 (128 bits) of `count` bytes from `offset`, or of the whole file; read in blocks."""
@@ -189,6 +167,104 @@ class File:
         for i in range(_SAMPLES):
             state.update(self.read((self.size - _SAMPLE) * i // (_SAMPLES - 1), _SAMPLE).data)
         return state.hexdigest()
+
+
+class File(Ranged):
+    """A file to read ranges from: any number of threads, opened when needed, picklable.
+
+    Its size and modification time are noted on creation; a file that was exchanged or rewritten
+    since then is refused, because the offsets read from its header may no longer hold.  Reading sees that
+    when it opens the file; `refuse_changed` looks for it at any time.
+    """
+
+    path: Path
+    _asked: dict[int, int]
+    """Thread -> up to where it has asked the disk ahead."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            status = system.call(self.path.stat)
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            raise SourceError(f"{self.path}: cannot be read ({_reason(error)})") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{self.path}: not a regular file")
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self._inode: tuple[int, int] | None = (status.st_dev, status.st_ino)
+        self._asked = {}
+        self._number = next(_numbers)
+        weakref.finalize(self, _idle.drop, self._number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "mtime_ns": self.mtime_ns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._inode = self._sample = None
+        self._asked = {}
+        self._number = next(_numbers)
+        weakref.finalize(self, _idle.drop, self._number)
+
+    def read(self, offset: int, count: int, what: str = "", into: np.ndarray | None = None) -> np.ndarray:
+        place = f"{self.path}: {what}: " if what else f"{self.path}: "
+        self.outside(offset, count, place)
+        data = np.empty(count, np.uint8) if into is None else into
+        if not count:
+            return data
+        view = data.data
+        done = 0
+        try:
+            with self._descriptor(place) as fd:
+                while done < count:
+                    got = preadv(fd, view[done:], offset + done)
+                    if got <= 0:
+                        raise SourceError(f"{place}the file ends {count - done} bytes early; it was cut while in use")
+                    done += got
+        except OSError as error:
+            raise SourceError(f"{place}reading {count} bytes at {offset} failed ({_reason(error)})") from None
+        return data
+
+    def read_on(self, offset: int, count: int, what: str = "", into: np.ndarray | None = None) -> np.ndarray:
+        self._announce(offset, offset + count)
+        return self.read(offset, count, what, into)
+
+    def _announce(self, begin: int, end: int) -> None:
+        """Let the system begin to read what follows a block, unless it was asked for that before."""
+        thread = threading.get_ident()
+        asked = self._asked.get(thread, 0)
+        near = begin <= asked <= end + 2 * _AHEAD
+        if (near and asked >= min(end + _AHEAD // 2, self.size)) or not hasattr(os, "posix_fadvise"):
+            return
+        start = max(end, asked) if near else end
+        stop = min(end + _AHEAD, self.size)
+        if len(self._asked) > _MOST_IDLE:
+            self._asked.clear()  # of threads that are gone
+        self._asked[thread] = stop
+        if stop > start:
+            with contextlib.suppress(OSError, SourceError), self._descriptor("") as fd:  # advice only; `read` complains
+                system.call(os.posix_fadvise, fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def place(self) -> Path:
+        return self.path
+
+    def stamp(self) -> dict[str, Any]:
+        return {"mtime_ns": self.mtime_ns, "sample": self.sample()}
+
+    def refuse_changed(self) -> None:
+        """Raise SourceError if the file at the path is no longer the one that this was made from.
+
+        What a program changed without touching size and modification time is not seen.
+        """
+        try:
+            now = system.call(self.path.stat)
+        except OSError as error:
+            raise SourceError(f"{self.path}: has gone since it was opened ({_reason(error)}); start again") from None
+        same = (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+        # Another process may see the file under other numbers (a network disk), so they are not taken along there.
+        if not same or self._inode not in (None, (now.st_dev, now.st_ino)):
+            raise SourceError(f"{self.path}: was changed or exchanged since it was opened; start again")
 
     @contextlib.contextmanager
     def _descriptor(self, place: str) -> Iterator[int]:

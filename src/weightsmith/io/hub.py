@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import SourceError
+from weightsmith.errors import SourceError, public
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.disk import write_file
 from weightsmith.io.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
@@ -22,8 +22,9 @@ from weightsmith.io.peft import AdapterSource
 from weightsmith.io.safetensors import Header, parse_header, parse_length
 from weightsmith.io.source import Source
 from weightsmith.io.system import read_file
+from weightsmith.io.url import said
 
-__all__ = ["PREFIX", "HubSource", "Repo", "looks_like_hub_id", "open_hub"]
+__all__ = ["OTHER", "PREFIX", "HubSource", "Repo", "looks_like_hub_id", "open_hub"]
 
 PREFIX = "hf://"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(?:@[\w./+-]+)?")
@@ -31,7 +32,7 @@ _FIRST = 100_000  # bytes of the first request for a header; most are smaller th
 _WORKERS = 4
 _TIMEOUT = 20.0  # seconds
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-_OTHER = re.compile(
+OTHER = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|npz|pkl|pickle|zip|tar|gz)"
     r"|.*\.index\.json|(.*/)?\.[^/]*"
 )
@@ -181,7 +182,7 @@ class HubSource(Source):
     @property
     def files(self) -> tuple[str, ...]:
         """What `prepare` fetches: the weights, and every companion that is no weight file of another format."""
-        companions = [name for name in self.repo.sizes if not _OTHER.fullmatch(name)]
+        companions = [name for name in self.repo.sizes if not OTHER.fullmatch(name)]
         return (*self._weights, *companions)
 
     @property
@@ -294,33 +295,13 @@ def _hub_errors(what: str, revision: str | None, endpoint: str | None) -> Iterat
     except errors.RevisionNotFoundError:
         raise SourceError(f"{what}: no revision {revision!r} on the hub") from None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise SourceError(f"{what}: the hub refused ({_first_line(error)})") from None
+        raise SourceError(f"{what}: the hub refused ({said(error)})") from None
     except errors.OfflineModeIsEnabled:
         raise _UnreachableError(
             f"{what}: not in the local cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
         ) from None
     except Exception as error:  # the HTTP library below (requests, httpx) differs between versions of the hub's
         raise _UnreachableError(
-            f"{what}: not in the local cache, and the hub at {_public(endpoint or constants.ENDPOINT)} cannot be "
-            f"reached ({_first_line(error)}); check the network, or give a local folder"
+            f"{what}: not in the local cache, and the hub at {public(endpoint or constants.ENDPOINT)} cannot be "
+            f"reached ({said(error)}); check the network, or give a local folder"
         ) from None
-
-
-_SECRETS = (
-    (re.compile(r"hf_\w+"), "hf_***"),  # access tokens
-    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer ***"),
-    (re.compile(r"//[^/\s@]+@"), "//***@"),  # names and passwords in the addresses of proxies and mirrors
-    (re.compile(r"(https?://[^\s?]+)\?[^\s'\")]+"), r"\1?***"),  # signatures of links that are good for an hour
-)
-
-
-def _first_line(error: Exception) -> str:
-    """The error's kind and first line, without anything in it that lets others in."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-    return f"{type(error).__name__}: {_public(text)}"[:200]
-
-
-def _public(text: str) -> str:
-    for secret, shown in _SECRETS:
-        text = secret.sub(shown, text)
-    return text

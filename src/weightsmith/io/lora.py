@@ -17,7 +17,9 @@ import xxhash
 
 from weightsmith.errors import NumericError, SourceError
 from weightsmith.io.adapter import CONFIG, of_module, open_weights, plain_name, read_config, split_name
+from weightsmith.io.remote_source import local_copy
 from weightsmith.io.source import Source
+from weightsmith.io.url import Url, parse_url
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.ops.lowrank import Factors
@@ -64,7 +66,7 @@ class Module:
 
 
 class Adapter:
-    """The LoRA adapter in a folder.
+    """The LoRA adapter in a folder, or at a URL (then the files are copied first: they are small).
 
     modules  name -> Module, in the file's order
     whole    base tensor's name -> stored name, for tensors kept in full (modules_to_save, trained biases)
@@ -74,8 +76,9 @@ class Adapter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        self.label = str(path)
+        url = parse_url(path)
+        self.path = local_copy(url) if isinstance(url, Url) else (url or Path(path).expanduser())
+        self.label = str(url or path)
         if not (self.path / CONFIG).is_file():
             raise SourceError(f"{path}: no LoRA adapter here (no {CONFIG})")
         self.config = read_config(self.path)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -21,9 +21,11 @@ import xxhash
 from weightsmith.errors import OutputError, SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import write_file
-from weightsmith.io.files import File
+from weightsmith.io.files import File, Ranged
+from weightsmith.io.remote import RemoteFile
 from weightsmith.io.safetensors import Header, read_header
-from weightsmith.io.small import parse_json, read_small
+from weightsmith.io.small import parse_json, refuse_above
+from weightsmith.io.url import Url, place_of, stored_at
 from weightsmith.keys import DTYPES, Key
 
 __all__ = ["MANIFEST", "MOST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
@@ -32,6 +34,7 @@ MANIFEST = "weightsmith.json"
 MOST = 200_000_000
 """Bytes of a manifest that are read: a line for each tensor, more for large ones."""
 
+_DEEPEST = 8  # levels of folders that are looked into at a URL
 _NONE: Mapping[str, Any] = {}
 _SUM = "xxh3_128"  # of the manifest itself, without this field
 
@@ -94,7 +97,7 @@ def build_manifest(
         "made_by": how,
         "versions": _versions(),
         "output": {
-            "files": {name: _describe(folder, name) for name in _files(folder)},
+            "files": {name: _describe(File(folder / name), name) for name in _files(folder)},
             "tensors": {key.name: {"dtype": key.dtype, "shape": key.shape, "parts": parts[key.name]} for key in keys},
         },
     }
@@ -116,13 +119,14 @@ def _text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=1) + "\n"
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
-    """Read and check the manifest of an output folder; OutputError if there is none or one bit of it was changed."""
+def read_manifest(out: Path | Url) -> dict[str, Any]:
+    """Read and check the manifest of an output; OutputError if there is none or one bit of it was changed."""
     path = out / MANIFEST
-    if not path.exists():
+    if MANIFEST not in stored_at(out, OutputError, depth=1) if isinstance(out, Url) else not (out / MANIFEST).exists():
         raise OutputError(f"cannot read {path}: No such file or directory; was this folder made by weightsmith?")
     try:
-        raw = read_small(path, MOST)
+        file = _file(out, MANIFEST)
+        raw = file.read(0, refuse_above(file, MOST)).tobytes()
         noted = parse_json(raw, str(path))
         manifest: dict[str, Any] = {name: value for name, value in noted.items() if name != _SUM}
         # The bytes too: 1e-05 and 1E-05 differ by a bit and mean the same.
@@ -153,33 +157,33 @@ def _count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def verify_folder(out: Path, progress: Callable[[int], object] = lambda count: None) -> list[str]:
+def verify_folder(out: Path | Url, progress: Callable[[int], object] = lambda count: None) -> list[str]:
     """Return everything that is not as it was written, a line each: files missing, added, cut or altered.
 
     Reads every byte once, in blocks.  `progress` is called with the bytes of each part when it has been read.
     Raises OutputError if the manifest itself cannot be trusted.
     """
+    out = place_of(out) if isinstance(out, Path) else out
     output = read_manifest(out)["output"]
     wanted, found = output["files"], set(_files(out))
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} was not there when the folder was written" for name in sorted(found - set(wanted))]
-    places: dict[str, tuple[File, int]] = {}
+    places: dict[str, tuple[Ranged, int]] = {}
     for name, noted in wanted.items():
         if name not in found:
             continue
-        if not (out / name).is_file():
+        if isinstance(out, Path) and not (out / name).is_file():
             problems.append(f"{name} is no file any more")
             continue
-        size = (out / name).stat().st_size
-        if size != noted["bytes"]:
-            problems.append(f"{name} has {size} bytes instead of {noted['bytes']}")
+        file = _file(out, name)
+        if file.size != noted["bytes"]:
+            problems.append(f"{name} has {file.size} bytes instead of {noted['bytes']}")
         elif "header" not in noted:
-            if _describe(out, name) != noted:
+            if _describe(file, name) != noted:
                 problems.append(f"{name} was altered")
-        elif (header := _header(out / name)) is None or header.digest != noted["header"]:
+        elif (header := _header(file)) is None or header.digest != noted["header"]:
             problems.append(f"{name} was altered in its header")
         else:
-            file = File(out / name)
             places |= {tensor: (file, place.offset) for tensor, place in header.tensors.items()}
 
     def check(item: tuple[str, Any]) -> list[str]:
@@ -188,7 +192,7 @@ def verify_folder(out: Path, progress: Callable[[int], object] = lambda count: N
             return []
         file, offset = places[tensor]
         return [
-            f"{file.path.name}: tensor {tensor}, rows {start} to {stop}, was altered"
+            f"{file.place.name}: tensor {tensor}, rows {start} to {stop}, was altered"
             for start, stop, begin, count, digest in _spans(Key(tensor, tuple(noted["shape"]), noted["dtype"]), noted)
             if _altered(file, offset + begin, count, digest, progress)
         ]
@@ -206,34 +210,40 @@ def _spans(key: Key, noted: Mapping[str, Any]) -> Iterator[tuple[int, int, int, 
         yield start, stop, start * width, (stop - start) * width, digest
 
 
-def _altered(file: File, offset: int, count: int, digest: str, progress: Callable[[int], object]) -> bool:
+def _altered(file: Ranged, offset: int, count: int, digest: str, progress: Callable[[int], object]) -> bool:
     found = file.digest(offset, count)
     progress(count)
     return found != digest
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path | Url) -> list[str]:
     """Relative names of all files but the manifest; a clone's .git and a download's .cache are not looked at."""
-    paths = [path for path in system.call(list, folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    names = [path.relative_to(folder) for path in paths]
+    if isinstance(folder, Url):
+        names = [PurePosixPath(name) for name in stored_at(folder, OutputError, depth=_DEEPEST)]
+    else:
+        paths = [path for path in system.call(list, folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+        names = [PurePosixPath(path.relative_to(folder)) for path in paths]
     kept = (name.as_posix() for name in names if name.parts[0] not in (".git", ".cache"))
     return sorted(name for name in kept if name != MANIFEST)
 
 
-def _describe(folder: Path, name: str) -> dict[str, Any]:
+def _file(folder: Path | Url, name: str) -> Ranged:
+    return RemoteFile(folder / name) if isinstance(folder, Url) else File(folder / name)
+
+
+def _describe(file: Ranged, name: str) -> dict[str, Any]:
     """Size and checksum of a file.
 
     The merged shards lie at the top and their tensors have checksums of their own: of these, only the header is hashed.
     """
-    file = File(folder / name)
     if name.endswith(".safetensors") and "/" not in name:
         return {"bytes": file.size, "header": read_header(file).digest}
     return {"bytes": file.size, _SUM: file.digest()}
 
 
-def _header(path: Path) -> Header | None:
+def _header(file: Ranged) -> Header | None:
     try:
-        return read_header(path)
+        return read_header(file)
     except SourceError:
         return None
 

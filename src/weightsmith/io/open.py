@@ -18,9 +18,11 @@ from weightsmith.io.manifest import MANIFEST, MOST
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.pickle import PICKLES, PickleSource
 from weightsmith.io.quantized import unquantised
+from weightsmith.io.remote_source import open_url
 from weightsmith.io.safetensors import SafetensorsSource
 from weightsmith.io.small import read_json, short
 from weightsmith.io.source import MemorySource, Source
+from weightsmith.io.url import Url, parse_url
 from weightsmith.keys import good_name
 from weightsmith.lazy import torch
 
@@ -57,11 +59,17 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
 
     ref     a Source (returned as it is), a mapping of tensors, an nn.Module, or a str or Path: a folder, a
             .safetensors file or shard index, a PyTorch checkpoint, a PEFT folder (needs `base`), a compressed
-            folder (`expert` says which model of it), else `org/name[@revision]` on the hub
+            folder (`expert` says which model of it); a URL of such (s3://bucket/model), see `io.remote_source`;
+            else `org/name[@revision]` on the hub
     Errors: SourceError, one line, for whatever cannot be opened or lies about itself.
     """
+    url = parse_url(ref)
+    if isinstance(url, Url) and not looks_like_hub_id(url.full):
+        if expert is not None:
+            raise SourceError(f"{url}: a compressed folder is read on this machine only; download it first")
+        return unquantised(open_url(url, base))
     if isinstance(ref, str):
-        ref = _path_or_id(ref)
+        ref = url if isinstance(url, Path) else _path_or_id(ref)
     for accepts, opener in _openers:
         if accepts(ref):
             return opener(ref, base, expert)

@@ -45,10 +45,12 @@ from weightsmith.io.journal import Journal, State, boot_id, differences, read_jo
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.sink import Sink
+from weightsmith.io.upload import check_url
+from weightsmith.io.url import Url, absolute, output_of, parse_url
 from weightsmith.io.writer import ShardWriter
 from weightsmith.keys import Key
 
-__all__ = ["FolderSink", "absolute", "check_output", "tidy"]
+__all__ = ["FolderSink", "check_output", "tidy"]
 
 _METADATA: Mapping[str, str] = {"format": "pt"}
 
@@ -276,14 +278,18 @@ def check_output(
     needed_bytes: int,
     *,
     locked: bool = False,
+    local_bytes: int | None = None,
 ) -> list[str]:
     """Return everything that stands in the way of writing `needed_bytes` to the folder `out`, a line each.
 
     inputs are the folders and files that are read.  `locked`: the caller holds the folder's lock.  Creates nothing.
+    `local_bytes`: how many of them are on this machine's disk at once where `out` is a URL (default: all).
     Raises OutputError where the disk does not even let itself be looked at.
     """
+    if (url := output_of(out)) is not None:
+        return check_url(url, inputs, overwrite, resume, needed_bytes if local_bytes is None else local_bytes)
     out = absolute(out)
-    given = dict.fromkeys(absolute(path) for path in inputs)
+    given = dict.fromkeys(absolute(path) for path in inputs if not isinstance(parse_url(path), Url))
     roots = [path for path in given if not any(parent in given for parent in path.parents)]
     with writing(out):
         problems = [text for path in roots if (text := _overlap(out, path))]
@@ -374,11 +380,6 @@ def _overlap(out: Path, path: Path) -> str | None:
 def _same(a: Path, b: Path) -> bool:
     """Whether two paths are one place: also through a bind mount, or where upper and lower case are alike."""
     return a == b or (a.exists() and b.exists() and a.samefile(b))
-
-
-def absolute(path: Path) -> Path:
-    """The path that is meant, with links followed."""
-    return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def _partial(out: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,8 @@ from weightsmith.io.folder import is_inside
 from weightsmith.io.small import read_json
 from weightsmith.keys import DTYPES
 
-__all__ = ["TOKENIZER_FILES", "Copied", "companions", "copy_companions", "left_behind", "tokenizer_files", "with_dtype"]
+__all__ = ["TOKENIZER_FILES", "Copied", "companions", "copy_companions", "left_behind", "module_weights",
+           "tokenizer_files", "with_dtype"]  # fmt: skip
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -77,6 +78,12 @@ def left_behind(folder: Path, weight_files: Collection[str], *, code: bool = Fal
 def tokenizer_files(folder: Path) -> list[str]:
     """Names of the tokenizer's files in a model's folder."""
     return [name for path in companions(folder, ()) if _is_tokenizer(name := path.as_posix())]
+
+
+def module_weights(folder: Path, names: Iterable[str]) -> frozenset[str]:
+    """Which of some names are weights of Sentence-Transformers modules, as modules.json in the folder lists them."""
+    modules = _module_folders(folder)
+    return frozenset(name for name in names if _is_module_weight(name, modules))
 
 
 def copy_companions(

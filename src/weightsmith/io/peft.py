@@ -43,16 +43,18 @@ class AdapterSource(Source):
 
     computed = True
 
-    def __init__(self, path: str | Path, base: Source) -> None:
+    def __init__(self, path: str | Path, base: Source, weights: Source | None = None, label: str = "") -> None:
+        """`path`: the folder; `weights`, `label`: its tensors and name, where it is a copy of what lies elsewhere."""
         self.path = Path(path)
         self.base = base
-        self.label = f"{path} on {base.label}"
+        label = label or str(path)
+        self.label = f"{label} on {base.label}"
         self.folder = base.folder
         self.weight_files = base.weight_files
         self.aliases = base.aliases
         self._config = read_config(self.path)
-        self._file = open_weights(self.path)
-        self._changes = read_changes(self._config, self._file, base, str(path))
+        self._file = weights or open_weights(self.path)
+        self._changes = read_changes(self._config, self._file, base, label)
         self.keys = {
             key.name: Key(key.name, key.shape, self._file.key(change.replacement).dtype)
             if (change := self._changes.get(key.name)) and change.replacement and not change.computed
@@ -61,8 +63,12 @@ class AdapterSource(Source):
         }
         self._cache = _Recent(4)
 
-    def __reduce__(self) -> tuple[type[AdapterSource], tuple[Path, Source]]:
-        return AdapterSource, (self.path, self.base)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cache = _Recent(4)
 
     @property
     def changed(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from weightsmith.errors import SourceError
-from weightsmith.io.files import File
+from weightsmith.io.files import File, Ranged
 from weightsmith.io.small import short
 from weightsmith.io.source import Source
 from weightsmith.keys import DTYPES, Key, good_name
@@ -127,20 +127,20 @@ def count_parts(raw: bytes) -> int:
     return sum(map(raw.count, (b",", b"{", b"[")))
 
 
-def read_header(path: str | Path | File) -> Header:
+def read_header(path: str | Path | Ranged) -> Header:
     """Read and check the header of a safetensors file; no tensor data is read."""
-    file = path if isinstance(path, File) else File(path)
+    file = path if isinstance(path, Ranged) else File(path)
     length = parse_length(file.read(0, min(8, file.size)).tobytes(), file.size, str(file.path))
     return parse_header(file.read(8, length, "header").tobytes(), file.size, str(file.path))
 
 
 class SafetensorsSource(Source):
-    """One safetensors file."""
+    """One safetensors file, on this machine or (a `Ranged` of its own) elsewhere."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.label = str(path)
-        self._file = File(self.path)
+    def __init__(self, path: str | Path | Ranged) -> None:
+        self._file = path if isinstance(path, Ranged) else File(path)
+        self.path = self._file.place
+        self.label = str(path.path if isinstance(path, Ranged) else path)
         self.header = read_header(self._file)
         self.keys = self.header.keys
         self.aliases = self.header.aliases
@@ -149,12 +149,12 @@ class SafetensorsSource(Source):
 
     def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         key, offset, rows, pitch = self._span(name, start, stop)
-        data = self._file.read(offset, rows * pitch, repr(name)).view(_UNSIGNED[DTYPES[key.dtype].itemsize])
+        data = self._file.read_on(offset, rows * pitch, repr(name)).view(_UNSIGNED[DTYPES[key.dtype].itemsize])
         return data.reshape(rows, *key.shape[1:]) if key.shape else data.reshape(())
 
     def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
         _, offset, rows, pitch = self._span(name, start, stop)
-        self._file.read(offset, rows * pitch, repr(name), out.reshape(-1).view(np.uint8))
+        self._file.read_on(offset, rows * pitch, repr(name), out.reshape(-1).view(np.uint8))
 
     def _span(self, name: str, start: int, stop: int | None) -> tuple[Key, int, int, int]:
         """The tensor; where its rows start..stop lie in the file: position, how many, bytes of one."""
@@ -165,8 +165,8 @@ class SafetensorsSource(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
-        noted = {"size": self._file.size, "mtime_ns": self._file.mtime_ns, "header": self.header.digest}
-        return {"files": {self.path.name: {**noted, "sample": self._file.sample()}}}
+        noted = {"size": self._file.size, **self._file.stamp(), "header": self.header.digest}
+        return {"files": {self.path.name: noted}}
 
 
 # --- the parts of a header -------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,10 @@ class Sink(ABC):
 
     def done(self, task: str, record: Mapping[str, Any]) -> None:  # noqa: B027  (nothing to note in memory)
         """A task's blocks are all written; the record says what they hash to."""
+
+    def files_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Files that one process has to write as a whole, of those that some tensors go to; none where rows do."""
+        return ()
 
     def writer(self) -> Sink:
         """What another process writes through: picklable, its `done` makes a task's bytes durable.  After `begin`."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import SourceError
-from weightsmith.io.files import File
+from weightsmith.io.files import File, Ranged
 
-__all__ = ["MAX_VALUES", "parse_json", "read_json", "read_small", "short", "word"]
+__all__ = ["MAX_VALUES", "parse_json", "read_json", "read_small", "refuse_above", "short", "word"]
 
 MAX_VALUES = 8_000_000
 """Most commas and opening brackets in a JSON text; the largest tokenizers have about two million.  It bounds time and
@@ -19,9 +19,14 @@ memory of parsing: 100 MB of '{},{},{}' would become more than 3 GB of Python ob
 def read_small(path: Path, limit: int) -> bytes:
     """The bytes of a regular file; SourceError if it is none (a pipe, a device), cannot be read or is above `limit`."""
     file = File(path)
+    return file.read(0, refuse_above(file, limit)).tobytes()
+
+
+def refuse_above(file: Ranged, limit: int) -> int:
+    """The size of a file; SourceError if it is above `limit`."""
     if file.size > limit:
-        raise SourceError(f"{path}: {file.size} bytes, but at most {limit} are read of such a file")
-    return file.read(0, file.size).tobytes()
+        raise SourceError(f"{file.path}: {file.size} bytes, but at most {limit} are read of such a file")
+    return file.size
 
 
 def read_json(path: Path, limit: int) -> Any:

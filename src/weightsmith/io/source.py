@@ -101,7 +101,8 @@ class Source(ABC):
     def places(self) -> tuple[Path, ...]:
         """Every folder and file that it reads, so that no result is written over one of them.
 
-        Files that hold tensors are among them, unless they are the hub's (whose hashes the hub knows).
+        Files that hold tensors are among them, unless they are the hub's (whose hashes the hub knows).  A URL
+        stands among them as pathlib writes it (s3:/bucket/x), where no path of this machine is.
         """
         own = getattr(self, "path", None)
         return tuple(Path(place) for place in (self.folder, own) if place is not None)

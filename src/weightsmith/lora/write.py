@@ -23,8 +23,9 @@ from weightsmith.io.card import CardModel, licences, model_card
 from weightsmith.io.disk import write_file, writing
 from weightsmith.io.lora import keys_of
 from weightsmith.io.manifest import build_manifest, write_manifest
-from weightsmith.io.output import FolderSink, absolute, check_output
+from weightsmith.io.output import FolderSink, check_output
 from weightsmith.io.source import bits_to_tensor
+from weightsmith.io.url import absolute
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.ops.lowrank import Factors, distance, size

@@ -19,6 +19,7 @@ from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import Source
+from weightsmith.io.url import Url
 from weightsmith.lazy import torch
 from weightsmith.moe import router
 from weightsmith.moe.draft import Draft, draft
@@ -108,7 +109,7 @@ def prepared_draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None)
 
 
 def rerun(
-    out: Path,
+    out: Path | Url,
     *,
     threads: int | None = None,
     memory: int | None = None,

@@ -11,7 +11,9 @@ import numpy as np
 
 from weightsmith.io import system
 from weightsmith.io.folder import FolderSource
+from weightsmith.io.remote_source import open_url
 from weightsmith.io.source import Source
+from weightsmith.io.url import Url
 from weightsmith.keys import layer_of
 
 __all__ = ["cheap_check"]
@@ -24,21 +26,26 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ROWS_AT_ONCE = 4096
 
 
-def cheap_check(out: Path) -> list[str]:
+def cheap_check(out: Path | Url) -> list[str]:
     """Compare a model folder's config.json and tokenizer with its weights' headers; returns warnings, a line each.
 
     Reads headers only, except for an output head that the configuration ties to the embedding: the two are
     compared.  A folder without config.json is a raw state dict: nothing to compare, no warning.
     Raises SourceError if the weights themselves cannot be opened.
     """
-    out = Path(out)
+    source: Source | None = None
+    if isinstance(out, Url):
+        source = open_url(out)
+        source.prepare()
+        assert source.folder is not None
+        out = source.folder
     path = out / "config.json"
     if not path.exists():
         return []
     config, fault = _read_json(path)
     if fault:
         return [fault]
-    source = FolderSource(out)
+    source = source or FolderSource(out)
     language = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     return [
         *_embedding_warnings(source, language),

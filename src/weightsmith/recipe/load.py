@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.io.folder import INDEX
 from weightsmith.recipe.check import Problem, check_methods, spell
 from weightsmith.recipe.files import SUFFIXES, exists, expanded, text_of
 from weightsmith.recipe.mergekit import is_mergekit, translate
@@ -188,7 +189,7 @@ class _Form:
             ref["model"] = self.composed(model, inside)
         elif not isinstance(model, str) or not model.strip():
             self.say(inside, f"{spell(inside)} should be a path, a hub id or a recipe; is {_kind(model)}")
-        elif Path(model).suffix.lower() in SUFFIXES:
+        elif Path(model).suffix.lower() in SUFFIXES and not model.endswith(INDEX):
             ref["model"] = self.nested_file(model, inside)
         else:
             ref["model"] = self.located(model)

@@ -21,6 +21,8 @@ from weightsmith.run.plan import make_plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weightsmith.io.url import Url
+
 __all__ = ["merge"]
 
 MethodLike = str | Stage | Pipeline | Sequence[Any]
@@ -41,14 +43,14 @@ def merge(
     threads: int | None = None,
     device: str | Accelerator = "auto",
     **parameters: Any,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | Url:
     """Merge models into one.
 
     models      name -> model, or a list (named m0, m1, ...).  A model is a state dict, an `nn.Module`, a path,
-                a hub id or a Source
+                a URL (s3://bucket/model), a hub id or a Source
     method      a name, a stage such as `Ties(density=0.3)`, a pipeline `Dare(density=0.5) | Ties()`, or a list
     base        the model the others were fine-tuned from, where the method needs one
-    out         a folder to write; without it the merged tensors are returned as a dict
+    out         a folder or URL to write; without it the merged tensors are returned as a dict
     stats       model name -> statistic -> {parameter name: tensor} or a path
     seed        of every random choice
     dtype       of the result's floating tensors; default: as the base (or first model) stores them

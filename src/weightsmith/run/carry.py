@@ -113,12 +113,14 @@ def carry_out_all(
             bundles = side_by_side(todo)
             sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
             execute = partial(_execute, contexts=contexts, sinks=sinks, do=do)
-            for bundle, found in zip(bundles, workers.map(execute, bundles), strict=True):
-                for (i, task), record in zip(bundle, found, strict=True):
-                    records[i][task.id] = record
-                    if workers.remote:
-                        jobs[i].sink.done(task.id, record)
-                        meter.add(task.nbytes)
+            batches = _by_file(bundles, jobs) if workers.remote else [[bundle] for bundle in bundles]
+            for batch, results in zip(batches, workers.map(execute, batches), strict=True):
+                for bundle, found in zip(batch, results, strict=True):
+                    for (i, task), record in zip(bundle, found, strict=True):
+                        records[i][task.id] = record
+                        if workers.remote:
+                            jobs[i].sink.done(task.id, record)
+                            meter.add(task.nbytes)
             for inputs in {id(job.inputs): job.inputs for job in jobs}.values():
                 inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
         meter.close()
@@ -145,7 +147,32 @@ def side_by_side(tasks: Sequence[Sequence[Task]]) -> list[Bundle]:
     return [tuple(bundle) for bundle in found.values()]
 
 
-def _execute(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
+def _by_file(bundles: Sequence[Bundle], jobs: Sequence[Job]) -> list[list[Bundle]]:
+    """Bundles that have to be worked on by one process, as their sinks say; in the order of the first of each."""
+    batch_of: dict[tuple[int, str], list[Bundle]] = {}
+    batches: list[list[Bundle]] = []
+    for bundle in bundles:
+        files = {(i, file) for i, task in bundle for file in jobs[i].sink.files_of(key.name for key in task.keys)}
+        met = list({id(batch_of[file]): batch_of[file] for file in files if file in batch_of}.values())
+        batch: list[Bundle] = met[0] if met else []
+        if not met:
+            batches.append(batch)
+        for other in met[1:]:  # this bundle joins what was apart
+            batch += other
+            batches = [kept for kept in batches if kept is not other]
+            batch_of = {file: batch if found is other else found for file, found in batch_of.items()}
+        batch.append(bundle)
+        batch_of |= dict.fromkeys(files, batch)
+    return batches
+
+
+def _execute(
+    batch: Sequence[Bundle], contexts: Sequence[Context], sinks: Sequence[Sink], do: Do
+) -> list[list[dict[str, Any]]]:
+    return [_execute_one(bundle, contexts, sinks, do) for bundle in batch]
+
+
+def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
     def work(place: Place) -> list[dict[str, Any]]:
         kept = Kept()
         return together([working(t, replace(contexts[i], kept=kept, place=place), sinks[i]) for i, t in bundle])

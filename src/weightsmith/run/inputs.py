@@ -17,6 +17,7 @@ from weightsmith.io.files import File
 from weightsmith.io.folder import FolderSource
 from weightsmith.io.manifest import MANIFEST, read_manifest
 from weightsmith.io.open import open_source
+from weightsmith.io.remote_source import RemoteSource
 from weightsmith.io.source import Source
 from weightsmith.io.stack import join_modules, stack_slices
 from weightsmith.io.stats import open_stats
@@ -127,7 +128,11 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     Notes hold for the base of that run: without the same base there are none.
     """
     name, first = next(iter(inputs.experts.items()), ("", None))
-    if not isinstance(first, FolderSource) or first.folder is None or not (first.folder / MANIFEST).is_file():
+    if (
+        not isinstance(first, (FolderSource, RemoteSource))
+        or first.folder is None
+        or not (first.folder / MANIFEST).is_file()
+    ):
         return {}, []
     try:
         made = read_manifest(first.folder)

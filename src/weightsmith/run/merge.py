@@ -15,10 +15,13 @@ from weightsmith.errors import OutputError, PlanError
 from weightsmith.io.card import CardModel, Citation, licence_problems, licences, model_card
 from weightsmith.io.disk import write_file
 from weightsmith.io.manifest import MANIFEST, build_manifest, read_manifest, write_manifest
-from weightsmith.io.output import FolderSink, absolute, check_output, tidy
+from weightsmith.io.output import FolderSink, check_output, tidy
 from weightsmith.io.package import Copied, copy_companions
 from weightsmith.io.source import Source
+from weightsmith.io.staging import AT_ONCE
 from weightsmith.io.template import write_template
+from weightsmith.io.upload import UrlSink, clear_marks
+from weightsmith.io.url import Url, destination, without_secrets
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
 from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
@@ -62,7 +65,7 @@ class Storage:
 class Result:
     """What a run did.  `warnings` are things the user should look at, a line each; `storage` is of a compression."""
 
-    out: Path
+    out: Path | Url
     seconds: float
     read_bytes: int
     write_bytes: int
@@ -86,7 +89,7 @@ def run(
     fingerprint: str = "quick",
     ray: str | None = None,
 ) -> Result:
-    """Merge into the folder `out`, which appears complete or not at all.
+    """Merge into the folder `out`, which appears complete or not at all; or to a URL, see `io.upload`.
 
     memory     bound on the predicted peak, in bytes
     device     'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
@@ -115,7 +118,7 @@ def result_of(
 ) -> Result:
     """What there is to say about a finished run of a plan."""
     return Result(
-        out=absolute(out),
+        out=destination(out),
         seconds=seconds,
         read_bytes=plan.read_bytes,
         write_bytes=plan.write_bytes,
@@ -141,13 +144,14 @@ def prepared(
     files: Sequence[Path] = (),
     weight_name: str = "model",
     known: Mapping[str, Any] | None = None,
-) -> FolderSink:
+) -> FolderSink | UrlSink:
     """The sink for a plan, after everything that can be wrong was looked at and what is missing here was fetched.
 
     `known` is the run's identity where the plan's recipe is not what the user wrote.
     """
     read = (*reads(plan.recipe, inputs), *files)
-    problems = [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes)]
+    here = min(plan.write_bytes, AT_ONCE * parse_size(plan.recipe.output.shard_size))
+    problems = [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes, local_bytes=here)]
     if problems:
         raise PlanError(problems)
     for _, source in inputs.models:
@@ -164,17 +168,18 @@ def folder_sink(
     overwrite: bool,
     weight_name: str = "model",
     known: Mapping[str, Any] | None = None,
-) -> FolderSink:
+) -> FolderSink | UrlSink:
     """The sink for a plan that nothing speaks against; `known`: see `prepared`."""
-    return FolderSink(
-        out,
-        shard_size=parse_size(plan.recipe.output.shard_size),
-        identity=known or identity(plan.recipe, inputs, plan.device),
-        resume=resume,
-        overwrite=overwrite,
-        weight_name=weight_name,
-        metadata={"format": "pt", **_tied(plan, inputs)},
-    )
+    place = destination(out)
+    options: dict[str, Any] = {
+        "shard_size": parse_size(plan.recipe.output.shard_size),
+        "identity": known or identity(plan.recipe, inputs, plan.device),
+        "resume": resume,
+        "overwrite": overwrite,
+        "weight_name": weight_name,
+        "metadata": {"format": "pt", **_tied(plan, inputs)},
+    }
+    return UrlSink(place, **options) if isinstance(place, Url) else FolderSink(place, **options)
 
 
 def _tied(plan: Plan, inputs: Inputs) -> dict[str, str]:
@@ -185,10 +190,11 @@ def _tied(plan: Plan, inputs: Inputs) -> dict[str, str]:
 
 def finished(plan: Plan, inputs: Inputs, out: Path, known: Mapping[str, Any] | None = None) -> bool:
     """Whether `out` is what this plan makes: the run to resume got through.  Tidies up after it."""
-    if plan.problems or not (out / MANIFEST).is_file():
+    place = destination(out)
+    if plan.problems or not (isinstance(place, Url) or (place / MANIFEST).is_file()):
         return False
     try:
-        made = read_manifest(out)
+        made = read_manifest(place)
     except OutputError:
         return False
     wanted = json.loads(json.dumps(known or identity(plan.recipe, inputs, plan.device)))
@@ -196,14 +202,17 @@ def finished(plan: Plan, inputs: Inputs, out: Path, known: Mapping[str, Any] | N
     noted |= {"device": made["device"]} if "device" in made else {}
     if json.dumps(noted) != json.dumps(wanted):  # as texts: the order of the models counts
         return False
-    tidy(out)
+    if isinstance(place, Url):
+        clear_marks(place)
+    else:
+        tidy(place)
     return True
 
 
 def identity(recipe: Recipe, inputs: Inputs, device: str = "") -> dict[str, Any]:
     """What the output's bytes depend on: a run is resumed, and can be repeated, under the same identity only."""
     return {
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "recipe": without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
         "inputs": inputs.fingerprints(),
         "version": __version__,
         **({"device": device} if device else {}),
@@ -232,7 +241,7 @@ def package(
         numbering.write(folder)  # only files that were copied just now
     written = write_template(folder, template) if template is not None else []
     stated = licences({name: source.folder for name, source in inputs.models})
-    shown = recipe.model_dump(mode="json", exclude_defaults=True)
+    shown = without_secrets(recipe.model_dump(mode="json", exclude_defaults=True))
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
         models=[CardModel(name, _hub_id(ref), ref.parameters) for name, ref in recipe.models.items()],

@@ -13,7 +13,9 @@ from pathlib import Path
 from weightsmith.errors import PlanError
 from weightsmith.io import system
 from weightsmith.io.disk import writing
+from weightsmith.io.remote import HELD
 from weightsmith.io.source import Source
+from weightsmith.io.url import Url, parse_url
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.accelerator import Accelerator, accelerator_of
@@ -30,6 +32,9 @@ __all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "make_pla
 
 PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
 """Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
+
+NETWORK = 40_000_000
+"""The same for fsspec and a store's library (measured with fsspec and aiohttp); pieces under way come on top."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +248,9 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
             kernels = True
         else:
             torch = True
+    elsewhere = any(isinstance(parse_url(place), Url) for place in inputs.places())
     held = sum(source.held_bytes for _, source in inputs.models)
-    return PYTHON + KERNELS * kernels + TORCH * torch + held
+    return PYTHON + KERNELS * kernels + TORCH * torch + held + (HELD + NETWORK) * elsewhere
 
 
 def cores() -> int:
@@ -253,6 +259,8 @@ def cores() -> int:
 
 
 def _free_bytes(out: Path) -> int | None:
+    if isinstance(parse_url(out), Url):
+        return None
     with writing(out):
         for folder in (out, *out.absolute().parents):
             if folder.exists():

@@ -262,19 +262,22 @@ class Planner:
             if source is self.reference:
                 continue
             for key in source.keys.values():
+                there, tied = _has(self.reference, key.name), key.name in self.reference.aliases
+                if there and not tied:
+                    continue  # of a large model nearly all, and asking what becomes of a tensor takes time
                 kept = key.name in self._carried or self._keeps(key)
-                if not kept and not _has(self.reference, key.name) and is_output_layer(source, key):
+                if not kept and not there and is_output_layer(source, key):
                     self.problems.append(
                         f"{key.name} is a tensor of its own in {name}, but {self._reference_label()} has none, or uses "
                         f"its embedding in another way; leave {name} out"
                     )
                     continue
-                if key.name in self.reference.aliases and not kept:
+                if tied and not kept:
                     self.problems.append(
                         f"{key.name} is tied to {self.reference.aliases[key.name]} in {self._reference_label()} but a "
                         f'tensor of its own in {name}; to leave it tied add it to "exclude"'
                     )
-                if _has(self.reference, key.name):
+                if there:
                     continue
                 if kept:
                     self._carried.setdefault(key.name, name)

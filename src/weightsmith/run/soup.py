@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.io.disk import writing
-from weightsmith.io.output import absolute, check_output
+from weightsmith.io.output import check_output
+from weightsmith.io.url import absolute
 from weightsmith.ops.greedy import greedy
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.api import merge
@@ -23,6 +24,8 @@ from weightsmith.run.plan import make_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from weightsmith.io.url import Url
 
 __all__ = ["FolderSoup", "GreedySoup", "greedy_soup", "soup"]
 
@@ -43,7 +46,7 @@ class GreedySoup:
     members: tuple[str, ...]
     score: float
     trials: Trials
-    merged: dict[str, Tensor] | Path
+    merged: dict[str, Tensor] | Path | Url
 
 
 def greedy_soup(

@@ -17,7 +17,8 @@ from weightsmith.errors import PlanError
 from weightsmith.io import system
 from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.manifest import MANIFEST
-from weightsmith.io.output import absolute, check_output
+from weightsmith.io.output import check_output
+from weightsmith.io.url import absolute
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.carry import Bundle, Job, carry_out_all, side_by_side

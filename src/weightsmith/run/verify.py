@@ -13,6 +13,7 @@ import numpy as np
 from weightsmith.errors import OutputError, WeightsmithError
 from weightsmith.io.manifest import merge_parts, read_manifest
 from weightsmith.io.sink import Sink
+from weightsmith.io.url import Url
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.carry import carry_out
@@ -48,7 +49,7 @@ def _which(before: Any, now: Any) -> str:
 
 
 def rerun(
-    out: Path,
+    out: Path | Url,
     *,
     threads: int | None = None,
     memory: int | None = None,
@@ -82,7 +83,7 @@ def rerun(
 
 
 def compared(
-    out: Path,
+    out: Path | Url,
     manifest: Mapping[str, Any],
     plan: Plan,
     inputs: Inputs,

@@ -1,0 +1,104 @@
+"""How soon things begin: what is imported for them, and how long a plan for a large model takes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightsmith.io.layout import index_json, plan_shards
+from weightsmith.keys import Key
+
+HEAVY = (
+    *("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "plotly", "ray", "gguf"),
+    *("huggingface_hub", "fsspec", "aiohttp", "requests", "httpx", "pandas", "matplotlib"),
+)
+SECONDS = 3.0  # of processor time, for `weightsmith plan` on 70 billion parameters; measured: 1.1
+
+
+def llama_70b() -> Iterator[Key]:
+    """The tensors of Llama 3 70B: 80 blocks, grouped queries, a vocabulary of 128,256."""
+    hidden, inner, few, words = 8192, 28672, 1024, 128256
+    shapes = {
+        "input_layernorm": (hidden,),
+        "mlp.down_proj": (hidden, inner),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.k_proj": (few, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (few, hidden),
+    }
+    yield Key("model.embed_tokens.weight", (words, hidden), "bfloat16")
+    for i in range(80):
+        for name, shape in shapes.items():
+            yield Key(f"model.layers.{i}.{name}.weight", shape, "bfloat16")
+    yield Key("model.norm.weight", (hidden,), "bfloat16")
+    yield Key("lm_head.weight", (words, hidden), "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and three experts of 141 GB each: headers, and holes for the data."""
+    root = tmp_path_factory.mktemp("large")
+    shards = plan_shards(tuple(llama_70b()), 5 * 10**9, "model", {"format": "pt"})
+    assert 25 <= len(shards) <= 35
+    for name in ("base", "a", "b", "c"):
+        (root / name).mkdir()
+        for shard in shards:
+            with (root / name / shard.name).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+        (root / name / "model.safetensors.index.json").write_text(index_json(shards))
+        (root / name / "config.json").write_text("{}")
+    assert sum(path.stat().st_blocks * 512 for path in root.rglob("*")) < 10_000_000, "the files are not sparse here"
+    return root
+
+
+def ran(*words: str) -> tuple[float, set[str], str]:
+    """(processor seconds, heavy modules loaded, output) of the command line in a process of its own."""
+    code = (
+        "import sys; from weightsmith.cli.main import main; code = main(sys.argv[1:]);"
+        f"print('LOADED', *(m for m in {HEAVY!r} if m in sys.modules)); sys.exit(code)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said, _, loaded = done.stdout.rpartition("LOADED")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, set(loaded.split()), said
+
+
+@pytest.mark.parametrize("method", ["ties", "linear", "[{dare: {density: 0.5}}, ties, lines]"])
+def test_a_plan_for_70_billion_parameters(large: Path, method: str) -> None:
+    recipe = large / "recipe.yaml"
+    recipe.write_text(f"base: ./base\nmodels: {{a: ./a, b: ./b, c: ./c}}\nmethod: {method}\n")
+    seconds, loaded, said = ran("plan", str(recipe), "--json")
+    assert json.loads(said)["output"]["parameters"] == 70_553_706_496
+    assert loaded == set()
+    assert seconds < SECONDS
+
+
+def test_a_merge_by_the_kernels_loads_nothing_else(tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        made = {"model.layers.0.mlp.up_proj.weight": torch.randn(40, 30).bfloat16()}
+        save_file(made, tmp_path / name / "model.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: ./base\nmodels: {a: ./a, b: ./b}\nmethod: ties\n")
+    assert ran("merge", str(recipe), str(tmp_path / "warm"), "--quiet")[1] == set()
+    seconds, loaded, _ = ran("merge", str(recipe), str(tmp_path / "out"), "--quiet")
+    assert loaded == set()
+    assert seconds < 2.5
+
+
+@pytest.mark.parametrize("words", [("--help",), ("merge", "--help"), ("methods", "ties"), ("schema",)])
+def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
+    assert ran(*words)[1] == set()
