@@ -16,6 +16,7 @@ from bench.measure import BenchError
 from bench.mergekit import PACKAGES, mergekit_python
 from bench.merges import MERGES
 from bench.models import SHAPES
+from bench.plot import plot
 from bench.series import Bench, Memory, Run
 from bench.table import agreement_rows, markdown, memory_rows, ratio_rows, usage_rows
 
@@ -57,7 +58,11 @@ def _run(bench: Bench, options: argparse.Namespace) -> int:
     print("\n" + text)
     (bench.root / "results.md").write_text(text + "\n")
     (bench.root / "results.json").write_text(json.dumps(_record(options, runs, memory, agreements, exact), indent=1))
-    print(f"\nwritten: {bench.root / 'results.json'}, {bench.root / 'results.md'}")
+    written = [bench.root / "results.json", bench.root / "results.md"]
+    if bench.rival:
+        written.append(bench.root / "results.svg")
+        written[-1].write_text(plot(runs))
+    print("\nwritten: " + ", ".join(map(str, written)))
     return 0
 
 

@@ -25,7 +25,7 @@ class Consensus(
     after=True,
     keeps_expert=False,
     scratch=2.5,
-    cost=9.0,
+    cost=2.0,
 ):
     """Keep the entries of the merged task vector tau that at least k task masks select: base + lambda c tau.
 

@@ -27,7 +27,7 @@ class Dare(
     paper="Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099",
     symmetric=True,
     scratch=2.5,
-    cost=10.0,
+    cost=3.5,
 ):
     """Keep each entry of a task vector with probability `density`: delta' = mask delta / density.
 

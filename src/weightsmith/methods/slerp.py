@@ -30,7 +30,7 @@ class Slerp(
     keeps_expert=False,
     max_count=2,
     scratch=1.5,
-    cost=18.0,
+    cost=6.0,
 ):
     """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.
 

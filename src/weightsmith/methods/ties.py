@@ -29,7 +29,7 @@ class Ties(
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
     symmetric=True,
     scratch=4.0,
-    cost=9.0,
+    cost=7.0,
 ):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.
 
