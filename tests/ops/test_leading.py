@@ -81,6 +81,18 @@ def test_equal_singular_values(columns: int):
     assert torch.allclose(equal.double() @ v, u * s, atol=1e-5)
 
 
+@pytest.mark.parametrize("equal", [8, 24])
+def test_clusters_wider_than_a_block_are_found_whole(equal: int):
+    """A Krylov space of one block holds as many copies of an equal singular value as the block has columns."""
+    values = SPECTRA["power law"].clone()
+    values[5 : 5 + equal] = values[5]
+    values = values.sort(descending=True).values
+    a = planted(values)
+    quick = spectral._top_of_large(a, K, 0.0)
+    assert quick is not None
+    assert float((quick.s / values[:K] - 1).abs().max()) < 1e-4
+
+
 def test_when_all_is_exact():
     a = planted(SPECTRA["power law"])
     assert spectral._top_of_large(a.double(), K, 0.0) is None
@@ -95,6 +107,8 @@ def test_scale_does_not_matter_and_the_bytes_are_the_same_every_time():
     assert torch.equal(one.u, top_svd(a.clone(), K).u)
     assert torch.equal(one.u, tiny.u)
     assert torch.equal(one.s, tiny.s * 2.0**70)
+    wide = a.double()
+    assert torch.equal(top_svd(wide, K).s, top_svd(wide * 2.0**-700, K).s * 2.0**700)
 
 
 def test_gram():

@@ -20,7 +20,7 @@ import numpy as np
 from weightsmith.method import Codec, Filter, Stage, registered
 
 STATISTICS = ("gram", "fisher")
-BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}}
+BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 2.0}}
 FEW = ("steps", "iterations", "epochs", "max_iterations")
 
 

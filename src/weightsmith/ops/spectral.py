@@ -10,11 +10,12 @@ torch at one thread per task.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightsmith.lazy import torch
-from weightsmith.ops.leading import LARGE, RESIDUAL, eigh, gram, leading_space
+from weightsmith.ops.leading import LARGE, eigh, gram, leading_space
 from weightsmith.ops.polar import on_accelerator, polar_by_products
 from weightsmith.site import Site
 
@@ -51,6 +52,9 @@ NOISE = 1e-6
 """Relative singular values up to which a float32 task vector holds only rounding noise."""
 
 
+MISSED = 1e-2
+"""Largest |A v - s u| / s of a triplet found in float32, above which float64 takes over."""
+
 WEAK = 5e-4
 """Eigenvalues of a float32 Gram matrix, relative to the largest, below which it does not settle the directions."""
 
@@ -82,11 +86,9 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0, left: bool = False) -> 
     quick = _top_of_large(matrix, k, cutoff)
     if quick is not None:
         return quick
-    a = matrix.double()
-    scale = a.abs().max() if a.numel() else a.new_zeros(())
+    a, scale = _tamed(matrix.double(), 200)
     if k < 1 or scale == 0:
         return Svd(a.new_zeros(a.shape[0], 0), a.new_zeros(0), a.new_zeros(a.shape[1], 0))
-    a = a / scale  # 1e-200 squared would vanish
     wide = a.shape[0] <= a.shape[1]
     short = a if wide else a.T
     k = min(k, short.shape[0])
@@ -103,15 +105,30 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0, left: bool = False) -> 
     return Svd(u, s * scale, v) if wide else Svd(v, s * scale, u)
 
 
+def _tamed(matrix: Tensor, power: int) -> tuple[Tensor, float]:
+    """(A / c, c) with c a power of two, 1 where the largest |entry| is within 2^+-power: squares must not vanish.
+
+    c is 0 for a matrix of zeros, or of nothing.  Dividing by c rounds nothing, so the digits do not depend on it.
+    """
+    if not matrix.numel():
+        return matrix, 0.0
+    low, high = torch.aminmax(matrix.detach())
+    largest = max(-float(low), float(high))
+    if largest == 0 or not math.isfinite(largest):
+        return matrix, largest
+    exponent = math.frexp(largest)[1] - 1
+    scale = 1.0 if abs(exponent) <= power else math.ldexp(1.0, exponent)
+    return matrix if scale == 1 else matrix / scale, scale
+
+
 def _top_of_large(matrix: Tensor, k: int, cutoff: float) -> Svd | None:
     """The same of a large float32 matrix, or None where that would not be exact enough."""
     smaller = min(matrix.shape)
     if matrix.dtype != torch.float32 or matrix.requires_grad or smaller < LARGE or not 1 <= k <= smaller // 2:
         return None
-    scale = torch.linalg.vector_norm(matrix, ord=torch.inf)
+    a, scale = _tamed(matrix, 24)
     if scale == 0:
         return None
-    a = matrix / scale
     wide = a.shape[0] <= a.shape[1]
     short = a if wide else a.T
     space = leading_space(gram(short), k)
@@ -123,7 +140,7 @@ def _top_of_large(matrix: Tensor, k: int, cutoff: float) -> Svd | None:
     # Where nothing is left to find (equal singular values, low rank) a Krylov space goes on with rounding noise.
     skew = (space.T @ space - torch.eye(space.shape[1]).to(space)).abs().max()
     # NaN where s is 0: a comparison with it is False.
-    if not bool((s[-1] > cutoff * s[0]) & (missed.max() <= 10 * RESIDUAL) & (skew <= 1e-4)):
+    if not bool((s[-1] > cutoff * s[0]) & (missed.max() <= MISSED) & (skew <= 1e-4)):
         return None
     u, s = u.double(), s * scale
     return Svd(u, s, v) if wide else Svd(v, s, u)
