@@ -126,7 +126,7 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
         ("tensors", _dimensions(domain) if domain else "of any shape"),
         ("other tensors", f"are merged by {facts['otherwise']}" if facts["otherwise"] else ""),
         ("order of the models", "does not matter" if facts["symmetric"] else "may matter"),
-        ("scratch memory", f"{cls.traits.scratch:g} bytes per byte of the models' float32 block"),
+        ("scratch memory", _scratch(cls.traits)),
         ("cost at 7B", f"about {cost_at_7b(facts)}; see [](../../../benchmarks.md)"),
     ]
     title = f"{facts['name']} ({facts['kind']})"
@@ -145,6 +145,14 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
     else:
         lines.append("None.")
     return "\n".join(lines)
+
+
+def _scratch(traits: method.Traits) -> str:
+    """What a method takes beside its inputs, in words."""
+    found = {"all models' float32 blocks": traits.scratch, "one of them": traits.matrix}
+    found[f"a square matrix of {traits.side if traits.side != 'smaller' else 'the smaller side'}"] = traits.square
+    words = ", ".join(f"{value:g} of {what}" for what, value in found.items() if value)
+    return f"bytes per byte: {words}" if words else "none"
 
 
 def _needs(facts: Mapping[str, Any]) -> str:

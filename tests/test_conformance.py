@@ -11,6 +11,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ import weightsmith
 from methods.driver import every, run, sites, whole
 from weightsmith.errors import RecipeError
 from weightsmith.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
+from weightsmith.run.task import one_by_one, takes_deltas
 from weightsmith.site import Site
 
 STAGES = {
@@ -336,6 +338,22 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
+def as_planned(stages: Pipeline, site: Site) -> Site:
+    """What the engine hands over: task vectors where all stages want them, read one by one where they ask so."""
+    if not takes_deltas(stages):
+        return site
+    deltas = site.deltas
+    site = replace(site, stack=deltas, is_delta=True)
+    return replace(site, stack=deltas.to("meta"), each=Read(deltas)) if one_by_one(stages) else site
+
+
+class Read(tuple[Tensor, ...]):
+    """Gives a copy whenever one is asked for, as a file does."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(torch.clone, super().__iter__())
+
+
 @each_variant
 def test_scratch_is_honest(stage: Stage):
     """Merging stays within what the plan predicts from `traits.scratch`, whatever the number of experts."""
@@ -347,8 +365,10 @@ def test_scratch_is_honest(stage: Stage):
     for wanted in (1, 3):
         count = count_for(stage, max(wanted, stage.traits.min_count))
         experts = {f"e{j}": {name: base[name] + noise(side, side, seed=2 + j)} for j in range(count)}
-        given = prepare(stage, base, experts)
+        given = {name: as_planned(pipeline(stage), site) for name, site in prepare(stage, base, experts).items()}
         with Peak() as watch:
             run(pipeline(stage), given)
-        allowed = unit * ((count + 1) * pipeline(stage).scratch + 2)
-        assert watch.peak <= allowed, f"{count}: needs {(watch.peak / unit - 2) / (count + 1):.2f}"
+        whole = pipeline(stage)
+        allowed = whole.scratch(count + 1, side, side) + (4 if one_by_one(whole) else 2) * unit
+        allowed += 2 * unit * stage.traits.solves
+        assert watch.peak <= allowed, f"{count}: needs {(watch.peak - 2 * unit) / unit:.2f} matrices"

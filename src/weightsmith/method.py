@@ -31,25 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "BASE",
-    "Codec",
-    "Each",
-    "Filter",
-    "Grain",
-    "Method",
-    "Parameter",
-    "Pipeline",
-    "Rows",
-    "Scope",
-    "Stage",
-    "Traits",
-    "choice",
-    "flag",
-    "integer",
-    "number",
-    "registered",
-    "registry",
-]
+    "BASE", "Codec", "Each", "Filter", "Grain", "Method", "Parameter", "Pipeline", "Rows", "Scope", "Stage",
+    "Traits", "choice", "flag", "integer", "number", "registered", "registry",
+]  # fmt: skip
 
 BASE = "base"
 """In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
@@ -91,7 +75,12 @@ class Traits:
     max_count: int | None = None
     domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
     otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
-    scratch: float = 2.0  # peak extra bytes per byte of the float32 stack
+    scratch: float = 2.0  # peak extra bytes per byte of the float32 stack (experts and base)
+    matrix: float = 0.0  # and per byte of one expert's float32 block
+    square: float = 0.0  # and per byte of a square matrix of its `side`, float32
+    side: str = "smaller"  # or rows, columns
+    solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
+    streams: bool = False  # asks for one task vector at a time (`site.tasks`), so that their stack is never made
     cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `run.cost`
     cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
     by_depth: bool = False  # useless on a model whose names show no blocks
@@ -330,9 +319,13 @@ class Pipeline:
         order = [Grain.ELEMENT, Grain.TENSOR, Grain.GROUP]
         return max((s.grain for s in self.stages), key=order.index)
 
-    @property
-    def scratch(self) -> float:
-        return max(s.traits.scratch for s in self.stages) + (1.0 if len(self.stages) > 1 else 0.0)
+    def scratch(self, inputs: int, rows: int, columns: int, width: int = 4) -> int:
+        """Peak bytes beside the inputs, which are so many blocks of rows x columns entries of `width` bytes."""
+        matrix = rows * columns * width
+        squares = {"smaller": min(rows, columns) ** 2, "rows": rows**2, "columns": columns**2}
+        each = [s.traits for s in self.stages]
+        most = max((t.scratch * inputs + t.matrix) * matrix + t.square * squares[t.side] * width for t in each)
+        return int(most) + inputs * matrix * (len(each) > 1)
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
@@ -377,7 +370,7 @@ def _merged_delta(stage: Stage, site: Site) -> Site:
         delta = stage.merge(site.at_zero())
     else:
         delta = stage.merge(site) if site.base is None else stage.merge(site) - site.base
-    return replace(site, stack=delta[None], is_delta=True, names=("merged",), origin=site.origin or site, factors=())
+    return replace(site.with_deltas(delta[None]), names=("merged",))
 
 
 # --- registry --------------------------------------------------------------------------------------

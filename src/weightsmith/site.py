@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Site:
     summary   what `measure` and `digest` found out in the rounds before
     seed      of the recipe; noise is keyed by (seed, tensor name, expert) and flat position
     origin    the site before the pipeline's first stage, for stages that compare with it
+    each      the task vectors, read anew whenever one is asked for, for methods that look at one at a time
+              (`Traits.streams`); `stack` then has a shape but no data (device meta).  Else ()
     factors   one (left [rows, r], right [r, columns]) per expert with delta = left right, float32, for methods that
               ask for them (`Traits.factored`); `stack` then has a shape but no data (device meta).  Else ()
     """
@@ -52,6 +54,7 @@ class Site:
     seed: int = 0
     origin: Site | None = None
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
+    each: Sequence[Tensor] = ()
 
     @property
     def count(self) -> int:
@@ -72,11 +75,18 @@ class Site:
         """Task vectors, expert - base: [n, *block]."""
         if self.factors:
             return torch.stack([left @ right for left, right in self.factors])
+        if len(self.each):
+            return torch.stack(list(self.each))
         if self.is_delta:
             return self.stack
         if self.base is None:
             raise NumericError(f"{self.key.name}: a task vector needs a base model")
         return self.stack - self.base
+
+    @property
+    def tasks(self) -> Sequence[Tensor]:
+        """The task vectors, [*block] each; walk through them one by one: where `each` is set they are read then."""
+        return self.each if len(self.each) else self.deltas.unbind()
 
     @property
     def experts(self) -> Tensor:
@@ -87,15 +97,16 @@ class Site:
 
     def with_deltas(self, deltas: Tensor) -> Site:
         """The same site with other task vectors; the first such edit is remembered as `origin`."""
-        return replace(self, stack=deltas, is_delta=True, origin=self.origin or self, factors=())
+        return replace(self, stack=deltas, is_delta=True, origin=self.origin or self, factors=(), each=())
 
     def with_summary(self, summary: Summary) -> Site:
         return replace(self, summary=summary)
 
     def at_zero(self) -> Site:
         """The same task vectors around a base of zeros: what a method returns here is its merged task vector."""
-        if self.factors:
-            like = self.factors[0][0]
+        if self.factors or len(self.each):
+            like = self.factors[0][0] if self.factors else self.base
+            assert like is not None
             zeros = torch.zeros(self.block_shape, dtype=like.dtype, device=like.device)
             return replace(self, is_delta=True, base=zeros, origin=self.origin or self)
         deltas = self.deltas

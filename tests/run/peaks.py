@@ -1,6 +1,6 @@
 """Peak memory of every registered method against what its plan predicts, each in a forked process.
 
-    python tests/run/peaks.py ROWS EXPERTS [METHOD ...]      prints: name, predicted, measured, before
+    python tests/run/peaks.py ROWS COLUMNS EXPERTS [METHOD ...]      prints: name, predicted, measured, before
 
 A child begins with the memory of its parent, which has everything imported: that part is measured, not predicted.
 """
@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weightsmith.method import Codec, Filter, Stage, registered
+from weightsmith.method import Codec, Filter, Grain, Stage, registered
+from weightsmith.recipe.schema import StageSpec
 
 STATISTICS = ("gram", "fisher")
 BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 2.0}}
-FEW = ("steps", "iterations", "epochs", "max_iterations")
+PAIR = "pair"
+"""Name of a file with two matrices that make up a group."""
+FEW = ("steps", "iterations", "epochs", "max_iterations", "iters")
 
 
 class Peak(NamedTuple):
@@ -43,6 +46,12 @@ def stage_of(name: str, **more: Any) -> Stage:
     return cls(**{**BARE.get(name, {}), **few, **more})
 
 
+def spec(stage: Stage) -> StageSpec:
+    """As a recipe says it."""
+    given = {p.name: getattr(stage, p.field) for p in stage.parameters()}
+    return StageSpec(name=stage.name, parameters={name: value for name, value in given.items() if value is not None})
+
+
 def methods() -> list[str]:
     """All of them, filters and codecs too."""
     return sorted(name for name in registered() if name != "keep")
@@ -53,8 +62,9 @@ def models(folder: Path, rows: int, columns: int, experts: int, dtype: str = "F3
     rng = np.random.default_rng(0)
     first = rng.standard_normal((rows, columns), np.float32)
     for i in range(experts + 1):
-        noise = rng.standard_normal((rows, columns), np.float32)
-        write(folder / ("base" if i == 0 else f"e{i - 1}"), "model", first + 0.1 * noise, dtype)
+        values = first + 0.1 * rng.standard_normal((rows, columns), np.float32)
+        write(folder / ("base" if i == 0 else f"e{i - 1}"), "model", values, dtype)
+        write(folder / PAIR / ("base" if i == 0 else f"e{i - 1}"), PAIR, values, dtype)
     for i in range(experts):
         for stat in stats:
             made = np.abs(first) if stat == "fisher" else np.eye(columns, dtype=np.float32) * (i + 1)
@@ -65,21 +75,26 @@ def models(folder: Path, rows: int, columns: int, experts: int, dtype: str = "F3
 def write(folder: Path, name: str, values: np.ndarray, dtype: str = "F32", about: dict[str, str] | None = None) -> None:
     bits = values.astype(np.float32).view(np.uint32)
     data = (bits >> 16).astype(np.uint16) if dtype == "BF16" else bits
-    entry = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [0, data.nbytes]}
-    header = {"model.layers.0.mlp.up_proj.weight": entry, **({"__metadata__": about} if about else {})}
+    header: dict[str, Any] = {"__metadata__": about} if about else {}
+    kinds = ("up", "down") if name == PAIR else ("up",)
+    for i, kind in enumerate(kinds):
+        shape, place = values.shape[:: -1 if i else 1], [i * data.nbytes, (i + 1) * data.nbytes]
+        header[f"model.layers.0.mlp.{kind}_proj.weight"] = {"dtype": dtype, "shape": shape, "data_offsets": place}
     raw = json.dumps(header).encode()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        file.write(data.tobytes())
+        for _ in kinds:
+            file.write(data.tobytes())
 
 
 def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, fork: bool = True) -> Peak:
     """Run one merge (or compression) over the models in `folder`, in a forked child."""
-    from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
+    from weightsmith.recipe.schema import ModelRef, Recipe
     from weightsmith.run.inputs import open_inputs
     from weightsmith.run.plan import make_plan, resident
 
+    folder = folder / PAIR if any(s.grain is Grain.GROUP for s in stages) else folder
     stats = any(n in STATISTICS for s in stages for n in s.traits.needs)
     recipe = Recipe(
         base=ModelRef(model=str(folder / "base")),
@@ -87,9 +102,8 @@ def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, f
             f"e{i}": ModelRef(model=str(folder / f"e{i}"), stats=(str(folder / f"stats-{i}"),) if stats else ())
             for i in range(experts)
         },
-        method=tuple(StageSpec(name=s.name, parameters={p.name: getattr(s, p.field) for p in s.parameters()
-                     if getattr(s, p.field) is not None}) for s in stages),
-    )  # fmt: skip
+        method=tuple(map(spec, stages)),
+    )
     inputs = open_inputs(recipe)
     encode = isinstance(stages[-1], Codec)
     plan = make_plan(recipe, sources=inputs, threads=threads, encode=encode)
@@ -153,6 +167,9 @@ def warm_up() -> None:
     """Import and touch in this process what every child will use: it is the process, not the tensors."""
     import torch
 
+    from weightsmith.cli.process import own_process
+
+    own_process()  # as the command line does
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         models(Path(folder), 16, 16, 2, stats=STATISTICS)
@@ -163,10 +180,10 @@ def warm_up() -> None:
 def main() -> None:
 
     warm_up()
-    rows, experts = int(sys.argv[1]), int(sys.argv[2])
+    rows, columns, experts = map(int, sys.argv[1:4])
     with tempfile.TemporaryDirectory() as folder:
-        models(Path(folder), rows, rows, experts, stats=STATISTICS)
-        for name in sys.argv[3:] or methods():
+        models(Path(folder), rows, columns, experts, stats=STATISTICS)
+        for name in sys.argv[4:] or methods():
             found = peak_of(Path(folder), stages_for(name), count_for(name, experts))
             print(name, found.predicted, found.measured, found.before, flush=True)
 

@@ -27,6 +27,6 @@ def _keep_freed_memory() -> None:
     if mallopt is None:
         return
     mallopt(_ARENA_MAX, 1)  # one pool for all threads: what one frees the next can use
-    mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that is allowed
+    mallopt(_MMAP_THRESHOLD, 8 << 20)  # whole matrices go back to the system: one pool of all sizes has holes
     mallopt(_TRIM_THRESHOLD, 1 << 30)
     mallopt(_TOP_PAD, 16 << 20)

@@ -27,9 +27,10 @@ class Rmm(
     grain=Grain.TENSOR,
     domain=(2, 2),
     otherwise="exact",
-    scratch=5.25,
+    scratch=1.3,
     cost=85.0,
     cubic=True,
+    streams=True,
     factored=True,
     alone=True,
 ):

@@ -27,9 +27,10 @@ class Tsvc(
     domain=(2, 2),
     otherwise="exact",
     symmetric=True,
-    scratch=4.25,
+    scratch=1.5,
     cost=66.0,
     cubic=True,
+    streams=True,
     factored=True,
     alone=True,
 ):

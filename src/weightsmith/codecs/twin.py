@@ -32,7 +32,9 @@ class Twin(
     domain=(2, 2),
     otherwise="exact",
     symmetric=True,
-    scratch=7.0,
+    scratch=0.95,
+    matrix=0.95,
+    square=7.1,
     cost=88.0,
     cubic=True,
 ):

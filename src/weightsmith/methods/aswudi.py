@@ -29,7 +29,10 @@ class Aswudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=7.25,
+    scratch=1.05,
+    matrix=8.2,
+    square=6.1,
+    side="columns",
     cost=160.0,
     cubic=True,
 ):

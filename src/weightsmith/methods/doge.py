@@ -34,7 +34,8 @@ class Doge(
     otherwise="keep",
     symmetric=True,
     keeps_expert=False,
-    scratch=10.0,
+    scratch=8.0,
+    matrix=2.2,
     cost=3100.0,
     cubic=True,
 ):

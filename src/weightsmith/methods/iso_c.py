@@ -29,9 +29,12 @@ class IsoC(
     otherwise="task_arithmetic",
     symmetric=True,
     keeps_expert=False,
-    scratch=5.25,
+    scratch=0.0,
+    matrix=6.5,
+    square=4.7,
     cost=55.0,
     cubic=True,
+    streams=True,
     factored=True,
 ):
     """Flatten the singular spectrum of sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.

@@ -28,9 +28,12 @@ class IsoCts(
     otherwise="task_arithmetic",
     symmetric=True,
     keeps_expert=False,
-    scratch=8.0,
+    scratch=0.0,
+    matrix=4.4,
+    square=14.6,
     cost=300.0,
     cubic=True,
+    streams=True,
     factored=True,
 ):
     """Like iso_c, with a part of the directions taken from what each task vector has outside the common space.

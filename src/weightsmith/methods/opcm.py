@@ -26,9 +26,12 @@ class Opcm(
     needs=(BASE,),
     paper="OPCM (Tang et al., NeurIPS 2025), arXiv:2501.09522",
     grain=Grain.TENSOR,
-    scratch=7.25,
+    scratch=0.0,
+    matrix=13.0,
+    square=4.6,
     cost=640.0,
     cubic=True,
+    streams=True,
 ):
     """Continual merging: project each new task vector away from the directions that the merged ones use most.
 
@@ -69,7 +72,7 @@ class Opcm(
         )
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        squares = [block_sums(d.double().square()) for d in site.deltas]
+        squares = [block_sums(d.double().square()) for d in site.tasks]
         return {
             "opcm.squares": torch.stack(squares).cpu(),
             "opcm.total": block_sums(self._accumulated(site).square()).cpu(),
@@ -99,8 +102,8 @@ class Opcm(
 
     def _accumulated(self, site: Site) -> Tensor:
         """A over all models, float64."""
-        first, *others = site.deltas
-        total: Tensor = first.double() * self._start[1]
+        others = iter(site.tasks)
+        total: Tensor = next(others).double() * self._start[1]
         projected = total.ndim == 2 and site.key.role != "embed"
         for delta in others:
             total = total + (_cleaned(delta.double(), total, self.alpha) if projected else delta.double())

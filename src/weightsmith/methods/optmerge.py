@@ -33,7 +33,9 @@ class Optmerge(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=11.0,
+    scratch=1.7,
+    matrix=18.2,
+    square=3.0,
     cost=2100.0,
     cubic=True,
 ):

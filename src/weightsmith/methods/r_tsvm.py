@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number
 from weightsmith.methods.tsvm import scaled_mean
-from weightsmith.ops.combine import mean, weigh
+from weightsmith.ops.combine import mean
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
 from weightsmith.site import Site
@@ -30,9 +30,12 @@ class RTsvm(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=9.0,
+    scratch=0.0,
+    matrix=8.0,
+    square=8.8,
     cost=230.0,
     cubic=True,
+    streams=True,
 ):
     """tsvm for task vectors with heavy tails: a weight per task from its outliers, a rank from its sparsity.
 
@@ -70,19 +73,23 @@ class RTsvm(
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
-        deltas, size = site.deltas, min(site.block_shape)
+        size = min(site.block_shape)
         if size < site.count * self.rank_min:
-            return site.base + mean(deltas) * self.scaling
-        alive = [bool(d.any()) for d in deltas]
-        if not any(alive):
+            return site.base + mean(site.deltas) * self.scaling
+        seen = [(outlier_share(d, self.outlier_sigma), zero_share(d, self.sparsity_eps)) if bool(d.any()) else None
+                for d in map(torch.Tensor.detach, site.tasks)]  # fmt: skip
+        alive = [shares for shares in seen if shares is not None]
+        if not alive:
             return site.base + torch.zeros_like(site.base)
-        tasks = deltas if all(alive) else deltas[torch.tensor(alive, device=deltas.device)]
-        found = tasks.detach()
-        weighted = weigh(tasks, self._weights([outlier_share(d, self.outlier_sigma) for d in found]))
-        ranks = self._ranks(size, site.count, [zero_share(d, self.sparsity_eps) for d in found])
-        parts = [svd_of(d, k) for d, k in zip(weighted, ranks, strict=True)]
-        merged = orthogonal_sum(parts, dtype=deltas.dtype)
-        return site.base + merged.to(deltas.dtype) * self.scaling
+        weights = iter(self._weights([outliers for outliers, _ in alive]))
+        ranks = iter(self._ranks(size, site.count, [zeros for _, zeros in alive]))
+        parts = [
+            svd_of(delta * next(weights), next(ranks))
+            for delta, shares in zip(site.tasks, seen, strict=True)
+            if shares is not None
+        ]
+        merged = orthogonal_sum(parts, dtype=site.base.dtype)
+        return site.base + merged.to(site.base.dtype) * self.scaling
 
     def _weights(self, outliers: list[float]) -> list[float]:
         shares = [1 - o for o in outliers] if self.weighting == "suppress" else outliers

@@ -32,7 +32,9 @@ class Regmean(
     domain=(2, 2),
     otherwise="linear",
     symmetric=True,
-    scratch=6.25,
+    scratch=0.5,
+    matrix=1.0,
+    solves=8.0,
     cost=64.0,
     cubic=True,
 ):

@@ -29,7 +29,7 @@ class Slerp(
     paper="Animating rotation with quaternion curves (Shoemake, 1985); per tensor as in mergekit",
     keeps_expert=False,
     max_count=2,
-    scratch=1.5,
+    scratch=2.0,
     cost=6.0,
 ):
     """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.

@@ -25,7 +25,10 @@ class Swudi(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=7.25,
+    scratch=1.5,
+    matrix=6.4,
+    square=6.3,
+    side="columns",
     cost=130.0,
     cubic=True,
 ):

@@ -26,9 +26,12 @@ class Tsvm(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=10.0,
+    scratch=0.0,
+    matrix=3.2,
+    square=13.9,
     cost=250.0,
     cubic=True,
+    streams=True,
     factored=True,
 ):
     """Keep the k leading singular triplets of each of T task vectors and make the bases of all of them orthogonal.

@@ -25,7 +25,10 @@ class Widen(
     "arXiv:2408.03092",
     grain=Grain.TENSOR,
     symmetric=True,
-    scratch=2.75,
+    scratch=0.9,
+    matrix=4.5,
+    square=1.9,
+    side="columns",
     cost=14.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.

@@ -243,9 +243,9 @@ def polar_by_iteration(matrix: Tensor, steps: int = 30) -> Tensor:
 # --- matrices of a site, dense or as products ------------------------------------------------------
 
 
-def matrices(site: Site) -> list[Matrix]:
-    """The task vectors of a site of matrices, as products where the site has them so."""
-    return list(site.factors) if site.factors else list(site.deltas)
+def matrices(site: Site) -> Sequence[Matrix]:
+    """The task vectors of a site of matrices, as products where the site has them so; to be walked through."""
+    return site.factors or site.tasks
 
 
 def dense(matrix: Matrix) -> Tensor:
@@ -262,11 +262,13 @@ def svd_of(matrix: Matrix, k: int, cutoff: float = NOISE) -> Svd:
 
 def total(found: Sequence[Matrix]) -> Matrix:
     """The sum of all, in float64; of products a product."""
-    if isinstance(found[0], tuple):
-        pairs = [m for m in found if isinstance(m, tuple)]
+    walk = iter(found)
+    first = next(walk)
+    if isinstance(first, tuple):
+        pairs = [first, *(m for m in walk if isinstance(m, tuple))]
         return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
-    added = dense(found[0]).double()
-    for matrix in found[1:]:
+    added = first.double()
+    for matrix in walk:
         added = added + dense(matrix)
     return added
 

@@ -174,7 +174,7 @@ def _execute(
 
 def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
     def work(place: Place) -> list[dict[str, Any]]:
-        kept = Kept()
+        kept = Kept(shared=len(bundle) > 1)
         return together([working(t, replace(contexts[i], kept=kept, place=place), sinks[i]) for i, t in bundle])
 
     found: list[dict[str, Any]] = do([task for _, task in bundle], work)
@@ -238,7 +238,7 @@ def _observe(
     bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context], do: Do
 ) -> list[dict[str, Tensor | Rows]]:
     def work(place: Place) -> list[dict[str, Tensor | Rows]]:
-        kept = Kept()
+        kept = Kept(shared=len(bundle) > 1)
         asked = [(passes[i], task, replace(contexts[i], kept=kept, place=place)) for i, task in bundle]
         return together([one.observe(task, context) for one, task, context in asked if one is not None])
 

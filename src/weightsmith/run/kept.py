@@ -34,12 +34,15 @@ class Kept:
     """Belongs to the tasks that one thread works on together; they ask for blocks in nearly the same order.
 
     What is asked for again after its block has gone is read again: a miss costs time, never a byte.
+
+    shared  several tasks ask for the same: worth keeping what one alone would read twice rather than hold
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        self.shared = shared
         self.stored: dict[tuple[int, str, int, int], Stored] = {}
         self._rows: dict[Place, dict[int, np.ndarray]] = {}
-        self._values: dict[Place, dict[tuple[int, ...], Values]] = {}
+        self._values: dict[Place, dict[tuple[Any, ...], Values]] = {}
         self._answers: dict[Any, Any] = {}
 
     def rows(self, source: Source, place: Place) -> np.ndarray:
@@ -63,7 +66,7 @@ class Kept:
             yield
         return self._answers[question], False
 
-    def values(self, place: Place, which: tuple[int, ...], make: Callable[[], Values]) -> Values:
+    def values(self, place: Place, which: tuple[Any, ...], make: Callable[[], Values]) -> Values:
         """The latest block in float32; `which` tells apart what is read otherwise (inputs, factors or not)."""
         if place not in self._values:
             self._values.clear()

@@ -15,7 +15,7 @@ from weightsmith.io.source import Source, tensor_to_bits
 from weightsmith.keys import DTYPES
 from weightsmith.lazy import torch
 from weightsmith.run.accelerator import Accelerator
-from weightsmith.run.task import block_size
+from weightsmith.run.task import block_size, blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +73,20 @@ class Plain(Place):
         return block_size(inputs)
 
     def fill(self, target: Tensor, source: Source, name: str, start: int, stop: int) -> None:
-        target.copy_(source.read(name, start, stop))
+        key = source.key(name)
+        if not key.shape or source.computes(name):
+            target.copy_(source.read(name, start, stop))
+            return
+        for low, high in blocks(key, start, stop):  # no second copy of a whole matrix
+            target[low - start : high - start].copy_(source.read(name, low, high))
 
     def load(self, source: Source, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return source.read(name, start, stop).to(self.device, dtype)
+        key = source.key(name)
+        if getattr(torch, key.dtype) == dtype:  # nothing to convert, so nothing to copy
+            return source.read(name, start, stop).to(self.device)
+        made = torch.empty((stop - start, *key.shape[1:]) if key.shape else (), dtype=dtype, device=self.device)
+        self.fill(made, source, name, start, stop)
+        return made
 
     def move(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.to(self.device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -215,7 +216,8 @@ def choose_threads(
         if memory is None or peak <= memory:
             return workers, peak
     _, largest = max(tasks)
-    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {peak / 1e6:,.0f} MB")
+    least = math.ceil(peak / 1e6)
+    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {least:,} MB")
     return 1, peak
 
 

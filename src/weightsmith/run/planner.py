@@ -348,7 +348,7 @@ class Planner:
                 depth=self.depth.get(key.name),
                 stats=stats,
                 reason=reason,
-                peak=(factored_peak(key, ranks, pipeline) if ranks else whole) + self._stat_bytes(key, stats),
+                peak=(factored_peak(key, ranks, pipeline) if ranks else whole) + self._stat_bytes(key, pipeline),
                 of=None if keys == (key,) else key,
                 experts=tuple(self.inputs.experts) if encoded else (),
             )
@@ -379,14 +379,12 @@ class Planner:
             swapped = Pipeline(tuple(other if s is pipeline.method else s for s in pipeline.stages))
             yield from self._cut(self._output(key), swapped, "", f"in no {pipeline.method.traits.group} group")
 
-    def _stat_bytes(self, key: Key, stats: tuple[str, ...]) -> int:
-        total = 0
-        for stat in stats:
-            for source in self.inputs.stats.get(stat, {}).values():
-                if _has(source, key.name):
-                    found = source.key(key.name)
-                    total += 0 if found.shape == key.shape else 3 * found.numel * 8
-        return total
+    def _stat_bytes(self, key: Key, pipeline: Pipeline | None) -> int:
+        """Statistics that are whole matrices beside the tensor, float32, and a method's work on one in float64."""
+        work = max((stage.traits.solves for stage in pipeline.stages), default=0.0) if pipeline is not None else 0.0
+        found = [source for stat in _stats_of(pipeline) for source in self.inputs.stats.get(stat, {}).values()]
+        sizes = [source.key(key.name).numel for source in found if work and _has(source, key.name)]
+        return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
 
 
 def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:

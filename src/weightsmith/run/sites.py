@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
@@ -10,7 +12,7 @@ from weightsmith.method import Pipeline
 from weightsmith.run.context import Context
 from weightsmith.run.kept import Values
 from weightsmith.run.numeric import refuse_bad
-from weightsmith.run.task import Task
+from weightsmith.run.task import Task, one_by_one, takes_deltas
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -21,15 +23,20 @@ __all__ = ["site_of"]
 
 def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Site:
     """Rows start..stop of every input as float32 (float64 where an input is), and what else a method may see."""
-    factored = stop - start == key.rows and _may_factor(task.pipeline)
-    which = (id(context.inputs), factored, context.nonfinite == "allow")
+    whole, deltas = stop - start == key.rows, takes_deltas(task.pipeline)
+    factored = whole and _may_factor(task.pipeline)
+    lazily = whole and one_by_one(task.pipeline) and not context.kept.shared
+    which = (id(context.inputs), factored, deltas, lazily, context.nonfinite == "allow")
     stack, base, factors = context.kept.values(
-        (key.name, start, stop), which, lambda: _values(key, context, start, stop, factored)
+        (key.name, start, stop), which, lambda: _values(key, context, start, stop, factored, deltas, lazily)
     )
+    each = _OneByOne(key, context, start, stop, base) if lazily and not factors and base is not None else ()
     return Site(
         key=key,
         stack=stack,
         base=base,
+        is_delta=deltas and not factors,
+        each=each,
         names=tuple(context.inputs.experts),
         start=start,
         depth=task.depth,
@@ -39,16 +46,16 @@ def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Si
     )
 
 
-def _values(key: Key, context: Context, start: int, stop: int, factored: bool) -> Values:
-    """Read and check one block of every input."""
+def _values(key: Key, context: Context, start: int, stop: int, factored: bool, deltas: bool, lazily: bool) -> Values:
+    """Read and check one block of every input; lazily: of the base only."""
     inputs = context.inputs
     wide = any(s.key(key.name).dtype == "float64" for _, s in inputs.models)
     dtype = torch.float64 if wide else torch.float32
     shape = (stop - start, *key.shape[1:]) if key.shape else ()
     factors = _factors(key, context, dtype) if factored else ()
-    place = context.place
-    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device="meta" if factors else place.device)
-    read = {} if factors else inputs.experts
+    held, place = not factors and not lazily, context.place
+    stack = torch.empty((len(inputs.experts), *shape), dtype=dtype, device=place.device if held else "meta")
+    read = inputs.experts if held else {}
     for i, source in enumerate(read.values()):
         place.fill(stack[i], source, key.name, start, stop)
     base = None if inputs.base is None else place.load(inputs.base, key.name, start, stop, dtype)
@@ -56,7 +63,40 @@ def _values(key: Key, context: Context, start: int, stop: int, factored: bool) -
         refuse_bad(stack[i], key, name, start, context)
     if base is not None:
         refuse_bad(base, key, "base", start, context)
+        if deltas and held:
+            stack -= base
     return stack, base, factors
+
+
+@dataclass(frozen=True, eq=False)
+class _OneByOne(Sequence["Tensor"]):
+    """The task vectors of rows start..stop, read when they are asked for."""
+
+    key: Key
+    context: Context
+    start: int
+    stop: int
+    base: Tensor
+
+    def __len__(self) -> int:
+        return len(self.context.inputs.experts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name, source = list(self.context.inputs.experts.items())[index]
+        out = torch.empty_like(self.base)
+        self.context.place.fill(out, source, self.key.name, self.start, self.stop)
+        refuse_bad(out, self.key, name, self.start, self.context)
+        out -= self.base
+        return out
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def _may_factor(pipeline: Pipeline | None) -> bool:

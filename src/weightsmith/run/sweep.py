@@ -27,6 +27,7 @@ from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
 from weightsmith.run.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
+from weightsmith.run.task import one_by_one
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
 
@@ -113,7 +114,8 @@ def plan_sweep(
     said = [text if len(names) == len(plans) else f"{', '.join(names)}: {text}" for text, names in problems.items()]
     said += [] if said else _obstacles(out, {name: plan for name, plan in plans.items() if name not in done})
     bundles = side_by_side([plan.tasks for plan in plans.values()])
-    peaks = [(_peak(bundle), bundle[0][1].key.name) for bundle in bundles]
+    of_job = list(inputs.values())
+    peaks = [(_peak(bundle, len(of_job[bundle[0][0]].experts)), bundle[0][1].key.name) for bundle in bundles]
     loaded = max(resident(plan.tasks, inputs[name]) for name, plan in plans.items())
     fit, accelerator = None, accelerator_of(device)
     if accelerator is None:
@@ -208,11 +210,15 @@ def _what_is_read(recipe: Recipe) -> str:
     return repr((recipe.base, read))
 
 
-def _peak(bundle: Bundle) -> int:
-    """Predicted bytes of tasks that go on side by side: they share what is read, and take turns with the rest."""
+def _peak(bundle: Bundle, experts: int) -> int:
+    """Predicted bytes of tasks that go on side by side: they share what is read, and take turns with the rest.
+
+    What one task reads expert by expert is held for several.
+    """
     tasks = [task for _, task in bundle]
+    held = max((4 * t.key.numel * (experts - 1) for t in tasks[1:] if one_by_one(t.pipeline)), default=0)
     state = [0 if t.pipeline is None or not t.pipeline.steps else _STATE + 8 * (t.stop - t.start) for t in tasks]
-    return max(task.peak for task in tasks) + sum(sorted(state)[:-1])
+    return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1])
 
 
 def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[str]:

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from weightsmith.keys import DTYPES, Key, Part
-from weightsmith.method import Grain, Pipeline, Scope
+from weightsmith.method import BASE, Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "HELD", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "factored_peak", "parts",
-           "row_step", "task_peak"]  # fmt: skip
+__all__ = ["BLOCK", "HELD", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "factored_peak", "one_by_one",
+           "parts", "row_step", "takes_deltas", "task_peak"]  # fmt: skip
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
 
 Measuring passes always use blocks of `block_size`, so that what they add up does not depend on settings."""
 
-HELD = 20_000_000
-"""Bytes that torch's and Python's allocators hold beside what is in use (measured: 15 to 30 MB per thread)."""
+HELD = 22_000_000
+"""Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread)."""
 
 PART_BYTES = 32 << 20
 """Output bytes per part: the unit of checksums and, for tensors that may be cut, of work.  Fixed likewise."""
@@ -120,9 +120,21 @@ def task_peak(
     if pipeline.grain is Grain.ELEMENT:
         numel = min(numel, max(block, key.row_numel))
     width = 8 if key.dtype == "float64" else 4
-    stack = numel * width * (count + (1 if has_base else 0))
+    columns = max(key.row_numel, 1)
+    held = (1 if one_by_one(pipeline) else count) + has_base
     counts = count << 20 if pipeline.steps else 0  # histograms of half a megabyte, this block's and the sum so far
-    return HELD + counts + int(stack * (1.0 + pipeline.scratch) + 2 * numel * width)
+    scratch = pipeline.scratch(count + has_base, -(-numel // columns), columns, width)
+    return HELD + counts + scratch + (held + 2) * numel * width
+
+
+def takes_deltas(pipeline: Pipeline | None) -> bool:
+    """Whether all stages look at task vectors only, which then are made in place."""
+    return pipeline is not None and all(BASE in stage.traits.needs for stage in pipeline.stages)
+
+
+def one_by_one(pipeline: Pipeline | None) -> bool:
+    """Whether the only stage asks for one task vector at a time, so that their stack is never made."""
+    return pipeline is not None and len(pipeline.stages) == 1 and pipeline.stages[0].traits.streams
 
 
 def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:
