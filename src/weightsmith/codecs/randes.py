@@ -27,7 +27,7 @@ class Randes(
     paper="RanDeS: Randomized Delta Superposition (Zhou et al., 2025), arXiv:2505.11204; random signs only",
     symmetric=True,
     scratch=3.0,
-    cost=6.0,
+    cost=9.5,
     alone=True,
 ):
     """Store S = sum_t p_t delta_t, p_t random signs, once for all experts; expert t comes back as base + p_t S.

@@ -28,7 +28,7 @@ class Rmm(
     domain=(2, 2),
     otherwise="exact",
     scratch=1.3,
-    cost=85.0,
+    cost=102.0,
     cubic=True,
     streams=True,
     factored=True,

@@ -28,7 +28,7 @@ class Tsvc(
     otherwise="exact",
     symmetric=True,
     scratch=1.5,
-    cost=66.0,
+    cost=88.0,
     cubic=True,
     streams=True,
     factored=True,

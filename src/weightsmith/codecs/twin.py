@@ -35,7 +35,7 @@ class Twin(
     scratch=0.95,
     matrix=0.95,
     square=7.1,
-    cost=88.0,
+    cost=101.0,
     cubic=True,
 ):
     """Store the merged task vector tau of the method in front once, and of each expert v_t = delta_t - tau compressed.

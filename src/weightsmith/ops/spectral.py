@@ -187,8 +187,10 @@ def polar(matrix: Tensor, how: str = "eigh") -> Tensor:
     if how == "eigh" and on_accelerator(x) and (quick := polar_by_products(x)) is not None:
         return quick
     if how == "eigh" and x.shape[1] <= x.shape[0]:
-        values, vectors = eigh(gram(x.T))
+        values, vectors = eigh(gram(x.detach().T))
         if values[0] > 1e-8 * values[-1]:
+            if x.requires_grad:  # eigenvectors of equal values have no gradient; the factor has one
+                return polar_by_iteration(x)
             root: Tensor = (vectors * values.rsqrt()) @ vectors.T
             return x @ root
     p, d, qt = torch.linalg.svd(x, full_matrices=False)
