@@ -240,6 +240,7 @@ def test_observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captur
 
 def test_verify_reruns(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr("weightsmith.io.manifest.verify_folder", Recorder([]))
+    monkeypatch.setattr("weightsmith.io.manifest.read_manifest", Recorder({"kind": "merge"}))
     engine = ModuleType("weightsmith.run.verify")
     engine.rerun = Recorder([])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "weightsmith.run.verify", engine)

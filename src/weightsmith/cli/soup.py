@@ -113,9 +113,10 @@ def _read_scores(file: Path) -> dict[str, float]:
     import json as codec
 
     from weightsmith.errors import RecipeError
+    from weightsmith.io import system
 
     try:
-        found = codec.loads(file.read_text("utf-8"))
+        found = codec.loads(system.read_file(file))
     except OSError as error:
         raise RecipeError(f"--scores {file}: {error.strerror or error}") from None
     except ValueError as error:

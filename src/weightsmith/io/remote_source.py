@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from weightsmith.errors import SourceError
+from weightsmith.io import system
 from weightsmith.io.adapter import CONFIG as ADAPTER_CONFIG
-from weightsmith.io.disk import write_file
+from weightsmith.io.disk import write_file, writing
 from weightsmith.io.folder import INDEX, check_present, choose_weights, join, parse_index
 from weightsmith.io.hub import OTHER
 from weightsmith.io.manifest import MANIFEST, MOST
@@ -189,13 +190,15 @@ def _copies(url: Url) -> Path:
     """The folder of this process for copies from one URL; all of them go when it ends."""
     home = _home.get(os.getpid())
     if home is None:
-        home = _home[os.getpid()] = Path(tempfile.mkdtemp(prefix="weightsmith-"))
+        with writing(Path(tempfile.gettempdir())):
+            home = _home[os.getpid()] = Path(system.call(tempfile.mkdtemp, prefix="weightsmith-"))
         atexit.register(_clear, os.getpid(), home)
     folder = home / hashlib.sha256(url.full.encode()).hexdigest()[:16] / (url.name or "model")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        system.call(folder.mkdir, parents=True, exist_ok=True)
     return folder
 
 
 def _clear(owner: int, home: Path) -> None:
     if os.getpid() == owner:  # not in a forked child
-        shutil.rmtree(home, ignore_errors=True)
+        system.call(shutil.rmtree, home, ignore_errors=True)

@@ -96,14 +96,15 @@ class ShardUploads(Sink):
             os.close(self._opened.popitem()[1])
         self._writer = None
         if self._own is not None:
-            shutil.rmtree(self._own, ignore_errors=True)
+            system.call(shutil.rmtree, self._own, ignore_errors=True)
             self._own = None
 
     def _folder(self) -> Path:
         if self._given is not None:
             return self._given
         if self._own is None:
-            self._own = Path(tempfile.mkdtemp(prefix="weightsmith-out-"))
+            with writing(Path(tempfile.gettempdir())):
+                self._own = Path(system.call(tempfile.mkdtemp, prefix="weightsmith-out-"))
             weakref.finalize(self, shutil.rmtree, self._own, True)  # a worker that fails is not told to abort
         return self._own
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from weightsmith.errors import OutputError
 from weightsmith.io import system
-from weightsmith.io.disk import gigabytes, remove, writing
+from weightsmith.io.disk import gigabytes, remove, write_file, writing
 from weightsmith.io.journal import differences
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
@@ -141,7 +141,7 @@ class UrlSink(Sink):
             if len(self._shards) > 1:
                 name = f"{self._weight_name}.safetensors.index.json"
                 put(self.out / name, index_json(self._shards).encode())
-                (self.folder / name).write_text(index_json(self._shards))
+                write_file(self.folder / name, index_json(self._shards))
             paths = list(extra_files(self.folder)) if extra_files is not None else []
             for path in sorted(paths, key=lambda path: path.name == MANIFEST):
                 name = path.relative_to(self.folder).as_posix()
@@ -158,7 +158,7 @@ class UrlSink(Sink):
         if self._uploads is not None:
             self._uploads.abort()
         if self._lock.held:
-            shutil.rmtree(self.home, ignore_errors=True)
+            system.call(shutil.rmtree, self.home, ignore_errors=True)
             self._lock.release()
 
     def _taken_over(self, names: Mapping[str, int | None]) -> set[str]:

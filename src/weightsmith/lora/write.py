@@ -188,8 +188,9 @@ class Writer:
         records = []
         try:
             for key, place in zip(self._keys, self._places, strict=True):
-                self._spool.seek(place)
-                raw = system.call(self._spool.read, key.nbytes)
+                with writing(self.out):
+                    self._spool.seek(place)
+                    raw = system.call(self._spool.read, key.nbytes)
                 sink.write(
                     key.name, 0, np.frombuffer(raw, f"u{key.nbytes // max(key.numel, 1) or 1}").reshape(key.shape)
                 )

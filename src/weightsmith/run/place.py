@@ -50,7 +50,7 @@ class Place(ABC):
         """Rows start..stop of a tensor; never written to, as it may be the source's own memory."""
 
     @abstractmethod
-    def move(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of the host."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Plain(Place):
         self.fill(made, source, name, start, stop)
         return made
 
-    def move(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.to(self.device, dtype)
 
     def fetch(self, value: Tensor) -> Iterator[tuple[int, np.ndarray]]:
@@ -156,7 +156,7 @@ class Lane(Place):
         self.fill(made, source, name, start, stop)
         return made
 
-    def move(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         made = torch.empty(value.shape, dtype=dtype, device=self.device)
         self._send(made, value)
         return made

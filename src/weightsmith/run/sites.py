@@ -117,7 +117,7 @@ def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tens
         pair = source.factors(key.name, base)
         if pair is None:
             return ()
-        left, right = (context.place.move(side, dtype) for side in pair)
+        left, right = (context.place.bring(side, dtype) for side in pair)
         for side in (left, right):
             refuse_bad(side, key, f"the adapter of {name}", 0, context)
         out.append((left, right))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import PlanError, RecipeError, did_you_mean
+from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.output import check_output
 from weightsmith.io.url import absolute
@@ -183,12 +184,12 @@ def _room(out: Path) -> Iterator[Path]:
     """A folder beside `out` for merges that are scored, which goes afterwards."""
     place = absolute(out)
     with writing(out):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f"{place.name}.trial-", dir=place.parent))
+        system.call(place.parent.mkdir, parents=True, exist_ok=True)
+        room = Path(system.call(tempfile.mkdtemp, prefix=f"{place.name}.trial-", dir=place.parent))
     try:
         yield room
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        system.call(shutil.rmtree, room, ignore_errors=True)
 
 
 def _of(recipe: Recipe, members: Sequence[str]) -> Recipe:
