@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import OutputError
+from weightsmith.io import system
 from weightsmith.io.files import File
 from weightsmith.io.url import Url, attempt, filesystem, missing
 
@@ -37,7 +38,7 @@ def put(url: Url, data: bytes | Path) -> None:
         except FileNotFoundError:
             if url.scheme in _FOLDERLESS:
                 raise
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.call(fs.makedirs, path.rpartition("/")[0], exist_ok=True)
             send()
 
     what = f"{url}: writing" + (f" {File(data).size} bytes" if isinstance(data, Path) else "")
