@@ -76,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")  # a connection that outlives its server would meet the next test
         if count:
             self.send_header("ETag", self.server.tags.get(count, '"1"'))
         if at is not None:
