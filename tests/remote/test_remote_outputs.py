@@ -229,6 +229,7 @@ def test_a_task_over_two_files_counts_when_both_are_up(memory: Any, models: Path
     memory.rm_file("/store/out/.weightsmith/model-00002-of-00002.safetensors.json")
     second = sink(resume=True)
     assert second.completed() == {}
+    assert len(second.writer().shards) == 2, "the other file of the task is written again"
     second.abort()
 
 
