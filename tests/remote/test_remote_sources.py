@@ -17,6 +17,8 @@ from remote.conftest import Web, folder_of, model
 from weightsmith.cli.main import main
 from weightsmith.errors import MissingExtra, PlanError, SourceError, WeightsmithError
 from weightsmith.io import remote
+from weightsmith.io.card import CardModel, model_card
+from weightsmith.io.manifest import build_manifest
 from weightsmith.io.open import open_source
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.remote_source import RemoteSource
@@ -286,6 +288,17 @@ def test_secrets_stay_out_of_what_is_written(web: Web, tmp_path: Path, capsys: p
         assert b"SECRET" not in text
         assert b"PASSWORD" not in text
     assert b"/m/a?***" in (tmp_path / "out/weightsmith.json").read_bytes()
+
+
+def test_no_card_and_no_manifest_holds_a_secret(tmp_path: Path) -> None:
+    """Whatever verb asks for them."""
+    recipe = {"base": "https://me:PASSWORD@host/m?sig=SECRET", "experts": [{"model": "s3://b/m?sig=SECRET"}]}
+    card = model_card(title="x", models=[CardModel("a")], method="moe", recipe=recipe)
+    manifest = build_manifest(tmp_path, recipe=recipe, inputs={}, keys=[], records=[], made_by={}, kind="moe")
+    for text in (card, json.dumps(manifest)):
+        assert "SECRET" not in text
+        assert "PASSWORD" not in text
+        assert "host/m?***" in text
 
 
 def test_verbs_read_urls(memory: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.folder import is_inside
+from weightsmith.io.url import without_secrets
 
 __all__ = ["CardModel", "Citation", "licence_problems", "licences", "model_card"]
 
@@ -78,7 +79,7 @@ def model_card(
         f"## Method\n\n{method}\n",
         f"## Models\n\n{_table(models, base, known)}",
         *_notes(known),
-        f"## Recipe\n\n```yaml\n{_yaml(_public(recipe))}```\n",
+        f"## Recipe\n\n```yaml\n{_yaml(_public(without_secrets(recipe)))}```\n",
         "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
         f"```\n{command}\n```\n\n"
         "gives the same bytes; `weightsmith.json` holds the checksums of inputs and output.\n",

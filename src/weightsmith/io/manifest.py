@@ -25,7 +25,7 @@ from weightsmith.io.files import File, Ranged
 from weightsmith.io.remote import RemoteFile
 from weightsmith.io.safetensors import Header, read_header
 from weightsmith.io.small import parse_json, refuse_above
-from weightsmith.io.url import Url, place_of, stored_at
+from weightsmith.io.url import Url, place_of, stored_at, without_secrets
 from weightsmith.keys import DTYPES, Key
 
 __all__ = ["MANIFEST", "MOST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
@@ -75,7 +75,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Describe a finished folder (all files but the manifest are in it) as plain JSON values.
 
-    recipe      as the user wrote it
+    recipe      as the user wrote it; what addresses in it keep to themselves is left out
     inputs      model's name -> fingerprint
     keys        the output's tensors, in plan order
     records     of all tasks; their parts must make up every tensor
@@ -90,7 +90,7 @@ def build_manifest(
     manifest: dict[str, Any] = {
         "weightsmith": metadata.version("weightsmith"),
         "kind": kind,
-        "recipe": recipe,
+        "recipe": without_secrets(recipe),
         "inputs": inputs,
         "licences": licences,
         "companions": companions,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ def parse_url(ref: object) -> Url | Path | None:
 
 def without_secrets(value: Any) -> Any:
     """Plain JSON values with every URL in them shown without user, password and query."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: without_secrets(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_secrets(inner) for inner in value]

@@ -17,7 +17,6 @@ from weightsmith.io.open import open_source
 from weightsmith.io.output import check_output
 from weightsmith.io.package import copy_companions
 from weightsmith.io.source import Source
-from weightsmith.io.url import without_secrets
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
@@ -127,7 +126,7 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     manifest = build_manifest(
         folder,
-        recipe=without_secrets(plan.recipe.model_dump(mode="json", exclude_defaults=True)),
+        recipe=plan.recipe.model_dump(mode="json", exclude_defaults=True),
         inputs=inputs.fingerprints(),
         keys=plan.keys,
         records=records.values(),

@@ -241,7 +241,7 @@ def package(
         numbering.write(folder)  # only files that were copied just now
     written = write_template(folder, template) if template is not None else []
     stated = licences({name: source.folder for name, source in inputs.models})
-    shown = without_secrets(recipe.model_dump(mode="json", exclude_defaults=True))
+    shown = recipe.model_dump(mode="json", exclude_defaults=True)
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
         models=[CardModel(name, _hub_id(ref), ref.parameters) for name, ref in recipe.models.items()],
