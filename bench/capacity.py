@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.measure import BenchError, plain_environment
 from bench.merges import MERGES
-from bench.series import COPY, OURS, WEIGHTSMITH
+from bench.series import COPY, DURABLE, OURS, WEIGHTSMITH
 from bench.table import markdown
 from weightsmith.io.layout import index_json, plan_shards
 from weightsmith.keys import Key
@@ -143,8 +143,8 @@ def checked(results: Mapping[str, Any], plans: Mapping[str, Planned], cores: int
     """Predicted and measured seconds of the runs of `python -m bench`, without starting."""
     rows = [["merge", "copy GB/s", "predicted s", "measured s", "measured : predicted"]]
     for merge, plan in plans.items():
-        ours, copy = ([r["usage"]["wall"] for r in results["runs"] if (r["merge"], r["program"]) == (merge, program)]
-                      for program in (OURS, COPY))  # fmt: skip
+        walls = [(r["program"], r["usage"]["wall"]) for r in results["runs"] if r["merge"] == merge]
+        ours, copy = ([wall for who, wall in walls if who in asked] for asked in ((OURS,), (COPY, DURABLE)))
         if not ours or not copy:
             continue
         speed = (plan.read + plan.written) / min(copy)

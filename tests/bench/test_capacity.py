@@ -51,4 +51,4 @@ def test_tables() -> None:
         for program, wall in (("weightsmith", 20.0), ("copy", 10.0), ("copy", 8.0))
     ]
     (_, row) = checked({"runs": runs}, {"ties": MOVING, "never measured": MOVING}, 2)
-    assert row == ["ties", "5.0", "10.0", "20.0", "2.00"]
+    assert row == ["ties", "5.0", "9.0", "20.0", "2.22"]

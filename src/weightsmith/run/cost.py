@@ -16,8 +16,9 @@ __all__ = ["SIDE", "estimate", "seconds_at_7b", "stage_seconds"]
 SIDE = 768
 """Smaller side of the matrices that the costs of `cubic` methods are measured on."""
 
-START, READ, WRITE = 2.0, 0.2, 0.8
-"""Seconds to start, per 10^9 bytes read, and per 10^9 bytes written and flushed (the copies of docs/benchmarks.md)."""
+START, READ, WRITE = 1.0, 0.2, 0.8
+"""Seconds to start (two more where torch is needed), per 10^9 bytes read, and per 10^9 bytes written and flushed
+(the copies of docs/benchmarks.md)."""
 
 _7B = (7e9, 4096)
 """Parameters of a 7B language model, and the smaller side of most of its matrices."""
