@@ -28,6 +28,7 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.cluster import ray_runner
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.remarks import twins
 from weightsmith.run.vocabulary import chat_template, tokenizer_folder
 
 __all__ = [
@@ -110,7 +111,8 @@ def run(
         with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
             records = carry_out(plan, inputs, sink, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
-    return result_of(plan, out, time.perf_counter() - began, (*plan.notes, *licence_warnings(dict(inputs.models))))
+    said = (*plan.notes, *twins(inputs.fingerprints()), *licence_warnings(dict(inputs.models)))
+    return result_of(plan, out, time.perf_counter() - began, said)
 
 
 def result_of(

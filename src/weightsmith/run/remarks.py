@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from weightsmith.io.gguf import GgufSource
 from weightsmith.io.untied import UntiedSource
 from weightsmith.run.inputs import Inputs
 
-__all__ = ["what_inputs_say"]
+__all__ = ["twins", "what_inputs_say"]
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[str]:
@@ -28,3 +29,21 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
         if extras := getattr(source, "extras", ()):
             shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
             yield f"{name}: entries that are no tensors are left out: {shown}"
+
+
+def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for every model that, as far as size, header and samples of its files say, is another one of them.
+
+    A task vector of zeros is no error, but it draws means, norms and softmaxes towards the base.
+    """
+    first: dict[tuple[tuple[Any, ...], ...], str] = {}
+    for name, found in fingerprints.items():
+        files = found.get("files", {}).values()
+        if not files or not all("sample" in file for file in files):
+            continue
+        known = tuple(sorted((file["size"], file.get("header", ""), file["sample"]) for file in files))
+        other = first.setdefault(known, name)
+        if other == name:
+            continue
+        what = "its task vector is zero" if other == "base" else "the two count twice"
+        yield f"{name} seems to hold the weights of {other} (size, header and samples of its files agree): {what}"
