@@ -101,7 +101,6 @@ TOUCHES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdi
            "scandir", "walk", "rmtree", "copyfile", "copytree", "copy2", "move", "mkstemp", "mkdtemp", "TemporaryFile",
            "NamedTemporaryFile", "save_file", "load_file", "safe_open"}  # fmt: skip
 OTHERS = {
-    "io/store.py": "fsspec, which is no file system of this machine",
     "ops/native.py": "the kept kernels, below this layer: without them they are compiled again",
     "observe/data.py": "the user's texts and images, which are only read",
     "observe/check.py": "the same",

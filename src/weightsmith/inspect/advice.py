@@ -126,10 +126,15 @@ def _by_chance(model: Measures) -> float | None:
 # --- words -------------------------------------------------------------------------------------------
 
 
+_ROUNDING = 1e-9
+"""Figures below this are zero but for rounding."""
+
+
 def _shown(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.3g}%"
-    return f"{value:.2g}x" if unit == "x" else f"{value:.2g}"
+    shown = value if abs(value) > _ROUNDING else 0.0
+    return f"{shown:.2g}x" if unit == "x" else f"{shown:.2g}"
 
 
 def _words(model: Measures, experts: Sequence[str]) -> dict[str, str]:
