@@ -111,8 +111,7 @@ def test_inputs_are_read_once_for_all_variants(
 ) -> None:
     if kernels == "0":
         monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
-    if not (method == "ties" and kernels == "1"):  # whose passes over a large tensor do not pause
-        monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
+    monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
     monkeypatch.setattr("weightsmith.run.task.BLOCK", 1000)
     given = replace(inputs, experts={"e0": inputs.experts["e0"]}) if method == "slerp" else inputs
     key, values = {"slerp": "t", "tsvm": "scaling"}.get(method, "lambda"), (0.1, 0.5, 0.9)
