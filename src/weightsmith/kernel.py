@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 __all__ = [
     "BF16",
@@ -96,11 +97,11 @@ class Drop:
 class Window:
     """A filter: keep what lies, by falling |delta| over the tensor, in front of the last of the stage's `cuts`.
 
-    Of two cuts the first drops what lies in front of it.  With `rescale` the survivors are scaled by what measuring
-    finds.
+    Of two cuts the first drops what lies in front of it.  rescale: '' or 'l1', as of `Drop`.
     """
 
-    rescale: bool
+    rescale: str
+    trim: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import pickle
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from local_server import LocalHandler, LocalServer
 from weightsmith.errors import SourceError
 from weightsmith.io.hub import HubSource, looks_like_hub_id, open_hub
 from weightsmith.io.open import open_source
@@ -24,33 +24,18 @@ from weightsmith.io.source import MemorySource
 SHA = "a" * 40
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalServer):
     """Repositories by name, each a map from file name to bytes; `served` counts bytes per file."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
-        self.served: dict[str, int] = {}
-        self.ranges = True
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up in mid-answer is part of the test."""
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(LocalHandler):
     server: Hub
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
+    def respond(self) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self.info("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
@@ -88,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         for start in range(0, len(body), 65536):
             self.wfile.write(body[start : start + 65536])
             if count:
-                self.server.served[count] = self.server.served.get(count, 0) + len(body[start : start + 65536])
+                self.server.served[count] += len(body[start : start + 65536])
 
 
 def described(name: str, data: bytes) -> dict[str, object]:
@@ -132,7 +117,7 @@ def whole() -> dict[str, bytes]:
 def test_planning_reads_headers_only_and_reading_downloads(hub: Hub, tmp_path: Path) -> None:
     hub.repos["org/name"] = whole()
     size = len(hub.repos["org/name"]["model.safetensors"])
-    source = open_hub("org/name@v1", endpoint=hub.endpoint, cache=tmp_path)
+    source = open_hub("org/name@v1", endpoint=hub.address, cache=tmp_path)
     assert isinstance(source, HubSource)
     assert source.keys["w"].shape == (500_000,)
     assert source.label == "org/name@v1"
@@ -161,7 +146,7 @@ def test_planning_reads_headers_only_and_reading_downloads(hub: Hub, tmp_path: P
 def test_files_in_the_cache_that_change_during_a_run(hub: Hub, tmp_path: Path) -> None:
     """The fingerprint of a commit stays what it is; the downloaded files are looked at all the same."""
     hub.repos["org/name"] = whole()
-    source = open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path)
+    source = open_hub("org/name", endpoint=hub.address, cache=tmp_path)
     before = source.fingerprint()
     digest = hashlib.sha256(hub.repos["org/name"]["model.safetensors"]).hexdigest()
     assert before["files"]["model.safetensors"]["sha256"] == digest
@@ -180,7 +165,7 @@ def test_a_server_that_ignores_ranges_is_cut_short(hub: Hub, tmp_path: Path) -> 
     hub.ranges = False
     many = {f"some.rather.long.name.of.a.tensor.{i}": torch.ones(1) for i in range(1500)}  # a header over 100 kB
     hub.repos["org/name"] = {"model.safetensors": save({**many, "w": torch.zeros(10_000_000)})}
-    source = open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path)
+    source = open_hub("org/name", endpoint=hub.address, cache=tmp_path)
     assert len(source.keys) == 1501
     assert hub.served["model.safetensors"] < len(hub.repos["org/name"]["model.safetensors"]) / 2
 
@@ -188,7 +173,7 @@ def test_a_server_that_ignores_ranges_is_cut_short(hub: Hub, tmp_path: Path) -> 
 def test_a_long_header_takes_a_second_range(hub: Hub, tmp_path: Path) -> None:
     many = {f"some.rather.long.name.of.a.tensor.{i}": torch.ones(1) for i in range(1500)}
     hub.repos["org/name"] = {"model.safetensors": save(many)}
-    assert set(open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path).keys) == set(many)
+    assert set(open_hub("org/name", endpoint=hub.address, cache=tmp_path).keys) == set(many)
 
 
 def test_shards_are_planned_and_checked_like_a_folder(hub: Hub, tmp_path: Path) -> None:
@@ -199,15 +184,15 @@ def test_shards_are_planned_and_checked_like_a_folder(hub: Hub, tmp_path: Path) 
         "m-2.safetensors": save({"b": torch.zeros(2)}),
     }
     hub.repos["org/name"] = files
-    source = open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path)
+    source = open_hub("org/name", endpoint=hub.address, cache=tmp_path)
     assert list(source.keys) == ["a", "b"]
     assert source.read("a").tolist() == [1, 1]
     hub.repos["org/short"] = {name: data for name, data in files.items() if name != "m-2.safetensors"}
     with pytest.raises(SourceError, match=r"1 of 2 shards are missing: m-2\.safetensors"):
-        open_hub("org/short", endpoint=hub.endpoint, cache=tmp_path)
+        open_hub("org/short", endpoint=hub.address, cache=tmp_path)
     hub.repos["org/lies"] = {**files, "m-2.safetensors": save({"a": torch.zeros(2)})}
     with pytest.raises(SourceError, match="'a' is stored twice"):
-        open_hub("org/lies", endpoint=hub.endpoint, cache=tmp_path)
+        open_hub("org/lies", endpoint=hub.address, cache=tmp_path)
 
 
 def test_an_adapter_on_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -218,11 +203,11 @@ def test_an_adapter_on_the_hub(hub: Hub, tmp_path: Path) -> None:
         "adapter_model.safetensors": save(factors),
     }
     base = MemorySource({"m.weight": torch.zeros(2, 2)}, "base")
-    source = open_hub("org/lora", base, endpoint=hub.endpoint, cache=tmp_path)
+    source = open_hub("org/lora", base, endpoint=hub.address, cache=tmp_path)
     assert isinstance(source, AdapterSource)
     assert source.read("m.weight").tolist() == [[3, 3], [3, 3]]
     with pytest.raises(SourceError, match="org/lora: a LoRA adapter, which needs a base model"):
-        open_hub("org/lora", endpoint=hub.endpoint, cache=tmp_path)
+        open_hub("org/lora", endpoint=hub.address, cache=tmp_path)
 
 
 def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
@@ -238,24 +223,24 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
         "org/broken": r"org/broken/model\.safetensors: not a safetensors file",
     }.items():
         with pytest.raises(SourceError, match=text) as error:
-            open_hub(ref, endpoint=hub.endpoint, cache=tmp_path)
+            open_hub(ref, endpoint=hub.address, cache=tmp_path)
         assert "\n" not in str(error.value)
 
 
 def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["org/name"] = whole()
-    open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path / "planned")
-    read = open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path / "read")
+    open_hub("org/name", endpoint=hub.address, cache=tmp_path / "planned")
+    read = open_hub("org/name", endpoint=hub.address, cache=tmp_path / "read")
     read.prepare()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for cache in ("empty", "planned"):  # configs alone are no model
         with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set; unset it, or give a local folder") as error:
-            open_hub("org/name", endpoint=hub.endpoint, cache=tmp_path / cache)
+            open_hub("org/name", endpoint=hub.address, cache=tmp_path / cache)
         with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
-            open_hub(f"org/name@{SHA}", endpoint=hub.endpoint, cache=tmp_path / cache)
+            open_hub(f"org/name@{SHA}", endpoint=hub.address, cache=tmp_path / cache)
         assert "\n" not in str(error.value)
     for ref in ("org/name", f"org/name@{SHA}"):
-        source = open_hub(ref, endpoint=hub.endpoint, cache=tmp_path / "read")
+        source = open_hub(ref, endpoint=hub.address, cache=tmp_path / "read")
         assert source.label == ref
         assert source.read("b").tolist() == [1, 1, 1]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import fsspec
@@ -14,44 +12,30 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from local_server import LocalHandler, LocalServer
 from weightsmith.io import remote, url
 
 
-class Web(ThreadingHTTPServer):
+class Web(LocalServer):
     """Files by path.  `served` counts bytes per path, `asked` the ranges.
 
-    ranges  False: every answer is the whole file
     lists   whether a folder's address gives a page of links
     faults  status codes for the next answers to GET of files, in turn
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.files: dict[str, bytes] = {}
-        self.served: Counter[str] = Counter()
         self.asked: list[tuple[str, str]] = []
         self.tags: dict[str, str] = {}
-        self.ranges = self.lists = True
+        self.lists = True
         self.faults: list[int] = []
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up in mid-answer is part of the test."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(LocalHandler):
     server: Web
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
+    def respond(self) -> None:
         path = self.path.partition("?")[0]
         if path not in self.server.files:
             inside = sorted({f.removeprefix(f"{path.rstrip('/')}/").split("/")[0] for f in self.server.files

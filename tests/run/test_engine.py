@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import weightsmith
 from goldens import tiny_llama
+from run.small_inputs import small_inputs
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
 from weightsmith.method import Filter, Grain, Method, registered
@@ -32,22 +33,9 @@ NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Fi
 BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 0.5}}
 
 
-def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(a).to(dtype) for name, a in arrays.items()}
-
-
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
-    base, experts = tiny_llama.make(3, 3)
-    stats = {
-        "fisher": [tensors(d, torch.float32) for d in tiny_llama.positive(3, 3)],
-        "gram": [tensors(d, torch.float32) for d in tiny_llama.grams(3, 3)],
-    }
-    return Inputs(
-        MemorySource(tensors(base), "base"),
-        {f"e{i}": MemorySource(tensors(e), f"e{i}") for i, e in enumerate(experts)},
-        {s: {f"e{i}": MemorySource(d, s) for i, d in enumerate(found)} for s, found in stats.items()},
-    )
+    return small_inputs()
 
 
 def recipe(*stages: Any, count: int = 3, **more: Any) -> Recipe:

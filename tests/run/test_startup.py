@@ -6,15 +6,12 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from bench.capacity import MODELS, hollow
 from safetensors.torch import save_file
-
-from weightsmith.io.layout import index_json, plan_shards
-from weightsmith.keys import Key
 
 HEAVY = (
     *("torch", "transformers", "peft", "accelerate", "scipy", "sklearn", "plotly", "ray", "gguf"),
@@ -23,42 +20,12 @@ HEAVY = (
 SECONDS = 3.0  # of processor time, for `weightsmith plan` on 70 billion parameters; measured: 1.1
 
 
-def llama_70b() -> Iterator[Key]:
-    """The tensors of Llama 3 70B: 80 blocks, grouped queries, a vocabulary of 128,256."""
-    hidden, inner, few, words = 8192, 28672, 1024, 128256
-    shapes = {
-        "input_layernorm": (hidden,),
-        "mlp.down_proj": (hidden, inner),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.k_proj": (few, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.v_proj": (few, hidden),
-    }
-    yield Key("model.embed_tokens.weight", (words, hidden), "bfloat16")
-    for i in range(80):
-        for name, shape in shapes.items():
-            yield Key(f"model.layers.{i}.{name}.weight", shape, "bfloat16")
-    yield Key("model.norm.weight", (hidden,), "bfloat16")
-    yield Key("lm_head.weight", (words, hidden), "bfloat16")
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and three experts of 141 GB each: headers, and holes for the data."""
     root = tmp_path_factory.mktemp("large")
-    shards = plan_shards(tuple(llama_70b()), 5 * 10**9, "model", {"format": "pt"})
-    assert 25 <= len(shards) <= 35
     for name in ("base", "a", "b", "c"):
-        (root / name).mkdir()
-        for shard in shards:
-            with (root / name / shard.name).open("wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.size)
-        (root / name / "model.safetensors.index.json").write_text(index_json(shards))
-        (root / name / "config.json").write_text("{}")
+        assert 25 <= len(list(hollow(root / name, MODELS["70B"]).glob("*.safetensors"))) <= 35
     assert sum(path.stat().st_blocks * 512 for path in root.rglob("*")) < 10_000_000, "the files are not sparse here"
     return root
 

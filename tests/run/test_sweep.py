@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from goldens import tiny_llama
+from run.small_inputs import EXPERTS, small_inputs
 from weightsmith.cli.main import main
 from weightsmith.errors import PlanError, RecipeError
 from weightsmith.io.output import FolderSink
@@ -26,9 +25,6 @@ from weightsmith.run.inputs import Inputs
 from weightsmith.run.merge import run
 from weightsmith.run.plan import make_plan
 from weightsmith.run.sweep import plan_sweep, run_sweep
-
-NAMES = ["e0", "e1", "e2"]
-
 
 TIED: list[dict[str, Any]] = [{"density": 0.3}, {"density": 0.3, "lambda": 0.5}, {"density": 0.5, "aggregate": "sum"},
         {"density": 0.3, "zero_sign": "plus"}, {"density": 0.3, "weight": 2.0}, {"density": 0.3, "sign": "count"},
@@ -46,26 +42,13 @@ class Counting(MemorySource):
         return found
 
 
-def tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(a).to(dtype) for name, a in arrays.items()}
-
-
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
-    base, experts = tiny_llama.make(3, 3)
-    stats = {
-        "fisher": [tensors(d, torch.float32) for d in tiny_llama.positive(3, 3)],
-        "gram": [tensors(d, torch.float32) for d in tiny_llama.grams(3, 3)],
-    }
-    return Inputs(
-        Counting(tensors(base), "base"),
-        {name: Counting(tensors(e), name) for name, e in zip(NAMES, experts, strict=True)},
-        {s: {n: MemorySource(d, s) for n, d in zip(NAMES, found, strict=True)} for s, found in stats.items()},
-    )
+    return small_inputs(Counting)
 
 
 def recipe(method: Any, **more: Any) -> Recipe:
-    models = {name: ModelRef(model=name) for name in NAMES}
+    models = {name: ModelRef(model=name) for name in EXPERTS}
     return Recipe(base=ModelRef(model="base"), models=models, method=method, **more)
 
 
@@ -136,11 +119,11 @@ def test_inputs_are_read_once_for_all_variants(
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    for name in ("base", *NAMES):
+    for name in ("base", *EXPERTS):
         (tmp_path / name).mkdir()
         made = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(40, 30).bfloat16() for i in range(3)}
         save_file(made, tmp_path / name / "model.safetensors")
-    listed = "".join(f"  {name}: ./{name}\n" for name in NAMES)
+    listed = "".join(f"  {name}: ./{name}\n" for name in EXPERTS)
     (tmp_path / "r.yaml").write_text(f"base: ./base\nmodels:\n{listed}method: ties\n")
     return tmp_path
 

@@ -81,7 +81,7 @@ class FolderSink(Sink):
         self.partial = _partial(self.out)
         self.folder = self.partial / "files"
         self._shard_size, self._weight_name, self._metadata = shard_size, weight_name, metadata
-        self._identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
         self._resume, self._overwrite = resume, overwrite
         self._lock = FolderLock(_lock_path(self.out), self.out)
         self._shards: list[Shard] = []
@@ -112,7 +112,7 @@ class FolderSink(Sink):
             self._check(need=sum(shard.size for shard in self._shards))
             if state is None or not self._resume or not self._take_over(state):
                 self._create()
-            head = {"identity": self._identity, "layout": layout_digest(self._shards)}
+            head = {"identity": self.identity, "layout": layout_digest(self._shards)}
             self._journal = Journal(self.partial / "journal.jsonl", head, self._completed, self._flush)
             self._writer = ShardWriter(self.folder, self._shards, self._descriptors)
         except BaseException:
@@ -211,7 +211,7 @@ class FolderSink(Sink):
 
     def _take_over(self, state: State) -> bool:
         """Open what an interrupted run has made; False if it had finished nothing that is certainly on the disk."""
-        changed = differences(state.head["identity"], self._identity)
+        changed = differences(state.head["identity"], self.identity)
         if not changed and state.head["layout"] != layout_digest(self._shards):
             changed = ["the layout of the output (tensors, dtypes or shard_size)"]
         if changed:

@@ -67,7 +67,7 @@ class UrlSink(Sink):
         self.home = _home(out)
         self.folder = self.home / "files"
         self._shard_size, self._weight_name, self._metadata = shard_size, weight_name, metadata or {"format": "pt"}
-        self._identity = without_secrets(json.loads(json.dumps(identity)))
+        self.identity = without_secrets(json.loads(json.dumps(identity)))
         self._resume, self._overwrite = resume, overwrite
         self._lock = FolderLock(self.home.with_suffix(".lock"), self.home)
         self._token = secrets.token_hex(8)
@@ -94,7 +94,7 @@ class UrlSink(Sink):
             sent = self._taken_over(names) if self._resume and _RUN in names else set()
             if not sent:
                 delete(self.out, sorted(names, key=lambda name: name != MANIFEST))  # first what says it is complete
-            head = {"identity": self._identity, "layout": layout_digest(self._shards), "token": self._token}
+            head = {"identity": self.identity, "layout": layout_digest(self._shards), "token": self._token}
             put(self.out / _RUN, json.dumps(head).encode())
             left = [shard for shard in self._shards if shard.name not in sent]
             for shard in self._shards:
@@ -164,7 +164,7 @@ class UrlSink(Sink):
     def _taken_over(self, names: Mapping[str, int | None]) -> set[str]:
         """The shards that are up, with all tasks that write to them; their records are then `_completed`."""
         head = get_json(self.out / _RUN)
-        changed = differences(head.get("identity", {}), self._identity)
+        changed = differences(head.get("identity", {}), self.identity)
         if not changed and head.get("layout") != layout_digest(self._shards):
             changed = ["the layout of the output (tensors, dtypes or shard_size)"]
         if changed:

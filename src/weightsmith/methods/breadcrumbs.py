@@ -69,7 +69,7 @@ class Breadcrumbs(
         return select.digest(totals, round, summary, self.cuts) if totals else {**summary}
 
     def fused(self, count: int) -> Window | None:
-        return Window(self.rescale) if self.scope_ == "tensor" else None
+        return Window("l1" if self.rescale else "") if self.scope_ == "tensor" else None
 
     def apply(self, site: Site) -> Site:
         masked = self._masked(site)

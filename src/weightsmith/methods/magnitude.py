@@ -57,7 +57,7 @@ class Magnitude(
         return {**summary, **l1_factors(totals)}
 
     def fused(self, count: int) -> Window:
-        return Window(self.rescale)
+        return Window("l1" if self.rescale else "")
 
     def apply(self, site: Site) -> Site:
         masked = self._masked(site)

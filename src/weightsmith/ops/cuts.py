@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.kernel import TrimmedVote
-from weightsmith.ops.select import HIGH, LOW, locate
+from weightsmith.ops.select import EVERYTHING, HIGH, LOW, NOTHING, locate
 from weightsmith.ops.stored import READ, Stored, base_address, kernel, scratch
 
 __all__ = ["Counts", "tensor_cuts"]
@@ -27,8 +27,6 @@ BINS = 1 << 18
 """Most counters per expert.  A window of float bits this wide spans 3% of a number: one pass mostly is enough."""
 
 _ALL_BITS = 1 << 31
-NOTHING, EVERYTHING = 0x7FFFFFFF, -1
-"""Thresholds of a cut in front of and behind all entries."""
 
 
 @dataclass

@@ -59,15 +59,15 @@ class _Masks:
     def __init__(
         self, spec: TrimmedVote | Drop | Window | None, count: int, summary: Summary, streams: Streams
     ) -> None:
-        trims = isinstance(spec, Window) or (isinstance(spec, TrimmedVote) and spec.trim)
+        trims = isinstance(spec, (Window, TrimmedVote)) and spec.trim
         found = [np.asarray(summary[f"select.{k}"]).T for k in ("threshold", "quota", "ties")] if trims else []
         # What lies in front of the last cut stays, what lies in front of the first of two does not.
         self._cuts = np.ascontiguousarray(np.stack(found, 1)[::-1]) if trims else np.zeros((0, 3, count), np.int64)
         self._seen = np.zeros((len(self._cuts), count), np.int64)
         self._draws: np.ndarray | None = None
         if isinstance(spec, Drop):
-            limits = [limit(share) for share in spec.shares]
-            self._draws = np.array([[*key, below] for key, below in zip(streams, limits, strict=True)], np.int64)
+            below = limit(np.array(spec.shares)).astype(np.int64)
+            self._draws = np.column_stack([np.array(streams, np.int64).reshape(-1, 2), below])
 
     def arguments(self, offset: int) -> tuple[int, ...]:
         """cuts, sides, seen, draws, start: as the kernels take them for a block whose first entry is the offset-th."""
@@ -96,7 +96,7 @@ class Merge:
         self._weights = np.array(combine.weights, np.float32)
         self._masks = _Masks(before or vote, count, summary, streams)
         self._factors = self._shares = self._strict = None
-        if (isinstance(before, Drop) and before.rescale == "l1") or (isinstance(before, Window) and before.rescale):
+        if before is not None and before.rescale == "l1":
             self._factors = np.asarray(summary["l1.factors"]).astype(np.float32)
         if isinstance(before, Drop) and before.rescale == "expectation":
             self._shares = np.array(before.shares, np.float32)

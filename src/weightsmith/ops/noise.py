@@ -44,17 +44,16 @@ def uniform_bits(seed: int, name: str, expert: str, salt: str, offset: int, coun
     return words.view("<u4")[skip : skip + count]
 
 
-def limit(share: float) -> int:
-    """A number of a stream below this one is drawn with probability `share`, rounded to multiples of 2^-32."""
-    return round(share * 2**32)
+def limit(share: float | np.ndarray) -> np.ndarray:
+    """A number of a stream below this one is drawn with probability `share`, rounded to multiples of 2^-32: uint64."""
+    return np.rint(np.asarray(share, np.float64) * 2**32).astype(np.uint64)
 
 
 def bernoulli(
     seed: int, name: str, expert: str, salt: str, offset: int, count: int, share: float | np.ndarray
 ) -> np.ndarray:
     """True with probability `share`, one or [count] (rounded to multiples of 2^-32): bool [count].  So exact."""
-    bits = uniform_bits(seed, name, expert, salt, offset, count)
-    return bits < np.rint(np.asarray(share, np.float64) * 2**32).astype(np.uint64)
+    return uniform_bits(seed, name, expert, salt, offset, count) < limit(share)
 
 
 def normal(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:

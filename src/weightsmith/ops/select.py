@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "EVERYTHING",
+    "HIGH",
+    "LOW",
+    "NOTHING",
     "ROUNDS",
     "Cuts",
     "before",
@@ -46,6 +50,7 @@ __all__ = [
 ROUNDS = 3
 HIGH, LOW = 1 << 15, 1 << 16  # buckets: 31 bits of magnitude, split 15 + 16
 NONE, ALL = HIGH, -1  # buckets that stand for a cut in front of and behind all entries
+NOTHING, EVERYTHING = 0x7FFFFFFF, -1  # and thresholds
 
 Cuts = Callable[[int, int], Sequence[Sequence[int]]]
 """(number of experts, number of entries) -> for each expert, its cuts."""
@@ -106,7 +111,7 @@ def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str
     bucket, left = np.asarray(summary["select.bucket"]), np.asarray(summary["select.left"])
     place, quota, ties = (found[..., 0] for found in locate(low, left[..., None]))
     inside = (bucket != NONE) & (bucket != ALL)
-    threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, 0x7FFFFFFF, -1))
+    threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, NOTHING, EVERYTHING))
     ties = np.where(inside, ties, 0)
     quota = ties if whole else np.where(inside, quota, 0)
     return {"select.threshold": threshold, "select.quota": quota, "select.ties": ties}

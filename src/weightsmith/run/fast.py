@@ -104,7 +104,7 @@ def cuts(task: Task, pipeline: Pipeline, context: Context) -> Generator[None, No
     stage = pipeline.stages[0]
     spec = stage.fused(count)
     summary: dict[str, Any] = {}
-    if isinstance(spec, Window) or (isinstance(spec, TrimmedVote) and spec.trim):
+    if isinstance(spec, (Window, TrimmedVote)) and spec.trim:
         summary = yield from tensor_cuts(stage.cuts(count, key.numel), (key.rows, key.row_numel), read, ranges)
     if isinstance(spec, TrimmedVote) and "signs" in spec.steps:
         signs = fused.Merge(Program(spec), summary)

@@ -106,12 +106,14 @@ def run(
     began = time.perf_counter()
     inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, device=device)
+    said = list(plan.notes)
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
+        said += twins({name: sink.identity["inputs"][name] for name, _ in inputs.models})
         with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
             records = carry_out(plan, inputs, sink, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
-    said = (*plan.notes, *twins(inputs.fingerprints()), *licence_warnings(dict(inputs.models)))
+    said += licence_warnings(dict(inputs.models))
     return result_of(plan, out, time.perf_counter() - began, said)
 
 
