@@ -501,3 +501,20 @@ def test_check_output_names_the_run_that_holds_the_folder(job, out):
     (problem,) = check(out)
     assert f"is in use by process {os.getpid()} on host" in problem
     sink.abort()
+
+
+def test_a_shard_without_room_is_left_closable(tmp_path, monkeypatch):
+    """Whoever asked for it closes what `opened` holds, whatever failed."""
+    from weightsmith.io import writer
+    from weightsmith.io.layout import plan_shards
+    from weightsmith.keys import Key
+
+    def full(descriptor, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "allocate", full)
+    (shard,) = plan_shards((Key("w", (4,), "float32"),), 10**6, "model", {})
+    opened = {}
+    with pytest.raises(OutputError, match="No space left"):
+        writer.lay_out(tmp_path, shard, opened)
+    os.close(opened[shard.name])

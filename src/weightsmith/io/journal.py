@@ -33,7 +33,7 @@ from weightsmith.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.disk import sync_folder, write_all, writing
 
-__all__ = ["Journal", "State", "boot_id", "differences", "read_journal"]
+__all__ = ["Journal", "State", "boot_id", "differences", "read_journal", "refuse_changed"]
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PREFIX = b'{"xxh3":"'
@@ -163,6 +163,17 @@ class Journal:
         data = b"".join(map(_line, entries))
         with writing(self.path):
             write_all(self._descriptor, data)  # of a line that a full disk cuts short, the next reader sees the end
+
+
+def refuse_changed(what: object, head: Mapping[str, Any], identity: Mapping[str, Any], layout: str) -> None:
+    """Raise OutputError if a run that began with this head (see `Journal`) was another one than is to go on."""
+    changed = differences(head.get("identity", {}), identity)
+    if not changed and head.get("layout") != layout:
+        changed = ["the layout of the output (tensors, dtypes or shard_size)"]
+    if changed:
+        raise OutputError(
+            f"cannot resume {what}: since it was begun, {', '.join(changed)} changed; pass --overwrite to start anew"
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

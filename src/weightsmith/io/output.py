@@ -31,23 +31,21 @@ from weightsmith.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.disk import (
     WriteOut,
-    allocate,
     allocated,
     gigabytes,
-    pwrite_all,
     remove,
     sync_folder,
     sync_tree,
     write_file,
     writing,
 )
-from weightsmith.io.journal import Journal, State, boot_id, differences, read_journal
+from weightsmith.io.journal import Journal, State, boot_id, read_journal, refuse_changed
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.sink import Sink
 from weightsmith.io.upload import check_url
 from weightsmith.io.url import Url, absolute, output_of, parse_url
-from weightsmith.io.writer import ShardWriter
+from weightsmith.io.writer import ShardWriter, lay_out
 from weightsmith.keys import Key
 
 __all__ = ["FolderSink", "check_output", "tidy"]
@@ -199,26 +197,14 @@ class FolderSink(Sink):
             system.call(self.partial.mkdir)
             system.call(self.folder.mkdir)
         for shard in self._shards:
-            path = self.folder / shard.name
-            with writing(path):
-                descriptor = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
-                self._descriptors[shard.name] = descriptor
-                allocate(descriptor, shard.size)
-                pwrite_all(descriptor, shard.header, 0)
+            lay_out(self.folder, shard, self._descriptors)
         with writing(self.folder):  # the journal's own folder is made durable together with the journal
             sync_folder(self.folder)
             sync_folder(self.out.parent)
 
     def _take_over(self, state: State) -> bool:
         """Open what an interrupted run has made; False if it had finished nothing that is certainly on the disk."""
-        changed = differences(state.head["identity"], self.identity)
-        if not changed and state.head["layout"] != layout_digest(self._shards):
-            changed = ["the layout of the output (tensors, dtypes or shard_size)"]
-        if changed:
-            raise OutputError(
-                f"cannot resume {self.partial}: since it was begun, {', '.join(changed)} changed; "
-                "pass --overwrite to start anew"
-            )
+        refuse_changed(self.partial, state.head, self.identity, layout_digest(self._shards))
         finished = state.finished(boot_id())
         if not finished:
             return False

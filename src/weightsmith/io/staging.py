@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from weightsmith.io import system
-from weightsmith.io.disk import allocate, pwrite_all, writing
+from weightsmith.io.disk import pwrite_all, writing
 from weightsmith.io.layout import Shard
 from weightsmith.io.sink import Sink
 from weightsmith.io.store import put
 from weightsmith.io.url import Url
-from weightsmith.io.writer import ShardWriter
+from weightsmith.io.writer import ShardWriter, lay_out
 from weightsmith.keys import Key
 
-__all__ = ["AT_ONCE", "Left", "ShardUploads", "lay_out", "stub"]
+__all__ = ["AT_ONCE", "Left", "ShardUploads", "stub"]
 
 AT_ONCE = 3
 """Shards on this machine at once.  A further one waits while one of these is being sent; where none is, the tasks
@@ -63,7 +63,7 @@ class ShardUploads(Sink):
             while shard.name not in self._opened and self._sending and len(self._opened) + self._sending >= AT_ONCE:
                 self._guard.wait()
             if shard.name not in self._opened:
-                self._opened[shard.name] = lay_out(self._folder() / shard.name, shard)
+                lay_out(self._folder(), shard, self._opened)
         self._writer.write(name, start, bits)
 
     def done(self, task: str, record: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class ShardUploads(Sink):
         path = self._folder() / shard.name
         with self._guard:
             if shard.name not in self._opened:  # a shard of nothing but empty tensors
-                self._opened[shard.name] = lay_out(path, shard)
+                lay_out(self._folder(), shard, self._opened)
             os.close(self._opened.pop(shard.name))
             self._sending += 1
         try:
@@ -131,15 +131,6 @@ class Left:
                 del self.rows[shard.name]
                 complete.append(shard)
         return complete
-
-
-def lay_out(path: Path, shard: Shard) -> int:
-    """Make a shard's file with its header; returns the descriptor."""
-    with writing(path):
-        descriptor: int = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
-        allocate(descriptor, shard.size)
-        pwrite_all(descriptor, shard.header, 0)
-    return descriptor
 
 
 def stub(path: Path, shard: Shard) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from weightsmith.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.disk import gigabytes, remove, write_file, writing
-from weightsmith.io.journal import differences
+from weightsmith.io.journal import refuse_changed
 from weightsmith.io.layout import Shard, index_json, layout_digest, plan_shards
 from weightsmith.io.lock import FolderLock, holder, in_use
 from weightsmith.io.manifest import MANIFEST
@@ -164,14 +164,7 @@ class UrlSink(Sink):
     def _taken_over(self, names: Mapping[str, int | None]) -> set[str]:
         """The shards that are up, with all tasks that write to them; their records are then `_completed`."""
         head = get_json(self.out / _RUN)
-        changed = differences(head.get("identity", {}), self.identity)
-        if not changed and head.get("layout") != layout_digest(self._shards):
-            changed = ["the layout of the output (tensors, dtypes or shard_size)"]
-        if changed:
-            raise OutputError(
-                f"cannot resume {self.out}: since it was begun, {', '.join(changed)} changed; "
-                "pass --overwrite to start anew"
-            )
+        refuse_changed(self.out, head, self.identity, layout_digest(self._shards))
         records: dict[str, Any] = {}
         sent: dict[str, Shard] = {}
         for shard in self._shards:

@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 
 from weightsmith.io import system
-from weightsmith.io.disk import pwrite_all, writing
+from weightsmith.io.disk import allocate, pwrite_all, writing
 from weightsmith.io.layout import Shard
 from weightsmith.io.sink import Sink
 from weightsmith.keys import DTYPES, Key
 
-__all__ = ["ShardWriter"]
+__all__ = ["ShardWriter", "lay_out"]
+
+
+def lay_out(folder: Path, shard: Shard, opened: dict[str, int]) -> None:
+    """Make a shard's file with its header and room for its data; `opened` has its descriptor, also if that fails."""
+    path = folder / shard.name
+    with writing(path):
+        opened[shard.name] = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
+        allocate(opened[shard.name], shard.size)
+        pwrite_all(opened[shard.name], shard.header, 0)
 
 
 class ShardWriter(Sink):

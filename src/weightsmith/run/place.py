@@ -45,9 +45,12 @@ class Place(ABC):
     def fill(self, target: Tensor, source: Source, name: str, start: int, stop: int) -> None:
         """Write rows start..stop of a tensor into `target`, in its dtype."""
 
-    @abstractmethod
     def load(self, source: Source, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop of a tensor; never written to, as it may be the source's own memory."""
+        key = source.key(name)
+        made = torch.empty((stop - start, *key.shape[1:]) if key.shape else (), dtype=dtype, device=self.device)
+        self.fill(made, source, name, start, stop)
+        return made
 
     @abstractmethod
     def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,12 +84,9 @@ class Plain(Place):
             target[low - start : high - start].copy_(source.read(name, low, high))
 
     def load(self, source: Source, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        key = source.key(name)
-        if getattr(torch, key.dtype) == dtype:  # nothing to convert, so nothing to copy
+        if getattr(torch, source.key(name).dtype) == dtype:  # nothing to convert, so nothing to copy
             return source.read(name, start, stop).to(self.device)
-        made = torch.empty((stop - start, *key.shape[1:]) if key.shape else (), dtype=dtype, device=self.device)
-        self.fill(made, source, name, start, stop)
-        return made
+        return super().load(source, name, start, stop, dtype)
 
     def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.to(self.device, dtype)
@@ -148,13 +148,6 @@ class Lane(Place):
             staged = self._buffer(shape, getattr(torch, key.dtype))
             source.read_into(tensor_to_bits(staged), name, low, high)
             self._copy(target[low - start : high - start] if key.shape else target, staged)
-
-    def load(self, source: Source, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        key = source.key(name)
-        shape = (stop - start, *key.shape[1:]) if key.shape else ()
-        made = torch.empty(shape, dtype=dtype, device=self.device)
-        self.fill(made, source, name, start, stop)
-        return made
 
     def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         made = torch.empty(value.shape, dtype=dtype, device=self.device)
