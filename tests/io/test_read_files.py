@@ -165,11 +165,14 @@ def test_the_disk_is_asked_for_what_comes_next(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "x"
     path.write_bytes(bytes(range(256)) * 40)
     asked: list[tuple[int, int]] = []
+    cold = True
 
     def call(function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if function is os.posix_fadvise:
             asked.append((args[1], args[1] + args[2]))
             return None
+        if cold and function is os.preadv and len(args) == 4:
+            raise BlockingIOError
         return function(*args, **kwargs)
 
     monkeypatch.setattr("weightsmith.io.system.call", call)
@@ -188,6 +191,9 @@ def test_the_disk_is_asked_for_what_comes_next(tmp_path: Path, monkeypatch: pyte
     assert asked[before:] == [(64, 1064)]
     file.read(128, 64)
     assert len(asked) == before + 1, "single reads (headers) announce nothing"
+    cold = False
+    assert File(path).read_on(0, 64).tobytes() == whole[:64]
+    assert len(asked) == before + 1, "what is in memory needs no advice"
 
 
 def test_a_disk_that_takes_no_advice_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +201,7 @@ def test_a_disk_that_takes_no_advice_is_read_all_the_same(tmp_path: Path, monkey
     path.write_bytes(bytes(range(256)))
 
     def call(function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if function is os.posix_fadvise:
+        if function is os.posix_fadvise or (function is os.preadv and len(args) == 4):
             raise OSError(22, "Invalid argument")
         return function(*args, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, VOCAB, tensors, wri
 from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
+from safety.readers import gguf_seeds
 from weightsmith.errors import MissingExtra, SourceError
 from weightsmith.io.gguf import GgufSource
 from weightsmith.io.open import open_source
@@ -126,6 +128,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         bad.write_bytes(raw)
         with pytest.raises(SourceError, match=text):
             open_source(bad)
+
+
+def test_attention_of_no_rows_is_read_as_such(tmp_path: Path) -> None:
+    (good,) = gguf_seeds()
+    name, path = b"blk.0.attn_q.weight", tmp_path / "m.gguf"
+    path.write_bytes(good.replace(name + struct.pack("<IQQ", 2, 2, 4), name + struct.pack("<IQQ", 2, 2, 0)))
+    source = GgufSource(path)
+    assert source.bits("model.layers.0.self_attn.q_proj.weight").shape == (0, 2)
 
 
 def test_endless_lists_end(tmp_path: Path) -> None:

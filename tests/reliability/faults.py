@@ -66,7 +66,7 @@ def _half(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if function in WRITERS and len(args[1]) > 1:
         return function(args[0], args[1][: len(args[1]) // 2], *args[2:])
     if function in READERS and args[1][0].nbytes > 1:
-        return function(args[0], [args[1][0][: args[1][0].nbytes // 2]], args[2])
+        return function(args[0], [args[1][0][: args[1][0].nbytes // 2]], *args[2:])
     return function(*args, **kwargs)
 
 

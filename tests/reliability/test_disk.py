@@ -89,7 +89,7 @@ def test_a_bad_sector_in_an_input(zygote, scenes, tmp_path):
     scene = scenes["wide"]
     place, _, _ = new_place(tmp_path, False)
     headers, samples = 2 * 12, 8 * 12  # of 12 files
-    fault = {"kind": "EIO", "at": headers + samples + 50, "only": "preadv"}
+    fault = {"kind": "EIO", "lasting": True, "at": headers + samples + 50, "only": "preadv"}
     ended = zygote.run(scene.argv(place), fault=fault)
     assert ended.code == 2
     assert ".safetensors: 'model." in ended.stderr

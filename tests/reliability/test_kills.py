@@ -75,7 +75,7 @@ def test_the_same_kill_again_and_again(zygote, scenes, tmp_path):
     scene, (place, _, _) = scenes["wide"], new_place(tmp_path, False)
     done = []
     for _ in range(40):
-        ended = zygote.run(scene.argv(place, "--resume"), fault={"kind": "kill", "at": 520})
+        ended = zygote.run(scene.argv(place, "--resume"), fault={"kind": "kill", "at": 560})
         if ended.code == 0:
             break
         done.append(tasks_in(place))

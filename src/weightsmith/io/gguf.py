@@ -128,7 +128,7 @@ def _heads(path: Path, arch: str, key: Key, heads: int, shared: int) -> int:
     count = heads if ".q_proj." in key.name else shared if ".k_proj." in key.name else 0
     if count and (not key.shape or key.rows % (2 * count)):
         raise SourceError(f"{path}: {key.name} has {key.rows} rows for {count} heads")
-    return count
+    return count if key.rows else 0
 
 
 def _names(arch: str, blocks: int) -> dict[str, str]:
