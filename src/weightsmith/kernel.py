@@ -15,9 +15,9 @@ __all__ = [
     "SIGNATURES",
     "STRIP",
     "Agreement",
-    "Arc",
     "Drop",
     "Fused",
+    "Mix",
     "Program",
     "TrimmedVote",
     "WeightedSum",
@@ -36,7 +36,8 @@ SIGNATURES = {
     "count_between": "iiiiiiiiii",
     "masked_merge": "iiiiiiiiiiiiiififfiifiiiii",
     "row_masses": "iiiiiiiiiiiiiiiii",
-    "row_products": "iiiiiiiii",
+    "row_products": "iiiiiiiiiii",
+    "row_sizes": "iiiiiii",
 }
 """Kernel -> its arguments: i is a 64-bit integer (or an address), f a float32.  All return a 64-bit integer."""
 
@@ -73,11 +74,15 @@ class TrimmedVote:
 
 
 @dataclass(frozen=True)
-class Arc:
-    """What the shares that a measuring pass finds make of two models: share_a * a + share_b * b.
+class Mix:
+    """`sum_i shares[i] * input_i`, added in order in float32, by shares that the inputs' inner products tell.
 
-    a is the base, or the first of two experts where there is none.
+    ends    the base, if there is one, is the first of the inputs
+    deltas  with a base, input_i is expert_i - base and the base is added to the sum
     """
+
+    ends: bool = False
+    deltas: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Agreement:
     scale: float
 
 
-Fused = WeightedSum | TrimmedVote | Arc | Drop | Window | Agreement
+Fused = WeightedSum | TrimmedVote | Mix | Drop | Window | Agreement
 """What a stage may say of itself."""
 
 
@@ -121,20 +126,20 @@ Fused = WeightedSum | TrimmedVote | Arc | Drop | Window | Agreement
 class Program:
     """What the kernels do in one pass: at most one filter of task vectors, one way to combine, one filter of that."""
 
-    combine: WeightedSum | TrimmedVote | Arc
+    combine: WeightedSum | TrimmedVote | Mix
     before: Drop | Window | None = None
     after: Agreement | None = None
 
     @classmethod
     def of(cls, specs: Sequence[Fused | None]) -> Program | None:
         """The program of a pipeline's stages in order, or None if the kernels have none for it."""
-        combining = [s for s in specs if isinstance(s, (WeightedSum, TrimmedVote, Arc))]
+        combining = [s for s in specs if isinstance(s, (WeightedSum, TrimmedVote, Mix))]
         before = [s for s in specs if isinstance(s, (Drop, Window))]
         after = [s for s in specs if isinstance(s, Agreement)]
         if len(combining) != 1 or len(before) > 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
             return None
         combine = combining[0]
-        plain = isinstance(combine, Arc) or (isinstance(combine, WeightedSum) and not combine.deltas)
+        plain = isinstance(combine, Mix) or (isinstance(combine, WeightedSum) and not combine.deltas)
         trims = isinstance(combine, TrimmedVote) and combine.trim
         if (plain and (before or after)) or (trims and before):
             return None
@@ -148,4 +153,5 @@ class Program:
     @property
     def wants_base(self) -> bool:
         """Whether it reads the base, if there is one."""
-        return not isinstance(self.combine, WeightedSum) or self.combine.deltas
+        combine = self.combine
+        return isinstance(combine, TrimmedVote) or combine.deltas or (isinstance(combine, Mix) and combine.ends)

@@ -16,12 +16,12 @@ from torch import Tensor
 import weightsmith
 from weightsmith.errors import NumericError
 from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import STRIP, Program
+from weightsmith.kernel import STRIP, Mix, Program
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline, registry
 from weightsmith.ops import noise
 from weightsmith.ops.fused import Masses, Merge, Products
-from weightsmith.ops.gram import measure
+from weightsmith.ops.reduce import row_products, row_sizes, row_squares, row_sums
 from weightsmith.ops.rescale import l1_sums
 from weightsmith.ops.stored import WRITTEN, Stored
 from weightsmith.run.execute import fold
@@ -198,6 +198,31 @@ def test_slerp_equals_torch(t: float, dtype: str, with_base: bool, monkeypatch: 
     assert bits(by_kernels) == bits(by_torch)
 
 
+MIXED: Mapping[str, dict[str, Any]] = {
+    "karcher": {"weight": [0.2, 1.0, 0.5]},
+    "model_stock": {},
+    "multislerp": {"weight": [0.2, 1.0, 0.5]},
+    "nuslerp": {"weight": [0.2, 1.0]},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("method", "with_base"), [(m, b) for m in MIXED for b in (True, False) if b or m != "model_stock"]
+)
+def test_mixtures_equal_torch(method: str, dtype: str, with_base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *experts = models(3, dtype, "smooth")
+    count = registry(method).traits.max_count or 3
+    given = base if with_base else None, experts[:count]
+    assert Pipeline((registry(method)(**MIXED[method]),)).fused(count) is not None
+    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)  # several blocks per tensor
+    by_kernels = merged(*given, {method: MIXED[method]})
+    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))
+    monkeypatch.setattr("weightsmith.ops.reduce.native.kernels", lambda: None)
+    assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))
+
+
 @pytest.mark.parametrize("method", ["slerp", {"dare": {"rescale_rule": "l1"}}, "dare", "magnitude", "consensus"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_input_is_found_where_it_is(method: Any, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +260,13 @@ def test_sums_have_the_order_of_torch(width: int) -> None:
         torch.randn(4, width, generator=draw) * 10 ** torch.randint(-9, 9, (4, width), generator=draw) for _ in "ab"
     )
     stored = Stored([a.view(torch.uint32).numpy(), b.view(torch.uint32).numpy()], ["float32"] * 2)
-    products = Products()
+    products = Products(Mix())
     products.add(stored, 0)
-    want = measure([a, b])["gram.products"].values  # type: ignore[union-attr]
-    assert np.array_equal(products.result()["gram.products"].values, want.numpy())
+    want = torch.stack([row_sums(x.double() * y) for x, y in ((a, a), (a, b), (b, b))]).numpy()
+    assert np.array_equal(products.result()["gram.products"].values, want)
+    assert np.array_equal(row_products([a, b]).numpy(), want)
+    assert np.array_equal(row_squares(b).numpy(), want[2])
+    assert np.array_equal(row_sizes(a).numpy(), row_sums(a.abs()).numpy())
     spec = registry("dare")(density=1.0).fused(1)
     masses = Masses(spec, 1, {}, [(0, 0)])  # type: ignore[arg-type]
     masses.add(Stored(stored.experts[:1], ["float32"], stored.experts[1], "float32"), 0)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.kernel import Mix
 from weightsmith.method import Each, Method, Rows, integer, number
 from weightsmith.ops import gram
-from weightsmith.ops.combine import spread, unusable_weights, weighted_sum
+from weightsmith.ops.combine import spread, unusable_weights
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Karcher"]
+
+MIX = Mix()
 
 
 @dataclass(frozen=True)
@@ -49,44 +54,48 @@ class Karcher(
         return unusable_weights(spread(self.weight, count), True)
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return gram.measure(site.experts)
+        return gram.measure(MIX, site)
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return gram.products(totals)
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        return {"mix.shares": self._shares(gram.products(totals))}
+
+    def fused(self, count: int) -> Mix:
+        return MIX
 
     def merge(self, site: Site) -> Tensor:
-        weights = site.spread(self.weight)
-        norms = site.summary["gram"].diagonal().sqrt().tolist()
-        length = sum(w * norm for w, norm in zip(weights, norms, strict=True)) / sum(weights)
-        used = [w if norm > 0 else 0.0 for w, norm in zip(weights, norms, strict=True)]
-        if sum(used) == 0:
-            return site.experts[0] * 0.0
-        direction = self._direction(gram.cosines(site.summary["gram"]), [w / sum(used) for w in used])
-        factors = [c * length / norm if norm > 0 else 0.0 for c, norm in zip(direction.tolist(), norms, strict=True)]
-        return weighted_sum(site.experts, factors)
+        return gram.mixed(MIX, site)
 
-    def _direction(self, cosines: Tensor, shares: Sequence[float]) -> Tensor:
+    def _shares(self, products: np.ndarray) -> np.ndarray:
+        """The result as a combination of the x_i, from their inner products: [n, n] -> [n]."""
+        weights, norms = np.array(spread(self.weight, len(products))), np.sqrt(products.diagonal())
+        used = np.where(norms > 0, weights, 0.0)
+        if not used.any():
+            return used
+        length = (weights * norms).sum() / weights.sum()
+        direction = self._direction(gram.cosines(products), used / used.sum())
+        return np.where(norms > 0, direction * length / np.where(norms > 0, norms, 1.0), 0.0)
+
+    def _direction(self, cosines: np.ndarray, a: np.ndarray) -> np.ndarray:
         """The mean direction as a combination of the u_i: [n, n], n shares of sum 1 -> [n]."""
-        a = cosines.new_tensor(shares)
-        units = a.new_tensor([float(share > 0) for share in shares])
 
-        def length(c: Tensor) -> Tensor:
-            return (c @ cosines @ c).clamp(min=0).sqrt()
+        def length(c: np.ndarray) -> float:
+            return math.sqrt(max(float(c @ cosines @ c), 0.0))
 
         mean = a
         if length(mean) < self.tol:  # the directions cancel
-            mean = a.new_zeros(len(a))
-            mean[int(units.argmax())] = 1.0
+            mean = np.zeros(len(a))
+            mean[int((a > 0).argmax())] = 1.0
         mean = mean / length(mean)
         for _ in range(self.max_iter):
-            along = (cosines @ mean).clamp(-1, 1)
-            angle, sine = along.acos(), (1 - along.square()).clamp(min=0).sqrt()
+            along = (cosines @ mean).clip(-1, 1)
+            angle, sine = np.arccos(along), np.sqrt((1 - along**2).clip(min=0))
             # Parallel ones pull nowhere; opposite ones everywhere, that is nowhere in particular.
-            pull = (a * angle / sine).where(sine.asin() >= self.tol, 0.0)
+            far = np.arcsin(sine) >= self.tol
+            pull = np.where(far, a * angle / np.where(far, sine, 1.0), 0.0)
             step = pull - mean * (pull @ along)
             size = length(step)
             if size < self.tol:
                 break
-            mean = mean * size.cos() + step * (size.sin() / size)
+            mean = mean * math.cos(size) + step * (math.sin(size) / size)
             mean = mean / length(mean)
         return mean

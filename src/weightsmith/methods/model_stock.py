@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.kernel import Mix
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Method, Rows, flag
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ModelStock"]
+
+MIX = Mix(deltas=True)
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,27 @@ class ModelStock(
         return self._sliced(key)
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {} if self._sliced(site.key) else gram.measure(site.deltas)
+        return {} if self._sliced(site.key) else gram.measure(MIX, site)
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
         if not totals:
             return {}
-        found = gram.products(totals)["gram"]
-        return {"model_stock.ratio": _ratio(gram.cosines(found)[*torch.triu_indices(len(found), len(found), 1)])}
+        found = gram.cosines(gram.products(totals))
+        ratio = _ratio(found[np.triu_indices(len(found), 1)])
+        return {"mix.shares": np.full(len(found), ratio / len(found))}
+
+    def fused(self, count: int) -> Mix | None:
+        return None if self.filter_wise else MIX
 
     def merge(self, site: Site) -> Tensor:
+        if not self._sliced(site.key):
+            return gram.mixed(MIX, site)
         assert site.base is not None
         deltas = site.deltas
-        ratio = self._by_slice(deltas).to(deltas.dtype) if self._sliced(site.key) else self._whole(site)
-        return site.base + mean(deltas) * ratio
+        return site.base + mean(deltas) * self._by_slice(deltas).to(deltas.dtype)
 
     def _sliced(self, key: Key) -> bool:
         return self.filter_wise and len(key.shape) > 1
-
-    def _whole(self, site: Site) -> float:
-        return float(site.summary["model_stock.ratio"])
 
     def _by_slice(self, deltas: Tensor) -> Tensor:
         """t for every slice: [n, *rows, m] -> [*rows, 1]."""
@@ -79,13 +86,15 @@ class ModelStock(
                     lengths = norms[i] * norms[j]
                     inner = gram.last_axis(wide[i], wide[j]) / torch.where(lengths > 0, lengths, 1.0)
                     cosines.append(inner.clamp(-1, 1))
-            return _ratio(torch.stack(cosines)).unsqueeze(-1)
+            ratios: Tensor = _ratio(torch.stack(cosines)).unsqueeze(-1)
+            return ratios
 
 
-def _ratio(cosines: Tensor) -> Tensor:
-    """t from the cosines of the n (n - 1) / 2 pairs: [pairs, *] -> [*]."""
+def _ratio(cosines: Any) -> Any:
+    """t from the cosines of the n (n - 1) / 2 pairs: [pairs, *] -> [*], a tensor or an array."""
+    of: Any = np if isinstance(cosines, np.ndarray) else torch
     n = (1 + int((1 + 8 * cosines.shape[0]) ** 0.5)) // 2
     cosine = mean(cosines)
     divisor = 1 + (n - 1) * cosine
-    safe = divisor.abs() >= 1e-6
-    return torch.where(safe, n * cosine / torch.where(safe, divisor, 1.0), 0.0)
+    safe = of.abs(divisor) >= 1e-6
+    return of.where(safe, n * cosine / of.where(safe, divisor, 1.0), 0.0)

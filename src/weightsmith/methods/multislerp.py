@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.kernel import Mix
 from weightsmith.method import Each, Method, Rows, flag, number
 from weightsmith.ops import gram
-from weightsmith.ops.combine import spread, unusable_weights, weighted_sum
+from weightsmith.ops.combine import spread, unusable_weights
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Multislerp"]
+
+MIX = Mix(deltas=True)
 
 NOISE = 1e-7
 """Length of a sum of unit vectors below which its direction is rounding noise of float32 inputs."""
@@ -50,32 +55,29 @@ class Multislerp(
         return unusable_weights(spread(self.weight, count), self.normalize)
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return gram.measure(_vectors(site))
+        return gram.measure(MIX, site)
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return gram.products(totals)
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        return {"mix.shares": np.array(self._shares(gram.products(totals)))}
+
+    def fused(self, count: int) -> Mix:
+        return MIX
 
     def merge(self, site: Site) -> Tensor:
-        merged = weighted_sum(_vectors(site), self._factors(site))
-        return merged if site.base is None else site.base + merged
+        return gram.mixed(MIX, site)
 
-    def _factors(self, site: Site) -> list[float]:
-        """The result as a combination of the x_i."""
-        if site.count == 1:
+    def _shares(self, products: np.ndarray) -> list[float]:
+        """The result as a combination of the x_i, from their inner products [n, n]."""
+        if len(products) == 1:
             return [1.0]
-        weights = list(site.spread(self.weight))
+        weights = list(spread(self.weight, len(products)))
         if self.normalize:
             weights = [w / sum(weights) for w in weights]
-        products = site.summary["gram"]
-        norms = products.diagonal().sqrt().tolist()
+        norms = np.sqrt(products.diagonal()).tolist()
         shares = [w / (norm + self.eps) if norm > 0 else 0.0 for w, norm in zip(weights, norms, strict=True)]
-        along = products.new_tensor(shares)
+        along = np.array(shares)
         length = math.sqrt(max(float(along @ products @ along), 0.0))
         if length < self.eps or length <= NOISE * sum(map(abs, weights)):
             return weights
         reach = sum(w * norm for w, norm in zip(weights, norms, strict=True)) * math.cos(self.eps)
         return [share / length * reach for share in shares]
-
-
-def _vectors(site: Site) -> Tensor:
-    return site.experts if site.base is None else site.deltas

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.kernel import Mix
 from weightsmith.keys import Key
 from weightsmith.method import Each, Grain, Method, Rows, flag, number
 from weightsmith.ops import gram
+from weightsmith.ops.combine import spread
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Nuslerp"]
+
+MIX = Mix(deltas=True)
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,24 @@ class Nuslerp(
         return self._sliced(key)
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {} if self._sliced(site.key) else gram.measure(_ends(site))
+        return {} if self._sliced(site.key) else gram.measure(MIX, site)
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return gram.products(totals) if totals else {}
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        if not totals:
+            return {}
+        (aa, ab), (_, bb) = gram.products(totals)
+        return {"mix.shares": np.array(gram.arc_shares(aa, bb, ab, self._place))}
+
+    def fused(self, count: int) -> Mix | None:
+        return MIX if self.flatten else None
 
     def merge(self, site: Site) -> Tensor:
-        a, b = _ends(site)
-        if self._sliced(site.key):
-            aa, bb, ab = (self._along(x.detach(), y.detach()) for x, y in ((a, a), (b, b), (a, b)))
-        else:
-            products = site.summary["gram"].to(a.device)
-            aa, bb, ab = products[0, 0], products[1, 1], products[0, 1]
-        first, second = (share.to(a.dtype) for share in gram.arc_shares(aa, bb, ab, self._place(site)))
+        return self._by_slice(site) if self._sliced(site.key) else gram.mixed(MIX, site)
+
+    def _by_slice(self, site: Site) -> Tensor:
+        a, b = site.experts if site.base is None else site.deltas
+        aa, bb, ab = (self._along(x.detach(), y.detach()) for x, y in ((a, a), (b, b), (a, b)))
+        first, second = (share.to(a.dtype) for share in gram.arc_shares(aa, bb, ab, self._place))
         merged: Tensor = a * first + b * second
         return merged if site.base is None else site.base + merged
 
@@ -79,10 +90,7 @@ class Nuslerp(
         along: Tensor = gram.last_axis(a, b).unsqueeze(-1)
         return along
 
-    def _place(self, site: Site) -> float:
-        first, second = site.spread(self.weight)
+    @property
+    def _place(self) -> float:
+        first, second = spread(self.weight, 2)
         return 0.5 if abs(first + second) < 1e-6 else second / (first + second)
-
-
-def _ends(site: Site) -> Tensor:
-    return site.experts if site.base is None else site.deltas

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Arc
+from weightsmith.kernel import Mix
 from weightsmith.method import Method, Rows, number
-from weightsmith.ops.gram import arc_shares, measure
-from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.ops import gram
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Slerp"]
 
+MIX = Mix(ends=True)
 PARALLEL = 0.9995
 """Above this |cosine| the straight line is taken."""
 
@@ -53,21 +53,14 @@ class Slerp(
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return measure(_ends(site))
+        return gram.measure(MIX, site)
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        aa, ab, bb = pairwise_sum(np.asarray(totals["gram.products"]))
-        return {"arc.shares": np.array(arc_shares(aa, bb, ab, self.t, PARALLEL))}
+        (aa, ab), (_, bb) = gram.products(totals)
+        return {"mix.shares": np.array(gram.arc_shares(aa, bb, ab, self.t, PARALLEL))}
 
-    def fused(self, count: int) -> Arc:
-        return Arc()
+    def fused(self, count: int) -> Mix:
+        return MIX
 
     def merge(self, site: Site) -> Tensor:
-        first, second = site.summary["arc.shares"]
-        a, b = _ends(site)
-        return a * float(first) + b * float(second)
-
-
-def _ends(site: Site) -> tuple[Tensor, Tensor]:
-    experts = site.experts
-    return (experts[0], experts[1]) if site.base is None else (site.base, experts[0])
+        return gram.mixed(MIX, site)

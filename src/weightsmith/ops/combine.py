@@ -39,15 +39,15 @@ ZERO_WEIGHT = 1e-8
 """A sum of weights closer to zero than this cannot be divided by."""
 
 
-def weighted_sum(stack: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
+def weighted_sum(stack: Tensor | Sequence[Tensor], weights: Sequence[float | Tensor] | None = None) -> Tensor:
     """sum_i w_i x_i in order (w_i = 1 without weights): [n, *block] -> [*block]."""
     if weights is None:
         total = stack[0]
-        for i in range(1, stack.shape[0]):
+        for i in range(1, len(stack)):
             total = total + stack[i]
         return total
     total = stack[0] * weights[0]
-    for i in range(1, stack.shape[0]):
+    for i in range(1, len(stack)):
         total = total + stack[i] * weights[i]
     return total
 

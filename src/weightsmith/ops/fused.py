@@ -8,11 +8,12 @@ False and the engine takes the torch path.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from weightsmith.kernel import F32, Arc, Drop, Program, TrimmedVote, WeightedSum, Window
+from weightsmith.kernel import F32, Drop, Mix, Program, TrimmedVote, WeightedSum, Window
 from weightsmith.method import Rows
 from weightsmith.ops import native
 from weightsmith.ops.noise import limit
@@ -23,6 +24,7 @@ from weightsmith.ops.stored import (
     empty,
     input_addresses,
     kernel,
+    row_products,
     scratch,
     wide,
 )
@@ -80,15 +82,15 @@ class Merge:
 
     program  what to do
     summary  what measuring found: `select.threshold`, `.quota`, `.ties` [n, cuts]; `l1.factors` [n]; `ties.signs`;
-             `arc.shares` [2]
+             `mix.shares` [n]
     streams  of the noise, where something is dropped at random
     """
 
     def __init__(self, program: Program, summary: Summary, streams: Streams = ()) -> None:
         combine, before, after = program.combine, program.before, program.after
         self._program = program
-        if isinstance(combine, Arc):
-            self._sum = WeightedSum(tuple(float(share) for share in np.asarray(summary["arc.shares"])))
+        if isinstance(combine, Mix):
+            self._sum = WeightedSum(tuple(float(share) for share in summary["mix.shares"]), deltas=combine.deltas)
             return
         self._sum = combine if isinstance(combine, WeightedSum) else WeightedSum(combine.weights, 1.0, combine.scale)
         count = len(combine.weights)
@@ -110,8 +112,8 @@ class Merge:
 
         offset  the flat position of its first entry
         """
-        if isinstance(self._program.combine, Arc):
-            return weighted_sum(self._sum, stored.ends, out_dtype)
+        if isinstance(self._program.combine, Mix):
+            return _mixed(self._program.combine, self._sum, stored, out_dtype)
         if not self._program.masks:
             return weighted_sum(self._sum, stored, out_dtype)
         out = empty(stored, out_dtype)
@@ -137,6 +139,12 @@ class Merge:
             strict, after.k if after else 0, after.scale if after else 1.0,
             out, kind, self._signs.ctypes.data, stored.size, scratch(len(self._weights) + 4),
         )  # fmt: skip
+
+
+def _mixed(spec: Mix, total: WeightedSum, stored: Stored, out_dtype: str) -> tuple[np.ndarray, int]:
+    if stored.base is None:
+        total = replace(total, deltas=False)
+    return weighted_sum(total, stored.ends if spec.ends else stored, out_dtype)
 
 
 def _zero_sign(spec: TrimmedVote, summary: Summary) -> float:
@@ -176,20 +184,18 @@ class Masses:
 
 
 class Products:
-    """`gram.measure` of the two ends of an interpolation, block by block in row order."""
+    """`gram.measure` of what is mixed, block by block in row order."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: Mix) -> None:
+        self._spec = spec
         self._found: list[np.ndarray] = []
 
     def add(self, stored: Stored, offset: int) -> int:
         """The next block; returns how many inputs are NaN or Inf."""
-        rows, width = stored.shape
-        ends = stored.ends
-        found = np.empty((3, rows))
-        (a, b), (kind, other) = ends.experts, (READ[dtype] for dtype in ends.dtypes)
-        bad = kernel("row_products")(
-            a.ctypes.data, kind, b.ctypes.data, other, found.ctypes.data, rows, width, scratch(2), wide(3, width)
-        )
+        base = base_address(stored) if self._spec.deltas and stored.base is not None else None
+        inputs = stored.ends if self._spec.ends else stored
+        kinds = [READ[dtype] for dtype in inputs.dtypes]
+        found, bad = row_products([bits.ctypes.data for bits in inputs.experts], kinds, stored.shape, base)
         self._found.append(found)
         return bad
 

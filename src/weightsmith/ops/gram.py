@@ -12,37 +12,52 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightsmith.kernel import Mix
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
-from weightsmith.ops.reduce import pairwise_sum, row_sums
-from weightsmith.site import Summary
+from weightsmith.ops.combine import weighted_sum
+from weightsmith.ops.reduce import pairwise_sum, row_products
+from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["arc_shares", "cosines", "last_axis", "measure", "products", "square"]
+__all__ = ["arc_shares", "cosines", "last_axis", "measure", "mixed", "products", "square"]
 
 PARALLEL = 1 - 5e-13
 """|cosine| from which on float64 cannot tell two vectors from parallel ones."""
 
 
-def measure(vectors: Tensor | Sequence[Tensor]) -> dict[str, Tensor | Rows]:
-    """Observe a block of n vectors, [n, *block]: their inner products row by row, for every pair i <= j."""
-    return {"gram.products": Rows(torch.stack([row_sums(a.double() * b) for a, b in _pairs(vectors)]).cpu())}
+def measure(spec: Mix, site: Site) -> dict[str, Tensor | Rows]:
+    """Observe a block: the inner products of what is mixed, row by row, for every pair i <= j."""
+    return {"gram.products": Rows(row_products(_vectors(spec, site)).cpu())}
 
 
-def products(totals: Summary) -> dict[str, Any]:
-    """From what was measured: 'gram' [n, n], float64."""
-    return {"gram": square(pairwise_sum(totals["gram.products"]))}
+def products(totals: Summary) -> np.ndarray:
+    """From what was measured: the Gram matrix [n, n], float64."""
+    return square(pairwise_sum(np.asarray(totals["gram.products"])))
 
 
-def square(pairs: Tensor) -> Tensor:
-    """The symmetric matrix of values for the pairs i <= j, in the order of `measure`: [n (n+1) / 2] -> [n, n]."""
+def mixed(spec: Mix, site: Site) -> Tensor:
+    """The mixture by the shares found, `mix.shares` [n]: the meaning of the fused kernels in `ops.fused`."""
+    merged = weighted_sum(_vectors(spec, site), [float(share) for share in site.summary["mix.shares"]])
+    return site.base + merged if spec.deltas and site.base is not None else merged
+
+
+def _vectors(spec: Mix, site: Site) -> Sequence[Tensor]:
+    if site.base is None:
+        return site.experts.unbind()
+    if spec.ends:
+        return (site.base, *site.experts)
+    return (site.deltas if spec.deltas else site.experts).unbind()
+
+
+def square(pairs: np.ndarray) -> np.ndarray:
+    """The symmetric matrix of values for the pairs i <= j, row after row: [n (n+1) / 2] -> [n, n]."""
     n = math.isqrt(2 * pairs.shape[0])
-    rows, columns = torch.triu_indices(n, n)
-    gram = pairs.new_zeros(n, n)
-    gram[rows, columns] = pairs
-    gram[columns, rows] = pairs
+    rows, columns = np.triu_indices(n)
+    gram = np.zeros((n, n))
+    gram[rows, columns] = gram[columns, rows] = pairs
     return gram
 
 
@@ -51,11 +66,11 @@ def last_axis(a: Tensor, b: Tensor) -> Tensor:
     return pairwise_sum(a.double() * b)
 
 
-def cosines(gram: Tensor) -> Tensor:
+def cosines(gram: np.ndarray) -> np.ndarray:
     """Cosines of all pairs, within [-1, 1]: [n, n].  A vector of zeros stands at a right angle to everything."""
-    norms = gram.diagonal().sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    return (gram * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
+    norms = np.sqrt(gram.diagonal())
+    inverse = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1.0), 0.0)
+    return (gram * inverse[:, None] * inverse[None, :]).clip(-1, 1)
 
 
 def arc_shares(aa: Any, bb: Any, ab: Any, t: float, straight: float = PARALLEL) -> tuple[Any, Any]:
@@ -71,8 +86,3 @@ def arc_shares(aa: Any, bb: Any, ab: Any, t: float, straight: float = PARALLEL) 
     angle = of.arccos(of.where(line, 0.0, cosine))
     first, second = (of.sin(share * angle) / of.sin(angle) for share in (1 - t, t))
     return of.where(line, 1 - t, first), of.where(line, t, second)
-
-
-def _pairs(vectors: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    found = list(vectors)
-    return [(found[i], found[j]) for i in range(len(found)) for j in range(i, len(found))]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
-from weightsmith.kernel import SIGNATURES, STRIP
+from weightsmith.kernel import STRIP
 from weightsmith.ops.loops import (
     EXPONENT,
     I8,
@@ -23,26 +23,22 @@ from weightsmith.ops.loops import (
     decode,
     drop,
     encode,
+    exported,
     fold,
     pointer,
     strip,
     subtract,
     trim,
 )
+from weightsmith.ops.sums import row_products, row_sizes
 
 __all__ = ["KERNELS"]
-
-
-def _exported(f: Any) -> Any:
-    """Compile to a C function with the arguments that `SIGNATURES` names."""
-    arguments = [{"i": types.int64, "f": types.float32}[letter] for letter in SIGNATURES[f.__name__]]
-    return cfunc(types.int64(*arguments), error_model="numpy")(f)
 
 
 # --- weighted sums -----------------------------------------------------------------------------------
 
 
-@_exported
+@exported
 def weighted_sum(
     inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, divisor: Any, scale: Any,
     deltas: Any, out: Any, out_kind: Any, size: Any, scratch: Any,
@@ -83,7 +79,7 @@ def weighted_sum(
 # --- cuts -------------------------------------------------------------------------------------------
 
 
-@_exported
+@exported
 def magnitudes(address: Any, kind: Any, base: Any, base_kind: Any, size: Any, out: Any, scratch: Any) -> Any:
     """The bits of |input - base|: out [size] uint32; scratch 2 STRIP float32.  Returns 0."""
     found = carray(pointer(out), (size,), np.uint32)
@@ -100,7 +96,7 @@ def magnitudes(address: Any, kind: Any, base: Any, base_kind: Any, size: Any, ou
 _GROUP = 16
 
 
-@_exported
+@exported
 def count_between(
     address: Any, kind: Any, base: Any, base_kind: Any, size: Any,
     lowest: Any, width: Any, shift: Any, counts: Any, scratch: Any,
@@ -196,7 +192,7 @@ def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: 
         tau[j] = tau[j] if votes[j] >= k else np.float32(0)
 
 
-@_exported
+@exported
 def masked_merge(
     inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, cuts: Any, sides: Any, seen: Any,
     draws: Any, start: Any, factors: Any, shares: Any, vote: Any, zero: Any, mean: Any, divisor: Any, scale: Any,
@@ -296,7 +292,7 @@ def _sizes(values: Any, out: Any) -> None:
         out[j] = np.float64(abs(values[j]))
 
 
-@_exported
+@exported
 def row_masses(
     address: Any, kind: Any, base: Any, base_kind: Any, expert: Any, count: Any, cuts: Any, sides: Any, seen: Any,
     draws: Any, start: Any, whole: Any, left: Any, rows: Any, width: Any, scratch: Any, wide: Any,
@@ -332,44 +328,7 @@ def row_masses(
     return bad
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _multiply(a: Any, b: Any, out: Any) -> None:
-    for j in range(a.size):
-        out[j] = np.float64(a[j]) * np.float64(b[j])
-
-
-@_exported
-def row_products(
-    first: Any, first_kind: Any, second: Any, second_kind: Any, products: Any, rows: Any, width: Any,
-    scratch: Any, wide: Any,
-) -> Any:  # fmt: skip
-    """Inner products row by row of a with a, a with b, b with b: products [3, rows] float64.
-
-    Returns how many entries are NaN or Inf; scratch 2 STRIP float32, wide [3, width] float64.
-    """
-    found = carray(pointer(products), (3, rows), np.float64)
-    aa, ab = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
-    bb = carray(pointer(wide + 16 * width), (width,), np.float64)
-    bad = 0
-    for row in range(rows):
-        for low in range(0, width, STRIP):
-            n = min(STRIP, width - low)
-            a, b = strip(scratch, 0, n), strip(scratch, 1, n)
-            decode(first, first_kind, row * width + low, a)
-            decode(second, second_kind, row * width + low, b)
-            broken = np.uint32(0)
-            for j in range(n):
-                broken += np.uint32((as_bits(a[j]) & EXPONENT) == EXPONENT)
-                broken += np.uint32((as_bits(b[j]) & EXPONENT) == EXPONENT)
-            bad += I8(broken)
-            _multiply(a, a, aa[low : low + n])
-            _multiply(a, b, ab[low : low + n])
-            _multiply(b, b, bb[low : low + n])
-        found[0, row], found[1, row], found[2, row] = fold(aa), fold(ab), fold(bb)
-    return bad
-
-
 KERNELS: Mapping[str, Any] = {
-    f.__name__: f for f in (weighted_sum, magnitudes, count_between, masked_merge, row_masses, row_products)
+    f.__name__: f for f in (weighted_sum, magnitudes, count_between, masked_merge, row_masses, row_products, row_sizes)
 }
 """Name -> compiled C function."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from weightsmith.kernel import BF16, E4M3, F16, F32, STRIP
+from weightsmith.kernel import BF16, E4M3, F16, F32, SIGNATURES, STRIP
 
 __all__ = [
     "EXPONENT",
@@ -23,6 +23,7 @@ __all__ = [
     "decode",
     "drop",
     "encode",
+    "exported",
     "fold",
     "pointer",
     "strip",
@@ -33,6 +34,12 @@ __all__ = [
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 I8 = types.int64
 MAGNITUDE, EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+
+def exported(f: Any) -> Any:
+    """Compile to a C function with the arguments that `SIGNATURES` names."""
+    arguments = [{"i": types.int64, "f": types.float32}[letter] for letter in SIGNATURES[f.__name__]]
+    return cfunc(types.int64(*arguments), error_model="numpy")(f)
 
 
 def _float8(mantissa: int, bias: int, ieee: bool) -> np.ndarray:

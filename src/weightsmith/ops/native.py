@@ -26,7 +26,7 @@ __all__ = ["cache_folder", "kernels"]
 
 _ARGUMENTS: Mapping[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 Kernels = Mapping[str, Callable[..., int]]
-_SOURCES = [Path(__file__).parent / name for name in ("kernels.py", "loops.py", "../kernel.py")]
+_SOURCES = [Path(__file__).parent / name for name in ("kernels.py", "loops.py", "sums.py", "../kernel.py")]
 
 
 announce: Callable[[str], None] = lambda text: None  # noqa: E731

@@ -6,16 +6,19 @@ the order is a fixed tree of elementwise additions in float64, which are the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from weightsmith.kernel import F32
 from weightsmith.lazy import torch
+from weightsmith.ops import native, stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_rows", "block_sums", "pairwise_sum", "row_sums"]
+__all__ = ["as_rows", "block_sums", "pairwise_sum", "row_products", "row_sizes", "row_squares", "row_sums"]
 
 Values = TypeVar("Values")
 """Tensors or numpy arrays."""
@@ -45,6 +48,43 @@ def as_rows(block: Tensor) -> Tensor:
 def row_sums(block: Tensor) -> Tensor:
     """One float64 sum per row: [rows, *rest] -> [rows].  The same for every way to cut the tensor into rows."""
     return pairwise_sum(as_rows(block))
+
+
+def row_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Inner products row by row of all pairs i <= j of n equal blocks: float64 [n (n + 1) / 2, rows], on the device.
+
+    The kernels give the bytes of `row_sums`, without a float64 copy of anything but a row.
+    """
+    rows = [as_rows(vector) for vector in vectors]
+    if all(map(_readable, rows)):
+        found, _ = stored.row_products([r.data_ptr() for r in rows], [F32] * len(rows), _shape(rows[0]))
+        return torch.from_numpy(found)
+    pairs = [(rows[i], rows[j]) for i in range(len(rows)) for j in range(i, len(rows))]
+    return torch.stack([pairwise_sum(a.double() * b) for a, b in pairs])
+
+
+def row_squares(block: Tensor) -> Tensor:
+    """Per row sum x^2: [rows, *rest] -> float64 [rows]."""
+    return row_products([block])[0]
+
+
+def row_sizes(block: Tensor) -> Tensor:
+    """Per row sum |x|: [rows, *rest] -> float64 [rows]."""
+    rows = as_rows(block)
+    if _readable(rows):
+        return torch.from_numpy(stored.row_sizes(rows.data_ptr(), F32, _shape(rows)))
+    return pairwise_sum(rows.abs())
+
+
+def _shape(rows: Tensor) -> tuple[int, int]:
+    height, width = rows.shape
+    return height, width
+
+
+def _readable(rows: Tensor) -> bool:
+    """Whether the kernels may read it."""
+    plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
+    return plain and not rows.requires_grad and native.kernels() is not None
 
 
 def block_sums(block: Tensor) -> Tensor:

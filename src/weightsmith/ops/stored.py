@@ -11,7 +11,10 @@ import numpy as np
 from weightsmith.kernel import BF16, E4M3, E5M2, F16, F32, STRIP
 from weightsmith.ops import native
 
-__all__ = ["READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "kernel", "scratch", "wide"]
+__all__ = [
+    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "kernel", "row_products", "row_sizes",
+    "scratch", "wide",
+]  # fmt: skip
 
 READ: Mapping[str, int] = {
     "bfloat16": BF16, "float32": F32, "float16": F16, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2,
@@ -104,3 +107,28 @@ def _room(name: str, size: int, dtype: type) -> int:
     if name not in kept or kept[name].size < size:
         kept[name] = np.empty(size, dtype)
     return kept[name].ctypes.data
+
+
+def row_products(
+    addresses: Sequence[int], kinds: Sequence[int], shape: tuple[int, int], base: tuple[int, int] | None = None
+) -> tuple[np.ndarray, int]:
+    """Inner products row by row of all pairs i <= j of stored inputs [rows, width], with `base` of their differences
+    from it: (float64 [n (n + 1) / 2, rows], how many entries are NaN or Inf)."""
+    count, (rows, width) = len(addresses), shape
+    found = np.empty((count * (count + 1) // 2, rows))
+    inputs, stored = np.array(addresses, np.int64), np.array(kinds, np.int64)
+    bad = kernel("row_products")(
+        inputs.ctypes.data, stored.ctypes.data, count, *(base or (0, F32)), base is not None, found.ctypes.data,
+        rows, width, _room("values", (count + 1) * width, np.float32), wide(1, width),
+    )  # fmt: skip
+    return found, bad
+
+
+def row_sizes(address: int, kind: int, shape: tuple[int, int]) -> np.ndarray:
+    """Per row sum |x| of a stored input [rows, width]: float64 [rows]."""
+    rows, width = shape
+    found = np.empty(rows)
+    kernel("row_sizes")(
+        address, kind, found.ctypes.data, rows, width, _room("values", width, np.float32), wide(1, width)
+    )
+    return found

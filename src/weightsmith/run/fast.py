@@ -6,7 +6,7 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any, Protocol
 
-from weightsmith.kernel import Arc, Drop, Program, TrimmedVote, Window
+from weightsmith.kernel import Drop, Mix, Program, TrimmedVote, Window
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline, Scope
 from weightsmith.ops import fused
@@ -126,8 +126,8 @@ def observer(task: Task, pipeline: Pipeline, step: tuple[int, int], context: Con
             if spec.steps[round] == "signs"
             else (Counts(spec, spec.steps[round], summaries.get(index, {})))
         )
-    if isinstance(spec, Arc):
-        return fused.Products()
+    if isinstance(spec, Mix):
+        return fused.Products(spec)
     found = program(task, context)
     assert found is not None
     assert isinstance(spec, (Drop, Window))
