@@ -9,7 +9,7 @@ from weightsmith.errors import NumericError
 from weightsmith.lazy import torch
 from weightsmith.method import Each, Method, Rows, Scope, choice, flag, number
 from weightsmith.ops.combine import spread, weighted_sum
-from weightsmith.ops.reduce import block_sums
+from weightsmith.ops.reduce import pairwise_sum, row_squares
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -55,21 +55,19 @@ class Fisher(
         return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {"fisher.squares": torch.stack([block_sums(f.double().square()) for f in _fishers(site)]).cpu()}
+        return {"fisher.squares": torch.stack([pairwise_sum(row_squares(f)) for f in _fishers(site)]).cpu()}
 
     def merge(self, site: Site) -> Tensor:
-        factors = self._factors(site)
-        shares = torch.stack(
-            [self._floored(f, i) * a for i, (f, a) in enumerate(zip(_fishers(site), factors, strict=True))]
-        )
+        fishers = site.stats["fisher"] if self.rounds else _fishers(site)  # measuring has looked at them
+        shares = [self._floored(f, i) * a for i, (f, a) in enumerate(zip(fishers, self._factors(site), strict=True))]
         total = weighted_sum(shares)
-        if not bool((total > 0).all()):
+        if total.numel() and not bool(total.amin() > 0):
             raise NumericError(
                 f"{site.key.name}: the Fisher information of all models is 0 somewhere, which leaves no mean; "
                 f"set floor above 0 (1e-6)"
             )
         # Divided first: products of tiny Fishers and tiny weights would vanish.
-        return weighted_sum(site.experts * (shares / total)).to(site.stack.dtype)
+        return weighted_sum(site.experts, [share.div_(total) for share in shares]).to(site.stack.dtype)
 
     def _factors(self, site: Site) -> list[float]:
         weights = spread(self.weight, site.count)

@@ -9,7 +9,7 @@ from weightsmith.errors import RecipeError
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Filter, Rows, Scope, choice, number
 from weightsmith.ops.combine import weighted_sum
-from weightsmith.ops.reduce import block_sums
+from weightsmith.ops.reduce import pairwise_sum, row_sizes
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Lines(
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         raw = _before_all(site).deltas
         return {
-            "lines.raw": block_sums(weighted_sum(raw).abs()).cpu(),
-            "lines.merged": block_sums(site.deltas[0].abs()).cpu(),
+            "lines.raw": pairwise_sum(row_sizes(weighted_sum(raw))).cpu(),
+            "lines.merged": pairwise_sum(row_sizes(site.deltas[0])).cpu(),
         }
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:

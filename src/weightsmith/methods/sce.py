@@ -10,7 +10,7 @@ from weightsmith.lazy import torch
 from weightsmith.method import BASE, Method, Rows, number
 from weightsmith.ops import select
 from weightsmith.ops.combine import disjoint, mean, weigh, weighted_sum
-from weightsmith.ops.reduce import pairwise_sum, row_sums
+from weightsmith.ops.reduce import pairwise_sum, row_squares
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ class Sce(
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         if round == self._selecting:
-            return {
-                "sce.squares": Rows(torch.stack([row_sums(d.double().square()) for d in self._selected(site)]).cpu())
-            }
+            return {"sce.squares": Rows(torch.stack([row_squares(d) for d in self._selected(site)]).cpu())}
         spread = _deviation(site.deltas)[None]
         found = select.measure(spread, site.summary, round)
         return {**found, "sce.differing": (spread != 0).sum().cpu()} if round == 0 else found
@@ -76,7 +74,7 @@ class Sce(
         kept = self._selected(site)
         weights = self._weights(site)
         # An elected sign of 0 counts as plus.
-        signs = torch.where(weighted_sum(kept.detach()) >= 0, 1.0, -1.0).to(kept.dtype)
+        signs = (weighted_sum(kept.detach()).sign() + 0.5).sign()
         assert site.base is not None
         return site.base + disjoint(weigh(kept, weights), signs, weights)
 

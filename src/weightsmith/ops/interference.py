@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.lazy import torch
 from weightsmith.ops.combine import mean, weighted_sum
-from weightsmith.ops.reduce import block_sums
+from weightsmith.ops.reduce import pairwise_sum, row_squares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def interference(
 
 def frobenius(delta: Tensor) -> Tensor:
     """|tau|_F, a float64 scalar and a constant to gradients."""
-    return block_sums(delta.detach().double().square()).sqrt()
+    return pairwise_sum(row_squares(delta.detach())).sqrt()
 
 
 def start_of(deltas: Tensor, word: str) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
-from weightsmith.ops.reduce import pairwise_sum, row_sums
+from weightsmith.ops.reduce import pairwise_sum, row_sizes
 from weightsmith.site import Summary
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TINY = 1e-7
 def l1_sums(whole: Tensor, masked: Tensor) -> dict[str, Tensor | Rows]:
     """Measure a block of task vectors before and after masking, [n, *block] each."""
     return {
-        f"l1.{name}": Rows(torch.stack([row_sums(d.abs()) for d in stack]).cpu())
+        f"l1.{name}": Rows(torch.stack([row_sizes(d) for d in stack]).cpu())
         for name, stack in (("whole", whole), ("masked", masked))
     }
 
