@@ -110,6 +110,29 @@ def test_a_first_model_without_changes_takes_nothing_from_the_second():
     assert all(torch.allclose(got[n], TASKS[1][n] / 2, atol=1e-6) for n in BASE)
 
 
+def test_large_matrices_are_cleaned_as_exactly_and_the_norm_is_nearly_the_mean_norm():
+    """Products in float32, and for the norm the bases too."""
+    draw = torch.Generator().manual_seed(1)
+    name = "layers.0.up_proj.weight"
+    base = {name: torch.randn(260, 300, generator=draw)}
+    falling = (1 + torch.arange(260.0) / 4)[:, None] ** -0.7
+    lefts = [torch.linalg.qr(torch.randn(260, 260, generator=draw)).Q for _ in range(3)]
+    models = {f"e{i}": {name: base[name] + left @ (falling * torch.randn(260, 300, generator=draw)) / 60}
+              for i, left in enumerate(lefts)}  # fmt: skip
+    tasks = [(m[name] - base[name]).double() for m in models.values()]
+    total = tasks[0]
+    for task in tasks[1:]:
+        u, s, vt = torch.linalg.svd(total, full_matrices=False)
+        rank = int((s.cumsum(0) / s.sum() <= 0.5).sum())
+        mask = torch.eye(260, dtype=torch.bool)
+        mask[:rank, :rank] = True
+        total = total + task - u @ torch.where(mask, u.T @ task @ vt.T, 0.0) @ vt
+    found = (merge(models, "opcm", base=base)[name] - base[name]).double()
+    along = float((found * total).sum() / (found.norm() * total.norm()))
+    assert 1 - along < 1e-9
+    assert float(found.norm()) == pytest.approx(sum(float(t.norm()) for t in tasks) / 3, rel=1e-4)
+
+
 # --- going on --------------------------------------------------------------------------------------
 
 
