@@ -43,6 +43,18 @@ def test_the_published_formula(start, shape):
     assert torch.allclose(got, expected.float(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("fall", "far"), [(0.5, 1e-5), (2.0, 1e-4)], ids=["settled", "weak directions"])
+def test_large_matrices_are_computed_in_float32(fall, far):
+    taus = torch.stack([noise(260, 270, seed=i) * (1 + torch.arange(270) / 8) ** -fall for i in range(3)])
+    c, d = quadratic(taus)
+    values, q = torch.linalg.eigh(c)
+    values[: 270 - int(270 * 0.65 + 0.999)] = torch.inf
+    m0 = taus.double().sum(0)
+    way = (d - m0 @ c) @ (q / values) @ q.T
+    got = delta(*taus, time="inf").double() - m0
+    assert float((got - way).norm() / way.norm()) < far
+
+
 @START
 @SHAPE
 def test_no_time_gives_the_start(start, shape):

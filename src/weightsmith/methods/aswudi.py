@@ -33,7 +33,7 @@ class Aswudi(
     matrix=8.2,
     square=6.1,
     side="columns",
-    cost=160.0,
+    cost=86.0,
     cubic=True,
 ):
     """`swudi` with the minimiser (time inf) and as many leading directions per matrix as its spectrum suggests.

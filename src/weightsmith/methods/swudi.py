@@ -29,7 +29,7 @@ class Swudi(
     matrix=6.4,
     square=6.3,
     side="columns",
-    cost=130.0,
+    cost=88.0,
     cubic=True,
 ):
     """WUDI's loss lowered by gradient flow for a time, in the leading directions only, in closed form.

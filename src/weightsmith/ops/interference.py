@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from weightsmith.lazy import torch
 from weightsmith.ops.combine import mean, weighted_sum
+from weightsmith.ops.leading import LARGE, eigh
+from weightsmith.ops.leading import gram as square_of
 from weightsmith.ops.reduce import pairwise_sum, row_squares
 
 if TYPE_CHECKING:
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["STARTS", "Interference", "flowed", "frobenius", "interference", "start_of"]
 
+WEAK = 1e-4
+"""Eigenvalues of a float32 Gram matrix, relative to the largest, below which float64 takes over."""
+
 STARTS = ("sum", "mean", "zero")
 """Words for M0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Interference:
-    """The quadratic around a start M0, float64.
+    """The quadratic around a start M0, float64 (or float32, see `interference`).
 
     pull    F [m, r]; E [m, n] where `rows` is None
     gram    B B^T [r, r]; C [n, n] where `rows` is None
@@ -53,36 +58,48 @@ class Interference:
         return lambda x: torch.addmm(pull, x, rows.T, beta=-1, alpha=2) @ rows
 
     def filtered(self, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """X = E h(C), [m, n] float64; `gain`, h, gets the eigenvalues >= 0 of `gram`, rising: [k] -> [k].
+        """X = E h(C), [m, n]; `gain`, h, gets the eigenvalues >= 0 of `gram`, rising, float64: [k] -> [k].
 
         The n - k eigenvalues of C that `gram` does not have are zero, and so is E in their directions.
         """
-        values, vectors = torch.linalg.eigh(self.gram.detach())
-        moved: Tensor = ((self.pull @ vectors) * gain(values.clamp(min=0))) @ vectors.T
-        return moved if self.rows is None else moved @ self.rows
+        values, vectors = eigh(self.gram.detach())
+        gains = gain(values.double().clamp(min=0))
+        used = values[gains != 0]
+        if values.dtype == torch.float32 and len(used) and used.amin() < WEAK * values[-1]:
+            values, vectors = eigh(self.gram.detach().double())
+            gains = gain(values.clamp(min=0))
+        moved = ((self.pull.to(vectors.dtype) @ vectors) * gains.to(vectors.dtype)) @ vectors.T
+        return moved if self.rows is None else moved @ self.rows.to(moved.dtype)
 
 
 def interference(
-    start: Tensor, tasks: Iterable[tuple[Tensor, Tensor, Tensor]], rows: int, *, loop: bool = False
+    start: Tensor,
+    tasks: Iterable[tuple[Tensor, Tensor, Tensor]],
+    rows: int,
+    *,
+    loop: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Interference:
     """Sum up the tasks, each (T_i [m, n], R_i [r_i, n], |tau_i|); a task of norm 0 has no say.
 
     start   M0 [m, n]
     rows    the largest sum of all r_i, to choose the cheaper form by
     loop    for `gradient` (two products with B against one with C) rather than for `filtered`
+    dtype   of the result, by default float64
 
     Gradients reach T_i and M0; R_i and |tau_i| count as constants.
     """
     m, n = start.shape
+    dtype = dtype or torch.float64
     stacked = rows * (2 if loop else 1) < n
-    pull = start.new_zeros(m, 0 if stacked else n, dtype=torch.float64)
-    gram = start.new_zeros(n, n, dtype=torch.float64) if not stacked else None
+    pull = start.new_zeros(m, 0 if stacked else n, dtype=dtype)
+    gram = start.new_zeros(n, n, dtype=dtype) if not stacked else None
     parts = []
     for target, projector, norm in tasks:
         if norm == 0:
             continue
-        b = projector.detach().double() / norm
-        missed = target.double() - start.double()
+        b = projector.detach().to(dtype) / norm.to(dtype)
+        missed = target.to(dtype) - start.to(dtype)
         if gram is None:
             pull = torch.cat([pull, missed @ b.T], 1)
             parts.append(b)
@@ -90,13 +107,13 @@ def interference(
             gram.addmm_(b.T, b)
             pull = pull + (missed @ b.T) @ b
         else:
-            own = b.T @ b
+            own = square_of(b.T)
             gram.add_(own)
             pull = pull + missed @ own
     if gram is not None:
         return Interference(pull, gram, None)
-    all_rows = torch.cat([start.new_zeros(0, n, dtype=torch.float64), *parts])
-    return Interference(pull, all_rows @ all_rows.T, all_rows)
+    all_rows = torch.cat([start.new_zeros(0, n, dtype=dtype), *parts])
+    return Interference(pull, square_of(all_rows), all_rows)
 
 
 def frobenius(delta: Tensor) -> Tensor:
@@ -116,10 +133,15 @@ def flowed(deltas: Tensor, start: str, time: float, floor: float, count: Callabl
 
     floor   eigenvalues below it count as it
     count   all n eigenvalues of C, falling and floored -> how many take part
+
+    Of float32 matrices with 256 or more rows and columns it is computed in float32: 1e-5 of what M moves by off (as
+    float32 task vectors of models are themselves), 1e-4 where eigenvalues down to 1e-4 of the largest take part.
     """
     origin, columns = start_of(deltas, start), deltas.shape[2]
     tasks = ((delta, delta, frobenius(delta)) for delta in deltas)
-    loss = interference(origin, tasks, deltas.shape[0] * deltas.shape[1])
+    large = deltas.dtype == torch.float32 and min(deltas.shape[1:]) >= LARGE and not deltas.requires_grad
+    dtype = torch.float32 if large else torch.float64
+    loss = interference(origin, tasks, deltas.shape[0] * deltas.shape[1], dtype=dtype)
 
     def gain(values: Tensor) -> Tensor:
         safe = values.clamp(min=floor)
