@@ -47,6 +47,22 @@ def test_alpha_zero_weighs_each_column_by_its_energy():
     assert torch.allclose(merged(alpha=0.0), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_large_layers_agree_with_the_normal_equations_in_float64(ridge):
+    """Products in float32, of small differences only; inputs of unlike directions and sizes (a condition of 2e3)."""
+    base = noise(256, 260)
+    weights = [base + 0.02 * noise(256, 260, seed=i) for i in (1, 2, 3)]
+    sizes = torch.logspace(0, -1.5, 260)
+    inputs = [noise(900, 260, seed=i) @ noise(260, 260, seed=i + 9) / 16 * sizes for i in (4, 5, 6)]
+    grams = [gram(x) for x in inputs]
+    got = merged(weights, grams, alpha=0.95, ridge=ridge).double()
+    shrunk = [g.double() * 0.95 + torch.diag(g.double().diagonal() * 0.05) for g in grams]
+    total = sum(shrunk)
+    total = total + torch.eye(260) * (ridge * total.diagonal().mean())
+    want = torch.linalg.solve(total, sum(w.double() @ g for w, g in zip(weights, shrunk, strict=True)).T).T
+    assert float((got - want).norm() / (want - base).norm()) < 5e-6
+
+
 def test_models_with_inputs_of_their_own_are_both_reproduced():
     basis = torch.linalg.qr(noise(IN, IN)).Q
     first, second = noise(40, 3) @ basis[:, :3].T, noise(40, 3, seed=1) @ basis[:, 3:].T

@@ -11,6 +11,7 @@ from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Each, Grain, Method, Stage, flag, number, registry
 from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.ops.leading import LARGE
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Regmean(
     scratch=0.5,
     matrix=1.0,
     solves=8.0,
-    cost=64.0,
+    cost=40.0,
     cubic=True,
 ):
     """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.
@@ -65,22 +66,30 @@ class Regmean(
     def merge(self, site: Site) -> Tensor:
         experts = site.experts.transpose(1, 2) if self.transposed else site.experts
         size = experts.shape[2]
-        total = experts.new_zeros(size, size, dtype=torch.float64)
-        target = experts.new_zeros(experts.shape[1:], dtype=torch.float64)
         weights = spread(self.weight, site.count)
         grams = [self._gram(site, i, size) for i in range(site.count)]
         # An input that is zero in all data: the weighted mean of its weights.
         energy = weighted_sum(torch.stack([gram.diagonal().double() for gram in grams]), weights)
-        dead = torch.diag((energy == 0).double())
-        for expert, raw, weight in zip(experts, grams, weights, strict=True):
-            gram = self._shrunk(raw.double()) + dead
-            target = target + (expert.double() @ gram) * weight
-            total = total + gram * weight
+        dead = (energy == 0).to(grams[0].dtype)
+        # With the Grams' sum S: W = W_1 + (sum_i (W_i - W_1) G_i) S^-1, which multiplies small differences only.  Their
+        # products may be as exact as the Grams are themselves.
+        first = experts[0]
+        large = site.stack.dtype == grams[0].dtype == torch.float32 and min(first.shape) >= LARGE
+        dtype = torch.float32 if large and not site.stack.requires_grad else torch.float64
+        total = first.new_zeros(size, size, dtype=torch.float64)
+        target = first.new_zeros(first.shape, dtype=torch.float64)
+        for i, (expert, raw, weight) in enumerate(zip(experts, grams, weights, strict=True)):
+            gram = raw.to(dtype) * self.alpha
+            gram.diagonal().copy_(raw.diagonal() + dead)
+            total.add_(gram, alpha=weight)
+            if i:
+                target = target + ((expert.to(dtype) - first.to(dtype)) @ gram) * weight
         if self.ridge:
-            total = total + torch.eye(size, dtype=torch.float64, device=total.device) * (
-                self.ridge * total.diagonal().mean()
-            )
-        merged = torch.cholesky_solve(target.T, self._factor(site, total)).T
+            ridge = self.ridge * total.diagonal().mean()
+            total.diagonal().add_(ridge)
+            target = target - first.double() * ridge
+        moved = torch.cholesky_solve(target.T, self._factor(site, total)).T
+        merged = first.double() + moved
         return (merged.T if self.transposed else merged).to(site.stack.dtype).contiguous()
 
     def _gram(self, site: Site, index: int, size: int) -> Tensor:
@@ -90,12 +99,9 @@ class Regmean(
                 f"{site.key.name}: the Gram matrix has shape {list(gram.shape)}, the weight {list(site.key.shape)} "
                 f"wants {[size, size]}; set transposed: true for layers stored [in, out]"
             )
-        if not bool(torch.isfinite(gram).all()) or bool((gram.diagonal() < 0).any()):
+        if gram.numel() and not (-torch.inf < gram.amin() and gram.amax() < torch.inf and gram.diagonal().amin() >= 0):
             raise NumericError(f"{site.key.name}: a Gram matrix has negative diagonal entries or is not finite")
         return gram
-
-    def _shrunk(self, gram: Tensor) -> Tensor:
-        return gram * self.alpha + torch.diag(gram.diagonal() * (1 - self.alpha))
 
     def _factor(self, site: Site, total: Tensor) -> Tensor:
         """The Cholesky factor; a sum of Grams without full rank is refused."""
