@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Method, Rows
 from weightsmith.ops import order
@@ -25,7 +26,7 @@ class ArceeFusion(
     keeps_expert=False,
     max_count=1,
     scratch=10.0,
-    cost=170.0,
+    cost=60.0,
 ):
     """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.
 
@@ -36,16 +37,24 @@ class ArceeFusion(
 
     @property
     def rounds(self) -> int:
-        return order.ROUNDS
+        return 1 + order.ROUNDS
 
     def check(self, count: int, has_base: bool) -> str | None:
         return None if has_base else "needs a base model; add base to the recipe"
 
+    def skips(self, key: Key, round: int, summary: Summary) -> bool:
+        return round == 0 and len(key.shape) < 2
+
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return order.measure(_importance(site)[None], site.summary, round)
+        if round:
+            return order.measure(_importance(site)[None], site.summary, round - 1)
+        return {"arcee.divergence": Rows(_divergence(site).cpu())} if len(site.key.shape) > 1 else {}
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        return order.digest(totals, round, summary, lambda m: [int(q * (m - 1)) for q in (0.25, 0.5, 0.75)])
+        if round == 0:
+            return {**totals}
+        found = order.digest(totals, round - 1, summary, lambda m: [int(q * (m - 1)) for q in (0.25, 0.5, 0.75)])
+        return {**summary, **found}
 
     def merge(self, site: Site) -> Tensor:
         first, median, third = site.summary["order.values"][0].tolist()
@@ -56,13 +65,20 @@ class ArceeFusion(
 
 def _importance(site: Site) -> Tensor:
     """float32, whose order decides."""
-    assert site.base is not None
     size = site.deltas[0].detach().abs()
     if len(site.key.shape) < 2:
         return size.float()
+    rows = torch.as_tensor(site.summary["arcee.divergence"])[..., site.start : site.start + size.shape[0]]
+    divergence = rows.T.reshape(size.shape[:-1]).to(size.device)
+    return (size * divergence.unsqueeze(-1)).float()
+
+
+def _divergence(site: Site) -> Tensor:
+    """Of the slices along the last axis, as many to a row as it has: float64 [slices, rows]."""
+    assert site.base is not None
     p, q = _softmax(site.experts[0].detach()), _softmax(site.base)
     divergence = pairwise_sum(p * torch.log(p / q)).clamp(min=0)
-    return (size * divergence.unsqueeze(-1)).float()
+    return divergence.reshape(len(divergence), -1).T if divergence.numel() else divergence.new_zeros(1, len(divergence))
 
 
 def _softmax(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Method, flag, number
 from weightsmith.ops.combine import weighted_sum
-from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.ops.reduce import pairwise_sum, row_products
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Widen(
     matrix=4.5,
     square=1.9,
     side="columns",
-    cost=14.0,
+    cost=8.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
 
@@ -68,7 +68,8 @@ class Widen(
             kinds = [torch.stack([d.double().abs() for d in deltas])]
             means = [pairwise_sum(kinds[0]) / base.numel()]
         else:
-            changes = [_changes(base, base + d) for d in deltas]
+            across = base.T.contiguous()
+            changes = [_changes(across, columns(expert).T.contiguous()) for expert in site.experts]
             kinds = [torch.stack([_ranks(c[kind]) for c in changes]) for kind in (0, 1)]
             means = [torch.full((site.count,), (base.shape[1] - 1) / 2, dtype=torch.float64, device=base.device)] * 2
         scores = weighted_sum(torch.stack([self._scores(k, m) for k, m in zip(kinds, means, strict=True)])) / len(kinds)
@@ -87,9 +88,8 @@ class Widen(
 
 
 def _changes(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
-    """How much size and direction of each column have changed: [out, in] twice -> [in] twice, float64."""
-    with torch.no_grad():  # ranks have no slope
-        bb, ee, be = (pairwise_sum((x.double() * y).T) for x, y in ((base, base), (expert, expert), (base, expert)))
+    """How much size and direction of each column have changed, columns as rows: [in, out] twice -> float64 [in]."""
+    bb, be, ee = row_products([base.detach(), expert.detach()])  # ranks have no slope
     # The root of a square is exact, so that an unchanged column has changed by exactly 0.
     both = (bb * ee).sqrt()
     cosine = torch.where(both > 0, be / torch.where(both > 0, both, 1.0), (bb == ee).double())

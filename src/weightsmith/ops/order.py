@@ -63,4 +63,4 @@ def digest(totals: Summary, round: int, summary: Summary, ranks: Ranks) -> dict[
 def _codes(values: Tensor) -> Tensor:
     """int32 numbers that are ordered as the float32 numbers are (-0 just below 0)."""
     bits = values.detach().to(torch.float32).contiguous().view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
