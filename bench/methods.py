@@ -80,7 +80,8 @@ class Case:
         own = [name for name in self.stages if name != "task_arithmetic"] or ["task_arithmetic"]
         way = PLAIN.get(own[0])
         (base, *_), stat = self.base.values(), next(iter(self.stats.values()), None)
-        return None if way is None else lambda: way(self.deltas, base, stat)
+        experts = base + self.deltas
+        return None if way is None else lambda: way(experts, base, stat)
 
 
 def case(cls: type[Stage], side: int, experts: int) -> Case:

@@ -1,8 +1,8 @@
 """The straightforward way to each method, as the publications write it: whole tensors, whole sorts, whole SVDs.
 
-Each takes the task vectors of one matrix [n, out, in], the base [out, in] and the statistic that the method reads (or
-nothing), all float32, with the method's default parameters, and returns the merged matrix.  Task vectors come ready
-made: taking the difference is not counted.
+Each takes the experts' matrices [n, out, in], the base [out, in] and the statistic that the method reads (or nothing),
+all float32, with the method's default parameters, and returns the merged matrix.  Those written for task vectors
+take the differences first (`_of_deltas`), as every user has to.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ __all__ = ["PLAIN", "Way"]
 Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+def _of_deltas(way: Way) -> Way:
+    """A way that is written for task vectors, for experts."""
+    return lambda experts, base, stat: way(experts - base, base, stat)
+
+
 # --- sums and cuts -----------------------------------------------------------------------------------
 
 
-def linear(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
-    return (base + deltas).mean(0)
+def linear(experts: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
+    return experts.mean(0)
 
 
 def task_arithmetic(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
@@ -114,23 +119,23 @@ def pcb(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     return base + merged.reshape(base.shape)
 
 
-def widen(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
+def widen(experts: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     """Lengths and directions of all columns, two sorts for the ranks of each, softmax over the models."""
-    experts, columns = base + deltas, base.shape[1]
+    columns = base.shape[1]
     sizes = (experts.norm(dim=1) - base.norm(dim=0)).abs()
     turns = 1 - torch.nn.functional.cosine_similarity(experts, base.expand_as(experts), dim=1)
     total = torch.zeros_like(sizes)
     for change in (sizes, turns):
         ranks = change.argsort(dim=1, stable=True).argsort(dim=1) / columns
         total += torch.where(ranks > ranks.mean(1, keepdim=True), 1.0, ranks.softmax(0))
-    return base + (deltas * (total / 2)[:, None]).sum(0)
+    return base + ((experts - base) * (total / 2)[:, None]).sum(0)
 
 
 # --- angles ------------------------------------------------------------------------------------------
 
 
-def slerp(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
-    a, b = base, base + deltas[0]
+def slerp(experts: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
+    a, b = base, experts[0]
     cosine = float((a / a.norm()).flatten() @ (b / b.norm()).flatten())
     if abs(cosine) > 0.9995:
         return (a + b) / 2
@@ -138,11 +143,11 @@ def slerp(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     return (a + b) * (math.sin(angle / 2) / math.sin(angle))
 
 
-def karcher(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
+def karcher(experts: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
     """Ten steps on whole unit vectors."""
-    experts = (base + deltas).reshape(len(deltas), -1)
-    lengths = experts.norm(dim=1, keepdim=True)
-    units = experts / lengths
+    flat = experts.reshape(len(experts), -1)
+    lengths = flat.norm(dim=1, keepdim=True)
+    units = flat / lengths
     mean = units.mean(0)
     mean = mean / mean.norm()
     for _step in range(10):
@@ -220,48 +225,46 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --- with statistics ---------------------------------------------------------------------------------
 
 
-def fisher(deltas: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
+def fisher(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
     assert stat is not None
     weights = (stat + 1e-6) / (stat.flatten(1).norm(dim=1) + 1e-6)[:, None, None]
-    return (weights * (base + deltas)).sum(0) / weights.sum(0)
+    return (weights * experts).sum(0) / weights.sum(0)
 
 
-def regmean(deltas: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
+def regmean(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
     """Off-diagonal entries times 0.9, and the inverse of the sum."""
     assert stat is not None
     eye = torch.eye(stat.shape[-1])
     grams = stat * (0.9 + 0.1 * eye)
-    return ((base + deltas) @ grams).sum(0) @ torch.linalg.inv(grams.sum(0))
+    return (experts @ grams).sum(0) @ torch.linalg.inv(grams.sum(0))
 
 
 PLAIN: Mapping[str, Way] = {
-    way.__name__: way
-    for way in (
-        linear,
-        task_arithmetic,
-        magnitude,
-        breadcrumbs,
-        dare,
-        della,
-        ties,
-        emr,
-        magmax,
-        consensus,
-        sce,
-        pcb,
-        widen,
-        slerp,
-        karcher,
-        model_stock,
-        tsvm,
-        iso_c,
-        iso_cts,
-        knots,
-        opcm,
-        fisher,
-        regmean,
-        *(getattr(plain_loops, name) for name in plain_loops.__all__),
-        *(getattr(plain_codecs, name) for name in plain_codecs.__all__),
-    )
-} | {"r_tsvm": tsvm}
+    **{way.__name__: way for way in (linear, widen, slerp, karcher, fisher, regmean)},
+    **{
+        way.__name__: _of_deltas(way)
+        for way in (
+            task_arithmetic,
+            magnitude,
+            breadcrumbs,
+            dare,
+            della,
+            ties,
+            emr,
+            magmax,
+            consensus,
+            sce,
+            pcb,
+            model_stock,
+            tsvm,
+            iso_c,
+            iso_cts,
+            knots,
+            opcm,
+            *(getattr(plain_loops, name) for name in plain_loops.__all__),
+            *(getattr(plain_codecs, name) for name in plain_codecs.__all__),
+        )
+    },
+    "r_tsvm": _of_deltas(tsvm),
+}
 """Method -> its plain way.  Filters stand before (consensus: behind) task_arithmetic, as in the measurement."""

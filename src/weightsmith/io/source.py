@@ -125,7 +125,7 @@ _FIELDS = {  # dtype -> exponent mask; a number with all of these bits set is Na
 def holds_nonfinite(bits: np.ndarray, dtype: str) -> bool:
     """Whether any stored number of a floating dtype is NaN or Inf; no torch."""
     field = bits.dtype.type(_FIELDS[dtype])
-    return bool(((bits & field) == field).any())
+    return bool((bits & field).max(initial=0) == field)  # not any(... == field): twice the time
 
 
 def bits_to_tensor(bits: np.ndarray, dtype: str) -> Tensor:
