@@ -1,5 +1,8 @@
 """python -m bench.methods [--side 768] [--experts 4] [NAME ...] : what each method costs, per parameter and expert.
 
+Where the cost does not grow with the side of the matrices, the ratio to the plain way is also taken on matrices whose
+intermediate results fit into no cache (`--large`), as those of most models do not.
+
 Processor seconds of one thread for float32 matrices [side, side] in memory, without planning and files.  Beside them
 the plain way to do it on the same tensors (`bench.plain`): whole SVDs, whole sorts, sums in torch.
 Filters are measured with the plain sum of task vectors behind (or, where they belong behind, in front of) them.
@@ -107,26 +110,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.methods")
     parser.add_argument("names", nargs="*", help="methods, filters and codecs; all if none is given")
     parser.add_argument("--side", type=int, default=768)
+    parser.add_argument("--large", type=int, default=2048, help="side of the large matrices; 0: none")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the quickest counts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = [["method", "CPU s per 10^9 parameters and expert", "plain way", "plain way : weightsmith"]]
+    ratio = "plain way : weightsmith"
+    rows = [["method", "CPU s per 10^9 parameters and expert", "plain way", ratio, f"at {options.large}"]]
     for name, cls in registered().items():
         if name == "keep" or (options.names and name not in options.names):
             continue
         case(cls, 16, options.experts).planned()()  # kernels are loaded once
         one = case(cls, options.side, options.experts)
-        spent = least(one.planned(), options.repeat)
-        plain = one.plain()
-        cells = ["-", "-"]
+        spent, plain = both(one, options.repeat)
+        cells = ["-", "-", "-"]
         if plain is not None:
-            slow = least(plain, options.repeat)
-            cells = [_short(slow / one.unit), f"{slow / spent:.1f}"]
+            cells[:2] = [_short(plain / one.unit), f"{plain / spent:.1f}"]
+            if options.large and not cls.traits.cubic:
+                spent_large, plain_large = both(case(cls, options.large, options.experts), options.repeat)
+                assert plain_large is not None
+                cells[2] = f"{plain_large / spent_large:.1f}"
         rows.append([name, _short(spent / one.unit), *cells])
         print(" | ".join(rows[-1]), flush=True)
     print("\n" + markdown(rows))
     return 0
+
+
+def both(one: Case, repeat: int) -> tuple[float, float | None]:
+    """Processor seconds of weightsmith, and of the plain way where there is one."""
+    plain = one.plain()
+    return least(one.planned(), repeat), None if plain is None else least(plain, repeat)
 
 
 def least(work: Callable[[], object], repeat: int) -> float:

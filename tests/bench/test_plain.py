@@ -72,6 +72,13 @@ def rebuilt(codec: Codec, made: Mapping[str, Tensor], base: Tensor, count: int) 
 
 
 def test_every_method_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--side", "16", "--repeat", "1", "--experts", "3"]) == 0
+    assert main(["--side", "16", "--large", "0", "--repeat", "1", "--experts", "3"]) == 0
     table = capsys.readouterr().out.split("\n\n")[1]
     assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == registered().keys() - {"keep"}
+
+
+def test_a_ratio_is_also_taken_on_large_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["emr", "opcm", "--side", "16", "--large", "20", "--repeat", "1"]) == 0
+    emr, opcm = (line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert float(emr) > 0
+    assert opcm == "-"  # a decomposition: its cost grows with the side
