@@ -29,7 +29,7 @@ class Karcher(
     paper="Riemannian center of mass (Karcher, 1977); as in mergekit",
     symmetric=True,
     scratch=3.0,
-    cost=8.0,
+    cost=3.0,
 ):
     """Per tensor: the Karcher mean of the directions x_i / |x_i| times the weighted mean of the lengths |x_i|.
 
@@ -52,6 +52,9 @@ class Karcher(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), True)
+
+    def question(self, round: int) -> Any:
+        return MIX
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         return gram.measure(MIX, site)

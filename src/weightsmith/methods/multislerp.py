@@ -32,7 +32,7 @@ class Multislerp(
     paper="Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit",
     symmetric=True,
     scratch=3.0,
-    cost=11.0,
+    cost=3.0,
 ):
     """Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
     m / |m| sum_i w_i |x_i|, plus the base.
@@ -53,6 +53,9 @@ class Multislerp(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def question(self, round: int) -> Any:
+        return MIX
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         return gram.measure(MIX, site)

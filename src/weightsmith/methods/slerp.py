@@ -30,7 +30,7 @@ class Slerp(
     keeps_expert=False,
     max_count=2,
     scratch=2.0,
-    cost=6.0,
+    cost=5.0,
 ):
     """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.
 
@@ -51,6 +51,9 @@ class Slerp(
             return None
         with_base = "a base and " if has_base else "no base and "
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
+
+    def question(self, round: int) -> Any:
+        return MIX
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         return gram.measure(MIX, site)
