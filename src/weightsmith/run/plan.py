@@ -17,13 +17,14 @@ from weightsmith.io.disk import writing
 from weightsmith.io.remote import HELD
 from weightsmith.io.source import Source
 from weightsmith.io.url import Url, parse_url
+from weightsmith.kernel import Mix
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.context import Context
 from weightsmith.run.cost import estimate
 from weightsmith.run.device import Fit, Work, fitted
-from weightsmith.run.fast import fits_kernels
+from weightsmith.run.fast import fits_kernels, program
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
 from weightsmith.run.planner import Planner
@@ -231,8 +232,12 @@ def _by_kernels(task: Task, inputs: Inputs) -> Task:
     rows = min(task.stop - task.start, row_step(key, context.measured))
     stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
     kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
-    histograms = count * (2 << 20) if task.pipeline.steps else 0  # of this task, and of some that wait to be added
-    return replace(task, peak=kept + histograms + 2 * rows * key.row_numel * 4 + (2 << 20))
+    measured = count * (2 << 20) if task.pipeline.steps else 0  # histograms of this task, of some that wait to be added
+    found = program(task, context)
+    if found is not None and isinstance(found.combine, Mix):
+        # Inner products, joined and added up, and a row of every input.
+        measured = 12 * count * (count + 1) * (task.stop - task.start) + 4 * (count + 3) * key.row_numel
+    return replace(task, peak=kept + measured + 2 * rows * key.row_numel * 4 + (2 << 20))
 
 
 def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
