@@ -45,6 +45,13 @@ def test_noise_streams_are_known_forever():
 KNOWN = [4137946111, 77560786, 831783033]
 
 
+def test_drops_are_known_forever():
+    assert bernoulli(0, "w", "math", "dare", 0, 24, 0.5).nonzero()[0].tolist() == DRAWN
+
+
+DRAWN = [0, 2, 3, 4, 5, 8, 10, 11, 18, 19, 22, 23]
+
+
 def test_every_part_of_the_key_makes_another_stream():
     streams = [
         uniform_bits(*key, 0, 8).tolist()

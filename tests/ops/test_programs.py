@@ -102,6 +102,22 @@ def test_kernels_equal_torch(name: str, dtype: str, kind: str, monkeypatch: pyte
         assert torch.equal(got, want), f"{tensor}: {int((got != want).sum())} of {got.numel()} entries differ"
 
 
+@pytest.mark.parametrize("density", [0.3, 0.5, 1e-5, 0.99999])
+def test_drops_are_decided_by_all_32_bits(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the upper 16 bits of a number equal the limit's, the kernels look at the lower ones too."""
+    size, below = 700 * 900, int(noise.limit(density))
+    upper = noise._numbers(noise.stream(3, "w", "e0", "dare"), 0, "<u2", 0, size)
+    lower = noise._numbers(noise.stream(3, "w", "e0", "dare"), 1, "<u2", 0, size)
+    near = upper == below >> 16
+    assert near.any()
+    kept = (upper < below >> 16) | (near & (lower < below % 2**16))
+    base, expert = {"w": torch.zeros(700, 900)}, {"w": torch.ones(700, 900)}
+    found = merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"]
+    assert np.array_equal(found.numpy().reshape(-1) != 0, kept)
+    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    assert torch.equal(merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"], found)
+
+
 def pipeline_of(name: str) -> Pipeline:
     """As a recipe makes it: what combines is added where there is nothing but filters."""
     stages = PIPELINES[name] if isinstance(PIPELINES[name], list) else [PIPELINES[name]]

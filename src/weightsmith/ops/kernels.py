@@ -218,7 +218,7 @@ def masked_merge(
     factor, share = carray(pointer(factors), (count,), np.float32), carray(pointer(shares), (count,), np.float32)
     strict = carray(pointer(agree), (count,), np.float32)
     majority = carray(pointer(signs), (1,), np.int64)
-    room = carray(pointer(scratch + 4 * STRIP * (count + 2)), (STRIP + 16,), np.uint32)
+    room = scratch + 4 * STRIP * (count + 2)
     bad = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
@@ -306,7 +306,7 @@ def row_masses(
     met = carray(pointer(seen), (sides, count), np.int64)
     draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
     everything, some = carray(pointer(whole), (rows,), np.float64), carray(pointer(left), (rows,), np.float64)
-    room = carray(pointer(scratch + 4 * STRIP * 2), (STRIP + 16,), np.uint32)
+    room = scratch + 4 * STRIP * 2
     before, after = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
     bad = 0
     for row in range(rows):

@@ -215,36 +215,51 @@ def _product(typing: Any, a: Any, b: Any) -> Any:
 _M0, _M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
 _W0, _W1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
 _ROUNDS = 10
-_HALF = np.uint64(32)
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
-    """Zero the entries whose number of the stream (key0, key1) is `limit` or more; values[0] has the `start`-th.
-
-    The numbers are those of `ops.noise`: Philox 4x64-10 (Salmon et al., SC 2011), eight of 32 bits per counter.
-    `room` [values.size + 16] uint32 takes them.
-    """
-    if limit > I8(0xFFFFFFFF):
-        return
-    n, lane = values.size, start & 7
-    first = start >> 3
-    for step in range((lane + n + 7) >> 3):
-        a, b, c, d = np.uint64(first + step + 1), np.uint64(0), np.uint64(0), np.uint64(0)
+def _philox(key0: Any, key1: Any, part: Any, first: Any, count: Any, room: Any) -> None:
+    """Philox 4x64-10 (Salmon et al., SC 2011) at `count` counters: room [16 count] uint16, see `ops.noise`."""
+    for step in range(count):
+        a, b, c, d = np.uint64(first + step + 1), np.uint64(part), np.uint64(0), np.uint64(0)
         k0, k1 = np.uint64(key0), np.uint64(key1)
         for _ in range(_ROUNDS):
             high0, low0 = _product(_M0, a)
             high1, low1 = _product(_M1, c)
             a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
             k0, k1 = k0 + _W0, k1 + _W1
-        at = step << 3
-        room[at], room[at + 1] = np.uint32(a), np.uint32(a >> _HALF)
-        room[at + 2], room[at + 3] = np.uint32(b), np.uint32(b >> _HALF)
-        room[at + 4], room[at + 5] = np.uint32(c), np.uint32(c >> _HALF)
-        room[at + 6], room[at + 7] = np.uint32(d), np.uint32(d >> _HALF)
-    least = np.uint32(limit)
-    for j in range(n):
-        values[j] = values[j] if room[lane + j] < least else np.float32(0)
+        at = step << 2
+        room[at], room[at + 1], room[at + 2], room[at + 3] = a, b, c, d
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
+    """Zero the entries whose number of the stream (key0, key1) is `limit` or more; values[0] has the `start`-th.
+
+    The numbers are those of `ops.noise.bernoulli`: 16 bits decide, but where they equal those of the limit.
+    `room` is the address of 2 (values.size + 32) uint16.
+    """
+    if limit > I8(0xFFFFFFFF):
+        return
+    n, lane, first = values.size, start & 15, start >> 4
+    count = (lane + n + 15) >> 4
+    upper = carray(pointer(room), (16 * count,), np.uint16)
+    _philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
+    top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
+    equal = np.uint32(0)
+    if rest:
+        for j in range(n):
+            equal += np.uint32(upper[lane + j] == top)
+    if equal:
+        second = room + 32 * count
+        lower = carray(pointer(second), (16 * count,), np.uint16)
+        _philox(key0, key1, 1, first, count, carray(pointer(second), (4 * count,), np.uint64))
+        for j in range(n):
+            below = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
+            values[j] = values[j] if below else np.float32(0)
+    else:
+        for j in range(n):
+            values[j] = values[j] if upper[lane + j] < top else np.float32(0)
 
 
 # --- sums --------------------------------------------------------------------------------------------
