@@ -12,6 +12,8 @@ __all__ = [
     "E5M2",
     "F16",
     "F32",
+    "HIGH",
+    "LOW",
     "SIGNATURES",
     "STRIP",
     "Agreement",
@@ -30,10 +32,14 @@ BF16, F32, F16, E4M3, E5M2 = range(5)
 STRIP = 1 << 11
 """Entries that a kernel works on at once: a few float32 copies of them stay in a core's own cache."""
 
+HIGH, LOW = 1 << 15, 1 << 16
+"""Magnitudes have 31 bits, counted in two rounds: by the upper 15, then by the lower 16 within one value of these."""
+
 SIGNATURES = {
     "weighted_sum": "iiiiiiffiiiii",
     "magnitudes": "iiiiiii",
     "count_between": "iiiiiiiiii",
+    "count_cells": "iiiiiiii",
     "masked_merge": "iiiiiiiiiiiiiififfiifiiiii",
     "row_masses": "iiiiiiiiiiiiiiiii",
     "row_products": "iiiiiiiiiii",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ from weightsmith.errors import PlanError, RecipeError
 from weightsmith.io.output import FolderSink
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
+from weightsmith.ops.cuts import Cells
+from weightsmith.ops.fused import Merge
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.recipe.sweep import expand, load_variants
 from weightsmith.run.carry import Job, carry_out, carry_out_all
+from weightsmith.run.execute import Steps
+from weightsmith.run.execute import together as steps_together
 from weightsmith.run.inputs import Inputs
+from weightsmith.run.kept import Kept
 from weightsmith.run.merge import run
 from weightsmith.run.plan import make_plan
 from weightsmith.run.sweep import plan_sweep, run_sweep
@@ -111,6 +116,69 @@ def test_inputs_are_read_once_for_all_variants(
     one = read_by(lambda: alone(wanted[0], given, block=1000))
     assert one > 0
     assert read_by(lambda: together(wanted, given, block=1000)) == one
+
+
+DENSITIES = (0.1, 0.25, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("stage", "small"), [("ties", 0), ("ties per tensor", 0), ("breadcrumbs", 0), ("magnitude", 1 << 16)]
+)
+def test_cuts_of_all_variants_are_found_together(
+    stage: str, small: int, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every variant has the bytes of its own run, and magnitudes are counted as often for three variants as for two."""
+    monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", small)
+    monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
+    calls = []
+    add = Cells.add
+    monkeypatch.setattr(Cells, "add", lambda self, stored: (calls.append(stored), add(self, stored))[1])
+    name, _, per_tensor = stage.partition(" ")
+    more = {"scope": "tensor"} if per_tensor else {}
+    wanted = [
+        recipe([{name: {"density": d, **more}}, *([] if name == "ties" else ["task_arithmetic"])]) for d in DENSITIES
+    ]
+    expected = [alone(one, inputs) for one in wanted]
+    often = []
+    for some in (wanted[:2], wanted):
+        calls.clear()
+        assert together(some, inputs) == expected[: len(some)]
+        often.append(len(calls))
+    assert often[0] == often[1]
+    assert bool(often[0]) == (small == 0 or stage == "ties")
+
+
+def test_what_lambda_does_not_change_is_measured_once(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model-wide passes too, if what is known of the model is the same; where it differs they are not mixed up."""
+    calls = []
+    add = Merge.add
+    monkeypatch.setattr(Merge, "add", lambda self, *given: (calls.append(given), add(self, *given))[1])
+    wanted = [recipe("ties", parameters={"lambda": value}) for value in (0.1, 0.5, 0.9)]
+    expected = [alone(one, inputs) for one in wanted]
+    each = len(calls) // 3
+    assert each > 0
+    calls.clear()
+    assert together(wanted, inputs) == expected
+    assert len(calls) == each
+    fewer = recipe("ties", exclude="*embed*")  # the same question of the same tensors, about another model
+    assert together([wanted[0], fewer], inputs) == [expected[0], alone(fewer, inputs)]
+
+
+def test_who_asks_late_is_answered_in_a_group_of_its_own() -> None:
+    kept, groups = Kept(), []
+
+    def work(asked: Sequence[int]) -> Steps[list[int]]:
+        groups.append(list(asked))
+        yield
+        return [10 * one for one in asked]
+
+    def ask(one: int, late: int) -> Steps[int]:
+        for _ in range(late):
+            yield
+        return (yield from kept.jointly("?", one, work))
+
+    assert steps_together([ask(1, 0), ask(2, 0), ask(3, 2), ask(4, 0), ask(5, 2)]) == [10, 20, 30, 40, 50]
+    assert groups == [[1, 2, 4], [3, 5]]
 
 
 # --- folders -----------------------------------------------------------------------------------------

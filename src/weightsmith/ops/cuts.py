@@ -5,17 +5,16 @@ The torch path in `ops.select` is the meaning; this finds the same in fewer pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from weightsmith.kernel import TrimmedVote
-from weightsmith.ops.select import EVERYTHING, HIGH, LOW, NOTHING, locate
+from weightsmith.kernel import HIGH, LOW
+from weightsmith.ops.select import EVERYTHING, NOTHING, digest, locate
 from weightsmith.ops.stored import READ, Stored, base_address, kernel, scratch
 
-__all__ = ["Counts", "tensor_cuts"]
+__all__ = ["Cells", "counted", "tensor_cuts"]
 
 SAMPLE, PLACES = 1 << 16, 64
 """Entries looked at for a first guess of a cut, and on how many places of a large tensor they lie."""
@@ -27,6 +26,8 @@ BINS = 1 << 18
 """Most counters per expert.  A window of float bits this wide spans 3% of a number: one pass mostly is enough."""
 
 _ALL_BITS = 1 << 31
+_MOST = (1 << 32) - 1  # what a counter of a search can hold
+_FOUND = ("threshold", "quota", "ties")
 
 
 @dataclass
@@ -58,38 +59,83 @@ class _Search:
             self.found = low, quota, ties
 
 
+Read = Callable[[int, int], Stored]
+"""Rows start..stop of a tensor."""
+
+
 def tensor_cuts(
-    ranks: Sequence[Sequence[int]],
-    shape: tuple[int, int],
-    read: Callable[[int, int], Stored],
-    blocks: Sequence[tuple[int, int]],
-) -> Generator[None, None, dict[str, Any]]:
+    ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
+) -> Generator[None, None, dict[str, np.ndarray]]:
     """What `select.measure` and `select.digest` find for the cuts behind the ranks[i][c] largest |delta_i| of a tensor.
 
-    A sample says about where a cut lies; one pass counts what lies above and, value by value, what lies near.
-    If the cut is not there, or equal values are spread too widely, further passes narrow it down: it is always exact.
-    Pauses after every block.
+    Always exact.  One cut per expert is found near where a sample has it, mostly in one pass; several, those of a
+    sweep's variants among them, by two passes for all of them, see `Cells`.  Pauses after every block.
 
     shape  (rows, entries per row) of the tensor
-    read   rows start..stop of it
+    """
+    total = shape[0] * shape[1]
+    if total <= SAMPLE:
+        return _sorted(ranks, read(0, shape[0]))
+    few = max(len(set(wanted)) for wanted in ranks) == 1 and total <= _MOST
+    return (yield from (_one_each(ranks, shape, read, blocks) if few else _several(ranks, read, blocks)))
+
+
+def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> dict[str, np.ndarray]:
+    """The cuts of a small tensor."""
+    found = np.zeros((len(ranks), len(ranks[0]), len(_FOUND)), np.int64)
+    for i, wanted in enumerate(ranks):
+        rising = np.sort(_magnitudes(stored, i))
+        for at, rank in enumerate(wanted):
+            if 0 < rank < rising.size:
+                threshold = rising[rising.size - rank]
+                first, behind = np.searchsorted(rising, threshold, "left"), np.searchsorted(rising, threshold, "right")
+                found[i, at] = threshold, rank - (rising.size - behind), behind - first
+            else:
+                found[i, at, 0] = NOTHING if rank <= 0 else EVERYTHING
+    return _named(found)
+
+
+def _named(found: np.ndarray) -> dict[str, np.ndarray]:
+    return {f"select.{name}": found[..., at] for at, name in enumerate(_FOUND)}
+
+
+def _several(
+    ranks: Sequence[Sequence[int]], read: Read, blocks: Sequence[tuple[int, int]]
+) -> Generator[None, None, dict[str, np.ndarray]]:
+    cells = yield from counted([()] * len(ranks), read, blocks)
+    summary = digest({"select.high": cells.high}, 0, {}, lambda *_: ranks)
+    buckets = summary["select.bucket"]
+    cells = yield from counted(buckets.tolist(), read, blocks)
+    found = []
+    for cut in range(buckets.shape[1]):  # not all at once: their counters are copied several times
+        known = {name: value[:, cut : cut + 1] for name, value in summary.items()}
+        found.append(digest({"select.low": cells.low(buckets[:, cut])}, 1, known, lambda *_: ranks))
+    return {f"select.{name}": np.concatenate([one[f"select.{name}"] for one in found], 1) for name in _FOUND}
+
+
+def _one_each(
+    ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
+) -> Generator[None, None, dict[str, np.ndarray]]:
+    """A sample says about where a cut lies; one pass counts what lies above and, value by value, what lies near.
+
+    If the cut is not there, or equal values are spread too widely, further passes narrow it down.
     """
     rows, width = shape
-    searches = [(i, _Search(rank)) for i, wanted in enumerate(ranks) for rank in wanted]
-    for _, search in searches:
+    searches = [_Search(rank) for rank, *_ in ranks]
+    for search in searches:
         if search.rank <= 0 or search.rank >= rows * width:
             search.found = (NOTHING if search.rank <= 0 else EVERYTHING), 0, 0
-    if not all(s.found for _, s in searches):
+    if not all(s.found for s in searches):
         pieces = _sample(rows, width)
         sampled = []
         for piece in pieces:
             sampled.append(read(*piece))
             yield
-        for i in range(len(ranks)):
-            seen = np.concatenate([_magnitudes(stored, i) for stored in sampled])
-            for of, search in searches:
-                if of == i and search.found is None:
-                    _guess(search, seen, rows * width, complete=len(pieces) == 1)
-    while open_ := [(i, search) for i, search in searches if search.found is None]:
+        for i, search in enumerate(searches):
+            if search.found is None:
+                seen = np.concatenate([_magnitudes(stored, i) for stored in sampled])
+                _guess(search, seen, rows * width)
+    while open_ := [(i, search) for i, search in enumerate(searches) if search.found is None]:
         counts = [np.zeros(search.width + 1, np.uint32) for _, search in open_]
         above = [0] * len(open_)
         for block in blocks:
@@ -100,54 +146,80 @@ def tensor_cuts(
             yield
         for at, (_, search) in enumerate(open_):
             search.digest(above[at], counts[at][:-1], int(counts[at][-1]))
-    found = np.array([search.found for _, search in searches], np.int64).reshape(len(ranks), -1, 3)
-    return {f"select.{name}": found[..., at] for at, name in enumerate(("threshold", "quota", "ties"))}
+    found = np.array([[search.found] * len(wanted) for search, wanted in zip(searches, ranks, strict=True)], np.int64)
+    return _named(found)
 
 
 def _sample(rows: int, width: int) -> list[tuple[int, int]]:
-    """Row ranges of the sample: all rows of a small tensor, else PLACES pieces."""
-    if rows * width <= SAMPLE:
-        return [(0, rows)]
+    """Row ranges of the sample, in PLACES pieces."""
     deep = max(1, SAMPLE // PLACES // width)
     starts = sorted({place * rows // PLACES for place in range(PLACES)})
     return [(start, min(start + deep, rows)) for start in starts]
 
 
-def _guess(search: _Search, sample: np.ndarray, total: int, complete: bool) -> None:
+def _guess(search: _Search, sample: np.ndarray, total: int) -> None:
     size = sample.size
     place = size - round(search.rank * size / total)  # of the cut, among the sample in rising order
-    margin = 0 if complete else int(MARGIN * size) + 1
+    margin = int(MARGIN * size) + 1
     first, last = max(place - margin, 0), min(place + margin, size - 1)
     ordered = np.partition(sample, sorted({first, last}))
-    search.look(0 if first == 0 and not complete else int(ordered[first]), int(ordered[last]) + 1)
+    search.look(0 if first == 0 else int(ordered[first]), int(ordered[last]) + 1)
 
 
-class Counts:
-    """One measuring pass of a model-wide trimmed vote over a tensor: what `Ties.measure` finds, without torch.
+class Cells:
+    """Counts of all magnitudes by their upper 15 bits; of those in a cell that is opened, by all 31 bits.
 
-    spec     the vote
-    step     'high' or 'low'
-    summary  what earlier passes found
+    One pass over a tensor serves any number of cuts.
+
+    opened  for each expert, values of the upper bits; those that no magnitude has stand for cuts that need none
     """
 
-    def __init__(self, spec: TrimmedVote, step: str, summary: Mapping[str, Any]) -> None:
-        count, self._step, self._high = len(spec.weights), step, step == "high"
-        self._counts = np.zeros((count, (HIGH if self._high else LOW) + 1), np.uint32)
-        self._lowest = [0] * count if self._high else [int(b) << 16 for b in summary["select.bucket"][:, 0]]
-        self._total = np.zeros((count, self._counts.shape[1] - 1), np.int64)
+    def __init__(self, opened: Sequence[Iterable[int]]) -> None:
+        self._places = [
+            {cell: HIGH + LOW * at for at, cell in enumerate(dict.fromkeys(c for c in cells if 0 <= c < HIGH))}
+            for cells in opened
+        ]
+        self._counts = [np.zeros(HIGH + LOW * len(places), np.int64) for places in self._places]
+        self._tables = []
+        for places in self._places:
+            table = np.zeros((2, HIGH), np.uint32)
+            table[0] = np.arange(HIGH)
+            for cell, place in places.items():
+                table[:, cell] = place, LOW - 1
+            self._tables.append(table)
 
-    def add(self, stored: Stored, offset: int) -> int:
-        """Count the next block; the inputs are looked at where they are merged."""
-        for i, lowest in enumerate(self._lowest):
-            if 0 <= lowest < _ALL_BITS:
-                _count_between(stored, i, lowest, 16 if self._high else 0, self._counts[i])
-        self._total += self._counts[:, :-1]  # a block cannot overflow 32 bits, a tensor could
-        self._counts[:] = 0
-        return 0
+    def add(self, stored: Stored) -> None:
+        """Count the next block."""
+        for i, (table, counts) in enumerate(zip(self._tables, self._counts, strict=True)):
+            bits = stored.experts[i]
+            kernel("count_cells")(
+                bits.ctypes.data, READ[stored.dtypes[i]], *base_address(stored), bits.size,
+                table.ctypes.data, counts.ctypes.data, scratch(2),
+            )  # fmt: skip
 
-    def result(self) -> dict[str, Any]:
-        """The totals, as `select.digest` takes them."""
-        return {f"select.{self._step}": self._total if self._high else self._total[:, None]}
+    @property
+    def high(self) -> np.ndarray:
+        """Where no cell is open, all counts: int64 [n, HIGH], as `select.digest` takes them."""
+        return np.stack([counts[:HIGH] for counts in self._counts])
+
+    def low(self, cells: Iterable[int]) -> np.ndarray:
+        """The counts within one open cell of every expert, 0 within one that no magnitude has: int64 [n, 1, LOW]."""
+        found = np.zeros((len(self._counts), 1, LOW), np.int64)
+        for i, cell in enumerate(cells):
+            if (place := self._places[i].get(int(cell))) is not None:
+                found[i] = self._counts[i][place : place + LOW]
+        return found
+
+
+def counted(
+    opened: Sequence[Iterable[int]], read: Read, blocks: Iterable[tuple[int, int]]
+) -> Generator[None, None, Cells]:
+    """`Cells` of all blocks; pauses after every block."""
+    cells = Cells(opened)
+    for block in blocks:
+        cells.add(read(*block))
+        yield
+    return cells
 
 
 def _magnitudes(stored: Stored, expert: int) -> np.ndarray:

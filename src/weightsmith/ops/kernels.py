@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from weightsmith.kernel import STRIP
+from weightsmith.kernel import HIGH, STRIP
 from weightsmith.ops.loops import (
     EXPONENT,
     I8,
@@ -140,6 +140,31 @@ def count_between(
                 rest |= place & lost
     found[width] |= rest
     return above
+
+
+@_exported
+def count_cells(
+    address: Any, kind: Any, base: Any, base_kind: Any, size: Any, cells: Any, counts: Any, scratch: Any,
+) -> Any:  # fmt: skip
+    """Count every |input - base| by its bits: all in one pass, however many cells are open.  Returns 0.
+
+    cells   [2, 2^15] uint32, for each value of the upper 16 bits: where its counters begin, and 0xFFFF where the lower
+            16 bits are told apart as well, else 0
+    counts  int64, as many as the cells ask for; scratch 2 STRIP float32
+    """
+    first, apart = carray(pointer(cells), (HIGH,), np.uint32), carray(pointer(cells + 4 * HIGH), (HIGH,), np.uint32)
+    found = carray(pointer(counts), (HIGH,), np.int64)  # and what comes behind
+    for low in range(0, size, STRIP):
+        n = min(STRIP, size - low)
+        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+        decode(base, base_kind, low, origin)
+        decode(address, kind, low, value)
+        subtract(value, origin)
+        for j in range(n):
+            bits = as_bits(value[j]) & MAGNITUDE
+            cell = bits >> np.uint32(16)
+            found[first[cell] + (bits & apart[cell])] += 1
+    return 0
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
@@ -329,6 +354,9 @@ def row_masses(
 
 
 KERNELS: Mapping[str, Any] = {
-    f.__name__: f for f in (weighted_sum, magnitudes, count_between, masked_merge, row_masses, row_products, row_sizes)
+    f.__name__: f
+    for f in (
+        weighted_sum, magnitudes, count_between, count_cells, masked_merge, row_masses, row_products, row_sizes,
+    )
 }
 """Name -> compiled C function."""

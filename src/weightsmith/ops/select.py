@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightsmith.kernel import HIGH, LOW
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
 from weightsmith.ops.reduce import as_rows
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVERYTHING",
-    "HIGH",
-    "LOW",
     "NOTHING",
     "ROUNDS",
     "Cuts",
@@ -48,7 +47,6 @@ __all__ = [
 ]
 
 ROUNDS = 3
-HIGH, LOW = 1 << 15, 1 << 16  # buckets: 31 bits of magnitude, split 15 + 16
 NONE, ALL = HIGH, -1  # buckets that stand for a cut in front of and behind all entries
 NOTHING, EVERYTHING = 0x7FFFFFFF, -1  # and thresholds
 

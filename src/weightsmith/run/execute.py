@@ -20,7 +20,18 @@ from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import Grain, Pipeline, Rows, Scope
 from weightsmith.run.context import Context, Summaries, share
-from weightsmith.run.fast import Observer, cut_rounds, cuts, is_fused, merger, observer, program, stored_rows
+from weightsmith.run.fast import (
+    Observer,
+    counts_cells,
+    cut_rounds,
+    cuts,
+    is_fused,
+    merger,
+    observer,
+    program,
+    stored_rows,
+    tallies,
+)
 from weightsmith.run.hashes import Hashes
 from weightsmith.run.kept import Kept
 from weightsmith.run.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
@@ -256,6 +267,7 @@ def _local(task: Task, pipeline: Pipeline, context: Context, known: Summaries, s
         question = pipeline.stages[0].question(0), pipeline.stages[0].question(ranked - 1)
         place = id(context.inputs), task.key, task.start, task.stop, "cuts"
         summaries[0], _ = yield from context.kept.once((question, place), partial(cuts, task, pipeline, context))
+        context.progress(task.nbytes * ranked)
     for index, stage in enumerate(pipeline.stages[:stop]):
         if stage.scope is not Scope.TENSOR:
             continue
@@ -274,9 +286,11 @@ def _measured(
     index, round = step
     stages = pipeline.stages
     work = partial(_measuring, task, pipeline, step, context, summaries)
-    if any(s.scope is Scope.MODEL and s.rounds for s in stages[: index + (round > 0)]):
-        return (yield from work())  # what is known of the model may differ: other tensors may have been measured
-    shared = id(context.inputs), context.seed, context.nonfinite, stages[:index], stages[index].question(round)
+    # What is known of the model may differ: other tensors may have been measured.
+    wide = [i for i, s in enumerate(stages[: index + (round > 0)]) if s.scope is Scope.MODEL and s.rounds]
+    known = [(i, n, np.asarray(value).tobytes()) for i in wide for n, value in summaries.get(i, {}).items()]
+    question = stages[index].question(round), tuple(known)
+    shared = id(context.inputs), context.seed, context.nonfinite, stages[:index], question
     found: dict[str, Tensor | Rows]
     found, done_now = yield from context.kept.once((shared, task.key, task.start, task.stop, task.depth), work)
     if not done_now:
@@ -287,6 +301,8 @@ def _measured(
 def _measuring(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> Steps[dict[str, Tensor | Rows]]:
+    if is_fused(task, context) and counts_cells(pipeline, step, context):
+        return (yield from tallies(task, pipeline, step, context, summaries))
     if is_fused(task, context):
         return (yield from _observed(task, observer(task, pipeline, step, context, summaries), context))
     totals = _Totals()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 from weightsmith.kernel import Drop, Mix, Program, TrimmedVote, Window
 from weightsmith.keys import Key
 from weightsmith.method import Pipeline, Scope
 from weightsmith.ops import fused
-from weightsmith.ops.cuts import Counts, tensor_cuts
+from weightsmith.ops.cuts import Cells, counted, tensor_cuts
 from weightsmith.ops.noise import stream
 from weightsmith.ops.select import ROUNDS
 from weightsmith.ops.stored import READ, WRITTEN, Stored
@@ -19,7 +20,19 @@ from weightsmith.run.kept import keeps_rows
 from weightsmith.run.task import Task, blocks, row_step
 from weightsmith.site import Summary
 
-__all__ = ["Observer", "cut_rounds", "cuts", "fits_kernels", "is_fused", "merger", "observer", "program", "stored_rows"]
+__all__ = [
+    "Observer",
+    "counts_cells",
+    "cut_rounds",
+    "cuts",
+    "fits_kernels",
+    "is_fused",
+    "merger",
+    "observer",
+    "program",
+    "stored_rows",
+    "tallies",
+]
 
 
 class Observer(Protocol):
@@ -95,37 +108,75 @@ def cut_rounds(task: Task, pipeline: Pipeline, context: Context) -> int:
 def cuts(task: Task, pipeline: Pipeline, context: Context) -> Generator[None, None, Summary]:
     """What these rounds would find, in fewer passes; pauses after every block."""
     key, count = task.key, len(context.inputs.experts)
-    ranges = list(blocks(key, task.start, task.stop, context.measured))
+    stage = pipeline.stages[0]
+    spec = stage.fused(count)
+    summary: dict[str, Any] = {}
+    if isinstance(spec, (Window, TrimmedVote)) and spec.trim:
+        wanted = stage.cuts(count, key.numel)
+        summary = yield from context.kept.jointly(_asking(task, context, "cuts"), wanted, partial(_cut, task, context))
+    if isinstance(spec, TrimmedVote) and "signs" in spec.steps:
+        signs = fused.Merge(Program(spec), summary)
+        for start, stop in blocks(key, task.start, task.stop, context.measured):
+            signs.add(stored_rows(key, context, start, stop), start * key.row_numel)
+            yield
+        summary |= signs.result()
+    return summary
+
+
+def _cut(
+    task: Task, context: Context, asked: Sequence[Sequence[Sequence[int]]]
+) -> Generator[None, None, list[dict[str, Any]]]:
+    """The cuts that several variants ask for, found together."""
+    key, ranges = task.key, list(blocks(task.key, task.start, task.stop, context.measured))
     read = partial(stored_rows, key, context)
     if keeps_rows(key, len(context.inputs.models)):
         for block in ranges:
             read(*block)  # so that the sample is taken from memory
             yield
-    stage = pipeline.stages[0]
-    spec = stage.fused(count)
-    summary: dict[str, Any] = {}
-    if isinstance(spec, (Window, TrimmedVote)) and spec.trim:
-        summary = yield from tensor_cuts(stage.cuts(count, key.numel), (key.rows, key.row_numel), read, ranges)
-    if isinstance(spec, TrimmedVote) and "signs" in spec.steps:
-        signs = fused.Merge(Program(spec), summary)
-        for start, stop in ranges:
-            signs.add(read(start, stop), start * key.row_numel)
-            yield
-        summary |= signs.result()
-    context.progress(task.nbytes * cut_rounds(task, pipeline, context))
-    return summary
+    ranks = [[rank for one in asked for rank in one[i]] for i in range(len(context.inputs.experts))]
+    found = yield from tensor_cuts(ranks, (key.rows, key.row_numel), read, ranges)
+    ends = list(accumulate((len(one[0]) for one in asked), initial=0))
+    return [{name: value[:, a:b] for name, value in found.items()} for a, b in pairwise(ends)]
+
+
+def counts_cells(pipeline: Pipeline, step: tuple[int, int], context: Context) -> bool:
+    """Whether a measuring pass by the kernels counts magnitudes, see `tallies`."""
+    index, round = step
+    spec = pipeline.stages[index].fused(len(context.inputs.experts))
+    return isinstance(spec, TrimmedVote) and spec.steps[round] in ("high", "low")
+
+
+def tallies(
+    task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
+) -> Generator[None, None, dict[str, Any]]:
+    """What such a pass finds, for all variants at once; pauses after every block."""
+    index, round = step
+    count = len(context.inputs.experts)
+    spec = pipeline.stages[index].fused(count)
+    assert isinstance(spec, TrimmedVote)
+    name = spec.steps[round]
+    opened = [-1] * count if name == "high" else summaries[index]["select.bucket"][:, 0].tolist()
+    found = yield from context.kept.jointly(_asking(task, context, name), opened, partial(_tally, task, context))
+    context.progress(task.nbytes)
+    return {f"select.{name}": found.high if name == "high" else found.low(opened)}
+
+
+def _tally(task: Task, context: Context, asked: Sequence[Sequence[int]]) -> Generator[None, None, list[Cells]]:
+    ranges = blocks(task.key, task.start, task.stop, context.measured)
+    cells = yield from counted(list(zip(*asked, strict=True)), partial(stored_rows, task.key, context), ranges)
+    return [cells] * len(asked)
+
+
+def _asking(task: Task, context: Context, what: str) -> tuple[Any, ...]:
+    return id(context.inputs), task.key, task.start, task.stop, what
 
 
 def observer(task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries) -> Observer:
-    """One measuring pass by the kernels."""
-    index, round = step
+    """One measuring pass by the kernels, of those that are no `tallies`."""
+    index, _ = step
     spec, count = pipeline.stages[index].fused(len(context.inputs.experts)), len(context.inputs.experts)
     if isinstance(spec, TrimmedVote):
-        return (
-            merger(task, context, summaries)
-            if spec.steps[round] == "signs"
-            else (Counts(spec, spec.steps[round], summaries.get(index, {})))
-        )
+        return merger(task, context, summaries)
     if isinstance(spec, Mix):
         return fused.Products(spec)
     found = program(task, context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Kept:
         self._rows: dict[Place, dict[int, np.ndarray]] = {}
         self._values: dict[Place, dict[tuple[Any, ...], Values]] = {}
         self._answers: dict[Any, Any] = {}
+        self._asked: dict[Any, tuple[list[Any], list[Any]]] = {}
 
     def rows(self, source: Source, place: Place) -> np.ndarray:
         """The latest block of one source as stored, `source.bits(*place)`."""
@@ -65,6 +66,21 @@ class Kept:
         while self._answers[question] is None:
             yield
         return self._answers[question], False
+
+    def jointly(
+        self, question: Any, wanted: Any, work: Callable[[Sequence[Any]], Generator[None, None, Sequence[Any]]]
+    ) -> Generator[None, None, Any]:
+        """The result for `wanted` of `work`, which takes what all want who ask this in one turn, and answers each."""
+        asked, found = self._asked.setdefault(question, ([], []))
+        place = len(asked)
+        asked.append(wanted)
+        yield  # now the others ask
+        if place == 0:
+            del self._asked[question]  # who comes later asks anew
+            found += yield from work(asked)
+        while not found:
+            yield
+        return found[place]
 
     def values(self, place: Place, which: tuple[Any, ...], make: Callable[[], Values]) -> Values:
         """The latest block in float32; `which` tells apart what is read otherwise (inputs, factors or not)."""

@@ -32,7 +32,7 @@ from weightsmith.run.task import one_by_one
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
 
 _STATE = 1 << 20
-"""Bytes per expert that a variant keeps between two of its turns: the histograms of a measuring pass."""
+"""Bytes per expert that a variant keeps between two of its turns: what is counted for it in a measuring pass."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ def _peak(bundle: Bundle, experts: int) -> int:
     """
     tasks = [task for _, task in bundle]
     held = max((4 * t.key.numel * (experts - 1) for t in tasks[1:] if one_by_one(t.pipeline)), default=0)
-    state = [0 if t.pipeline is None or not t.pipeline.steps else _STATE + 8 * (t.stop - t.start) for t in tasks]
+    state = [
+        0 if t.pipeline is None or not t.pipeline.steps else experts * (_STATE + 8 * (t.stop - t.start)) for t in tasks
+    ]
     return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1])
 
 
