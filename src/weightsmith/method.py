@@ -80,7 +80,7 @@ class Traits:
     square: float = 0.0  # and per byte of a square matrix of its `side`, float32
     side: str = "smaller"  # or rows, columns
     solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
-    streams: bool = False  # asks for one task vector at a time (`site.tasks`), so that their stack is never made
+    streams: int = 0  # how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
     cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `run.cost`
     cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
     by_depth: bool = False  # useless on a model whose names show no blocks

@@ -198,8 +198,8 @@ def _show(made: Plan) -> None:
         f"writes:   {size(made.write_bytes)}, {output['tensors']} tensors, {output['parameters']:,} parameters, "
         f"{', '.join(output['dtypes']) or 'nothing'}, files of up to {output['shard_size']}"
     )
-    passes = f" (with {made.passes} measuring pass{'es' if made.passes > 1 else ''})" if made.passes else ""
-    say(f"reads:    {size(made.read_bytes)}{passes}")
+    often = f", the inputs {made.readings:.1f} times" if made.readings > 1.05 else ""
+    say(f"reads:    {size(made.read_bytes)}{often}")
     say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
     if (fit := made.fit) is not None:
         say(

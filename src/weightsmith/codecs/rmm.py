@@ -30,7 +30,7 @@ class Rmm(
     scratch=1.3,
     cost=102.0,
     cubic=True,
-    streams=True,
+    streams=1,
     factored=True,
     alone=True,
 ):

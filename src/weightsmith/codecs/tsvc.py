@@ -30,7 +30,7 @@ class Tsvc(
     scratch=1.5,
     cost=88.0,
     cubic=True,
-    streams=True,
+    streams=1,
     factored=True,
     alone=True,
 ):

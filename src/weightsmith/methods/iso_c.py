@@ -34,7 +34,7 @@ class IsoC(
     square=4.7,
     cost=55.0,
     cubic=True,
-    streams=True,
+    streams=1,
     factored=True,
 ):
     """Flatten the singular spectrum of sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.

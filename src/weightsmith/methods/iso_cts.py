@@ -33,7 +33,7 @@ class IsoCts(
     square=14.6,
     cost=300.0,
     cubic=True,
-    streams=True,
+    streams=2,
     factored=True,
 ):
     """Like iso_c, with a part of the directions taken from what each task vector has outside the common space.

@@ -35,7 +35,7 @@ class RTsvm(
     square=8.8,
     cost=230.0,
     cubic=True,
-    streams=True,
+    streams=2,
 ):
     """tsvm for task vectors with heavy tails: a weight per task from its outliers, a rank from its sparsity.
 

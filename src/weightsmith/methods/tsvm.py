@@ -31,7 +31,7 @@ class Tsvm(
     square=13.9,
     cost=250.0,
     cubic=True,
-    streams=True,
+    streams=1,
     factored=True,
 ):
     """Keep the k leading singular triplets of each of T task vectors and make the bases of all of them orthogonal.

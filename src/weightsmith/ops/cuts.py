@@ -14,7 +14,7 @@ from weightsmith.kernel import HIGH, LOW
 from weightsmith.ops.select import EVERYTHING, NOTHING, digest, locate
 from weightsmith.ops.stored import READ, Stored, base_address, kernel, scratch
 
-__all__ = ["Cells", "counted", "tensor_cuts"]
+__all__ = ["Cells", "counted", "readings", "tensor_cuts"]
 
 SAMPLE, PLACES = 1 << 16, 64
 """Entries looked at for a first guess of a cut, and on how many places of a large tensor they lie."""
@@ -73,11 +73,24 @@ def tensor_cuts(
 
     shape  (rows, entries per row) of the tensor
     """
-    total = shape[0] * shape[1]
-    if total <= SAMPLE:
+    if shape[0] * shape[1] <= SAMPLE:
         return _sorted(ranks, read(0, shape[0]))
-    few = max(len(set(wanted)) for wanted in ranks) == 1 and total <= _MOST
-    return (yield from (_one_each(ranks, shape, read, blocks) if few else _several(ranks, read, blocks)))
+    if _guesses(ranks, shape):
+        return (yield from _one_each(ranks, shape, read, blocks))
+    return (yield from _several(ranks, read, blocks))
+
+
+def readings(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> float:
+    """How often `tensor_cuts` reads the tensor, if its first guess is good; a part for the sample."""
+    if shape[0] * shape[1] <= SAMPLE:
+        return 1.0
+    if _guesses(ranks, shape):
+        return 1 + sum(stop - start for start, stop in _sample(*shape)) / shape[0]
+    return 2.0
+
+
+def _guesses(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> bool:
+    return max(len(set(wanted)) for wanted in ranks) == 1 and shape[0] * shape[1] <= _MOST
 
 
 def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> dict[str, np.ndarray]:

@@ -28,9 +28,10 @@ from weightsmith.run.fast import fits_kernels, program
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
 from weightsmith.run.planner import Planner
+from weightsmith.run.reading import bytes_read
 from weightsmith.run.task import Task, row_step
 
-__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "make_plan", "resident"]
+__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "kernels_there", "make_plan", "resident"]
 
 PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
 """Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
@@ -83,6 +84,8 @@ class Plan:
     """Predicted peak of a process that does one task at a time."""
     fit: Fit | None = None
     """How devices are used; None: the CPU does it."""
+    read_bytes: int = 0
+    """Of all inputs, as often as they are read."""
 
     @property
     def device(self) -> str:
@@ -94,15 +97,16 @@ class Plan:
         return sum(key.nbytes for key in self.keys)
 
     @property
-    def read_bytes(self) -> int:
-        return sum(i.nbytes for i in self.inputs) * (1 + self.passes)
+    def readings(self) -> float:
+        """How often the inputs are read, on average."""
+        return self.read_bytes / max(sum(i.nbytes for i in self.inputs), 1)
 
     @property
     def seconds(self) -> float | None:
         """Rough estimate for one core of the reference machine, see `run.cost`; None if a method declares no cost."""
         experts = sum(i.role == "expert" for i in self.inputs)
         own = estimate(self.tasks, experts, self.read_bytes, self.write_bytes)
-        return None if own is None else own + self.nested_seconds * (1 + self.passes)
+        return None if own is None else own + self.nested_seconds * self.readings
 
 
 def make_plan(
@@ -144,6 +148,7 @@ def make_plan(
         fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=problems)
         workers = fit.threads
         notes += [fit.note] if fit.note else []
+    reading = Context(inputs=sources, kernels=accelerator is None and kernels_there())
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -160,6 +165,7 @@ def make_plan(
         nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
         task_bytes=loaded + max((task.peak for task in tasks), default=0),
         fit=fit,
+        read_bytes=0 if problems else sum(bytes_read(task, reading) for task in tasks),
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)
@@ -243,7 +249,7 @@ def _by_kernels(task: Task, inputs: Inputs) -> Task:
 def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
     """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
     what sources hold for all of them."""
-    compiled = find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
+    compiled = kernels_there()
     kernels = torch = False
     context = Context(inputs=inputs)
     for task in tasks:
@@ -258,6 +264,11 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
     elsewhere = any(isinstance(parse_url(place), Url) for place in inputs.places())
     held = sum(source.held_bytes for _, source in inputs.models)
     return PYTHON + KERNELS * kernels + TORCH * torch + held + (HELD + NETWORK) * elsewhere
+
+
+def kernels_there() -> bool:
+    """Whether a run will find the fused kernels; nothing is compiled or loaded to tell."""
+    return find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
 
 
 def cores() -> int:

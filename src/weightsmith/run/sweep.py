@@ -23,10 +23,12 @@ from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.carry import Bundle, Job, carry_out_all, side_by_side
 from weightsmith.run.cluster import ray_runner
+from weightsmith.run.context import Context
 from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
-from weightsmith.run.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
+from weightsmith.run.plan import PYTHON, TORCH, Plan, choose_threads, kernels_there, make_plan, resident
+from weightsmith.run.reading import bytes_read
 from weightsmith.run.task import one_by_one
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
@@ -51,14 +53,8 @@ class Sweep:
     problems: tuple[str, ...]
     task_bytes: int = 0
     fit: Fit | None = None
-
-    @property
-    def read_bytes(self) -> int:
-        """Inputs that several variants share count once."""
-        found = {id(self.inputs[name]): 0 for name in self.plans}
-        for name, plan in self.plans.items():
-            found[id(self.inputs[name])] = max(found[id(self.inputs[name])], plan.read_bytes)
-        return sum(found.values())
+    read_bytes: int = 0
+    """What several variants share counts once."""
 
     @property
     def write_bytes(self) -> int:
@@ -136,6 +132,7 @@ def plan_sweep(
         tuple(said),
         loaded + max((nbytes for nbytes, _ in peaks), default=0),
         fit,
+        0 if said else sum(_read(bundle, of_job, kernels=accelerator is None) for bundle in bundles),
     )
 
 
@@ -208,6 +205,16 @@ def _what_is_read(recipe: Recipe) -> str:
     fields = tuple(ModelRef.model_fields)
     read = {name: {f: getattr(ref, f) for f in fields} for name, ref in recipe.models.items()}
     return repr((recipe.base, read))
+
+
+def _read(bundle: Bundle, inputs: Sequence[Inputs], *, kernels: bool) -> int:
+    """Bytes that tasks side by side read: of the same inputs, what the one that reads most does."""
+    total = 0
+    for read in {id(inputs[i]): inputs[i] for i, _ in bundle}.values():
+        tasks = [task for i, task in bundle if inputs[i] is read]
+        context = Context(inputs=read, kernels=kernels and kernels_there())
+        total += max(bytes_read(t, context, [other for other in tasks if other is not t]) for t in tasks)
+    return total
 
 
 def _peak(bundle: Bundle, experts: int) -> int:

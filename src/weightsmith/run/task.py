@@ -134,7 +134,7 @@ def takes_deltas(pipeline: Pipeline | None) -> bool:
 
 def one_by_one(pipeline: Pipeline | None) -> bool:
     """Whether the only stage asks for one task vector at a time, so that their stack is never made."""
-    return pipeline is not None and len(pipeline.stages) == 1 and pipeline.stages[0].traits.streams
+    return pipeline is not None and len(pipeline.stages) == 1 and pipeline.stages[0].traits.streams > 0
 
 
 def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:

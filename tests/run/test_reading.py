@@ -1,0 +1,161 @@
+"""The bytes that a plan says are read are those that are read, for every registered method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from run.peaks import methods, spec, stage_of
+from weightsmith.io import files
+from weightsmith.io.sink import MemorySink
+from weightsmith.io.source import MemorySource
+from weightsmith.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.recipe.schema import Recipe
+from weightsmith.run.carry import Job, carry_out, carry_out_all
+from weightsmith.run.inputs import Inputs
+from weightsmith.run.merge import run
+from weightsmith.run.plan import make_plan
+from weightsmith.run.sweep import plan_sweep
+
+SHAPES = {f"model.layers.{i}.mlp.{name}_proj.weight": shape for i, shape in enumerate([(80, 300), (300, 80)])
+          for name in ("up", "down")}  # fmt: skip
+SHAPES = {**SHAPES, "model.embed_tokens.weight": (700, 60), "model.norm.weight": (60,)}
+
+
+class Counting(MemorySource):
+    """Counts the bytes that are read."""
+
+    nbytes = 0
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        found = super().read(name, start, stop)
+        self.nbytes += found.nbytes
+        return found
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    draw, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    return {n: (torch.randn(s, generator=draw) + 0.1 * torch.randn(s, generator=noise)).bfloat16()
+            for n, s in SHAPES.items()}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of several blocks, some of which are kept and some not, and whose cuts are not found by sorting."""
+    monkeypatch.setattr("weightsmith.run.task.BLOCK", 4000)
+    monkeypatch.setattr("weightsmith.run.kept.KEPT", 110_000)
+    for name, value in (("SAMPLE", 1200), ("PLACES", 4), ("MARGIN", 0.05), ("BINS", 1 << 24)):
+        monkeypatch.setattr(f"weightsmith.ops.cuts.{name}", value)
+
+
+def inputs_for(stages: list[Stage], count: int) -> Inputs:
+    needs = {stat for stage in stages for stat in stage.traits.needs} - {BASE}
+    names = [f"e{i}" for i in range(count)]
+    stats: dict[str, dict[str, MemorySource]] = {}
+    for stat in needs:
+        made = {n: torch.eye(s[-1]) if stat == "gram" else torch.ones(s) for n, s in SHAPES.items()
+                if len(s) == 2 or stat != "gram"}  # fmt: skip
+        stats[stat] = {name: Counting(made, stat) for name in names}
+    return Inputs(Counting(tensors(1), "base"), {n: Counting(tensors(2 + i), n) for i, n in enumerate(names)}, stats)
+
+
+def read_of(inputs: Inputs) -> int:
+    found = [source for _, source in inputs.models]
+    found += [source for by in inputs.stats.values() for source in by.values()]
+    return sum(source.nbytes for source in found)  # type: ignore[attr-defined]
+
+
+def stages_of(name: str, **more: Any) -> list[Stage]:
+    stage = stage_of(name, **more)
+    plain = registered()["task_arithmetic"]()
+    if stage.traits.after or (isinstance(stage, Codec) and not stage.traits.alone):
+        return [plain, stage]
+    return [stage, plain] if isinstance(stage, Filter) else [stage]
+
+
+def planned_and_read(stages: list[Stage], count: int) -> tuple[int, int]:
+    inputs = inputs_for(stages, count)
+    recipe = Recipe.model_validate({
+        "base": "base", "models": {n: n for n in inputs.experts}, "method": [spec(s) for s in stages],
+    })  # fmt: skip
+    encode = isinstance(stages[-1], Codec)
+    plan = make_plan(recipe, sources=inputs, threads=1, encode=encode)
+    before = read_of(inputs)
+    carry_out(plan, inputs, MemorySink())
+    return plan.read_bytes, read_of(inputs) - before
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_reads_what_is_planned(name: str) -> None:
+    traits = registered()[name].traits
+    count = next(n for n in (3, 2, 1) if n <= (traits.max_count or n) and stage_of(name).check(n, True) is None)
+    planned, read = planned_and_read(stages_of(name), count)
+    assert planned == pytest.approx(read, rel=0.03)
+
+
+PASSES = [
+    ([("ties", {"scope_": "tensor"})], "a cut and signs"),
+    ([("ties", {"scope_": "tensor", "zero_sign": "plus"})], "a cut"),
+    ([("ties", {"scope_": "tensor", "density": (0.1, 0.2, 0.3)})], "a cut of each"),
+    ([("ties", {"scope_": "tensor", "sign": "count"})], "torch"),
+    ([("ties", {"density": 1.0})], "signs alone"),
+    ([("breadcrumbs", {"rescale": True}), ("task_arithmetic", {})], "two cuts, masses"),
+    ([("dare", {"density": 0.5, "rescale_rule": "l1"}), ("ties", {"density": 1.0})], "masses, signs of the model"),
+    ([("magnitude", {}), ("tsvm", {})], "torch, no longer one by one"),
+]
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize(("method", "_what"), PASSES)
+def test_passes_are_counted_as_they_are_made(
+    method: list[tuple[str, Mapping[str, Any]]], _what: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "0":
+        monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
+        monkeypatch.setattr("weightsmith.ops.fused.available", lambda: False)
+    planned, read = planned_and_read([stage_of(name, **more) for name, more in method], 3)
+    assert planned == pytest.approx(read, rel=0.03)
+
+
+def test_a_sweep_reads_what_is_planned_for_all_variants(tmp_path: Path) -> None:
+    """By density and by another method beside it; and what comes expert by expert alone comes once for all."""
+    for method, values in [("ties", ({"scope": "tensor", "density": d} for d in (0.1, 0.2, 0.6))),
+                           ("iso_cts", ({}, {}))]:  # fmt: skip
+        inputs = inputs_for([], 3)
+        models = {n: n for n in inputs.experts}
+        recipes = {f"v{i}": Recipe.model_validate({"base": "base", "models": models, "method": {method: value}})
+                   for i, value in enumerate(values)}  # fmt: skip
+        swept = plan_sweep(recipes, tmp_path / "out", sources=inputs, threads=1)
+        assert not swept.problems
+        carry_out_all([Job(plan, swept.inputs[n], MemorySink()) for n, plan in swept.plans.items()])
+        assert swept.read_bytes == pytest.approx(read_of(inputs), rel=0.03)
+
+
+def test_files_are_read_as_often_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the door to the disk: tensors, headers and the samples that tell files apart; what is copied, and compared."""
+    read, preadv = [], files.preadv
+
+    def counting(fd: int, buffer: memoryview, offset: int) -> int:
+        read.append(preadv(fd, buffer, offset))
+        return read[-1]
+
+    names = ("base", "a", "b")
+    for i, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        draw = torch.Generator().manual_seed(i)
+        made = {f"model.layers.{j}.mlp.up_proj.weight": torch.randn(800, 700, generator=draw) for j in range(2)}
+        same = {"model.position_ids": torch.arange(100_000), "model.kept": torch.ones(300_000)}
+        save_file(made | same, tmp_path / name / "model.safetensors")
+    recipe = Recipe.model_validate({
+        "base": str(tmp_path / "base"), "models": {n: str(tmp_path / n) for n in names[1:]}, "exclude": "model.kept",
+        "method": {"ties": {"scope": "tensor", "zero_sign": "plus"}},
+    })  # fmt: skip
+    monkeypatch.setattr(files, "preadv", counting)
+    result = run(recipe, tmp_path / "out", threads=1)
+    assert result.read_bytes == pytest.approx(sum(read), rel=0.05)
+    assert result.read_bytes > 2 * 3 * 2 * 4 * 800 * 700, "the matrices twice"
