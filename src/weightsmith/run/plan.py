@@ -28,7 +28,7 @@ from weightsmith.run.fast import fits_kernels, program
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
 from weightsmith.run.planner import Planner
-from weightsmith.run.reading import bytes_read
+from weightsmith.run.reading import all_bytes_read
 from weightsmith.run.task import Task, row_step
 
 __all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "kernels_there", "make_plan", "resident"]
@@ -165,7 +165,7 @@ def make_plan(
         nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
         task_bytes=loaded + max((task.peak for task in tasks), default=0),
         fit=fit,
-        read_bytes=0 if problems else sum(bytes_read(task, reading) for task in tasks),
+        read_bytes=0 if problems else all_bytes_read(tasks, reading),
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)

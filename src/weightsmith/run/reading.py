@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 from weightsmith.kernel import TrimmedVote, Window
 from weightsmith.keys import Key
@@ -16,7 +18,16 @@ from weightsmith.run.inputs import Inputs, product_ranks
 from weightsmith.run.kept import keeps_rows
 from weightsmith.run.task import Task, one_by_one, row_step
 
-__all__ = ["bytes_read"]
+__all__ = ["all_bytes_read", "bytes_read"]
+
+
+def all_bytes_read(tasks: Iterable[Task], context: Context) -> int:
+    """`bytes_read` of a plan's tasks, summed up; the parts of a tensor are looked at as one task."""
+    total = 0
+    for _, parts in groupby(tasks, lambda task: task.keys[0].name):
+        first, *others = parts
+        total += bytes_read(replace(first, stop=others[-1].stop) if others else first, context)
+    return total
 
 
 def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int:
