@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from run.peaks import methods, spec, stage_of
-from weightsmith.io import files
+from weightsmith.io import files, system
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
 from weightsmith.method import BASE, Codec, Filter, Stage, registered
@@ -136,6 +137,43 @@ def test_a_sweep_reads_what_is_planned_for_all_variants(tmp_path: Path) -> None:
         assert swept.read_bytes == pytest.approx(read_of(inputs), rel=0.03)
 
 
+def on_disk(folder: Path, method: Mapping[str, Any]) -> Recipe:
+    """A base and two experts of two matrices, of integers that are equal everywhere and of a tensor that is kept."""
+    names = ("base", "a", "b")
+    for i, name in enumerate(names):
+        (folder / name).mkdir()
+        draw = torch.Generator().manual_seed(i)
+        made = {f"model.layers.{j}.mlp.up_proj.weight": torch.randn(800, 700, generator=draw) for j in range(2)}
+        same = {"model.position_ids": torch.arange(100_000), "model.kept": torch.ones(300_000)}
+        save_file(made | same, folder / name / "model.safetensors")
+    return Recipe.model_validate({
+        "base": str(folder / "base"), "models": {n: str(folder / n) for n in names[1:]}, "exclude": "model.kept",
+        "method": method,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "threads"), [("linear", 1), ("ties", 2), ("tsvm", 1)])
+def test_the_disk_is_asked_ahead_in_every_kind_of_merge(
+    method: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels, measuring passes, several threads, and methods that read whole matrices, expert by expert."""
+    asked: dict[str, set[int]] = {}
+    call = system.call
+
+    def seen(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function is os.posix_fadvise and args[3] == os.POSIX_FADV_WILLNEED:
+            path = Path(f"/proc/self/fd/{args[0]}").readlink()
+            asked.setdefault(path.parent.name, set()).update(range(args[1] >> 12, (args[1] + args[2]) >> 12))
+        return call(function, *args, **kwargs)
+
+    monkeypatch.setattr(files, "_AHEAD", 2 << 20)
+    monkeypatch.setattr(system, "call", seen)
+    run(on_disk(tmp_path, {method: {}}), tmp_path / "out", threads=threads)
+    matrices = 2 * 4 * 800 * 700 >> 12  # in pages; the first block is read, not announced
+    assert asked.keys() == {"base", "a", "b"}
+    assert all(len(pages) > 0.7 * matrices for pages in asked.values())
+
+
 def test_files_are_read_as_often_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the door to the disk: tensors, headers and the samples that tell files apart; what is copied, and compared."""
     read, preadv = [], files.preadv
@@ -144,17 +182,7 @@ def test_files_are_read_as_often_as_planned(tmp_path: Path, monkeypatch: pytest.
         read.append(preadv(fd, buffer, offset))
         return read[-1]
 
-    names = ("base", "a", "b")
-    for i, name in enumerate(names):
-        (tmp_path / name).mkdir()
-        draw = torch.Generator().manual_seed(i)
-        made = {f"model.layers.{j}.mlp.up_proj.weight": torch.randn(800, 700, generator=draw) for j in range(2)}
-        same = {"model.position_ids": torch.arange(100_000), "model.kept": torch.ones(300_000)}
-        save_file(made | same, tmp_path / name / "model.safetensors")
-    recipe = Recipe.model_validate({
-        "base": str(tmp_path / "base"), "models": {n: str(tmp_path / n) for n in names[1:]}, "exclude": "model.kept",
-        "method": {"ties": {"scope": "tensor", "zero_sign": "plus"}},
-    })  # fmt: skip
+    recipe = on_disk(tmp_path, {"ties": {"scope": "tensor", "zero_sign": "plus"}})
     monkeypatch.setattr(files, "preadv", counting)
     result = run(recipe, tmp_path / "out", threads=1)
     assert result.read_bytes == pytest.approx(sum(read), rel=0.05)
