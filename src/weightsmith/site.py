@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,11 @@ from weightsmith.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _alone(question: Any, make: Callable[[], Tensor]) -> Tensor:
+    return make()
+
 
 __all__ = ["Group", "Site", "Summary"]
 
@@ -40,6 +45,8 @@ class Site:
               (`Traits.streams`); `stack` then has a shape but no data (device meta).  Else ()
     factors   one (left [rows, r], right [r, columns]) per expert with delta = left right, float32, for methods that
               ask for them (`Traits.factored`); `stack` then has a shape but no data (device meta).  Else ()
+    once      once(question, make) is make(), or what it gave a sweep's other variant that asked the same of this site:
+              for what a factor of the result does not change.  Never written to
     """
 
     key: Key
@@ -55,6 +62,7 @@ class Site:
     origin: Site | None = None
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
     each: Sequence[Tensor] = ()
+    once: Callable[[Any, Callable[[], Tensor]], Tensor] = _alone
 
     @property
     def count(self) -> int:

@@ -18,6 +18,7 @@ from weightsmith.errors import PlanError, RecipeError
 from weightsmith.io.output import FolderSink
 from weightsmith.io.sink import MemorySink
 from weightsmith.io.source import MemorySource
+from weightsmith.methods.tsvm import Tsvm
 from weightsmith.ops.cuts import Cells
 from weightsmith.ops.fused import Merge
 from weightsmith.recipe.schema import ModelRef, Recipe
@@ -162,6 +163,22 @@ def test_what_lambda_does_not_change_is_measured_once(inputs: Inputs, monkeypatc
     assert len(calls) == each
     fewer = recipe("ties", exclude="*embed*")  # the same question of the same tensors, about another model
     assert together([wanted[0], fewer], inputs) == [expected[0], alone(fewer, inputs)]
+
+
+def test_a_decomposition_serves_all_factors(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tsvm by scaling decomposes once; what differs in more, or behind a filter, is not mixed up with it."""
+    calls = []
+    merged = Tsvm._merged
+    monkeypatch.setattr(Tsvm, "_merged", lambda self, site: (calls.append(self), merged(self, site))[1])
+    wanted = [recipe("tsvm", parameters={"scaling": value}) for value in (0.5, 1.0, 2.0)]
+    wanted += [recipe({"tsvm": {"rank_fraction": 0.5}}), recipe([{"magnitude": {"density": 0.3}}, "tsvm"]),
+               recipe([{"magnitude": {"density": 0.6}}, "tsvm"])]  # fmt: skip
+    expected = [alone(one, inputs) for one in wanted]
+    each = len(calls) // len(wanted)
+    assert each > 0
+    calls.clear()
+    assert together(wanted, inputs) == expected
+    assert len(calls) == 4 * each
 
 
 def test_who_asks_late_is_answered_in_a_group_of_its_own() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.method import BASE, Each, Grain, Method, Stage, choice, number, registry
@@ -64,17 +64,22 @@ class Tsvm(
         return scaled_mean(self.scaling)
 
     def merge(self, site: Site) -> Tensor:
-        before, after = (self.scaling, 1.0) if isinstance(self.scaling, tuple) else (1.0, self.scaling)
-        weights = spread(before, site.count)
-        rank = self._rank(min(site.block_shape), site.count)
         assert site.base is not None
+        alike, after = (self, 1.0) if isinstance(self.scaling, tuple) else (replace(self, scaling=1.0), self.scaling)
+        return site.base + site.once(alike, lambda: self._merged(site)) * after
+
+    def _merged(self, site: Site) -> Tensor:
+        """The merged task vector; multiplied by `scaling` only where that is a list."""
+        assert site.base is not None
+        weights = spread(self.scaling if isinstance(self.scaling, tuple) else 1.0, site.count)
+        rank = self._rank(min(site.block_shape), site.count)
         if rank == 0:
-            return site.base + mean(weigh(site.deltas, weights)) * after
+            return mean(weigh(site.deltas, weights))
         parts = [svd_of(matrix, rank) for matrix in matrices(site)]
         # A negative singular value is a task vector turned round; a zero one must not turn the others.
         parts = [p._replace(s=p.s * w) for p, w in zip(parts, weights, strict=True) if w != 0]
         merged = orthogonal_sum(parts, self.orthogonalise, site.base.dtype) if parts else site.base * 0
-        return site.base + merged.to(site.base.dtype) * after
+        return merged.to(site.base.dtype)
 
     def _rank(self, smaller: int, count: int) -> int:
         if isinstance(self.rank_fraction, str):

@@ -44,6 +44,7 @@ class Kept:
         self._rows: dict[Place, dict[int, np.ndarray]] = {}
         self._values: dict[Place, dict[tuple[Any, ...], Values]] = {}
         self._answers: dict[Any, Any] = {}
+        self._made: dict[Any, Tensor] = {}
         self._asked: dict[Any, tuple[list[Any], list[Any]]] = {}
 
     def rows(self, source: Source, place: Place) -> np.ndarray:
@@ -66,6 +67,12 @@ class Kept:
         while self._answers[question] is None:
             yield
         return self._answers[question], False
+
+    def made(self, place: Any, question: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What the first who asked this at this place has made; kept to the end."""
+        if (place, question) not in self._made:
+            self._made[place, question] = make()
+        return self._made[place, question]
 
     def jointly(
         self, question: Any, wanted: Any, work: Callable[[Sequence[Any]], Generator[None, None, Sequence[Any]]]

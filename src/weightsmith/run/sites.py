@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, overload
 
 from weightsmith.keys import Key
@@ -31,7 +32,7 @@ def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Si
         (key.name, start, stop), which, lambda: _values(key, context, start, stop, factored, deltas, lazily)
     )
     each = _OneByOne(key, context, start, stop, base) if lazily and not factors and base is not None else ()
-    return Site(
+    site = Site(
         key=key,
         stack=stack,
         base=base,
@@ -44,6 +45,12 @@ def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Si
         seed=context.seed,
         factors=factors,
     )
+    pipeline = task.pipeline
+    if context.kept.shared and pipeline is not None and len(pipeline.stages) == 1 and not pipeline.steps:
+        # Nothing but what the question says differs between variants that ask of the same rows.
+        place = id(context.inputs), key, start, stop, task.depth, context.seed, context.nonfinite
+        return replace(site, once=partial(context.kept.made, place))
+    return site
 
 
 def _values(key: Key, context: Context, start: int, stop: int, factored: bool, deltas: bool, lazily: bool) -> Values:
