@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def describe(
         **({"alone": {"tensors": shapes, "aliases": dict(base.aliases)}} if alone else {}),
         "base": {
             "path": path,
-            "sample": "" if alone else _sample(base, encoded),
+            "sample": "" if alone else _sample(base, chain.from_iterable(codecs.values())),  # in the order above
             "tensors": {} if alone else {name: _content(base, name) for name in encoded},
         },
     }
