@@ -194,6 +194,10 @@ class Stage:
         """Return what the user should know of using this stage on `count` experts, though it is allowed."""
         return None
 
+    def remark_on(self, key: Key, count: int) -> str | None:
+        """The same of one tensor; the plan has one line for all tensors with equal texts."""
+        return None
+
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes).
 

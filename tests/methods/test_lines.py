@@ -47,6 +47,16 @@ def test_editing_one_model_from_base_to_expert():
     assert [got[n] for n in OUTSIDE] == [0, 0, 0]
 
 
+def test_by_default_one_model_keeps_the_change_of_its_last_block():
+    for alpha in (0.0, 0.25, 1.0):
+        got = factors(ONE, TaskArithmetic(), Lines(alpha=alpha))
+        assert got[NAMES[0]] == pytest.approx(alpha, abs=1e-5)
+        assert got[NAMES[-1]] == pytest.approx(1.0, rel=1e-5)
+    same = merge(ONE, [TaskArithmetic(), Lines()], base=BASE)
+    assert all(torch.allclose(same[n], ONE["e0"][n], atol=1e-6) for n in BASE)
+    assert factors(EXPERTS, TaskArithmetic(), Lines(alpha=0.25))[NAMES[-1]] == pytest.approx(0.75, rel=1e-4)
+
+
 def test_outside_by_depth():
     got = factors(ONE, TaskArithmetic(), Lines(alpha=0.2, beta=0.7, outside="depth"))
     assert [got[n] for n in OUTSIDE] == pytest.approx([0.2, 0.9, 0.9], rel=1e-4)

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.errors import SourceError
 from weightsmith.io.small import parse_json, read_small
 from weightsmith.io.source import Source
+from weightsmith.keys import layer_of
 
-__all__ = ["Stacked", "adopt_config", "config_of", "cut_config", "stack_configs"]
+__all__ = [
+    "Stacked",
+    "adopt_config",
+    "blocks_held",
+    "config_of",
+    "counted_blocks",
+    "cut_config",
+    "miscounted",
+    "stack_configs",
+]
 
 _LIMIT = 16_000_000  # bytes of config.json
 _COUNT = re.compile(
@@ -38,6 +48,9 @@ _EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 _PERIODIC = ("attn_layer", "expert_layer")
 """Fields <word>_period and <word>_offset: layer i is special where i % period == offset."""
 
+_MAIN = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What a configuration calls the number of blocks of the (language) model: the first name present counts."""
+
 Config = dict[str, Any]
 _Place = tuple[tuple[str, ...], str]
 
@@ -56,6 +69,38 @@ def config_of(source: Source) -> str | None:
         return text
     path = None if source.folder is None else source.folder / "config.json"
     return read_small(path, _LIMIT).decode(errors="surrogateescape") if path is not None and path.is_file() else None
+
+
+def counted_blocks(config: Mapping[str, Any]) -> tuple[str, set[int]] | None:
+    """('num_hidden_layers = 28', the numbers of blocks that weights may then hold); None if it does not say."""
+    inner = config.get("text_config")
+    language = {**config, **inner} if isinstance(inner, dict) else config
+    name = next((name for name in _MAIN if isinstance(language.get(name), int)), None)
+    if name is None:
+        return None
+    count, extra = language[name], language.get("num_nextn_predict_layers")
+    # Multi-token prediction blocks follow the counted ones.
+    return f"{name} = {count}", {count, count + extra if isinstance(extra, int) else count}
+
+
+def miscounted(source: Source) -> str | None:
+    """Where a source's config.json and the block numbers in its tensors' names disagree; None if they do not."""
+    text = config_of(source)
+    said = counted_blocks(_parsed(text, source.label)) if text is not None else None
+    held = blocks_held(source.keys)
+    if said is None or not held or any(len(found) in said[1] for found in held.values()):
+        return None
+    stack = max(held, key=lambda name: len(held[name]))
+    return f"config.json says {said[0]}, the weights hold {len(held[stack])} blocks in {stack}"
+
+
+def blocks_held(names: Iterable[str]) -> dict[str, set[int]]:
+    """Stack ('model.layers') -> numbers of the blocks that tensors have names of."""
+    held: dict[str, set[int]] = {}
+    for name in names:
+        if place := layer_of(name):
+            held.setdefault(place[0], set()).add(place[1])
+    return held
 
 
 def cut_config(text: str, cuts: Mapping[str, tuple[int, int, int]], label: str) -> str:

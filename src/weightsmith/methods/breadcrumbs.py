@@ -53,6 +53,20 @@ class Breadcrumbs(
     def rounds(self) -> int:
         return select.ROUNDS + self.rescale
 
+    def remark(self, count: int) -> str | None:
+        """Of rows, whose window may fall off the end; that of a tensor is moved instead."""
+        shares = list(zip(spread(self.density, count), spread(self.remove_top, count), strict=True))
+        if self.scope_ == "tensor" or not self.remove_first or all(sum(share) <= 1 + 1e-9 for share in shares):
+            return None
+        left = ", ".join(dict.fromkeys(f"{min(density, 1 - top):.3g}" for density, top in shares))
+        return f"density + remove_top is more than 1: of each row only {left} survives"
+
+    def remark_on(self, key: Key, count: int) -> str | None:
+        total = key.numel if self.scope_ == "tensor" else key.shape[-1] if key.shape else 0
+        if not (key.shape and total) or all(first < last for first, last in self.cuts(count, total)):
+            return None
+        return f"with these shares no entry of only {total} survives, so nothing changes there"
+
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
         if round < select.ROUNDS and not self._ranks_tensor(key):
             return True

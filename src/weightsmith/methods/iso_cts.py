@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Grain, Method, Stage, number
 from weightsmith.methods.tsvm import scaled_mean
@@ -53,6 +54,11 @@ class IsoCts(
 
     def elsewhere(self) -> Stage:
         return scaled_mean(self.scaling)
+
+    def remark_on(self, key: Key, count: int) -> str | None:
+        if self._ranks(min(key.shape), count)[1]:
+            return None
+        return f"no direction of its own is left for each of {count} models, so this is iso_c"
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

@@ -33,9 +33,10 @@ class Lines(
     """Multiply the merged task vector tau by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
 
     Shallow blocks carry most of the forgetting, deep ones most of the gain.  Stands behind a method that uses
-    lambda 1: `task_arithmetic | lines`.  With one expert it edits a fine-tuned model (alpha 0..1, beta 1 - alpha).
+    lambda 1: `task_arithmetic | lines`.  With one expert it edits a fine-tuned model: alpha 0..1.
     alpha "auto" is (|sum_i delta_i|_1 / |tau|_1) / n over the whole model, from the experts' task vectors as they
-    were before any filter: 1/n for a plain sum.  beta then takes the place of lambda: search 0.1 to 1.
+    were before any filter: 1/n for a plain sum.  beta then takes the place of lambda: search 0.1 to 1.  beta "auto"
+    is 0.5 for several experts; for one it is 1 - alpha, so that the last block keeps its change.
 
     outside   alpha: all tensors outside the blocks get alpha (the authors' code, whose heads are kept apart);
               depth: embeddings get alpha, final norm and head alpha + beta (for language models with a tuned head;
@@ -44,8 +45,19 @@ class Lines(
     """
 
     alpha: float | str = number("auto", "scale of the first block", low=0, options=("auto",))
-    beta: float = number(0.5, "what the last block gets on top of alpha")
+    beta: float | str = number("auto", "what the last block gets on top of alpha", options=("auto",))
     outside: str = choice("alpha", "scale of tensors outside the blocks", "alpha", "depth")
+
+    def remark(self, count: int) -> str | None:
+        said = []
+        if not isinstance(self.alpha, str) and self.alpha > 1:
+            said.append(f"alpha = {self.alpha:g} is above 1: more than the whole change")
+        if not isinstance(self.beta, str) and self.beta < 0:
+            said.append(f"beta = {self.beta:g} is below 0: deep blocks get less than shallow ones")
+        if self.alpha == 0 and self.outside == "alpha":
+            said.append("alpha 0 gives embeddings, final norm and head back to the base; with outside: depth a tuned "
+                        "head keeps its change")  # fmt: skip
+        return "; ".join(said) or None
 
     @property
     def rounds(self) -> int:
@@ -71,14 +83,13 @@ class Lines(
         return site.with_deltas(site.deltas * self._factor(site))
 
     def _factor(self, site: Site) -> float:
-        if isinstance(self.alpha, str):
-            alpha = float(site.summary["lines.ratio"]) / _before_all(site).count
-        else:
-            alpha = float(self.alpha)
+        count = _before_all(site).count
+        alpha = float(site.summary["lines.ratio"]) / count if isinstance(self.alpha, str) else float(self.alpha)
+        beta = float(self.beta) if not isinstance(self.beta, str) else 1 - alpha if count == 1 else 0.5
         depth = site.depth
         if depth is None and self.outside == "depth":
             depth = {"embed": 0.0, "norm": 1.0, "head": 1.0}.get(site.key.role)
-        return alpha if depth is None else alpha + self.beta * depth
+        return alpha if depth is None else alpha + beta * depth
 
 
 def _before_all(site: Site) -> Site:

@@ -11,6 +11,7 @@ import numpy as np
 
 from weightsmith.io import system
 from weightsmith.io.folder import FolderSource
+from weightsmith.io.layers import blocks_held, counted_blocks
 from weightsmith.io.remote_source import open_url
 from weightsmith.io.source import Source
 from weightsmith.io.url import Url
@@ -22,7 +23,6 @@ _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embedd
 _HEADS = ("lm_head", "embed_out")
 # What a configuration calls a size: the first name present counts.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ROWS_AT_ONCE = 4096
 
 
@@ -90,23 +90,18 @@ def _embedding_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[s
 
 
 def _layer_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
-    stacks: dict[str, set[int]] = {}
-    for name in source.keys:
-        if place := layer_of(name):
-            stacks.setdefault(place[0], set()).add(place[1])
-    wanted = _size(config, _LAYERS)
-    if wanted is None:
+    stacks, said = blocks_held(source.keys), counted_blocks(config)
+    if said is None:
         return
-    extra = config.get("num_nextn_predict_layers")  # multi-token prediction blocks follow the counted ones
-    allowed = {wanted[1], wanted[1] + extra if isinstance(extra, int) else wanted[1]}
+    wanted, allowed = said
     if not stacks:
-        if wanted[1]:
-            yield f"config.json says {wanted[0]} = {wanted[1]}, the weights hold no numbered blocks"
+        if any(allowed):
+            yield f"config.json says {wanted}, the weights hold no numbered blocks"
         return
     if not any(len(found) in allowed for found in stacks.values()):
         stack = max(stacks, key=lambda name: len(stacks[name]))
         yield (
-            f"config.json says {wanted[0]} = {wanted[1]}, the weights hold {len(stacks[stack])} blocks in {stack}; "
+            f"config.json says {wanted}, the weights hold {len(stacks[stack])} blocks in {stack}; "
             "the model will be cut, or partly random"
         )
         return

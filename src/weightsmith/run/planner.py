@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from weightsmith.errors import WeightsmithError, did_you_mean
 from weightsmith.io.codec_folder import own_name
+from weightsmith.io.layers import miscounted
 from weightsmith.io.source import Source
 from weightsmith.io.untied import is_output_layer
 from weightsmith.keys import Key, depths
@@ -15,7 +17,7 @@ from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
-from weightsmith.run.remarks import what_inputs_say
+from weightsmith.run.remarks import TensorRemarks, what_inputs_say
 from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
 from weightsmith.run.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
@@ -44,6 +46,7 @@ class Planner:
             self.resolver = None
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
         self._complained: set[str] = set()
+        self._remarks = TensorRemarks()
         self._notes_on: dict[str, Mapping[str, Any]] = {
             stat: _common_notes(found.values()) for stat, found in inputs.stats.items()
         }
@@ -77,6 +80,7 @@ class Planner:
             else:
                 out += self._cut(self._output(key), pipeline, source, reason)
         self._check_vocabularies()
+        self.notes += self._remarks.lines()
         for pipeline, keys in groups.items():
             out += self._grouped(pipeline, keys)
         for name, first in self._carried.items():
@@ -145,7 +149,12 @@ class Planner:
         for before, stage in zip(pipeline.stages, informed, strict=True):
             if stage != before:
                 self._check_stage(stage)
+        self._remarks.add(key, informed, len(self.inputs.experts))
         return Pipeline(informed), "", reason
+
+    @cached_property
+    def _miscounted(self) -> str | None:
+        return miscounted(self.reference) if self.reference is not None else None
 
     def _may_encode(self, pipeline: Pipeline) -> bool:
         if not self.encode:
@@ -163,6 +172,8 @@ class Planner:
             self._once(
                 f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
             )
+        elif traits.by_depth and self._miscounted:
+            self._once(f"{traits.name} works by depth, but {self._miscounted}; correct the one or the other")
         if text := stage.check(count, self.inputs.base is not None):
             self._once(f"{traits.name}: {text}")
         elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from weightsmith.io.gguf import GgufSource
 from weightsmith.io.untied import UntiedSource
+from weightsmith.keys import Key
+from weightsmith.method import Stage
 from weightsmith.run.inputs import Inputs
 
-__all__ = ["twins", "what_inputs_say"]
+__all__ = ["TensorRemarks", "twins", "what_inputs_say"]
+
+
+class TensorRemarks:
+    """What stages say of single tensors, gathered to a line per text."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, list[str]] = {}
+
+    def add(self, key: Key, stages: Iterable[Stage], count: int) -> None:
+        for stage in stages:
+            if text := stage.remark_on(key, count):
+                self._tensors.setdefault(f"{stage.name}: {text}", []).append(key.name)
+
+    def lines(self) -> Iterator[str]:
+        """The text, the first tensor it holds for, and how many more there are."""
+        for text, names in self._tensors.items():
+            yield f"{text}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[str]:
