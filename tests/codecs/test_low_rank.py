@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import weightsmith
 from goldens.encoded import Encoded, encoded
+from weightsmith.cli.main import main
 from weightsmith.codecs.fwsvd import Fwsvd
 from weightsmith.codecs.rmm import Rmm, balanced
 from weightsmith.errors import NumericError, PlanError, RecipeError, SourceError
@@ -19,6 +22,7 @@ from weightsmith.io.open import open_source
 from weightsmith.io.source import MemorySource
 from weightsmith.keys import Key
 from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.text import to_tree
 from weightsmith.run.compress import compress, restore
 from weightsmith.run.inputs import Inputs
 from weightsmith.site import Site
@@ -302,6 +306,23 @@ def test_alignment_lowers_the_error():
     assert error("procrustes") < error("none")
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_one_adapter_is_stored_as_it_is(center):
+    codec = Rmm(rank=RANK, center=center)
+    (got,), _ = encode(codec, pairs()[:1])
+    left, right = pairs()[0]
+    assert close(got, left @ right)
+    assert codec.check(1, True) is None
+    assert codec.remark(1) == "one model shares nothing: its changes are only cut to rank 3"
+
+
+def test_adapters_of_unlike_ranks_fill_up_with_zeros():
+    factors = [(left[:, : i % RANK + 1], right[: i % RANK + 1]) for i, (left, right) in enumerate(pairs())]
+    for canonicalise in ("none", "svd", "procrustes"):
+        got, _ = encode(Rmm(rank=RANK, basis=COUNT, canonicalise=canonicalise), factors)
+        assert all(close(g, left @ right) for g, (left, right) in zip(got, factors, strict=True))
+
+
 def test_balanced_factors():
     left, right = balanced(change("e0"), 12)
     assert close(left @ right.T, change("e0"), 1e-10)
@@ -339,10 +360,13 @@ METHODS = {
 }
 
 
-def squeezed(there: Path, method: list, out: str = "small", **more: object) -> Path:
+def recipe_of(there: Path, method: list, **more: object) -> Recipe:
     models = {name: {"model": str(there / name)} for name in NAMES}
-    made = Recipe.model_validate({"base": str(there / "base"), "models": models, "method": tuple(method), **more})
-    return compress(made, there / out, threads=1).out
+    return Recipe.model_validate({"base": str(there / "base"), "models": models, "method": tuple(method), **more})
+
+
+def squeezed(there: Path, method: list, out: str = "small", **more: object) -> Path:
+    return compress(recipe_of(there, method, **more), there / out, threads=1).out
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -361,6 +385,36 @@ def test_there_and_back(there: Path, name: str) -> None:
         assert torch.allclose(torch.cat(pieces), whole, atol=1e-6)
     with pytest.raises(SourceError, match="a consensus needs the masks of tall_masks, not"):
         restore(small, None, there / "no", consensus=1)
+
+
+def relative(got: State, expert: State, names: list[str], base: State | None = None) -> float:
+    wrong = sum(float((got[n] - expert[n]).double().square().sum()) for n in names)
+    there = sum(float((expert[n] - base[n] if base else expert[n]).double().square().sum()) for n in names)
+    return (wrong / there) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["tsvc", "twin", "sparse", "rmm", "tensor"])
+def test_the_error_of_every_model_is_said(there: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the changes as they are rebuilt, not of their factors."""
+    found = compress(recipe_of(there, METHODS[name]), there / "small", threads=1)
+    assert found.storage is not None
+    matrices = [n for n, shape in SHAPES.items() if len(shape) == 2]
+    got = {e: load_file(restore(found.out, e, there / f"out-{e}").out / "model.safetensors") for e in NAMES}
+    want = {e: relative(got[e], EXPERTS[e], matrices, BASE) for e in NAMES}
+    each = {n: {e: relative(got[e], EXPERTS[e], [n], BASE) for e in NAMES} for n in matrices}
+    assert min(want.values()) > 0.1
+    assert found.storage.error == pytest.approx(want, rel=1e-3)
+    noted = json.loads((found.out / "weightsmith.json").read_text())["codec"]
+    assert noted["error"] == found.storage.error
+    for n, errors in each.items():
+        assert noted["errors"][n] == pytest.approx(errors, rel=1e-3)
+    tensor, expert, worst = found.storage.worst or ("", "", 0.0)
+    assert worst == noted["errors"][tensor][expert] == max(max(e.values()) for e in noted["errors"].values())
+    (there / "recipe.yaml").write_text(json.dumps(to_tree(recipe_of(there, METHODS[name]))))
+    assert main(["compress", str(there / "recipe.yaml"), str(there / "again")]) == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"error of the changes, relative norm: e0 {noted['error']['e0']:.2%}, e1 " in shown
+    assert f"at most {worst:.2%} ({tensor} of {expert})" in shown
 
 
 def test_half_precision_is_stored_in_half(there: Path) -> None:
@@ -410,6 +464,9 @@ def test_one_model_alone_there_and_back(tmp_path: Path) -> None:
 def test_one_model_alone_takes_less_room(tmp_path: Path) -> None:
     small = alone(tmp_path, rank=2)
     files = load_file(small / "experts.safetensors")
+    noted = json.loads((small / "weightsmith.json").read_text())["codec"]["errors"]
+    got = open_source(small, expert="m").read(UP)
+    assert noted[UP]["m"] == pytest.approx(relative({UP: got}, EXPERTS["e0"], [UP]), rel=1e-3), "of the weights"
     want = sum(t.numel() for n, t in EXPERTS["e0"].items() if n != UP) + 2 * (16 + 12)
     assert sum(t.numel() for t in files.values()) == want
 

@@ -161,4 +161,9 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
                 f"{who} in {size(kept.stored)}{beside}: "
                 f"{kept.ratio:.0%} of the {size(kept.experts)} that {taken} in full"
             )
+            if kept.worst is not None:
+                tensor, name, most = kept.worst
+                of = "changes" if kept.base else "weights"
+                each = ", ".join(f"{who} {share:.2%}" for who, share in kept.error.items())
+                say(f"error of the {of}, relative norm: {each}; at most {most:.2%} ({tensor} of {name})")
         say(f"next: {next_step}")

@@ -65,6 +65,9 @@ class Rmm(
             )
         return None
 
+    def remark(self, count: int) -> str | None:
+        return f"one model shares nothing: its changes are only cut to rank {self.rank}" if count == 1 else None
+
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         rank = min(self.rank, *key.shape)
         p = self._basis(rank, len(experts))

@@ -21,6 +21,7 @@ from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.carry import carry_out
 from weightsmith.run.inputs import Inputs, open_inputs
+from weightsmith.run.lost import Squares, errors
 from weightsmith.run.merge import Result, Storage, finished, prepared, result_of, run, treatments
 from weightsmith.run.plan import Plan, make_plan
 
@@ -53,11 +54,12 @@ def compress(
     inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True,
                      device=device)  # fmt: skip
+    records: Mapping[str, Any] = {}
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
         records = carry_out(plan, inputs, sink, progress=progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
-    return result_of(plan, out, time.perf_counter() - began, plan.notes, _storage(plan, inputs))
+    return result_of(plan, out, time.perf_counter() - began, plan.notes, _storage(plan, inputs, records))
 
 
 def restore(
@@ -135,6 +137,8 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
         kind="codec",
     )
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
+    if lost := _lost(plan, records):
+        about["error"], about["errors"] = errors(lost)
     more = {"device": plan.device} if plan.device else {}
     return [*written, write_manifest(folder, {**manifest, "codec": about, **more})]
 
@@ -147,8 +151,20 @@ def _path(ref: ModelRef | None) -> str:
     return str(place.resolve()) if place.exists() else ref.model
 
 
-def _storage(plan: Plan, inputs: Inputs) -> Storage:
+def _lost(plan: Plan, records: Mapping[str, Any]) -> dict[str, Squares]:
+    """Tensor -> what was lost of it, where that was measured."""
+    return {task.key.name: lost for task in plan.tasks if (lost := records.get(task.id, {}).get("lost"))}
+
+
+def _storage(plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Storage:
+    total, each = errors(_lost(plan, records))
+    found = [(name, expert, error) for name, own in each.items() for expert, error in own.items()]
     size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in inputs.models}
     return Storage(
-        base=size.pop("base", 0), stored=plan.write_bytes, experts=sum(size.values()), count=len(inputs.experts)
+        base=size.pop("base", 0),
+        stored=plan.write_bytes,
+        experts=sum(size.values()),
+        count=len(inputs.experts),
+        error=total,
+        worst=max(found, key=lambda one: one[2], default=None),
     )

@@ -34,6 +34,7 @@ from weightsmith.run.fast import (
 )
 from weightsmith.run.hashes import Hashes
 from weightsmith.run.kept import Kept
+from weightsmith.run.lost import squares_lost
 from weightsmith.run.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.run.sites import site_of
 from weightsmith.run.task import Task, blocks
@@ -82,13 +83,13 @@ def together(running: Sequence[Steps[T]]) -> list[T]:
 
 def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
     """`execute` as steps, which read through `context.kept`."""
-    hashes = Hashes(task)
+    hashes, said = Hashes(task), dict[str, Any]()
     if task.pipeline is None:
         produced: Made = _copied(task, context)
     elif task.pipeline.grain is Grain.GROUP:
         produced = _grouped(task, task.pipeline, context)
     elif task.pipeline.codec is not None:
-        produced = _encoded(task, task.pipeline, context)
+        produced = _encoded(task, task.pipeline, context, said)
     elif is_fused(task, context):
         produced = _fused(task, task.pipeline, context)
     else:
@@ -101,7 +102,7 @@ def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
             context.progress(bits.nbytes)
             del made, bits  # while others have their turn, whole tensors would add up
         yield
-    return {"parts": hashes.records(), **_noted(task, context)}
+    return {"parts": hashes.records(), **_noted(task, context), **said}
 
 
 def _noted(task: Task, context: Context) -> dict[str, Any]:
@@ -161,12 +162,18 @@ def _merged(task: Task, pipeline: Pipeline, context: Context) -> Made:
         yield from _finished(pipeline.merge(site, summaries), task.key, site, start, context)
 
 
-def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Made:
-    """The parts that a codec makes of a tensor; every block gives the rows that stand for it."""
+def _encoded(task: Task, pipeline: Pipeline, context: Context, said: dict[str, Any]) -> Made:
+    """The parts that a codec makes of a tensor; every block gives the rows that stand for it.
+
+    What codecs of whole tensors lose is noted in `said`; the others work at the speed of copying.
+    """
+    codec = pipeline.codec
+    assert codec is not None
     summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
     for start, stop in _ranges(task, pipeline, context.merged):
         site = site_of(task.key, task, context, start, stop)
         made = pipeline.encode(site, summaries)
+        stored: dict[str, Tensor] = {}
         for part in task.encoded:
             low, high = part.rows(site.offset, site.offset + site.stack[0].numel())
             rows = made[part.key.name]
@@ -175,7 +182,13 @@ def _encoded(task: Task, pipeline: Pipeline, context: Context) -> Made:
                 raise NumericError(f"{part.key.name}: the codec returned shape {list(rows.shape)} for {list(wanted)}")
             if part.key.floating:
                 refuse_bad_result(part.key, low, rows, context)
-            yield from _out(cast(rows, part.key, low), part.key, low, context)
+            stored[part.key.name] = cast(rows, part.key, low)
+            del rows, made[part.key.name]
+        if codec.grain is Grain.TENSOR:
+            said["lost"] = squares_lost(task, codec, site, stored)
+        for part in task.encoded:
+            low, _ = part.rows(site.offset, site.offset + site.stack[0].numel())
+            yield from _out(stored.pop(part.key.name), part.key, low, context)
 
 
 def _grouped(task: Task, pipeline: Pipeline, context: Context) -> Made:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of tensors: the compressed folder and the base that it needs, against the experts in full."""
+    """Bytes of tensors: the compressed folder and the base that it needs, against the experts in full.
+
+    error   expert -> relative Frobenius error of its change (of its weights, where there is no base), over all tensors
+            stored by codecs of whole tensors
+    worst   (tensor, expert, error) of the largest one; None if nothing was measured
+    """
 
     base: int
     stored: int
     experts: int
     count: int
+    error: Mapping[str, float] = field(default_factory=dict)
+    worst: tuple[str, str, float] | None = None
 
     @property
     def ratio(self) -> float:
