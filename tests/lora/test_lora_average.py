@@ -121,7 +121,7 @@ def test_average_is_the_plain_mean(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": -1.0}, "rule power needs values above 0, not -1; use rule softmax or rank"),
+        ({"loss": -1.0}, r"rule power needs values above 0, not -1 \(model 2 of 2\); use rule softmax or rank"),
         ({"loss": float("nan")}, "loss at step 300 is nan; leave this checkpoint out"),
         ({"loss": "low"}, "loss at step 300 is 'low', not a number"),
         ({"step": True}, "an entry of log_history has step True"),
@@ -165,6 +165,18 @@ def test_selections(run: Path, tmp_path: Path) -> None:
         select(found, last=1)
     with pytest.raises(SourceError, match="no folders checkpoint-N in it"):
         checkpoints(tmp_path)
+
+
+def test_a_checkpoint_without_an_adapter_is_named(run: Path, tmp_path: Path) -> None:
+    for step in LOSS:
+        (tmp_path / f"checkpoint-{step}").symlink_to(run / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-400").mkdir()
+    (tmp_path / "best_model").symlink_to(run / "checkpoint-100")  # a copy of one; no checkpoint by its name
+    with pytest.raises(SourceError, match=r"checkpoint-400: no LoRA adapter here"):
+        lora.average(tmp_path, tmp_path / "out")
+    (tmp_path / "checkpoint-400").rmdir()
+    assert list(lora.average(tmp_path, tmp_path / "out").weights) == [f"checkpoint-{step}" for step in LOSS]
+    assert not (tmp_path / "out" / "trainer_state.json").exists(), "training cannot go on from an average"
 
 
 def test_adapters_of_unlike_runs(run: Path, tmp_path: Path) -> None:

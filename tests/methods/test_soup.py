@@ -42,6 +42,7 @@ def test_soups_that_cannot_be_chosen():
     ("value", "parameters", "shares"),
     [
         ((1.0, 2.0), {}, (2 / 3, 1 / 3)),
+        ((5.0,), {}, (1.0,)),
         ((100.0, 300.0), {"metric": "steps", "penalty": 2.0}, (0.1, 0.9)),
         ((0.5, 0.25), {"metric": "score"}, (2 / 3, 1 / 3)),
         ((3.0, 1.0, 2.0), {"rule": "rank"}, (1 / 6, 3 / 6, 2 / 6)),

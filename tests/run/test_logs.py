@@ -60,7 +60,11 @@ def test_the_plan_says_the_weights(training: Path) -> None:
     models = {f"c{step}": str(training / f"checkpoint-{step}") for step in (100, 200)}
     recipe = Recipe.model_validate({"models": models, "method": "mwa"})
     assert "mwa: weights 0.2, 0.8" in make_plan(recipe).notes
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json"):
+        (training / "checkpoint-100" / name).write_text("{}")
     run(recipe, training / "out")
+    found = {path.name for path in (training / "out").iterdir()}
+    assert found == {"model.safetensors", "config.json", "weightsmith.json", "README.md"}, "training cannot go on"
     assert float(load_file(training / "out/model.safetensors").popitem()[1][0, 0]) == pytest.approx(180)
 
 
@@ -87,7 +91,7 @@ def test_models_that_are_no_checkpoints() -> None:
 def test_a_logged_loss_that_the_rule_cannot_take(training: Path) -> None:
     path = training / "checkpoint-200/trainer_state.json"
     path.write_text(path.read_text().replace("1.0", "-1.0"))
-    with pytest.raises(PlanError, match="rule power needs values above 0, not -1; use rule softmax or rank"):
+    with pytest.raises(PlanError, match=r"values above 0, not -1 \(model 2 of 2\); use rule softmax or rank"):
         merged(training)
     assert merged(training, rule="rank") == pytest.approx(2 / 3)
 

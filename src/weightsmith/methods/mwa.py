@@ -59,7 +59,8 @@ class Mwa(
         low = min(values)
         if self.rule == "power" and self.penalty and (low < 0 or (low == 0 and self.metric == "loss")):
             wanted = "above 0" if self.metric == "loss" else "of at least 0"
-            return f"rule power needs values {wanted}, not {low:g}; use rule softmax or rank"
+            which = f"{low:g} (model {values.index(low) + 1} of {count})"
+            return f"rule power needs values {wanted}, not {which}; use rule softmax or rank"
         return None
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
