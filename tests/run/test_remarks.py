@@ -83,6 +83,41 @@ def test_depth_needs_a_configuration_that_agrees(config: dict[str, Any], said: s
     ]
 
 
+def adapter(folder: Path, base: str, *modules: str) -> str:
+    folder.mkdir()
+    sides = {"A": torch.ones(2, 12), "B": torch.ones(8, 2)}
+    names = {f"base_model.model.{m}.lora_{side}.weight": t.clone() for m in modules for side, t in sides.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["mlp"], "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_adapters_of_unlike_modules_and_bases(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file({k: torch.zeros(s) for k, s in SHAPES.items()}, tmp_path / "base" / "model.safetensors")
+    both = ("layers.0.mlp", "layers.1.mlp")
+    adapters = {
+        "all": adapter(tmp_path / "all", "org/one", *both),
+        "half": adapter(tmp_path / "half", "org/one", both[0]),
+        "other": adapter(tmp_path / "other", "org/two", *both),
+    }
+
+    def said(*names: str) -> list[str]:
+        models = {n: {"model": str(tmp_path / "base"), "adapter": adapters[n]} for n in names}
+        tree = {"base": str(tmp_path / "base"), "models": models, "method": "knots"}
+        return list(make_plan(Recipe.model_validate(tree)).notes)
+
+    assert said("all") == said("half") == []
+    assert said("all", "half") == [
+        "half does not change 1 of 2 tensors that other adapters change (layers.1.mlp.weight): its task vector is zero "
+        "there"
+    ]
+    assert said("all", "other") == [
+        "adapters name unlike base models (all: org/one, other: org/two); all are put on the one given here"
+    ]
+
+
 def depth_plan(folder: Path, config: dict[str, Any]) -> list[str]:
     """The problems of a merge by depth of two blocks whose configuration says `config`."""
     for name in ("base", "a"):

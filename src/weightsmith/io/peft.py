@@ -76,6 +76,11 @@ class AdapterSource(Source):
         return tuple(self._changes)
 
     @property
+    def trained_on(self) -> str:
+        """What the adapter's configuration calls its base model, '' if it does not say."""
+        return str(self._config.get("base_model_name_or_path") or "")
+
+    @property
     def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
         return self.base.download_bytes
 

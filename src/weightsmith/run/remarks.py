@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from weightsmith.io.gguf import GgufSource
+from weightsmith.io.peft import AdapterSource
 from weightsmith.io.untied import UntiedSource
 from weightsmith.keys import Key
 from weightsmith.method import Stage
@@ -32,7 +33,9 @@ class TensorRemarks:
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[str]:
-    """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors."""
+    """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors, adapters
+    that are unlike."""
+    yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if isinstance(s, AdapterSource)})
     for i, (name, source) in enumerate(inputs.models):
         if i == 0 and isinstance(source, GgufSource):
             yield (
@@ -48,6 +51,24 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
         if extras := getattr(source, "extras", ()):
             shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
             yield f"{name}: entries that are no tensors are left out: {shown}"
+
+
+def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
+    """Adapters that leave alone what others change, or that say they were trained on unlike models."""
+    changed = {name: dict.fromkeys(source.changed) for name, source in adapters.items()}
+    every = list(dict.fromkeys(tensor for own in changed.values() for tensor in own))
+    for name, own in changed.items():
+        if lacking := [tensor for tensor in every if tensor not in own]:
+            yield (
+                f"{name} does not change {len(lacking)} of {len(every)} tensors that other adapters change "
+                f"({lacking[0]}): its task vector is zero there"
+            )
+    bases = {name: source.trained_on for name, source in adapters.items() if source.trained_on}
+    if len(set(bases.values())) > 1:
+        yield (
+            f"adapters name unlike base models ({', '.join(f'{n}: {b}' for n, b in bases.items())}); all are put on "
+            "the one given here"
+        )
 
 
 def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
