@@ -9,6 +9,7 @@ from driver import build, merge, sites
 from weightsmith.kernel import WeightedSum
 from weightsmith.methods.keep import Keep
 from weightsmith.methods.linear import Linear
+from weightsmith.methods.multislerp import Multislerp
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 
 
@@ -63,6 +64,18 @@ def test_weights_that_sum_to_zero_cannot_be_normalized(cls):
     problem = cls(weight=(1.0, -1.0), normalize=True).check(2, True)
     assert problem == "weights 1, -1 sum to zero, which cannot be normalized; set normalize: false"
     assert cls(weight=0, normalize=True).check(3, True)
+
+
+@pytest.mark.parametrize("cls", [Linear, TaskArithmetic, Multislerp])
+def test_negative_weights_are_normalized_with_care(cls):
+    problem = cls(weight=(-1.0, -0.5), normalize=True).check(2, True)
+    assert problem == "weights -1, -0.5 sum to -1.5: normalizing turns all their signs around; set normalize: false"
+    assert cls(weight=(-1.0, -0.5), normalize=False).check(2, True) is None
+    assert cls(weight=(1.0, -0.9), normalize=True).check(2, True) is None
+    assert cls(weight=(1.0, -0.9), normalize=True).remark(2) == "normalized, the weights are 10, -9"
+    assert cls(weight=(1.0, -0.9), normalize=False).remark(2) is None
+    assert cls(weight=(1.0, 0.0), normalize=True).remark(2) is None
+    assert cls(weight=(1.0, -1.0), normalize=True).remark(2) is None
 
 
 def test_what_the_fused_kernels_are_told():

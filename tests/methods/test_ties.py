@@ -116,6 +116,14 @@ def test_weights_come_before_the_vote_and_divide_the_mean():
     assert got.tolist() == [2.0, 6.0]
 
 
+def test_a_mean_of_negative_weights_is_refused():
+    problem = Ties(weight=(1.0, -0.9)).check(2, True)
+    assert problem is not None
+    assert problem.startswith("weight -0.9 (model 2 of 2) loses its sign where aggregate mean divides by the weights")
+    assert Ties(weight=(1.0, -0.9), aggregate="sum").check(2, True) is None
+    assert Ties(weight=(1.0, 0.0)).check(2, True) is None
+
+
 def test_each_expert_has_its_own_density_and_names_do_not_matter():
     got = merge(COARSE, "ties", base=ZERO, density=(1.0, 0.1, 0.1, 0.1), zero_sign="plus")
     turned = {m: dict(reversed(e.items())) for m, e in COARSE.items()}

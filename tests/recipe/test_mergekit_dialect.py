@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from goldens.adapters import Case, cases
 from weightsmith.cli.main import main
 from weightsmith.errors import PlanError, RecipeError
+from weightsmith.io.safetensors import SafetensorsSource
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.mergekit_methods import METHODS
 from weightsmith.recipe.text import dumps, to_tree
@@ -308,6 +309,47 @@ def test_weights_that_cancel_are_refused(models: Path) -> None:
             "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]\nmerge_method: linear",
             models,
         )
+
+
+def test_negative_weights_that_normalizing_would_turn_around_are_refused(models: Path) -> None:
+    two = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -0.9}}]\nbase_model: base\n"
+    with pytest.raises(PlanError, match=r"ties: weight -0\.9 \(model 2 of 2\) loses its sign .*normalize: false"):
+        run(two + "merge_method: ties", models)
+    assert run(two + "merge_method: ties\nparameters: {normalize: false}", models)
+    one = "models: [{model: a, parameters: {weight: -1}}]\nbase_model: base\nmerge_method: task_arithmetic\n"
+    with pytest.raises(PlanError, match="weights -1 sum to -1: normalizing turns all their signs around"):
+        run(one + "parameters: {normalize: true}", models)
+    merged, name = run(one, models), "lm_head.weight"
+    torch.testing.assert_close(merged[name], 2 * small(0)[name] - small(1)[name])
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1.0e-5", "1E-5", "[1e-5]", "[1e-5, 1e-5]"])
+def test_numbers_as_yaml_1_1_reads_them_not(written: str, models: Path) -> None:
+    """1e-5 is a string there; and a gradient of one element is that number everywhere."""
+    text = "models: [{model: base}, {model: a}]\nmerge_method: slerp\nbase_model: base\nparameters: {t: %s}"
+    merged, plain = run(text % written, models), run(text % "0.00001", models, "plain")
+    assert all(torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_invalid_configs_read_no_tensor(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(SafetensorsSource, "bits", refuse)
+    monkeypatch.setattr(SafetensorsSource, "read", refuse)
+    with pytest.raises(AssertionError, match="a tensor was read"):
+        run(LINEAR, models)
+    for text, message in [
+        (LINEAR + "slices: [1]", "exactly one of models, slices and modules"),
+        ("models: [{model: a}, {model: b}]\nmerge_method: linear", "needs the parameter 'weight' for a"),
+        ("models: [{model: a}]\nmerge_method: slerp\nbase_model: b\nparameters: {t: 2}", "t = 2 is outside"),
+        ("models: [{model: a}, {model: b}]\nmerge_method: slerp\nbase_model: base\nparameters: {t: 0}", "slerp"),
+        ("models: [{model: a}]\nmerge_method: model_stock\nbase_model: base", "model_stock"),
+        ("models: [{model: a}, {model: b}]\nmerge_method: passthrough", "passthrough takes 1 model"),
+        (LINEAR.replace("weight: 1", "weight: 0"), "sum to zero"),
+    ]:
+        with pytest.raises((PlanError, RecipeError), match=message):
+            run(text, models)
 
 
 # --- the command line --------------------------------------------------------------------------------

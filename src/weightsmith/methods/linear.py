@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.kernel import WeightedSum
 from weightsmith.method import Each, Method, flag, number
-from weightsmith.ops.combine import apply_weighted_sum, normaliser, spread, unusable_weights
+from weightsmith.ops.combine import apply_weighted_sum, normaliser, shares_remark, spread, unusable_weights
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class Linear(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def remark(self, count: int) -> str | None:
+        return shares_remark(spread(self.weight, count), self.normalize)
 
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)

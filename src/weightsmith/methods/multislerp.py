@@ -11,7 +11,7 @@ import numpy as np
 from weightsmith.kernel import Mix
 from weightsmith.method import Each, Method, Rows, flag, number
 from weightsmith.ops import gram
-from weightsmith.ops.combine import spread, unusable_weights
+from weightsmith.ops.combine import shares_remark, spread, unusable_weights
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Multislerp(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def remark(self, count: int) -> str | None:
+        return shares_remark(spread(self.weight, count), self.normalize)
 
     def question(self, round: int) -> Any:
         return MIX

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.kernel import WeightedSum
 from weightsmith.method import BASE, Each, Method, flag, number
-from weightsmith.ops.combine import apply_weighted_sum, normaliser, spread, unusable_weights
+from weightsmith.ops.combine import apply_weighted_sum, normaliser, shares_remark, spread, unusable_weights
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ class TaskArithmetic(
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
+
+    def remark(self, count: int) -> str | None:
+        return shares_remark(spread(self.weight, count), self.normalize)
 
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)

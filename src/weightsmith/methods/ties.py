@@ -54,6 +54,15 @@ class Ties(
     zero_sign: str = choice("majority", "sign where the vote is tied", "majority", "minority", "plus")
     aggregate: str = choice("mean", "how agreeing changes are combined", *AGGREGATES)
 
+    def check(self, count: int, has_base: bool) -> str | None:
+        weights = spread(self.weight, count)
+        if self.aggregate != "mean" or min(weights) >= 0:
+            return None
+        return (
+            f"weight {min(weights):g} (model {weights.index(min(weights)) + 1} of {count}) loses its sign where "
+            "aggregate mean divides by the weights that agree; set aggregate: sum (mergekit: normalize: false)"
+        )
+
     @property
     def passes(self) -> tuple[str, ...]:
         """What each measuring round finds out."""

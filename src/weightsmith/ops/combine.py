@@ -27,6 +27,7 @@ __all__ = [
     "mean",
     "normaliser",
     "per_expert",
+    "shares_remark",
     "spread",
     "unusable_weights",
     "weigh",
@@ -68,11 +69,20 @@ def normaliser(weights: Sequence[float], normalize: bool) -> float:
 
 
 def unusable_weights(weights: Sequence[float], normalize: bool) -> str | None:
-    """The problem with dividing by a sum of weights that is zero, or None."""
-    if normalize and abs(sum(weights)) < ZERO_WEIGHT:
-        listed = ", ".join(f"{w:g}" for w in weights)
+    """The problem with dividing by a sum of weights that is zero or negative, or None."""
+    listed, total = ", ".join(f"{w:g}" for w in weights), sum(weights)
+    if normalize and abs(total) < ZERO_WEIGHT:
         return f"weights {listed} sum to zero, which cannot be normalized; set normalize: false"
+    if normalize and total < 0:
+        return f"weights {listed} sum to {total:g}: normalizing turns all their signs around; set normalize: false"
     return None
+
+
+def shares_remark(weights: Sequence[float], normalize: bool) -> str | None:
+    """What the shares become where a negative weight makes the others larger than they look, or None."""
+    if not normalize or min(weights) >= 0 or unusable_weights(weights, normalize):
+        return None
+    return f"normalized, the weights are {', '.join(f'{w / sum(weights):.4g}' for w in weights)}"
 
 
 def apply_weighted_sum(spec: WeightedSum, site: Site) -> Tensor:
