@@ -146,6 +146,38 @@ def test_the_largest_entries_and_random_ones():
     assert len(set(place.tolist())) == 48
 
 
+@STRATEGIES
+def test_at_least_one_triplet_or_entry_is_kept_and_other_tensors_are_whole(strategy):
+    shapes = {"w": (6, 5), "kernel": (4, 3, 2), "bias": (5,)}
+    base = {n: torch.zeros(s) for n, s in shapes.items()}
+    made = torch.Generator().manual_seed(4)
+    experts = {e: {n: torch.randn(s, generator=made) for n, s in shapes.items()} for e in ("a", "b")}
+    few = encoded(["task_arithmetic", {"twin": {"density": 1e-3, "strategy": strategy}}], base, experts)
+    for e, state in experts.items():
+        own = few.rebuilt("w", e, base["w"]) - few.tensors["w::tau"]
+        assert float(own.norm()) > 0
+        assert torch.linalg.matrix_rank(own) == 1
+        for n in ("kernel", "bias"):
+            assert torch.equal(few.rebuilt(n, e, base[n]), state[n])
+    each = {"svd": 6 + 1 + 5, "magnitude": 2, "random": 2}[strategy]
+    assert few.numel == 30 + 2 * (each + 24 + 5), "what is stored"
+
+
+def test_exclusive_parts_belong_to_names_not_to_places():
+    front = [{"task_arithmetic": {"lambda": 0.3}}, {"twin": {"density": 0.4}}]
+    turned = {e: EXPERTS[e] for e in reversed(NAMES)}
+    one, other = encoded(front, BASE, EXPERTS), encoded(front, BASE, turned)
+    for e in NAMES:
+        assert close(one.rebuilt(UP, e, BASE[UP]), other.rebuilt(UP, e, BASE[UP]), 1e-6)
+    assert not close(one.rebuilt(UP, "e0", BASE[UP]), one.rebuilt(UP, "e3", BASE[UP]), 1e-2)
+
+
+def test_uncompressed_parts_in_equal_shares_are_the_mean_of_the_experts():
+    made = encoded([{"task_arithmetic": {"lambda": 0.3}}, {"twin": {"density": 1.0}}], BASE, EXPERTS)
+    mixed = sum(made.rebuilt(UP, e, BASE[UP]) for e in NAMES) / 4
+    assert close(mixed, sum(EXPERTS[e][UP] for e in NAMES) / 4)
+
+
 # --- fwsvd -----------------------------------------------------------------------------------------
 
 
@@ -210,6 +242,28 @@ def test_what_is_factored_and_what_stays_whole():
     assert made.numel == matrices + 4 * (30 * 8 + 13 + 1)
     assert Fwsvd(rank=7)._rank(Key("a", (16, 12), "float32")) == 0, "7 (16 + 12) > 16 12"
     assert Fwsvd(rank=7, always=True)._rank(Key("a", (16, 12), "float32")) == 7
+
+
+def test_inputs_of_no_importance_stay_finite():
+    scores = SCORES.clone()
+    scores[:, 3] = 0
+    got, weight = fitted(scores, rank=3), WEIGHT.clone()
+    assert bool(torch.isfinite(got).all())
+    weight[:, 3] = 0  # what a dead input holds does not matter to the others
+    keep = [j for j in range(12) if j != 3]
+    importance = scores.double().sum(0).sqrt()
+    u, s, vt = torch.linalg.svd(weight * importance, full_matrices=False)
+    assert close(got[:, keep], ((u[:, :3] * s[:3]) @ vt[:3] / importance.clamp(min=1e-30))[:, keep], 1e-3)
+
+
+def test_a_damaged_fisher_is_refused():
+    scores = SCORES.clone()
+    scores[2, 5] = float("nan")
+    with pytest.raises(NumericError, match=rf"{UP} in the fisher of e0 holds NaN at \[2, 5\]"):
+        fitted(scores, rank=3)
+    scores[2, 5] = -1.0
+    with pytest.raises(NumericError, match=rf"{UP}: the fisher of e0 is negative somewhere"):
+        fitted(scores, rank=3)
 
 
 def test_a_fisher_of_zeros_is_refused():

@@ -118,3 +118,9 @@ def test_the_iteration_agrees_with_the_decomposition():
         assert torch.allclose(polar(matrix, "svd"), polar(matrix), atol=1e-10)
     a, b = delta("iso_c", *CHANGES), delta("iso_c", *CHANGES, solver="iterate")
     assert float((a - b).norm() / a.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("solver", ["eigh", "iterate"])
+def test_nothing_changed_gives_nothing(solver):
+    assert torch.equal(delta("iso_c", torch.zeros(6, 9), solver=solver), torch.zeros(6, 9))
+    assert torch.equal(delta("iso_cts", *[torch.zeros(6, 9)] * 2), torch.zeros(6, 9))

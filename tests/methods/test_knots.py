@@ -94,3 +94,14 @@ def test_dropping_is_unbiased_and_keyed_by_the_expert():
 
 def test_other_tensors_stay_the_base():
     assert torch.equal(delta(noise(5), noise(5, seed=1)), torch.zeros(5))
+
+
+@pytest.mark.parametrize("parameters", [{}, {"density": 0.4}, {"rule": "mean"}])
+def test_tiny_adapters_and_layers_without_a_change(parameters):
+    """The authors cut singular values at 1e-5: adapters below it vanish there."""
+    plain, tiny = delta(*CHANGES, **parameters), delta(*(1e-8 * c for c in CHANGES), **parameters)
+    assert float(tiny.norm()) > 0
+    assert torch.allclose(tiny * 1e8, plain, atol=1e-4)
+    base = {n: noise(10, 12, seed=9) for n in ("a", "b")}
+    models = {f"e{i}": {"a": base["a"], "b": base["b"] + c} for i, c in enumerate(CHANGES)}
+    assert torch.equal(merge(models, "knots", base=base, **parameters)["a"], base["a"])

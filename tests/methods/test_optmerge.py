@@ -106,3 +106,36 @@ def test_what_is_excluded_stays_the_bases_bit_for_bit():
 def test_other_tensors_get_the_scaled_mean():
     a, b = noise(5), noise(5, seed=1)
     assert torch.allclose(delta(a, b, scaling=0.3), 0.3 * (a + b) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_the_rate_of_sgd_is_relative_and_that_of_adam_absolute(variant):
+    taus = [noise(8, 9, seed=i) for i in range(3)]
+    given = {"variant": variant, "init": "sum", "lr": 1e-3, "iters": 10}
+    moved = {
+        optimizer: [delta(*(c * t for t in taus), optimizer=optimizer, **given) - c * sum(taus) for c in (1.0, 0.1)]
+        for optimizer in ("sgd", "adam")
+    }
+    assert torch.allclose(moved["sgd"][1], 0.1 * moved["sgd"][0], atol=1e-7)
+    for by_adam in moved["adam"]:
+        assert 8e-3 < float(by_adam.abs().max()) <= 10 * 1e-3 * 1.1
+
+
+def test_the_sum_is_as_many_means_as_there_are_experts():
+    taus = [noise(8, 9, seed=i) for i in range(3)]
+    by_sum, by_mean = (delta(*taus, init=init, iters=0) for init in ("sum", "mean"))
+    assert torch.allclose(by_sum, 3 * by_mean, atol=1e-6)
+    assert torch.allclose(delta(*taus, init="sum", iters=0, scaling=1 / 3), by_mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["wudi", "optmerge", "swudi", "aswudi"])
+def test_half_precision_is_widened_before_any_arithmetic(method):
+    """In float16 steps of 1e-5 would round to nothing."""
+    given = {"optmerge": {"variant": "lora", "lr": 1e-3}, "wudi": {"lr": 1e-3}}.get(method, {})
+    base = {"w": noise(8, 9).half()}
+    experts = {f"e{i}": {"w": base["w"] + (0.3 * noise(8, 9, seed=i + 1)).half()} for i in range(3)}
+    got = weightsmith.merge(experts, method, base=base, **given)["w"]
+    wide = {n: {"w": e["w"].float()} for n, e in experts.items()}
+    want = weightsmith.merge(wide, method, base={"w": base["w"].float()}, **given)["w"]
+    assert got.dtype == torch.float16
+    assert torch.equal(got, want.half())

@@ -50,6 +50,17 @@ def test_logistic_regression_has_the_closed_form(logistic: tuple[Logistic, torch
     assert (story["fisher"], story["examples"], story["rows"]) == ("exact", 40, 40)
 
 
+def test_dropout_is_off_and_gradients_start_anew(logistic: tuple[Logistic, torch.Tensor], tmp_path: Path) -> None:
+    model, x = logistic
+    dropping = nn.Sequential(nn.Dropout(0.5), model).train()
+    model.line.weight.grad = torch.full_like(model.line.weight, 1e3)  # of a training step before
+    found, _ = fisher_of(dropping, list(x), tmp_path, kind="image-classification")
+    p = torch.sigmoid(model.line(x)).detach()
+    want = (p * (1 - p) * x**2).mean(0, keepdim=True)
+    torch.testing.assert_close(found["1.line.weight"], want, rtol=1e-5, atol=1e-8)
+    assert dropping.training
+
+
 def test_squares_are_taken_per_example(logistic: tuple[Logistic, torch.Tensor], tmp_path: Path) -> None:
     model, x = logistic
     found, _ = fisher_of(model, list(x), tmp_path, kind="image-classification", batch=8)
