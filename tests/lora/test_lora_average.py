@@ -179,6 +179,16 @@ def test_a_checkpoint_without_an_adapter_is_named(run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "trainer_state.json").exists(), "training cannot go on from an average"
 
 
+def test_a_checkpoint_that_is_listed_twice(run: Path, tmp_path: Path) -> None:
+    here, there = run / "checkpoint-100", tmp_path / "best_model"
+    there.symlink_to(here)
+    for method in ("mwa", "average"):
+        with pytest.raises(PlanError, match=r"b is the same checkpoint as a \(.*best_model\); leave one out"):
+            lora.merge({"a": here, "b": there}, method, tmp_path / "out")
+    made = lora.merge({"a": here, "b": there}, "cat", tmp_path / "out", saved="average")
+    assert made.warnings[0] == "b is the same adapter as a: the two count twice"
+
+
 def test_adapters_of_unlike_runs(run: Path, tmp_path: Path) -> None:
     other = adapter(tmp_path / "alpha", llama, 1, r=3, lora_alpha=1, target_modules=["q_proj"])
     wide = adapter(tmp_path / "wide", llama, 1, r=4, lora_alpha=8, target_modules=["q_proj"])

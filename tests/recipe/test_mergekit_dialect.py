@@ -88,6 +88,43 @@ def test_gradients_filters_and_what_lies_outside_the_layers(models: Path) -> Non
         torch.testing.assert_close(merged[name], a[name] * weight + b[name])
 
 
+def test_whose_value_counts(models: Path) -> None:
+    """A source's before its slice's before the recipe's; filters that match nothing leave it to the next."""
+    source = "{model: a, layer_range: [%d, %d]%s}"
+    text = f"""
+slices:
+  - sources: [{source % (0, 1, ", parameters: {weight: [{filter: mlp, value: 5}]}")}]
+    parameters: {{weight: [{{filter: q_proj, value: 7}}]}}
+  - sources: [{source % (1, 2, "")}]
+    parameters: {{weight: [{{filter: q_proj, value: 11}}]}}
+  - sources: [{source % (2, 3, "")}]
+merge_method: linear
+parameters: {{weight: [{{filter: embed, value: 3}}, {{value: 2}}], normalize: false}}
+"""
+    merged, a = run(text, models), small(1)
+    want = {(0, "mlp.up_proj"): 5, (0, "self_attn.q_proj"): 7, (1, "mlp.up_proj"): 2, (1, "self_attn.q_proj"): 11}
+    want |= {(2, "mlp.up_proj"): 2, (2, "self_attn.q_proj"): 2}
+    factors = {f"model.layers.{i}.{part}.weight": factor for (i, part), factor in want.items()}
+    factors |= {"model.embed_tokens.weight": 3, "model.norm.weight": 2, "lm_head.weight": 2}
+    assert set(merged) == set(factors)
+    for name, factor in factors.items():
+        torch.testing.assert_close(merged[name], a[name] * factor)
+
+
+def test_the_one_layer_of_a_slice_is_the_end_of_a_gradient(models: Path) -> None:
+    text = """
+slices:
+  - sources: [{model: a, layer_range: [0, 1], parameters: {weight: [0.25, 0.5]}}]
+  - sources: [{model: a, layer_range: [1, 3], parameters: {weight: [3, 4, 7]}}]
+merge_method: linear
+parameters: {normalize: false}
+"""
+    merged, a = run(text, models), small(1)
+    for i, factor in enumerate((0.5, 3, 7)):
+        name = f"model.layers.{i}.mlp.up_proj.weight"
+        torch.testing.assert_close(merged[name], a[name] * factor)
+
+
 def test_filters_mean_the_models_own_layer_numbers(models: Path) -> None:
     text = """
 slices:

@@ -81,6 +81,7 @@ def run(
         if method.kind != "cat":  # whose product is that of linear
             notes.append(f"one adapter: {method.kind} is then linear, as in peft; lora resize lowers the rank of one")
         method = Combine("linear", weight=method.weight, saved=method.saved)
+    notes += _twice(adapters, method)
     method, weights = _weighted(method, adapters)
     modules = _modules(adapters, method)
     notes += _fit(adapters, modules, method)
@@ -134,6 +135,19 @@ def _refuse_other_bases(adapters: Adapters) -> list[str]:
             "(force=True)"
         ])  # fmt: skip
     return []
+
+
+def _twice(adapters: Adapters, method: Method) -> list[str]:
+    """Folders that are listed twice: an error for an average of one run, else a note."""
+    first: dict[Path, str] = {}
+    notes = []
+    for name, adapter in adapters.items():
+        other = first.setdefault(adapter.path.resolve(), name)
+        if other != name and isinstance(method, Averaged):
+            raise PlanError([f"{name} is the same checkpoint as {other} ({adapter.label}); leave one out"])
+        if other != name:
+            notes.append(f"{name} is the same adapter as {other}: the two count twice")
+    return notes
 
 
 def _weighted(method: Method, adapters: Adapters) -> tuple[Method, tuple[float, ...]]:
