@@ -441,6 +441,14 @@ def test_there_and_back(there: Path, name: str) -> None:
         restore(small, None, there / "no", consensus=1)
 
 
+@pytest.mark.parametrize("name", [*METHODS, "fwsvd", "tall_masks"])
+def test_a_bad_number_is_named_with_its_tensor_and_model(name: str) -> None:
+    damaged = {**EXPERTS, "e2": {n: t.clone() for n, t in EXPERTS["e2"].items()}}
+    damaged["e2"][UP][3, 4] = float("inf")
+    with pytest.raises(NumericError, match=rf"^{UP} in e2 holds Inf at \[3, 4\]"):
+        encoded(METHODS.get(name, [name]), BASE, damaged, stats=FISHER if name == "fwsvd" else None)
+
+
 def relative(got: State, expert: State, names: list[str], base: State | None = None) -> float:
     wrong = sum(float((got[n] - expert[n]).double().square().sum()) for n in names)
     there = sum(float((expert[n] - base[n] if base else expert[n]).double().square().sum()) for n in names)
