@@ -21,7 +21,7 @@ def similarity(reference: Sequence[Tensor], moving: Sequence[Tensor]) -> Tensor:
     total: Tensor | None = None
     for a, b in zip(reference, moving, strict=True):
         part = a.flatten(1).double() @ b.flatten(1).double().T if a.ndim > 1 else torch.outer(a.double(), b.double())
-        total = part if total is None else total + part
+        total = part if total is None else total.add_(part)
     assert total is not None
     return total
 

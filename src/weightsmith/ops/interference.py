@@ -98,22 +98,33 @@ def interference(
     for target, projector, norm in tasks:
         if norm == 0:
             continue
-        b = projector.detach().to(dtype) / norm.to(dtype)
-        missed = target.to(dtype) - start.to(dtype)
+        b = _copied(projector.detach(), dtype).div_(norm.to(dtype))
         if gram is None:
-            pull = torch.cat([pull, missed @ b.T], 1)
+            pull = torch.cat([pull, _missed(target, start, dtype) @ b.T], 1)
             parts.append(b)
         elif 2 * b.shape[0] < n:
             gram.addmm_(b.T, b)
-            pull = pull + (missed @ b.T) @ b
+            pull = pull.add_((_missed(target, start, dtype) @ b.T) @ b)
         else:
             own = square_of(b.T)
             gram.add_(own)
-            pull = pull + missed @ own
+            del b  # float64 matrices, that the next task needs room for
+            pull = pull.add_(_missed(target, start, dtype) @ own)
+            del own
     if gram is not None:
         return Interference(pull, gram, None)
     all_rows = torch.cat([start.new_zeros(0, n, dtype=dtype), *parts])
     return Interference(pull, square_of(all_rows), all_rows)
+
+
+def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, nobody else's."""
+    return matrix.to(dtype, copy=True)
+
+
+def _missed(target: Tensor, start: Tensor, dtype: torch.dtype) -> Tensor:
+    """T - M0 in this dtype."""
+    return _copied(target, dtype).sub_(start)
 
 
 def frobenius(delta: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 
 from weightsmith.lazy import torch
 from weightsmith.method import Rows
-from weightsmith.ops.select import histogram, locate
+from weightsmith.ops.select import histograms, locate
 from weightsmith.site import Summary
 
 if TYPE_CHECKING:
@@ -32,15 +32,16 @@ Ranks = Callable[[int], Sequence[int]]
 
 def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | Rows]:
     """Observe one block of n lists, [n, *block], as float32, in round 0 or 1."""
-    codes = [_codes(values) for values in stack]
+    codes = map(_codes, stack)
     if round == 0:
-        return {"order.high": torch.stack([histogram((c >> 16) + HALF, SIZE) for c in codes]).cpu()}
-    buckets = np.asarray(summary["order.bucket"]).tolist()
-    low = [
-        torch.stack([histogram(c[(c >> 16) + HALF == b] & 0xFFFF, SIZE) for b in found])
-        for c, found in zip(codes, buckets, strict=True)
-    ]
-    return {"order.low": torch.stack(low).cpu()}
+        return {"order.high": histograms(((c >> 16) + HALF for c in codes), (stack.shape[0], SIZE))}
+    buckets = np.asarray(summary["order.bucket"])
+    low = (
+        c[(c >> 16) + HALF == bucket] & 0xFFFF
+        for c, found in zip(codes, buckets.tolist(), strict=True)
+        for bucket in found
+    )
+    return {"order.low": histograms(low, (*buckets.shape, SIZE))}
 
 
 def digest(totals: Summary, round: int, summary: Summary, ranks: Ranks) -> dict[str, Any]:

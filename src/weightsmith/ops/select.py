@@ -16,7 +16,7 @@ for every way to cut a tensor into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ __all__ = [
     "before",
     "digest",
     "histogram",
+    "histograms",
     "keep_share",
     "leading",
     "locate",
@@ -64,24 +65,28 @@ def histogram(buckets: Tensor, size: int) -> Tensor:
     return torch.bincount(buckets.reshape(-1), minlength=size)
 
 
+def histograms(buckets: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The histograms of several lists, int64 [*shape] on the CPU, made one by one: those of 48 experts are large."""
+    out = torch.empty(shape, dtype=torch.int64)
+    for counts, found in zip(out.view(-1, shape[-1]), buckets, strict=True):
+        counts.copy_(histogram(found, shape[-1]))
+    return out
+
+
 def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | Rows]:
     """Observe one block, [n, *block], in one of the three rounds."""
-    bits = magnitude_bits(stack)
+    bits = map(magnitude_bits, stack)
     if round == 0:
-        return {"select.high": torch.stack([histogram(b >> 16, HIGH) for b in bits]).cpu()}
+        return {"select.high": histograms((b >> 16 for b in bits), (stack.shape[0], HIGH))}
     if round == 1:
-        buckets = summary["select.bucket"].tolist()
-        return {
-            "select.low": torch.stack([_low_counts(b, found) for b, found in zip(bits, buckets, strict=True)]).cpu()
-        }
+        buckets = np.asarray(summary["select.bucket"])
+        low = (
+            b[b >> 16 == bucket] & 0xFFFF for b, found in zip(bits, buckets.tolist(), strict=True) for bucket in found
+        )
+        return {"select.low": histograms(low, (*buckets.shape, LOW))}
     thresholds = summary["select.threshold"].tolist()
     equal = [torch.stack([(as_rows(b) == t).sum(1) for t in found]) for b, found in zip(bits, thresholds, strict=True)]
     return {"select.equal": Rows(torch.stack(equal).cpu())}
-
-
-def _low_counts(bits: Tensor, buckets: Sequence[int]) -> Tensor:
-    high = bits >> 16
-    return torch.stack([histogram(bits[high == b] & 0xFFFF, LOW) for b in buckets])
 
 
 def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: bool = False) -> dict[str, Any]:
@@ -140,12 +145,10 @@ def before(stack: Tensor, summary: Summary, start: int = 0) -> list[Tensor]:
 
     `start` is the block's first row within the tensor.
     """
-    bits = magnitude_bits(stack)
     thresholds, quotas, ties = (summary[f"select.{k}"].tolist() for k in ("threshold", "quota", "ties"))
-    masks = []
-    for cut in range(len(thresholds[0])):
-        found = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
-        for i, b in enumerate(bits):
+    masks = [torch.empty(stack.shape, dtype=torch.bool, device=stack.device) for _ in thresholds[0]]
+    for i, b in enumerate(map(magnitude_bits, stack)):
+        for cut, found in enumerate(masks):
             threshold, quota = thresholds[i][cut], quotas[i][cut]
             if quota == ties[i][cut]:
                 found[i] = b >= threshold if quota else b > threshold
@@ -153,7 +156,6 @@ def before(stack: Tensor, summary: Summary, start: int = 0) -> list[Tensor]:
                 equal = b == threshold
                 rank = int(summary["select.earlier"][i, cut, start]) + equal.reshape(-1).cumsum(0).reshape(b.shape)
                 found[i] = (b > threshold) | (equal & (rank <= quota))
-        masks.append(found)
     return masks
 
 

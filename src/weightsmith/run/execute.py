@@ -239,23 +239,52 @@ class _Totals:
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
-        self._joined: dict[str, list[Any]] = {}
+        self._joined: dict[str, _Joined] = {}
 
-    def add(self, part: Mapping[str, Any]) -> None:
+    def add(self, part: Mapping[str, Any], into: bool = False) -> None:
+        """`into`: counts are added to where the first ones lie, which are nobody else's."""
         for name, value in part.items():
             if isinstance(value, Rows):
-                self._joined.setdefault(name, []).append(value.values)
+                self._joined.setdefault(name, _Joined()).add(value.values)
+            elif name not in self._sums:
+                self._sums[name] = value
+            elif into and isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                self._sums[name] += value
             else:
-                self._sums[name] = _sum(self._sums[name], value) if name in self._sums else value
+                self._sums[name] = _sum(self._sums[name], value)
 
     def result(self) -> dict[str, Any]:
         """Sums, and as `Rows` what was joined."""
-        out = dict(self._sums)
-        for name, values in self._joined.items():
-            plain = all(isinstance(v, np.ndarray) for v in values)
-            whole: Any = np.concatenate(values, -1) if plain else torch.cat([torch.as_tensor(v) for v in values], -1)
-            out[name] = Rows(whole)
-        return out
+        return {**self._sums, **{name: Rows(values.result()) for name, values in self._joined.items()}}
+
+
+class _Joined:
+    """Tensors (or arrays), joined on their last axis as they come, in a buffer that doubles when it is full.
+
+    Kept one by one they would lie between the large blocks that are freed around them: the holes in the heap of a
+    tensor of 4096 blocks were a gigabyte.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Any = None
+        self._filled = 0
+
+    def add(self, values: Any) -> None:
+        end = self._filled + values.shape[-1]
+        if self._buffer is None:
+            self._buffer, self._filled = values, end
+            return
+        if end > self._buffer.shape[-1]:
+            shape, old = (*self._buffer.shape[:-1], 2 * end), self._buffer
+            self._buffer = np.empty(shape, old.dtype) if isinstance(old, np.ndarray) else old.new_empty(shape)
+            self._buffer[..., : self._filled] = old[..., : self._filled]
+        plain = isinstance(self._buffer, np.ndarray)
+        self._buffer[..., self._filled : end] = np.asarray(values) if plain else torch.as_tensor(values)
+        self._filled = end
+
+    def result(self) -> Any:
+        whole = self._buffer[..., : self._filled]
+        return np.ascontiguousarray(whole) if isinstance(whole, np.ndarray) else whole.contiguous()
 
 
 def fold(totals: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -321,7 +350,7 @@ def _measuring(
     totals = _Totals()
     for start, stop in _ranges(task, pipeline, context.measured):
         site = site_of(task.key, task, context, start, stop)
-        totals.add({n: _home(found) for n, found in pipeline.measure(step, site, summaries).items()})
+        totals.add({n: _home(found) for n, found in pipeline.measure(step, site, summaries).items()}, into=True)
         context.progress(share(task, start, stop))
         yield
     return totals.result()
