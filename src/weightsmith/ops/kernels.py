@@ -356,7 +356,14 @@ def row_masses(
 KERNELS: Mapping[str, Any] = {
     f.__name__: f
     for f in (
-        weighted_sum, magnitudes, count_between, count_cells, masked_merge, row_masses, row_products, row_sizes,
+        weighted_sum,
+        magnitudes,
+        count_between,
+        count_cells,
+        masked_merge,
+        row_masses,
+        row_products,
+        row_sizes,
     )
 }
 """Name -> compiled C function."""
