@@ -32,7 +32,7 @@ class Opcm(
     square=4.6,
     cost=365.0,
     cubic=True,
-    streams=2,
+    streams=1,
 ):
     """Continual merging: project each new task vector away from the directions that the merged ones use most.
 

@@ -142,7 +142,7 @@ def count_between(
     return above
 
 
-@_exported
+@exported
 def count_cells(
     address: Any, kind: Any, base: Any, base_kind: Any, size: Any, cells: Any, counts: Any, scratch: Any,
 ) -> Any:  # fmt: skip
