@@ -25,6 +25,7 @@ import weightsmith
 from methods.driver import every, run, sites, whole
 from weightsmith.errors import NumericError, RecipeError
 from weightsmith.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
+from weightsmith.run.peak import scratch
 from weightsmith.run.task import one_by_one, takes_deltas
 from weightsmith.site import Site
 
@@ -384,6 +385,6 @@ def test_scratch_is_honest(stage: Stage):
         with Peak() as watch:
             run(pipeline(stage), given)
         whole = pipeline(stage)
-        allowed = whole.scratch(count + 1, side, side) + (4 if one_by_one(whole) else 2) * unit
+        allowed = scratch(whole, count + 1, side, side) + (4 if one_by_one(whole) else 2) * unit
         allowed += 2 * unit * stage.traits.solves
         assert watch.peak <= allowed, f"{count}: needs {(watch.peak - 2 * unit) / unit:.2f} matrices"

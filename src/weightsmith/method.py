@@ -78,9 +78,11 @@ class Traits:
     scratch: float = 2.0  # peak extra bytes per byte of the float32 stack (experts and base)
     matrix: float = 0.0  # and per byte of one expert's float32 block
     square: float = 0.0  # and per byte of a square matrix of its `side`, float32
-    side: str = "smaller"  # or rows, columns
+    side: str = "smaller"  # or rows, columns, units (of a group)
     solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
+    histograms: int = 0  # of half a megabyte, counted for each expert in a measuring pass (`ops.select`, `ops.order`)
     streams: int = 0  # how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
+    imports: int = 0  # bytes of a process that libraries take which no other stage loads
     cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `run.cost`
     cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
     by_depth: bool = False  # useless on a model whose names show no blocks
@@ -156,7 +158,8 @@ class Stage:
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         """Observe one block.  The engine adds equal names up over all blocks, in a fixed order.
 
-        Return integer counts or float64 sums.  `site.summary` holds what earlier rounds' `digest` returned.
+        Return integer counts or float64 sums, new ones: the engine adds to them.
+        `site.summary` holds what earlier rounds' `digest` returned.
         """
         raise NotImplementedError(f"{self.name} declares {self.rounds} rounds but no measure()")
 
@@ -311,10 +314,14 @@ class Pipeline:
         return last if isinstance(last, Codec) else None
 
     @property
+    def used(self) -> tuple[Stage, ...]:
+        """The stages that have a say: nothing in front of a codec for itself (`Traits.alone`) has."""
+        return self.stages[-self.stages[-1].traits.alone :]
+
+    @property
     def needs(self) -> tuple[str, ...]:
-        alone = self.stages[-1].traits.alone  # nothing of what stands in front of it is used
-        wanted = [n for s in self.stages[-alone:] for n in s.traits.needs]
-        if len(self.stages) > 1 and not alone:
+        wanted = [n for s in self.used for n in s.traits.needs]
+        if len(self.used) > 1:
             wanted.append(BASE)  # filters edit task vectors
         return tuple(dict.fromkeys(wanted))
 
@@ -322,14 +329,6 @@ class Pipeline:
     def grain(self) -> Grain:
         order = [Grain.ELEMENT, Grain.TENSOR, Grain.GROUP]
         return max((s.grain for s in self.stages), key=order.index)
-
-    def scratch(self, inputs: int, rows: int, columns: int, width: int = 4) -> int:
-        """Peak bytes beside the inputs, which are so many blocks of rows x columns entries of `width` bytes."""
-        matrix = rows * columns * width
-        squares = {"smaller": min(rows, columns) ** 2, "rows": rows**2, "columns": columns**2}
-        each = [s.traits for s in self.stages]
-        most = max((t.scratch * inputs + t.matrix) * matrix + t.square * squares[t.side] * width for t in each)
-        return int(most) + inputs * matrix * (len(each) > 1)
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:

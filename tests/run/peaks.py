@@ -130,7 +130,8 @@ def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, f
     _, status = os.waitpid(child, 0)
     assert status == 0, [s.name for s in stages]
     before, measured = map(int, text.split())
-    return Peak(plan.peak_bytes - resident(plan.tasks, inputs) + before, measured, before)
+    imports = sum(s.traits.imports for s in stages)
+    return Peak(plan.peak_bytes - resident(plan.tasks, inputs) + imports + before, measured, before)
 
 
 def _run(recipe: Any, out: Path, encode: bool, threads: int) -> None:

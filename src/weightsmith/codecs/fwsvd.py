@@ -34,9 +34,7 @@ class Fwsvd(
     otherwise="exact",
     symmetric=True,
     scratch=3.0,
-    matrix=6.8,
-    square=1.5,
-    side="columns",
+    square=2.0,
     cost=270.0,
     cubic=True,
     alone=True,
@@ -80,7 +78,7 @@ class Fwsvd(
             return Exact().encode(site)
         for expert, weight, fisher in zip(site.names, site.experts, site.stats["fisher"], strict=True):
             self._check(site, expert, fisher)
-            left, right = self._factors(weight.double(), fisher.double(), rank)
+            left, right = self._factors(weight, fisher, rank)
             found[f"{site.key.name}::left.{expert}"] = left
             found[f"{site.key.name}::right.{expert}"] = right
         return found
@@ -110,13 +108,15 @@ class Fwsvd(
             )
 
     def _factors(self, weight: Tensor, fisher: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """All in float64."""
         if self.weighting == "element":
+            weight, fisher = weight.double(), fisher.double()
             share, x = fisher / fisher.max(), top_svd(weight, rank)
             for _ in range(STEPS):
                 x = top_svd(share * weight + (1 - share) * x.product, rank)
             return _split(x, rank)
         if self.weighting == "none":
-            return _split(top_svd(weight, rank), rank)
+            return _split(top_svd(weight.double(), rank), rank)
         importance = row_sums(fisher if self.transposed else fisher.T)
         root = importance.clamp(min=self.floor * float(importance.mean())).sqrt()
         if self.transposed:

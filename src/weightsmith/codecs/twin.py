@@ -32,9 +32,9 @@ class Twin(
     domain=(2, 2),
     otherwise="exact",
     symmetric=True,
-    scratch=0.95,
-    matrix=0.95,
-    square=7.1,
+    scratch=0.1,
+    matrix=2.0,
+    square=5.0,
     cost=101.0,
     cubic=True,
 ):

@@ -46,7 +46,7 @@ class Survey(Method):
     so that no setting changes them; another cut would, by rounding in float64.
     """
 
-    traits: ClassVar[Traits] = Traits("inspect", needs=(BASE,), scratch=8.0)
+    traits: ClassVar[Traits] = Traits("inspect", needs=(BASE,), scratch=8.0, histograms=2)
 
     @property
     def rounds(self) -> int:

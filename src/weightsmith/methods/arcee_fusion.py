@@ -25,7 +25,8 @@ class ArceeFusion(
     paper="Arcee Fusion (Arcee AI, 2025); as in mergekit",
     keeps_expert=False,
     max_count=1,
-    scratch=10.0,
+    scratch=12.0,
+    histograms=3,
     cost=60.0,
 ):
     """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.

@@ -28,6 +28,7 @@ class Breadcrumbs(
     paper="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024), arXiv:2312.06795",
     symmetric=True,
     scratch=3.0,
+    histograms=2,
     cost=13.0,
 ):
     """Drop the largest and the smallest changes: what survives is ranked R+1 .. R+K by falling |delta|.

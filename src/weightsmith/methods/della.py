@@ -26,7 +26,7 @@ class Della(
     needs=(BASE,),
     paper="DELLA-Merging (Deep et al., 2024), arXiv:2406.11617",
     symmetric=True,
-    scratch=5.0,
+    scratch=6.0,
     cost=65.0,
 ):
     """Keep an entry with probability density - epsilon + 2 epsilon r, r its rank by |delta| from 0 to 1.

@@ -34,8 +34,10 @@ class Doge(
     otherwise="keep",
     symmetric=True,
     keeps_expert=False,
-    scratch=8.0,
-    matrix=2.2,
+    scratch=3.0,
+    matrix=13.6,
+    square=4.6,
+    histograms=1,
     cost=3100.0,
     cubic=True,
 ):
@@ -93,15 +95,17 @@ class Doge(
 
     def _correction(self, deltas: Tensor, factors: list[float]) -> Tensor:
         """delta: [m, n] float64."""
-        taus = deltas.double()
-        start = torch.zeros_like(taus[0])
+        start = torch.zeros_like(deltas[0], dtype=torch.float64)
         if self.iters == 0 or min(start.shape) // self.subspace >= start.shape[0]:
             return start  # where all directions are protected, no gradient is left
         shared = self._shared_space(deltas)
         total = sum(factors)
         # Row r of every task, [m, T, n]: sum_c tau_j (tau_j - sum_i lambda_i tau_i), to be met by total tau_j delta.
-        rows = taus.transpose(0, 1).contiguous()
-        goal = pairwise_sum(rows * (rows - weighted_sum(taus, factors)[:, None]))[..., None]
+        rows = deltas.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format)
+        tasks = rows.transpose(0, 1)
+        added = weighted_sum(tasks, factors)
+        goal = torch.stack([pairwise_sum((tau - added).mul_(tau)) for tau in tasks], 1)[..., None]
+        del added, tasks
 
         def gradient(delta: Tensor) -> Tensor:
             missed = goal - total * (rows @ delta[:, :, None])

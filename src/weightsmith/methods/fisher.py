@@ -25,7 +25,7 @@ class Fisher(
     needs=("fisher",),
     paper="Merging Models with Fisher-Weighted Averaging (Matena and Raffel, NeurIPS 2022), arXiv:2111.09832",
     symmetric=True,
-    scratch=2.5,
+    scratch=3.5,
     cost=8.0,
 ):
     """Average every weight by how sure each model is of it: sum_i a_i F_i x_i / sum_i a_i F_i.

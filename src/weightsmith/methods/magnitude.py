@@ -28,6 +28,7 @@ class Magnitude(
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708, its trim step per tensor",
     symmetric=True,
     scratch=2.5,
+    histograms=1,
     cost=8.0,
 ):
     """Keep exactly the k = max(1, int(density numel)) largest |delta| of each tensor, equals by lower index.

@@ -33,9 +33,9 @@ class Optmerge(
     domain=(2, 2),
     otherwise="task_arithmetic",
     symmetric=True,
-    scratch=1.7,
-    matrix=18.2,
-    square=3.0,
+    scratch=0.3,
+    matrix=17.0,
+    square=10.0,
     cost=2100.0,
     cubic=True,
 ):
@@ -80,8 +80,8 @@ class Optmerge(
         lr, by_adam = float(self._setting("lr", 1)), self._setting("optimizer", 0) == "adam"
         if by_adam:
             with torch.no_grad():
-                loss = self._loss(start, deltas, rank, loop=True)
-                return adam(loss.gradient(start.dtype), torch.zeros_like(start), self.iters, lr)
+                gradient = self._loss(start, deltas, rank, loop=True).gradient(start.dtype)
+                return adam(gradient, torch.zeros_like(start), self.iters, lr)
         loss = self._loss(start, deltas, rank, loop=False)
         # The quadratic's second derivative is 2 C, its first at the start -2 E.
         return loss.filtered(lambda values: 2 * momentum_gain(2 * values, self.iters, lr, self.momentum)).to(

@@ -27,7 +27,8 @@ class Pcb(
     paper="Parameter Competition Balancing (Du et al., NeurIPS 2024), arXiv:2410.02396",
     symmetric=True,
     keeps_expert=False,
-    scratch=9.0,
+    scratch=12.0,
+    histograms=2,
     cost=95.0,
 ):
     """Score every entry by its size and its agreement with the others, and average by the scores of the top share.

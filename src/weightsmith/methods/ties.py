@@ -28,7 +28,9 @@ class Ties(
     needs=(BASE,),
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
     symmetric=True,
-    scratch=4.0,
+    scratch=2.5,
+    matrix=2.1,
+    histograms=1,
     cost=7.0,
 ):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.

@@ -25,10 +25,8 @@ class Widen(
     "arXiv:2408.03092",
     grain=Grain.TENSOR,
     symmetric=True,
-    scratch=0.9,
-    matrix=4.5,
-    square=1.9,
-    side="columns",
+    scratch=1.3,
+    matrix=4.9,
     cost=8.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.

@@ -20,8 +20,9 @@ from weightsmith.errors import WeightsmithError
 from weightsmith.method import Grain
 from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.inputs import Inputs
+from weightsmith.run.peak import HELD, histograms, task_peak
 from weightsmith.run.place import CPU, Lane, Place
-from weightsmith.run.task import HELD, Task, block_size, task_peak
+from weightsmith.run.task import Task, block_size
 
 __all__ = ["LANES", "SHARE", "Do", "Fit", "Lanes", "Work", "at_home", "fitted"]
 
@@ -100,8 +101,8 @@ class Work(NamedTuple):
 
     def on_host(self, block: int, stage: int) -> int:
         """Bytes of the host beside the staging buffers: histograms, and what does not go through them."""
-        counts = len(self.inputs.experts) << 20 if any(t.pipeline and t.pipeline.steps for t in self.merging) else 0
-        return HELD + counts + max(self._unstaged(t, block, stage) for t in self.merging)
+        counts = max((histograms(t.pipeline) for t in self.merging if t.pipeline), default=0)
+        return HELD + 2 * len(self.inputs.experts) * counts + max(self._unstaged(t, block, stage) for t in self.merging)
 
     def _results(self, block: int) -> int:
         return sum(sorted(_entries(t, block) * 4 for t in self.merging)[:-1])

@@ -19,6 +19,7 @@ from weightsmith.io.source import Source
 from weightsmith.io.url import Url, parse_url
 from weightsmith.kernel import Mix
 from weightsmith.keys import Key
+from weightsmith.method import Stage
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.accelerator import Accelerator, accelerator_of
 from weightsmith.run.context import Context
@@ -27,6 +28,7 @@ from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.fast import fits_kernels, program
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
+from weightsmith.run.peak import histograms
 from weightsmith.run.planner import Planner
 from weightsmith.run.reading import all_bytes_read
 from weightsmith.run.task import Task, row_step
@@ -238,7 +240,7 @@ def _by_kernels(task: Task, inputs: Inputs) -> Task:
     rows = min(task.stop - task.start, row_step(key, context.measured))
     stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
     kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
-    measured = count * (2 << 20) if task.pipeline.steps else 0  # histograms of this task, of some that wait to be added
+    measured = 2 * histograms(task.pipeline) * count
     found = program(task, context)
     if found is not None and isinstance(found.combine, Mix):
         # Inner products, joined and added up, and a row of every input.
@@ -263,7 +265,14 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
             torch = True
     elsewhere = any(isinstance(parse_url(place), Url) for place in inputs.places())
     held = sum(source.held_bytes for _, source in inputs.models)
-    return PYTHON + KERNELS * kernels + TORCH * torch + held + (HELD + NETWORK) * elsewhere
+    stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in stages_of(task)}
+    libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
+    return PYTHON + libraries + held + HELD * elsewhere
+
+
+def stages_of(task: Task) -> tuple[Stage, ...]:
+    """The stages that work on a task."""
+    return task.pipeline.used if task.pipeline is not None else ()
 
 
 def kernels_there() -> bool:

@@ -17,8 +17,9 @@ from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
+from weightsmith.run.peak import factored_peak, group_peak, task_peak
 from weightsmith.run.remarks import TensorRemarks, what_inputs_say
-from weightsmith.run.task import Task, cuttable, factored_peak, parts, task_peak
+from weightsmith.run.task import Task, cuttable, parts
 from weightsmith.run.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.symmetry import groups
 
@@ -369,8 +370,7 @@ class Planner:
         rest = {k.name: k for k in keys}
         for group in groups(keys, kind=pipeline.method.traits.group):
             members = [rest.pop(n) for n in group.names if n in rest]
-            peak = sum(task_peak(k, k.rows, len(self.inputs.experts), self.inputs.base is not None, pipeline)
-                       for k in members)  # fmt: skip
+            peak = group_peak(members, group.size, len(self.inputs.experts), self.inputs.base is not None, pipeline)
             yield Task(
                 id=f"group {group.name}",
                 keys=tuple(self._output(k) for k in members),

@@ -108,10 +108,7 @@ class _OneByOne(Sequence["Tensor"]):
 
 def _may_factor(pipeline: Pipeline | None) -> bool:
     """Whether the first stage takes task vectors as products."""
-    if pipeline is None:
-        return False
-    alone = pipeline.codec is not None and pipeline.codec.traits.alone
-    return pipeline.stages[-1 if alone else 0].traits.factored
+    return pipeline is not None and pipeline.used[0].traits.factored
 
 
 def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from weightsmith.keys import DTYPES, Key, Part
 from weightsmith.method import BASE, Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "HELD", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "factored_peak", "one_by_one",
-           "parts", "row_step", "takes_deltas", "task_peak"]  # fmt: skip
+__all__ = ["BLOCK", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "one_by_one", "parts", "row_step",
+           "takes_deltas"]  # fmt: skip
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
 
 Measuring passes always use blocks of `block_size`, so that what they add up does not depend on settings."""
-
-HELD = 22_000_000
-"""Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread)."""
 
 PART_BYTES = 32 << 20
 """Output bytes per part: the unit of checksums and, for tensors that may be cut, of work.  Fixed likewise."""
@@ -106,47 +103,11 @@ def cuttable(pipeline: Pipeline | None) -> bool:
     return pipeline.grain is Grain.ELEMENT and all(s.rounds == 0 or s.scope is Scope.MODEL for s in pipeline.stages)
 
 
-def task_peak(
-    key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None, block: int | None = None
-) -> int:
-    """Predicted peak bytes of working on `rows` rows: inputs, the float stack, the method's scratch, the result.
-
-    `block`: entries per block, by default those of the CPU.
-    """
-    block = block or block_size(count + has_base)
-    if pipeline is None:
-        return 2 * min(rows * key.row_numel, max(block, key.row_numel)) * 8
-    numel = rows * key.row_numel
-    if pipeline.grain is Grain.ELEMENT:
-        numel = min(numel, max(block, key.row_numel))
-    width = 8 if key.dtype == "float64" else 4
-    columns = max(key.row_numel, 1)
-    held = (1 if one_by_one(pipeline) else count) + has_base
-    counts = count << 20 if pipeline.steps else 0  # histograms of half a megabyte, this block's and the sum so far
-    scratch = pipeline.scratch(count + has_base, -(-numel // columns), columns, width)
-    return HELD + counts + scratch + (held + 2) * numel * width
-
-
 def takes_deltas(pipeline: Pipeline | None) -> bool:
     """Whether all stages look at task vectors only, which then are made in place."""
-    return pipeline is not None and all(BASE in stage.traits.needs for stage in pipeline.stages)
+    return pipeline is not None and all(BASE in stage.traits.needs for stage in pipeline.used)
 
 
 def one_by_one(pipeline: Pipeline | None) -> bool:
     """Whether the only stage asks for one task vector at a time, so that their stack is never made."""
-    return pipeline is not None and len(pipeline.stages) == 1 and pipeline.stages[0].traits.streams > 0
-
-
-def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:
-    """The same for experts whose task vectors stay products, of these ranks: there is no stack.
-
-    The base and the result, in between in float64; the factors side by side and what they are decomposed into; and
-    where the method has them (`Traits.joint`) the coordinates of every expert in the space of all.
-    """
-    width, joint = 8 if key.dtype == "float64" else 4, sum(ranks)
-    made = 6 * key.numel
-    decomposed = 4 * joint * (key.rows + key.row_numel)
-    holding = [stage for stage in pipeline.stages if stage.traits.joint] if pipeline is not None else []
-    copies = 5 if any(stage.rounds for stage in holding) else 3 if holding else 0  # halves; measuring them takes more
-    coordinates = copies * len(ranks) * joint * max(key.rows, key.row_numel) // 2
-    return (made + decomposed + coordinates) * width
+    return pipeline is not None and len(pipeline.used) == 1 and pipeline.used[0].traits.streams > 0
