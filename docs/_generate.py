@@ -152,7 +152,8 @@ def _scratch(traits: method.Traits) -> str:
     found = {"all models' float32 blocks": traits.scratch, "one of them": traits.matrix}
     found[f"a square matrix of {traits.side if traits.side != 'smaller' else 'the smaller side'}"] = traits.square
     words = ", ".join(f"{value:g} of {what}" for what, value in found.items() if value)
-    return f"bytes per byte: {words}" if words else "none"
+    counted = f"; histograms of half a megabyte for each model: {traits.histograms}" if traits.histograms else ""
+    return (f"bytes per byte: {words}" if words else "none") + counted
 
 
 def _needs(facts: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ class Traits:
     solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
     histograms: int = 0  # of half a megabyte, counted for each expert in a measuring pass (`ops.select`, `ops.order`)
     streams: int = 0  # how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
+    pairs: bool = False  # a measuring pass finds a float64 number per row for each pair of models (`ops.gram`)
     imports: int = 0  # bytes of a process that libraries take which no other stage loads
     cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `run.cost`
     cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768

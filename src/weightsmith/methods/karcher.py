@@ -29,6 +29,7 @@ class Karcher(
     paper="Riemannian center of mass (Karcher, 1977); as in mergekit",
     symmetric=True,
     scratch=3.0,
+    pairs=True,
     cost=3.0,
 ):
     """Per tensor: the Karcher mean of the directions x_i / |x_i| times the weighted mean of the lengths |x_i|.

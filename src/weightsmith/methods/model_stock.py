@@ -33,6 +33,7 @@ class ModelStock(
     keeps_expert=False,
     min_count=2,
     scratch=4.0,
+    pairs=True,
     cost=3.0,
 ):
     """base + t mean_i(delta_i) with t = n cos / (1 + (n - 1) cos): models fine-tuned alike lie on a sphere's shell.

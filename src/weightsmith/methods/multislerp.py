@@ -32,6 +32,7 @@ class Multislerp(
     paper="Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit",
     symmetric=True,
     scratch=3.0,
+    pairs=True,
     cost=3.0,
 ):
     """Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is

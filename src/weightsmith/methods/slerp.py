@@ -30,6 +30,7 @@ class Slerp(
     keeps_expert=False,
     max_count=2,
     scratch=2.0,
+    pairs=True,
     cost=5.0,
 ):
     """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.

@@ -20,7 +20,7 @@ from weightsmith.errors import WeightsmithError
 from weightsmith.method import Grain
 from weightsmith.run.accelerator import Accelerator
 from weightsmith.run.inputs import Inputs
-from weightsmith.run.peak import HELD, histograms, task_peak
+from weightsmith.run.peak import HELD, measured, task_peak
 from weightsmith.run.place import CPU, Lane, Place
 from weightsmith.run.task import Task, block_size
 
@@ -101,8 +101,9 @@ class Work(NamedTuple):
 
     def on_host(self, block: int, stage: int) -> int:
         """Bytes of the host beside the staging buffers: histograms, and what does not go through them."""
-        counts = max((histograms(t.pipeline) for t in self.merging if t.pipeline), default=0)
-        return HELD + 2 * len(self.inputs.experts) * counts + max(self._unstaged(t, block, stage) for t in self.merging)
+        count = len(self.inputs.experts)
+        found = max((measured(t.pipeline, t.stop - t.start, count) for t in self.merging if t.pipeline), default=0)
+        return HELD + found + max(self._unstaged(t, block, stage) for t in self.merging)
 
     def _results(self, block: int) -> int:
         return sum(sorted(_entries(t, block) * 4 for t in self.merging)[:-1])

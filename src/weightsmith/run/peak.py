@@ -8,7 +8,7 @@ from weightsmith.keys import Key
 from weightsmith.method import Filter, Grain, Pipeline
 from weightsmith.run.task import block_size, one_by_one, row_step
 
-__all__ = ["HELD", "factored_peak", "group_peak", "histograms", "scratch", "task_peak"]
+__all__ = ["HELD", "factored_peak", "group_peak", "measured", "scratch", "task_peak"]
 
 HELD, HELD_WHOLE = 22_000_000, 30_000_000
 """Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread), and where
@@ -35,10 +35,10 @@ def task_peak(
     width = 8 if key.dtype == "float64" else 4
     columns = max(key.row_numel, 1)
     held = (1 if one_by_one(pipeline) else count) + has_base
-    counts = 3 * histograms(pipeline) * count  # a block's, the sum over its tensor, that over the model
+    found = measured(pipeline, rows, count, sets=3)
     work = scratch(pipeline, count + has_base, -(-numel // columns), columns, width)
     result = 2 if pipeline.codec is None else 1  # a codec's parts are small, or counted by it
-    return allocator + max(counts, work) + (held + result) * numel * width
+    return allocator + max(found, work) + (held + result) * numel * width
 
 
 def group_peak(keys: Sequence[Key], units: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
@@ -74,9 +74,15 @@ def scratch(pipeline: Pipeline, inputs: int, rows: int, columns: int, width: int
     return int(most) + between * matrix
 
 
-def histograms(pipeline: Pipeline) -> int:
-    """Bytes of one set of them for each expert."""
-    return HISTOGRAM * max((s.traits.histograms for s in pipeline.stages if s.rounds), default=0)
+def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2) -> int:
+    """Peak bytes of what a measuring pass over `rows` rows of a tensor finds.
+
+    sets   of histograms at once: a block's, and the sum so far; or that over the model too
+    pairs  numbers row by row: as they come, joined, and half summed up
+    """
+    found = [s.traits for s in pipeline.stages if s.rounds]
+    counts = HISTOGRAM * sets * count * max((t.histograms for t in found), default=0)
+    return counts + any(t.pairs for t in found) * 3 * 8 * rows * (count + 1) * (count + 2) // 2
 
 
 def _spans(key: Key, pipeline: Pipeline) -> list[int]:

@@ -28,7 +28,7 @@ from weightsmith.run.device import Fit, Work, fitted
 from weightsmith.run.fast import fits_kernels, program
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.kept import keeps_rows
-from weightsmith.run.peak import histograms
+from weightsmith.run.peak import measured
 from weightsmith.run.planner import Planner
 from weightsmith.run.reading import all_bytes_read
 from weightsmith.run.task import Task, row_step
@@ -240,12 +240,11 @@ def _by_kernels(task: Task, inputs: Inputs) -> Task:
     rows = min(task.stop - task.start, row_step(key, context.measured))
     stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
     kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
-    measured = 2 * histograms(task.pipeline) * count
-    found = program(task, context)
-    if found is not None and isinstance(found.combine, Mix):
-        # Inner products, joined and added up, and a row of every input.
-        measured = 12 * count * (count + 1) * (task.stop - task.start) + 4 * (count + 3) * key.row_numel
-    return replace(task, peak=kept + measured + 2 * rows * key.row_numel * 4 + (2 << 20))
+    found = measured(task.pipeline, task.stop - task.start, count)
+    fused = program(task, context)
+    if fused is not None and isinstance(fused.combine, Mix):
+        found += 4 * (count + 3) * key.row_numel  # a row of every input in float64
+    return replace(task, peak=kept + found + 2 * rows * key.row_numel * 4 + (2 << 20))
 
 
 def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
