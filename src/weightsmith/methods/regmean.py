@@ -33,8 +33,9 @@ class Regmean(
     domain=(2, 2),
     otherwise="linear",
     symmetric=True,
-    scratch=0.35,
-    solves=8.0,
+    scratch=0.0,
+    matrix=4.6,
+    solves=3.3,
     cost=40.0,
     cubic=True,
 ):

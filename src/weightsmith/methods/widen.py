@@ -25,8 +25,8 @@ class Widen(
     "arXiv:2408.03092",
     grain=Grain.TENSOR,
     symmetric=True,
-    scratch=1.3,
-    matrix=4.9,
+    scratch=1.2,
+    matrix=1.4,
     cost=8.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
