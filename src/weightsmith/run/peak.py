@@ -82,7 +82,7 @@ def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2) -> int:
     """
     found = [s.traits for s in pipeline.stages if s.rounds]
     counts = HISTOGRAM * sets * count * max((t.histograms for t in found), default=0)
-    return counts + any(t.pairs for t in found) * 3 * 8 * rows * (count + 1) * (count + 2) // 2
+    return counts + any(t.pairs for t in found) * 3 * 8 * rows * count * (count + 1) // 2
 
 
 def _spans(key: Key, pipeline: Pipeline) -> list[int]:
