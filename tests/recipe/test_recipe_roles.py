@@ -41,7 +41,7 @@ def test_parts_of_a_model_that_sees_are_kept_by_role() -> None:
     for expert in experts.values():
         expert["audio_tower.extra.weight"] = torch.full((2, 2), 7.0)
     kept = {"role": ["vision", "audio", "video", "connector", "embed", "bias"], "method": "keep"}
-    merged = weightsmith.merge(experts, "linear", base, rules=[kept])
+    merged = weightsmith.merge(experts, "linear", base, rules=[kept], extra="first")
     changed = {name for name, tensor in merged.items() if float(tensor[0, 0]) == 2.0}
     assert changed == {n for n in base if n.startswith("model.layers")}
     assert torch.equal(merged["audio_tower.extra.weight"], torch.full((2, 2), 7.0))

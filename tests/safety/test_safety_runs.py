@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -409,15 +410,35 @@ def test_a_head_that_only_the_base_ties_is_not_lost_in_silence() -> None:
     assert not plan.problems
 
 
-def test_who_else_had_a_tensor_that_is_carried_over() -> None:
+@pytest.mark.parametrize(("owners", "lacking"), [("abc", "base"), ("bc", "base, a")])
+@pytest.mark.parametrize("names", [("tower.w",), ("tower.w", "tower.v")])
+def test_a_tensor_of_some_models_has_no_owner_unless_the_recipe_says_so(
+    owners: str, lacking: str, names: tuple[str, ...]
+) -> None:
+    own = {n: state(i, **{name: torch.full((2,), float(i)) for name in names}) for i, n in enumerate("abc")}
     inputs = Inputs(
-        MemorySource(state(0)),
-        {n: MemorySource(state(i, extra=torch.full((2,), float(i)))) for i, n in enumerate("abc")},
-    )
-    plan = make_plan(loads('{"base": "x", "models": {"a": "y", "b": "z", "c": "w"}, "method": "linear", '
-                           '"exclude": ["extra"]}'), sources=inputs)  # fmt: skip
-    (task,) = [t for t in plan.tasks if t.key.name == "extra"]
-    assert task.reason == "not in base; a is the first that has it, b, c dropped"
+        MemorySource(state(0)), {n: MemorySource(own[n] if n in owners else state(1)) for n in "abc"}
+    )  # fmt: skip
+    recipe = {"base": "x", "models": {"a": "y", "b": "z", "c": "w"}, "method": "linear", "exclude": ["tower.*"]}
+    what = "tower.w is" if len(names) == 1 else "tower.w and 1 more are"
+    first, *others = owners
+    with pytest.raises(
+        PlanError,
+        match=rf"^{re.escape(what)} in {', '.join(owners)} but not in {lacking}: give them other names in all models "
+        rf'but one, or take those of {first} with "extra: first"$',
+    ):
+        make_plan(loads(json.dumps(recipe)), sources=inputs)
+    plan = make_plan(loads(json.dumps({**recipe, "extra": "first"})), sources=inputs)
+    kept = [t for t in plan.tasks if t.key.name in names]
+    assert {t.source for t in kept} == {first}
+    assert {t.reason for t in kept} == {f"not in base; {first} is the first that has it, {', '.join(others)} dropped"}
+    assert len(kept) == len(names)
+
+
+def test_a_compressed_folder_has_every_models_own_tensors() -> None:
+    inputs = Inputs(MemorySource(state(0)), {n: MemorySource(state(1, extra=torch.ones(2))) for n in "ab"})
+    recipe = loads('{"base": "x", "models": {"a": "y", "b": "z"}, "method": "tall_masks", "exclude": ["extra"]}')
+    assert make_plan(recipe, sources=inputs, encode=True).problems == ()
 
 
 def test_what_is_no_tensor_in_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -255,6 +255,10 @@ class Recipe(_Frozen):
     )
     output: Output = Field(default_factory=Output, description="how the result is stored")
     seed: int = Field(default=0, description="of every random choice")
+    extra: Literal["refuse", "first"] = Field(
+        default="refuse",
+        description="what to do about a kept tensor that the base (or first model) lacks and several models have",
+    )
     nonfinite: Literal["refuse", "allow"] = Field(
         default="refuse", description="what to do about NaN or Inf in an input"
     )

@@ -49,7 +49,7 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
         tree["exclude"] = _one_or_list(recipe.exclude)
     if recipe.tokenizer is not None:
         tree["tokenizer"] = _tokenizer(recipe.tokenizer)
-    return tree | _changed(recipe, ("chat_template", "seed", "nonfinite")) | _output(recipe.output)
+    return tree | _changed(recipe, ("chat_template", "seed", "extra", "nonfinite")) | _output(recipe.output)
 
 
 def _tokenizer(tokenizer: Tokenizer) -> Any:
@@ -201,6 +201,7 @@ def schema(plugins: bool = True) -> dict[str, Any]:
                 "chat_template": {"type": "string"},
                 "output": _ref("output"),
                 "seed": {"type": "integer"},
+                "extra": {"enum": ["refuse", "first"]},
                 "nonfinite": {"enum": ["refuse", "allow"]},
             }),
             "model": {"anyOf": [{"type": "string"}, _ref("model_entry"), *_COMPOSED]},

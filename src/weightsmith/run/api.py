@@ -39,6 +39,7 @@ def merge(
     dtype: str | None = None,
     rules: Sequence[Mapping[str, Any]] = (),
     exclude: Sequence[str] = (),
+    extra: Literal["refuse", "first"] = "refuse",
     nonfinite: Literal["refuse", "allow"] = "refuse",
     threads: int | None = None,
     device: str | Accelerator = "auto",
@@ -56,6 +57,7 @@ def merge(
     dtype       of the result's floating tensors; default: as the base (or first model) stores them
     rules       exceptions for some tensors, as in a recipe: `[{"match": "*norm*", "method": "keep"}]`
     exclude     globs of tensors taken unchanged from the base (or first model)
+    extra       what to do about a kept tensor that the base (or first model) lacks and several models have
     nonfinite   what to do about NaN or Inf in an input
     device      'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
     parameters  of the method, as in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
@@ -75,6 +77,7 @@ def merge(
         parameters={name.rstrip("_"): _plain(value) for name, value in parameters.items()},
         rules=tuple(Rule.model_validate(rule) for rule in rules),
         exclude=tuple(exclude),
+        extra=extra,
         nonfinite=nonfinite,
         output=Output(dtype=dtype),
         seed=seed,

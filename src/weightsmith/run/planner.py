@@ -15,6 +15,7 @@ from weightsmith.keys import Key, depths
 from weightsmith.method import BASE, Grain, Pipeline, Stage
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
+from weightsmith.run.carried import carried_reason, has, ownerless, owners
 from weightsmith.run.inputs import Inputs, earlier_notes, product_ranks
 from weightsmith.run.logs import TrainerLogs
 from weightsmith.run.peak import factored_peak, group_peak, task_peak
@@ -82,13 +83,18 @@ class Planner:
                 out += self._cut(self._output(key), pipeline, source, reason)
         self._check_vocabularies()
         self.notes += self._remarks.lines()
+        if not self.encode and self.recipe.extra == "refuse":  # compressed, each model keeps its own
+            self.problems += ownerless(self.inputs, self._carried, self._reference_label())
         for pipeline, keys in groups.items():
             out += self._grouped(pipeline, keys)
         for name, first in self._carried.items():
-            for owner in self._owners(name) if self.encode else (first,):
+            for owner in owners(self.inputs, name) if self.encode else (first,):
                 key = self._output(self.inputs.experts[owner].key(name))
                 stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
-                out += self._cut(key, None, owner, self._carried_reason(name, owner), stored)
+                reason = f"only in {owner}, kept from there"
+                if not self.encode:
+                    reason = carried_reason(self.inputs, name, owner, self._reference_label())
+                out += self._cut(key, None, owner, reason, stored)
         if left:
             self.notes.append(
                 f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
@@ -106,9 +112,6 @@ class Planner:
         found = {key.name: key for task in tasks for key in task.keys}
         first = [found.pop(name) for name in self._treatment if name in found]
         return first + list(found.values())
-
-    def _owners(self, name: str) -> list[str]:
-        return [expert for expert, source in self.inputs.experts.items() if _has(source, name)]
 
     def _output(self, key: Key) -> Key:
         dtype = self.recipe.output.dtype
@@ -221,7 +224,7 @@ class Planner:
                     f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to it'
                 )
                 continue
-            if missing := [n for n, s in found.items() if not _has(s, key.name)]:
+            if missing := [n for n, s in found.items() if not has(s, key.name)]:
                 text = f"{stage.name} needs the statistic {stat!r} of {key.name}, missing for {', '.join(missing)}"
                 return f"tensors without {stat!r}", text
         return None
@@ -232,7 +235,7 @@ class Planner:
         """Every input's source if all hold this tensor in this shape; else a problem is noted."""
         fine = True
         for name, source in self.inputs.experts.items():
-            if not _has(source, key.name):
+            if not has(source, key.name):
                 tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
                 self.problems.append(
                     f"{key.name} is missing in {name} ({source.label})"
@@ -274,7 +277,7 @@ class Planner:
             if source is self.reference:
                 continue
             for key in source.keys.values():
-                there, tied = _has(self.reference, key.name), key.name in self.reference.aliases
+                there, tied = has(self.reference, key.name), key.name in self.reference.aliases
                 if there and not tied:
                     continue  # of a large model nearly all, and asking what becomes of a tensor takes time
                 kept = key.name in self._carried or self._keeps(key)
@@ -306,12 +309,6 @@ class Planner:
         except WeightsmithError as error:
             self._once(str(error))
             return False
-
-    def _carried_reason(self, name: str, owner: str) -> str:
-        others = [expert for expert in self._owners(name) if expert != owner]
-        if not others or self.encode:
-            return f"only in {owner}, kept from there"
-        return f"not in {self._reference_label()}; {owner} is the first that has it, {', '.join(others)} dropped"
 
     def _reference_name(self) -> str:
         """'' for the base, else the first expert's name."""
@@ -346,7 +343,7 @@ class Planner:
         encoded = codec.parts(key, tuple(self.inputs.experts)) if codec is not None else ()
         keys = tuple(part.key for part in encoded) or (stored or key,)
         ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline) else [(0, key.rows)]
-        extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if _has(s, key.name)), default=0.0)
+        extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if has(s, key.name)), default=0.0)
         ranks = product_ranks(key, pipeline, self.inputs)
         for low, high in ranges:
             whole = int(task_peak(key, high - low, count, has_base, pipeline) * (1 + extra))
@@ -394,7 +391,7 @@ class Planner:
         """Statistics that are whole matrices beside the tensor, float32, and a method's work on one in float64."""
         work = max((stage.traits.solves for stage in pipeline.stages), default=0.0) if pipeline is not None else 0.0
         found = [source for stat in _stats_of(pipeline) for source in self.inputs.stats.get(stat, {}).values()]
-        sizes = [source.key(key.name).numel for source in found if work and _has(source, key.name)]
+        sizes = [source.key(key.name).numel for source in found if work and has(source, key.name)]
         return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
 
 
@@ -402,10 +399,6 @@ def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:
     """What the statistics of all models say alike about themselves."""
     first, *others = [dict(getattr(source, "notes", {})) for source in sources]
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
-
-
-def _has(source: Source, name: str) -> bool:
-    return name in source.keys or name in source.aliases
 
 
 def _is_keep(pipeline: Pipeline) -> bool:

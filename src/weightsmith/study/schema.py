@@ -10,7 +10,7 @@
     methods:                                                           # optional; default: all that apply
       TIES: {ties: {density: [0.2, 0.5], lambda: [0.7, 1.0]}}
 
-`base`, `models`, `exclude`, `rules`, `tokenizer`, `output`, `seed` and `nonfinite` are as in a recipe.
+`base`, `models`, `exclude`, `rules`, `tokenizer`, `output`, `seed`, `extra` and `nonfinite` are as in a recipe.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FUNCTION = "function"
 BUILT_IN = {"bits_per_byte": ("bits per byte", False), "accuracy": ("accuracy, %", True)}
 """Evaluators that need no code: name -> (what the score is called, whether higher is better)."""
 
-_OF_THE_RECIPE = ("base", "models", "exclude", "rules", "tokenizer", "output", "seed", "nonfinite")
+_OF_THE_RECIPE = ("base", "models", "exclude", "rules", "tokenizer", "output", "seed", "extra", "nonfinite")
 _OWN = ("title", "about", "joint", "guards", "score", "higher_is_better", "evaluate", "methods")
 _SPLITS = ("validation", "test")
 
