@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -30,10 +30,8 @@ from weightsmith.site import Group, Site, Summary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "BASE", "Codec", "Each", "Filter", "Grain", "Method", "Parameter", "Pipeline", "Rows", "Scope", "Stage",
-    "Traits", "choice", "flag", "integer", "number", "registered", "registry",
-]  # fmt: skip
+__all__ = ["BASE", "Codec", "Each", "Filter", "Grain", "Method", "Parameter", "Pipeline", "Rows", "Scope", "Stage",
+           "Traits", "choice", "flag", "integer", "number", "registered", "registry"]  # fmt: skip
 
 BASE = "base"
 """In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
@@ -91,6 +89,7 @@ class Traits:
     factored: bool = False  # takes low-rank experts as `site.factors` where it comes first
     joint: bool = False  # of factored experts, holds each one's coordinates in the space of all
     alone: bool = False  # a codec of the experts' own task vectors: nothing may stand in front of it
+    small: bool = False  # holds for small changes only, see `run.remarks.large_changes`
     aliases: tuple[str, ...] = ()
 
 
@@ -202,6 +201,14 @@ class Stage:
         """The same of one tensor; the plan has one line for all tensors with equal texts."""
         return None
 
+    def leaves_out(self, key: Key, count: int) -> str:
+        """Of what kind a tensor is, if it goes to `elsewhere` though its dimensions are in `traits.domain`; else ''."""
+        return ""
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterable[str]:
+        """Lines for the user after a run; told: tensor -> what its sites were told (`Site.tell`); names: experts."""
+        return ()
+
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes).
 
@@ -218,7 +225,7 @@ class Stage:
         return {}
 
     def elsewhere(self) -> Stage | None:
-        """The stage for tensors outside `traits.domain` or without a statistic; None: such tensors are an error."""
+        """The stage for tensors outside its domain or without a statistic; None: such tensors are an error."""
         return registry(self.traits.otherwise)() if self.traits.otherwise else None
 
     def __or__(self, other: Stage | Pipeline) -> Pipeline:

@@ -47,6 +47,7 @@ class Site:
               ask for them (`Traits.factored`); `stack` then has a shape but no data (device meta).  Else ()
     once      once(question, make) is make(), or what it gave a sweep's other variant that asked the same of this site:
               for what a factor of the result does not change.  Never written to
+    told      figures that a method found on the way, see `tell`
     """
 
     key: Key
@@ -63,6 +64,7 @@ class Site:
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
     each: Sequence[Tensor] = ()
     once: Callable[[Any, Callable[[], Tensor]], Tensor] = _alone
+    told: dict[str, float] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -119,6 +121,13 @@ class Site:
             return replace(self, is_delta=True, base=zeros, origin=self.origin or self)
         deltas = self.deltas
         return replace(self, stack=deltas, is_delta=True, base=torch.zeros_like(deltas[0]), origin=self.origin or self)
+
+    def tell(self, what: str, figure: float) -> None:
+        """Keep a figure, the largest of a name, for what the run says at its end (`Stage.says`).  No result uses it.
+
+        A method that kernels may carry out has no site then: its `digest` puts figures into summary["told"].
+        """
+        self.told[what] = max(figure, self.told.get(what, figure))
 
     def spread(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
         """A parameter that is one number or one per expert, as one per expert."""

@@ -227,7 +227,7 @@ def doge(case: Case) -> State:
     p = case.params
     names = {"lamda": "lambda", "subspace": "subspace", "iters": "iters", "lr": "lr"}
     density = p["K"] / 100 if p["K"] > 1 else p["K"]
-    given = {ours: p[theirs] for theirs, ours in names.items()} | {"density": density}
+    given = {ours: p[theirs] for theirs, ours in names.items()} | {"density": density, "embeddings": True}
     return merge(case.experts, _stage("doge", given), base=case.base)
 
 

@@ -84,7 +84,7 @@ def covered(stage: Stage, site: Site) -> Stage:
     """The stage itself, or what it falls back to on this tensor."""
     low, high = stage.traits.domain or (0, 99)
     missing = [n for n in stage.traits.needs if n != BASE and n not in site.stats]
-    if low <= len(site.key.shape) <= high and not missing:
+    if low <= len(site.key.shape) <= high and not missing and not stage.leaves_out(site.key, site.count):
         return stage
     other = stage.elsewhere()
     assert other is not None, f"{stage.name} does not cover {site.key}"

@@ -26,6 +26,7 @@ class Dare(
     needs=(BASE,),
     paper="Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099",
     symmetric=True,
+    small=True,
     scratch=2.5,
     cost=3.5,
 ):

@@ -26,6 +26,7 @@ class Della(
     needs=(BASE,),
     paper="DELLA-Merging (Deep et al., 2024), arXiv:2406.11617",
     symmetric=True,
+    small=True,
     scratch=6.0,
     cost=65.0,
 ):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.keys import Key
 from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Rows, Scope, integer, number
+from weightsmith.method import BASE, Grain, Method, Rows, Scope, flag, integer, number
 from weightsmith.ops import select
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.descent import adam
@@ -50,10 +53,11 @@ class Doge(
        whose gradients g lose their part in the shared space: g - B B^T g.
     4. mask_j: where |tau_j| is at or above the (int(density d) + 1)-th largest of all d entries of expert j in the
        matrices that doge merges, over the whole model.
-    5. Result: base + sum_j lambda_j mask_j (tau_j + delta).  All other tensors stay the base's.
+    5. Result: base + sum_j lambda_j mask_j (tau_j + delta).  All other tensors stay the base's, embeddings and
+       output layers too unless `embeddings` says otherwise.
 
-    `lambda` is absolute: 0.07 suits CLIP ViT-B/32, other models need a search.  Leave out embeddings and head by
-    `exclude`; the masks are then taken over the rest.  The descent runs in float64, because entries with
+    `lambda` is absolute: 0.07 suits CLIP ViT-B/32, other models need a search; a run says how large it made the merged
+    task vector.  The descent runs in float64, because entries with
     gradients near 0 turn on the last digits.  Gradients to the experts take delta and lambda_j for constants.
     """
 
@@ -62,6 +66,10 @@ class Doge(
     density: float = number(0.3, "share of each task vector kept (K)", above=0, high=1)
     iters: int = integer(400, "steps of Adam", low=0)
     lr: float = number(1e-4, "learning rate: about the most an entry of delta moves per step", above=0)
+    embeddings: bool = flag(False, "merge embeddings and output layers too, which else stay the base's")
+
+    def leaves_out(self, key: Key, count: int) -> str:
+        return "" if self.embeddings or key.role not in ("embed", "head") else "embeddings and output layers"
 
     @property
     def rounds(self) -> int:
@@ -90,8 +98,25 @@ class Doge(
         if self.rounds:
             (kept,) = select.before(deltas, site.summary, site.start)
             corrected = torch.where(kept, corrected, 0.0)
+        merged = weighted_sum(corrected, factors)
+        site.tell("doge.free", float(min(site.block_shape) < self.subspace))
+        site.tell("doge.merged", float(frobenius(merged)) ** 2)
+        site.tell("doge.experts", sum(norms) ** 2 / len(norms) ** 2)
         assert site.base is not None
-        return site.base + weighted_sum(corrected, factors)
+        return site.base + merged
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        merged, experts = (sum(t.get(f"doge.{part}", 0.0) for t in told.values()) for part in ("merged", "experts"))
+        if experts:
+            yield (
+                f"the merged task vector has {math.sqrt(merged / experts):.3g} times the norm of one expert's, which "
+                "lambda sets"
+            )
+        if free := [tensor for tensor, found in told.items() if found.get("doge.free")]:
+            yield (
+                f"subspace = {self.subspace} protects no direction of {free[0]}"
+                + (f" and {len(free) - 1} more" if free[1:] else "")
+            )
 
     def _correction(self, deltas: Tensor, factors: list[float]) -> Tensor:
         """delta: [m, n] float64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,13 +87,20 @@ class Opcm(
             "opcm.total": block_sums(total.square()).cpu(),
         }
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
         norms = totals["opcm.squares"].sqrt()
         weights = torch.ones_like(norms)
         weights[0] = self._start[0]
         wanted, found = (norms * weights).sum() / weights.sum(), totals["opcm.total"].sqrt()
         factor = wanted / found if found > 0 else torch.zeros_like(found)
-        return {"opcm.factor": factor, "opcm.merged": weights.sum()}
+        told = {f"opcm.norm.{i}": float(norm) for i, norm in enumerate(norms)}
+        return {"opcm.factor": factor, "opcm.merged": weights.sum(), "told": told}
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        first = next(iter(told.values()))
+        for i, name in enumerate(names):
+            if first[f"opcm.norm.{i}"] == 0:
+                yield f"{name} is equal to the base: its norm of 0 lowers the mean that the result is scaled to"
 
     def notes(self, summary: Summary) -> dict[str, Any]:
         factor = float(summary.get("opcm.factor", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,15 @@ class Pcb(
             found[f"pcb.{step}"] = found.pop("order.values")
         return found
 
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        for i, name in enumerate(names):
+            if not any(found[f"pcb.spread.{i}"] for found in told.values()):
+                yield f"{name} has no weight: its changes are all of one size, as those of a model equal to the base"
+
     def merge(self, site: Site) -> Tensor:
         deltas, known = site.deltas, site.summary
+        for i, (low, high) in enumerate(known["pcb.size"].tolist()):
+            site.tell(f"pcb.spread.{i}", high - low)
         total = merged = torch.zeros_like(deltas[0], dtype=torch.float64)
         ends = zip(known["pcb.size"].tolist(), known["pcb.score"].tolist(), site.spread(self.lambda_), strict=True)
         for delta, score, (sizes, scores, scale) in zip(deltas, self._scores(deltas, known), ends, strict=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number
-from weightsmith.methods.tsvm import scaled_mean
-from weightsmith.ops.combine import mean
+from weightsmith.methods.tsvm import FEW, scaled_mean
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
 from weightsmith.site import Site
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["RTsvm"]
+
+DESTROYED = 0.9
+"""Share of zeros above which a task vector is hardly there."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,22 @@ class RTsvm(
     def elsewhere(self) -> Stage:
         return scaled_mean(self.scaling)
 
+    def leaves_out(self, key: Key, count: int) -> str:
+        return FEW if min(key.shape) < count * self.rank_min else ""
+
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
         size = min(site.block_shape)
-        if size < site.count * self.rank_min:
-            return site.base + mean(site.deltas) * self.scaling
         seen = [(outlier_share(d, self.outlier_sigma), zero_share(d, self.sparsity_eps)) if bool(d.any()) else None
                 for d in map(torch.Tensor.detach, site.tasks)]  # fmt: skip
         alive = [shares for shares in seen if shares is not None]
         if not alive:
             return site.base + torch.zeros_like(site.base)
-        weights = iter(self._weights([outliers for outliers, _ in alive]))
+        found, free = (self._weights([outliers for outliers, _ in alive], cap) for cap in (self._cap, math.inf))
+        site.tell("r_tsvm.capped", float(found != free))
+        for i, shares in enumerate(seen):
+            site.tell(f"r_tsvm.zeros.{i}", 1.0 if shares is None else shares[1])
+        weights = iter(found)
         ranks = iter(self._ranks(size, site.count, [zeros for _, zeros in alive]))
         parts = [
             svd_of(delta * next(weights), next(ranks))
@@ -91,12 +100,28 @@ class RTsvm(
         merged = orthogonal_sum(parts, dtype=site.base.dtype)
         return site.base + merged.to(site.base.dtype) * self.scaling
 
-    def _weights(self, outliers: list[float]) -> list[float]:
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        told = {tensor: found for tensor, found in told.items() if "r_tsvm.capped" in found}
+        for i, name in enumerate(names if told else ()):
+            least = min(found[f"r_tsvm.zeros.{i}"] for found in told.values())
+            if least > DESTROYED:
+                yield (
+                    f"at least {least:.1%} of the changes of {name} are zero in every matrix: too small for the "
+                    "precision that it is stored in?"
+                )
+        if capped := sum(found["r_tsvm.capped"] for found in told.values()):
+            yield f"weight_cap = {self.weight_cap} held weights back in {capped:.0f} of {len(told)} matrices"
+
+    @property
+    def _cap(self) -> float:
+        return math.inf if isinstance(self.weight_cap, str) else self.weight_cap
+
+    def _weights(self, outliers: list[float], cap: float | None = None) -> list[float]:
         shares = [1 - o for o in outliers] if self.weighting == "suppress" else outliers
         if self.weighting == "none" or sum(outliers) == 0 or sum(shares) == 0:
             return [1.0] * len(outliers)
         weights = [len(shares) * share / sum(shares) for share in shares]
-        cap = math.inf if isinstance(self.weight_cap, str) else self.weight_cap
+        cap = self._cap if cap is None else cap
         return [min(max(weight, 1 / cap), cap) for weight in weights]
 
     def _ranks(self, size: int, count: int, zeros: list[float]) -> list[int]:

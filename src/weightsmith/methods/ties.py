@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,21 @@ class Ties(
             return type(self), step  # all magnitudes are counted, whatever is kept of them
         return replace(self, lambda_=1.0, aggregate="mean"), step
 
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        first = next(iter(told.values()))
+        for i, (name, density) in enumerate(zip(names, spread(self.density, len(names)), strict=True)):
+            if (changed := first.get(f"ties.changed.{i}")) is not None:
+                yield f"density = {density:g} trims nothing of {name}: of its changes only {changed:.2%} are not 0"
+
+    def remark(self, count: int) -> str | None:
+        weights = spread(self.weight, count)
+        if self.aggregate != "mean" or min(weights) >= 0 or max(weights) <= 0:
+            return None
+        return (
+            f"weights of both signs ({', '.join(f'{w:g}' for w in weights)}) can add up to nearly 0 where models "
+            "agree; the mean divides by that, aggregate sum does not"
+        )
+
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
         return self.passes[round] == "ties" and select.settled(summary)
 
@@ -102,10 +117,13 @@ class Ties(
             return {"ties.signs": self._elected(site, self._votes(site)).to(torch.int64).sum().cpu()}
         return select.measure(site.deltas, site.summary, round)
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
         if self.passes[round] in ("norms", "signs"):
             return {**summary, **totals}
-        return select.digest(totals, round, summary, self.cuts, whole=self.scope is Scope.MODEL)
+        found = select.digest(totals, round, summary, self.cuts, whole=self.scope is Scope.MODEL)
+        if self.passes[round] == "low":
+            found["told"] = {f"ties.changed.{i}": share for i, share in select.untrimmed(found).items()}
+        return found
 
     def fused(self, count: int) -> TrimmedVote | None:
         if self.sign != "mass" or self.aggregate == "max":

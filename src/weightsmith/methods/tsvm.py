@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.keys import Key
 from weightsmith.method import BASE, Each, Grain, Method, Stage, choice, number, registry
-from weightsmith.ops.combine import mean, spread, weigh
+from weightsmith.ops.combine import spread
 from weightsmith.ops.spectral import matrices, orthogonal_sum, svd_of
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Tsvm", "scaled_mean"]
+__all__ = ["FEW", "Tsvm", "scaled_mean"]
+
+FEW = "matrices too small for a triplet of every model"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Tsvm(
     def elsewhere(self) -> Stage:
         return scaled_mean(self.scaling)
 
+    def leaves_out(self, key: Key, count: int) -> str:
+        return "" if self._rank(min(key.shape), count) else FEW
+
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
         alike, after = (self, 1.0) if isinstance(self.scaling, tuple) else (replace(self, scaling=1.0), self.scaling)
@@ -73,8 +79,6 @@ class Tsvm(
         assert site.base is not None
         weights = spread(self.scaling if isinstance(self.scaling, tuple) else 1.0, site.count)
         rank = self._rank(min(site.block_shape), site.count)
-        if rank == 0:
-            return mean(weigh(site.deltas, weights))
         parts = [svd_of(matrix, rank) for matrix in matrices(site)]
         # A negative singular value is a task vector turned round; a zero one must not turn the others.
         parts = [p._replace(s=p.s * w) for p, w in zip(parts, weights, strict=True) if w != 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,21 @@ class Widen(
             kinds = [torch.stack([_ranks(c[kind]) for c in changes]) for kind in (0, 1)]
             means = [torch.full((site.count,), (base.shape[1] - 1) / 2, dtype=torch.float64, device=base.device)] * 2
         scores = weighted_sum(torch.stack([self._scores(k, m) for k, m in zip(kinds, means, strict=True)])) / len(kinds)
+        site.tell("widen.most", float(weighted_sum(scores).max()))
+        for i, delta in enumerate(deltas):
+            site.tell(f"widen.changed.{i}", float(delta.any()))
         merged = base
         for delta, score in zip(deltas, scores.to(base.dtype), strict=True):
             merged = merged + delta * score
         return (merged.T if turned else merged).reshape(shape).contiguous()
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        for i, name in enumerate(names):
+            if not any(found[f"widen.changed.{i}"] for found in told.values()):
+                yield f"{name} is equal to the base: it only lowers the scores of the others; leave it out"
+        most, tensor = max((found["widen.most"], tensor) for tensor, found in told.items())
+        if most > 1:
+            yield f"scores add up to at most {most:.3g} ({tensor}); above 1 large changes in common overshoot"
 
     def _scores(self, values: Tensor, means: Tensor) -> Tensor:
         """values: [n, columns], ranks as integers or sizes; means: [n]."""

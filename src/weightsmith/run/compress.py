@@ -24,6 +24,7 @@ from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.lost import Squares, errors
 from weightsmith.run.merge import Result, Storage, finished, prepared, result_of, run, treatments
 from weightsmith.run.plan import Plan, make_plan
+from weightsmith.run.remarks import what_models_say, what_was_found
 
 __all__ = ["compress", "restore"]
 
@@ -55,11 +56,14 @@ def compress(
     plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True,
                      device=device)  # fmt: skip
     records: Mapping[str, Any] = {}
+    said = list(plan.notes)
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
+        said += what_models_say(plan.tasks, inputs, sink.identity["inputs"])
         records = carry_out(plan, inputs, sink, progress=progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
-    return result_of(plan, out, time.perf_counter() - began, plan.notes, _storage(plan, inputs, records))
+        said += what_was_found(plan.tasks, records, list(inputs.experts))
+    return result_of(plan, out, time.perf_counter() - began, said, _storage(plan, inputs, records))
 
 
 def restore(
@@ -140,7 +144,7 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
     if lost := _lost(plan, records):
         about["error"], about["errors"] = errors(lost)
     more = {"device": plan.device} if plan.device else {}
-    return [*written, write_manifest(folder, {**manifest, "codec": about, **more})]
+    return [*written, write_manifest(folder, {**manifest, "seed": plan.recipe.seed, "codec": about, **more})]
 
 
 def _path(ref: ModelRef | None) -> str:

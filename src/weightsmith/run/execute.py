@@ -83,7 +83,7 @@ def together(running: Sequence[Steps[T]]) -> list[T]:
 
 def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
     """`execute` as steps, which read through `context.kept`."""
-    hashes, said = Hashes(task), dict[str, Any]()
+    hashes, said, told = Hashes(task), dict[str, Any](), dict[str, float]()
     if task.pipeline is None:
         produced: Made = _copied(task, context)
     elif task.pipeline.grain is Grain.GROUP:
@@ -93,7 +93,7 @@ def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
     elif is_fused(task, context):
         produced = _fused(task, task.pipeline, context)
     else:
-        produced = _merged(task, task.pipeline, context)
+        produced = _merged(task, task.pipeline, context, told)
     for made in produced:
         if made is not None:
             name, start, bits = made
@@ -102,16 +102,18 @@ def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
             context.progress(bits.nbytes)
             del made, bits  # while others have their turn, whole tensors would add up
         yield
-    return {"parts": hashes.records(), **_noted(task, context), **said}
+    return {"parts": hashes.records(), **_noted(task, context, told), **said}
 
 
-def _noted(task: Task, context: Context) -> dict[str, Any]:
-    """What the stages want a later run to know: {'notes': {stage: notes}}, or nothing."""
+def _noted(task: Task, context: Context, told: dict[str, float]) -> dict[str, Any]:
+    """What the stages want a later run to know, and what this one is to say: {'notes': {stage: notes}, 'told': ...}."""
     if task.pipeline is None:
         return {}
     summaries = context.summaries.get(task.pipeline, {})
     found = {s.name: note for i, s in enumerate(task.pipeline.stages) if (note := s.notes(summaries.get(i, {})))}
-    return {"notes": found} if found else {}
+    for summary in summaries.values():
+        told |= summary.get("told", {})
+    return {kind: what for kind, what in (("notes", found), ("told", told)) if what}
 
 
 # --- the ways a tensor is made -------------------------------------------------------------------
@@ -148,16 +150,16 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Made:
         if bad:
             # The kernels only count; now it is worth asking whose it is, and to let torch say what is wrong.
             _refuse_bad_inputs(task.key, start, stop, context)
-            list(_merged(task, pipeline, replace(context, kernels=False, kept=Kept())))
+            list(_merged(task, pipeline, replace(context, kernels=False, kept=Kept()), {}))
             refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
 
 
-def _merged(task: Task, pipeline: Pipeline, context: Context) -> Made:
+def _merged(task: Task, pipeline: Pipeline, context: Context, told: dict[str, float]) -> Made:
     """The torch path: blocks of rows, or the whole tensor where the method needs it."""
     summaries = yield from _local(task, pipeline, context, context.summaries.get(pipeline, {}), len(pipeline.stages))
     for start, stop in _ranges(task, pipeline, context.merged):
-        site = site_of(task.key, task, context, start, stop)
+        site = replace(site_of(task.key, task, context, start, stop), told=told)
         # No name for the merged tensor: it would live on while others have their turn.
         yield from _finished(pipeline.merge(site, summaries), task.key, site, start, context)
 

@@ -28,7 +28,7 @@ from weightsmith.run.carry import carry_out
 from weightsmith.run.cluster import ray_runner
 from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.plan import Plan, make_plan
-from weightsmith.run.remarks import twins
+from weightsmith.run.remarks import what_models_say, what_was_found
 from weightsmith.run.vocabulary import chat_template, tokenizer_folder
 
 __all__ = [
@@ -116,10 +116,11 @@ def run(
     said = list(plan.notes)
     if not (resume and finished(plan, inputs, out)):
         sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
-        said += twins({name: sink.identity["inputs"][name] for name, _ in inputs.models})
+        said += what_models_say(plan.tasks, inputs, sink.identity["inputs"])
         with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
             records = carry_out(plan, inputs, sink, progress=progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
+        said += what_was_found(plan.tasks, records, list(inputs.experts))
     said += licence_warnings(dict(inputs.models))
     return result_of(plan, out, time.perf_counter() - began, said)
 
@@ -279,7 +280,7 @@ def package(
     )
     notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
     more = {"notes": notes, "device": plan.device}
-    paths.append(write_manifest(folder, {**manifest, **{name: value for name, value in more.items() if value}}))
+    paths.append(write_manifest(folder, {**manifest, "seed": recipe.seed, **{k: v for k, v in more.items() if v}}))
     return paths
 
 

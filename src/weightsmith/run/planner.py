@@ -213,6 +213,8 @@ class Planner:
         low_high = stage.traits.domain
         if low_high is not None and not low_high[0] <= len(key.shape) <= low_high[1]:
             return f"{len(key.shape)}-D tensors", f"{stage.name} cannot merge {key.name} of shape {list(key.shape)}"
+        if kind := stage.leaves_out(key, len(self.inputs.experts)):
+            return kind, f"{stage.name} cannot merge {key.name}: it leaves out {kind}"
         for stat in stage.traits.needs:
             if stat == BASE:
                 continue

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from weightsmith.io.gguf import GgufSource
 from weightsmith.io.peft import AdapterSource
+from weightsmith.io.source import Source
 from weightsmith.io.untied import UntiedSource
 from weightsmith.keys import Key
 from weightsmith.method import Stage
 from weightsmith.run.inputs import Inputs
+from weightsmith.run.task import Task
 
-__all__ = ["TensorRemarks", "twins", "what_inputs_say"]
+__all__ = ["TensorRemarks", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
 
 
 class TensorRemarks:
@@ -69,6 +73,78 @@ def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
             f"adapters name unlike base models ({', '.join(f'{n}: {b}' for n, b in bases.items())}); all are put on "
             "the one given here"
         )
+
+
+def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """What the stages of a finished run say about it; records: task id -> what `run.execute` returned."""
+    told: dict[type[Stage], tuple[Stage, dict[str, dict[str, float]]]] = {}
+    for task in tasks:
+        found = records[task.id].get("told", {})
+        for stage in task.pipeline.stages if task.pipeline is not None and found else ():
+            _, by_tensor = told.setdefault(type(stage), (stage, {}))
+            so_far = by_tensor.setdefault(task.key.name, {})
+            so_far |= {what: max(figure, so_far.get(what, figure)) for what, figure in found.items()}
+    for stage, by_tensor in told.values():
+        yield from (f"{stage.name}: {text}" for text in stage.says(by_tensor, names))
+
+
+def what_models_say(
+    tasks: Iterable[Task], inputs: Inputs, fingerprints: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
+    yield from twins({name: fingerprints[name] for name, _ in inputs.models})
+    yield from large_changes(tasks, inputs)
+
+
+TENSORS, ENTRIES = 8, 1 << 14
+"""How many tensors, and about how many entries of each, a sample of a model is made of."""
+
+RATIO, LARGE = 0.05, 0.01
+"""Mean |delta| / mean |weight|, and 99% quantile of |delta|, above which random drops do harm (arXiv:2311.03099: most
+changes of fine-tuned models are within 0.002; those of models that were pre-trained further, about 0.03, fail)."""
+
+
+def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[str]:
+    """A line for every expert that has changed too much for a stage of the plan, as a sample of its weights says."""
+    stages = {task.key.name: stage.name for task in tasks if task.pipeline is not None
+              for stage in task.pipeline.stages if stage.traits.small}  # fmt: skip
+    names = list(stages)[:: -(-len(stages) // TENSORS) or 1]
+    if inputs.base is None:
+        return
+    for expert, source in inputs.experts.items() if names else ():
+        pairs = [_sampled(name, inputs.base, source) for name in names]
+        base, delta = (np.concatenate([[], *(pair[i] for pair in pairs if pair is not None)]) for i in (0, 1))
+        if not len(base):
+            continue
+        ratio, quantile = float(delta.mean() / max(base.mean(), 1e-30)), float(np.quantile(delta, 0.99))
+        if ratio > RATIO or quantile > LARGE:
+            yield (
+                f"{expert} has changed much for {stages[names[0]]}: by {ratio:.2g} of the base's weights on average, "
+                f"1% of them by more than {quantile:.2g} (in a sample); raise density, or trim with ties"
+            )
+
+
+def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    """(|base|, |delta|) of rows from the middle of a tensor; None where that takes more than reading them."""
+    key = base.key(name)
+    if base.computes(name) or (expert.computes(name) and expert.rank(name, base) is None):
+        return None
+    rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
+    start = (key.rows - rows) // 2
+    old, new = (_numbers(source, name, start, start + rows) for source in (base, expert))
+    return np.abs(old), np.abs(new - old)
+
+
+def _numbers(source: Source, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows as flat float64 numbers; without torch where the dtype is one of numpy's or bfloat16."""
+    dtype = source.key(name).dtype
+    if source.computes(name) or dtype.startswith("float8"):
+        value: np.ndarray = source.read(name, start, stop).double().numpy()
+        return value.reshape(-1)
+    bits = source.bits(name, start, stop).reshape(-1)
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(dtype).astype(np.float64)
 
 
 def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from weightsmith.run.inputs import Inputs, open_inputs
 from weightsmith.run.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
 from weightsmith.run.plan import PYTHON, TORCH, Plan, choose_threads, kernels_there, make_plan, resident
 from weightsmith.run.reading import bytes_read
+from weightsmith.run.remarks import what_models_say, what_was_found
 from weightsmith.run.task import one_by_one
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
@@ -181,10 +182,15 @@ def run_sweep(
         name: folder_sink(plan, sweep.inputs[name], out / name, resume=resume, overwrite=overwrite)
         for name, plan in left.items()
     }
+    said = {name: list(plan.notes) for name, plan in sweep.plans.items()}
     if left:
+        for name, plan in left.items():
+            said[name] += what_models_say(plan.tasks, sweep.inputs[name], sinks[name].identity["inputs"])
         jobs = [Job(plan, sweep.inputs[name], sinks[name]) for name, plan in left.items()]
         with ray_runner(ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
             records = carry_out_all(jobs, threads=sweep.threads, fit=sweep.fit, progress=progress, runner=runner)
+        for (name, plan), found in zip(left.items(), records, strict=True):
+            said[name] += what_was_found(plan.tasks, found, list(sweep.inputs[name].experts))
         try:
             for job, sink, found in zip(jobs, sinks.values(), records, strict=True):
                 sink.finish(partial(package, plan=job.plan, inputs=job.inputs, records=found))
@@ -194,7 +200,7 @@ def run_sweep(
             raise
     seconds = time.perf_counter() - began
     variants = {
-        name: result_of(plan, out / name, seconds, (*plan.notes, *licence_warnings(dict(sweep.inputs[name].models))))
+        name: result_of(plan, out / name, seconds, [*said[name], *licence_warnings(dict(sweep.inputs[name].models))])
         for name, plan in sweep.plans.items()
     }
     return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.peak_bytes)
