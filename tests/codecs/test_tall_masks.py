@@ -243,3 +243,11 @@ def test_8_bit_bases_keep_a_task_vector_that_can_be_small():
     base = {"w": torch.ones(4, 4).to(torch.float8_e4m3fn)}
     made = encoded("tall_masks", base, {"a": {"w": (torch.ones(4, 4) * 1.125).to(torch.float8_e4m3fn)}})
     assert made.tensors["w::tau"].dtype == torch.bfloat16
+
+
+def test_masks_of_half_precision_models_are_compared_in_float32():
+    """1 > 0.3996 * 2.5 = 0.999, which is no longer true where 0.999 is rounded to bfloat16."""
+    one, other = torch.tensor([1.0]).bfloat16(), torch.tensor([2.5]).bfloat16()
+    made = encoded({"tall_masks": {"lambda": 0.3996}}, {"w": one * 0}, {"a": {"w": one}, "b": {"w": other}})
+    assert made.mask("w", "a").item()
+    assert not bool(one > other * 0.3996)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from driver import every, merge, run, sites
+from safetensors.torch import save_file
 
+import weightsmith
+from weightsmith.io.source import MemorySource
 from weightsmith.method import Pipeline
 from weightsmith.methods.dare import Dare
 from weightsmith.methods.task_arithmetic import TaskArithmetic
@@ -66,3 +71,29 @@ def test_density_one_is_the_plain_merger():
     for rule in ("expectation", "l1"):
         got = merge(EXPERTS, [Dare(density=1.0, rescale_rule=rule), "task_arithmetic"], base=BASE)["w"]
         assert torch.equal(got, merge(EXPERTS, "task_arithmetic", base=BASE)["w"])
+
+
+def test_tied_tensors_get_one_mask():
+    tied = {"embed_tokens.weight": CHANGE[:30], "lm_head.weight": CHANGE[:30]}
+    ground = torch.zeros(30, 10)
+    merged = weightsmith.merge({"a": tied}, [Dare()], dict.fromkeys(tied, ground))
+    assert torch.equal(merged["embed_tokens.weight"], merged["lm_head.weight"])
+    assert 0 < int((merged["lm_head.weight"] == 0).sum()) < 300
+    apart = {n: t.clone() for n, t in tied.items()}
+    other = weightsmith.merge({"a": apart}, [Dare()], {n: ground.clone() for n in tied})
+    assert not torch.equal(other["embed_tokens.weight"], other["lm_head.weight"])
+
+
+def test_an_adapter_is_thinned_as_the_change_that_it_makes(tmp_path):
+    """Not its factors by themselves, which is another method."""
+    made = torch.Generator().manual_seed(4)
+    a, b = torch.randn(2, 10, generator=made), torch.randn(30, 2, generator=made)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["m"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    names = {"lora_A": a, "lora_B": b}
+    save_file({f"base_model.model.m.{n}.weight": t for n, t in names.items()}, tmp_path / "adapter_model.safetensors")
+    base = MemorySource({"m.weight": torch.zeros(30, 10)})
+    merged = weightsmith.merge({"a": tmp_path}, [Dare(density=0.5)], base)["m.weight"]
+    want = weightsmith.merge({"a": {"m.weight": b @ a}}, [Dare(density=0.5)], base)["m.weight"]
+    assert torch.allclose(merged, want, atol=1e-6)
+    assert 100 < int((merged == 0).sum()) < 200

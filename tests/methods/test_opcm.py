@@ -105,6 +105,26 @@ def test_orthogonal_tasks_are_added():
     assert torch.allclose(got, factor * (one + two), atol=1e-5)
 
 
+def test_the_order_of_the_tensors_does_not_matter():
+    turned = {e: dict(reversed(m.items())) for e, m in experts(TASKS).items()}
+    got, want = (merge(m, "opcm", base=b) for m, b in ((turned, dict(reversed(BASE.items()))), (experts(TASKS), BASE)))
+    assert all(torch.allclose(got[n], want[n], atol=1e-6) for n in BASE)
+
+
+def test_beyond_the_rank_of_what_is_merged_nothing_is_taken_away():
+    """A first change of rank 2 in rows and columns 0 and 1: the 2 x 2 corner of the second loses its diagonal only."""
+    name, first = "layers.0.up_proj.weight", torch.zeros(9, 7)
+    first[0, 0], first[1, 1] = 3.0, 2.0
+    second = torch.randn(9, 7, generator=torch.Generator().manual_seed(3))
+    models = {f"e{i}": {name: t} for i, t in enumerate([first, second])}
+    got = merge(models, "opcm", base={name: torch.zeros(9, 7)}, alpha=0.0)[name]
+    left = second.clone()
+    left[0, 0] = left[1, 1] = 0
+    want = first + left
+    factor = float(first.norm() + second.norm()) / 2 / float(want.norm())
+    assert torch.allclose(got, factor * want, atol=1e-5)
+
+
 def test_a_first_model_without_changes_takes_nothing_from_the_second():
     got = changes(merge(experts([{n: 0 * t for n, t in TASKS[0].items()}, TASKS[1]]), "opcm", base=BASE))
     assert all(torch.allclose(got[n], TASKS[1][n] / 2, atol=1e-6) for n in BASE)

@@ -69,6 +69,40 @@ def test_the_formulae_over_the_whole_model(variant, ratio, clip):
     assert (want != 0).any()
 
 
+def without_changes(experts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Three of four entries as in the base, like rows of an embedding that training did not touch."""
+    return {e: {n: t * (torch.arange(t.numel()) % 4 == 0).reshape(t.shape) for n, t in s.items()}
+            for e, s in experts.items()}  # fmt: skip
+
+
+def against(experts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """The second outweighs the first everywhere, so that all scores of the first are negative."""
+    first = experts["e0"]
+    return {"e0": first, "e1": {n: -3 * t for n, t in first.items()}}
+
+
+@pytest.mark.parametrize("variant", ["release", "es", "vision"])
+@pytest.mark.parametrize(
+    "experts",
+    [states(1), without_changes(states(3)), against(states(1))],
+    ids=["one expert", "mostly zeros", "negative scores"],
+)
+def test_the_formulae_where_scores_are_of_an_unusual_kind(experts, variant):
+    got = pcb(experts, variant=variant, ratio=0.2, clip=0.01)
+    want = by_hand(np.stack([flat(e) for e in experts.values()]), variant, 0.2, 0.01)
+    assert np.abs(got - want).max() < 1e-6
+    assert (want != 0).any()
+
+
+def test_sizes_that_all_fall_on_one_quantile_have_no_weight():
+    """All but a few entries have one size, and the clamp takes those few: 0 / 0 in the authors' code."""
+    flat_one = {n: torch.full(s, 0.1) for n, s in SHAPES.items()}
+    flat_one["b.bias"][0] = 5.0
+    assert not pcb({"a": flat_one}, clip=0.05).any()
+    (one,) = states(1).values()
+    assert np.isfinite(pcb({"a": flat_one, "b": one}, clip=0.05)).all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scope_tensor_is_each_tensor_by_itself(variant):
     experts = states(3)

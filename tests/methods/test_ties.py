@@ -8,6 +8,7 @@ import pytest
 import torch
 from driver import every, merge
 
+import weightsmith
 from weightsmith.methods.ties import Ties
 
 
@@ -143,3 +144,31 @@ def test_nothing_trimmed_and_nothing_to_ask_of_the_tensor():
     base = {"w": torch.zeros(3)}
     got = merge(experts, "ties", base=base, density=1.0, scope="tensor", zero_sign="plus")
     assert got["w"].tolist() == [2.0, -3.0, 2.0]
+
+
+@pytest.mark.parametrize("sign", ["normfrac", "normmass"])
+def test_an_expert_equal_to_the_base_has_no_voice(sign):
+    """Its norm is 0, and 0 / 0 must not win the vote."""
+    given = {"w": torch.tensor([3.0, -2.0, 1.0])}
+    experts = {"still": {"w": torch.zeros(3)}, "a": given}
+    got = merge(experts, "ties", base={"w": torch.zeros(3)}, density=1.0, sign=sign)["w"]
+    assert torch.equal(got, given["w"])
+
+
+def test_tied_embeddings_count_once_among_the_largest():
+    """60 loud entries, stored once under two names, and 60 quiet ones: the largest half is the loud ones or not."""
+    quiet, loud = noise(12, 5, seed=1), 100 * noise(12, 5, seed=2)
+    tied = {"embed_tokens.weight": loud, "lm_head.weight": loud, "up.weight": quiet}
+    apart = {n: t.clone() for n, t in tied.items()}
+    once = {n: t for n, t in tied.items() if n != "lm_head.weight"}
+
+    def kept(state: dict[str, torch.Tensor]) -> int:
+        ground = torch.zeros(12, 5)
+        base = {n: ground if n != "up.weight" else ground.clone() for n in state}
+        base = base if state is tied else {n: t.clone() for n, t in base.items()}
+        merged = weightsmith.merge({"a": state}, Ties(density=0.75), base)
+        assert state is not tied or torch.equal(merged["lm_head.weight"], merged["embed_tokens.weight"])
+        return int((merged["up.weight"] != 0).sum())
+
+    assert kept(tied) == kept(once) == 31  # int(120 * 0.75) + 1 - 60
+    assert kept(apart) == 16  # int(180 * 0.75) + 1 - 120: the loud ones count twice

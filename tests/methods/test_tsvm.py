@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from driver import merge
 
@@ -36,8 +37,9 @@ def test_singular_values_are_those_that_were_kept():
     assert torch.allclose(torch.linalg.svdvals(delta(*changes)), kept, atol=1e-4)
 
 
-def test_order_does_not_matter_even_where_the_count_does_not_divide():
-    changes = [noise(7, 11, seed=i) for i in range(3)]
+@pytest.mark.parametrize("rows", [6, 7])
+def test_order_does_not_matter_whether_the_count_divides_or_not(rows):
+    changes = [noise(rows, 11, seed=i) for i in range(3)]
     assert torch.allclose(delta(*changes), delta(*reversed(changes)), atol=1e-5)
 
 
@@ -61,6 +63,14 @@ def test_a_zero_task_vector_leaves_the_others_alone():
     change = noise(6, 6)
     u, s, vt = torch.linalg.svd(change)
     assert torch.allclose(delta(change, torch.zeros(6, 6)), (u[:, :3] * s[:3]) @ vt[:3], atol=1e-5)
+
+
+def test_nearly_equal_experts_give_one_of_them_truncated():
+    """Differences within rounding have no directions of their own."""
+    change = noise(6, 6)
+    u, s, vt = torch.linalg.svd(change)
+    nearly = change * (1 + 1e-7 * noise(6, 6, seed=1))
+    assert torch.allclose(delta(change, nearly), (u[:, :3] * s[:3]) @ vt[:3], atol=1e-4)
 
 
 def test_equal_experts_give_one_of_them_truncated():

@@ -7,7 +7,7 @@ import torch
 from driver import merge
 from torch import Tensor
 
-from weightsmith.methods.widen import Widen
+from weightsmith.methods.widen import Widen, _changes
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -126,3 +126,20 @@ def test_columns_of_zeros():
 def test_a_base_is_needed():
     assert "base" in str(Widen().check(2, False))
     assert Widen().check(2, True) is None
+
+
+def test_what_zeros_have_changed_by():
+    """Columns: zero in both, in the base only, in the expert only, in neither."""
+    base, expert = noise(3, 4), noise(3, 4, seed=1)
+    base[:, 0] = expert[:, 0] = base[:, 1] = expert[:, 2] = 0
+    size, turn = _changes(base, expert)
+    assert turn[:3].tolist() == [0, 1, 1]
+    assert float(turn[3]) == pytest.approx(1 - float(torch.cosine_similarity(base[:, 3], expert[:, 3], 0)), abs=1e-6)
+    lengths = [0, float(expert[:, 1].norm()), float(base[:, 2].norm())]
+    assert size[:3].tolist() == pytest.approx(lengths)
+
+
+def test_what_nobody_changed_stays_bit_for_bit():
+    """Frequencies of rotary embeddings lie beside the weights in some checkpoints."""
+    name, frequencies = "layers.0.self_attn.rotary_emb.inv_freq", 1 / 10000 ** torch.linspace(0, 1, 8)
+    assert torch.equal(widen(frequencies, frequencies, frequencies.clone(), name=name), frequencies)

@@ -59,7 +59,7 @@ GRIDS: Mapping[str, Written] = {
     "optmerge": (("optmerge", {"scaling": [0.2, 0.5, 1.2]}),),
     "swudi": (("swudi", {"time": [100.0, 300.0], "scaling": [0.5, 0.7, 1.0]}),),
     "aswudi": (("aswudi", {"scaling": _SCALES}),),
-    "doge": (("doge", {"lambda": [0.06, 0.2, 0.6]}),),
+    "doge": (("doge", {"lambda": [0.06, 0.2, 0.6], "embeddings": True}),),
     "opcm": (("opcm", {"alpha": [0.1, 0.3, 0.4, 0.5, 0.6, 0.8]}),),
     "widen": (("widen", {"above_average_value_ratio": [0.5, 1.0, 2.0], "score_calibration_value": [0.5, 1.0]}),),
     "fisher": (("fisher", {"floor": [1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6]}),),
