@@ -112,10 +112,12 @@ def test_the_order_of_the_tensors_does_not_matter():
 
 
 def test_beyond_the_rank_of_what_is_merged_nothing_is_taken_away():
-    """A first change of rank 2 in rows and columns 0 and 1: the 2 x 2 corner of the second loses its diagonal only."""
+    """A first change of rank 2, but for rounding, in rows and columns 0 and 1: of the second two entries go."""
     name, first = "layers.0.up_proj.weight", torch.zeros(9, 7)
     first[0, 0], first[1, 1] = 3.0, 2.0
-    second = torch.randn(9, 7, generator=torch.Generator().manual_seed(3))
+    made = torch.Generator().manual_seed(3)
+    first += 1e-7 * torch.randn(9, 7, generator=made)
+    second = torch.randn(9, 7, generator=made)
     models = {f"e{i}": {name: t} for i, t in enumerate([first, second])}
     got = merge(models, "opcm", base={name: torch.zeros(9, 7)}, alpha=0.0)[name]
     left = second.clone()

@@ -235,6 +235,12 @@ def test_the_99_percent_quantile_alone_may_be_too_large(scale: float, told: bool
     assert bool(said(tmp_path, "dare", models, base)) == told
 
 
+@pytest.mark.parametrize(("change", "told"), [(5.1e-5, True), (4.9e-5, False)])
+def test_the_ratio_alone_may_be_too_large(change: float, told: bool, tmp_path: Path) -> None:
+    base = {"w": torch.full((40, 5), 1e-3)}
+    assert bool(said(tmp_path, "dare", {"a": {"w": base["w"] + change}}, base)) == told
+
+
 def test_the_command_line_shows_them_and_the_record_keeps_the_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
