@@ -106,6 +106,13 @@ def test_doge_merges_the_body_and_leaves_embeddings_and_head(wanted: bool, tmp_p
         assert all(torch.equal(merged(tmp_path / "alone")[name], got[name]) for name in (UP, DOWN))
 
 
+@pytest.mark.parametrize("method", ["tsvm", "r_tsvm", "doge", "ties", "pcb", "opcm", "widen", "dare", "consensus"])
+def test_where_no_model_can_be_opened_that_is_the_problem(method: str) -> None:
+    nothing = Inputs(MemorySource(BASE, "base"), {}, problems=("a: does not exist",))
+    found = make_plan(recipe(method, "a"), sources=nothing, strict=False).problems
+    assert found == ("a: does not exist",)
+
+
 # --- models that are the base ----------------------------------------------------------------------
 
 

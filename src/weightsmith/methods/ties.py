@@ -98,7 +98,7 @@ class Ties(
 
     def remark(self, count: int) -> str | None:
         weights = spread(self.weight, count)
-        if self.aggregate != "mean" or min(weights) >= 0 or max(weights) <= 0:
+        if self.aggregate != "mean" or {w > 0 for w in weights if w} != {True, False}:
             return None
         return (
             f"weights of both signs ({', '.join(f'{w:g}' for w in weights)}) can add up to nearly 0 where models "

@@ -171,6 +171,8 @@ class Planner:
 
     def _check_stage(self, stage: Stage) -> None:
         count = len(self.inputs.experts)
+        if not count:
+            return  # that no model is there is the problem
         traits = stage.traits
         if traits.by_depth and not self.depth:
             self._once(
@@ -213,7 +215,7 @@ class Planner:
         low_high = stage.traits.domain
         if low_high is not None and not low_high[0] <= len(key.shape) <= low_high[1]:
             return f"{len(key.shape)}-D tensors", f"{stage.name} cannot merge {key.name} of shape {list(key.shape)}"
-        if kind := stage.leaves_out(key, len(self.inputs.experts)):
+        if self.inputs.experts and (kind := stage.leaves_out(key, len(self.inputs.experts))):
             return kind, f"{stage.name} cannot merge {key.name}: it leaves out {kind}"
         for stat in stage.traits.needs:
             if stat == BASE:
