@@ -132,7 +132,7 @@ def test_what_zeros_have_changed_by():
     """Columns: zero in both, in the base only, in the expert only, in neither."""
     base, expert = noise(3, 4), noise(3, 4, seed=1)
     base[:, 0] = expert[:, 0] = base[:, 1] = expert[:, 2] = 0
-    size, turn = _changes(base, expert)
+    size, turn = _changes(base.T.contiguous(), expert.T.contiguous())
     assert turn[:3].tolist() == [0, 1, 1]
     assert float(turn[3]) == pytest.approx(1 - float(torch.cosine_similarity(base[:, 3], expert[:, 3], 0)), abs=1e-6)
     lengths = [0, float(expert[:, 1].norm()), float(base[:, 2].norm())]
