@@ -175,10 +175,7 @@ class Stage:
         return self, round
 
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        """True if this measuring pass would find nothing on `key`, so that the engine need not read for it.
-
-        Leaving a skipped pass out (digest included) or running it gives the same bytes.
-        """
+        """True if this measuring pass finds nothing on `key`: left out (digest included) or not, the bytes agree."""
         return False
 
     def fused(self, count: int) -> Fused | None:

@@ -201,20 +201,6 @@ def _cut(models: dict[str, State]) -> float:
     return float(sizes[int(len(sizes) * 0.2)])
 
 
-@pytest.mark.parametrize(("weights", "aggregate", "told"), [
-    ((1.0, -0.9), "mean", True), ((1.0, -0.9), "sum", False), ((-1.0, -0.9), "mean", False), ((1.0, 0.0), "mean", False)
-])  # fmt: skip
-def test_ties_warns_of_a_mean_by_weights_of_both_signs(
-    weights: tuple[float, float], aggregate: str, told: bool
-) -> None:
-    models = {"a": moved(1), "b": moved(2)}
-    method = {"ties": {"weight": dict(zip("ab", weights, strict=True)), "aggregate": aggregate}}
-    notes = make_plan(recipe(method, models), sources=inputs(models)).notes
-    expected = ("ties: weights of both signs (1, -0.9) can add up to nearly 0 where models agree; the mean divides by "
-                "that, aggregate sum does not",)  # fmt: skip
-    assert notes == (expected if told else ())
-
-
 # --- random drops of large changes -----------------------------------------------------------------
 
 

@@ -96,15 +96,6 @@ class Ties(
             if (changed := first.get(f"ties.changed.{i}")) is not None:
                 yield f"density = {density:g} trims nothing of {name}: of its changes only {changed:.2%} are not 0"
 
-    def remark(self, count: int) -> str | None:
-        weights = spread(self.weight, count)
-        if self.aggregate != "mean" or {w > 0 for w in weights if w} != {True, False}:
-            return None
-        return (
-            f"weights of both signs ({', '.join(f'{w:g}' for w in weights)}) can add up to nearly 0 where models "
-            "agree; the mean divides by that, aggregate sum does not"
-        )
-
     def skips(self, key: Key, round: int, summary: Summary) -> bool:
         return self.passes[round] == "ties" and select.settled(summary)
 

@@ -108,7 +108,7 @@ def _find_buckets(high: np.ndarray, cuts: Cuts) -> dict[str, Any]:
     total = high.sum(-1, keepdims=True)
     bucket, left, _ = locate(high, wanted)
     bucket = np.where(wanted <= 0, NONE, np.where(wanted >= total, ALL, bucket))
-    return {"select.bucket": bucket, "select.left": left, "select.total": np.int64(high[0].sum())}
+    return {"select.bucket": bucket, "select.left": left, "select.total": np.broadcast_to(total, bucket.shape)}
 
 
 def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str, Any]:
@@ -123,9 +123,8 @@ def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str
 
 def untrimmed(summary: Summary) -> dict[int, float]:
     """Share of entries that are not 0, of every expert whose first cut lies among its zeros."""
-    thresholds, ties = (summary[f"select.{name}"][:, 0].tolist() for name in ("threshold", "ties"))
-    total = int(summary["select.total"])
-    return {i: 1 - zeros / total for i, (cut, zeros) in enumerate(zip(thresholds, ties, strict=True)) if cut == 0}
+    found = (summary[f"select.{name}"][:, 0].tolist() for name in ("threshold", "ties", "total"))
+    return {i: 1 - zeros / total for i, (cut, zeros, total) in enumerate(zip(*found, strict=True)) if cut == 0}
 
 
 def locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -332,7 +332,8 @@ def _measured(
     work = partial(_measuring, task, pipeline, step, context, summaries)
     # What is known of the model may differ: other tensors may have been measured.
     wide = [i for i, s in enumerate(stages[: index + (round > 0)]) if s.scope is Scope.MODEL and s.rounds]
-    known = [(i, n, np.asarray(value).tobytes()) for i in wide for n, value in summaries.get(i, {}).items()]
+    found_out = ((i, n, value) for i in wide for n, value in summaries.get(i, {}).items() if n != "told")
+    known = [(i, n, np.asarray(value).tobytes()) for i, n, value in found_out]
     question = stages[index].question(round), tuple(known)
     shared = id(context.inputs), context.seed, context.nonfinite, stages[:index], question
     found: dict[str, Tensor | Rows]
