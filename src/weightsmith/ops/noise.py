@@ -65,7 +65,7 @@ def bernoulli(
     """
     key = stream(seed, name, expert, salt)
     upper, lower = (_numbers(key, part, "<u2", offset, count) for part in (0, 1))
-    return (upper.astype(np.uint32) << 16 | lower) < limit(share)
+    return np.asarray((upper.astype(np.uint32) << 16 | lower) < limit(share))
 
 
 def normal(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:
