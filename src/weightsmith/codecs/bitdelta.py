@@ -29,7 +29,7 @@ class Bitdelta(
     otherwise="exact",
     symmetric=True,
     scratch=3.0,
-    cost=9.6,
+    cost=7.8,
     alone=True,
 ):
     """Store the sign of every change and one factor: base + a_t sign(delta_t), a_t = mean |delta_t| of the tensor.

@@ -27,7 +27,7 @@ class ArceeFusion(
     max_count=1,
     scratch=12.0,
     histograms=3,
-    cost=60.0,
+    cost=54.0,
 ):
     """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.
 

@@ -23,7 +23,7 @@ class Emr(
     paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461, its elected task vector",
     symmetric=True,
     scratch=3.0,
-    cost=4.0,
+    cost=3.4,
 ):
     """base + lambda tau: per entry the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
 

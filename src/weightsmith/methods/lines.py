@@ -28,7 +28,7 @@ class Lines(
     by_depth=True,
     keeps_expert=False,
     scratch=1.5,
-    cost=8.0,
+    cost=4.5,
 ):
     """Multiply the merged task vector tau by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
 

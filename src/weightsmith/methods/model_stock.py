@@ -34,7 +34,7 @@ class ModelStock(
     min_count=2,
     scratch=4.0,
     pairs=True,
-    cost=3.0,
+    cost=2.2,
 ):
     """base + t mean_i(delta_i) with t = n cos / (1 + (n - 1) cos): models fine-tuned alike lie on a sphere's shell.
 

@@ -33,7 +33,7 @@ class Multislerp(
     symmetric=True,
     scratch=3.0,
     pairs=True,
-    cost=3.0,
+    cost=2.2,
 ):
     """Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
     m / |m| sum_i w_i |x_i|, plus the base.

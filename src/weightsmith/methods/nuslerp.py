@@ -33,7 +33,7 @@ class Nuslerp(
     max_count=2,
     scratch=4.0,
     pairs=True,
-    cost=2.5,
+    cost=1.9,
 ):
     """Go along the arc from the first model to the second, to t = w_2 / (w_1 + w_2) (1/2 if the sum is below 1e-6):
     (sin((1-t) h) a + sin(t h) b) / sin h.

@@ -30,7 +30,7 @@ class Opcm(
     scratch=0.0,
     matrix=13.0,
     square=4.6,
-    cost=365.0,
+    cost=326.0,
     cubic=True,
     streams=1,
 ):

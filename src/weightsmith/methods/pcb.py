@@ -29,7 +29,7 @@ class Pcb(
     keeps_expert=False,
     scratch=12.0,
     histograms=2,
-    cost=95.0,
+    cost=77.0,
 ):
     """Score every entry by its size and its agreement with the others, and average by the scores of the top share.
 

@@ -36,7 +36,7 @@ class Regmean(
     scratch=0.0,
     matrix=4.6,
     solves=3.3,
-    cost=40.0,
+    cost=33.0,
     cubic=True,
 ):
     """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.

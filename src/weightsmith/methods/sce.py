@@ -27,7 +27,7 @@ class Sce(
     paper="FuseChat (Wan et al., 2024), arXiv:2408.07990",
     symmetric=True,
     scratch=4.0,
-    cost=7.0,
+    cost=5.7,
 ):
     """Three steps per tensor on n task vectors delta_i.
 

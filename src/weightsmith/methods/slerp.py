@@ -31,7 +31,7 @@ class Slerp(
     max_count=2,
     scratch=2.0,
     pairs=True,
-    cost=5.0,
+    cost=3.8,
 ):
     """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.
 

@@ -29,7 +29,7 @@ class Swudi(
     matrix=2.4,
     square=2.5,
     side="columns",
-    cost=88.0,
+    cost=65.0,
     cubic=True,
 ):
     """WUDI's loss lowered by gradient flow for a time, in the leading directions only, in closed form.

@@ -28,7 +28,7 @@ class Widen(
     symmetric=True,
     scratch=1.2,
     matrix=1.4,
-    cost=8.0,
+    cost=9.0,
 ):
     """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
 

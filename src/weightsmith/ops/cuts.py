@@ -12,7 +12,7 @@ import numpy as np
 
 from weightsmith.kernel import HIGH, LOW
 from weightsmith.ops.select import EVERYTHING, NOTHING, digest, locate
-from weightsmith.ops.stored import READ, Stored, base_address, kernel, scratch
+from weightsmith.ops.stored import READ, Stored, base_address, joined, kernel, scratch
 
 __all__ = ["Cells", "counted", "readings", "tensor_cuts"]
 
@@ -45,15 +45,15 @@ class _Search:
         self.low, self.shift = low, max(0, (high - low - 1).bit_length() - (BINS.bit_length() - 1))
         self.width = -(-(high - low) >> self.shift)
 
-    def digest(self, above: int, counts: np.ndarray, rest: int) -> None:
-        """Take the next step from the counts of one pass: how many lie above all bins, in each, off their edges."""
+    def digest(self, above: int, counts: np.ndarray, lost: np.ndarray) -> None:
+        """Take the next step from one pass: how many lie above all bins; in each; the bits of each that were lost."""
         left = self.rank - above
         if not 0 < left <= int(counts.sum()):
             self.look(0, _ALL_BITS)  # the guess was wrong
             return
         place, quota, ties = (int(found[0]) for found in locate(counts.astype(np.int64), np.array([left])))
         low = self.low + (place << self.shift)
-        if self.shift and rest:  # bins as wide as the steps between values (deltas of bf16 files) hold one value each
+        if lost[place]:  # mostly a bin holds one value: deltas of bf16 files come in steps
             self.look(low, low + (1 << self.shift))
         else:
             self.found = low, quota, ties
@@ -144,12 +144,12 @@ def _one_each(
         for piece in pieces:
             sampled.append(read(*piece))
             yield
+        sample = joined(sampled)
         for i, search in enumerate(searches):
             if search.found is None:
-                seen = np.concatenate([_magnitudes(stored, i) for stored in sampled])
-                _guess(search, seen, rows * width)
+                _guess(search, _magnitudes(sample, i), rows * width)
     while open_ := [(i, search) for i, search in enumerate(searches) if search.found is None]:
-        counts = [np.zeros(search.width + 1, np.uint32) for _, search in open_]
+        counts = [np.zeros((2, search.width), np.uint32) for _, search in open_]
         above = [0] * len(open_)
         for block in blocks:
             stored = read(*block)
@@ -158,7 +158,7 @@ def _one_each(
             del stored
             yield
         for at, (_, search) in enumerate(open_):
-            search.digest(above[at], counts[at][:-1], int(counts[at][-1]))
+            search.digest(above[at], *counts[at])
     found = np.array([[search.found] * len(wanted) for search, wanted in zip(searches, ranks, strict=True)], np.int64)
     return _named(found)
 
@@ -246,9 +246,9 @@ def _magnitudes(stored: Stored, expert: int) -> np.ndarray:
 
 
 def _count_between(stored: Stored, expert: int, lowest: int, shift: int, counts: np.ndarray) -> int:
-    """Add a block to counts [bins + 1]; see `kernels.count_between`."""
+    """Add a block to counts [2, bins]; see `kernels.count_between`."""
     bits = stored.experts[expert]
     return kernel("count_between")(
         bits.ctypes.data, READ[stored.dtypes[expert]], *base_address(stored), bits.size,
-        lowest, counts.size - 1, shift, counts.ctypes.data, scratch(2),
+        lowest, counts.shape[1], shift, counts.ctypes.data, scratch(2),
     )  # fmt: skip

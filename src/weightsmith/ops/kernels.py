@@ -103,12 +103,12 @@ def count_between(
 ) -> Any:  # fmt: skip
     """Histogram of the bits of |input - base| from `lowest` on; returns how many lie above.
 
-    counts[(bits - lowest) >> shift] += 1 for bits in lowest .. lowest + (width << shift); counts [width + 1] uint32,
-    whose last entry gains every bit that `shift` has shifted out.
+    counts[(bits - lowest) >> shift] += 1 for bits in lowest .. lowest + (width << shift); counts [2 width] uint32,
+    whose second half gains, bin by bin, the bits that `shift` has shifted out.
     """
-    found = carray(pointer(counts), (width + 1,), np.uint32)
+    found = carray(pointer(counts), (2 * width,), np.uint32)
     first, span, down = np.uint32(lowest), np.uint32(min(width << shift, 0xFFFFFFFF)), np.uint32(shift)
-    lost, rest = np.uint32((1 << shift) - 1), np.uint32(0)
+    lost = np.uint32((1 << shift) - 1)
     above = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
@@ -132,13 +132,12 @@ def count_between(
                     place = as_bits(value[k])
                     if place < span:
                         found[place >> down] += np.uint32(1)
-                        rest |= place & lost
+                        found[width + (place >> down)] |= place & lost
         for k in range(whole, n):
             place = as_bits(value[k])
             if place < span:
                 found[place >> down] += np.uint32(1)
-                rest |= place & lost
-    found[width] |= rest
+                found[width + (place >> down)] |= place & lost
     return above
 
 

@@ -12,8 +12,8 @@ from weightsmith.kernel import BF16, E4M3, E5M2, F16, F32, STRIP
 from weightsmith.ops import native
 
 __all__ = [
-    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "kernel", "row_products", "row_sizes",
-    "scratch", "wide",
+    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "joined", "kernel",
+    "row_products", "row_sizes", "scratch", "wide",
 ]  # fmt: skip
 
 READ: Mapping[str, int] = {
@@ -58,6 +58,14 @@ class Stored:
         if self.base is None:
             return self
         return Stored([self.base, *self.experts], [self.base_dtype, *self.dtypes])
+
+
+def joined(pieces: Sequence[Stored]) -> Stored:
+    """Pieces of the same tensor as one, row after row."""
+    first = pieces[0]
+    experts = [np.concatenate(rows) for rows in zip(*(piece.experts for piece in pieces), strict=True)]
+    bases = [piece.base for piece in pieces if piece.base is not None]
+    return Stored(experts, first.dtypes, np.concatenate(bases) if bases else None, first.base_dtype)
 
 
 def kernel(name: str) -> Callable[..., int]:

@@ -63,7 +63,8 @@ def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int
     passes = sum(1 + own(stop) for stop in visits)
     stats = _stat_bytes(task, inputs) * sum(1 + _own_passes(pipeline, key, stop) for stop in visits)
     if one_by_one(pipeline) and not beside and base and not ranks:
-        return round(base * passes + experts * (passes - 1 + pipeline.used[0].traits.streams)) + stats
+        compared = pipeline.codec is not None  # what was stored with what there was, see `run.lost`
+        return round(base * passes + experts * (passes - 1 + pipeline.used[0].traits.streams + compared)) + stats
     return round((base + experts) * passes) + stats
 
 
