@@ -218,6 +218,14 @@ def test_the_weighted_error_is_lowest_and_the_axis_is_that_of_the_inputs():
     assert not close(got, WEIGHT, 0.1)
 
 
+def test_factors_may_share_the_singular_values():
+    assert close(fitted(SCORES, rank=3, balanced=True), fitted(SCORES, rank=3))
+    left, right = Fwsvd(rank=3, balanced=True, weighting="none")._factors(WEIGHT.float(), SCORES, 3)
+    values = torch.linalg.svdvals(WEIGHT)[:3]
+    assert close(left.T @ left, torch.diag(values))
+    assert close(right.T @ right, torch.diag(values))
+
+
 def test_transposed_weights_have_their_inputs_in_rows():
     one = {"e0": {UP: EXPERTS["e0"][UP].T.contiguous()}}
     stats = {"fisher": {"e0": {UP: SCORES.T.contiguous()}}}

@@ -59,6 +59,19 @@ def test_other_tensors_get_the_scaled_mean():
     assert torch.allclose(delta(*few_rows), sum(few_rows) / 3, atol=1e-6)
 
 
+def test_more_than_two_dimensions_are_merged_as_matrices_on_request():
+    changes = [noise(3, 6, 8, seed=i) for i in range(2)]
+    each = torch.stack([delta(*(c[i] for c in changes), scaling=0.7) for i in range(3)])
+    assert torch.allclose(delta(*changes, beyond="slices", scaling=0.7), each, atol=1e-6)
+    deep = [c.reshape(1, 3, 6, 8) for c in changes]
+    assert torch.allclose(delta(*deep, beyond="slices", scaling=0.7), each[None], atol=1e-6)
+    joined = delta(*(c.reshape(3, 48) for c in changes)).reshape(3, 6, 8)
+    assert torch.allclose(delta(*changes, beyond="flatten"), joined, atol=1e-6)
+    few = [noise(2, 6, 8, seed=i) for i in range(3)]  # two rows for three models: no triplet each
+    assert torch.allclose(delta(*few, beyond="flatten"), sum(few) / 3, atol=1e-6)
+    assert not torch.allclose(delta(*few, beyond="slices"), sum(few) / 3, atol=1e-2)
+
+
 def test_a_zero_task_vector_leaves_the_others_alone():
     change = noise(6, 6)
     u, s, vt = torch.linalg.svd(change)

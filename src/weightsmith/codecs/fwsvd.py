@@ -50,6 +50,7 @@ class Fwsvd(
 
     weighting  row_sum as above; none: plain SVD; element: sum_ij F_ij (W - W_r)_ij^2, lowered in 30 steps
                X <- SVD_r(F W + (1 - F) X), F scaled to a maximum of 1 (Srebro and Jaakkola, ICML 2003)
+    balanced   left = U_r sqrt(S_r) and right = diag(1 / sqrt a) V_r sqrt(S_r): the same product
     """
 
     rank: float | str = number("auto", "rank r; auto: from ratio", low=1, options=("auto",), kind="integer")
@@ -59,6 +60,7 @@ class Fwsvd(
     head: bool = flag(False, "factor the output head too")
     always: bool = flag(False, "factor weights also where that takes more room")
     transposed: bool = flag(False, "weights are stored [in, out], as GPT-2's Conv1D does")
+    balanced: bool = flag(False, "share S between the factors, its root each: for training or quantising them")
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         rank = self._rank(key)
@@ -114,18 +116,17 @@ class Fwsvd(
             share, x = fisher / fisher.max(), top_svd(weight, rank)
             for _ in range(STEPS):
                 x = top_svd(share * weight + (1 - share) * x.product, rank)
-            return _split(x, rank)
+            return self._split(x, rank)
         if self.weighting == "none":
-            return _split(top_svd(weight.double(), rank), rank)
+            return self._split(top_svd(weight.double(), rank), rank)
         importance = row_sums(fisher if self.transposed else fisher.T)
         root = importance.clamp(min=self.floor * float(importance.mean())).sqrt()
         if self.transposed:
-            left, right = _split(top_svd(weight * root[:, None], rank), rank)
+            left, right = self._split(top_svd(weight * root[:, None], rank), rank)
             return left / root[:, None], right
-        left, right = _split(top_svd(weight * root, rank), rank)
+        left, right = self._split(top_svd(weight * root, rank), rank)
         return left, right / root[:, None]
 
-
-def _split(found: Svd, rank: int) -> tuple[Tensor, Tensor]:
-    u, s, v = padded(found, rank)
-    return u * s, v
+    def _split(self, found: Svd, rank: int) -> tuple[Tensor, Tensor]:
+        u, s, v = padded(found, rank)
+        return (u * s.sqrt(), v * s.sqrt()) if self.balanced else (u * s, v)

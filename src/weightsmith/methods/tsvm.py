@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.keys import Key
+from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Grain, Method, Stage, choice, number, registry
 from weightsmith.ops.combine import spread
-from weightsmith.ops.spectral import matrices, orthogonal_sum, svd_of
+from weightsmith.ops.spectral import Matrix, matrices, orthogonal_sum, svd_of
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ class Tsvm(
     needs=(BASE,),
     paper="Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081",
     grain=Grain.TENSOR,
-    domain=(2, 2),
+    domain=(2, 4),
     otherwise="task_arithmetic",
     symmetric=True,
     scratch=0.0,
@@ -49,6 +52,10 @@ class Tsvm(
     multiplies each tau_t before its decomposition.  Large float32
     matrices are decomposed in float32 (`ops.leading`; a few 1e-4 of the merged task vector), the rest in float64.
     LoRA adapters on the recipe's base are decomposed from their factors, without forming tau_t.
+
+    beyond   what becomes of tensors of three and four dimensions.  mean: as above (the authors' code); slices: each
+             matrix of the last two dimensions is merged by itself (experts of a layer in one tensor); flatten: all
+             dimensions but the first are joined (kernels of a convolution)
     """
 
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)
@@ -62,12 +69,15 @@ class Tsvm(
     orthogonalise: str = choice(
         "eigh", "how the polar factors are found; svd: slower, the same; none: not at all", "eigh", "svd", "none"
     )
+    beyond: str = choice("mean", "tensors of more than two dimensions", "mean", "slices", "flatten")
 
     def elsewhere(self) -> Stage:
         return scaled_mean(self.scaling)
 
     def leaves_out(self, key: Key, count: int) -> str:
-        return "" if self._rank(min(key.shape), count) else FEW
+        if len(key.shape) > 2 and self.beyond == "mean":
+            return "tensors of more than two dimensions"
+        return "" if self._rank(self._smaller(key.shape), count) else FEW
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
@@ -78,12 +88,27 @@ class Tsvm(
         """The merged task vector; multiplied by `scaling` only where that is a list."""
         assert site.base is not None
         weights = spread(self.scaling if isinstance(self.scaling, tuple) else 1.0, site.count)
-        rank = self._rank(min(site.block_shape), site.count)
-        parts = [svd_of(matrix, rank) for matrix in matrices(site)]
+        rank = self._rank(self._smaller(site.block_shape), site.count)
+        tasks = [[svd_of(matrix, rank) for matrix in self._views(tau)] for tau in matrices(site)]
         # A negative singular value is a task vector turned round; a zero one must not turn the others.
-        parts = [p._replace(s=p.s * w) for p, w in zip(parts, weights, strict=True) if w != 0]
-        merged = orthogonal_sum(parts, self.orthogonalise, site.base.dtype) if parts else site.base * 0
-        return merged.to(site.base.dtype)
+        tasks = [[p._replace(s=p.s * w) for p in parts] for parts, w in zip(tasks, weights, strict=True) if w != 0]
+        if not tasks:
+            return site.base * 0
+        merged = [orthogonal_sum(parts, self.orthogonalise, site.base.dtype) for parts in zip(*tasks, strict=True)]
+        whole = merged[0] if len(merged) == 1 else torch.stack(merged)
+        return whole.to(site.base.dtype).reshape(site.block_shape)
+
+    def _views(self, tau: Matrix) -> Sequence[Matrix]:
+        """The matrices that a task vector consists of."""
+        if isinstance(tau, tuple) or tau.ndim == 2:
+            return [tau]
+        return [tau.flatten(1)] if self.beyond == "flatten" else tau.flatten(0, -3).unbind()
+
+    def _smaller(self, shape: Sequence[int]) -> int:
+        """The smaller side of these matrices."""
+        if len(shape) == 2 or self.beyond == "slices":
+            return min(shape[-2:])
+        return min(shape[0], math.prod(shape[1:]))
 
     def _rank(self, smaller: int, count: int) -> int:
         if isinstance(self.rank_fraction, str):
