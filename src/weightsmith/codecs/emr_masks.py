@@ -27,7 +27,7 @@ class EmrMasks(
     needs=(BASE,),
     paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461",
     symmetric=True,
-    scratch=4.0,
+    scratch=6.0,
     cost=12.0,
 ):
     """Store tau of the method in front once, and of each expert t a mask and a factor: base + f_t m_t tau.

@@ -28,6 +28,7 @@ class Rmm(
     domain=(2, 2),
     otherwise="exact",
     scratch=0.3,
+    matrix=1.6,
     square=2.3,
     cost=102.0,
     cubic=True,

@@ -26,7 +26,7 @@ class TallMasks(
     needs=(BASE,),
     paper="TALL-masks (Wang et al., ICML 2024), arXiv:2405.07813",
     symmetric=True,
-    scratch=4.0,
+    scratch=6.0,
     cost=7.1,
 ):
     """Store the merged task vector tau once and a mask per expert; expert t is rebuilt as base + m_t tau.

@@ -28,6 +28,7 @@ class Tsvc(
     otherwise="exact",
     symmetric=True,
     scratch=0.35,
+    matrix=1.8,
     square=4.1,
     cost=88.0,
     cubic=True,

@@ -30,7 +30,7 @@ class Ties(
     symmetric=True,
     scratch=2.5,
     matrix=2.1,
-    histograms=1,
+    histograms=2,
     cost=7.0,
 ):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.

@@ -22,8 +22,9 @@ SAMPLE, PLACES = 1 << 16, 64
 MARGIN = 0.007
 """How far, as a share of all entries, the cut may lie from where the sample has it: three to four standard errors."""
 
-BINS = 1 << 18
-"""Most counters per expert.  A window of float bits this wide spans 3% of a number: one pass mostly is enough."""
+BINS = 1 << 17
+"""Most counters per expert.  A window of float bits this wide spans 1.5% of a number; one pass mostly is enough where
+values come in steps, as the deltas of bf16 files do."""
 
 _ALL_BITS = 1 << 31
 _MOST = (1 << 32) - 1  # what a counter of a search can hold
@@ -118,12 +119,14 @@ def _several(
     cells = yield from counted([()] * len(ranks), read, blocks)
     summary = digest({"select.high": cells.high}, 0, {}, lambda *_: ranks)
     buckets = summary["select.bucket"]
+    del cells  # the next ones are as large
     cells = yield from counted(buckets.tolist(), read, blocks)
-    found = []
-    for cut in range(buckets.shape[1]):  # not all at once: their counters are copied several times
-        known = {name: value[:, cut : cut + 1] for name, value in summary.items()}
-        found.append(digest({"select.low": cells.low(buckets[:, cut])}, 1, known, lambda *_: ranks))
-    return {f"select.{name}": np.concatenate([one[f"select.{name}"] for one in found], 1) for name in _FOUND}
+    found = np.zeros((*buckets.shape, len(_FOUND)), np.int64)
+    for i, cut in np.ndindex(*buckets.shape):  # not all at once: their counters are copied several times
+        known = {name: value[i : i + 1, cut : cut + 1] for name, value in summary.items()}
+        one = digest({"select.low": cells.within(i, buckets[i, cut])[None, None]}, 1, known, lambda *_: ranks)
+        found[i, cut] = [one[f"select.{name}"].item() for name in _FOUND]
+    return _named(found)
 
 
 def _one_each(
@@ -144,10 +147,9 @@ def _one_each(
         for piece in pieces:
             sampled.append(read(*piece))
             yield
-        sample = joined(sampled)
         for i, search in enumerate(searches):
             if search.found is None:
-                _guess(search, _magnitudes(sample, i), rows * width)
+                _guess(search, _magnitudes(joined(sampled, i), 0), rows * width)
     while open_ := [(i, search) for i, search in enumerate(searches) if search.found is None]:
         counts = [np.zeros((2, search.width), np.uint32) for _, search in open_]
         above = [0] * len(open_)
@@ -216,12 +218,13 @@ class Cells:
         return np.stack([counts[:HIGH] for counts in self._counts])
 
     def low(self, cells: Iterable[int]) -> np.ndarray:
-        """The counts within one open cell of every expert, 0 within one that no magnitude has: int64 [n, 1, LOW]."""
-        found = np.zeros((len(self._counts), 1, LOW), np.int64)
-        for i, cell in enumerate(cells):
-            if (place := self._places[i].get(int(cell))) is not None:
-                found[i] = self._counts[i][place : place + LOW]
-        return found
+        """`within` one cell of every expert: int64 [n, 1, LOW], as `select.digest` takes them."""
+        return np.stack([self.within(i, cell) for i, cell in enumerate(cells)])[:, None]
+
+    def within(self, expert: int, cell: int) -> np.ndarray:
+        """The counts in an open cell of an expert, 0 in one that no magnitude has: int64 [LOW]."""
+        place = self._places[expert].get(int(cell))
+        return np.zeros(LOW, np.int64) if place is None else self._counts[expert][place : place + LOW]
 
 
 def counted(

@@ -132,12 +132,14 @@ def count_between(
                     place = as_bits(value[k])
                     if place < span:
                         found[place >> down] += np.uint32(1)
-                        found[width + (place >> down)] |= place & lost
+                        if place & lost:
+                            found[width + (place >> down)] |= place & lost
         for k in range(whole, n):
             place = as_bits(value[k])
             if place < span:
                 found[place >> down] += np.uint32(1)
-                found[width + (place >> down)] |= place & lost
+                if place & lost:
+                    found[width + (place >> down)] |= place & lost
     return above
 
 

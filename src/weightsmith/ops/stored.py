@@ -60,12 +60,12 @@ class Stored:
         return Stored([self.base, *self.experts], [self.base_dtype, *self.dtypes])
 
 
-def joined(pieces: Sequence[Stored]) -> Stored:
-    """Pieces of the same tensor as one, row after row."""
+def joined(pieces: Sequence[Stored], expert: int) -> Stored:
+    """One expert's rows of pieces of the same tensor, and the base's, as one piece."""
     first = pieces[0]
-    experts = [np.concatenate(rows) for rows in zip(*(piece.experts for piece in pieces), strict=True)]
     bases = [piece.base for piece in pieces if piece.base is not None]
-    return Stored(experts, first.dtypes, np.concatenate(bases) if bases else None, first.base_dtype)
+    rows = np.concatenate([piece.experts[expert] for piece in pieces])
+    return Stored([rows], [first.dtypes[expert]], np.concatenate(bases) if bases else None, first.base_dtype)
 
 
 def kernel(name: str) -> Callable[..., int]:
