@@ -10,7 +10,7 @@ from weightsmith.keys import Key, Part
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Codec, Rows
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
-from weightsmith.ops.reduce import pairwise_sum, row_sizes
+from weightsmith.ops.reduce import block_sizes
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Bitdelta(
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         deltas = site.deltas
-        sizes = torch.stack([pairwise_sum(row_sizes(delta)) for delta in deltas]).cpu()
+        sizes = torch.stack([block_sizes(delta) for delta in deltas]).cpu()
         return {"bitdelta.sizes": sizes, "bitdelta.count": torch.tensor(deltas[0].numel())}
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from weightsmith.lazy import torch
 from weightsmith.method import BASE, Method, Rows, Scope, Traits
 from weightsmith.ops import select
 from weightsmith.ops.combine import weighted_sum
-from weightsmith.ops.reduce import block_sums, pairwise_sum, row_sizes
+from weightsmith.ops.reduce import block_sizes, block_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def _all(site: Site, deltas: Tensor) -> dict[str, Tensor]:
     raised, lowered = weighted_sum(deltas.clamp(min=0)), weighted_sum(deltas.clamp(max=0)).neg()
     return {
         "gram": (vectors @ vectors.T).cpu(),
-        "mass": torch.stack([pairwise_sum(row_sizes(d)) for d in deltas]).cpu(),
+        "mass": torch.stack([block_sizes(d) for d in deltas]).cpu(),
         "outvoted": block_sums(torch.minimum(raised, lowered)).cpu(),
         "zeros": (~moved).sum(1).cpu(),
         "shared": (moved.sum(0, dtype=torch.int32) >= 2).sum().cpu(),

@@ -9,7 +9,7 @@ from weightsmith.errors import NumericError
 from weightsmith.lazy import torch
 from weightsmith.method import Each, Method, Rows, Scope, choice, flag, number
 from weightsmith.ops.combine import spread, weighted_sum
-from weightsmith.ops.reduce import pairwise_sum, row_squares
+from weightsmith.ops.reduce import block_squares
 from weightsmith.site import Site
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Fisher(
         return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
 
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {"fisher.squares": torch.stack([pairwise_sum(row_squares(f)) for f in _fishers(site)]).cpu()}
+        return {"fisher.squares": torch.stack([block_squares(f) for f in _fishers(site)]).cpu()}
 
     def merge(self, site: Site) -> Tensor:
         fishers = site.stats["fisher"] if self.rounds else _fishers(site)  # measuring has looked at them

@@ -9,7 +9,7 @@ from weightsmith.errors import RecipeError
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Filter, Rows, Scope, choice, number
 from weightsmith.ops.combine import weighted_sum
-from weightsmith.ops.reduce import pairwise_sum, row_sizes
+from weightsmith.ops.reduce import block_sizes
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class Lines(
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         raw = _before_all(site).deltas
         return {
-            "lines.raw": pairwise_sum(row_sizes(weighted_sum(raw))).cpu(),
-            "lines.merged": pairwise_sum(row_sizes(site.deltas[0])).cpu(),
+            "lines.raw": block_sizes(weighted_sum(raw)).cpu(),
+            "lines.merged": block_sizes(site.deltas[0]).cpu(),
         }
 
     def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:

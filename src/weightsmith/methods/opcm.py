@@ -10,7 +10,7 @@ from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Grain, Method, Rows, Scope, Stage, number
 from weightsmith.ops.leading import LARGE, eigh, gram
-from weightsmith.ops.reduce import block_sums, pairwise_sum, row_squares
+from weightsmith.ops.reduce import block_squares, block_sums
 from weightsmith.ops.spectral import NOISE, Svd, top_svd
 from weightsmith.site import Site, Summary
 
@@ -78,7 +78,7 @@ class Opcm(
 
         def seen() -> Iterator[Tensor]:
             for delta in site.tasks:
-                squares.append(pairwise_sum(row_squares(delta)))
+                squares.append(block_squares(delta))
                 yield delta
 
         total = self._accumulated(site, seen(), norm=True)

@@ -12,7 +12,7 @@ from weightsmith.lazy import torch
 from weightsmith.method import BASE, Each, Method, Rows, Scope, choice, number
 from weightsmith.ops import select
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
-from weightsmith.ops.reduce import pairwise_sum, row_squares
+from weightsmith.ops.reduce import block_squares
 from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Ties(
     def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
         step = self.passes[round]
         if step == "norms":
-            squares = [pairwise_sum(row_squares(d)) for d in self._trimmed(site)]
+            squares = [block_squares(d) for d in self._trimmed(site)]
             return {"ties.squares": torch.stack(squares).cpu()}
         if step == "signs":
             return {"ties.signs": self._elected(site, self._votes(site)).to(torch.int64).sum().cpu()}

@@ -22,7 +22,7 @@ from weightsmith.lazy import torch
 from weightsmith.ops.combine import mean, weighted_sum
 from weightsmith.ops.leading import LARGE, eigh
 from weightsmith.ops.leading import gram as square_of
-from weightsmith.ops.reduce import pairwise_sum, row_squares
+from weightsmith.ops.reduce import block_squares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +129,7 @@ def _missed(target: Tensor, start: Tensor, dtype: torch.dtype) -> Tensor:
 
 def frobenius(delta: Tensor) -> Tensor:
     """|tau|_F, a float64 scalar and a constant to gradients."""
-    return pairwise_sum(row_squares(delta.detach())).sqrt()
+    return block_squares(delta.detach()).sqrt()
 
 
 def start_of(deltas: Tensor, word: str) -> Tensor:

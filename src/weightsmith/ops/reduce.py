@@ -18,7 +18,17 @@ from weightsmith.ops import native, stored
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_rows", "block_sums", "pairwise_sum", "row_products", "row_sizes", "row_squares", "row_sums"]
+__all__ = [
+    "as_rows",
+    "block_sizes",
+    "block_squares",
+    "block_sums",
+    "pairwise_sum",
+    "row_products",
+    "row_sizes",
+    "row_squares",
+    "row_sums",
+]
 
 Values = TypeVar("Values")
 """Tensors or numpy arrays."""
@@ -90,3 +100,13 @@ def _readable(rows: Tensor) -> bool:
 def block_sums(block: Tensor) -> Tensor:
     """The float64 sum of a block, as a 0-dim tensor."""
     return pairwise_sum(row_sums(block))
+
+
+def block_sizes(block: Tensor) -> Tensor:
+    """sum |x| of a block, float64, 0-dim."""
+    return pairwise_sum(row_sizes(block))
+
+
+def block_squares(block: Tensor) -> Tensor:
+    """sum x^2 of a block, float64, 0-dim."""
+    return pairwise_sum(row_squares(block))

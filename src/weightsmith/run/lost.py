@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Codec
-from weightsmith.ops.reduce import pairwise_sum, row_squares
+from weightsmith.ops.reduce import block_squares
 from weightsmith.run.task import Task
 from weightsmith.site import Site
 
@@ -55,7 +55,7 @@ def _wanted(site: Site, codec: Codec) -> Iterator[Tensor]:
 
 
 def _square(tensor: Tensor) -> float:
-    return float(pairwise_sum(row_squares(tensor)))
+    return float(block_squares(tensor))
 
 
 def _share(pairs: Iterable[Any]) -> float:
