@@ -20,6 +20,7 @@ from weightsmith.ops.loops import (
     OPTIONS,
     as_bits,
     as_float,
+    broken,
     decode,
     drop,
     encode,
@@ -253,11 +254,11 @@ def masked_merge(
         for i in range(count):
             voice = strip(scratch, i, n)
             decode(address[i], kind[i], low, voice)
-            broken = np.uint32(0)
+            unfit = np.uint32(0)
             for j in range(n):
                 voice[j] = voice[j] - origin[j]
-                broken += np.uint32((as_bits(voice[j]) & EXPONENT) == EXPONENT)  # a mask would hide it
-            bad += I8(broken)
+                unfit += np.uint32((as_bits(voice[j]) & EXPONENT) == EXPONENT)  # a mask would hide it
+            bad += I8(unfit)
             _masked(voice, i, low, cut, met, draw, start, room)
             if factors:
                 for j in range(n):
@@ -343,10 +344,7 @@ def row_masses(
             decode(base, base_kind, place, origin)
             decode(address, kind, place, value)
             subtract(value, origin)
-            broken = np.uint32(0)
-            for j in range(n):
-                broken += np.uint32((as_bits(value[j]) & EXPONENT) == EXPONENT)
-            bad += I8(broken)
+            bad += broken(value)
             _sizes(value, before[low : low + n])
             _masked(value, expert, place, cut, met, draw, start, room)
             _sizes(value, after[low : low + n])

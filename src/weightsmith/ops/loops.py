@@ -20,6 +20,7 @@ __all__ = [
     "OPTIONS",
     "as_bits",
     "as_float",
+    "broken",
     "decode",
     "drop",
     "encode",
@@ -166,6 +167,15 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
 def subtract(values: Any, base: Any) -> None:
     for j in range(values.size):
         values[j] = values[j] - base[j]
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def broken(values: Any) -> Any:
+    """How many entries are NaN or Inf."""
+    found = np.uint32(0)
+    for j in range(values.size):
+        found += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
+    return I8(found)
 
 
 # --- masks -------------------------------------------------------------------------------------------

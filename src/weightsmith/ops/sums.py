@@ -7,18 +7,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from weightsmith.ops.loops import EXPONENT, I8, OPTIONS, as_bits, decode, exported, fold, pointer, subtract
+from weightsmith.ops.loops import OPTIONS, broken, decode, exported, fold, pointer, subtract
 
 __all__ = ["row_products", "row_sizes"]
-
-
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _broken(values: Any) -> Any:
-    """How many entries are NaN or Inf."""
-    found = np.uint32(0)
-    for j in range(values.size):
-        found += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
-    return I8(found)
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
@@ -53,7 +44,7 @@ def row_products(
             decode(address[i], kind[i], row * width, value[i])
             if deltas:
                 subtract(value[i], value[count])
-            bad += _broken(value[i])
+            bad += broken(value[i])
         pair = 0
         for i in range(count):
             for j in range(i, count):
