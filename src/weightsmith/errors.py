@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "MissingExtra",
@@ -27,6 +27,7 @@ __all__ = [
     "WeightsmithError",
     "did_you_mean",
     "public",
+    "some",
 ]
 
 
@@ -103,6 +104,11 @@ class MissingExtra(WeightsmithError):
 
 
 _LONGEST = 200  # characters; comparing takes time in the square of the length
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from weightsmith.errors import some
 from weightsmith.inspect.facts import Matrix, Measures, pairs
 from weightsmith.inspect.run import Inspection
 from weightsmith.inspect.spectra import POINTS
@@ -46,9 +47,7 @@ def summary(found: Inspection) -> list[str]:
     else:
         lines.append(f"no spectra: no matrix has a smaller side up to {found.side}" if found.side else "no spectra")
     if found.left_out:
-        shown = ", ".join(f"{name} ({why})" for name, why in list(found.left_out.items())[:3])
-        more = f" and {len(found.left_out) - 3} more" if len(found.left_out) > 3 else ""
-        lines.append(f"not looked at: {shown}{more}")
+        lines.append(f"not looked at: {some([f'{name} ({why})' for name, why in found.left_out.items()])}")
     return lines
 
 

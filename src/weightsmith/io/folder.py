@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from weightsmith.errors import SourceError
+from weightsmith.errors import SourceError, some
 from weightsmith.io import system
 from weightsmith.io.pickle import PICKLES, PickleSource
 from weightsmith.io.safetensors import SafetensorsSource
@@ -43,7 +43,7 @@ def choose_weights(names: Iterable[str], label: str) -> str:
             if len(lone) == 1:
                 return lone[0]
             if lone:
-                raise SourceError(f"{label}: {len(lone)} safetensors files and no index ({_some(lone)}); give one file")
+                raise SourceError(f"{label}: {len(lone)} safetensors files and no index ({some(lone)}); give one file")
         for name in (single, single + INDEX):
             if name in present:
                 return name
@@ -111,7 +111,7 @@ def check_present(named: Mapping[str, str], present: Iterable[str], label: str) 
     shards = sorted(set(named.values()))
     missing = sorted(set(shards) - set(present))
     if missing:
-        raise SourceError(f"{label}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}")
+        raise SourceError(f"{label}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}")
 
 
 def join(shards: Mapping[str, Listed], label: str, named: Mapping[str, str] | None = None) -> Catalogue:
@@ -132,7 +132,7 @@ def join(shards: Mapping[str, Listed], label: str, named: Mapping[str, str] | No
     unnamed = [name for name in found.keys if name not in named]
     if unnamed:
         raise SourceError(
-            f"{label}: does not name {_some(unnamed)}, which {found.shard_of[unnamed[0]]} holds; "
+            f"{label}: does not name {some(unnamed)}, which {found.shard_of[unnamed[0]]} holds; "
             "the shards are not those of this index"
         )
     return found
@@ -201,7 +201,3 @@ def _listing(folder: Path) -> list[str]:
 def _plain(file: str) -> bool:
     """A file name and nothing else, on any system."""
     return file not in ("", ".", "..") and good_name(file) and not any(c in file for c in "/\\:")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

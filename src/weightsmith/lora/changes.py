@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from weightsmith.errors import PlanError, SourceError
+from weightsmith.errors import PlanError, SourceError, some
 from weightsmith.io.source import Source
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
@@ -39,8 +39,7 @@ class Changes:
         """The factors alone; a note says what is left out."""
         names = [*self.lost, *(key.name for keys in self.saved.values() for key in keys)]
         names += [key.name for key in self.biases]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        notes = [f"left out although changed: {', '.join(names[:3])}{more}"] if names else []
+        notes = [f"left out although changed: {some(names)}"] if names else []
         return Changes(self.low, {}, (), {}, notes)
 
     def refuse_lost(self) -> None:

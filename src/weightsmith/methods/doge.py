@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.errors import some
 from weightsmith.keys import Key
 from weightsmith.lazy import torch
 from weightsmith.method import BASE, Grain, Method, Rows, Scope, flag, integer, number
@@ -113,10 +114,7 @@ class Doge(
                 "lambda sets"
             )
         if free := [tensor for tensor, found in told.items() if found.get("doge.free")]:
-            yield (
-                f"subspace = {self.subspace} protects no direction of {free[0]}"
-                + (f" and {len(free) - 1} more" if free[1:] else "")
-            )
+            yield f"subspace = {self.subspace} protects no direction of {some(free, 1)}"
 
     def _correction(self, deltas: Tensor, factors: list[float]) -> Tensor:
         """delta: [m, n] float64."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.errors import some
 from weightsmith.io.gguf import GgufSource
 from weightsmith.io.peft import AdapterSource
 from weightsmith.io.source import Source
@@ -33,7 +34,7 @@ class TensorRemarks:
     def lines(self) -> Iterator[str]:
         """The text, the first tensor it holds for, and how many more there are."""
         for text, names in self._tensors.items():
-            yield f"{text}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            yield f"{text}: {some(names, 1)}"
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[str]:
@@ -53,8 +54,7 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
                 "(tie_word_embeddings: false)"
             )
         if extras := getattr(source, "extras", ()):
-            shown = ", ".join(extras[:5]) + (f" and {len(extras) - 5} more" if len(extras) > 5 else "")
-            yield f"{name}: entries that are no tensors are left out: {shown}"
+            yield f"{name}: entries that are no tensors are left out: {some(extras, 5)}"
 
 
 def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
