@@ -26,9 +26,9 @@ from bench.measure import BenchError, plain_environment
 from bench.merges import MERGES
 from bench.series import COPY, DURABLE, OURS, WEIGHTSMITH
 from bench.table import markdown
-from weightsmith.io.layout import index_json, plan_shards
-from weightsmith.keys import Key
-from weightsmith.run.cost import READ, START, WRITE
+from weightsmith.core.keys import Key
+from weightsmith.io.write.layout import index_json, plan_shards
+from weightsmith.plan.cost import READ, START, WRITE
 
 __all__ = ["MODELS", "Llama", "Planned", "checked", "node_rows", "planned", "seconds", "time_rows"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bench.models import SHAPES, make_models
 from bench.table import markdown
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.accelerator import Accelerator, accelerator_of
-from weightsmith.run.merge import run
 
 __all__ = ["link", "main", "merges"]
 

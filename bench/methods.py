@@ -20,13 +20,13 @@ from torch import Tensor
 from bench.plain import PLAIN
 from bench.spectral import task_vectors, timed
 from bench.table import markdown
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
-from weightsmith.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.core.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.engine.carry import carry_out
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
 
 __all__ = ["Case", "case", "main"]
 

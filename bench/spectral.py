@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bench.table import markdown
-from weightsmith.keys import Key
-from weightsmith.method import registry
-from weightsmith.site import Site
+from weightsmith.core.keys import Key
+from weightsmith.core.method import registry
+from weightsmith.core.site import Site
 
 __all__ = ["SHAPES", "main", "task_vectors", "whole_svds"]
 

@@ -19,14 +19,15 @@ from typing import Any
 from pydantic import BaseModel
 
 import weightsmith
-from weightsmith import errors, lora, method, site
+from weightsmith import lora
 from weightsmith.cli import main as cli
 from weightsmith.cli.methods import cost_at_7b, describe
-from weightsmith.keys import DTYPES, ROLES, RULE_ROLES, role_of
+from weightsmith.core import errors, method, site
+from weightsmith.core.keys import DTYPES, ROLES, RULE_ROLES, role_of
+from weightsmith.jobs.compress import compress, restore
+from weightsmith.jobs.merge import Result, run
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.text import schema as json_schema
-from weightsmith.run.compress import compress, restore
-from weightsmith.run.merge import Result, run
 
 __all__ = ["generate", "markdown", "pages", "problems_by_method"]
 
@@ -352,12 +353,12 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("weightsmith.Recipe", schema.Recipe),
         ("weightsmith.Recipe.load", schema.Recipe.load),
         ("weightsmith.Recipe.run", schema.Recipe.run),
-        ("weightsmith.run.merge.run", run),
-        ("weightsmith.run.merge.Result", Result),
+        ("weightsmith.jobs.merge.run", run),
+        ("weightsmith.jobs.merge.Result", Result),
     ],
     "Compressing": [
-        ("weightsmith.run.compress.compress", compress),
-        ("weightsmith.run.compress.restore", restore),
+        ("weightsmith.jobs.compress.compress", compress),
+        ("weightsmith.jobs.compress.restore", restore),
     ],
     "Adapters": [
         ("weightsmith.lora.merge", lora.merge),
@@ -376,15 +377,15 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("weightsmith.Method.merge", method.Method.merge),
         ("weightsmith.Filter", method.Filter),
         ("weightsmith.Filter.apply", method.Filter.apply),
-        ("weightsmith.method.Codec", method.Codec),
-        ("weightsmith.method.Stage.measure", method.Stage.measure),
-        ("weightsmith.method.Stage.digest", method.Stage.digest),
-        ("weightsmith.method.Stage.check", method.Stage.check),
-        ("weightsmith.site.Site", site.Site),
-        ("weightsmith.method.number", method.number),
-        ("weightsmith.method.integer", method.integer),
-        ("weightsmith.method.flag", method.flag),
-        ("weightsmith.method.choice", method.choice),
+        ("weightsmith.core.method.Codec", method.Codec),
+        ("weightsmith.core.method.Stage.measure", method.Stage.measure),
+        ("weightsmith.core.method.Stage.digest", method.Stage.digest),
+        ("weightsmith.core.method.Stage.check", method.Stage.check),
+        ("weightsmith.core.site.Site", site.Site),
+        ("weightsmith.core.method.number", method.number),
+        ("weightsmith.core.method.integer", method.integer),
+        ("weightsmith.core.method.flag", method.flag),
+        ("weightsmith.core.method.choice", method.choice),
     ],
 }
 

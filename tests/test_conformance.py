@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 import weightsmith
 from methods.driver import every, run, sites, whole
-from weightsmith.errors import NumericError, RecipeError
-from weightsmith.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
-from weightsmith.run.peak import scratch
-from weightsmith.run.task import one_by_one, takes_deltas
-from weightsmith.site import Site
+from weightsmith.core.errors import NumericError, RecipeError
+from weightsmith.core.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
+from weightsmith.core.site import Site
+from weightsmith.core.task import one_by_one, takes_deltas
+from weightsmith.plan.peak import scratch
 
 STAGES = {
     n: cls

@@ -17,25 +17,24 @@ LONGEST = 420
 
 # A module may import from its own layer and from those below it.
 LAYERS = (
-    ("errors", "keys", "kernel", "lazy"),
-    ("site",),
-    ("parameter", "method", "symmetry"),
-    ("ops",),
+    ("core",),
+    ("method",),
+    ("kernels", "ops"),
     ("methods", "codecs"),
     ("io",),
     ("tokens",),
     ("recipe",),
-    ("run",),
+    ("inputs", "plan", "engine", "jobs"),
     ("observe", "report", "inspect", "plugins", "moe", "lora"),
     ("study",),
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
-METHODS_MAY = {"errors", "kernel", "keys", "lazy", "site", "parameter", "method", "symmetry", "ops", "methods"}
+METHODS_MAY = {"core", "ops", "methods"}
 
 
 def part(module: str) -> str:
-    """The part of the house a module belongs to: 'weightsmith.run.plan' -> 'run'."""
+    """The part of the house a module belongs to: 'weightsmith.plan.plan' -> 'run'."""
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else ""
 
@@ -106,9 +105,9 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import weightsmith",
-        "import weightsmith.method; weightsmith.method.registered()",
-        "import weightsmith.run.plan",
-        "import weightsmith.run.merge",
+        "import weightsmith.core.method; weightsmith.core.method.registered()",
+        "import weightsmith.plan.plan",
+        "import weightsmith.jobs.merge",
         "import weightsmith.cli.main",
     ],
 )

@@ -19,7 +19,7 @@ from bench.compare.models import write_hearing, write_saying, write_seeing
 from bench.measure import BenchError
 from bench.mergekit import PACKAGES, mergekit_python
 from bench.models import Shape, write_model
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 from weightsmith.recipe.load import loads
 
 ROOT = Path(".bench")

@@ -16,7 +16,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith.errors import (
+    from weightsmith.core.errors import (
         MissingExtra,
         NumericError,
         OutputError,
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
         SourceError,
         WeightsmithError,
     )
-    from weightsmith.io.open import open_source
-    from weightsmith.method import Filter, Method, Pipeline, registered
+    from weightsmith.core.method import Filter, Method, Pipeline, registered
+    from weightsmith.io.read.open import open_source
+    from weightsmith.jobs.api import merge
+    from weightsmith.jobs.soup import greedy_soup
     from weightsmith.recipe.schema import Recipe
-    from weightsmith.run.api import merge
-    from weightsmith.run.soup import greedy_soup
 
 __version__ = "0.1.0"
 
@@ -52,21 +52,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Filter": "method",
-    "Method": "method",
-    "Pipeline": "method",
-    "registered": "method",
+    "Filter": "core.method",
+    "Method": "core.method",
+    "Pipeline": "core.method",
+    "registered": "core.method",
     "Recipe": "recipe.schema",
-    "merge": "run.api",
-    "greedy_soup": "run.soup",
-    "open_source": "io.open",
+    "merge": "jobs.api",
+    "greedy_soup": "jobs.soup",
+    "open_source": "io.read.open",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at first use; any other capitalised name is a method's class."""
     if name in __all__:
-        value = getattr(importlib.import_module(f"weightsmith.{_HOMES.get(name, 'errors')}"), name)
+        value = getattr(importlib.import_module(f"weightsmith.{_HOMES.get(name, 'core.errors')}"), name)
     elif name[:1].isupper():
         value = _method_class(name)
     else:
@@ -76,15 +76,15 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from weightsmith.method import registered
+    from weightsmith.core.method import registered
 
     return sorted({*__all__, "__version__", *(cls.__name__ for cls in registered().values())})
 
 
 def _method_class(name: str) -> Any:
     """The method, filter or codec whose class is called `name`."""
-    from weightsmith.errors import RecipeError, did_you_mean
-    from weightsmith.method import registered, registry
+    from weightsmith.core.errors import RecipeError, did_you_mean
+    from weightsmith.core.method import registered, registry
 
     try:  # the usual case imports one file: TaskArithmetic is in task_arithmetic
         found = registry(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())

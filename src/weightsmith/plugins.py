@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from weightsmith.errors import RecipeError, WeightsmithError
+from weightsmith.core.errors import RecipeError, WeightsmithError
 
 __all__ = ["line_in", "load_file", "run_file"]
 
@@ -21,7 +21,7 @@ def load_file(path: str | Path) -> ModuleType:
 
     Raises RecipeError if the file cannot be run, or defines no method.  The file is code: it can do anything.
     """
-    from weightsmith.method import registered
+    from weightsmith.core.method import registered
 
     module = run_file(path, "--plugin")
     if not any(cls.__module__ == module.__name__ for cls in registered().values()):

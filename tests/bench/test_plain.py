@@ -13,7 +13,7 @@ from bench.plain import PLAIN
 from torch import Tensor
 
 import weightsmith
-from weightsmith.method import Codec, registered
+from weightsmith.core.method import Codec, registered
 
 RANDOM = {"dare", "della", "randes"}
 """Other draws: the sizes are compared."""

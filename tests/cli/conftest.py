@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from weightsmith import method
+from weightsmith.core import method
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (8, 4), "model.norm.weight": (4,)}
 

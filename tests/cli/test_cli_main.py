@@ -14,7 +14,7 @@ import pytest
 import weightsmith
 from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
-from weightsmith.errors import PlanError
+from weightsmith.core.errors import PlanError
 
 VERBS = (
     "merge",
@@ -140,7 +140,7 @@ def test_what_becomes_of_errors(
     error: BaseException, code: int, message: str, recipe: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("weightsmith.run.merge.run", failing(error))
+    monkeypatch.setattr("weightsmith.jobs.merge.run", failing(error))
     assert main(["merge", str(recipe), str(tmp_path / "out")]) == code
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", message)
@@ -149,7 +149,7 @@ def test_what_becomes_of_errors(
 def test_an_interrupted_verb_that_cannot_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("weightsmith.io.manifest.verify_folder", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("weightsmith.io.package.manifest.verify_folder", failing(KeyboardInterrupt()))
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from weightsmith.cli import show
 from weightsmith.cli.main import main
-from weightsmith.method import registered
-from weightsmith.run.merge import Result
+from weightsmith.core.method import registered
+from weightsmith.jobs.merge import Result
 
 Captured = pytest.CaptureFixture[str]
 
@@ -72,7 +72,7 @@ def test_merge_passes_its_options_on(
 ) -> None:
     out = tmp_path / "out"
     engine = Recorder(Result(out, 2.0, 6_000_000_000, 2_000_000_000, 10**9, ("look at this",)))
-    monkeypatch.setattr("weightsmith.run.merge.run", engine)
+    monkeypatch.setattr("weightsmith.jobs.merge.run", engine)
     words = ["--memory", "4GB", "--threads", "3", "--device", "cuda:1", "--resume", "--overwrite", "--set", "seed=5"]
     assert main(["merge", str(recipe), str(out), *words]) == 0
     made, target = engine.args
@@ -239,11 +239,11 @@ def test_observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captur
 
 
 def test_verify_reruns(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.setattr("weightsmith.io.manifest.verify_folder", Recorder([]))
-    monkeypatch.setattr("weightsmith.io.manifest.read_manifest", Recorder({"kind": "merge"}))
-    engine = ModuleType("weightsmith.run.verify")
+    monkeypatch.setattr("weightsmith.io.package.manifest.verify_folder", Recorder([]))
+    monkeypatch.setattr("weightsmith.io.package.manifest.read_manifest", Recorder({"kind": "merge"}))
+    engine = ModuleType("weightsmith.jobs.verify")
     engine.rerun = Recorder([])  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "weightsmith.run.verify", engine)
+    monkeypatch.setitem(sys.modules, "weightsmith.jobs.verify", engine)
     assert main(["verify", "out", "--rerun"]) == 0
     assert capsys.readouterr().out == "out: as it was written, and the recipe gives the same bytes again\n"
     engine.rerun.result = ["x differs"]  # type: ignore[attr-defined]

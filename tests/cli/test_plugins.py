@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file as load_tensors
 
 from weightsmith.cli.main import main
-from weightsmith.errors import RecipeError
-from weightsmith.method import registry as find
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.method import registry as find
 from weightsmith.plugins import load_file
 
 EXAMPLE = Path(__file__).parent / "example_plugin.py"

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from goldens.encoded import encoded
-from weightsmith.errors import OutputError, PlanError, RecipeError, SourceError
-from weightsmith.io.manifest import verify_folder
-from weightsmith.io.open import open_source
+from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceError
+from weightsmith.io.package.manifest import verify_folder
+from weightsmith.io.read.open import open_source
+from weightsmith.jobs.compress import compress, restore
+from weightsmith.jobs.merge import Result, run
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.compress import compress, restore
-from weightsmith.run.merge import Result, run
 
 SHAPES = {"embed_tokens.weight": (40, 6), "layers.0.up_proj.weight": (24, 10), "norm.weight": (13,), "scale": ()}
 NAMES = ("math", "code", "law")
@@ -317,7 +317,7 @@ def test_a_rule_may_share_a_merged_tensor(there: Path) -> None:
 def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that stops after some tensors is finished by the next, to the same bytes."""
     compress(recipe(there), there / "whole", threads=1)
-    from weightsmith.run import execute
+    from weightsmith.engine import execute
 
     real, calls = execute.site_of, []
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import weightsmith
 from goldens.encoded import encoded
 from weightsmith.codecs.emr_masks import EmrMasks
-from weightsmith.keys import Key
+from weightsmith.core.keys import Key
 from weightsmith.ops.masks import unpack_bits
 
 SHAPES = {"embed_tokens.weight": (300, 301), "layers.0.conv.weight": (5, 3, 3), "norm.weight": (13,), "scalar": ()}
@@ -85,8 +85,8 @@ def test_any_block_is_that_part_of_the_whole():
 def test_a_folder_gives_its_experts_back(tmp_path):
     from safetensors.torch import load_file, save_file
 
+    from weightsmith.jobs.compress import compress, restore
     from weightsmith.recipe.schema import Recipe
-    from weightsmith.run.compress import compress, restore
 
     places = {n: tmp_path / n for n in ("base", *EXPERTS)}
     for name, place in places.items():
@@ -118,8 +118,8 @@ def test_behind_the_plain_sum_and_masks_of_the_same_sign():
 
 
 def test_needs_a_method_in_front():
-    from weightsmith.errors import RecipeError
-    from weightsmith.site import Site
+    from weightsmith.core.errors import RecipeError
+    from weightsmith.core.site import Site
 
     site = Site(key=Key("w", (2, 2), "float32"), stack=torch.ones(1, 2, 2), base=torch.ones(2, 2))
     with pytest.raises(RecipeError, match="emr_masks stores a merged task vector; put it behind the merging method"):

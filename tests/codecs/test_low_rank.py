@@ -17,15 +17,15 @@ from goldens.encoded import Encoded, encoded
 from weightsmith.cli.main import main
 from weightsmith.codecs.fwsvd import Fwsvd
 from weightsmith.codecs.rmm import Rmm, balanced
-from weightsmith.errors import NumericError, PlanError, RecipeError, SourceError
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource
-from weightsmith.keys import Key
+from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError
+from weightsmith.core.keys import Key
+from weightsmith.core.site import Site
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.text import to_tree
-from weightsmith.run.compress import compress, restore
-from weightsmith.run.inputs import Inputs
-from weightsmith.site import Site
 
 State = dict[str, Tensor]
 # The vector stands between the matrices, in files too: two codecs take turns, as in any real model.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from goldens.encoded import encoded
 from weightsmith.codecs.randes import signs
-from weightsmith.keys import Key
-from weightsmith.method import registry
+from weightsmith.core.keys import Key
+from weightsmith.core.method import registry
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.ops.noise import uniform_bits
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.compress import compress, restore
 
 SHAPES = {"embed_tokens.weight": (300, 301), "layers.0.conv.weight": (5, 3, 3), "norm.weight": (13,), "scalar": ()}
 

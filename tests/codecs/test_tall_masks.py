@@ -11,12 +11,12 @@ from torch import Tensor
 
 import weightsmith
 from goldens.encoded import encoded, recipe_of
-from weightsmith.errors import PlanError, RecipeError
-from weightsmith.io.source import MemorySource
-from weightsmith.method import registry
+from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.core.method import registry
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
 from weightsmith.ops.masks import pack_bits, unpack_bits
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
+from weightsmith.plan.plan import make_plan
 
 SHAPES = {
     "embed_tokens.weight": (11, 6),  # 66 elements: neither rows nor the whole fill their bytes
@@ -172,7 +172,7 @@ def test_no_cut_changes_a_byte(models, block):
 def test_parts_of_a_tensor_are_tasks_that_meet_on_bytes(models, monkeypatch):
     base, experts = models
     whole = encoded("tall_masks", base, experts)
-    monkeypatch.setattr("weightsmith.run.task.PART_BYTES", 100)
+    monkeypatch.setattr("weightsmith.core.task.PART_BYTES", 100)
     cut = encoded("tall_masks", base, experts)
     assert len(cut.plan.tasks) > len(whole.plan.tasks)
     assert all(torch.equal(cut.tensors[n], t) for n, t in whole.tensors.items())

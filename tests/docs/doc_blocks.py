@@ -33,10 +33,10 @@ from typing import Any
 
 from weightsmith import lora
 from weightsmith.cli.main import main
-from weightsmith.method import Codec, registry
+from weightsmith.core.method import Codec, registry
 from weightsmith.moe.recipe import load as load_moe
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
-from weightsmith.run.plan import make_plan
 from weightsmith.study.schema import load_study
 
 __all__ = ["Block", "Page", "blocks"]

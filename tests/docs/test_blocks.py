@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doc_blocks import Page, blocks
 
-from weightsmith import method
+from weightsmith.core import method
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

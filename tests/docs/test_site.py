@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from weightsmith.cli import main as cli
-from weightsmith.method import registered
+from weightsmith.core.method import registered
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
 
 ROOT = Path(__file__).parents[2]

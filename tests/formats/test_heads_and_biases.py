@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
 from tokens.test_one_vocabulary import tokenizer_at
-from weightsmith.errors import PlanError
+from weightsmith.core.errors import PlanError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = ["<s>", "</s>", "<unk>", "red", "blue"]

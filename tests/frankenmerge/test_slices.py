@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.main import main
-from weightsmith.errors import PlanError, RecipeError, SourceError
-from weightsmith.io.layers import Stacked, adopt_config, cut_config, stack_configs
-from weightsmith.io.source import MemorySource
-from weightsmith.io.stack import join_modules, stack_slices
-from weightsmith.io.views import SliceSource
+from weightsmith.core.errors import PlanError, RecipeError, SourceError
+from weightsmith.io.read.layers import Stacked, adopt_config, cut_config, stack_configs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.stack import join_modules, stack_slices
+from weightsmith.io.read.views import SliceSource
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.text import dumps
 

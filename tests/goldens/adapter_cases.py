@@ -16,7 +16,7 @@ from torch import Tensor
 
 from goldens import tiny_llama
 from weightsmith import lora
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.source import MemorySource
 
 SHAPES = {"q_proj": (32, 32), "up_proj": (48, 32)}
 CHANGED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight",

@@ -19,7 +19,7 @@ from torch import Tensor
 from goldens import adapter_cases, mergekit, surgery, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
-from weightsmith.method import Pipeline, Stage, registry
+from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
+from weightsmith.core.task import BLOCK
+from weightsmith.engine.carry import carry_out
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
 from weightsmith.ops.masks import unpack_bits
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import Plan, make_plan
-from weightsmith.run.task import BLOCK
 
 State = Mapping[str, Tensor]
 

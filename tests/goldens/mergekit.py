@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from weightsmith.keys import layer_of
+from weightsmith.core.keys import layer_of
 
 Config = Mapping[str, Any]
 Stages = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]

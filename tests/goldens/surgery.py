@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from goldens import tiny_llama
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.source import MemorySource
 from weightsmith.ops.pursuit import omp
 from weightsmith.tokens.layout import lay_out, read_rule
 from weightsmith.tokens.view import AlignedSource

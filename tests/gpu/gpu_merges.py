@@ -18,14 +18,14 @@ import weightsmith
 from reliability.test_matrix import CODECS, given, models, planned
 from run.test_device import NAMES, recipe, tensors
 from test_conformance import STAGES, count_for, noise, pipeline, statistics, variants
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
-from weightsmith.method import BASE, Grain, Stage, registered
-from weightsmith.run.accelerator import Accelerator, accelerator_of
-from weightsmith.run.carry import carry_out
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
-from weightsmith.run.verify import rerun
+from weightsmith.core.method import BASE, Grain, Stage, registered
+from weightsmith.engine.carry import carry_out
+from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.verify import rerun
+from weightsmith.plan.plan import make_plan
 
 if not torch.cuda.is_available():
     pytest.exit(f"no GPU: torch {torch.__version__} sees no CUDA device, so nothing was compared", returncode=2)

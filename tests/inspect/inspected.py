@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.run import Inspection, inspect
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.source import MemorySource
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs
 
 WORD = "w"
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from weightsmith.cli.main import main
 from weightsmith.inspect.difference import by_layer, compare, gathered
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.source import MemorySource
 
 NAMES = ("layers.0.up_proj.weight", "layers.0.norm.weight", "layers.1.up_proj.weight", "head.weight")
 
@@ -49,8 +49,8 @@ def test_layers_and_model_are_one_long_vector() -> None:
 
 
 def test_sums_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightsmith.core.task import blocks
     from weightsmith.inspect import difference
-    from weightsmith.run.task import blocks
 
     a, b = {"w": torch.randn(97, 31)}, {"w": torch.randn(97, 31)}
     whole = compare(MemorySource(a), MemorySource(b))

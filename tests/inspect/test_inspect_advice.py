@@ -10,8 +10,8 @@ import pytest
 import torch
 from inspected import of, of_vectors
 
+from weightsmith.core.method import registry
 from weightsmith.inspect.advice import RULES, Rule
-from weightsmith.method import registry
 
 DOCS = Path(__file__).parents[2] / "docs" / "howto" / "inspect.md"
 MODEL = of_vectors([9.0, 9.0, 9.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.1, 0.0, 1.0]).model

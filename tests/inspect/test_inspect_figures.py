@@ -9,12 +9,12 @@ import pytest
 import torch
 from inspected import of, of_vectors
 
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Rows
+from weightsmith.core.site import Site
+from weightsmith.engine.execute import fold
 from weightsmith.inspect.advice import independent
 from weightsmith.inspect.survey import Survey
-from weightsmith.keys import Key
-from weightsmith.method import Rows
-from weightsmith.run.execute import fold
-from weightsmith.site import Site
 
 torch.set_num_threads(1)
 

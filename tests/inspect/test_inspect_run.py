@@ -9,13 +9,13 @@ import torch
 from inspected import of
 from torch import Tensor
 
-from weightsmith.errors import NumericError, PlanError
+from weightsmith.core.errors import NumericError, PlanError
+from weightsmith.core.task import BLOCK
+from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.run import inspect
 from weightsmith.inspect.spectra import Spectrum
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.source import MemorySource
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.task import BLOCK
 
 torch.set_num_threads(1)
 

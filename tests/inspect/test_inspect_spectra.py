@@ -9,6 +9,8 @@ import torch
 from inspected import of
 from torch import Tensor
 
+from weightsmith.core.keys import Key
+from weightsmith.core.site import Site
 from weightsmith.inspect.spectra import (
     Spectrum,
     chance,
@@ -17,9 +19,7 @@ from weightsmith.inspect.spectra import (
     small_enough,
     stable_rank,
 )
-from weightsmith.keys import Key
 from weightsmith.ops.spectral import Svd
-from weightsmith.site import Site
 
 torch.set_num_threads(1)
 

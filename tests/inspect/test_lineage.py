@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from weightsmith.cli.main import main
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.inspect.lineage import lineage, tree_lines
 from weightsmith.recipe.load import load
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import weightsmith as ws
-from weightsmith.io.experts import PackedExperts, UnpackedExperts, laid_out_like
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource
+from weightsmith.io.read.experts import PackedExperts, UnpackedExperts, laid_out_like
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
 
 SIZES = {
     **{"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weightsmith.errors import SourceError
-from weightsmith.io import files
-from weightsmith.io.files import File
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read import files
+from weightsmith.io.read.files import File
 
 DATA = bytes(range(256)) * 40
 
@@ -161,7 +161,7 @@ def test_a_forked_child_reads(path: Path) -> None:
 
 def test_the_disk_is_asked_for_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading block by block: advice in few calls, without gaps, ahead of every block, never beyond the file."""
-    monkeypatch.setattr("weightsmith.io.files._AHEAD", 1000)
+    monkeypatch.setattr("weightsmith.io.read.files._AHEAD", 1000)
     path = tmp_path / "x"
     path.write_bytes(bytes(range(256)) * 40)
     asked: list[tuple[int, int]] = []

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weightsmith.errors import SourceError
-from weightsmith.io.folder import FolderSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.folder import FolderSource
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

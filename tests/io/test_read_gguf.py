@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
 from safety.readers import gguf_seeds
-from weightsmith.errors import MissingExtra, SourceError
-from weightsmith.io.gguf import GgufSource
-from weightsmith.io.open import open_source
+from weightsmith.core.errors import MissingExtra, SourceError
+from weightsmith.io.read.gguf import GgufSource
+from weightsmith.io.read.open import open_source
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])

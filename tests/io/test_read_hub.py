@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from local_server import LocalHandler, LocalServer
-from weightsmith.errors import SourceError
-from weightsmith.io.hub import HubSource, looks_like_hub_id, open_hub
-from weightsmith.io.open import open_source
-from weightsmith.io.peft import AdapterSource
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.hub import HubSource, looks_like_hub_id, open_hub
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.peft import AdapterSource
+from weightsmith.io.read.source import MemorySource
 
 SHA = "a" * 40
 
@@ -285,7 +285,7 @@ def test_local_names_never_reach_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
     def reached(*args: object, **kwargs: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("weightsmith.io.open.open_hub", reached)
+    monkeypatch.setattr("weightsmith.io.read.open.open_hub", reached)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     save_file({"w": torch.ones(1)}, tmp_path / "org" / "name" / "model.safetensors")

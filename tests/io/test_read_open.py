@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weightsmith.errors import SourceError
-from weightsmith.io import open as opening
-from weightsmith.io.folder import FolderSource
-from weightsmith.io.open import folder_kind, open_source, register_opener
-from weightsmith.io.peft import AdapterSource
-from weightsmith.io.pickle import PickleSource
-from weightsmith.io.safetensors import SafetensorsSource
-from weightsmith.io.source import MemorySource, Source
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read import open as opening
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.open import folder_kind, open_source, register_opener
+from weightsmith.io.read.peft import AdapterSource
+from weightsmith.io.read.pickle import PickleSource
+from weightsmith.io.read.safetensors import SafetensorsSource
+from weightsmith.io.read.source import MemorySource, Source
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weightsmith.errors import SourceError
-from weightsmith.io.peft import CHUNK, AdapterSource
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.peft import CHUNK, AdapterSource
+from weightsmith.io.read.source import MemorySource
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weightsmith.errors import SourceError
-from weightsmith.io.pickle import PickleSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.pickle import PickleSource
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
-from weightsmith.errors import SourceError
-from weightsmith.io.open import open_source
-from weightsmith.io.quantized import ScaledSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.quantized import ScaledSource
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}

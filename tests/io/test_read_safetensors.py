@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file, save_model
 
-from weightsmith.errors import SourceError
-from weightsmith.io.safetensors import MAX_HEADER, SafetensorsSource, parse_header, parse_length, read_header
-from weightsmith.keys import DTYPES
+from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import DTYPES
+from weightsmith.io.read.safetensors import MAX_HEADER, SafetensorsSource, parse_header, parse_length, read_header
 
 FOUR = b"\0" * 4
 
@@ -241,7 +241,7 @@ def test_a_source_survives_pickling_and_tells_files_apart(tmp_path: Path) -> Non
 
 
 def test_only_the_header_is_read_to_list_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightsmith.io import files
+    from weightsmith.io.read import files
 
     path = tmp_path / "m.safetensors"
     save_file({"w": torch.ones(100_000)}, path)

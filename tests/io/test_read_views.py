@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weightsmith.errors import SourceError
-from weightsmith.io.source import MemorySource, Source
-from weightsmith.io.stats import StatsSource, open_stats
-from weightsmith.io.views import RenamedSource, SliceSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.io.read.stats import StatsSource, open_stats
+from weightsmith.io.read.views import RenamedSource, SliceSource
 
 
 def stacked() -> MemorySource:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from weightsmith.io.output import FolderSink
-from weightsmith.keys import DTYPES, Key
+from weightsmith.core.keys import DTYPES, Key
+from weightsmith.io.write.output import FolderSink
 
 KEYS = (
     Key("embed.weight", (6, 4), "bfloat16"),

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from weightsmith.io.card import CardModel, Citation, licence_problems, licences, model_card
+from weightsmith.io.package.card import CardModel, Citation, licence_problems, licences, model_card
 
 MODELS = [CardModel("math", "org/math", {"weight": 0.5, "density": 0.2}), CardModel("code")]
 RECIPE = {

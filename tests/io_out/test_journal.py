@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from weightsmith.errors import OutputError
-from weightsmith.io import journal
-from weightsmith.io.journal import Journal, boot_id, read_journal
+from weightsmith.core.errors import OutputError
+from weightsmith.io.write import journal
+from weightsmith.io.write.journal import Journal, boot_id, read_journal
 
 HEAD = {"identity": {"recipe": {"ß": [1.5, None]}}}
 

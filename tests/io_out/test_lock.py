@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from weightsmith.errors import OutputError
-from weightsmith.io.lock import FolderLock, holder
+from weightsmith.core.errors import OutputError
+from weightsmith.io.write.lock import FolderLock, holder
 
 HOLD = (
-    "import sys; from pathlib import Path; from weightsmith.io.lock import FolderLock\n"
+    "import sys; from pathlib import Path; from weightsmith.io.write.lock import FolderLock\n"
     "FolderLock(Path(sys.argv[1]), Path('x')).acquire(); print('held', flush=True); sys.stdin.read()"
 )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from weightsmith.errors import OutputError
-from weightsmith.io.manifest import (
+from weightsmith.core.errors import OutputError
+from weightsmith.core.keys import Key
+from weightsmith.io.package.manifest import (
     MANIFEST,
     build_manifest,
     merge_parts,
@@ -17,7 +18,6 @@ from weightsmith.io.manifest import (
     verify_folder,
     write_manifest,
 )
-from weightsmith.keys import Key
 
 
 def make(job, out: Path, **options) -> Path:

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from weightsmith.errors import OutputError
-from weightsmith.io import output
-from weightsmith.io.layout import plan_shards
-from weightsmith.io.output import check_output
-from weightsmith.io.source import tensor_to_bits
-from weightsmith.keys import DTYPES, Key
+from weightsmith.core.errors import OutputError
+from weightsmith.core.keys import DTYPES, Key
+from weightsmith.io.read.source import tensor_to_bits
+from weightsmith.io.write import output
+from weightsmith.io.write.layout import plan_shards
+from weightsmith.io.write.output import check_output
 
 # --- layout ----------------------------------------------------------------------------------------
 
@@ -505,9 +505,9 @@ def test_check_output_names_the_run_that_holds_the_folder(job, out):
 
 def test_a_shard_without_room_is_left_closable(tmp_path, monkeypatch):
     """Whoever asked for it closes what `opened` holds, whatever failed."""
-    from weightsmith.io import writer
-    from weightsmith.io.layout import plan_shards
-    from weightsmith.keys import Key
+    from weightsmith.core.keys import Key
+    from weightsmith.io.write import writer
+    from weightsmith.io.write.layout import plan_shards
 
     def full(descriptor, size):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from weightsmith.errors import SourceError
+from weightsmith.core.errors import SourceError
 from weightsmith.io import system
-from weightsmith.io.package import companions, copy_companions, left_behind, with_dtype
+from weightsmith.io.package.companions import companions, copy_companions, left_behind, with_dtype
 
 GO = {
     "config.json": '{"hidden_size": 4, "torch_dtype": "bfloat16"}',

@@ -12,8 +12,8 @@ from peft_models import adapter, deltas, llama, loaded, quiet
 from safetensors.torch import load_file
 
 from weightsmith import lora
-from weightsmith.errors import PlanError, RecipeError, SourceError, WeightsmithError
-from weightsmith.io.trainer import checkpoints, logged, select
+from weightsmith.core.errors import PlanError, RecipeError, SourceError, WeightsmithError
+from weightsmith.io.read.trainer import checkpoints, logged, select
 
 with quiet():
     from transformers.trainer_callback import TrainerState

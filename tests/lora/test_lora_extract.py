@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weightsmith import lora
-from weightsmith.errors import NumericError, PlanError, RecipeError, SourceError
-from weightsmith.io.lora import Adapter
-from weightsmith.io.manifest import verify_folder
-from weightsmith.io.open import open_source
+from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError
+from weightsmith.io.package.manifest import verify_folder
+from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.open import open_source
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 

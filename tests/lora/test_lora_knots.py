@@ -12,11 +12,11 @@ from torch import Tensor
 
 import weightsmith
 from weightsmith import lora
-from weightsmith.io.lora import Adapter
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource
+from weightsmith.core.site import Site
+from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
 from weightsmith.ops.lowrank import Factors
-from weightsmith.site import Site
 
 CASES: list[dict[str, Any]] = [
     {},

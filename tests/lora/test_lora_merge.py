@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from weightsmith import lora
-from weightsmith.io.lora import Adapter
-from weightsmith.io.manifest import verify_folder
+from weightsmith.io.package.manifest import verify_folder
+from weightsmith.io.read.lora import Adapter
 from weightsmith.lora.rules import KINDS
 
 WEIGHTS = (0.7, -0.5, 0.3)

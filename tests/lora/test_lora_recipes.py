@@ -15,9 +15,10 @@ from torch import Tensor
 
 from weightsmith import lora
 from weightsmith.cli.main import main
-from weightsmith.errors import OutputError, PlanError, RecipeError, WeightsmithError
-from weightsmith.io import output, system
-from weightsmith.io.lora import Adapter
+from weightsmith.core.errors import OutputError, PlanError, RecipeError, WeightsmithError
+from weightsmith.io import system
+from weightsmith.io.read.lora import Adapter
+from weightsmith.io.write import output
 from weightsmith.lora.recipe import loads, method_of
 from weightsmith.lora.rules import Averaged, Combine, SharedBasis
 

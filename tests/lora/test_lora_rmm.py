@@ -9,8 +9,8 @@ from peft_models import adapter, llama, loaded, logits, quiet
 from safetensors.torch import load_file
 
 from weightsmith import lora
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.compress import compress, restore
 
 
 def test_a_rebuilt_adapter_loads_with_peft_and_gives_the_logits_of_the_rebuilt_weights(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightsmith.keys import Key, depths
-from weightsmith.method import BASE, Grain, Pipeline, Rows, Scope, Stage, registry
-from weightsmith.site import Site, Summary
+from weightsmith.core.keys import Key, depths
+from weightsmith.core.method import BASE, Grain, Pipeline, Rows, Scope, Stage, registry
+from weightsmith.core.site import Site, Summary
 
 Cut = Callable[[int], Sequence[tuple[int, int]]]
 Stats = Mapping[str, Mapping[str, Mapping[str, Tensor]]]

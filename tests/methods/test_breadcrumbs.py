@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import every, merge, run, sites
 
-from weightsmith.method import Pipeline
+from weightsmith.core.method import Pipeline
 from weightsmith.methods.breadcrumbs import Breadcrumbs
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 

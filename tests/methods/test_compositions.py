@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource
-from weightsmith.method import BASE, Filter, Method, Pipeline, Stage, registered
+from weightsmith.core.method import BASE, Filter, Method, Pipeline, Stage, registered
+from weightsmith.inputs.nested import RecipeSource
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
 from weightsmith.methods.consensus import Consensus
 from weightsmith.methods.dare import Dare
 from weightsmith.methods.iso_c import IsoC
@@ -23,8 +25,6 @@ from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.methods.ties import Ties
 from weightsmith.methods.tsvm import Tsvm
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.nested import RecipeSource
 
 Model = dict[str, Tensor]
 BLOCKS = 3

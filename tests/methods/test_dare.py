@@ -10,8 +10,8 @@ from driver import every, merge, run, sites
 from safetensors.torch import save_file
 
 import weightsmith
-from weightsmith.io.source import MemorySource
-from weightsmith.method import Pipeline
+from weightsmith.core.method import Pipeline
+from weightsmith.io.read.source import MemorySource
 from weightsmith.methods.dare import Dare
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 

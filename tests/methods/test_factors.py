@@ -12,14 +12,14 @@ from torch import Tensor
 
 import weightsmith
 from test_conformance import Peak
-from weightsmith.errors import NumericError
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource, Source
-from weightsmith.method import registry
+from weightsmith.core.errors import NumericError
+from weightsmith.core.method import registry
+from weightsmith.engine import execute
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run import execute
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
 
 ROWS, COLUMNS, RANK = 14, 10, 2
 WEIGHT = "layers.0.m.weight"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import every, merge
 
-from weightsmith.errors import NumericError
+from weightsmith.core.errors import NumericError
 from weightsmith.methods.fisher import Fisher
 
 

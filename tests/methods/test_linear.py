@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import build, merge, sites
 
-from weightsmith.kernel import WeightedSum
+from weightsmith.core.kernel import WeightedSum
 from weightsmith.methods.keep import Keep
 from weightsmith.methods.linear import Linear
 from weightsmith.methods.multislerp import Multislerp

@@ -6,8 +6,8 @@ import pytest
 import torch
 from driver import merge
 
-from weightsmith.errors import RecipeError
-from weightsmith.method import Pipeline
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.method import Pipeline
 from weightsmith.methods.lines import Lines
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.methods.ties import Ties

@@ -11,10 +11,10 @@ from driver import merge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from weightsmith.jobs.merge import run
 from weightsmith.methods.opcm import Opcm
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
 
 SHAPES = {
     "embed_tokens.weight": (20, 6),

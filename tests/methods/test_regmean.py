@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import merge
 
-from weightsmith.errors import NumericError
+from weightsmith.core.errors import NumericError
 from weightsmith.methods.regmean import Regmean
 
 

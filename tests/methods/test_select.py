@@ -8,7 +8,7 @@ from driver import every, run, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightsmith.method import Pipeline, Rows
+from weightsmith.core.method import Pipeline, Rows
 from weightsmith.methods.magnitude import Magnitude
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.ops import select

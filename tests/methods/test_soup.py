@@ -7,7 +7,7 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
-from weightsmith.method import registry
+from weightsmith.core.method import registry
 from weightsmith.methods.mwa import Mwa
 from weightsmith.methods.soup import Soup
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe.dense_models import moved, saved
-from weightsmith.errors import PlanError
+from weightsmith.core.errors import PlanError
 from weightsmith.moe import router
 from weightsmith.moe.build import build, drifts, made_routers, prepared_draft, rerun
 from weightsmith.moe.recipe import MoeRecipe

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moe.dense_models import moved, saved
 from weightsmith.cli.main import main
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.moe.recipe import load, loads
 
 OURS = """

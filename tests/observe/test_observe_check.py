@@ -15,7 +15,7 @@ import torch
 from observe_models import saved, tiny_llama, tiny_vit, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from weightsmith.errors import SourceError
+from weightsmith.core.errors import SourceError
 from weightsmith.observe.check import cheap_check, check, perplexity, sample_text
 from weightsmith.observe.model import load_model
 

@@ -11,8 +11,8 @@ import torch
 from observe_models import saved, tiny_llama, tiny_vit, word_tokenizer
 from torch import nn
 
-from weightsmith.errors import MissingExtra, OutputError, SourceError, WeightsmithError
-from weightsmith.io.stats import StatsSource
+from weightsmith.core.errors import MissingExtra, OutputError, SourceError, WeightsmithError
+from weightsmith.io.read.stats import StatsSource
 from weightsmith.observe.collect import observe
 from weightsmith.observe.data import Example, batches, read_examples
 from weightsmith.observe.model import LoadedModel, load_model

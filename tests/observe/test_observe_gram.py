@@ -10,8 +10,8 @@ from observe_models import saved, tiny_gpt2, tiny_llama, tiny_vit, token_rows
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.errors import NumericError, WeightsmithError
-from weightsmith.io.stats import StatsSource
+from weightsmith.core.errors import NumericError, WeightsmithError
+from weightsmith.io.read.stats import StatsSource
 from weightsmith.observe import gram as gram_module
 from weightsmith.observe.collect import observe
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.test_fused import result_of, stored_of
+from weightsmith.engine.execute import fold
+from weightsmith.kernels.stored import Stored
 from weightsmith.ops import cuts, select
 from weightsmith.ops.cuts import counted, tensor_cuts
-from weightsmith.ops.stored import Stored
-from weightsmith.run.execute import fold
 
 
 def by_torch(deltas: torch.Tensor, ranks: list[list[int]]) -> dict[str, np.ndarray]:

@@ -16,17 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import SIGNATURES, STRIP, Program, WeightedSum
-from weightsmith.keys import Key
+from weightsmith.core.kernel import SIGNATURES, STRIP, Program, WeightedSum
+from weightsmith.core.keys import Key
+from weightsmith.core.site import Site
+from weightsmith.engine.execute import fold
+from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.kernels import native
+from weightsmith.kernels.stored import READ, WRITTEN, Stored
 from weightsmith.methods.ties import Ties
-from weightsmith.ops import fused, native
+from weightsmith.ops import fused
 from weightsmith.ops.combine import apply_weighted_sum
 from weightsmith.ops.cuts import tensor_cuts
 from weightsmith.ops.fused import Merge
-from weightsmith.ops.stored import READ, WRITTEN, Stored
-from weightsmith.run.execute import fold
-from weightsmith.site import Site
 
 T = TypeVar("T")
 DTYPES = tuple(READ)
@@ -269,7 +270,7 @@ def test_the_loader_knows_all_that_the_kernels_name() -> None:
     """An unknown name would leave every other one, memset included, at address 0."""
     import re
 
-    from weightsmith.ops.kernels import KERNELS
+    from weightsmith.kernels.compiled import KERNELS
 
     for name, kernel in KERNELS.items():
         named = set(re.findall(r"^declare .*?@(\w+)\(", kernel.inspect_llvm(), re.M))

@@ -14,18 +14,18 @@ from test_fused import DTYPES, random_bits
 from torch import Tensor
 
 import weightsmith
-from weightsmith.errors import NumericError
-from weightsmith.io.source import bits_to_tensor
-from weightsmith.kernel import STRIP, Mix, Program
-from weightsmith.keys import Key
-from weightsmith.method import Pipeline, registry
+from weightsmith.core.errors import NumericError
+from weightsmith.core.kernel import STRIP, Mix, Program
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Pipeline, registry
+from weightsmith.core.site import Site
+from weightsmith.engine.execute import fold
+from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.kernels.stored import WRITTEN, Stored
 from weightsmith.ops import noise
 from weightsmith.ops.fused import Masses, Merge, Products
 from weightsmith.ops.reduce import row_products, row_sizes, row_squares, row_sums
 from weightsmith.ops.rescale import l1_sums
-from weightsmith.ops.stored import WRITTEN, Stored
-from weightsmith.run.execute import fold
-from weightsmith.site import Site
 
 State = dict[str, Tensor]
 WIDE = STRIP + 77
@@ -92,10 +92,10 @@ def test_kernels_equal_torch(name: str, dtype: str, kind: str, monkeypatch: pyte
     base, *experts = models(3, dtype, kind)
     if dtype == "float32":
         base, *experts = ({n: t for n, t in m.items() if t.ndim} for m in (base, *experts))
-    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)  # several blocks per tensor
+    monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)  # several blocks per tensor
     by_kernels = merged(base, experts, PIPELINES[name])
-    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
-    monkeypatch.setattr("weightsmith.run.execute.cut_rounds", lambda *_: 0)
+    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.engine.execute.cut_rounds", lambda *_: 0)
     by_torch = merged(base, experts, PIPELINES[name])
     for tensor, want in by_torch.items():
         got = by_kernels[tensor]
@@ -114,7 +114,7 @@ def test_drops_are_decided_by_all_32_bits(density: float, monkeypatch: pytest.Mo
     base, expert = {"w": torch.zeros(700, 900)}, {"w": torch.ones(700, 900)}
     found = merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"]
     assert np.array_equal(found.numpy().reshape(-1) != 0, kept)
-    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
     assert torch.equal(merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"], found)
 
 
@@ -209,7 +209,7 @@ def test_slerp_equals_torch(t: float, dtype: str, with_base: bool, monkeypatch: 
     given: tuple[State | None, list[State]] = (base, experts[:1]) if with_base else (None, experts)
     assert Pipeline((registry("slerp")(t=t),)).fused(1) is not None
     by_kernels = merged(*given, "slerp", t=t)
-    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
     by_torch = merged(*given, "slerp", t=t)
     assert bits(by_kernels) == bits(by_torch)
 
@@ -231,9 +231,9 @@ def test_mixtures_equal_torch(method: str, dtype: str, with_base: bool, monkeypa
     count = registry(method).traits.max_count or 3
     given = base if with_base else None, experts[:count]
     assert Pipeline((registry(method)(**MIXED[method]),)).fused(count) is not None
-    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)  # several blocks per tensor
+    monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)  # several blocks per tensor
     by_kernels = merged(*given, {method: MIXED[method]})
-    monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
     assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))
     monkeypatch.setattr("weightsmith.ops.reduce.native.kernels", lambda: None)
     assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))
@@ -242,7 +242,7 @@ def test_mixtures_equal_torch(method: str, dtype: str, with_base: bool, monkeypa
 @pytest.mark.parametrize("method", ["slerp", {"dare": {"rescale_rule": "l1"}}, "dare", "magnitude", "consensus"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_input_is_found_where_it_is(method: Any, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1 << 14)
+    monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)
     base, expert = models(1, "bfloat16", "smooth")
     wrong = torch.zeros(9000, 7, dtype=torch.bfloat16)
     base["last"], expert["last"] = wrong, wrong.clone()

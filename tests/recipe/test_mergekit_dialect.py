@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from goldens.adapters import Case, cases
 from weightsmith.cli.main import main
-from weightsmith.errors import PlanError, RecipeError
-from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.mergekit_methods import METHODS
 from weightsmith.recipe.text import dumps, to_tree

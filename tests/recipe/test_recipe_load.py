@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.recipe.load import apply_overrides, load, loads
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import weightsmith
-from weightsmith.keys import RULE_ROLES, Key, plays
+from weightsmith.core.keys import RULE_ROLES, Key, plays
 from weightsmith.recipe.cases import applies
 
 NAMES = {

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recipe_load import EXAMPLE
 
-from weightsmith.method import registered
+from weightsmith.core.method import registered
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.reader import read
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec

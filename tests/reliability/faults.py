@@ -148,8 +148,8 @@ def install(fault: dict[str, Any] | None) -> Calls:
 def patch(changes: dict[str, Any]) -> None:
     """boot: the machine's boot id; interval: seconds between flushes; clock: 'backwards'; limit: largest file in
     bytes; version: of weightsmith."""
-    from weightsmith.io import journal, output
-    from weightsmith.run import merge
+    from weightsmith.io.write import journal, output
+    from weightsmith.jobs import merge
 
     if "version" in changes:
         merge.__version__ = changes["version"]

@@ -83,7 +83,7 @@ def pickled(folder: Path, target: Path) -> Path:
     """The same models as PyTorch checkpoints."""
     import torch
 
-    from weightsmith.io.folder import FolderSource
+    from weightsmith.io.read.folder import FolderSource
 
     for model in ("base", "math", "code", "law"):
         source = FolderSource(folder / model)
@@ -101,7 +101,7 @@ TOUCHES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdi
            "scandir", "walk", "rmtree", "copyfile", "copytree", "copy2", "move", "mkstemp", "mkdtemp", "TemporaryFile",
            "NamedTemporaryFile", "save_file", "load_file", "safe_open"}  # fmt: skip
 OTHERS = {
-    "ops/native.py": "the kept kernels, below this layer: without them they are compiled again",
+    "kernels/native.py": "the kept kernels, below this layer: without them they are compiled again",
     "observe/data.py": "the user's texts and images, which are only read",
     "observe/check.py": "the same",
     "observe/model.py": "a config, beside what transformers reads by itself",

@@ -11,9 +11,9 @@ import pytest
 
 from reliability.runs import digest, finish, state
 from reliability.trials import kill_where, new_place, tasks_in
-from weightsmith.errors import OutputError
-from weightsmith.io.output import FolderSink
-from weightsmith.keys import Key
+from weightsmith.core.errors import OutputError
+from weightsmith.core.keys import Key
+from weightsmith.io.write.output import FolderSink
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_cleaning_up_that_fails_is_said_and_the_result_is_there(tmp_path, monkey
     def fail(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("weightsmith.io.output.remove", fail)
+    monkeypatch.setattr("weightsmith.io.write.output.remove", fail)
     with pytest.raises(OutputError, match=r"out is complete, but .*out\.partial could not be removed \(Input/output"):
         sink.finish()
     assert (tmp_path / "out/model.safetensors").exists()
@@ -170,7 +170,7 @@ def test_cleaning_up_that_fails_is_said_and_the_result_is_there(tmp_path, monkey
 def test_a_short_write_of_the_journal_is_continued(tmp_path, monkeypatch):
     import os
 
-    from weightsmith.io.journal import Journal, read_journal
+    from weightsmith.io.write.journal import Journal, read_journal
 
     whole = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: whole(descriptor, bytes(data)[:5]))

@@ -16,10 +16,10 @@ import pytest
 
 from reliability.runs import digest, finish, state
 from reliability.trials import kill_where, new_place
-from weightsmith.errors import SourceError
-from weightsmith.io.files import File
-from weightsmith.io.pickle import PickleSource
-from weightsmith.io.safetensors import SafetensorsSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.files import File
+from weightsmith.io.read.pickle import PickleSource
+from weightsmith.io.read.safetensors import SafetensorsSource
 
 
 @pytest.fixture

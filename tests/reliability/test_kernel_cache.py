@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from weightsmith.ops import native
+from weightsmith.kernels import native
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from reliability.runs import digest, finish, state
 from reliability.trials import calls_of, end_at, kill_anywhere, kill_where, new_place, tasks_in
-from weightsmith.io.journal import read_journal
+from weightsmith.io.write.journal import read_journal
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])

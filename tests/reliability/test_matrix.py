@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 
 from goldens import tiny_llama
 from reliability.runs import save_sharded
-from weightsmith.io.open import open_source
-from weightsmith.io.output import FolderSink
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource, Source
-from weightsmith.method import Codec, Filter, Method, registered
+from weightsmith.core.method import Codec, Filter, Method, registered
+from weightsmith.engine.carry import carry_out
+from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.io.write.output import FolderSink
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
-from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import Plan, make_plan
-from weightsmith.run.runner import Runner, SerialRunner, ThreadRunner
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
 CODECS = sorted(name for name, cls in registered().items() if issubclass(cls, Codec))

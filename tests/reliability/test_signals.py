@@ -15,7 +15,7 @@ import pytest
 
 from reliability.runs import digest, finish, state
 from reliability.trials import new_place
-from weightsmith.io.lock import holder
+from weightsmith.io.write.lock import holder
 
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -90,9 +90,9 @@ def test_the_clock_goes_backwards(zygote, scenes, tmp_path):
 
 def test_a_run_in_one_process_lets_go_of_the_folder_when_its_end_fails(scenes, tmp_path, monkeypatch):
     """For programs that call `run` again: no lock and no open file is kept."""
-    from weightsmith.errors import OutputError
+    from weightsmith.core.errors import OutputError
+    from weightsmith.jobs import merge
     from weightsmith.recipe.load import load
-    from weightsmith.run import merge
 
     recipe = load(scenes["tiny"].recipe)
     before = len(list(Path("/proc/self/fd").iterdir()))

@@ -13,9 +13,9 @@ import torch
 from reliability.faults import Calls
 from reliability.trials import ERRORS
 from safety.refusal import outcome
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.io import system
-from weightsmith.io.stats import StatsSource
+from weightsmith.io.read.stats import StatsSource
 from weightsmith.observe.files import Statistic, stat_path, write_statistic
 
 STORY = {"examples": 3, "model": "m"}
@@ -93,7 +93,7 @@ def test_every_call_is_the_last(calls: int, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_second_writer_is_told(tmp_path: Path) -> None:
-    from weightsmith.io.lock import FolderLock
+    from weightsmith.io.write.lock import FolderLock
 
     written(tmp_path, 1.0)
     lock = FolderLock(tmp_path / ".gram.safetensors.lock", tmp_path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reliability.runs import Ended, Scene, Zygote, finish, put_old, state
-from weightsmith.io.journal import read_journal
+from weightsmith.io.write.journal import read_journal
 
 ERRORS = ("EIO", "ENOSPC", "EIO for good", "ENOSPC for good", "short", "short for good")
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from reliability.runs import Scene, make_scene
+from weightsmith.jobs.compress import compress
 from weightsmith.recipe.load import load
-from weightsmith.run.compress import compress
 
 QUIET = ("--quiet", "--threads", "1")
 HIDDEN, INNER, ROWS = 8, 12, 16

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save
 
 from local_server import LocalHandler, LocalServer
-from weightsmith.io import remote, url
+from weightsmith.io import url
+from weightsmith.io.read import remote
 
 
 class Web(LocalServer):

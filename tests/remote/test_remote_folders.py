@@ -9,12 +9,12 @@ import fsspec
 import pytest
 
 from remote.conftest import folder_of, model
-from weightsmith.errors import OutputError
-from weightsmith.io.store import put
+from weightsmith.core.errors import OutputError
 from weightsmith.io.url import Url
+from weightsmith.io.write.store import put
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.verify import rerun
 from weightsmith.recipe.load import loads
-from weightsmith.run.merge import run
-from weightsmith.run.verify import rerun
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_folders_are_made_where_there_are_any(share: Path, tmp_path: Path) -> No
 
 
 def test_a_bucket_is_never_made(share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightsmith.io.store._FOLDERLESS", ("dir",))
+    monkeypatch.setattr("weightsmith.io.write.store._FOLDERLESS", ("dir",))
     with pytest.raises(OutputError, match="dir://bucket/x: no such file"):
         put(Url("dir", "bucket/x"), b"1")
     assert list(share.iterdir()) == []

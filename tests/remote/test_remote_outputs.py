@@ -17,15 +17,15 @@ import pytest
 
 from remote.conftest import folder_of, model
 from weightsmith.cli.main import main
-from weightsmith.errors import OutputError, PlanError, SourceError
-from weightsmith.io.open import open_source
-from weightsmith.io.upload import UrlSink
+from weightsmith.core.errors import OutputError, PlanError, SourceError
+from weightsmith.core.keys import Key
+from weightsmith.io.read.open import open_source
 from weightsmith.io.url import Url
-from weightsmith.keys import Key
+from weightsmith.io.write.upload import UrlSink
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import run_sweep
+from weightsmith.jobs.verify import rerun
 from weightsmith.recipe.load import loads
-from weightsmith.run.merge import run
-from weightsmith.run.sweep import run_sweep
-from weightsmith.run.verify import rerun
 
 OUT = Path("memory://store/out")
 TEXT = "base: {0}/base\nmodels: {{a: {0}/a, b: {0}/b}}\nmethod: {1}\noutput: {{shard_size: 5000}}\n"
@@ -254,7 +254,7 @@ def test_workers_elsewhere_send_whole_files(
     recipe = loads(TEXT.format("memory://m", method))
     near = run(recipe, tmp_path / "near", threads=1).out
     assert isinstance(near, Path)
-    monkeypatch.setattr("weightsmith.run.merge.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.jobs.merge.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
     with monkeypatch.context() as patch:
         failing(patch, memory, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):

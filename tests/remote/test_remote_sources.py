@@ -15,18 +15,18 @@ from safetensors.torch import save
 
 from remote.conftest import Web, folder_of, model
 from weightsmith.cli.main import main
-from weightsmith.errors import MissingExtra, PlanError, SourceError, WeightsmithError
-from weightsmith.io import remote
-from weightsmith.io.card import CardModel, model_card
-from weightsmith.io.manifest import build_manifest
-from weightsmith.io.open import open_source
-from weightsmith.io.peft import AdapterSource
-from weightsmith.io.remote_source import RemoteSource
+from weightsmith.core.errors import MissingExtra, PlanError, SourceError, WeightsmithError
+from weightsmith.inputs.opened import open_inputs
+from weightsmith.io.package.card import CardModel, model_card
+from weightsmith.io.package.manifest import build_manifest
+from weightsmith.io.read import remote
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.peft import AdapterSource
+from weightsmith.io.read.remote_source import RemoteSource
 from weightsmith.io.url import Url, parse_url
+from weightsmith.jobs.merge import run
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
-from weightsmith.run.inputs import open_inputs
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
 
 TEXT = "base: {0}/base\nmodels: {{a: {0}/a, b: {0}/b}}\nmethod: ties\n"
 

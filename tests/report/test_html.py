@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from weightsmith.errors import MissingExtra
+from weightsmith.core.errors import MissingExtra
 from weightsmith.report.html import Figure, Text, page
 from weightsmith.report.table import Column, Table
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.report.table import Column, Table, html, markdown, rich_table, write_markdown
 
 COLUMNS = (Column("name", "run"), Column("share", "kept", 0, percent=True), Column("loss", "loss|nats", 2))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weightsmith.method import Codec, Filter, Grain, Stage, registered
+from weightsmith.core.method import Codec, Filter, Grain, Stage, registered
 from weightsmith.recipe.schema import StageSpec
 
 STATISTICS = ("gram", "fisher")
@@ -90,9 +90,9 @@ def write(folder: Path, name: str, values: np.ndarray, dtype: str = "F32", about
 
 def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, fork: bool = True) -> Peak:
     """Run one merge (or compression) over the models in `folder`, in a forked child."""
+    from weightsmith.inputs.opened import open_inputs
+    from weightsmith.plan.plan import make_plan, resident
     from weightsmith.recipe.schema import ModelRef, Recipe
-    from weightsmith.run.inputs import open_inputs
-    from weightsmith.run.plan import make_plan, resident
 
     folder = folder / PAIR if any(s.grain is Grain.GROUP for s in stages) else folder
     stats = any(n in STATISTICS for s in stages for n in s.traits.needs)
@@ -135,8 +135,8 @@ def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, f
 
 
 def _run(recipe: Any, out: Path, encode: bool, threads: int) -> None:
-    from weightsmith.run.compress import compress
-    from weightsmith.run.merge import run
+    from weightsmith.jobs.compress import compress
+    from weightsmith.jobs.merge import run
 
     (compress if encode else run)(recipe, out, threads=threads)
 

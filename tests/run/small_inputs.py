@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from goldens import tiny_llama
-from weightsmith.io.source import MemorySource
-from weightsmith.run.inputs import Inputs
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
 
 __all__ = ["EXPERTS", "small_inputs"]
 

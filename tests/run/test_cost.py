@@ -11,12 +11,12 @@ import torch
 
 from weightsmith.cli.methods import cost_at_7b, describe
 from weightsmith.cli.show import roughly
-from weightsmith.io.source import MemorySource
-from weightsmith.method import Traits, registered
+from weightsmith.core.method import Traits, registered
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.plan.cost import READ, START, WRITE, stage_seconds
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.cost import READ, START, WRITE, stage_seconds
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import Plan, make_plan
 
 
 def planned(method: Any, count: int = 2, **tensors: torch.Tensor) -> Plan:

@@ -1,4 +1,4 @@
-"""Merging on devices, as far as it can be seen without one: the CPU takes their part (`run.accelerator.Host`)."""
+"""Merging on devices, as far as it can be seen without one: the CPU takes their part (`accelerator.Host`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
-from weightsmith.errors import NumericError, OutputError, PlanError, WeightsmithError
-from weightsmith.method import Pipeline
+from weightsmith.core.errors import NumericError, OutputError, PlanError, WeightsmithError
+from weightsmith.core.method import Pipeline
+from weightsmith.engine.devices import device as device_module
+from weightsmith.engine.devices.accelerator import Accelerator, Cuda, Host, accelerator_of
+from weightsmith.engine.devices.device import LANES, SHARE, STAGES
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import run_sweep
+from weightsmith.jobs.verify import rerun
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run import device as device_module
-from weightsmith.run.accelerator import Accelerator, Cuda, Host, accelerator_of
-from weightsmith.run.device import LANES, SHARE, STAGES
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
-from weightsmith.run.sweep import run_sweep
-from weightsmith.run.verify import rerun
 
 NAMES = ("base", "a", "b", "c")
 
@@ -172,7 +172,7 @@ def test_memory_is_obeyed_by_smaller_buffers_then_fewer_lanes(models: Path) -> N
 
 def test_blocks_follow_from_what_is_free_on_the_device() -> None:
     huge = {"model.embed_tokens.weight": torch.empty(150_000, 4000, device="meta", dtype=torch.bfloat16)}
-    inputs = weightsmith.run.inputs.Inputs(  # type: ignore[attr-defined]
+    inputs = weightsmith.inputs.opened.Inputs(  # type: ignore[attr-defined]
         MetaSource(huge), {name: MetaSource(huge) for name in "ab"}
     )
     wanted = Recipe.model_validate({"base": "b", "models": {"a": "a", "b": "b"}, "method": "dare"})
@@ -187,7 +187,7 @@ def test_blocks_follow_from_what_is_free_on_the_device() -> None:
     assert len(set(sizes)) == 3
 
 
-class MetaSource(weightsmith.io.source.MemorySource):  # type: ignore[name-defined,misc]
+class MetaSource(weightsmith.io.read.source.MemorySource):  # type: ignore[name-defined,misc]
     """Headers only."""
 
     def __init__(self, found: Mapping[str, Tensor]) -> None:
@@ -327,7 +327,7 @@ def test_bytes_of_a_device_are_never_mixed_with_those_of_another(models: Path, m
     assert '"device": "cuda"' in (out / "weightsmith.json").read_text()
     (text,) = rerun(out)
     assert text.startswith("the recipe cannot be run again: --device cuda: torch ")
-    monkeypatch.setattr("weightsmith.run.plan.accelerator_of", lambda device: {"cuda": Inexact()}[device])
+    monkeypatch.setattr("weightsmith.plan.plan.accelerator_of", lambda device: {"cuda": Inexact()}[device])
     assert rerun(out) == []
 
 
@@ -335,7 +335,7 @@ def test_a_cluster_and_devices_exclude_each_other(models: Path, monkeypatch: pyt
     class Elsewhere:
         remote = True
 
-    monkeypatch.setattr("weightsmith.run.merge.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.jobs.merge.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
     with pytest.raises(
         WeightsmithError, match="--ray with --device host: the workers of a cluster merge on their CPUs"
     ):

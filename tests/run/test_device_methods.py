@@ -11,12 +11,12 @@ import weightsmith
 from reliability.test_matrix import CODECS, given, models, planned
 from run.disguise import DEVICE, Disguise, Disguised
 from test_conformance import STAGES, count_for, noise, pipeline, statistics, variants
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
-from weightsmith.method import BASE, Filter, Grain, Method, Stage, registered
+from weightsmith.core.method import BASE, Filter, Grain, Method, Stage, registered
+from weightsmith.engine.carry import carry_out
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
 from weightsmith.ops import spectral
-from weightsmith.run.carry import carry_out
-from weightsmith.run.plan import make_plan
+from weightsmith.plan.plan import make_plan
 
 SMALL = {
     "model.embed_tokens.weight": (6, 5),

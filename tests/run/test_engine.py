@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 import weightsmith
 from goldens import tiny_llama
 from run.small_inputs import small_inputs
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
-from weightsmith.method import Filter, Grain, Method, registered
+from weightsmith.core.method import Filter, Grain, Method, registered
+from weightsmith.engine.carry import carry_out, context_of, summarise
+from weightsmith.engine.execute import execute
+from weightsmith.engine.runner import SerialRunner, ThreadRunner
+from weightsmith.inputs.nested import RecipeSource
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import run
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
-from weightsmith.run.carry import carry_out, context_of, summarise
-from weightsmith.run.execute import execute
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import run
-from weightsmith.run.nested import RecipeSource
-from weightsmith.run.plan import make_plan
-from weightsmith.run.runner import SerialRunner, ThreadRunner
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
 BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 0.5}}
@@ -92,7 +92,7 @@ def test_same_bytes_with_parts_of_one_row(name: str, inputs: Inputs, monkeypatch
     """Tensors that may be cut are separate tasks, in any order.  (Sums of float64 have their parts fixed.)"""
     wanted, given = of(name, inputs)
     whole = merged(wanted, given)
-    monkeypatch.setattr("weightsmith.run.task.PART_BYTES", 200)
+    monkeypatch.setattr("weightsmith.core.task.PART_BYTES", 200)
     plan = make_plan(wanted, sources=given, threads=1)
     sink = MemorySink()
     carry_out(replace(plan, tasks=plan.tasks[::-1]), given, sink)
@@ -179,8 +179,8 @@ def test_output_dtype(dtype: str, inputs: Inputs) -> None:
 
 
 def test_gradients_flow_through_a_method() -> None:
-    from weightsmith.keys import Key
-    from weightsmith.site import Site
+    from weightsmith.core.keys import Key
+    from weightsmith.core.site import Site
 
     weight = torch.tensor(0.3, requires_grad=True)
     site = Site(Key("w", (4,), "float32"), torch.randn(1, 4) * weight, torch.zeros(4))
@@ -190,7 +190,7 @@ def test_gradients_flow_through_a_method() -> None:
 
 def test_group_grain_keeps_the_function(inputs: Inputs) -> None:
     """Permuting an expert's hidden units changes nothing: weight matching undoes it exactly."""
-    from weightsmith.symmetry import groups, permute
+    from weightsmith.core.symmetry import groups, permute
 
     expert = {k: inputs.experts["e0"].read(k).float() for k in inputs.base.keys}
     shuffled = dict(expert)

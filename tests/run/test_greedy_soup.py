@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import weightsmith
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.ops.greedy import greedy
 
 POINTS = {"far": [4.0, 4.0], "left": [-1.0, 0.0], "right": [1.2, 0.0], "up": [0.0, 1.5]}

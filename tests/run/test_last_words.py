@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weightsmith.cli.main import main
-from weightsmith.io.source import MemorySource
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.merge import run
 from weightsmith.ops import fused
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
 
 State = dict[str, Tensor]
 UP, DOWN, EMBED, HEAD, NORM = (

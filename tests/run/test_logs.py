@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightsmith
-from weightsmith.errors import PlanError
+from weightsmith.core.errors import PlanError
+from weightsmith.jobs.merge import run
 from weightsmith.methods.mwa import Mwa
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
 
 LOSSES = {50: 8.0, 100: 4.0, 150: 3.0, 200: 1.0}
 """Logged every 50 steps, a checkpoint every 100."""

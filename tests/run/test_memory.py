@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from run.peaks import count_for, methods, spec, stages_for
-from weightsmith.io.open import open_source
-from weightsmith.keys import Key
-from weightsmith.method import Codec, Grain
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Codec, Grain
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import Plan, make_plan
 
 ROOT = Path(__file__).parent.parent.parent
 PEAKS = Path(__file__).with_name("peaks.py")

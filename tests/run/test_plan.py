@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from weightsmith.errors import PlanError
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import PlanError
+from weightsmith.engine.carry import carry_out
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.resolve import ramp
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
 
 NAMES = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)), "lm_head.weight"]
 
@@ -112,7 +112,7 @@ def test_tied_tensors_are_written_once() -> None:
 
 
 def test_grams_say_which_layers_are_stored_transposed() -> None:
-    from weightsmith.method import registry
+    from weightsmith.core.method import registry
 
     stage = registry("regmean")()
     key = MemorySource(model(0)).keys[NAMES[1]]

@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from run.peaks import methods, spec, stage_of
-from weightsmith.io import files, system
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
-from weightsmith.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.core.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.engine.carry import Job, carry_out, carry_out_all
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io import system
+from weightsmith.io.read import files
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import plan_sweep
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.carry import Job, carry_out, carry_out_all
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
-from weightsmith.run.sweep import plan_sweep
 
 SHAPES = {f"model.layers.{i}.mlp.{name}_proj.weight": shape for i, shape in enumerate([(80, 300), (300, 80)])
           for name in ("up", "down")}  # fmt: skip
@@ -48,8 +49,8 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of several blocks, some of which are kept and some not, and whose cuts are not found by sorting."""
-    monkeypatch.setattr("weightsmith.run.task.BLOCK", 4000)
-    monkeypatch.setattr("weightsmith.run.kept.KEPT", 110_000)
+    monkeypatch.setattr("weightsmith.core.task.BLOCK", 4000)
+    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 110_000)
     for name, value in (("SAMPLE", 1200), ("PLACES", 4), ("MARGIN", 0.05), ("BINS", 1 << 24)):
         monkeypatch.setattr(f"weightsmith.ops.cuts.{name}", value)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weightsmith.io.source import MemorySource
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.plan import make_plan
 
 SHAPES = {
     **{"layers.0.mlp.weight": (8, 12), "layers.1.mlp.weight": (8, 12)},

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weightsmith.errors import MissingExtra, OutputError
-from weightsmith.io.output import FolderSink
-from weightsmith.io.sink import MemorySink
-from weightsmith.keys import Key
+from weightsmith.core.errors import MissingExtra, OutputError
+from weightsmith.core.keys import Key
+from weightsmith.io.write.output import FolderSink
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.verify import rerun
 from weightsmith.recipe.load import load
-from weightsmith.run.merge import run
-from weightsmith.run.verify import rerun
 
 NAMES = ("base", "a", "b")
 
@@ -52,7 +52,7 @@ class Elsewhere:
 def test_the_same_bytes_from_another_process(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load(models / "r.yaml")
     near = run(recipe, models / "near", threads=1).out
-    monkeypatch.setattr("weightsmith.run.merge.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.jobs.merge.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
     seen: list[tuple[int, int]] = []
     far = run(recipe, models / "far", ray="somewhere", progress=lambda *now: seen.append(now)).out
     assert (far / "model.safetensors").read_bytes() == (near / "model.safetensors").read_bytes()

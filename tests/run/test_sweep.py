@@ -14,23 +14,23 @@ from safetensors.torch import save_file
 
 from run.small_inputs import EXPERTS, small_inputs
 from weightsmith.cli.main import main
-from weightsmith.errors import PlanError, RecipeError
-from weightsmith.io.output import FolderSink
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.engine.carry import Job, carry_out, carry_out_all
+from weightsmith.engine.execute import Steps
+from weightsmith.engine.execute import together as steps_together
+from weightsmith.engine.kept import Kept
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import MemorySource
+from weightsmith.io.write.output import FolderSink
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import plan_sweep, run_sweep
 from weightsmith.methods.tsvm import Tsvm
 from weightsmith.ops.cuts import Cells
 from weightsmith.ops.fused import Merge
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.recipe.sweep import expand, load_variants
-from weightsmith.run.carry import Job, carry_out, carry_out_all
-from weightsmith.run.execute import Steps
-from weightsmith.run.execute import together as steps_together
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.kept import Kept
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
-from weightsmith.run.sweep import plan_sweep, run_sweep
 
 TIED: list[dict[str, Any]] = [{"density": 0.3}, {"density": 0.3, "lambda": 0.5}, {"density": 0.5, "aggregate": "sum"},
         {"density": 0.3, "zero_sign": "plus"}, {"density": 0.3, "weight": 2.0}, {"density": 0.3, "sign": "count"},
@@ -99,9 +99,9 @@ def test_inputs_are_read_once_for_all_variants(
     method: str, kernels: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "0":
-        monkeypatch.setattr("weightsmith.run.execute.is_fused", lambda *_: False)
-    monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
-    monkeypatch.setattr("weightsmith.run.task.BLOCK", 1000)
+        monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
+    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 5000)  # some tensors above it, some below
+    monkeypatch.setattr("weightsmith.core.task.BLOCK", 1000)
     given = replace(inputs, experts={"e0": inputs.experts["e0"]}) if method == "slerp" else inputs
     key, values = {"slerp": "t", "tsvm": "scaling"}.get(method, "lambda"), (0.1, 0.5, 0.9)
     wanted = [recipe(method, parameters={key: value}) for value in values]
@@ -130,7 +130,7 @@ def test_cuts_of_all_variants_are_found_together(
 ) -> None:
     """Every variant has the bytes of its own run, and magnitudes are counted as often for three variants as for two."""
     monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", small)
-    monkeypatch.setattr("weightsmith.run.kept.KEPT", 5000)  # some tensors above it, some below
+    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 5000)  # some tensors above it, some below
     calls = []
     add = Cells.add
     monkeypatch.setattr(Cells, "add", lambda self, stored: (calls.append(stored), add(self, stored))[1])

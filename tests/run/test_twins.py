@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from weightsmith.cli.main import main
-from weightsmith.run.remarks import twins
+from weightsmith.plan.remarks import twins
 
 
 def written(folder: Path, seed: int) -> None:

@@ -131,7 +131,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
 def reads_header(place: Path) -> Callable[[bytes], None]:
     import safetensors
 
-    from weightsmith.io.safetensors import parse_header, parse_length
+    from weightsmith.io.read.safetensors import parse_header, parse_length
 
     def read(data: bytes) -> None:
         length = parse_length(data[:8], len(data), "x")
@@ -150,7 +150,7 @@ def reads_header(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_index(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.folder import parse_index
+    from weightsmith.io.read.folder import parse_index
 
     def read(data: bytes) -> None:
         for file in parse_index(data, "x").values():
@@ -174,8 +174,8 @@ def reads_adapter(place: Path) -> Callable[[bytes], None]:
     import torch
     from safetensors.torch import save_file
 
-    from weightsmith.io.peft import AdapterSource
-    from weightsmith.io.source import MemorySource
+    from weightsmith.io.read.peft import AdapterSource
+    from weightsmith.io.read.source import MemorySource
 
     factors = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)}
     stored = {f"base_model.model.m.{part}.weight": tensor for part, tensor in factors.items()}
@@ -190,7 +190,7 @@ def reads_adapter(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_card(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.card import licence_problems, licences
+    from weightsmith.io.package.card import licence_problems, licences
 
     def read(data: bytes) -> None:
         (place / "README.md").write_bytes(data)
@@ -202,8 +202,8 @@ def reads_card(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_manifest(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.manifest import verify_folder, write_manifest
-    from weightsmith.io.open import folder_kind
+    from weightsmith.io.package.manifest import verify_folder, write_manifest
+    from weightsmith.io.read.open import folder_kind
 
     def read(data: bytes) -> None:
         (place / "weightsmith.json").write_bytes(data)
@@ -221,7 +221,7 @@ def reads_manifest(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_pickle(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.pickle import PickleSource
+    from weightsmith.io.read.pickle import PickleSource
 
     def read(data: bytes) -> None:
         (place / "m.bin").write_bytes(data)
@@ -233,7 +233,7 @@ def reads_pickle(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_gguf(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.gguf import GgufSource
+    from weightsmith.io.read.gguf import GgufSource
 
     def read(data: bytes) -> None:
         (place / "m.gguf").write_bytes(data)
@@ -245,7 +245,7 @@ def reads_gguf(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_tokenizer(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.vocabulary import difference
+    from weightsmith.io.read.vocabulary import difference
     from weightsmith.tokens.match import keys_of
     from weightsmith.tokens.vocabulary import read_tokens, unite
 
@@ -266,7 +266,7 @@ def reads_tokenizer(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_trainer(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.trainer import logged
+    from weightsmith.io.read.trainer import logged
 
     (place / "checkpoint-20").mkdir(exist_ok=True)
 
@@ -301,7 +301,7 @@ def reads_adapters(place: Path) -> Callable[[bytes], None]:
 
 
 def reads_stats(place: Path) -> Callable[[bytes], None]:
-    from weightsmith.io.stats import open_stats
+    from weightsmith.io.read.stats import open_stats
 
     def read(data: bytes) -> None:
         (place / "gram.safetensors").write_bytes(data)
@@ -316,7 +316,7 @@ def reads_quantised(place: Path) -> Callable[[bytes], None]:
     import torch
     from safetensors.torch import save_file
 
-    from weightsmith.io.open import open_source
+    from weightsmith.io.read.open import open_source
 
     weight = torch.ones(4, 3).to(torch.float8_e4m3fn)
     save_file({"m.weight": weight, "m.weight_scale_inv": torch.ones(1, 1)}, place / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 
 T = TypeVar("T")
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from refusal import outcome
 from safetensors.torch import save_file
 
-from weightsmith.errors import RecipeError, SourceError
-from weightsmith.io.card import licences
-from weightsmith.io.package import companions, copy_companions, left_behind
-from weightsmith.io.peft import AdapterSource
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import RecipeError, SourceError
+from weightsmith.io.package.card import licences
+from weightsmith.io.package.companions import companions, copy_companions, left_behind
+from weightsmith.io.read.peft import AdapterSource
+from weightsmith.io.read.source import MemorySource
 from weightsmith.recipe.load import load, loads
 from weightsmith.recipe.reader import MAX_BYTES, read
 

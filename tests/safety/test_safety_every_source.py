@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from reliability.runs import save_sharded
 from reliability.test_matrix import CODECS, COUNT, NAMES, merged, models
-from weightsmith.errors import NumericError
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import NumericError
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.compress import compress
+from weightsmith.jobs.merge import run
 from weightsmith.ops import fused
 from weightsmith.recipe.load import loads
-from weightsmith.run.compress import compress
-from weightsmith.run.merge import run
 
 TENSOR = "model.layers.0.mlp.down_proj.weight"
 

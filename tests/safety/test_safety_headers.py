@@ -21,12 +21,12 @@ from refusal import outcome
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from weightsmith.errors import OutputError, SourceError
-from weightsmith.io.folder import FolderSource, parse_index
-from weightsmith.io.layout import plan_shards
-from weightsmith.io.open import folder_kind, open_source
-from weightsmith.io.safetensors import MAX_HEADER, MAX_NOTES, MAX_PARTS, MAX_WIDE, SafetensorsSource, parse_header
-from weightsmith.keys import Key
+from weightsmith.core.errors import OutputError, SourceError
+from weightsmith.core.keys import Key
+from weightsmith.io.read.folder import FolderSource, parse_index
+from weightsmith.io.read.open import folder_kind, open_source
+from weightsmith.io.read.safetensors import MAX_HEADER, MAX_NOTES, MAX_PARTS, MAX_WIDE, SafetensorsSource, parse_header
+from weightsmith.io.write.layout import plan_shards
 
 BOUND = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -169,7 +169,7 @@ MOST: dict[str, Callable[[], bytes]] = {
 MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from weightsmith.io.safetensors import parse_header
+from weightsmith.io.read.safetensors import parse_header
 raw = Path(sys.argv[1]).read_bytes()
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 found = parse_header(raw, 8 + len(raw) + int(sys.argv[2]), "x")
@@ -203,14 +203,14 @@ def test_the_largest_headers_that_are_read_take_bounded_time_and_memory(case: st
 
 def test_no_file_is_written_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [Key(str(i), (1,), "uint8") for i in range(4)]
-    monkeypatch.setattr("weightsmith.io.layout.MAX_PARTS", 7 * len(keys))  # a brace, and no comma behind the last
+    monkeypatch.setattr("weightsmith.io.write.layout.MAX_PARTS", 7 * len(keys))  # a brace, and no comma behind the last
     plan_shards(keys, 1 << 40, "model", {})
     with pytest.raises(OutputError, match="choose a smaller shard_size"):
         plan_shards([*keys, Key("more", (1,), "uint8")], 1 << 40, "model", {})
 
 
 def test_a_header_above_the_limit_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightsmith.io import files
+    from weightsmith.io.read import files
 
     path = tmp_path / "m.safetensors"
     with path.open("wb") as file:

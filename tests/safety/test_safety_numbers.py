@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightsmith.errors import NumericError
-from weightsmith.io.source import holds_nonfinite, tensor_to_bits
-from weightsmith.keys import DTYPES
-from weightsmith.method import BASE, Codec, registered
+from weightsmith.core.errors import NumericError
+from weightsmith.core.keys import DTYPES
+from weightsmith.core.method import BASE, Codec, registered
+from weightsmith.io.read.source import holds_nonfinite, tensor_to_bits
+from weightsmith.jobs.api import merge
 from weightsmith.ops import fused
-from weightsmith.run.api import merge
 
 ROWS, COLUMNS = 300, 1000  # two blocks
 FLOATS = [d.name for d in DTYPES.values() if d.floating]
@@ -90,12 +90,12 @@ def test_a_bad_number_that_is_only_copied(dtype: str, path: str) -> None:
 
 
 def keep(base: dict[str, torch.Tensor], models: list[dict[str, torch.Tensor]], **more: Any) -> dict[str, torch.Tensor]:
-    from weightsmith.io.sink import MemorySink
-    from weightsmith.io.source import MemorySource
+    from weightsmith.engine.carry import carry_out
+    from weightsmith.inputs.opened import Inputs
+    from weightsmith.io.read.source import MemorySource
+    from weightsmith.io.write.sink import MemorySink
+    from weightsmith.plan.plan import make_plan
     from weightsmith.recipe.schema import ModelRef, Output, Recipe, StageSpec
-    from weightsmith.run.carry import carry_out
-    from weightsmith.run.inputs import Inputs
-    from weightsmith.run.plan import make_plan
 
     names = [f"m{i}" for i in range(len(models))]
     recipe = Recipe(
@@ -230,7 +230,7 @@ def test_both_paths_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_base_that_is_calculated_and_not_needed(tmp_path: Path, path: str) -> None:
     """It is looked at, and the kernels are not handed bits that it does not have."""
-    from weightsmith.io.source import MemorySource
+    from weightsmith.io.read.source import MemorySource
 
     class Calculated(MemorySource):
         computed = True

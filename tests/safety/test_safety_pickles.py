@@ -13,9 +13,9 @@ import hostile_pickles as hostile
 import pytest
 import torch
 
-from weightsmith.errors import SourceError
-from weightsmith.io.open import open_source
-from weightsmith.io.pickle import PickleSource
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.pickle import PickleSource
 
 _SEEN: list[str] = []
 _WATCHED = {

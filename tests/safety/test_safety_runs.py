@@ -20,19 +20,19 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.main import main
-from weightsmith.errors import OutputError, PlanError, SourceError
-from weightsmith.io import hub
-from weightsmith.io.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource, Source
-from weightsmith.ops.native import cache_folder
+from weightsmith.core.errors import OutputError, PlanError, SourceError
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.package.manifest import MANIFEST, read_manifest, verify_folder, write_manifest
+from weightsmith.io.read import hub
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.jobs.api import merge
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.verify import rerun
+from weightsmith.kernels.native import cache_folder
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.api import merge
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
-from weightsmith.run.verify import rerun
 
 _OUTSIDE = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 _calls: list[tuple[str, object]] = []
@@ -278,7 +278,7 @@ def test_adapters_statistics_nested_inputs_and_tokenizers_are_inputs_too(models:
 
 PLUGIN = """
 from dataclasses import dataclass
-from weightsmith.method import Method
+from weightsmith.core.method import Method
 @dataclass(frozen=True)
 class Half{name}(Method, name="half_{name}"):
     \"\"\"Half of the first.\"\"\"

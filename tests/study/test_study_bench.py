@@ -11,8 +11,8 @@ import pytest
 from toy_family import EVALUATOR, STUDY, calls, make
 
 from weightsmith.cli.main import main
-from weightsmith.errors import NumericError, OutputError
-from weightsmith.io.lock import FolderLock
+from weightsmith.core.errors import NumericError, OutputError
+from weightsmith.io.write.lock import FolderLock
 from weightsmith.study import run
 from weightsmith.study.bench import Result, bench
 from weightsmith.study.schema import load_study

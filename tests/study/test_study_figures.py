@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from weightsmith.method import registered
+from weightsmith.core.method import registered
 from weightsmith.study.cache import Ledger, fingerprint
 from weightsmith.study.figures import Reference, tau
 from weightsmith.study.grids import BUDGET, GRIDS, candidates, edges, offered

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from weightsmith.errors import WeightsmithError
-from weightsmith.io.source import MemorySource
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.io.read.source import MemorySource
 from weightsmith.tokens.layout import TokenRule, lay_out, read_rule
 from weightsmith.tokens.view import AlignedSource, gather
 from weightsmith.tokens.vocabulary import Vocabulary, unite, with_tokens

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weightsmith.errors import PlanError
+from weightsmith.core.errors import PlanError
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import loads
-from weightsmith.run.merge import run
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BASE = ["<s>", "</s>", "<unk>", "red", "blue"]

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.main import main
-from weightsmith.errors import WeightsmithError
-from weightsmith.io.open import open_source
-from weightsmith.io.source import MemorySource
-from weightsmith.run.transplant import transplant, transplanted
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.transplant import transplant, transplanted
 from weightsmith.tokens.match import byte_twin, keys_of, prefixes, spelling
 from weightsmith.tokens.pairing import pair, undertrained
 from weightsmith.tokens.transplant import METHODS, Transplant

@@ -8,7 +8,7 @@ import pytest
 
 from safety import hostile_pickles as hostile
 from safety.refusal import outcome
-from weightsmith.io.open import open_source
+from weightsmith.io.read.open import open_source
 
 
 @pytest.mark.parametrize("protocol", hostile.PROTOCOLS)

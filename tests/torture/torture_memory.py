@@ -8,8 +8,8 @@ import pytest
 
 from run.peaks import methods
 from run.test_memory import BELOW, ELEMENT, NEAR, far, measured, whole_process
-from weightsmith.method import registered
-from weightsmith.run.cost import stage_seconds
+from weightsmith.core.method import registered
+from weightsmith.plan.cost import stage_seconds
 
 SHAPES = [(2048, 2048, 3), (4096, 1024, 3), (1024, 4096, 3), (512, 512, 12), (512, 512, 48)]
 PARTS = 6

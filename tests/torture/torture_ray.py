@@ -24,15 +24,15 @@ from safetensors.torch import save_file
 
 from reliability.test_matrix import CODECS, LAYOUTS, NAMES, check, merged
 from remote.conftest import Web
-from weightsmith.errors import NumericError, OutputError, WeightsmithError
+from weightsmith.core.errors import NumericError, OutputError, WeightsmithError
+from weightsmith.engine.cluster import ray_runner
 from weightsmith.io import system
-from weightsmith.io.source import Source
-from weightsmith.io.writer import ShardWriter
+from weightsmith.io.read.source import Source
+from weightsmith.io.write.writer import ShardWriter
+from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import run_sweep
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Output, Recipe
-from weightsmith.run.cluster import ray_runner
-from weightsmith.run.merge import run
-from weightsmith.run.sweep import run_sweep
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 TENSORS = 12
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_on_a_node(
     """The error comes back as it is, and the run goes on when there is room."""
     near = bits(run(recipe, tmp_path / "near", threads=1).out)
     with monkeypatch.context() as patch:
-        patch.setattr("weightsmith.io.output.ShardWriter", Full)
+        patch.setattr("weightsmith.io.write.output.ShardWriter", Full)
         with pytest.raises(OutputError, match=r"cannot write .*model.safetensors: No space left on device; free some"):
             run(recipe, tmp_path / "far", ray=cluster.address)
     assert not (tmp_path / "far").exists()
@@ -166,7 +166,7 @@ def test_a_node_that_dies_costs_time_only(
     near = bits(run(recipe, tmp_path / "near", threads=1).out)
     doomed = cluster.add_node(num_cpus=1, memory=4 << 30)
     cluster.wait_for_nodes()
-    monkeypatch.setattr("weightsmith.io.output.ShardWriter", Slow)
+    monkeypatch.setattr("weightsmith.io.write.output.ShardWriter", Slow)
     lost: list[str] = []
 
     def kill(done: int, total: int) -> None:
@@ -184,7 +184,7 @@ def test_a_driver_that_stops_goes_on_from_its_journal(
     cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = bits(run(recipe, tmp_path / "near", threads=1).out)
-    monkeypatch.setattr("weightsmith.io.output.ShardWriter", Slow)
+    monkeypatch.setattr("weightsmith.io.write.output.ShardWriter", Slow)
 
     def stop(done: int, total: int) -> None:
         if len(list((tmp_path / "log").glob("*"))) > TENSORS // 2:
@@ -212,6 +212,6 @@ def test_errors_come_back_as_they_are(cluster: Cluster, recipe: Recipe, tmp_path
 def test_nodes_that_are_too_small_are_named(
     cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightsmith.run.plan.PYTHON", 10**15)
+    monkeypatch.setattr("weightsmith.plan.plan.PYTHON", 10**15)
     with pytest.raises(WeightsmithError, match=r"a task needs [\d,]+ MB, the largest node has [\d,]+ MB"):
         run(recipe, tmp_path / "far", ray=cluster.address)

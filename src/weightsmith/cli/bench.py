@@ -45,7 +45,7 @@ def bench(
     plugin: Plugins = (),
 ) -> None:
     """Compare methods on models of your own: merge, choose coefficients on validation data, score on test data."""
-    from weightsmith.errors import MissingExtra, RecipeError
+    from weightsmith.core.errors import MissingExtra, RecipeError
     from weightsmith.plugins import load_file
     from weightsmith.study.schema import load_study
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from weightsmith.cli.show import say
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 
 __all__ = ["install"]
 

@@ -45,7 +45,7 @@ def compress(
     plugin: Plugins = (),
 ) -> None:
     """Store all models of a recipe in little more space than one; its method ends in a codec."""
-    from weightsmith.run.compress import compress as run
+    from weightsmith.jobs.compress import compress as run
 
     files: list[Path] = []
     made = read_recipe(recipe, set_, plugin, files)

@@ -31,9 +31,9 @@ def diff(
 
     Exit codes are those of diff: 0 if the models are equal, 1 if they differ, 2 on trouble.
     """
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
     from weightsmith.inspect.difference import compare
-    from weightsmith.io.open import open_source
+    from weightsmith.io.read.open import open_source
 
     if tensors < 0:
         raise RecipeError(f"--tensors {tensors} is outside [0, inf)")

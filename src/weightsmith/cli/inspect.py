@@ -44,7 +44,7 @@ def inspect(
     plugin: Plugins = (),
 ) -> None:
     """Measure how the models' task vectors lie to each other, and say which methods that speaks for."""
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
 
     if spectra < 0:
         raise RecipeError(f"--spectra {spectra} is outside [0, inf); 0 takes no spectra")
@@ -70,7 +70,7 @@ def inspect(
 
 def _check_page(path: Path) -> None:
     """What stands in the way of writing the page is better known before the measuring than after it."""
-    from weightsmith.errors import MissingExtra, OutputError
+    from weightsmith.core.errors import MissingExtra, OutputError
 
     if importlib.util.find_spec("plotly") is None:
         raise MissingExtra("plotly", "report", "--html")

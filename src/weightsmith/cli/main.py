@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith import __version__
 from weightsmith.cli.process import own_process
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 
 if TYPE_CHECKING:
     import cyclopts

@@ -28,8 +28,8 @@ from weightsmith.cli.options import (
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
 
 if TYPE_CHECKING:
-    from weightsmith.run.merge import Result
-    from weightsmith.run.sweep import SweepResult
+    from weightsmith.jobs.merge import Result
+    from weightsmith.jobs.sweep import SweepResult
 
 __all__ = ["merge", "summary"]
 
@@ -70,9 +70,9 @@ def merge(
             resume=resume,
             files=files,
         )
+    from weightsmith.jobs.merge import run
+    from weightsmith.jobs.sweep import run_sweep
     from weightsmith.observe.consistency import cheap_check
-    from weightsmith.run.merge import run
-    from weightsmith.run.sweep import run_sweep
 
     how: dict[str, Any] = {
         "memory": bytes_of(memory),

@@ -12,7 +12,7 @@ from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import roughly, say, show_json, table
 
 if TYPE_CHECKING:
-    from weightsmith.method import Stage
+    from weightsmith.core.method import Stage
 
 __all__ = ["cost_at_7b", "describe", "methods"]
 
@@ -25,7 +25,7 @@ def methods(
     plugin: Plugins = (),
 ) -> None:
     """List the methods, or explain one: what it does, its paper, what it needs, its parameters."""
-    from weightsmith.method import registered, registry
+    from weightsmith.core.method import registered, registry
     from weightsmith.plugins import load_file
 
     for file in plugin:
@@ -48,8 +48,8 @@ def methods(
 
 def describe(cls: type[Stage]) -> dict[str, Any]:
     """Everything a stage declares about itself, as plain values."""
-    from weightsmith.method import Codec, Filter
-    from weightsmith.run.cost import seconds_at_7b
+    from weightsmith.core.method import Codec, Filter
+    from weightsmith.plan.cost import seconds_at_7b
 
     traits = cls.traits
     text = inspect.cleandoc(cls.__doc__ or "")

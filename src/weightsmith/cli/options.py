@@ -66,7 +66,7 @@ Quiet = Annotated[bool, Parameter(help="Print nothing but errors and warnings.")
 
 def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None) -> Recipe:
     """Load plug-ins, then the recipe with its overrides, one value each.  `files` takes the paths of all files read."""
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
 
     found = read_variants(file, sets, plugins, files)
     if len(found) > 1:
@@ -92,7 +92,7 @@ def read_variants(
 
 def bytes_of(text: str | None) -> int | None:
     """'4GB' -> 4_000_000_000."""
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
     from weightsmith.recipe.schema import parse_size
 
     if text is None:
@@ -107,7 +107,7 @@ def bytes_of(text: str | None) -> int | None:
 
 
 def threads_of(count: int | None) -> int | None:
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
 
     if count is not None and count < 1:
         raise RecipeError(f"--threads {count} is outside [1, inf)")
@@ -115,7 +115,7 @@ def threads_of(count: int | None) -> int | None:
 
 
 def device_of(text: str) -> str:
-    from weightsmith.errors import RecipeError, did_you_mean
+    from weightsmith.core.errors import RecipeError, did_you_mean
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise RecipeError(f"--device: unknown device {text!r}{did_you_mean(text, ['auto', 'cpu', 'cuda', 'cuda:0'])}")

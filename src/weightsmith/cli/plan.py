@@ -25,8 +25,8 @@ from weightsmith.cli.options import (
 from weightsmith.cli.show import roughly, say, show_json, size, table
 
 if TYPE_CHECKING:
+    from weightsmith.plan.plan import Plan
     from weightsmith.recipe.schema import Recipe
-    from weightsmith.run.plan import Plan
 
 __all__ = ["plan", "preview"]
 
@@ -75,11 +75,11 @@ def preview(
             files=files,
         )
     (recipe,) = variants.values()
-    from weightsmith.io.output import check_output
-    from weightsmith.method import Codec, registry
-    from weightsmith.run.inputs import open_inputs
-    from weightsmith.run.merge import reads
-    from weightsmith.run.plan import make_plan
+    from weightsmith.core.method import Codec, registry
+    from weightsmith.inputs.opened import open_inputs
+    from weightsmith.io.write.output import check_output
+    from weightsmith.jobs.merge import reads
+    from weightsmith.plan.plan import make_plan
 
     inputs = open_inputs(recipe)
     encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
@@ -115,7 +115,7 @@ def _preview_all(
     resume: bool,
     files: Sequence[Path],
 ) -> int:
-    from weightsmith.run.sweep import plan_sweep
+    from weightsmith.jobs.sweep import plan_sweep
 
     limit, workers = bytes_of(memory), threads_of(threads)
     made = plan_sweep(

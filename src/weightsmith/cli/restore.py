@@ -32,7 +32,7 @@ def restore(
     quiet: Quiet = False,
 ) -> None:
     """Get one model back out of a compressed folder, or the consensus of all of them."""
-    from weightsmith.run.compress import restore as run
+    from weightsmith.jobs.compress import restore as run
 
     limit, workers = bytes_of(memory), threads_of(threads)
     with progress_bar("restoring", quiet=quiet or json) as progress:

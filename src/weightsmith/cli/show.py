@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.url import Url, stored_at
 
@@ -123,7 +123,7 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
         TransferSpeedColumn,
     )
 
-    from weightsmith.ops import native
+    from weightsmith.kernels import native
 
     counts = [DownloadColumn(), TransferSpeedColumn()] if nbytes else [MofNCompleteColumn()]
     bar = Progress(

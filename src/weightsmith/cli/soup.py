@@ -31,7 +31,7 @@ from weightsmith.cli.options import (
 from weightsmith.cli.show import say, show_json, table, warn
 
 if TYPE_CHECKING:
-    from weightsmith.run.soup import FolderSoup
+    from weightsmith.jobs.soup import FolderSoup
 
 __all__ = ["soup"]
 
@@ -68,7 +68,7 @@ def soup(
     read = read_recipe(recipe, set_, plugin, files)
     given = None if scores is None else _read_scores(scores)
     measure = None if score_command is None else _command(score_command)
-    from weightsmith.run.soup import soup as run_soup
+    from weightsmith.jobs.soup import soup as run_soup
 
     silent = quiet or json
     made = run_soup(
@@ -112,7 +112,7 @@ def _summary(made: FolderSoup, *, json: bool, quiet: bool) -> None:
 def _read_scores(file: Path) -> dict[str, float]:
     import json as codec
 
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
     from weightsmith.io import system
 
     try:
@@ -131,7 +131,7 @@ def _read_scores(file: Path) -> dict[str, float]:
 
 def _command(text: str) -> Callable[[Path], float]:
     """What runs the user's program on a folder, without a shell, and reads the number it prints last."""
-    from weightsmith.errors import RecipeError
+    from weightsmith.core.errors import RecipeError
 
     try:
         words = shlex.split(text)

@@ -64,7 +64,7 @@ def transplant(
     quiet: Quiet = False,
 ) -> None:
     """Give a model the tokenizer of another: rows of shared tokens stay, those of new ones are approximated."""
-    from weightsmith.run.transplant import transplant as run
+    from weightsmith.jobs.transplant import transplant as run
     from weightsmith.tokens.transplant import Transplant
 
     how = Transplant(

@@ -21,7 +21,7 @@ def verify(
     json: Json = False,
 ) -> int:
     """See whether a result is as it was written: every checksum, no file missing or added."""
-    from weightsmith.io.manifest import read_manifest, verify_folder
+    from weightsmith.io.package.manifest import read_manifest, verify_folder
     from weightsmith.io.url import place_of
 
     place = place_of(out)
@@ -30,7 +30,7 @@ def verify(
         if read_manifest(place)["kind"] == "moe":
             from weightsmith.moe.build import rerun as run_again
         else:
-            from weightsmith.run.verify import rerun as run_again
+            from weightsmith.jobs.verify import rerun as run_again
         problems += run_again(place)
     if json:
         show_json({"out": place, "ok": not problems, "rerun": rerun, "problems": problems})

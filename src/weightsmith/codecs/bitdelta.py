@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key, Part
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec, Rows
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Codec, Rows
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
 from weightsmith.ops.reduce import block_sizes
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

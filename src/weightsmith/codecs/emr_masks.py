@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import RecipeError
-from weightsmith.keys import DTYPES, Key, Part
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec, Rows, Scope
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.keys import DTYPES, Key, Part
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Codec, Rows, Scope
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
 from weightsmith.ops.reduce import pairwise_sum, row_sizes
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

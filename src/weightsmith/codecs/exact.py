@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key, Part
-from weightsmith.method import Codec
-from weightsmith.site import Site
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.method import Codec
+from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

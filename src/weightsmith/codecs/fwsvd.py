@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.codecs.exact import Exact
-from weightsmith.errors import NumericError
-from weightsmith.keys import Key, Part
-from weightsmith.method import Codec, Grain, choice, flag, number
+from weightsmith.core.errors import NumericError
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.method import Codec, Grain, choice, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.reduce import row_sums
 from weightsmith.ops.spectral import Svd, padded, top_svd
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

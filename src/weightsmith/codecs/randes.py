@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key, Part
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Codec
+from weightsmith.core.site import Site
 from weightsmith.ops.masks import run_length
 from weightsmith.ops.noise import uniform_bits
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

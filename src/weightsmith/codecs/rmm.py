@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key, Part
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec, Grain, choice, flag, integer
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Codec, Grain, choice, flag, integer
+from weightsmith.core.site import Site
 from weightsmith.ops.spectral import Matrix, matrices, padded, svd_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key, Part
-from weightsmith.method import BASE, Codec, Grain, number
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.method import BASE, Codec, Grain, number
+from weightsmith.core.site import Site
 from weightsmith.ops.spectral import low_rank, matrices, padded, svd_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

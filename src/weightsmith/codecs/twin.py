@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.codecs.tsvc import kept_rank, low_rank_parts
-from weightsmith.errors import RecipeError
-from weightsmith.keys import Key, Part
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Codec, Grain, choice, number
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Codec, Grain, choice, number
+from weightsmith.core.site import Site
 from weightsmith.ops.noise import uniform_bits
 from weightsmith.ops.select import keep_share, leading
 from weightsmith.ops.spectral import low_rank, padded, svd_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsmith.io.source import Source, bits_to_tensor
-from weightsmith.keys import Key, layer_of, role_of
-from weightsmith.lazy import torch
+from weightsmith.core.keys import Key, layer_of, role_of
+from weightsmith.core.lazy import torch
+from weightsmith.core.task import blocks
+from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
+from weightsmith.io.read.source import Source, bits_to_tensor
 from weightsmith.ops.reduce import pairwise_sum, row_sums
-from weightsmith.run.plan import cores
-from weightsmith.run.runner import SerialRunner, ThreadRunner, one_thread_each
-from weightsmith.run.task import blocks
+from weightsmith.plan.plan import cores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import WeightsmithError
-from weightsmith.io.adapter import CONFIG
-from weightsmith.io.hub import PREFIX
-from weightsmith.io.manifest import MANIFEST, read_manifest
-from weightsmith.io.open import expanded, open_source
-from weightsmith.run.verify import lasting
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.io.package.manifest import MANIFEST, read_manifest
+from weightsmith.io.read.adapter import CONFIG
+from weightsmith.io.read.hub import PREFIX
+from weightsmith.io.read.open import expanded, open_source
+from weightsmith.jobs.verify import lasting
 
 __all__ = ["Node", "lineage", "tree_lines"]
 

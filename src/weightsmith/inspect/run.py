@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import PlanError, WeightsmithError
+from weightsmith.core.errors import PlanError, WeightsmithError
+from weightsmith.core.keys import Key, layer_of
+from weightsmith.core.method import Pipeline, Rows
+from weightsmith.core.task import Task
+from weightsmith.engine.context import Context
+from weightsmith.engine.devices.accelerator import accelerator_of
+from weightsmith.engine.devices.place import CPU, Plain
+from weightsmith.engine.execute import fold, measure
+from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
+from weightsmith.inputs.opened import Inputs, open_inputs
 from weightsmith.inspect.advice import Advice, advise
 from weightsmith.inspect.facts import Measures, measures
 from weightsmith.inspect.spectra import Spectrum, small_enough, spectral_totals
 from weightsmith.inspect.survey import Survey
-from weightsmith.io.vocabulary import difference
-from weightsmith.keys import Key, layer_of
-from weightsmith.method import Pipeline, Rows
+from weightsmith.io.read.vocabulary import difference
 from weightsmith.ops.spectral import Svd
+from weightsmith.plan.plan import cores
 from weightsmith.recipe.schema import Recipe
-from weightsmith.run.accelerator import accelerator_of
-from weightsmith.run.context import Context
-from weightsmith.run.execute import fold, measure
-from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.place import CPU, Plain
-from weightsmith.run.plan import cores
-from weightsmith.run.runner import SerialRunner, ThreadRunner, one_thread_each
-from weightsmith.run.task import Task
 
 __all__ = ["SIDE", "Inspection", "inspect"]
 

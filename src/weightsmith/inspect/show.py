@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from weightsmith.errors import some
+from weightsmith.core.errors import some
 from weightsmith.inspect.facts import Matrix, Measures, pairs
 from weightsmith.inspect.run import Inspection
 from weightsmith.inspect.spectra import POINTS

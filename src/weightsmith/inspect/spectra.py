@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Rows, Scope, Traits
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, Traits
 from weightsmith.ops.spectral import Svd, matrices, svd_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weightsmith.site import Site
+    from weightsmith.core.site import Site
 
 __all__ = [
     "POINTS",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Method, Rows, Scope, Traits
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Method, Rows, Scope, Traits
 from weightsmith.ops import select
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import block_sizes, block_sums
@@ -14,8 +14,8 @@ from weightsmith.ops.reduce import block_sizes, block_sums
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weightsmith.keys import Key
-    from weightsmith.site import Site, Summary
+    from weightsmith.core.keys import Key
+    from weightsmith.core.site import Site, Summary
 
 __all__ = ["PEAK", "SIGMAS", "TOP", "Survey"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.io import system
 
 __all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder",

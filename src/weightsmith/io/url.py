@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from weightsmith.errors import MissingExtra, OutputError, SourceError, WeightsmithError, public
+from weightsmith.core.errors import MissingExtra, OutputError, SourceError, WeightsmithError, public
+from weightsmith.core.keys import good_name
 from weightsmith.io import system
-from weightsmith.keys import good_name
 
 __all__ = ["Url", "absolute", "attempt", "destination", "filesystem", "missing", "output_of", "parse_url", "place_of",
            "said", "stored_at", "without_secrets"]  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.io.trainer import checkpoints, select
+from weightsmith.io.read.trainer import checkpoints, select
 from weightsmith.lora.merge import merge
 from weightsmith.lora.write import Written
 

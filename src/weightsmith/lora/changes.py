@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from weightsmith.errors import PlanError, SourceError, some
-from weightsmith.io.source import Source
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
+from weightsmith.core.errors import PlanError, SourceError, some
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.source import Source
 
 __all__ = ["Changes", "find_changes"]
 

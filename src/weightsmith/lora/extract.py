@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import NumericError, PlanError, RecipeError
-from weightsmith.io.lora import PREFIX, config_of
-from weightsmith.io.open import open_source
-from weightsmith.io.small import read_json
-from weightsmith.io.source import Source
-from weightsmith.keys import DTYPES, Key
-from weightsmith.lazy import torch
+from weightsmith.core.errors import NumericError, PlanError, RecipeError
+from weightsmith.core.keys import DTYPES, Key
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.lora import PREFIX, config_of
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.small import read_json
+from weightsmith.io.read.source import Source
 from weightsmith.lora.changes import Changes, find_changes
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, signed, split, widened

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.errors import PlanError, SourceError
-from weightsmith.io.lora import TARGETING, Adapter, config_of
-from weightsmith.io.trainer import logged, step_of
-from weightsmith.keys import DTYPES, Key
-from weightsmith.lazy import torch
+from weightsmith.core.errors import PlanError, SourceError
+from weightsmith.core.keys import DTYPES, Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.site import Site
+from weightsmith.engine.execute import fold
+from weightsmith.io.read.lora import TARGETING, Adapter, config_of
+from weightsmith.io.read.trainer import logged, step_of
 from weightsmith.lora.recipe import AdapterRecipe, built, method_of
 from weightsmith.lora.rules import Averaged, Combine, Made, Part, SharedBasis
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.recipe.reader import Document
-from weightsmith.run.execute import fold
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.io.small import read_small
-from weightsmith.keys import DTYPES
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.keys import DTYPES
+from weightsmith.core.method import Parameter
+from weightsmith.io.read.small import read_small
 from weightsmith.lora.rules import METHODS, Averaged, Combine, SharedBasis, named
-from weightsmith.method import Parameter
 from weightsmith.recipe.check import spell
 from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import RecipeError
-from weightsmith.io.lora import Adapter, config_of
+from weightsmith.core.errors import RecipeError
+from weightsmith.io.read.lora import Adapter, config_of
 from weightsmith.lora.extract import check_rank
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, split, svd_of_factors, widened

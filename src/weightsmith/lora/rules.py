@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightsmith.errors import did_you_mean
-from weightsmith.lazy import torch
-from weightsmith.method import Each, Stage, Traits, choice, number
+from weightsmith.core.errors import did_you_mean
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Each, Stage, Traits, choice, number
+from weightsmith.core.site import Site
 from weightsmith.methods.knots import Knots
 from weightsmith.methods.mwa import Mwa
 from weightsmith.ops.combine import weigh, weighted_sum
@@ -39,7 +40,6 @@ from weightsmith.ops.lowrank import (
     widened,
 )
 from weightsmith.ops.spectral import Svd, top_svd
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,20 +16,20 @@ import numpy as np
 import xxhash
 
 from weightsmith import __version__
-from weightsmith.errors import NumericError, PlanError
+from weightsmith.core.errors import NumericError, PlanError
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.engine.numeric import encode
 from weightsmith.io import system
-from weightsmith.io.adapter import CONFIG
-from weightsmith.io.card import CardModel, licences, model_card
 from weightsmith.io.disk import write_file, writing
-from weightsmith.io.lora import keys_of
-from weightsmith.io.manifest import build_manifest, write_manifest
-from weightsmith.io.output import FolderSink, check_output
-from weightsmith.io.source import bits_to_tensor
+from weightsmith.io.package.card import CardModel, licences, model_card
+from weightsmith.io.package.manifest import build_manifest, write_manifest
+from weightsmith.io.read.adapter import CONFIG
+from weightsmith.io.read.lora import keys_of
+from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.io.url import absolute
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
+from weightsmith.io.write.output import FolderSink, check_output
 from weightsmith.ops.lowrank import Factors, distance, size
-from weightsmith.run.numeric import encode
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import Method, Rows
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Method, Rows
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import order
 from weightsmith.ops.reduce import pairwise_sum
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

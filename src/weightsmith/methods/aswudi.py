@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.interference import STARTS, flowed
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.errors import RecipeError
-from weightsmith.kernel import Agreement
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Filter, integer, number
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.kernel import Agreement
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Filter, integer, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
 from weightsmith.ops.masks import agreed, task_masks
-from weightsmith.site import Site
 
 __all__ = ["Consensus"]
 

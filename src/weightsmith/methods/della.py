@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Filter, Rows, choice, flag, number
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Filter, Rows, choice, flag, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.combine import per_expert, spread
 from weightsmith.ops.noise import keep_masks
 from weightsmith.ops.rescale import l1_factors, l1_sums
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import some
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Rows, Scope, flag, integer, number
+from weightsmith.core.errors import some
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, flag, integer, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import select
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.descent import adam
 from weightsmith.ops.interference import frobenius
 from weightsmith.ops.reduce import pairwise_sum
 from weightsmith.ops.spectral import top_svd
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import BASE, Method, number
+from weightsmith.core.method import BASE, Method, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import disjoint, elect_sign
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import NumericError
-from weightsmith.lazy import torch
-from weightsmith.method import Each, Method, Rows, Scope, choice, flag, number
+from weightsmith.core.errors import NumericError
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Each, Method, Rows, Scope, choice, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.ops.reduce import block_squares
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

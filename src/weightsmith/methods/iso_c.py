@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, choice, number
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, choice, number
+from weightsmith.core.site import Site
 from weightsmith.methods.tsvm import scaled_mean
 from weightsmith.ops.leading import LARGE
 from weightsmith.ops.spectral import NOISE, Matrix, dense, matrices, polar_by_iteration, polar_of_large, svd_of, total
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, number
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, number
+from weightsmith.core.site import Site
 from weightsmith.methods.tsvm import scaled_mean
 from weightsmith.ops.spectral import NOISE, Svd, matrices, orthogonal_sum, outside, svd_of, total
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

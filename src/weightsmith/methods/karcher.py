@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Mix
-from weightsmith.method import Each, Method, Rows, integer, number
+from weightsmith.core.kernel import Mix
+from weightsmith.core.method import Each, Method, Rows, integer, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import gram
 from weightsmith.ops.combine import spread, unusable_weights
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import Method
-from weightsmith.site import Site
+from weightsmith.core.method import Method
+from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

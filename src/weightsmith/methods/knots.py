@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Grain, Method, Rows, Scope, choice, number
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Grain, Method, Rows, Scope, choice, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import select
 from weightsmith.ops.combine import AGGREGATES, disjoint, elect_sign, spread, weigh, weighted_sum
 from weightsmith.ops.noise import keep_masks
 from weightsmith.ops.spectral import Matrix, left_basis, matrices
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import RecipeError
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Filter, Rows, Scope, choice, number
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Filter, Rows, Scope, choice, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import block_sizes
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Mix
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Method, Rows, flag
+from weightsmith.core.kernel import Mix
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Method, Rows, flag
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import gram
 from weightsmith.ops.combine import mean
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.kernel import WeightedSum
-from weightsmith.keys import Key
-from weightsmith.method import Method, Stage, choice, number
+from weightsmith.core.kernel import WeightedSum
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Method, Stage, choice, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import apply_weighted_sum
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

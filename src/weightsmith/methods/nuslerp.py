@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Mix
-from weightsmith.keys import Key
-from weightsmith.method import Each, Grain, Method, Rows, flag, number
+from weightsmith.core.kernel import Mix
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Each, Grain, Method, Rows, flag, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import gram
 from weightsmith.ops.combine import spread
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Rows, Scope, Stage, number
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, Stage, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.leading import LARGE, eigh, gram
 from weightsmith.ops.reduce import block_squares, block_sums
 from weightsmith.ops.spectral import NOISE, Svd, top_svd
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import mean
 from weightsmith.ops.descent import adam, momentum_gain
 from weightsmith.ops.interference import Interference, frobenius, interference, start_of
 from weightsmith.ops.spectral import top_svd
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.kernel import WeightedSum
-from weightsmith.method import Method, number
+from weightsmith.core.kernel import WeightedSum
+from weightsmith.core.method import Method, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import apply_weighted_sum
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Method, Rows, Scope, choice, number
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Method, Rows, Scope, choice, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import order
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_sums
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, choice, integer, number
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number
+from weightsmith.core.site import Site
 from weightsmith.methods.tsvm import FEW, scaled_mean
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

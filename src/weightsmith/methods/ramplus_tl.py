@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Method, Rows, number
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Method, Rows, number
+from weightsmith.core.site import Site
 from weightsmith.methods.ram import active, by_sharing
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import NumericError
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import Each, Grain, Method, Stage, flag, number, registry
+from weightsmith.core.errors import NumericError
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Each, Grain, Method, Stage, flag, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.ops.leading import LARGE
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

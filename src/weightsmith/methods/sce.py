@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Method, Rows, number
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Method, Rows, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import select
 from weightsmith.ops.combine import disjoint, mean, weigh, weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_squares
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

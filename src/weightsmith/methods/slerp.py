@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Mix
-from weightsmith.method import Method, Rows, number
+from weightsmith.core.kernel import Mix
+from weightsmith.core.method import Method, Rows, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import gram
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

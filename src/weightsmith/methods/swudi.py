@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import BASE, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.method import BASE, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.interference import STARTS, flowed
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.kernel import WeightedSum
-from weightsmith.method import BASE, Each, Method, flag, number
+from weightsmith.core.kernel import WeightedSum
+from weightsmith.core.method import BASE, Each, Method, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import apply_weighted_sum, normaliser, shares_remark, spread, unusable_weights
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.kernel import TrimmedVote
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Method, Rows, Scope, choice, number
+from weightsmith.core.kernel import TrimmedVote
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Method, Rows, Scope, choice, number
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops import select
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
 from weightsmith.ops.reduce import block_squares
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

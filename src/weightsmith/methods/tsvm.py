@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Each, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Each, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
 from weightsmith.ops.spectral import Matrix, matrices, orthogonal_sum, svd_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.method import Each, Grain, Method, number
+from weightsmith.core.method import Each, Grain, Method, number
+from weightsmith.core.site import Group
+from weightsmith.core.symmetry import groups, permute
 from weightsmith.ops.assign import best_pairing, similarity
 from weightsmith.ops.combine import spread, unusable_weights
-from weightsmith.site import Group
-from weightsmith.symmetry import groups, permute
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import Grain, Method, flag, number
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Grain, Method, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_products
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

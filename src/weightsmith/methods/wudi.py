@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
-from weightsmith.method import BASE, Grain, Method, Stage, integer, number, registry
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import BASE, Grain, Method, Stage, integer, number, registry
+from weightsmith.core.site import Site
 from weightsmith.ops.descent import adam
 from weightsmith.ops.interference import frobenius, interference, start_of
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith import __version__
-from weightsmith.errors import OutputError, PlanError
+from weightsmith.core.errors import OutputError, PlanError
+from weightsmith.core.lazy import torch
+from weightsmith.engine.carry import carry_out
+from weightsmith.engine.runner import one_thread_each
+from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.difference import compare_tensors, gathered
-from weightsmith.io.card import CardModel, licences, model_card
 from weightsmith.io.disk import write_file
-from weightsmith.io.manifest import build_manifest, read_manifest, write_manifest
-from weightsmith.io.output import check_output
-from weightsmith.io.package import copy_companions
-from weightsmith.io.sink import MemorySink
-from weightsmith.io.source import Source
+from weightsmith.io.package.card import CardModel, licences, model_card
+from weightsmith.io.package.companions import copy_companions
+from weightsmith.io.package.manifest import build_manifest, read_manifest, write_manifest
+from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url
-from weightsmith.lazy import torch
+from weightsmith.io.write.output import check_output
+from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import Result, finished, licence_warnings, prepared, result_of
+from weightsmith.jobs.verify import compared
 from weightsmith.moe import router
 from weightsmith.moe.draft import Draft, draft
 from weightsmith.moe.recipe import PROMPTED, Expert, MoeRecipe, Prompt
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
-from weightsmith.run.carry import carry_out
-from weightsmith.run.inputs import Inputs
-from weightsmith.run.merge import Result, finished, licence_warnings, prepared, result_of
-from weightsmith.run.plan import Plan, make_plan
-from weightsmith.run.runner import one_thread_each
-from weightsmith.run.verify import compared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def build(
     drift    also read what the mixture leaves out of the experts, and warn where that moved more than what it takes
     device   for the prompts' forward passes
     files    further ones that are read (the recipe's), and so may not be written over
-    The other arguments are those of `run.merge.run`.  Raises PlanError with every problem before anything is written.
+    The other arguments are those of `jobs.merge.run`.  Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
     made = recipe if isinstance(recipe, Draft) else prepared_draft(recipe)

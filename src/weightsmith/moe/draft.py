@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from weightsmith.errors import SourceError, WeightsmithError
-from weightsmith.io.layers import config_of
-from weightsmith.io.open import open_source
-from weightsmith.io.small import parse_json
-from weightsmith.io.source import Source
-from weightsmith.io.vocabulary import difference
-from weightsmith.keys import Key
+from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.core.keys import Key
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.small import parse_json
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.vocabulary import difference
 from weightsmith.moe.layouts import MLP, Facts, Layout, choose, config_json
 from weightsmith.moe.recipe import PROMPTED, Expert, MoeRecipe
 from weightsmith.moe.source import MoeSource, Piece

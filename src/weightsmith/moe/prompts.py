@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith.errors import SourceError
-from weightsmith.keys import layer_of
+from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import layer_of
 from weightsmith.moe.recipe import Prompt
 from weightsmith.observe.model import LoadedModel, TextCoder
 

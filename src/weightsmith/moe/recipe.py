@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.recipe.files import exists, expanded, text_of
 from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import Document, read

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 from weightsmith.ops.noise import normal, uniform_bits
 
 if TYPE_CHECKING:

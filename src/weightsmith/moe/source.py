@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.io.source import Source
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.source import Source
 from weightsmith.ops.noise import normal
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import SourceError, WeightsmithError
-from weightsmith.io.folder import FolderSource
-from weightsmith.io.manifest import MANIFEST
-from weightsmith.lazy import torch
+from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.core.lazy import torch
+from weightsmith.io.package.manifest import MANIFEST
+from weightsmith.io.read.folder import FolderSource
 from weightsmith.observe.consistency import cheap_check
 
 if TYPE_CHECKING:

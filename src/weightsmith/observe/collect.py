@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.errors import OutputError, WeightsmithError, did_you_mean
-from weightsmith.keys import layer_of
+from weightsmith.core.errors import OutputError, WeightsmithError, did_you_mean
+from weightsmith.core.keys import layer_of
 from weightsmith.observe.data import read_examples
 from weightsmith.observe.files import stat_path, write_statistic
 from weightsmith.observe.fisher import MODES, choose_mode

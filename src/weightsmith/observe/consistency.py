@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.core.keys import layer_of
 from weightsmith.io import system
-from weightsmith.io.folder import FolderSource
-from weightsmith.io.layers import blocks_held, counted_blocks
-from weightsmith.io.remote_source import open_url
-from weightsmith.io.source import Source
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.layers import blocks_held, counted_blocks
+from weightsmith.io.read.remote_source import open_url
+from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url
-from weightsmith.keys import layer_of
 
 __all__ = ["cheap_check"]
 

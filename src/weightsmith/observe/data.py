@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightsmith.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
+from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
 from weightsmith.observe.model import LoadedModel, TextCoder, text_coder
 
 __all__ = ["Batch", "Example", "batches", "read_examples"]

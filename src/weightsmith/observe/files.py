@@ -1,4 +1,4 @@
-"""Writing statistics: one safetensors file each, with its story in the header.  `io.stats` reads them."""
+"""Writing statistics: one safetensors file each, with its story in the header.  `io.read.stats` reads them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.disk import remove, sync_file, sync_folder, write_file, writing
-from weightsmith.io.layout import plan_shards
-from weightsmith.io.lock import FolderLock
-from weightsmith.io.stats import METADATA
-from weightsmith.keys import Key
+from weightsmith.io.read.stats import METADATA
+from weightsmith.io.write.layout import plan_shards
+from weightsmith.io.write.lock import FolderLock
 
 __all__ = ["Statistic", "stat_path", "write_statistic"]
 

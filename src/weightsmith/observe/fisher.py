@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from weightsmith.errors import NumericError, WeightsmithError, did_you_mean
+from weightsmith.core.errors import NumericError, WeightsmithError, did_you_mean
 from weightsmith.observe.data import Example
 from weightsmith.observe.files import Statistic
 from weightsmith.observe.memory import available_memory, size_text

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith.errors import NumericError, WeightsmithError
+from weightsmith.core.errors import NumericError, WeightsmithError
 from weightsmith.observe.data import Batch, Example, batches
 from weightsmith.observe.files import Statistic
 from weightsmith.observe.memory import available_memory, size_text

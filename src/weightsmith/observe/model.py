@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
-from weightsmith.io.folder import FolderSource
-from weightsmith.io.hub import looks_like_hub_id, open_hub
+from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.hub import looks_like_hub_id, open_hub
 from weightsmith.observe.names import Naming
 
 __all__ = ["KINDS", "LoadedModel", "TextCoder", "folder_coder", "load_model", "pick_device", "resting", "text_coder"]

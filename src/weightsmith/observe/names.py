@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith.io.source import Source
+from weightsmith.io.read.source import Source
 
 __all__ = ["Naming"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from weightsmith.kernel import WeightedSum
-from weightsmith.lazy import torch
-from weightsmith.method import Each
-from weightsmith.site import Site
+from weightsmith.core.kernel import WeightedSum
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Each
+from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

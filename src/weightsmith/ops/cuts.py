@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weightsmith.kernel import HIGH, LOW
+from weightsmith.core.kernel import HIGH, LOW
+from weightsmith.kernels.stored import READ, Stored, base_address, joined, kernel, scratch
 from weightsmith.ops.select import EVERYTHING, NOTHING, digest, locate
-from weightsmith.ops.stored import READ, Stored, base_address, joined, kernel, scratch
 
 __all__ = ["Cells", "counted", "readings", "tensor_cuts"]
 

@@ -1,7 +1,7 @@
 """Merges straight over the stored bytes, in float32 arithmetic, as a `Program` says.
 
 The torch path in `methods/` is the meaning; this gives the same bytes several times faster, without torch
-being imported at all.  Where there is neither numba nor what it once compiled (`ops.native`), `available()` is
+being imported at all.  Where there is neither numba nor what it once compiled (`kernels.native`), `available()` is
 False and the engine takes the torch path.
 """
 
@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.kernel import F32, Drop, Mix, Program, TrimmedVote, WeightedSum, Window
-from weightsmith.method import Rows
-from weightsmith.ops import native
-from weightsmith.ops.noise import limit
-from weightsmith.ops.stored import (
+from weightsmith.core.kernel import F32, Drop, Mix, Program, TrimmedVote, WeightedSum, Window
+from weightsmith.core.method import Rows
+from weightsmith.kernels import native
+from weightsmith.kernels.stored import (
     READ,
     Stored,
     base_address,
@@ -28,6 +27,7 @@ from weightsmith.ops.stored import (
     scratch,
     wide,
 )
+from weightsmith.ops.noise import limit
 
 __all__ = ["Masses", "Merge", "Products", "available", "weighted_sum"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import Mix
-from weightsmith.lazy import torch
-from weightsmith.method import Rows
+from weightsmith.core.kernel import Mix
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Rows
+from weightsmith.core.site import Site, Summary
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_products
-from weightsmith.site import Site, Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 
 __all__ = ["Trial", "greedy"]
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 from weightsmith.ops.combine import mean, weighted_sum
 from weightsmith.ops.leading import LARGE, eigh
 from weightsmith.ops.leading import gram as square_of

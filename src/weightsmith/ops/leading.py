@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 from weightsmith.ops.noise import uniform_bits
 
 if TYPE_CHECKING:

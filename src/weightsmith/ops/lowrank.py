@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 from weightsmith.ops.combine import disjoint, elect_sign, weigh, weighted_sum
 from weightsmith.ops.noise import bernoulli
 from weightsmith.ops.select import leading

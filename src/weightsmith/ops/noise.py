@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsmith.lazy import torch
-from weightsmith.site import Site
+from weightsmith.core.lazy import torch
+from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.lazy import torch
-from weightsmith.method import Rows
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Rows
+from weightsmith.core.site import Summary
 from weightsmith.ops.select import histograms, locate
-from weightsmith.site import Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

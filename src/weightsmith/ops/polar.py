@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

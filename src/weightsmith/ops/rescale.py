@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsmith.lazy import torch
-from weightsmith.method import Rows
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Rows
+from weightsmith.core.site import Summary
 from weightsmith.ops.reduce import pairwise_sum, row_sizes
-from weightsmith.site import Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.kernel import HIGH, LOW
-from weightsmith.lazy import torch
-from weightsmith.method import Rows
+from weightsmith.core.kernel import HIGH, LOW
+from weightsmith.core.lazy import torch
+from weightsmith.core.method import Rows
+from weightsmith.core.site import Summary
 from weightsmith.ops.reduce import as_rows
-from weightsmith.site import Summary
 
 if TYPE_CHECKING:
     from torch import Tensor

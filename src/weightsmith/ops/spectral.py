@@ -14,10 +14,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
+from weightsmith.core.site import Site
 from weightsmith.ops.leading import LARGE, eigh, gram, leading_space
 from weightsmith.ops.polar import on_accelerator, polar_by_products
-from weightsmith.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

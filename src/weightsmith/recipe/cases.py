@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightsmith.errors import RecipeError
-from weightsmith.keys import Key, plays
+from weightsmith.core.errors import RecipeError
+from weightsmith.core.keys import Key, plays
 from weightsmith.recipe.schema import OUTSIDE
 
 __all__ = ["CASE_KEYS", "MISSING", "applies", "choose", "is_cases"]

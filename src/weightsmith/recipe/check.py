@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.keys import RULE_ROLES
-from weightsmith.method import Method, Parameter, Pipeline, Stage, registry
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.keys import RULE_ROLES
+from weightsmith.core.method import Method, Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.cases import CASE_KEYS, is_cases
 from weightsmith.recipe.reader import Place
 from weightsmith.recipe.schema import OUTSIDE, ModelRef, is_composed

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from pathlib import Path
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.io import system
 from weightsmith.recipe.reader import MAX_BYTES
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.io.folder import INDEX
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.io.read.folder import INDEX
 from weightsmith.recipe.check import Problem, check_methods, spell
 from weightsmith.recipe.files import SUFFIXES, exists, expanded, text_of
 from weightsmith.recipe.mergekit import is_mergekit, translate

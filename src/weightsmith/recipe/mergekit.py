@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from weightsmith.errors import RecipeError, did_you_mean
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.recipe.mergekit_entries import Entries, Input
 from weightsmith.recipe.mergekit_methods import METHODS
 from weightsmith.recipe.mergekit_modules import globs_of

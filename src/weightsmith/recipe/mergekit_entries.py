@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.errors import did_you_mean
+from weightsmith.core.errors import did_you_mean
 from weightsmith.recipe.mergekit_methods import Known
 from weightsmith.recipe.mergekit_values import Level
 from weightsmith.recipe.reader import Place

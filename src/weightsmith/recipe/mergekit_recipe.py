@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.method import registry
+from weightsmith.core.method import registry
 from weightsmith.recipe.mergekit_entries import Entries, Input
 from weightsmith.recipe.mergekit_methods import REQUIRED, Setting
 from weightsmith.recipe.mergekit_values import Bad, Level, Window, native_value

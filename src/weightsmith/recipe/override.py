@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.recipe.check import spell
 from weightsmith.recipe.reader import Document, Place, read
 

@@ -26,7 +26,7 @@ from ruamel.yaml.events import (
     SequenceStartEvent,
 )
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "Document", "Place", "plain_scalar", "read", "read_all"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.keys import Key
-from weightsmith.method import Codec, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Codec, Method, Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.cases import MISSING, applies, choose
 from weightsmith.recipe.schema import Recipe, Rule, StageSpec
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from weightsmith.errors import did_you_mean
-from weightsmith.keys import DTYPES, RULE_ROLES
+from weightsmith.core.errors import did_you_mean
+from weightsmith.core.keys import DTYPES, RULE_ROLES
 
 if TYPE_CHECKING:
-    from weightsmith.run.merge import Result
+    from weightsmith.jobs.merge import Result
 
 __all__ = [
     "OUTSIDE",
@@ -278,8 +278,8 @@ class Recipe(_Frozen):
         return load(path, overrides)
 
     def run(self, out: str | Path, **options: Any) -> Result:
-        """Merge into a folder; see `weightsmith.run.merge.run` for the options (memory, threads, resume, ...)."""
-        from weightsmith.run.merge import run  # the one upward import, and only when asked to run
+        """Merge into a folder; see `weightsmith.jobs.merge.run` for the options (memory, threads, resume, ...)."""
+        from weightsmith.jobs.merge import run  # the one upward import, and only when asked to run
 
         return run(self, Path(out), **options)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from weightsmith.errors import RecipeError
+from weightsmith.core.errors import RecipeError
 from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.keys import DTYPES, RULE_ROLES
-from weightsmith.method import Filter, Method, Parameter, Stage, registered
+from weightsmith.core.keys import DTYPES, RULE_ROLES
+from weightsmith.core.method import Filter, Method, Parameter, Stage, registered
 from weightsmith.recipe.schema import (
     OUTSIDE,
     ModelRef,

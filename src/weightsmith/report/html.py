@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from weightsmith.errors import MissingExtra
+from weightsmith.core.errors import MissingExtra
 from weightsmith.report.table import Table
 from weightsmith.report.table import html as table_html
 

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

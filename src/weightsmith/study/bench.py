@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import OutputError, RecipeError
+from weightsmith.core.errors import OutputError, RecipeError
 from weightsmith.io.disk import write_file, writing
-from weightsmith.io.lock import FolderLock
+from weightsmith.io.write.lock import FolderLock
 from weightsmith.recipe.text import dumps
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest, scorer

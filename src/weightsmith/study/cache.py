@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import OutputError
+from weightsmith.core.errors import OutputError
 from weightsmith.io.disk import write_all, writing
 
 __all__ = ["Ledger", "engine", "fingerprint"]
@@ -26,8 +26,8 @@ def engine() -> str:
     """Fingerprint of the code that decides a merge: scores of another version are measured again."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for part in ("io", "methods", "ops", "recipe", "run", "."):
-        for path in sorted((root / part).glob("*.py")):
+    for part in ("core", "engine", "inputs", "io", "jobs", "kernels", "methods", "ops", "plan", "recipe"):
+        for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

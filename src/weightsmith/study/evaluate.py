@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from weightsmith.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
+from weightsmith.core.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io import system
 from weightsmith.plugins import line_in, run_file
 from weightsmith.study.schema import FUNCTION, Study

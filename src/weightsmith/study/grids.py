@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from weightsmith.method import Codec, Filter, Stage, registered
+from weightsmith.core.method import Codec, Filter, Stage, registered
 from weightsmith.recipe.schema import StageSpec
 
 __all__ = ["BUDGET", "Candidate", "candidates", "edges", "offered"]

@@ -13,15 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
-from weightsmith.io.source import Source
-from weightsmith.keys import depths
-from weightsmith.lazy import torch
+from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
+from weightsmith.core.keys import depths
+from weightsmith.core.lazy import torch
+from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.io.read.source import Source
+from weightsmith.jobs.api import merge
+from weightsmith.jobs.merge import run
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
-from weightsmith.run.api import merge
-from weightsmith.run.inputs import Inputs, open_inputs
-from weightsmith.run.merge import run
-from weightsmith.run.plan import make_plan
 from weightsmith.study.cache import Ledger, engine, fingerprint
 from weightsmith.study.evaluate import Scorer
 from weightsmith.study.figures import Reference, Scores, mean_over

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.io.files import File
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.io.read.files import File
 from weightsmith.recipe.check import check_methods
 from weightsmith.recipe.load import from_document
 from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read

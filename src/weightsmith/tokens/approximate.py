@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.lazy import torch
+from weightsmith.core.lazy import torch
 from weightsmith.ops.pursuit import omp
 
 if TYPE_CHECKING:

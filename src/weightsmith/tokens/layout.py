@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import WeightsmithError, did_you_mean
+from weightsmith.core.errors import WeightsmithError, did_you_mean
 
 __all__ = ["Layout", "TokenRule", "lay_out", "read_rule"]
 

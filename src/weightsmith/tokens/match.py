@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from weightsmith.errors import SourceError
-from weightsmith.io.small import read_json
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.small import read_json
 from weightsmith.tokens.vocabulary import Vocabulary
 
 __all__ = ["ROLES", "byte_twin", "keys_of", "prefixes", "roles_of", "spelling", "texts"]

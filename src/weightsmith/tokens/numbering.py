@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import SourceError
+from weightsmith.core.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import write_file
 from weightsmith.tokens.vocabulary import Vocabulary

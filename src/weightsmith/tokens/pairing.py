@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.errors import SourceError
-from weightsmith.io.source import Source
-from weightsmith.lazy import torch
+from weightsmith.core.errors import SourceError
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.source import Source
 from weightsmith.tokens.match import byte_twin, keys_of, prefixes, roles_of, spelling, texts
 from weightsmith.tokens.vocabulary import Vocabulary
 

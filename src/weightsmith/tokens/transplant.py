@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.errors import SourceError, WeightsmithError, did_you_mean
-from weightsmith.io.layers import config_of
-from weightsmith.io.source import Source
-from weightsmith.lazy import torch
+from weightsmith.core.errors import SourceError, WeightsmithError, did_you_mean
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.source import Source
 from weightsmith.ops.noise import uniform_bits
 from weightsmith.ops.pursuit import GRAM, inner_products, omp
 from weightsmith.tokens.approximate import Affine, Rope, basis, carried, interpolate, landmarks, pursue_with_rope

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.errors import SourceError
-from weightsmith.io.layers import config_of
-from weightsmith.io.source import Source
-from weightsmith.io.views import RenamedSource
-from weightsmith.keys import Key
-from weightsmith.lazy import torch
+from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.views import RenamedSource
 from weightsmith.tokens.layout import Layout
 from weightsmith.tokens.numbering import Numbering
 

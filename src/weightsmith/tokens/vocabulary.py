@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import SourceError
-from weightsmith.io.layers import config_of
-from weightsmith.io.package import tokenizer_files
-from weightsmith.io.small import read_json, read_small
-from weightsmith.io.source import Source
-from weightsmith.io.vocabulary import read_vocabulary
-from weightsmith.keys import layer_of
+from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import layer_of
+from weightsmith.io.package.companions import tokenizer_files
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.small import read_json, read_small
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.vocabulary import read_vocabulary
 
 __all__ = ["LOGITS_BIAS", "Vocabulary", "read_tokens", "unite", "vocabulary_of", "vocabulary_tensors", "with_tokens"]
 

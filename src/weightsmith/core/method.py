@@ -1,0 +1,420 @@
+"""What a merging method is: a frozen value with one pure function, and a declaration the engine obeys.
+
+    @dataclass(frozen=True)
+    class Ties(Method, name="ties", needs=(BASE,), symmetric=True, paper="arXiv:2306.01708"):
+        '''Trim small changes, elect a sign per weight, average the changes that agree.'''
+        density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
+
+        def merge(self, site): ...
+
+A `Filter` edits task vectors (`apply(site) -> Site`); `a | b` joins filters and one method to a `Pipeline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.kernel import Fused, Program
+from weightsmith.core.keys import Key, Part
+from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number
+from weightsmith.core.site import Group, Site, Summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BASE", "Codec", "Each", "Filter", "Grain", "Method", "Parameter", "Pipeline", "Rows", "Scope", "Stage",
+           "Traits", "choice", "flag", "integer", "number", "registered", "registry"]  # fmt: skip
+
+BASE = "base"
+"""In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
+
+
+class Grain(Enum):
+    """How much of the model a method must see at once."""
+
+    ELEMENT = "element"  # any block of rows will do
+    TENSOR = "tensor"  # the whole tensor
+    GROUP = "group"  # several whole tensors that belong together
+
+
+class Scope(Enum):
+    """Over what a measured summary is taken."""
+
+    TENSOR = "tensor"
+    MODEL = "model"
+
+
+class Rows(NamedTuple):
+    """Returned by `measure` for a value with one entry per row on its last axis: blocks are joined, not added."""
+
+    values: Any  # a tensor or an array
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a stage declares about itself."""
+
+    name: str
+    paper: str = ""  # where the maths is from
+    needs: tuple[str, ...] = ()  # BASE and names of statistics
+    grain: Grain = Grain.ELEMENT
+    group: str = ""  # GROUP grain: the kind of group, see `symmetry`
+    symmetric: bool = False  # the order of the experts does not matter
+    keeps_expert: bool = True  # one expert at weight 1 gives that expert
+    min_count: int = 1  # number of experts
+    max_count: int | None = None
+    domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
+    otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
+    scratch: float = 2.0  # peak extra bytes per byte of the float32 stack (experts and base)
+    matrix: float = 0.0  # and per byte of one expert's float32 block
+    square: float = 0.0  # and per byte of a square matrix of its `side`, float32
+    side: str = "smaller"  # or rows, columns, units (of a group)
+    solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
+    histograms: int = 0  # of half a megabyte, counted for each expert in a measuring pass (`ops.select`, `ops.order`)
+    streams: int = 0  # how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
+    pairs: bool = False  # a measuring pass finds a float64 number per row for each pair of models (`ops.gram`)
+    imports: int = 0  # bytes of a process that libraries take which no other stage loads
+    cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `plan.cost`
+    cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
+    by_depth: bool = False  # useless on a model whose names show no blocks
+    after: bool = False  # a filter for the merged task vector: it stands behind the method
+    factored: bool = False  # takes low-rank experts as `site.factors` where it comes first
+    joint: bool = False  # of factored experts, holds each one's coordinates in the space of all
+    alone: bool = False  # a codec of the experts' own task vectors: nothing may stand in front of it
+    small: bool = False  # holds for small changes only, see `plan.remarks.large_changes`
+    aliases: tuple[str, ...] = ()
+
+
+_registered: dict[str, type[Stage]] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Common part of filters and methods.  Subclasses are frozen dataclasses whose fields are parameters."""
+
+    traits: ClassVar[Traits]
+
+    def __init_subclass__(cls, *, name: str = "", **declared: Any) -> None:
+        super().__init_subclass__()
+        if not name:
+            return  # an abstract class: Filter, Method
+        declared.setdefault("paper", "")
+        cls.traits = Traits(name=name, **declared)
+        known = _registered.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RecipeError(f"two methods are called {name!r}: {known.__module__} and {cls.__module__}")
+        _registered[name] = cls
+
+    def __post_init__(self) -> None:
+        problems = []
+        for spec in self.parameters():
+            value = getattr(self, spec.field)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, spec.field, value)
+            if text := spec.check(value):
+                problems.append(f"{self.name}: {text}")
+        if problems:
+            raise RecipeError("; ".join(problems))
+
+    @classmethod
+    @functools.cache  # asked many times for each tensor of a model
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """The fields that a recipe may set."""
+        own = (f for f in dataclasses.fields(cls) if "parameter" in f.metadata)
+        return tuple(replace(f.metadata["parameter"], field=f.name, name=f.name.rstrip("_")) for f in own)
+
+    @property
+    def name(self) -> str:
+        return self.traits.name
+
+    def describe(self) -> str:
+        """The stage with every parameter, as a recipe would say it: 'ties(density=0.2, lambda=1.0, ...)'."""
+        return f"{self.name}({', '.join(f'{p.name}={getattr(self, p.field)}' for p in self.parameters())})"
+
+    @property
+    def grain(self) -> Grain:
+        """May depend on parameters; `traits.grain` is the default."""
+        return self.traits.grain
+
+    @property
+    def rounds(self) -> int:
+        """How many measuring passes come before `merge` or `apply`."""
+        return 0
+
+    @property
+    def scope(self) -> Scope:
+        """Over what the measuring passes are summed up: each tensor by itself, or the whole model."""
+        return Scope.TENSOR
+
+    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+        """Observe one block.  The engine adds equal names up over all blocks, in a fixed order.
+
+        Return integer counts or float64 sums, new ones: the engine adds to them.
+        `site.summary` holds what earlier rounds' `digest` returned.
+        """
+        raise NotImplementedError(f"{self.name} declares {self.rounds} rounds but no measure()")
+
+    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
+        """Turn the totals of one round into what the next round, and `merge`, read as `site.summary`."""
+        return {**summary, **totals}
+
+    def question(self, round: int) -> Any:
+        """What a measuring pass depends on besides the site; stages with equal answers measure the same.
+
+        The variants of a sweep share such passes.  Default: all parameters.
+        """
+        return self, round
+
+    def skips(self, key: Key, round: int, summary: Summary) -> bool:
+        """True if this measuring pass finds nothing on `key`: left out (digest included) or not, the bytes agree."""
+        return False
+
+    def fused(self, count: int) -> Fused | None:
+        """How the kernels of `ops.fused` get the same bytes straight from the stored inputs, if they can."""
+        return None
+
+    def cuts(self, count: int, total: int) -> Sequence[Sequence[int]]:
+        """For each expert, behind how many of the `total` largest entries its cuts lie (see `ops.select`)."""
+        return [[]] * count
+
+    def check(self, count: int, has_base: bool) -> str | None:
+        """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
+        return None
+
+    def remark(self, count: int) -> str | None:
+        """Return what the user should know of using this stage on `count` experts, though it is allowed."""
+        return None
+
+    def remark_on(self, key: Key, count: int) -> str | None:
+        """The same of one tensor; the plan has one line for all tensors with equal texts."""
+        return None
+
+    def leaves_out(self, key: Key, count: int) -> str:
+        """Of what kind a tensor is, if it goes to `elsewhere` though its dimensions are in `traits.domain`; else ''."""
+        return ""
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterable[str]:
+        """Lines for the user after a run; told: tensor -> what its sites were told (`Site.tell`); names: experts."""
+        return ()
+
+    def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
+        """The stage for one tensor, given what the statistics' files say about themselves (statistic -> notes).
+
+        Under 'earlier': what the run that made the first model noted (stage -> `notes`); under 'logged': what the
+        trainer logged for each expert (kind -> one reader per expert, see `plan.logs`).
+        """
+        return self
+
+    def notes(self, summary: Summary) -> dict[str, Any]:
+        """What a later run may want to know of this one: plain values for weightsmith.json, the same for every tensor.
+
+        A run whose first model is this one's output finds them in `informed` under notes["earlier"][name].
+        """
+        return {}
+
+    def elsewhere(self) -> Stage | None:
+        """The stage for tensors outside its domain or without a statistic; None: such tensors are an error."""
+        return registry(self.traits.otherwise)() if self.traits.otherwise else None
+
+    def __or__(self, other: Stage | Pipeline) -> Pipeline:
+        return Pipeline((self,)) | other
+
+
+@dataclass(frozen=True)
+class Filter(Stage):
+    """Edits task vectors.  Before a method: each expert's; after it: the merged one (n = 1)."""
+
+    def apply(self, site: Site) -> Site:
+        """Return the site with other task vectors (`site.with_deltas`)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Method(Stage):
+    """Makes one tensor of many."""
+
+    def merge(self, site: Site) -> Tensor:
+        """Return the merged block, shaped like `site.base`, in the site's dtype."""
+        raise NotImplementedError
+
+    def merge_group(self, group: Group) -> dict[str, Tensor]:
+        """GROUP grain only: return every tensor of the group, merged."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Codec(Stage):
+    """Keeps all experts in less space.  Last in a pipeline, behind the method whose task vector it stores.
+
+    What the stages before it made is `site.deltas[0]`; the experts' own task vectors are `site.origin.deltas`.
+    With `traits.alone` there is nothing before it: `site` is the origin.
+    """
+
+    def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        """What is stored for one tensor; `key` has the output's dtype."""
+        raise NotImplementedError
+
+    def encode(self, site: Site) -> dict[str, Tensor]:
+        """Return the rows of every part that stand for this block: stored name -> rows."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        """Rebuild one expert's block, shaped like `base`, whose first element has the flat position `offset`.
+
+        `parts` holds the shared parts and the expert's own, by `Part.name`: the rows that cover the block.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Filters around one method, applied in order; itself used as a method is.
+
+    Filters before the method see every expert's task vector, filters after it the merged one.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __or__(self, other: Stage | Pipeline) -> Pipeline:
+        return Pipeline(self.stages + (other.stages if isinstance(other, Pipeline) else (other,)))
+
+    @property
+    def name(self) -> str:
+        return " | ".join(s.name for s in self.stages)
+
+    @property
+    def method(self) -> Method:
+        """The one stage that is not a filter."""
+        found = [s for s in self.stages if isinstance(s, Method)]
+        if len(found) != 1:
+            raise RecipeError(
+                f"a pipeline needs exactly one merging method besides its filters; {self.name!r} has {len(found)}"
+                + ("" if found else "; end it with task_arithmetic")
+            )
+        for stage in self.stages[: self.stages.index(found[0])]:
+            if stage.traits.after:
+                raise RecipeError(f"{stage.name} works on the merged task vector; put it behind {found[0].name}")
+        for stage in self.stages[:-1]:
+            if isinstance(stage, Codec):
+                raise RecipeError(f"{stage.name} is a codec; put it last")
+        return found[0]
+
+    def fused(self, count: int) -> Program | None:
+        """How the kernels get the same bytes, if they can."""
+        return Program.of([stage.fused(count) for stage in self.stages])
+
+    @property
+    def codec(self) -> Codec | None:
+        """The last stage, if it is a codec: the result is then its parts, not one merged tensor."""
+        last = self.stages[-1] if self.stages else None
+        return last if isinstance(last, Codec) else None
+
+    @property
+    def used(self) -> tuple[Stage, ...]:
+        """The stages that have a say: nothing in front of a codec for itself (`Traits.alone`) has."""
+        return self.stages[-self.stages[-1].traits.alone :]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        wanted = [n for s in self.used for n in s.traits.needs]
+        if len(self.used) > 1:
+            wanted.append(BASE)  # filters edit task vectors
+        return tuple(dict.fromkeys(wanted))
+
+    @property
+    def grain(self) -> Grain:
+        order = [Grain.ELEMENT, Grain.TENSOR, Grain.GROUP]
+        return max((s.grain for s in self.stages), key=order.index)
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """(stage index, round) of every measuring pass, in order."""
+        return tuple((i, r) for i, s in enumerate(self.stages) for r in range(s.rounds))
+
+    def site_for(self, index: int, site: Site, summaries: Mapping[int, Summary]) -> Site:
+        """The site as stage `index` sees it: the stages before have done their work."""
+        if self.stages[index].traits.alone:
+            return replace(site, origin=site, summary=summaries.get(index, {}))
+        for i, stage in enumerate(self.stages[:index]):
+            here = site.with_summary(summaries.get(i, {}))
+            site = stage.apply(here) if isinstance(stage, Filter) else _merged_delta(stage, here)
+        return site.with_summary(summaries.get(index, {}))
+
+    def measure(self, step: tuple[int, int], site: Site, summaries: Mapping[int, Summary]) -> dict[str, Tensor | Rows]:
+        """Run one stage's measuring pass on a block."""
+        index, round = step
+        return self.stages[index].measure(self.site_for(index, site, summaries), round)
+
+    def merge(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> Tensor:
+        """Run all stages on a block.  `summaries`: stage index -> digest of its rounds."""
+        known = summaries or {}
+        last = len(self.stages) - 1
+        here = self.site_for(last, site, known)
+        final = self.stages[last]
+        if isinstance(final, Method):
+            return final.merge(here)
+        assert isinstance(final, Filter)
+        return final.apply(here).experts[0]
+
+    def encode(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> dict[str, Tensor]:
+        """Run all stages on a block, the last of which is a codec: stored name -> rows."""
+        assert self.codec is not None
+        return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
+
+
+def _merged_delta(stage: Stage, site: Site) -> Site:
+    """The site whose only task vector is what `stage` makes of `site`'s."""
+    assert isinstance(stage, Method)
+    if BASE in stage.traits.needs:
+        delta = stage.merge(site.at_zero())
+    else:
+        delta = stage.merge(site) if site.base is None else stage.merge(site) - site.base
+    return replace(site.with_deltas(delta[None]), names=("merged",))
+
+
+# --- registry --------------------------------------------------------------------------------------
+
+_PACKAGES = ("weightsmith.methods", "weightsmith.codecs")
+
+
+def registered() -> Mapping[str, type[Stage]]:
+    """Every method, filter and codec by name: built-in ones first, then installed plug-ins."""
+    from importlib.metadata import entry_points
+
+    for package in _PACKAGES:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+    for entry in entry_points(group="weightsmith.methods"):
+        entry.load()
+    return dict(sorted(_registered.items()))
+
+
+def registry(name: str) -> type[Stage]:
+    """Return the stage called `name`; an unknown name is an error with the nearest one."""
+    if name not in _registered and name.isidentifier():
+        for package in _PACKAGES:  # a method's file is called what the method is called
+            try:
+                importlib.import_module(f"{package}.{name}")
+                break
+            except ModuleNotFoundError as error:
+                if error.name != f"{package}.{name}":
+                    raise
+    if name in _registered:
+        return _registered[name]
+    known = registered()
+    for stage in known.values():
+        if name in stage.traits.aliases:
+            return stage
+    if name in known:
+        return known[name]
+    words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
+    raise RecipeError(f"unknown method {name!r}{did_you_mean(name, words)}")

@@ -1,0 +1,316 @@
+"""Carrying out a plan: checks before the first write, measuring passes, then every task."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsmith.core.errors import PlanError, WeightsmithError
+from weightsmith.core.method import Pipeline, Rows, Scope
+from weightsmith.core.task import Task, blocks
+from weightsmith.engine.context import Context, Summaries
+from weightsmith.engine.devices.device import Do, Fit, Lanes, at_home
+from weightsmith.engine.devices.place import Place
+from weightsmith.engine.execute import Steps, fold, measuring, together, working
+from weightsmith.engine.fast import is_fused
+from weightsmith.engine.kept import Kept
+from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.write.sink import Sink
+from weightsmith.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Job",
+    "carry_out",
+    "carry_out_all",
+    "context_of",
+    "refuse_unequal",
+    "side_by_side",
+    "summarise",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output: what to do, from what, into what."""
+
+    plan: Plan
+    inputs: Inputs
+    sink: Sink
+
+
+def carry_out(
+    plan: Plan,
+    inputs: Inputs,
+    sink: Sink,
+    *,
+    block: int | None = None,
+    runner: Runner | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every task of a plan into a sink, on the devices that it was made for; return task id -> record.
+
+    The bytes written are the same for every block size, thread count and runner.
+    On an error the sink is told to abort and keeps what can be resumed.
+    """
+    job = Job(plan, inputs, sink)
+    return carry_out_all([job], fit=plan.fit, block=block, runner=runner, progress=progress)[0]
+
+
+def carry_out_all(
+    jobs: Sequence[Job],
+    *,
+    threads: int | None = None,
+    fit: Fit | None = None,
+    block: int | None = None,
+    runner: Runner | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run several plans side by side, tensor by tensor; return task id -> record for each.
+
+    Jobs that share their `Inputs` (the same object) read and decode every block once.  Each writes the bytes
+    that it would write alone.  `threads`: default as the first plan says; `fit`: the devices to use.
+    """
+    refuse_unequal({(t.id, t.reason, id(job.inputs)): (t, job.inputs) for job in jobs for t in job.plan.tasks}.values())
+    contexts = [replace(context_of(job.plan, job.inputs), block=block) for job in jobs]
+    if fit is not None or not all(t.pipeline is None or is_fused(t, c) for job, c in zip(jobs, contexts, strict=True)
+               for t in job.plan.tasks):  # fmt: skip
+        importlib.import_module("torch")  # once, before threads race for it; the fused path does without
+    count = threads or jobs[0].plan.threads
+    workers = runner or (ThreadRunner(count) if count > 1 else SerialRunner())
+    if fit is not None and workers.remote:
+        raise WeightsmithError(
+            f"--ray with --device {fit.accelerator.kind}: the workers of a cluster merge on their CPUs; leave one out"
+        )
+    lanes = None if fit is None else Lanes(fit)
+    do: Do = at_home if lanes is None else lanes.do
+    meter = _Meter([job.plan for job in jobs], progress)
+    if not workers.remote:
+        contexts = [replace(context, progress=meter.add) for context in contexts]
+    try:
+        with one_thread_each():
+            for job in jobs:
+                job.sink.begin(job.plan.keys)
+            records = [dict(job.sink.completed()) for job in jobs]
+            todo = [
+                [task for task in job.plan.tasks if task.id not in done]
+                for job, done in zip(jobs, records, strict=True)
+            ]
+            meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
+            # What was measured belongs to all tensors, so it is measured again on resume.
+            tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
+            measured = summarise_all(tasks, contexts, workers, do)
+            contexts = [replace(c, summaries=found) for c, found in zip(contexts, measured, strict=True)]
+            bundles = side_by_side(todo)
+            sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
+            execute = partial(_execute, contexts=contexts, sinks=sinks, do=do)
+            batches = _by_file(bundles, jobs) if workers.remote else [[bundle] for bundle in bundles]
+            for batch, results in zip(batches, workers.map(execute, batches), strict=True):
+                for bundle, found in zip(batch, results, strict=True):
+                    for (i, task), record in zip(bundle, found, strict=True):
+                        records[i][task.id] = record
+                        if workers.remote:
+                            jobs[i].sink.done(task.id, record)
+                            meter.add(task.nbytes)
+            for inputs in {id(job.inputs): job.inputs for job in jobs}.values():
+                inputs.fingerprints()  # refuses inputs that were changed meanwhile: the result would be a mixture
+        meter.close()
+    except BaseException:
+        for job in jobs:
+            job.sink.abort()
+        raise
+    finally:
+        if lanes is not None:
+            lanes.close()
+    return [{task.id: done[task.id] for task in job.plan.tasks} for job, done in zip(jobs, records, strict=True)]
+
+
+Bundle = tuple[tuple[int, Task], ...]
+"""Tasks of several jobs (by number) over the same rows."""
+
+
+def side_by_side(tasks: Sequence[Sequence[Task]]) -> list[Bundle]:
+    """Bring the tasks of all jobs that have the same id together, in the order of the first job."""
+    found: dict[str, list[tuple[int, Task]]] = {}
+    for i, of_job in enumerate(tasks):
+        for task in of_job:
+            found.setdefault(task.id, []).append((i, task))
+    return [tuple(bundle) for bundle in found.values()]
+
+
+def _by_file(bundles: Sequence[Bundle], jobs: Sequence[Job]) -> list[list[Bundle]]:
+    """Bundles that have to be worked on by one process, as their sinks say; in the order of the first of each."""
+    batch_of: dict[tuple[int, str], list[Bundle]] = {}
+    batches: list[list[Bundle]] = []
+    for bundle in bundles:
+        files = {(i, file) for i, task in bundle for file in jobs[i].sink.files_of(key.name for key in task.keys)}
+        met = list({id(batch_of[file]): batch_of[file] for file in files if file in batch_of}.values())
+        batch: list[Bundle] = met[0] if met else []
+        if not met:
+            batches.append(batch)
+        for other in met[1:]:  # this bundle joins what was apart
+            batch += other
+            batches = [kept for kept in batches if kept is not other]
+            batch_of = {file: batch if found is other else found for file, found in batch_of.items()}
+        batch.append(bundle)
+        batch_of |= dict.fromkeys(files, batch)
+    return batches
+
+
+def _execute(
+    batch: Sequence[Bundle], contexts: Sequence[Context], sinks: Sequence[Sink], do: Do
+) -> list[list[dict[str, Any]]]:
+    return [_execute_one(bundle, contexts, sinks, do) for bundle in batch]
+
+
+def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
+    def work(place: Place) -> list[dict[str, Any]]:
+        kept = Kept(shared=len(bundle) > 1)
+        return together([working(t, replace(contexts[i], kept=kept, place=place), sinks[i]) for i, t in bundle])
+
+    found: list[dict[str, Any]] = do([task for _, task in bundle], work)
+    for (i, task), record in zip(bundle, found, strict=True):
+        sinks[i].done(task.id, record)
+    return found
+
+
+def context_of(plan: Plan, inputs: Inputs) -> Context:
+    """The parts of a context that follow from the plan."""
+    return Context(inputs=inputs, seed=plan.recipe.seed, nonfinite=plan.recipe.nonfinite)
+
+
+@dataclass
+class _Pass:
+    """One measuring pass of a model-wide stage over all its tensors, and what it has found so far."""
+
+    members: Sequence[Task]
+    step: tuple[int, int]
+    known: Mapping[Pipeline, Summaries]
+    total: dict[str, Any] = field(default_factory=dict)
+
+    def observe(self, task: Task, context: Context) -> Steps[dict[str, Tensor | Rows]]:
+        assert task.pipeline is not None
+        return measuring(task, self.step, context, self.known[task.pipeline])
+
+    def add(self, found: Mapping[str, Tensor | Rows]) -> None:
+        if any(isinstance(value, Rows) for value in found.values()):
+            name = self.members[0].pipeline.name if self.members[0].pipeline else ""
+            raise TypeError(f"{name}: per-row values have no meaning over the whole model")
+        self.total = fold([self.total, found])
+
+
+def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mapping[Pipeline, Summaries]:
+    """Run the measuring passes of model-wide stages.
+
+    Tensors whose pipelines have the same model-wide stages are measured together even if parameters differ between
+    them (a ramp over depth, say) or the stages around (vectors beside the matrices of a spectral method, say): "the
+    largest 20% of all changes" means all of them.
+    """
+    return summarise_all([tasks], [context], runner)[0]
+
+
+def summarise_all(
+    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner, do: Do = at_home
+) -> list[Mapping[Pipeline, Summaries]]:
+    """`summarise` for several jobs, whose n-th passes go on side by side."""
+    summaries: list[dict[Pipeline, dict[int, Mapping[str, Any]]]] = [{} for _ in tasks]
+    for passes in zip_longest(*map(_passes, tasks, summaries)):
+        bundles = side_by_side([() if one is None else one.members for one in passes])
+        # The totals so far stay here: only what a pass reads goes along with the function.
+        asked = [one and replace(one, members=one.members[:1], total={}) for one in passes]
+        observe = partial(_observe, passes=asked, contexts=contexts, do=do)
+        for bundle, found in zip(bundles, runner.map(observe, bundles), strict=True):
+            for (i, _), one in zip(bundle, found, strict=True):
+                passes[i].add(one)
+    return list(summaries)
+
+
+def _observe(
+    bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context], do: Do
+) -> list[dict[str, Tensor | Rows]]:
+    def work(place: Place) -> list[dict[str, Tensor | Rows]]:
+        kept = Kept(shared=len(bundle) > 1)
+        asked = [(passes[i], task, replace(contexts[i], kept=kept, place=place)) for i, task in bundle]
+        return together([one.observe(task, context) for one, task, context in asked if one is not None])
+
+    found: list[dict[str, Tensor | Rows]] = do([task for _, task in bundle], work)
+    return found
+
+
+def _passes(tasks: Iterable[Task], summaries: dict[Pipeline, dict[int, Mapping[str, Any]]]) -> Iterator[_Pass]:
+    """Every measuring pass in turn; its total has to be there when the next one is asked for."""
+    families: dict[tuple[Any, ...], list[Task]] = {}
+    for task in tasks:
+        stages = task.pipeline.stages if task.pipeline is not None else ()
+        wide = tuple(type(s) if s.scope is Scope.MODEL and s.rounds else None for s in stages)
+        if task.pipeline is not None and any(wide):
+            families.setdefault((*wide, task.pipeline.steps), []).append(task)
+    for members in families.values():
+        pipelines = list(dict.fromkeys(t.pipeline for t in members if t.pipeline is not None))
+        for pipeline in pipelines:
+            summaries[pipeline] = {}
+        for step in pipelines[0].steps:
+            index, round = step
+            if pipelines[0].stages[index].scope is not Scope.MODEL:
+                continue
+            one = _Pass(members, step, {p: dict(summaries[p]) for p in pipelines})
+            yield one
+            if not one.total:
+                continue  # every tensor let this pass out
+            for pipeline in pipelines:
+                digest = pipeline.stages[index].digest(one.total, round, summaries[pipeline].get(index, {}))
+                summaries[pipeline][index] = digest
+
+
+def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
+    """Integer and bool tensors are copied only if every input holds the same; checked before anything is written."""
+    problems = []
+    for task, inputs in tasks:
+        key = task.key
+        if key.floating or task.pipeline is not None or "equal everywhere" not in task.reason:
+            continue
+        (first_name, first), *others = inputs.models
+        for start, stop in blocks(key, task.start, task.stop):
+            here = first.bits(key.name, start, stop)
+            for name, source in others:
+                if not np.array_equal(here, source.bits(key.name, start, stop)):
+                    problems.append(
+                        f"{key.name} ({key.dtype}) differs between {first_name} and {name} and cannot be averaged; "
+                        f'to keep the one of {first_name} add it to "exclude"'
+                    )
+                    break
+    if problems:
+        raise PlanError(dict.fromkeys(problems))
+
+
+class _Meter:
+    """Counts bytes of output and of measured rows, for a progress bar."""
+
+    def __init__(self, plans: Iterable[Plan], progress: Callable[[int, int], None] | None) -> None:
+        self._progress = progress
+        self._done = 0
+        self._total = sum(
+            t.nbytes * (1 + (len(t.pipeline.steps) if t.pipeline else 0)) for plan in plans for t in plan.tasks
+        )
+
+    def add(self, nbytes: int) -> None:
+        # Threads may interleave here; a lost update only makes the bar lag.
+        self._done += nbytes
+        if self._progress:
+            self._progress(min(self._done, self._total), self._total)
+
+    def skip(self, nbytes: int) -> None:
+        self.add(nbytes)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress(self._total, self._total)

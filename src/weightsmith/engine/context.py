@@ -1,0 +1,58 @@
+"""What all tasks of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.core.method import Pipeline
+from weightsmith.core.site import Summary
+from weightsmith.core.task import Task
+from weightsmith.engine.devices.place import CPU, Place
+from weightsmith.engine.kept import Kept
+from weightsmith.inputs.opened import Inputs
+
+__all__ = ["Context", "Summaries", "share"]
+
+Summaries = Mapping[int, Summary]
+
+
+def _nothing(count: int) -> None:
+    """Nobody watches (and, unlike a lambda, this can be pickled)."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all tasks of a run share.  Picklable if the sources and the sink are.
+
+    summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
+    place        where the arithmetic happens; replaced for every task, or group of tasks
+    block        elements per block of a merge, default as the place says; does not change a byte of the result
+    kernels      whether the compiled kernels may be used
+    kept         what has been read and will be wanted again; replaced for every task, or group of tasks
+    """
+
+    inputs: Inputs
+    seed: int = 0
+    place: Place = CPU
+    nonfinite: str = "refuse"
+    block: int | None = None
+    kernels: bool = True
+    summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    progress: Callable[[int], None] = _nothing
+
+    @property
+    def measured(self) -> int:
+        """Elements per block of a measuring pass, which is no setting: what is added up there has its order."""
+        return self.place.measured(len(self.inputs.models))
+
+    @property
+    def merged(self) -> int:
+        """Elements per block of a merge."""
+        return self.block or self.place.block or self.measured
+
+
+def share(task: Task, start: int, stop: int) -> int:
+    """Output bytes that rows start..stop of a task stand for."""
+    return task.nbytes * (stop - start) // max(task.stop - task.start, 1)

@@ -1,0 +1,79 @@
+"""Where tasks run: one after the other, or on several threads.  A cluster is one more of these."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from weightsmith.core.lazy import torch
+
+__all__ = ["Runner", "SerialRunner", "ThreadRunner", "one_thread_each"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Runner(Protocol):
+    """Applies a function to tasks; results come in the order of the tasks, as soon as they can.
+
+    Functions, tasks and results are picklable, so that a runner may cross processes and machines.
+
+    remote  whether it does: then nothing that a function does to its arguments is seen here
+    """
+
+    @property
+    def remote(self) -> bool: ...
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]: ...
+
+
+class SerialRunner:
+    """In this thread, in order."""
+
+    remote = False
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        return map(function, tasks)
+
+
+class ThreadRunner:
+    """On `threads` threads of this process; torch, numpy and the kernels release the interpreter lock."""
+
+    remote = False
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        # The window keeps finished results that wait for an earlier, slower task from piling up.
+        window: deque[Future[R]] = deque()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="weightsmith") as pool:
+            try:
+                for task in tasks:
+                    window.append(pool.submit(function, task))
+                    if len(window) > 4 * self.threads:
+                        yield window.popleft().result()
+                while window:
+                    yield window.popleft().result()
+            except BaseException:
+                # Nothing new is started; what runs is waited for, so that no thread writes into closed files.
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep torch to one thread per task: its sums would otherwise depend on how many it splits them over."""
+    if "torch" not in sys.modules:  # nothing to restrain, and no reason to wait for the import
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,217 @@
+"""The opened inputs of a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Pipeline
+from weightsmith.inputs.align import aligned
+from weightsmith.io.package.manifest import MANIFEST, read_manifest
+from weightsmith.io.read import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
+from weightsmith.io.read.experts import laid_out_like
+from weightsmith.io.read.files import File
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.remote_source import RemoteSource
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.stack import join_modules, stack_slices
+from weightsmith.io.read.stats import open_stats
+from weightsmith.io.read.untied import untied
+from weightsmith.io.read.views import RenamedSource, SliceSource
+from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
+
+__all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
+
+Keep = Callable[[str], bool]
+_HASHERS = 4  # files hashed at once
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sources by the names the recipe gives them; `stats` is statistic -> model name -> source."""
+
+    base: Source | None
+    experts: Mapping[str, Source]
+    stats: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    full: bool = False
+    """Whether fingerprints hold a hash of all bytes of every file; taking it reads all of them once."""
+    _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def models(self) -> tuple[tuple[str, Source], ...]:
+        """The base (named 'base') and the experts, in recipe order."""
+        return (*((("base", self.base),) if self.base is not None else ()), *self.experts.items())
+
+    def places(self) -> tuple[Path, ...]:
+        """Every folder and file that is read."""
+        read = [source for _, source in self.models]
+        read += [source for by_model in self.stats.values() for source in by_model.values()]
+        return tuple(dict.fromkeys(place for source in read for place in source.places()))
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What identifies every input's data, for resume and provenance.
+
+        Raises SourceError, with the input's name, if one has changed since it was opened.
+        """
+        named = dict(self.models)
+        for stat, by_model in self.stats.items():
+            named |= {f"{name}/{stat}": source for name, source in by_model.items()}
+        found = {}
+        for name, source in named.items():
+            try:
+                found[name] = {**source.fingerprint(), **({"contents": self._contents(source)} if self.full else {})}
+            except SourceError as error:
+                raise SourceError(f"input {name!r}: {error}") from error
+        return found
+
+    def _contents(self, source: Source) -> dict[str, str]:
+        """Path of each file with tensors, from the folder that holds them all -> xxh3 of its bytes."""
+        paths = sorted({path.absolute() for path in source.places() if path.is_file()})
+        if not paths:
+            return {}
+        files = [File(path) for path in paths]
+        keys = [(file.path, file.size, file.mtime_ns) for file in files]
+        new = {key: file for key, file in zip(keys, files, strict=True) if key not in self._hashed}
+        with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+            self._hashed.update(zip(new, pool.map(File.digest, new.values()), strict=True))
+        home = os.path.commonpath([path.parent for path in paths])
+        return {path.relative_to(home).as_posix(): self._hashed[key] for path, key in zip(paths, keys, strict=True)}
+
+
+def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep: Keep | None = None) -> Inputs:
+    """Open every input of a recipe, reading headers only; what cannot be opened becomes a problem.
+
+    `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
+    `keep` says by name which tensors of the inputs are there.
+    """
+    given = given or {}
+    problems: list[str] = []
+    base: Source | None = given.get("base")
+    if base is None and recipe.base is not None:
+        base = _open(recipe.base, None, "base", problems, keep)
+    experts: dict[str, Source] = {}
+    stats: dict[str, dict[str, Source]] = {}
+    for name, ref in recipe.models.items():
+        source = given.get(name) or _open(ref, base, name, problems, keep)
+        if source is not None:
+            experts[name] = source
+        try:
+            for stat, found in open_stats(ref.stats).items():
+                stats.setdefault(stat, {})[name] = found
+        except WeightsmithError as error:
+            problems.append(f"{name}: {error}")
+    first = base if base is not None else next(iter(experts.values()), None)
+    if first is not None:
+        experts = {name: laid_out_like(source, first) for name, source in experts.items()}
+    if not recipe.models:
+        problems.append("the recipe names no models; add at least one under 'models:'")
+    if problems:
+        return Inputs(base, experts, stats, tuple(problems))
+    whole = untied({**({} if base is None else {"base": base}), **experts}, lambda name: _matches(name, recipe.exclude))
+    models, problems = aligned(recipe.tokenizer, whole)
+    shown = {name: source for name, source in models.items() if base is None or name != "base"}
+    return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
+
+
+def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
+    """What the run that made the first model noted for later ones (stage -> notes), and what there is to say about it.
+
+    Notes hold for the base of that run: without the same base there are none.
+    """
+    name, first = next(iter(inputs.experts.items()), ("", None))
+    if (
+        not isinstance(first, (FolderSource, RemoteSource))
+        or first.folder is None
+        or not (first.folder / MANIFEST).is_file()
+    ):
+        return {}, []
+    try:
+        made = read_manifest(first.folder)
+    except OutputError as error:
+        return {}, [f"{name}: {error}; it counts as a model like any other"]
+    notes: dict[str, Any] = made.get("notes", {})
+    now = {} if inputs.base is None else inputs.base.fingerprint()
+    if notes and _without_times(made["inputs"].get("base", {})) != _without_times(now):
+        return {}, [f"{name} was made by {', '.join(notes)} on another base; it counts as a model like any other"]
+    return notes, []
+
+
+def product_ranks(key: Key, pipeline: Pipeline | None, inputs: Inputs) -> tuple[int, ...]:
+    """The ranks of the experts' task vectors where all stay products; () where they, or a later stage, form them."""
+    base = inputs.base
+    if base is None or pipeline is None or len(pipeline.stages) > 1 or not pipeline.stages[0].traits.factored:
+        return ()
+    found = [source.rank(key.name, base) for source in inputs.experts.values()]
+    return tuple(rank for rank in found if rank is not None) if None not in found else ()
+
+
+def _without_times(fingerprint: Any) -> Any:
+    """What is the same for a copy of the files, and whether or not all bytes were hashed."""
+    if isinstance(fingerprint, Mapping):
+        return {k: _without_times(v) for k, v in fingerprint.items() if k not in ("mtime_ns", "contents")}
+    return fingerprint
+
+
+def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str], keep: Keep | None) -> Source | None:
+    try:
+        return _opened(ref, base, name, keep)
+    except WeightsmithError as error:
+        problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
+        return None
+
+
+def _opened(ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:
+    """One model: what it is made of, then its adapter, then its blocks."""
+    source: Source
+    if isinstance(ref.model, str):
+        source = _kept(open_source(ref.model, base=base, expert=ref.expert), keep)
+    elif isinstance(ref.model, Slices):
+        parts = [_opened(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
+        source = stack_slices(parts)
+    elif isinstance(ref.model, Modules):
+        source = join_modules(_modules(ref.model, base, name, keep))
+    else:
+        from weightsmith.inputs.nested import RecipeSource  # the engine below opens inputs itself
+
+        inputs = open_inputs(ref.model, keep=keep)
+        if inputs.problems:
+            raise PlanError(inputs.problems)
+        source = RecipeSource(ref.model, label=f"recipe {name!r}", inputs=inputs)
+    if ref.adapter is not None:
+        source = _kept(open_source(ref.adapter, base=source), keep)
+    return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
+
+
+def _kept(source: Source, keep: Keep | None) -> Source:
+    names = (*source.keys, *source.aliases)
+    if keep is None or all(map(keep, names)):
+        return source
+    return RenamedSource(source, {n: n for n in names if keep(n)})
+
+
+def _modules(modules: Modules, base: Source | None, name: str, keep: Keep | None) -> dict[str, Source]:
+    """Every module's source, with its tensors only; the first module that matches a tensor has it."""
+    found: dict[str, Source] = {}
+    before: list[str] = []
+    for module, part in modules.modules.items():
+
+        def mine(tensor: str, match: tuple[str, ...] = part.match, taken: tuple[str, ...] = tuple(before)) -> bool:
+            outer = keep is None or keep(tensor)
+            return outer and _matches(tensor, match) and not _matches(tensor, taken)
+
+        found[module] = _opened(part.model, base, f"{name}.{module}", mine)
+        before += part.match
+    return found
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,238 @@
+"""Mixtures of experts in two layouts: one tensor per expert (published checkpoints), or all in one (transformers 5).
+
+    unpacked   X.experts.E.gate_proj.weight [i, d], up_proj [i, d], down_proj [d, i]; Mixtral: w1, w3, w2
+    packed     X.experts.gate_up_proj [n, 2 i, d], X.experts.down_proj [n, d, i]
+
+Mixtral's module X is `block_sparse_moe` in the one and `mlp` in the other.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_like"]
+
+_ONE = re.compile(r"(?P<module>.+)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_ALL = re.compile(r"(?P<module>.+)\.experts\.(?P<part>gate_up_proj|down_proj)")
+_WORDS = {"mixtral": ("w1", "w3", "w2"), "": ("gate_proj", "up_proj", "down_proj")}
+_KEPT = 2  # experts kept: a reader goes through one tensor block by block
+
+
+def laid_out_like(source: Source, reference: Source) -> Source:
+    """The source, or a view of it with its experts in the layout of `reference`, where the two differ."""
+    mine, theirs = _layout(source), _layout(reference)
+    if mine == theirs or None in (mine, theirs):
+        return source
+    if theirs == "packed":
+        return _packed(source) or source
+    if mine == "packed":
+        return _unpacked(source, mixtral=theirs == "mixtral") or source
+    return source
+
+
+def _layout(source: Source) -> str | None:
+    """'packed', 'mixtral' or '' (other unpacked ones); None for a model without experts."""
+    for name in source.keys:
+        if (found := _ONE.fullmatch(name)) is not None:
+            return "mixtral" if found["part"].startswith("w") else ""
+        if _ALL.fullmatch(name):
+            return "packed"
+    return None
+
+
+def _packed(source: Source) -> Source | None:
+    """All experts of a module in two tensors; None where theirs do not fit together."""
+    modules: dict[str, dict[str, dict[int, str]]] = {}
+    for name in source.keys:
+        if (found := _ONE.fullmatch(name)) is not None:
+            place = modules.setdefault(found["module"], {}).setdefault(found["part"], {})
+            place[int(found["number"])] = name
+    words = _WORDS["mixtral" if any("w1" in parts for parts in modules.values()) else ""]
+    made: dict[str, tuple[Key, tuple[tuple[str, ...], ...]]] = {}
+    for module, parts in modules.items():
+        if any(sorted(parts.get(word, {})) != list(range(len(parts.get(words[0], {})))) for word in words):
+            return None
+        count = len(parts[words[0]])
+        target = _renamed(module, "block_sparse_moe", "mlp")
+        for name, chosen in (("gate_up_proj", words[:2]), ("down_proj", words[2:])):
+            rows = tuple(tuple(parts[word][i] for word in chosen) for i in range(count))
+            keys = {source.key(tensor) for row in rows for tensor in row}
+            shapes, dtypes = {k.shape for k in keys}, {k.dtype for k in keys}
+            if len(shapes) != 1 or len(dtypes) != 1:
+                return None
+            (shape,), (dtype,) = shapes, dtypes
+            full = f"{target}.experts.{name}"
+            made[full] = (Key(full, (count, shape[0] * len(chosen), *shape[1:]), dtype), rows)
+    return PackedExperts(source, made)
+
+
+def _unpacked(source: Source, *, mixtral: bool) -> Source | None:
+    """Every expert in tensors of its own; None where the packed ones are not laid out as expected."""
+    words = _WORDS["mixtral" if mixtral else ""]
+    made: dict[str, tuple[Key, tuple[str, int, int]]] = {}
+    for name, key in source.keys.items():
+        if (found := _ALL.fullmatch(name)) is None:
+            continue
+        down = source.keys.get(f"{found['module']}.experts.down_proj")
+        if len(key.shape) != 3 or down is None or len(down.shape) != 3:
+            return None
+        if found["part"] == "gate_up_proj" and key.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+            return None  # transposed, or interleaved: another order
+        target = _renamed(found["module"], "mlp", "block_sparse_moe") if mixtral else found["module"]
+        chosen = words[:2] if found["part"] == "gate_up_proj" else words[2:]
+        rows = key.shape[1] // len(chosen)
+        for i in range(key.shape[0]):
+            for at, word in enumerate(chosen):
+                full = f"{target}.experts.{i}.{word}.weight"
+                made[full] = (Key(full, (rows, key.shape[2]), key.dtype), (name, i, at * rows))
+    return UnpackedExperts(source, made, ("mlp", "block_sparse_moe") if mixtral else None)
+
+
+def _renamed(module: str, old: str, new: str) -> str:
+    head, _, last = module.rpartition(".")
+    return f"{head}.{new}" if head and last == old else module
+
+
+class _View(Source):
+    """Some tensors made of the source's, all others as they are."""
+
+    def __init__(self, source: Source, made: Mapping[str, Key], replaced: set[str], names: Mapping[str, str]) -> None:
+        self.source = source
+        self.label, self.folder, self.weight_files = source.label, source.folder, source.weight_files
+        kept = {names.get(name, name): key for name, key in source.keys.items() if name not in replaced}
+        self._old = {new: key.name for new, key in kept.items()}
+        self.keys = {**{new: Key(new, key.shape, key.dtype) for new, key in kept.items()}, **made}
+        self.aliases = {names.get(a, a): names.get(n, n) for a, n in source.aliases.items()}
+
+    @property
+    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
+        return self.source.download_bytes
+
+    def prepare(self) -> None:
+        self.source.prepare()
+
+    def config_text(self) -> str | None:
+        return self.source.config_text()
+
+    def places(self) -> tuple[Path, ...]:
+        return self.source.places()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"view": type(self).__name__, "source": self.source.fingerprint()}
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The source's tensors that one is made of."""
+        raise NotImplementedError
+
+    def computes(self, name: str) -> bool:
+        return any(self.source.computes(part) for part in self.parts_of(self.key(name).name))
+
+    def read_cost(self, name: str) -> float:
+        return max(self.source.read_cost(part) for part in self.parts_of(self.key(name).name))
+
+
+class PackedExperts(_View):
+    """Experts of their own as one tensor per module; an expert is a row."""
+
+    def __init__(self, source: Source, made: Mapping[str, tuple[Key, tuple[tuple[str, ...], ...]]]) -> None:
+        replaced = {tensor for _, rows in made.values() for row in rows for tensor in row}
+        names = {n: n.replace(".block_sparse_moe.", ".mlp.") for n in source.keys if n not in replaced}
+        super().__init__(source, {name: key for name, (key, _) in made.items()}, replaced, names)
+        self._rows = {name: rows for name, (_, rows) in made.items()}
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        return tuple(t for row in self._rows[name] for t in row) if name in self._rows else (self._old[name],)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        name = self.key(name).name
+        if name not in self._rows:
+            return self.source.bits(self._old[name], start, stop)
+        rows = self._rows[name][slice(start, stop)]
+        empty = np.empty((0, *self.keys[name].shape[1:]), f"u{self.keys[name].nbytes // self.keys[name].numel}")
+        return np.stack([np.concatenate([self.source.bits(t) for t in row]) for row in rows]) if rows else empty
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        name = self.key(name).name
+        if name not in self._rows:
+            return self.source.read(self._old[name], start, stop)
+        rows = self._rows[name][slice(start, stop)]
+        if not rows:
+            return torch.empty((0, *self.keys[name].shape[1:]))
+        return torch.stack([torch.cat([self.source.read(t) for t in row]) for row in rows])
+
+
+class UnpackedExperts(_View):
+    """Rows of packed experts as tensors of their own; the expert read last is kept."""
+
+    def __init__(
+        self, source: Source, made: Mapping[str, tuple[Key, tuple[str, int, int]]], rename: tuple[str, str] | None
+    ) -> None:
+        replaced = {tensor for _, (tensor, _, _) in made.values()}
+        modules = {m["module"] for name in replaced if (m := _ALL.fullmatch(name))}
+        names = {}
+        if rename is not None:
+            for name in source.keys:
+                module = next((m for m in modules if name.startswith(f"{m}.")), None)
+                if module is not None:
+                    names[name] = _renamed(module, *rename) + name[len(module) :]
+        super().__init__(source, {name: key for name, (key, _) in made.items()}, replaced, names)
+        self._where = {name: where for name, (_, where) in made.items()}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._last: OrderedDict[tuple[str, int, bool], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        return (self._where[name][0],) if name in self._where else (self._old[name],)
+
+    def read_cost(self, name: str) -> float:
+        return super().read_cost(name) + (2.0 * _KEPT if self.key(name).name in self._where else 0.0)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        name = self.key(name).name
+        if name not in self._where:
+            return self.source.bits(self._old[name], start, stop)
+        rows: np.ndarray = self._expert(name, stored=True)[slice(start, stop)]
+        return rows
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        name = self.key(name).name
+        if name not in self._where:
+            return self.source.read(self._old[name], start, stop)
+        rows: Tensor = self._expert(name, stored=False)[slice(start, stop)]
+        return rows
+
+    def _expert(self, name: str, *, stored: bool) -> Any:
+        """One matrix of one expert: the packed tensor's row can only be read whole."""
+        tensor, number, first = self._where[name]
+        place = (tensor, number, stored)
+        with self._lock:
+            if place not in self._last:
+                load = self.source.bits if stored else self.source.read
+                self._last[place] = load(tensor, number, number + 1)[0]
+                while len(self._last) > _KEPT:
+                    self._last.popitem(last=False)
+            self._last.move_to_end(place)
+            return self._last[place][first : first + self.keys[name].rows]

@@ -1,0 +1,203 @@
+"""A model's folder, as Hugging Face lays it out: one weight file, or shards and their index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from weightsmith.core.errors import SourceError, some
+from weightsmith.core.keys import Key, good_name
+from weightsmith.io import system
+from weightsmith.io.read.pickle import PICKLES, PickleSource
+from weightsmith.io.read.safetensors import SafetensorsSource
+from weightsmith.io.read.small import parse_json, read_small, short
+from weightsmith.io.read.source import Source
+
+__all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
+           "parse_index"]  # fmt: skip
+
+_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_PICKLED = "pytorch_model.bin"
+INDEX = ".index.json"
+_MAX_INDEX = 100_000_000
+
+
+def choose_weights(names: Iterable[str], label: str) -> str:
+    """Return which of a folder's file names is the model: a weight file or a shard index.
+
+    Order: a single safetensors file, an index of them, a lone *.safetensors, then PyTorch pickles.
+    Errors: none is there; two could be meant (then neither is guessed).
+    """
+    present = set(names)
+    for single in (*_SINGLE, _PICKLED):
+        if single in present and single + INDEX in present:
+            raise SourceError(
+                f"{label}: has both {single} and {single}{INDEX}; remove the stale one, or give the path of one"
+            )
+        if single == _PICKLED:
+            lone = sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_"))
+            if len(lone) == 1:
+                return lone[0]
+            if lone:
+                raise SourceError(f"{label}: {len(lone)} safetensors files and no index ({some(lone)}); give one file")
+        for name in (single, single + INDEX):
+            if name in present:
+                return name
+    wanted = [name for single in (*_SINGLE, _PICKLED) for name in (single, single + INDEX)]
+    raise SourceError(f"{label}: no model here; looked for {', '.join(wanted)} and a single *.safetensors")
+
+
+def parse_index(raw: bytes, label: str) -> dict[str, str]:
+    """Return tensor name -> shard file name from an index's JSON; every file must be a plain name."""
+    index = parse_json(raw, label)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise SourceError(f"{label}: not a shard index (no weight_map in it)")
+    for name, file in weights.items():
+        if not good_name(name):
+            raise SourceError(f"{label}: {short(name)} is no name for a tensor (control characters, or too long)")
+        if not isinstance(file, str) or not _plain(file):
+            raise SourceError(f"{label}: {name!r} points to {short(file)}, which is not a file name inside the folder")
+    return weights
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return folder/name, or raise if it is a link that leaves the folder.
+
+    The hub cache is the one exception: its snapshots/<commit>/* link to blobs/* of the same repository.
+    """
+    path = folder / name
+    try:
+        inner, target = is_inside(folder, name), path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character
+        raise SourceError(f"{path}: cannot be resolved") from None
+    if not inner:
+        raise SourceError(f"{path}: a link that leaves the folder (to {target}); give the path of the file itself")
+    return path
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether folder/name is, links followed, in the folder (or in the blobs of the hub cache that it belongs to)."""
+    home, target = folder.resolve(), (folder / name).resolve()
+    snapshots = next((parent for parent in (home, *home.parents) if parent.name == "snapshots"), None)
+    allowed = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
+    return any(target.is_relative_to(place) for place in allowed)
+
+
+class Listed(Protocol):
+    """What a shard must tell of itself."""
+
+    @property
+    def keys(self) -> Mapping[str, Key]: ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]: ...
+
+
+class Catalogue(NamedTuple):
+    """All tensors of a model: their keys, the tied names, and the shard that holds each."""
+
+    keys: dict[str, Key]
+    aliases: dict[str, str]
+    shard_of: dict[str, str]
+
+
+def check_present(named: Mapping[str, str], present: Iterable[str], label: str) -> None:
+    """Raise unless every shard that an index names is there."""
+    shards = sorted(set(named.values()))
+    missing = sorted(set(shards) - set(present))
+    if missing:
+        raise SourceError(f"{label}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}")
+
+
+def join(shards: Mapping[str, Listed], label: str, named: Mapping[str, str] | None = None) -> Catalogue:
+    """Put the shards' contents together; each tensor must be stored once, and in the shard that the index says."""
+    found = Catalogue({}, {}, {})
+    for shard, part in shards.items():
+        for name in (*part.keys, *part.aliases):
+            if name in found.shard_of:
+                raise SourceError(f"{label}: {name!r} is stored twice, in {found.shard_of[name]} and {shard}")
+            found.shard_of[name] = shard
+        found.keys.update(part.keys)
+        found.aliases.update(part.aliases)
+    if named is None:
+        return found
+    for name, shard in named.items():
+        if found.shard_of.get(name) != shard:
+            raise SourceError(f"{label}: {name!r} should be in {shard}, but that shard does not hold it")
+    unnamed = [name for name in found.keys if name not in named]
+    if unnamed:
+        raise SourceError(
+            f"{label}: does not name {some(unnamed)}, which {found.shard_of[unnamed[0]]} holds; "
+            "the shards are not those of this index"
+        )
+    return found
+
+
+class FolderSource(Source):
+    """The model in a folder, or the one that a given `*.index.json` describes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.label = str(path)
+        if self.path.name.endswith(INDEX):
+            folder, chosen = self.path.parent, self.path.name
+        else:
+            folder, chosen = self.path, choose_weights(_listing(self.path), self.label)
+        self.folder = folder
+        self._parts: dict[str, SafetensorsSource | PickleSource]
+        if chosen.endswith(INDEX):
+            catalogue = self._open_shards(folder / chosen)
+        else:
+            self._parts = {chosen: _open(inside(folder, chosen))}
+            catalogue = join(self._parts, self.label)
+        self.keys, self.aliases, self._shard_of = catalogue
+        self.weight_files = tuple(self._parts)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Entries of pickled files that are no tensors."""
+        return tuple(extra for part in self._parts.values() if isinstance(part, PickleSource) for extra in part.extras)
+
+    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        key = self.key(name)
+        return self._parts[self._shard_of[key.name]].bits(key.name, start, stop)
+
+    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
+        key = self.key(name)
+        self._parts[self._shard_of[key.name]].read_into(out, key.name, start, stop)
+
+    def places(self) -> tuple[Path, ...]:
+        return (*super().places(), *(part.path for part in self._parts.values()))  # the hub's cache links elsewhere
+
+    def fingerprint(self) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        for part in self._parts.values():
+            files.update(part.fingerprint()["files"])
+        return {"files": files}
+
+    def _open_shards(self, index: Path) -> Catalogue:
+        named = parse_index(read_small(inside(index.parent, index.name), _MAX_INDEX), str(index))
+        check_present(named, _listing(index.parent), str(index))
+        self._parts = {shard: _open(inside(index.parent, shard)) for shard in sorted(set(named.values()))}
+        return join(self._parts, str(index), named)
+
+
+def _open(path: Path) -> SafetensorsSource | PickleSource:
+    return PickleSource(path) if path.suffix in PICKLES else SafetensorsSource(path)
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return system.call(os.listdir, folder)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: cannot be listed ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _plain(file: str) -> bool:
+    """A file name and nothing else, on any system."""
+    return file not in ("", ".", "..") and good_name(file) and not any(c in file for c in "/\\:")

@@ -1,0 +1,87 @@
+"""Models of which some tie the head to the embedding and some do not: all are shown with a head of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from weightsmith.core.keys import Key
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.views import RenamedSource
+
+__all__ = ["UntiedSource", "is_output_layer", "untied"]
+
+_TIED = "tie_word_embeddings"
+
+
+class UntiedSource(RenamedSource):
+    """A model whose head is its embedding, with that head as a tensor of its own.
+
+    heads  the head's name -> the embedding's
+    """
+
+    def __init__(self, source: Source, heads: Mapping[str, str]) -> None:
+        super().__init__(source, {name: name for name in (*source.keys, *source.aliases) if name not in heads})
+        self.heads = dict(heads)
+        self.names |= heads
+        self.keys = {
+            **self.keys,
+            **{new: Key(new, (k := source.key(old)).shape, k.dtype) for new, old in heads.items()},
+        }
+
+    def config_text(self) -> str | None:
+        config = _config(self.source)
+        if config is None:
+            return None
+        scopes = [config, *(value for value in config.values() if isinstance(value, dict))]
+        for scope in scopes:
+            if _TIED in scope:
+                scope[_TIED] = False
+        return json.dumps({**config, _TIED: False}, indent=2) + "\n"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"view": "untied", "source": self.source.fingerprint()}
+
+
+def untied(models: Mapping[str, Source], kept: Callable[[str], bool]) -> dict[str, Source]:
+    """The models, those with a tied head untied where another has a head of its own.
+
+    kept  whether a tensor is taken as it is from the first model, which then stays tied
+
+    Encoder-decoders stay as they are: T5 scales what goes into a tied head, so that the two are not the same model.
+    """
+    own = [key for source in models.values() for key in source.keys.values() if is_output_layer(source, key)]
+    heads = {key.name: key for key in own if not kept(key.name)}
+    found = {}
+    for name, source in models.items():
+        tied = {head: embedding for head, key in heads.items() if (embedding := _embedding(source, key)) is not None}
+        found[name] = UntiedSource(source, tied) if tied else source
+    return found
+
+
+def is_output_layer(source: Source, key: Key) -> bool:
+    """Whether a tensor is a head that could be tied: one of the shape of its own model's embedding."""
+    return key.role == "head" and any(k.role == "embed" and k.shape == key.shape for k in source.keys.values())
+
+
+def _embedding(source: Source, head: Key) -> str | None:
+    """The tensor that a model's head is tied to, or None."""
+    if head.name in source.keys:
+        return None
+    if head.name in source.aliases:
+        return source.aliases[head.name]
+    config = _config(source) or {}
+    if config.get(_TIED) is not True or config.get("is_encoder_decoder"):
+        return None
+    alike = [k.name for k in source.keys.values() if k.role == "embed" and k.shape[1:] == head.shape[1:]]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _config(source: Source) -> dict[str, Any] | None:
+    try:
+        found = json.loads(config_of(source) or "null")
+    except ValueError:
+        return None  # whoever needs it will say what is wrong with it
+    return found if isinstance(found, dict) else None

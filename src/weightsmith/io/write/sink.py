@@ -1,0 +1,76 @@
+"""Where finished blocks go."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsmith.core.errors import OutputError
+from weightsmith.core.keys import DTYPES, Key
+from weightsmith.io.read.source import bits_to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MemorySink", "Sink"]
+
+
+class Sink(ABC):
+    """Takes finished blocks at known places, in any order, from several threads.
+
+    `begin` fixes every offset; a task writes its blocks and then reports itself `done`, with what
+    a resumed run and the manifest need to know of it; `finish` makes the result visible.
+    """
+
+    @abstractmethod
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Lay out the output.  Nothing is visible under its final name before `finish`."""
+
+    @abstractmethod
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        """Store rows of a tensor, as unsigned integers of the output dtype's item size, from row `start`."""
+
+    def completed(self) -> Mapping[str, Any]:
+        """Task id -> record of the tasks that an earlier run has finished (resume)."""
+        return {}
+
+    def done(self, task: str, record: Mapping[str, Any]) -> None:  # noqa: B027  (nothing to note in memory)
+        """A task's blocks are all written; the record says what they hash to."""
+
+    def files_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Files that one process has to write as a whole, of those that some tensors go to; none where rows do."""
+        return ()
+
+    def writer(self) -> Sink:
+        """What another process writes through: picklable, its `done` makes a task's bytes durable.  After `begin`."""
+        raise OutputError(f"{type(self).__name__} takes blocks from one process only")
+
+    def abort(self) -> None:  # noqa: B027  (nothing to release in memory)
+        """The run failed: leave what can be resumed, release files and locks."""
+
+
+class MemorySink(Sink):
+    """Collects the result as a dict of tensors."""
+
+    def __init__(self) -> None:
+        self._bits: dict[str, np.ndarray] = {}
+        self._keys: dict[str, Key] = {}
+
+    def begin(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._keys[key.name] = key
+            self._bits[key.name] = np.empty(key.shape, f"u{DTYPES[key.dtype].itemsize}")
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        target = self._bits[name]
+        if target.ndim:
+            target[start : start + bits.shape[0]] = bits
+        else:
+            target[...] = bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The finished tensors, by name."""
+        return {name: bits_to_tensor(bits, self._keys[name].dtype) for name, bits in self._bits.items()}

@@ -1,0 +1,291 @@
+"""What the kernels are made of: stored bits to float32 and back, noise, trimming, sums of a fixed order.
+
+`fastmath` stays off and products are not fused with sums: the same bytes as torch is the point.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+from weightsmith.core.kernel import BF16, E4M3, F16, F32, SIGNATURES, STRIP
+
+__all__ = [
+    "EXPONENT",
+    "I8",
+    "MAGNITUDE",
+    "OPTIONS",
+    "as_bits",
+    "as_float",
+    "broken",
+    "decode",
+    "drop",
+    "encode",
+    "exported",
+    "fold",
+    "pointer",
+    "strip",
+    "subtract",
+    "trim",
+]
+
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+I8 = types.int64
+MAGNITUDE, EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+
+def exported(f: Any) -> Any:
+    """Compile to a C function with the arguments that `SIGNATURES` names."""
+    arguments = [{"i": types.int64, "f": types.float32}[letter] for letter in SIGNATURES[f.__name__]]
+    return cfunc(types.int64(*arguments), error_model="numpy")(f)
+
+
+def _float8(mantissa: int, bias: int, ieee: bool) -> np.ndarray:
+    """The 256 values of an 8-bit float.  `ieee`: the largest exponent means Inf and NaN, else only all ones is NaN."""
+    bits = np.arange(256)
+    exponent, fraction = (bits & 0x7F) >> mantissa, (bits & ((1 << mantissa) - 1)) / (1 << mantissa)
+    size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - bias), fraction * 2.0 ** (1 - bias))
+    if ieee:
+        top = exponent == 0x7F >> mantissa
+        size = np.where(top, np.where(fraction == 0, np.inf, np.nan), size)
+    else:
+        size = np.where((bits & 0x7F) == 0x7F, np.nan, size)
+    return np.where(bits < 128, size, -size).astype(np.float32)
+
+
+_TABLE_E4M3, _TABLE_E5M2 = _float8(3, 7, False), _float8(2, 15, True)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing: Any, address: Any) -> Any:
+    """An address as a pointer, for `carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(typing: Any, value: Any) -> Any:
+    """Reinterpret uint32 bits as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_bits(typing: Any, value: Any) -> Any:
+    """Reinterpret a float32 as uint32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def strip(scratch: Any, place: Any, size: Any) -> Any:
+    """The place-th strip of the scratch space: one contiguous array, as the vectoriser wants it."""
+    return carray(pointer(scratch + 4 * STRIP * place), (size,), np.float32)
+
+
+# --- stored bits to float32 and back -----------------------------------------------------------------
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def decode(address: Any, kind: Any, start: Any, out: Any) -> None:
+    """Entries start .. start + out.size of an array of stored bits -> float32."""
+    n = out.size
+    if kind == BF16:
+        short = carray(pointer(address + 2 * start), (n,), np.uint16)
+        for j in range(n):
+            out[j] = as_float(np.uint32(short[j]) << np.uint32(16))
+    elif kind == F32:
+        word = carray(pointer(address + 4 * start), (n,), np.uint32)
+        for j in range(n):
+            out[j] = as_float(word[j])
+    elif kind == F16:
+        half = carray(pointer(address + 2 * start), (n,), np.uint16)
+        for j in range(n):
+            bits = np.uint32(half[j])
+            size = (bits & np.uint32(0x7FFF)) << np.uint32(13)
+            # As a float32 the bits stand for a number 2^112 times too small, subnormal ones included.
+            scaled = as_bits(as_float(size) * np.float32(2.0**112))
+            special = scaled | EXPONENT if size >= np.uint32(0x0F800000) else scaled
+            out[j] = as_float(special | ((bits & np.uint32(0x8000)) << np.uint32(16)))
+    else:
+        table = _TABLE_E4M3 if kind == E4M3 else _TABLE_E5M2
+        byte = carray(pointer(address + start), (n,), np.uint8)
+        for j in range(n):
+            out[j] = table[byte[j]]
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
+    """float32 -> entries start .. of an array of stored bits, to nearest even; how many results are NaN or Inf."""
+    n = values.size
+    bad = np.uint32(0)
+    if kind == F32:
+        word = carray(pointer(address + 4 * start), (n,), np.uint32)
+        for j in range(n):
+            bits = as_bits(values[j])
+            word[j] = bits
+            bad += np.uint32((bits & EXPONENT) == EXPONENT)
+    elif kind == BF16:
+        short = carray(pointer(address + 2 * start), (n,), np.uint16)
+        for j in range(n):
+            bits = as_bits(values[j])
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            # A NaN becomes the quiet NaN that torch writes.
+            kept = np.uint32(0x7FC00000) if (bits & MAGNITUDE) > EXPONENT else rounded
+            short[j] = np.uint16(kept >> np.uint32(16))
+            bad += np.uint32((kept & EXPONENT) == EXPONENT)
+    else:
+        half = carray(pointer(address + 2 * start), (n,), np.uint16)
+        for j in range(n):
+            bits = as_bits(values[j])
+            size = bits & MAGNITUDE
+            odd = (size >> np.uint32(13)) & np.uint32(1)
+            normal = (size - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
+            # Below 2^-14 halves are subnormal: adding 0.5 rounds to their grid and leaves the result in the last bits.
+            subnormal = as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+            small = subnormal if size < np.uint32(0x38800000) else normal
+            large = np.uint32(0x7E00) if size > EXPONENT else np.uint32(0x7C00)
+            kept = small if size < np.uint32(0x47800000) else large
+            half[j] = np.uint16(kept | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+            bad += np.uint32((kept & np.uint32(0x7C00)) == np.uint32(0x7C00))
+    return I8(bad)
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def subtract(values: Any, base: Any) -> None:
+    for j in range(values.size):
+        values[j] = values[j] - base[j]
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def broken(values: Any) -> Any:
+    """How many entries are NaN or Inf."""
+    found = np.uint32(0)
+    for j in range(values.size):
+        found += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
+    return I8(found)
+
+
+# --- masks -------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: Any) -> Any:
+    """Keep what lies in `front` of a cut, or else what lies behind it; the rest becomes zero.
+
+    In front lies what is above the threshold, and of its equals the first `quota` of `ties`, `seen` of them before
+    these.  Returns how many equals have been seen now.
+    """
+    least = np.uint32(threshold if quota else threshold + 1)
+    if quota != ties:
+        equal, here = np.uint32(threshold), np.uint32(0)
+        for j in range(values.size):
+            here += np.uint32((as_bits(values[j]) & MAGNITUDE) == equal)
+        if seen < quota < seen + here:  # the cut lies in this strip
+            for j in range(values.size):
+                bits = as_bits(values[j]) & MAGNITUDE
+                seen += bits == equal
+                first = bits > equal or (bits == equal and seen <= quota)
+                values[j] = values[j] if first == front else np.float32(0)
+            return seen
+        least = np.uint32(threshold if seen + here <= quota else threshold + 1)
+        seen += here
+    for j in range(values.size):
+        first = (as_bits(values[j]) & MAGNITUDE) >= least
+        values[j] = values[j] if first == front else np.float32(0)
+    return seen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _product(typing: Any, a: Any, b: Any) -> Any:
+    """The upper and the lower half of the product of two 64-bit numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow = args[0].type
+        wide = type(narrow)(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        halves = builder.trunc(builder.lshr(product, wide(64)), narrow), builder.trunc(product, narrow)
+        return context.make_tuple(builder, signature.return_type, halves)
+
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
+
+
+_M0, _M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
+_W0, _W1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
+_ROUNDS = 10
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _philox(key0: Any, key1: Any, part: Any, first: Any, count: Any, room: Any) -> None:
+    """Philox 4x64-10 (Salmon et al., SC 2011) at `count` counters: room [16 count] uint16, see `ops.noise`."""
+    for step in range(count):
+        a, b, c, d = np.uint64(first + step + 1), np.uint64(part), np.uint64(0), np.uint64(0)
+        k0, k1 = np.uint64(key0), np.uint64(key1)
+        for _ in range(_ROUNDS):
+            high0, low0 = _product(_M0, a)
+            high1, low1 = _product(_M1, c)
+            a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
+            k0, k1 = k0 + _W0, k1 + _W1
+        at = step << 2
+        room[at], room[at + 1], room[at + 2], room[at + 3] = a, b, c, d
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
+    """Zero the entries whose number of the stream (key0, key1) is `limit` or more; values[0] has the `start`-th.
+
+    The numbers are those of `ops.noise.bernoulli`: 16 bits decide, but where they equal those of the limit.
+    `room` is the address of 2 (values.size + 32) uint16.
+    """
+    if limit > I8(0xFFFFFFFF):
+        return
+    n, lane, first = values.size, start & 15, start >> 4
+    count = (lane + n + 15) >> 4
+    upper = carray(pointer(room), (16 * count,), np.uint16)
+    _philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
+    top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
+    equal = np.uint32(0)
+    if rest:
+        for j in range(n):
+            equal += np.uint32(upper[lane + j] == top)
+    if equal:
+        second = room + 32 * count
+        lower = carray(pointer(second), (16 * count,), np.uint16)
+        _philox(key0, key1, 1, first, count, carray(pointer(second), (4 * count,), np.uint64))
+        for j in range(n):
+            below = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
+            values[j] = values[j] if below else np.float32(0)
+    else:
+        for j in range(n):
+            values[j] = values[j] if upper[lane + j] < top else np.float32(0)
+
+
+# --- sums --------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def fold(values: Any) -> Any:
+    """The sum of float64 values in the order of `ops.reduce.pairwise_sum`; they are overwritten."""
+    length = values.size
+    if length == 0:
+        return np.float64(0)
+    while length > 1:
+        half = length >> 1
+        for j in range(half):
+            values[j] += values[half + j]
+        if length & 1:
+            values[half] = values[2 * half]
+        length = half + (length & 1)
+    return values[0]

@@ -1,0 +1,71 @@
+"""The kernels that add up row by row, in float64 and in the order of `ops.reduce.pairwise_sum`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from weightsmith.kernels.loops import OPTIONS, broken, decode, exported, fold, pointer, subtract
+
+__all__ = ["row_products", "row_sizes"]
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _multiply(a: Any, b: Any, out: Any) -> None:
+    """The products of a row, after the first of the foldings: [m] twice -> [m - m // 2]."""
+    half = a.size >> 1
+    for j in range(half):
+        out[j] = np.float64(a[j]) * np.float64(b[j]) + np.float64(a[half + j]) * np.float64(b[half + j])
+    if a.size & 1:
+        out[half] = np.float64(a[2 * half]) * np.float64(b[2 * half])
+
+
+@exported
+def row_products(
+    inputs: Any, kinds: Any, count: Any, base: Any, base_kind: Any, deltas: Any, products: Any, rows: Any, width: Any,
+    values: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """Inner products row by row of all pairs i <= j of inputs, or of their differences from a base if `deltas`.
+
+    products [count (count + 1) / 2, rows] float64; returns how many of the multiplied entries are NaN or Inf;
+    inputs, kinds [count] int64; values [count + 1, width] float32 and wide [width] float64 are scratch space.
+    """
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    found = carray(pointer(products), (count * (count + 1) // 2, rows), np.float64)
+    value = carray(pointer(values), (count + 1, width), np.float32)
+    folded = carray(pointer(wide), (width - (width >> 1),), np.float64)
+    bad = 0
+    for row in range(rows):
+        if deltas:
+            decode(base, base_kind, row * width, value[count])
+        for i in range(count):
+            decode(address[i], kind[i], row * width, value[i])
+            if deltas:
+                subtract(value[i], value[count])
+            bad += broken(value[i])
+        pair = 0
+        for i in range(count):
+            for j in range(i, count):
+                _multiply(value[i], value[j], folded)
+                found[pair, row] = fold(folded)
+                pair += 1
+    return bad
+
+
+@exported
+def row_sizes(address: Any, kind: Any, sizes: Any, rows: Any, width: Any, values: Any, wide: Any) -> Any:
+    """Per row sum |x|: sizes [rows] float64; values [width] float32 and wide [width] float64 are scratch."""
+    found = carray(pointer(sizes), (rows,), np.float64)
+    value = carray(pointer(values), (width,), np.float32)
+    half = width >> 1
+    folded = carray(pointer(wide), (width - half,), np.float64)
+    for row in range(rows):
+        decode(address, kind, row * width, value)
+        for j in range(half):
+            folded[j] = np.float64(abs(value[j])) + np.float64(abs(value[half + j]))
+        if width & 1:
+            folded[half] = np.float64(abs(value[2 * half]))
+        found[row] = fold(folded)
+    return 0

@@ -1,0 +1,61 @@
+"""How long a plan takes, roughly: what its methods declare per parameter and expert, and the bytes it moves.
+
+All figures are of one machine (docs/benchmarks.md): processor seconds of one core of an AMD EPYC, default parameters.
+Other processors, other parameters (steps of an iteration, ranks) and busy neighbours change them by a small factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from weightsmith.core.method import Stage, Traits
+from weightsmith.core.task import Task
+
+__all__ = ["SIDE", "estimate", "seconds_at_7b", "stage_seconds"]
+
+SIDE = 768
+"""Smaller side of the matrices that the costs of `cubic` methods are measured on."""
+
+START, READ, WRITE = 1.0, 0.2, 0.8
+"""Seconds to start (two more where torch is needed), per 10^9 bytes read, and per 10^9 bytes written and flushed
+(the copies of docs/benchmarks.md)."""
+
+_7B = (7e9, 4096)
+"""Parameters of a 7B language model, and the smaller side of most of its matrices."""
+
+
+def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> float | None:
+    """Seconds of a run on one core of the reference machine; None if a stage does not declare its cost.
+
+    experts  how many models are merged
+    read, written  bytes; downloads are not counted
+    """
+    total = START + (READ * read + WRITE * written) / 1e9
+    for task in tasks:
+        for stage in task.pipeline.stages if task.pipeline is not None else ():
+            for parameters, side in _sizes(task):
+                spent = stage_seconds(stage.traits, parameters, side)
+                if spent is None:
+                    return None
+                total += spent * experts
+    return total
+
+
+def stage_seconds(traits: Traits, parameters: float, side: int) -> float | None:
+    """Of one stage and one expert, on matrices of this smaller side; None if it declares no cost."""
+    if traits.cost is None:
+        return None
+    return traits.cost * parameters / 1e9 * (side / SIDE if traits.cubic else 1.0)
+
+
+def seconds_at_7b(stage: type[Stage]) -> float | None:
+    """The same for a model of 7e9 parameters."""
+    return stage_seconds(stage.traits, *_7B)
+
+
+def _sizes(task: Task) -> Iterable[tuple[int, int]]:
+    """Parameters and smaller side of every tensor of a task."""
+    keys = task.keys if task.group else (task.key,)
+    for key in keys:
+        rows = key.rows if task.group else task.stop - task.start
+        yield rows * key.row_numel, min(key.rows, key.row_numel)

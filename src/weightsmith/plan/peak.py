@@ -1,0 +1,90 @@
+"""How many bytes a task takes at once, as its stages declare it (`Traits`): predicted, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Filter, Grain, Pipeline
+from weightsmith.core.task import block_size, one_by_one, row_step
+
+__all__ = ["HELD", "factored_peak", "group_peak", "measured", "scratch", "task_peak"]
+
+HELD, HELD_WHOLE = 22_000_000, 30_000_000
+"""Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread), and where
+whole tensors are worked on: decompositions leave holes between blocks of many sizes."""
+
+HISTOGRAM = 1 << 19
+"""Bytes of the counts of 65536 values."""
+
+
+def task_peak(
+    key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline | None, block: int | None = None
+) -> int:
+    """Predicted peak bytes of working on `rows` rows: inputs, the float stack, the method's scratch, the result.
+
+    `block`: entries per block, by default those of the CPU.
+    """
+    block = block or block_size(count + has_base)
+    if pipeline is None:
+        return 2 * min(rows * key.row_numel, max(block, key.row_numel)) * 8
+    numel, allocator = rows * key.row_numel, HELD_WHOLE
+    if pipeline.grain is Grain.ELEMENT:
+        allocator = HELD
+        numel = min(numel, row_step(key, block, _spans(key, pipeline)) * key.row_numel)
+    width = 8 if key.dtype == "float64" else 4
+    columns = max(key.row_numel, 1)
+    held = (1 if one_by_one(pipeline) else count) + has_base
+    found = measured(pipeline, rows, count, sets=3)
+    work = scratch(pipeline, count + has_base, -(-numel // columns), columns, width)
+    result = 2 if pipeline.codec is None else 1  # a codec's parts are small, or counted by it
+    return allocator + max(found, work) + (held + result) * numel * width
+
+
+def group_peak(keys: Sequence[Key], units: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
+    """The same for all tensors of a group, and of what its method makes of pairs of its units."""
+    whole = sum(task_peak(key, key.rows, count, has_base, pipeline) - HELD_WHOLE for key in keys) + HELD_WHOLE
+    square = max(s.traits.square * (s.traits.side == "units") for s in pipeline.stages)
+    return whole + int(square * 4 * units**2)
+
+
+def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> int:
+    """`task_peak` for experts whose task vectors stay products, of these ranks: there is no stack.
+
+    The base and the result, in between in float64; the factors side by side and what they are decomposed into; and
+    where the method has them (`Traits.joint`) the coordinates of every expert in the space of all.
+    """
+    width, joint = 8 if key.dtype == "float64" else 4, sum(ranks)
+    made = 6 * key.numel
+    decomposed = 4 * joint * (key.rows + key.row_numel)
+    holding = [stage for stage in pipeline.stages if stage.traits.joint] if pipeline is not None else []
+    copies = 5 if any(stage.rounds for stage in holding) else 3 if holding else 0  # halves; measuring them takes more
+    coordinates = copies * len(ranks) * joint * max(key.rows, key.row_numel) // 2
+    return (made + decomposed + coordinates) * width
+
+
+def scratch(pipeline: Pipeline, inputs: int, rows: int, columns: int, width: int = 4) -> int:
+    """Peak bytes beside the inputs, which are so many blocks of rows x columns entries of `width` bytes."""
+    matrix = rows * columns * width
+    squares = {"smaller": min(rows, columns) ** 2, "rows": rows**2, "columns": columns**2, "units": 0}
+    each = [s.traits for s in pipeline.used]
+    most = max((t.scratch * inputs + t.matrix) * matrix + t.square * squares[t.side] * width for t in each)
+    filtered = any(isinstance(s, Filter) and not s.traits.after for s in pipeline.used)
+    between = 0 if len(each) == 1 else inputs if filtered else 1  # what one stage hands to the next
+    return int(most) + between * matrix
+
+
+def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2) -> int:
+    """Peak bytes of what a measuring pass over `rows` rows of a tensor finds.
+
+    sets   of histograms at once: a block's, and the sum so far; or that over the model too
+    pairs  numbers row by row: as they come, joined, and half summed up
+    """
+    found = [s.traits for s in pipeline.stages if s.rounds]
+    counts = HISTOGRAM * sets * count * max((t.histograms for t in found), default=0)
+    return counts + any(t.pairs for t in found) * 3 * 8 * rows * count * (count + 1) // 2
+
+
+def _spans(key: Key, pipeline: Pipeline) -> list[int]:
+    """Of how many elements the blocks are multiples, see `row_step`: those of the parts that a codec makes."""
+    return [part.span for part in pipeline.codec.parts(key, ("",))] if pipeline.codec is not None else []

@@ -1,0 +1,294 @@
+"""Everything that can be known before the first tensor is read: what is done to what, how, and all problems."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from weightsmith.core.errors import PlanError
+from weightsmith.core.kernel import Mix
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Stage
+from weightsmith.core.task import Task, row_step
+from weightsmith.engine.context import Context
+from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.engine.devices.device import Fit, Work, fitted
+from weightsmith.engine.fast import fits_kernels, program
+from weightsmith.engine.kept import keeps_rows
+from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.io import system
+from weightsmith.io.disk import writing
+from weightsmith.io.read.remote import HELD
+from weightsmith.io.read.source import Source
+from weightsmith.io.url import Url, parse_url
+from weightsmith.plan.cost import estimate
+from weightsmith.plan.peak import measured
+from weightsmith.plan.planner import Planner
+from weightsmith.plan.reading import all_bytes_read
+from weightsmith.recipe.schema import Recipe
+
+__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "kernels_there", "make_plan", "resident"]
+
+PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
+"""Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
+
+NETWORK = 40_000_000
+"""The same for fsspec and a store's library (measured with fsspec and aiohttp); pieces under way come on top."""
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """One input as the plan's table shows it."""
+
+    name: str
+    role: str  # base, expert, stats
+    label: str
+    tensors: int
+    nbytes: int
+    dtype: str
+    download_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What happens to a class of tensors, and to how many."""
+
+    description: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run as a value: printable, picklable, no tensor in it."""
+
+    recipe: Recipe
+    inputs: tuple[InputInfo, ...]
+    keys: tuple[Key, ...]
+    tasks: tuple[Task, ...]
+    coverage: tuple[Coverage, ...]
+    passes: int
+    threads: int
+    peak_bytes: int
+    free_bytes: int | None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    depth: Mapping[str, float] = field(default_factory=dict)
+    nested_seconds: float = 0.0
+    """Of the inputs that are merges themselves, computed as they are read."""
+    task_bytes: int = 0
+    """Predicted peak of a process that does one task at a time."""
+    fit: Fit | None = None
+    """How devices are used; None: the CPU does it."""
+    read_bytes: int = 0
+    """Of all inputs, as often as they are read."""
+
+    @property
+    def device(self) -> str:
+        """The kind of devices whose bytes the result has; '' for the CPU's."""
+        return "" if self.fit is None or self.fit.accelerator.exact else self.fit.accelerator.kind
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(key.nbytes for key in self.keys)
+
+    @property
+    def readings(self) -> float:
+        """How often the inputs are read, on average."""
+        return self.read_bytes / max(sum(i.nbytes for i in self.inputs), 1)
+
+    @property
+    def seconds(self) -> float | None:
+        """Rough estimate for one core of the reference machine, see `plan.cost`; None if a method declares no cost."""
+        experts = sum(i.role == "expert" for i in self.inputs)
+        own = estimate(self.tasks, experts, self.read_bytes, self.write_bytes)
+        return None if own is None else own + self.nested_seconds * self.readings
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    sources: Inputs | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    out: Path | None = None,
+    strict: bool = True,
+    encode: bool = False,
+    device: str | Accelerator = "auto",
+) -> Plan:
+    """Plan a merge, or with `encode` a compression, from headers alone.
+
+    `memory` bounds the predicted peak in bytes (fewer threads are used to keep it), `threads` defaults to
+    the cores at hand.  Raises PlanError with every problem found; with `strict=False` the plan holds them.
+    `device`: where it will be carried out, see `accelerator_of`; its lanes are then the plan's threads.
+    """
+    accelerator = accelerator_of(device)
+    if sources is None:
+        sources = open_inputs(recipe)
+    planner = Planner(recipe, sources, encode=encode)
+    tasks = planner.tasks()
+    if accelerator is None:
+        tasks = [_by_kernels(task, sources) for task in tasks]
+    keys = planner.output_keys(tasks)
+    problems = [*sources.problems, *planner.problems]
+    notes = list(planner.notes)
+    free = None
+    if out is not None:
+        free = _free_bytes(out)
+    loaded = resident(tasks, sources) if accelerator is None else PYTHON + TORCH + accelerator.resident
+    fit = None
+    if accelerator is None:
+        workers, peak = choose_threads([(t.peak, t.key.name) for t in tasks], threads, memory, problems, loaded)
+    else:
+        work = [Work((task,), sources) for task in tasks]
+        fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=problems)
+        workers = fit.threads
+        notes += [fit.note] if fit.note else []
+    reading = Context(inputs=sources, kernels=accelerator is None and kernels_there())
+    plan = Plan(
+        recipe=recipe,
+        inputs=tuple(_info(sources)),
+        keys=tuple(keys),
+        tasks=tuple(tasks),
+        coverage=tuple(_coverage(tasks)),
+        passes=max((len(t.pipeline.steps) for t in tasks if t.pipeline), default=0),
+        threads=workers,
+        peak_bytes=peak,
+        free_bytes=free,
+        problems=tuple(dict.fromkeys(problems)),
+        notes=tuple(notes),
+        depth=planner.depth,
+        nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
+        task_bytes=loaded + max((task.peak for task in tasks), default=0),
+        fit=fit,
+        read_bytes=0 if problems else all_bytes_read(tasks, reading),
+    )
+    if strict and plan.problems:
+        raise PlanError(plan.problems)
+    return plan
+
+
+def _info(inputs: Inputs) -> Iterable[InputInfo]:
+    named: list[tuple[str, str, Source]] = []
+    if inputs.base is not None:
+        named.append(("base", "base", inputs.base))
+    named += [(name, "expert", s) for name, s in inputs.experts.items()]
+    named += [(f"{name}/{stat}", "stats", s) for stat, by in inputs.stats.items() for name, s in by.items()]
+    for name, role, source in named:
+        kinds = Counter({k.dtype: 0 for k in source.keys.values()})
+        for key in source.keys.values():
+            kinds[key.dtype] += key.nbytes
+        yield InputInfo(
+            name=name,
+            role=role,
+            label=source.label,
+            tensors=len(source.keys),
+            nbytes=sum(kinds.values()),
+            dtype=kinds.most_common(1)[0][0] if kinds else "",
+            download_bytes=int(getattr(source, "download_bytes", 0)),
+        )
+
+
+def _coverage(tasks: Iterable[Task]) -> Iterable[Coverage]:
+    found: dict[str, tuple[set[str], int]] = {}
+    for task in tasks:
+        if task.pipeline is None:
+            text = f"copied from {task.source or 'base'} ({task.reason})"
+        else:
+            done = "compressed" if task.pipeline.codec is not None else "merged"
+            text = f"{done} by {task.pipeline.name}" + (f" ({task.reason})" if task.reason else "")
+        names, numel = found.get(text, (set(), 0))
+        names |= {k.name for k in task.keys} if task.group else {task.key.name}
+        size = sum(k.numel for k in task.keys) if task.group else (task.stop - task.start) * task.key.row_numel
+        found[text] = (names, numel + size)
+    return [Coverage(text, len(names), numel) for text, (names, numel) in found.items()]
+
+
+def choose_threads(
+    tasks: Sequence[tuple[int, str]], threads: int | None, memory: int | None, problems: list[str], loaded: int
+) -> tuple[int, int]:
+    """Thread count and predicted peak: as many threads as asked for (or cores), fewer if memory is short.
+
+    tasks   (predicted bytes, tensor) of whatever one thread does at a time
+    loaded  bytes of the process beside its tasks, see `resident`
+    """
+    wanted = threads or cores()
+    peaks = sorted((peak for peak, _ in tasks), reverse=True) or [0]
+    for workers in range(max(1, min(wanted, max(len(tasks), 1))), 0, -1):
+        peak = loaded + sum(peaks[:workers])
+        if memory is None or peak <= memory:
+            return workers, peak
+    _, largest = max(tasks)
+    least = math.ceil(peak / 1e6)
+    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {least:,} MB")
+    return 1, peak
+
+
+def _by_kernels(task: Task, inputs: Inputs) -> Task:
+    """What a task takes that the kernels do: stored rows and histograms, no float32 copies, no torch."""
+    context = Context(inputs=inputs)
+    if not fits_kernels(task, context):
+        return task
+    assert task.pipeline is not None
+    key, count = task.key, len(inputs.models)
+    rows = min(task.stop - task.start, row_step(key, context.measured))
+    stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
+    kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
+    found = measured(task.pipeline, task.stop - task.start, count)
+    fused = program(task, context)
+    if fused is not None and isinstance(fused.combine, Mix):
+        found += 4 * (count + 3) * key.row_numel  # a row of every input in float64
+    return replace(task, peak=kept + found + 2 * rows * key.row_numel * 4 + (2 << 20))
+
+
+def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
+    """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
+    what sources hold for all of them."""
+    compiled = kernels_there()
+    kernels = torch = False
+    context = Context(inputs=inputs)
+    for task in tasks:
+        if task.pipeline is None:
+            source = inputs.experts[task.source] if task.source else inputs.base
+            assert source is not None
+            torch = torch or source.computes(task.key.name) or source.key(task.key.name).dtype != task.keys[0].dtype
+        elif compiled and fits_kernels(task, context):
+            kernels = True
+        else:
+            torch = True
+    elsewhere = any(isinstance(parse_url(place), Url) for place in inputs.places())
+    held = sum(source.held_bytes for _, source in inputs.models)
+    stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in stages_of(task)}
+    libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
+    return PYTHON + libraries + held + HELD * elsewhere
+
+
+def stages_of(task: Task) -> tuple[Stage, ...]:
+    """The stages that work on a task."""
+    return task.pipeline.used if task.pipeline is not None else ()
+
+
+def kernels_there() -> bool:
+    """Whether a run will find the fused kernels; nothing is compiled or loaded to tell."""
+    return find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_bytes(out: Path) -> int | None:
+    if isinstance(parse_url(out), Url):
+        return None
+    with writing(out):
+        for folder in (out, *out.absolute().parents):
+            if folder.exists():
+                return system.call(shutil.disk_usage, folder).free
+    return None

@@ -1,0 +1,127 @@
+"""How many bytes of its inputs a task reads: once for the merge, and again where what was read has been let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+from weightsmith.core.kernel import TrimmedVote, Window
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Grain, Pipeline, Scope, Stage
+from weightsmith.core.task import Task, one_by_one, row_step
+from weightsmith.engine.context import Context
+from weightsmith.engine.fast import fits_kernels
+from weightsmith.engine.kept import keeps_rows
+from weightsmith.inputs.opened import Inputs, product_ranks
+from weightsmith.ops.cuts import readings
+from weightsmith.ops.select import ROUNDS
+
+__all__ = ["all_bytes_read", "bytes_read"]
+
+
+def all_bytes_read(tasks: Iterable[Task], context: Context) -> int:
+    """`bytes_read` of a plan's tasks, summed up; the parts of a tensor are looked at as one task."""
+    total = 0
+    for _, parts in groupby(tasks, lambda task: task.keys[0].name):
+        first, *others = parts
+        total += bytes_read(replace(first, stop=others[-1].stop) if others else first, context)
+    return total
+
+
+def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int:
+    """Stored bytes of the models and statistics that one task reads, all passes together.
+
+    A pass that a method leaves out after seeing the values counts as read.
+
+    context  whose `kernels` says whether they may be used
+    beside   tasks of a sweep's other variants over the same rows: what they have in common is read once
+    """
+    inputs, key = context.inputs, task.key
+    if task.pipeline is None:
+        once = [task.source, *(_models(inputs) if "equal everywhere" in task.reason else ())]  # compared, then copied
+        return sum(_rows(task, inputs, name) for name in once)
+    if task.group:
+        return sum(source.key(k.name).nbytes for k in task.keys for _, source in inputs.models)
+    ranks = product_ranks(key, task.pipeline, inputs)
+    base = _rows(task, inputs, "") if inputs.base is not None else 0
+    experts = sum(_rows(task, inputs, name) for name in inputs.experts)
+    if ranks:
+        experts = 4 * sum(ranks) * (key.rows + key.row_numel)
+    pipeline, by_kernels = task.pipeline, context.kernels and fits_kernels(task, context)
+    if _held(task, context, by_kernels):
+        own: Callable[[int], float] = lambda stop: 0  # noqa: E731
+    elif by_kernels:
+        others = [other.pipeline for other in beside if other.pipeline is not None]
+        own = partial(_kernel_passes, [pipeline, *others], key, len(inputs.experts))
+    else:
+        own = partial(_own_passes, pipeline, key)
+    # A pass over the whole model finds nothing left of what was read, nor of what was measured on the tensor.
+    visits = [i for i, stage in enumerate(pipeline.stages) if stage.scope is Scope.MODEL
+              for round in range(stage.rounds) if not _skips(stage, key, round)] + [len(pipeline.stages)]  # fmt: skip
+    passes = sum(1 + own(stop) for stop in visits)
+    stats = _stat_bytes(task, inputs) * sum(1 + _own_passes(pipeline, key, stop) for stop in visits)
+    if one_by_one(pipeline) and not beside and base and not ranks:
+        compared = pipeline.codec is not None  # what was stored with what there was, see `engine.lost`
+        return round(base * passes + experts * (passes - 1 + pipeline.used[0].traits.streams + compared)) + stats
+    return round((base + experts) * passes) + stats
+
+
+def _held(task: Task, context: Context, by_kernels: bool) -> bool:
+    """Whether what the first pass over a tensor reads is there for those that follow."""
+    assert task.pipeline is not None
+    if task.pipeline.grain is not Grain.ELEMENT or (by_kernels and keeps_rows(task.key, len(context.inputs.models))):
+        return True
+    return row_step(task.key, context.measured, [part.span for part in task.encoded]) >= task.stop - task.start
+
+
+def _models(inputs: Inputs) -> list[str]:
+    return [""] * (inputs.base is not None) + list(inputs.experts)
+
+
+def _rows(task: Task, inputs: Inputs, name: str) -> int:
+    """Stored bytes of the task's rows in one model; '' is the base."""
+    source = inputs.experts[name] if name else inputs.base
+    assert source is not None
+    key = source.key(task.key.name)
+    return key.nbytes * (task.stop - task.start) // max(key.rows, 1)
+
+
+def _skips(stage: Stage, key: Key, round: int) -> bool:
+    try:
+        return stage.skips(key, round, {})
+    except KeyError:  # it depends on what the rounds before find
+        return False
+
+
+def _own_passes(pipeline: Pipeline, key: Key, stop: int) -> int:
+    """Measuring passes over this tensor alone, of the stages before `stop`."""
+    narrow = [stage for stage in pipeline.stages[:stop] if stage.scope is not Scope.MODEL]
+    return sum(not _skips(stage, key, round) for stage in narrow for round in range(stage.rounds))
+
+
+def _kernel_passes(pipelines: Sequence[Pipeline], key: Key, count: int, stop: int) -> float:
+    """The same by the kernels, which find the cuts of `count` experts in fewer passes, of all variants at once.
+
+    The passes are the first variant's.  See `fast.cuts`.
+    """
+    first, own = pipelines[0].stages[0], _own_passes(pipelines[0], key, stop)
+    spec = first.fused(count)
+    if not stop or first.scope is Scope.MODEL or not isinstance(spec, (Window, TrimmedVote)) or not spec.trim:
+        return own
+    ranking = sum(step != "signs" for step in spec.steps) if isinstance(spec, TrimmedVote) else ROUNDS
+    wanted = [pipeline.stages[0].cuts(count, key.numel) for pipeline in pipelines]
+    ranks = [[rank for one in wanted for rank in one[i]] for i in range(count)]
+    return own - ranking + readings(ranks, (key.rows, key.row_numel))
+
+
+def _stat_bytes(task: Task, inputs: Inputs) -> int:
+    """Of one reading of the statistics: the task's rows where they have the parameter's shape, else all."""
+    total = 0
+    for stat in task.stats:
+        for name in inputs.experts:
+            key = inputs.stats[stat][name].key(task.key.name)
+            own = key.shape == task.key.shape
+            total += key.nbytes * (task.stop - task.start) // max(key.rows, 1) if own else key.nbytes
+    return total

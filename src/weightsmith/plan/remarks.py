@@ -1,0 +1,165 @@
+"""What the user should know of the inputs that a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from weightsmith.core.errors import some
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Stage
+from weightsmith.core.task import Task
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.gguf import GgufSource
+from weightsmith.io.read.peft import AdapterSource
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import UntiedSource
+
+__all__ = ["TensorRemarks", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
+
+
+class TensorRemarks:
+    """What stages say of single tensors, gathered to a line per text."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, list[str]] = {}
+
+    def add(self, key: Key, stages: Iterable[Stage], count: int) -> None:
+        for stage in stages:
+            if text := stage.remark_on(key, count):
+                self._tensors.setdefault(f"{stage.name}: {text}", []).append(key.name)
+
+    def lines(self) -> Iterator[str]:
+        """The text, the first tensor it holds for, and how many more there are."""
+        for text, names in self._tensors.items():
+            yield f"{text}: {some(names, 1)}"
+
+
+def what_inputs_say(inputs: Inputs) -> Iterator[str]:
+    """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors, adapters
+    that are unlike."""
+    yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if isinstance(s, AdapterSource)})
+    for i, (name, source) in enumerate(inputs.models):
+        if i == 0 and isinstance(source, GgufSource):
+            yield (
+                f"{name} is a GGUF file, so the result has no config.json and no tokenizer; for them give a Hugging "
+                "Face folder as the base or first model"
+            )
+        if isinstance(source, UntiedSource):
+            head, embedding = next(iter(source.heads.items()))
+            yield (
+                f"{name}: tied to {embedding}, {head} becomes a tensor of its own, as another model has it "
+                "(tie_word_embeddings: false)"
+            )
+        if extras := getattr(source, "extras", ()):
+            yield f"{name}: entries that are no tensors are left out: {some(extras, 5)}"
+
+
+def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
+    """Adapters that leave alone what others change, or that say they were trained on unlike models."""
+    changed = {name: dict.fromkeys(source.changed) for name, source in adapters.items()}
+    every = list(dict.fromkeys(tensor for own in changed.values() for tensor in own))
+    for name, own in changed.items():
+        if lacking := [tensor for tensor in every if tensor not in own]:
+            yield (
+                f"{name} does not change {len(lacking)} of {len(every)} tensors that other adapters change "
+                f"({lacking[0]}): its task vector is zero there"
+            )
+    bases = {name: source.trained_on for name, source in adapters.items() if source.trained_on}
+    if len(set(bases.values())) > 1:
+        yield (
+            f"adapters name unlike base models ({', '.join(f'{n}: {b}' for n, b in bases.items())}); all are put on "
+            "the one given here"
+        )
+
+
+def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """What the stages of a finished run say about it; records: task id -> what `engine.execute` returned."""
+    told: dict[type[Stage], tuple[Stage, dict[str, dict[str, float]]]] = {}
+    for task in tasks:
+        found = records[task.id].get("told", {})
+        for stage in task.pipeline.stages if task.pipeline is not None and found else ():
+            _, by_tensor = told.setdefault(type(stage), (stage, {}))
+            so_far = by_tensor.setdefault(task.key.name, {})
+            so_far |= {what: max(figure, so_far.get(what, figure)) for what, figure in found.items()}
+    for stage, by_tensor in told.values():
+        yield from (f"{stage.name}: {text}" for text in stage.says(by_tensor, names))
+
+
+def what_models_say(
+    tasks: Iterable[Task], inputs: Inputs, fingerprints: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
+    yield from twins({name: fingerprints[name] for name, _ in inputs.models})
+    yield from large_changes(tasks, inputs)
+
+
+TENSORS, ENTRIES = 8, 1 << 14
+"""How many tensors, and about how many entries of each, a sample of a model is made of."""
+
+RATIO, LARGE = 0.05, 0.01
+"""Mean |delta| / mean |weight|, and 99% quantile of |delta|, above which random drops do harm (arXiv:2311.03099: most
+changes of fine-tuned models are within 0.002; those of models that were pre-trained further, about 0.03, fail)."""
+
+
+def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[str]:
+    """A line for every expert that has changed too much for a stage of the plan, as a sample of its weights says."""
+    stages = {task.key.name: stage.name for task in tasks if task.pipeline is not None
+              for stage in task.pipeline.stages if stage.traits.small}  # fmt: skip
+    names = list(stages)[:: -(-len(stages) // TENSORS) or 1]
+    if inputs.base is None:
+        return
+    for expert, source in inputs.experts.items() if names else ():
+        pairs = [_sampled(name, inputs.base, source) for name in names]
+        base, delta = (np.concatenate([[], *(pair[i] for pair in pairs if pair is not None)]) for i in (0, 1))
+        if not len(base):
+            continue
+        ratio, quantile = float(delta.mean() / max(base.mean(), 1e-30)), float(np.quantile(delta, 0.99))
+        if ratio > RATIO or quantile > LARGE:
+            yield (
+                f"{expert} has changed much for {stages[names[0]]}: by {ratio:.2g} of the base's weights on average, "
+                f"1% of them by more than {quantile:.2g} (in a sample); raise density, or trim with ties"
+            )
+
+
+def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    """(|base|, |delta|) of rows from the middle of a tensor; None where that takes more than reading them."""
+    key = base.key(name)
+    if base.computes(name) or (expert.computes(name) and expert.rank(name, base) is None):
+        return None
+    rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
+    start = (key.rows - rows) // 2
+    old, new = (_numbers(source, name, start, start + rows) for source in (base, expert))
+    return np.abs(old), np.abs(new - old)
+
+
+def _numbers(source: Source, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows as flat float64 numbers; without torch where the dtype is one of numpy's or bfloat16."""
+    dtype = source.key(name).dtype
+    if source.computes(name) or dtype.startswith("float8"):
+        value: np.ndarray = source.read(name, start, stop).double().numpy()
+        return value.reshape(-1)
+    bits = source.bits(name, start, stop).reshape(-1)
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(dtype).astype(np.float64)
+
+
+def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for every model that, as far as size, header and samples of its files say, is another one of them.
+
+    A task vector of zeros is no error, but it draws means, norms and softmaxes towards the base.
+    """
+    first: dict[tuple[tuple[Any, ...], ...], str] = {}
+    for name, found in fingerprints.items():
+        files = found.get("files", {}).values()
+        if not files or not all("sample" in file for file in files):
+            continue
+        known = tuple(sorted((file["size"], file.get("header", ""), file["sample"]) for file in files))
+        other = first.setdefault(known, name)
+        if other == name:
+            continue
+        what = "its task vector is zero" if other == "base" else "the two count twice"
+        yield f"{name} seems to hold the weights of {other} (size, header and samples of its files agree): {what}"
