@@ -31,7 +31,7 @@ def main() -> None:
     from faults import install, patch
 
     from weightsmith.cli import main as cli
-    from weightsmith.ops import kernels  # noqa: F401  (loads the compiled loops)
+    from weightsmith.kernels import compiled  # noqa: F401  (loads the compiled loops)
 
     torch.set_num_threads(1)
     torch.ones(3) @ torch.ones(3)
