@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,41 +16,73 @@ PACKAGE = ROOT / "src" / "weightsmith"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 420
 
-# A module may import from its own layer and from those below it.
+# A module may import from its own layer and from those below it, also where it does so lazily.
 LAYERS = (
-    ("core",),
-    ("method",),
+    ("core", "report"),
+    ("method", "plugins"),
     ("kernels", "ops"),
     ("methods", "codecs"),
     ("io",),
     ("tokens",),
     ("recipe",),
-    ("inputs", "plan", "engine", "jobs"),
-    ("observe", "report", "inspect", "plugins", "moe", "lora"),
+    ("inputs",),
+    ("plan",),
+    ("engine",),
+    ("jobs",),
+    ("observe", "inspect", "moe", "lora"),
     ("study",),
     ("cli",),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 METHODS_MAY = {"core", "ops", "methods"}
 
+UPWARDS = {
+    ("plan.plan", "engine"),
+    ("plan.reading", "engine"),
+    ("recipe.schema", "jobs"),
+    ("recipe.schema", "recipe.load"),
+}
+"""Module -> layer or module: the arrows that still point upwards, or make a circle; none is to be added."""
+
 
 def part(module: str) -> str:
-    """The part of the house a module belongs to: 'weightsmith.plan.plan' -> 'run'."""
+    """The part of the house a module belongs to: 'weightsmith.plan.plan' -> 'plan'."""
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else ""
 
 
-def imported(path: Path, *, top_only: bool = True) -> list[str]:
-    """Full names of the weightsmith modules that a file imports when it is loaded (not those under TYPE_CHECKING)."""
-    tree = ast.parse(path.read_text())
-    found = []
-    nodes = tree.body if top_only else list(ast.walk(tree))
-    for node in nodes:
+def module_of(path: Path) -> str:
+    pieces = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+@cache
+def imported(path: Path) -> list[str]:
+    """Full names of the weightsmith modules that a file imports, at its top or later (not under TYPE_CHECKING)."""
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.append(node.module)
-    return [name for name in found if name.split(".")[0] == "weightsmith"]
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.extend(name if name in MODULES else str(node.module) for name in inner)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return [name for name in dict.fromkeys(found) if name.split(".")[0] == "weightsmith"]
+
+
+def upwards(path: Path, module: str) -> set[tuple[str, str]]:
+    """Those of `UPWARDS` that a file's import is."""
+    here, there = module_of(path), f"{module}."
+    return {(a, b) for a, b in UPWARDS if here == f"weightsmith.{a}" and there.startswith(f"weightsmith.{b}.")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -62,7 +95,8 @@ def test_imports_run_downwards(path: Path) -> None:
         target = part(module)
         if not target:
             continue  # `from weightsmith import __version__`
-        assert LEVEL[target] <= LEVEL[here], f"{path.name} ({here}) imports {module}, which lies above it"
+        down = LEVEL[target] <= LEVEL[here] or upwards(path, module)
+        assert down, f"{path.name} ({here}) imports {module}, which lies above it"
         if here in ("methods", "codecs"):
             assert target in METHODS_MAY | {here}, f"a method knows nothing of {module}"
 
@@ -73,10 +107,8 @@ def test_files_stay_readable(path: Path) -> None:
 
 
 def test_there_are_no_import_cycles() -> None:
-    graph = {}
-    for path in FILES:
-        pieces = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        graph[".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)] = imported(path)
+    """Lazy imports count: a circle through them only works as long as nobody moves an import to the top."""
+    graph = {module_of(path): [m for m in imported(path) if not upwards(path, m)] for path in FILES}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -90,6 +122,8 @@ def test_there_are_no_import_cycles() -> None:
 
     for module in graph:
         visit(module, ())
+    there = {arrow for path in FILES for module in imported(path) for arrow in upwards(path, module)}
+    assert there == UPWARDS, f"cut, so to be taken out of UPWARDS: {UPWARDS - there}"
 
 
 HEAVY = ("torch", "transformers", "peft", "plotly", "scipy", "numba", "huggingface_hub", "ray", "sklearn")

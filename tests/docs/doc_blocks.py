@@ -34,6 +34,7 @@ from typing import Any
 from weightsmith import lora
 from weightsmith.cli.main import main
 from weightsmith.core.method import Codec, registry
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
@@ -151,7 +152,7 @@ def _checked(text: str, name: str | None) -> None:
 
 def _planned(text: str) -> None:
     recipe = loads(text)
-    make_plan(recipe, encode=issubclass(registry(recipe.method[-1].name), Codec))
+    make_plan(recipe, sources=open_inputs(recipe), encode=issubclass(registry(recipe.method[-1].name), Codec))
 
 
 def _captured(action: Any) -> str:

@@ -24,6 +24,7 @@ from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.verify import rerun
 from weightsmith.plan.plan import make_plan
 
@@ -90,7 +91,7 @@ def test_folders_agree_and_can_be_verified_and_memory_is_bounded(tmp_path: Path)
         }
         save_file({**tensors(seed), **large}, tmp_path / name / "model.safetensors")
     wanted = recipe(tmp_path, "rules: [{layers: [0, 3], method: tsvm}]\nmethod: ties")
-    plan = make_plan(wanted, device=CUDA)
+    plan = make_plan(wanted, sources=open_inputs(wanted), device=CUDA)
     assert plan.fit is not None
     near = load_file(run(wanted, tmp_path / "near").out / "model.safetensors")
     torch.cuda.reset_peak_memory_stats()

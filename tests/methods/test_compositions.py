@@ -12,10 +12,10 @@ from torch import Tensor
 
 import weightsmith
 from weightsmith.core.method import BASE, Filter, Method, Pipeline, Stage, registered
-from weightsmith.inputs.nested import RecipeSource
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.nested import RecipeSource
 from weightsmith.methods.consensus import Consensus
 from weightsmith.methods.dare import Dare
 from weightsmith.methods.iso_c import IsoC
@@ -128,7 +128,7 @@ def test_tsvm_within_a_nested_merge_is_a_merge_of_its_result():
     held = {n: MemorySource(m, n) for n, m in EXPERTS.items()}
     recipe = Recipe.model_validate({"base": "b", "models": {n: n for n in EXPERTS}, "method": "tsvm"})
     base = MemorySource(BASE_MODEL, "base")
-    nested = RecipeSource(recipe, inputs=Inputs(base, held))
+    nested = RecipeSource(recipe, Inputs(base, held))
     got = weightsmith.merge({"inner": nested, "e2": held["e2"]}, Pipeline((Ties(density=0.5),)), base)
     assert all(torch.equal(got[n], want[n]) for n in want)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.methods.opcm import Opcm
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
@@ -211,7 +212,8 @@ def test_notes_hold_for_their_base_only(there: Path) -> None:
     for name, (tensors, metadata) in others.items():
         (there / name).mkdir()
         save_file(tensors, there / name / "model.safetensors", metadata=metadata)
-        notes = make_plan(recipe(there, "early", "e2", base=name)).notes
+        wanted = recipe(there, "early", "e2", base=name)
+        notes = make_plan(wanted, sources=open_inputs(wanted)).notes
         assert "early was made by opcm on another base; it counts as a model like any other" in notes, name
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import save
 from remote.conftest import Web, folder_of, model
 from weightsmith.cli.main import main
 from weightsmith.core.errors import MissingExtra, PlanError, SourceError, WeightsmithError
-from weightsmith.inputs.opened import open_inputs
 from weightsmith.io.package.card import CardModel, model_card
 from weightsmith.io.package.manifest import build_manifest
 from weightsmith.io.read import remote
@@ -25,6 +24,7 @@ from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.remote_source import RemoteSource
 from weightsmith.io.url import Url, parse_url
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
 

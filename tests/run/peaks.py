@@ -90,7 +90,7 @@ def write(folder: Path, name: str, values: np.ndarray, dtype: str = "F32", about
 
 def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, fork: bool = True) -> Peak:
     """Run one merge (or compression) over the models in `folder`, in a forked child."""
-    from weightsmith.inputs.opened import open_inputs
+    from weightsmith.jobs.nested import open_inputs
     from weightsmith.plan.plan import make_plan, resident
     from weightsmith.recipe.schema import ModelRef, Recipe
 

@@ -22,9 +22,10 @@ from weightsmith.engine.devices import device as device_module
 from weightsmith.engine.devices.accelerator import Accelerator, Cuda, Host, accelerator_of
 from weightsmith.engine.devices.device import LANES, SHARE, STAGES
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.sweep import run_sweep
 from weightsmith.jobs.verify import rerun
-from weightsmith.plan.plan import make_plan
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
 
@@ -142,23 +143,27 @@ def test_pieces_smaller_than_rows_and_tensors(models: Path, monkeypatch: pytest.
         assert (far / "model.safetensors").read_bytes() == (near / "model.safetensors").read_bytes()
 
 
+def planned(wanted: Recipe, **how: Any) -> Plan:
+    return make_plan(wanted, sources=open_inputs(wanted), **how)
+
+
 def test_tasks_are_spread_over_all_devices_and_buffers_are_bounded(models: Path) -> None:
     late = Late()
     run(recipe(models), models / "far", device=late)
     begun = [device for what, device in late.seen if what == "using"]
     assert {begun.count(device) > 2 for device in late.devices()} == {True}
-    plan = make_plan(recipe(models), device=Late())
+    plan = planned(recipe(models), device=Late())
     assert plan.fit is not None
     assert plan.threads == 3 * LANES
     assert [int(size) for what, size in late.seen if what == "staging"] == [plan.fit.stage] * 3 * plan.threads
     assert plan.peak_bytes > 3 * plan.threads * plan.fit.stage
-    assert make_plan(recipe(models), device=Late(), threads=4).threads == 3
+    assert planned(recipe(models), device=Late(), threads=4).threads == 3
 
 
 def test_memory_is_obeyed_by_smaller_buffers_then_fewer_lanes(models: Path) -> None:
-    free = make_plan(recipe(models), device=Host(2))
+    free = planned(recipe(models), device=Host(2))
     limits = [free.peak_bytes - 1, 450_000_000, 330_000_000]
-    plans = [make_plan(recipe(models), device=Host(2), memory=limit) for limit in limits]
+    plans = [planned(recipe(models), device=Host(2), memory=limit) for limit in limits]
     assert [plan.peak_bytes <= limit for plan, limit in zip(plans, limits, strict=True)] == [True] * 3
     used = [(plan.fit.lanes, plan.fit.stage) for plan in plans if plan.fit is not None]
     assert used == sorted(used, reverse=True)
@@ -167,7 +172,7 @@ def test_memory_is_obeyed_by_smaller_buffers_then_fewer_lanes(models: Path) -> N
     with pytest.raises(
         PlanError, match=r"--memory 100 MB is too little for host: one lane on each device needs \d+ MB"
     ):
-        make_plan(recipe(models), device=Host(2), memory=100_000_000)
+        planned(recipe(models), device=Host(2), memory=100_000_000)
 
 
 def test_blocks_follow_from_what_is_free_on_the_device() -> None:
@@ -197,9 +202,9 @@ class MetaSource(weightsmith.io.read.source.MemorySource):  # type: ignore[name-
 def test_what_no_device_has_room_for_is_done_on_the_cpu(models: Path) -> None:
     wanted = recipe(models, "method: tsvm")
     near = run(wanted, models / "near", threads=1).out
-    peaks = sorted({task.peak for task in make_plan(wanted, device=Host()).tasks})
+    peaks = sorted({task.peak for task in planned(wanted, device=Host()).tasks})
     tight = Late(memory=int((peaks[-2] + 2 * STAGES[-1]) / SHARE) + 2)  # the embedding does not fit, all others do
-    plan = make_plan(wanted, device=tight)
+    plan = planned(wanted, device=tight)
     assert plan.fit is not None
     assert plan.notes == (plan.fit.note,)
     assert "no room on cpu:0 and cpu:1 and cpu:2 and will be done on the CPU (the first: " in plan.notes[0]

@@ -21,11 +21,11 @@ from weightsmith.core.method import Filter, Grain, Method, registered
 from weightsmith.engine.carry import carry_out, context_of, summarise
 from weightsmith.engine.execute import execute
 from weightsmith.engine.runner import SerialRunner, ThreadRunner
-from weightsmith.inputs.nested import RecipeSource
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import RecipeSource
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
@@ -161,7 +161,7 @@ def test_nested_recipe_equals_two_stages(inputs: Inputs) -> None:
     first = merged(inner, only(inputs, 2))
     outer = Recipe(base=ModelRef(model="base"), models={"n": ModelRef(model=inner), "e2": ModelRef(model="e2")},
                    method=(StageSpec(name="task_arithmetic"),), parameters={"lambda": 0.4})  # fmt: skip
-    nested = Inputs(inputs.base, {"n": RecipeSource(inner, inputs=only(inputs, 2)), "e2": inputs.experts["e2"]})
+    nested = Inputs(inputs.base, {"n": RecipeSource(inner, only(inputs, 2)), "e2": inputs.experts["e2"]})
     staged = Inputs(inputs.base, {"n": MemorySource(first, "n"), "e2": inputs.experts["e2"]})
     assert same(merged(outer, nested), merged(outer, staged))
     again = pickle.loads(pickle.dumps(nested.experts["n"]))

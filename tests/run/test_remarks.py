@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
@@ -106,7 +107,8 @@ def test_adapters_of_unlike_modules_and_bases(tmp_path: Path) -> None:
     def said(*names: str) -> list[str]:
         models = {n: {"model": str(tmp_path / "base"), "adapter": adapters[n]} for n in names}
         tree = {"base": str(tmp_path / "base"), "models": models, "method": "knots"}
-        return list(make_plan(Recipe.model_validate(tree)).notes)
+        recipe = Recipe.model_validate(tree)
+        return list(make_plan(recipe, sources=open_inputs(recipe)).notes)
 
     assert said("all") == said("half") == []
     assert said("all", "half") == [
@@ -125,4 +127,5 @@ def depth_plan(folder: Path, config: dict[str, Any]) -> list[str]:
         save_file({k: torch.zeros(s) for k, s in SHAPES.items()}, folder / name / "model.safetensors")
         (folder / name / "config.json").write_text(json.dumps(config))
     tree = {"base": str(folder / "base"), "models": {"a": str(folder / "a")}, "method": ["task_arithmetic", "lines"]}
-    return list(make_plan(Recipe.model_validate(tree), strict=False).problems)
+    recipe = Recipe.model_validate(tree)
+    return list(make_plan(recipe, sources=open_inputs(recipe), strict=False).problems)

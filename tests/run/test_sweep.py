@@ -24,6 +24,7 @@ from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.output import FolderSink
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.sweep import plan_sweep, run_sweep
 from weightsmith.methods.tsvm import Tsvm
 from weightsmith.ops.cuts import Cells
@@ -267,7 +268,8 @@ def test_an_interrupted_sweep_goes_on(at: str, models: Path, monkeypatch: pytest
 
 def test_the_plan_counts_inputs_once_and_outputs_each(models: Path, capsys: pytest.CaptureFixture) -> None:
     wanted = load_variants(models / "r.yaml", ["parameters.density=0.1,0.2,0.3"])
-    swept, one = plan_sweep(wanted, models / "out"), make_plan(wanted["density=0.1"])
+    alone = wanted["density=0.1"]
+    swept, one = plan_sweep(wanted, models / "out"), make_plan(alone, sources=open_inputs(alone))
     assert swept.read_bytes == one.read_bytes
     assert swept.write_bytes == 3 * one.write_bytes
     assert one.peak_bytes < swept.peak_bytes < 1.3 * one.peak_bytes

@@ -76,9 +76,9 @@ def preview(
         )
     (recipe,) = variants.values()
     from weightsmith.core.method import Codec, registry
-    from weightsmith.inputs.opened import open_inputs
     from weightsmith.io.write.output import check_output
     from weightsmith.jobs.merge import reads
+    from weightsmith.jobs.nested import open_inputs
     from weightsmith.plan.plan import make_plan
 
     inputs = open_inputs(recipe)

@@ -28,9 +28,11 @@ from weightsmith.io.read.untied import untied
 from weightsmith.io.read.views import RenamedSource, SliceSource
 from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 
-__all__ = ["Inputs", "earlier_notes", "open_inputs", "product_ranks"]
+__all__ = ["Inputs", "Nested", "earlier_notes", "open_inputs", "product_ranks"]
 
 Keep = Callable[[str], bool]
+Nested = Callable[[Recipe, "Inputs", str], Source]
+"""(recipe, its opened inputs, label) -> its result as a source."""
 _HASHERS = 4  # files hashed at once
 
 
@@ -87,21 +89,25 @@ class Inputs:
         return {path.relative_to(home).as_posix(): self._hashed[key] for path, key in zip(paths, keys, strict=True)}
 
 
-def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None, keep: Keep | None = None) -> Inputs:
+def open_inputs(
+    recipe: Recipe, nested: Nested, given: Mapping[str, Source] | None = None, keep: Keep | None = None
+) -> Inputs:
     """Open every input of a recipe, reading headers only; what cannot be opened becomes a problem.
 
+    `nested` makes a source of a recipe that is an input (merging lies above this layer: `jobs.nested` hands it in).
     `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
     `keep` says by name which tensors of the inputs are there.
     """
+    opener = _Opener(nested)
     given = given or {}
     problems: list[str] = []
     base: Source | None = given.get("base")
     if base is None and recipe.base is not None:
-        base = _open(recipe.base, None, "base", problems, keep)
+        base = opener.open(recipe.base, None, "base", problems, keep)
     experts: dict[str, Source] = {}
     stats: dict[str, dict[str, Source]] = {}
     for name, ref in recipe.models.items():
-        source = given.get(name) or _open(ref, base, name, problems, keep)
+        source = given.get(name) or opener.open(ref, base, name, problems, keep)
         if source is not None:
             experts[name] = source
         try:
@@ -161,34 +167,54 @@ def _without_times(fingerprint: Any) -> Any:
     return fingerprint
 
 
-def _open(ref: ModelRef, base: Source | None, name: str, problems: list[str], keep: Keep | None) -> Source | None:
-    try:
-        return _opened(ref, base, name, keep)
-    except WeightsmithError as error:
-        problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
-        return None
+@dataclass(frozen=True)
+class _Opener:
+    """Opens the models of a recipe; `nested`: see `open_inputs`."""
 
+    nested: Nested
 
-def _opened(ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:
-    """One model: what it is made of, then its adapter, then its blocks."""
-    source: Source
-    if isinstance(ref.model, str):
-        source = _kept(open_source(ref.model, base=base, expert=ref.expert), keep)
-    elif isinstance(ref.model, Slices):
-        parts = [_opened(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
-        source = stack_slices(parts)
-    elif isinstance(ref.model, Modules):
-        source = join_modules(_modules(ref.model, base, name, keep))
-    else:
-        from weightsmith.inputs.nested import RecipeSource  # the engine below opens inputs itself
+    def open(
+        self, ref: ModelRef, base: Source | None, name: str, problems: list[str], keep: Keep | None
+    ) -> Source | None:
+        """The model, or None with what is wrong added to `problems`."""
+        try:
+            return self.model(ref, base, name, keep)
+        except WeightsmithError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
+            return None
 
-        inputs = open_inputs(ref.model, keep=keep)
-        if inputs.problems:
-            raise PlanError(inputs.problems)
-        source = RecipeSource(ref.model, label=f"recipe {name!r}", inputs=inputs)
-    if ref.adapter is not None:
-        source = _kept(open_source(ref.adapter, base=source), keep)
-    return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
+    def model(self, ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:
+        """One model: what it is made of, then its adapter, then its blocks."""
+        source: Source
+        if isinstance(ref.model, str):
+            source = _kept(open_source(ref.model, base=base, expert=ref.expert), keep)
+        elif isinstance(ref.model, Slices):
+            parts = [self.model(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
+            source = stack_slices(parts)
+        elif isinstance(ref.model, Modules):
+            source = join_modules(self.modules(ref.model, base, name, keep))
+        else:
+            inputs = open_inputs(ref.model, self.nested, keep=keep)
+            if inputs.problems:
+                raise PlanError(inputs.problems)
+            source = self.nested(ref.model, inputs, f"recipe {name!r}")
+        if ref.adapter is not None:
+            source = _kept(open_source(ref.adapter, base=source), keep)
+        return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
+
+    def modules(self, modules: Modules, base: Source | None, name: str, keep: Keep | None) -> dict[str, Source]:
+        """Every module's source, with its tensors only; the first module that matches a tensor has it."""
+        found: dict[str, Source] = {}
+        before: list[str] = []
+        for module, part in modules.modules.items():
+
+            def mine(tensor: str, match: tuple[str, ...] = part.match, taken: tuple[str, ...] = tuple(before)) -> bool:
+                outer = keep is None or keep(tensor)
+                return outer and _matches(tensor, match) and not _matches(tensor, taken)
+
+            found[module] = self.model(part.model, base, f"{name}.{module}", mine)
+            before += part.match
+        return found
 
 
 def _kept(source: Source, keep: Keep | None) -> Source:
@@ -196,21 +222,6 @@ def _kept(source: Source, keep: Keep | None) -> Source:
     if keep is None or all(map(keep, names)):
         return source
     return RenamedSource(source, {n: n for n in names if keep(n)})
-
-
-def _modules(modules: Modules, base: Source | None, name: str, keep: Keep | None) -> dict[str, Source]:
-    """Every module's source, with its tensors only; the first module that matches a tensor has it."""
-    found: dict[str, Source] = {}
-    before: list[str] = []
-    for module, part in modules.modules.items():
-
-        def mine(tensor: str, match: tuple[str, ...] = part.match, taken: tuple[str, ...] = tuple(before)) -> bool:
-            outer = keep is None or keep(tensor)
-            return outer and _matches(tensor, match) and not _matches(tensor, taken)
-
-        found[module] = _opened(part.model, base, f"{name}.{module}", mine)
-        before += part.match
-    return found
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:

@@ -19,12 +19,13 @@ from weightsmith.engine.devices.accelerator import accelerator_of
 from weightsmith.engine.devices.place import CPU, Plain
 from weightsmith.engine.execute import fold, measure
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.advice import Advice, advise
 from weightsmith.inspect.facts import Measures, measures
 from weightsmith.inspect.spectra import Spectrum, small_enough, spectral_totals
 from weightsmith.inspect.survey import Survey
 from weightsmith.io.read.vocabulary import difference
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.ops.spectral import Svd
 from weightsmith.plan.plan import cores
 from weightsmith.recipe.schema import Recipe

@@ -13,7 +13,7 @@ from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.engine.carry import carry_out
 from weightsmith.engine.devices.accelerator import Accelerator
 from weightsmith.engine.lost import Squares, errors
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.card import licences
 from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.package.manifest import MANIFEST, build_manifest, write_manifest
@@ -22,6 +22,7 @@ from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.io.write.output import check_output
 from weightsmith.jobs.merge import Result, Storage, finished, prepared, result_of, run, treatments
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
 from weightsmith.recipe.schema import ModelRef, Recipe

@@ -15,7 +15,7 @@ from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.engine.carry import carry_out
 from weightsmith.engine.cluster import ray_runner
 from weightsmith.engine.devices.accelerator import Accelerator
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.inputs.vocabulary import chat_template, tokenizer_folder
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, Citation, licence_problems, licences, model_card
@@ -27,6 +27,7 @@ from weightsmith.io.url import Url, destination, without_secrets
 from weightsmith.io.write.output import FolderSink, check_output, tidy
 from weightsmith.io.write.staging import AT_ONCE
 from weightsmith.io.write.upload import UrlSink, clear_marks
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
 from weightsmith.recipe.schema import ModelRef, Recipe, parse_size

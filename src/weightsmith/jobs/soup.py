@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.url import absolute
 from weightsmith.io.write.output import check_output
 from weightsmith.jobs.api import merge
 from weightsmith.jobs.merge import Result, reads, run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.ops.greedy import greedy
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
@@ -173,7 +174,8 @@ def _check_plans(
     plan = make_plan(recipe, sources=inputs, out=out, strict=False, **planned)
     problems = list(plan.problems)
     if alone and not problems:
-        problems += make_plan(_of(recipe, list(recipe.models)[:1]), out=out, strict=False, **planned).problems
+        one = _of(recipe, list(recipe.models)[:1])
+        problems += make_plan(one, sources=open_inputs(one), out=out, strict=False, **planned).problems
     problems += check_output(out, (*reads(recipe, inputs), *files), overwrite, False, plan.write_bytes)
     if problems:
         raise PlanError(problems)

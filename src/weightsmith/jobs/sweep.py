@@ -20,13 +20,14 @@ from weightsmith.engine.cluster import ray_runner
 from weightsmith.engine.context import Context
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import absolute
 from weightsmith.io.write.output import check_output
 from weightsmith.jobs.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import PYTHON, TORCH, Plan, choose_threads, kernels_there, make_plan, resident
 from weightsmith.plan.reading import bytes_read
 from weightsmith.plan.remarks import what_models_say, what_was_found

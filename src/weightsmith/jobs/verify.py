@@ -13,10 +13,11 @@ import numpy as np
 from weightsmith.core.errors import OutputError, WeightsmithError
 from weightsmith.core.keys import Key
 from weightsmith.engine.carry import carry_out
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.manifest import merge_parts, read_manifest
 from weightsmith.io.url import Url
 from weightsmith.io.write.sink import Sink
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.transplant import inputs_of
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe

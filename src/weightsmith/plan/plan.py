@@ -21,7 +21,7 @@ from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
 from weightsmith.engine.fast import fits_kernels, program
 from weightsmith.engine.kept import keeps_rows
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.read.remote import HELD
@@ -114,7 +114,7 @@ class Plan:
 def make_plan(
     recipe: Recipe,
     *,
-    sources: Inputs | None = None,
+    sources: Inputs,
     memory: int | None = None,
     threads: int | None = None,
     out: Path | None = None,
@@ -129,8 +129,6 @@ def make_plan(
     `device`: where it will be carried out, see `accelerator_of`; its lanes are then the plan's threads.
     """
     accelerator = accelerator_of(device)
-    if sources is None:
-        sources = open_inputs(recipe)
     planner = Planner(recipe, sources, encode=encode)
     tasks = planner.tasks()
     if accelerator is None:

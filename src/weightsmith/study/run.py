@@ -16,10 +16,11 @@ from typing import Any
 from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
 from weightsmith.core.keys import depths
 from weightsmith.core.lazy import torch
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.api import merge
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.study.cache import Ledger, engine, fingerprint

@@ -1,9 +1,13 @@
-"""A merge as a Source: nested recipes need no files between them."""
+"""A merge as a Source: nested recipes need no files between them.
+
+`inputs` opens what a recipe names, but knows nothing of merging: the class for nested recipes is handed to it here.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ from weightsmith.engine.carry import context_of, refuse_unequal, summarise
 from weightsmith.engine.context import Context
 from weightsmith.engine.execute import execute
 from weightsmith.engine.runner import SerialRunner
-from weightsmith.inputs.opened import Inputs, open_inputs
+from weightsmith.inputs import opened
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.companions import with_dtype
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
@@ -23,7 +28,7 @@ from weightsmith.io.write.sink import Sink
 from weightsmith.plan.plan import Plan, cores, make_plan
 from weightsmith.recipe.schema import Recipe
 
-__all__ = ["RecipeSource"]
+__all__ = ["RecipeSource", "open_inputs"]
 
 _OF_THIS_PROCESS = ("_lock", "_first", "_working", "_context", "_done")
 
@@ -31,13 +36,18 @@ KEEP = 4
 """Finished parts kept, beside one for each core: whoever reads row by row asks for the same part many times."""
 
 
+def open_inputs(recipe: Recipe, given: Mapping[str, Source] | None = None) -> Inputs:
+    """Open every input of a recipe, nested recipes too; see `inputs.opened.open_inputs`."""
+    return opened.open_inputs(recipe, RecipeSource, given)
+
+
 class RecipeSource(Source):
     """The result of a recipe, computed part by part as it is read; the same bytes as merging to disk first."""
 
-    def __init__(self, recipe: Recipe, label: str = "nested recipe", inputs: Inputs | None = None) -> None:
+    def __init__(self, recipe: Recipe, inputs: Inputs, label: str = "nested recipe") -> None:
         self.label = label
         self.recipe = recipe
-        self._inputs = inputs if inputs is not None else open_inputs(recipe)
+        self._inputs = inputs
         self._plan: Plan = make_plan(recipe, sources=self._inputs, threads=1)
         self.seconds = self._plan.seconds
         self.keys = {key.name: key for key in self._plan.keys}
