@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from demo.family import BASE, Family, Scores, fingerprint
+from weightsmith.study.cache import engine
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,6 @@ def merge(recipe: Path, out: Path) -> None:
     status = main(arguments)
     if status:
         raise SystemExit(f"weightsmith {' '.join(arguments)} failed with exit code {status}")
-
-
-@cache
-def engine() -> str:
-    """Fingerprint of the source that decides a merge's numbers: scores of another version's merges are not reused."""
-    import weightsmith
-
-    digest = hashlib.sha256()
-    root = Path(next(iter(weightsmith.__path__)))
-    for part in ("io", "methods", "ops", "recipe", "run", "."):
-        for path in sorted((root / part).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 import weightsmith
 from weightsmith import lora
 from weightsmith.cli import main as cli
-from weightsmith.cli.methods import cost_at_7b, describe
+from weightsmith.cli.catalogue import cost_at_7b, describe
 from weightsmith.core import errors, method, site
 from weightsmith.core.keys import DTYPES, ROLES, RULE_ROLES, role_of
 from weightsmith.jobs.compress import compress, restore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from weightsmith.cli import show
+from weightsmith.cli.catalogue import PURPOSES, describe
 from weightsmith.cli.main import main
 from weightsmith.core.method import registered
 from weightsmith.jobs.merge import Result
@@ -185,7 +187,18 @@ def test_methods_lists_them_all(capsys: Captured) -> None:
     assert found["ties"]["kind"] == "method"
     assert found["dare"]["kind"] == "filter"
     assert found["tall_masks"]["kind"] == "codec"
+    assert found["dare"]["purpose"].startswith("Edit the changes")
     assert all(m["summary"] for m in found.values())
+
+
+def test_every_method_has_a_purpose_and_one_plain_line() -> None:
+    placed = [name for names in PURPOSES.values() for name in names]
+    built_in = {n for n, cls in registered().items() if cls.__module__.startswith("weightsmith.")}
+    assert sorted(placed) == sorted(built_in)  # each once
+    for one in (describe(registered()[name]) for name in placed):
+        assert one["summary"].endswith("."), one["name"]
+        assert len(one["summary"]) <= 95, f"{one['name']}: a line of its own is shorter"
+        assert not re.search(r"[=|<>^]|sum_", one["summary"]), f"{one['name']}: a formula in its summary"
 
 
 def test_methods_explains_one(capsys: Captured) -> None:
@@ -200,6 +213,15 @@ def test_methods_explains_one(capsys: Captured) -> None:
     assert capsys.readouterr().out.startswith("linear (method, also called average, uniform_soup)")
     assert main(["methods", "tie"]) == 2
     assert capsys.readouterr().err == "error: unknown method 'tie'; did you mean 'ties'?\n"
+
+
+def test_methods_explains_the_name_of_a_pipeline(capsys: Captured) -> None:
+    assert main(["methods", "dare_ties"]) == 0
+    shown = capsys.readouterr().out
+    assert "method: [dare, {ties: {density: 1, scope: tensor}}]" in shown
+    assert "Drop changes at random" in shown
+    assert main(["methods", "dare_ties", "--json"]) == 0
+    assert [stage["name"] for stage in json.loads(capsys.readouterr().out)["stages"]] == ["dare", "ties"]
 
 
 # --- the thin ones -------------------------------------------------------------------------------

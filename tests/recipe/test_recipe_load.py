@@ -60,6 +60,29 @@ def test_a_pipeline_with_its_short_forms() -> None:
     )
 
 
+VOTE = "{ties: {density: 1, scope: tensor}}"
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("dare_ties", f"[dare, {VOTE}]"),
+        ("dare_linear", "[dare, task_arithmetic]"),
+        ("della_linear", "[della, task_arithmetic]"),
+        ("breadcrumbs_ties", f"[breadcrumbs, {VOTE}]"),
+        (
+            "{dare_ties: {density: 0.4, lambda: 0.7, aggregate: sum}}",
+            "[{dare: {density: 0.4}}, {ties: {density: 1, scope: tensor, lambda: 0.7, aggregate: sum}}]",
+        ),
+        ("{name: dare_ties, parameters: {scope: global}}", "[dare, {ties: {density: 1, scope: global}}]"),
+        ("[dare_linear, lines]", "[dare, task_arithmetic, lines]"),
+    ],
+)
+def test_the_name_of_a_pipeline_means_its_stages(short: str, long: str) -> None:
+    text = "base: b\nmodels: {a: x, c: y}\nmethod: %s\nrules: [{role: up, method: %s}]\n"
+    assert loads(text % (short, short)) == loads(text % (long, long))
+
+
 def test_a_key_without_a_value_says_nothing() -> None:
     assert loads("base:\nmodels: {a: x, c: y}\nmethod: linear\nrules:\nparameters:\noutput:\n") == loads(
         "models: {a: x, c: y}\nmethod: linear"
@@ -102,6 +125,8 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: [ties, tall_masks, lines]", r"method: tall_masks is a codec; put it last$"),
         (TWO + "method: [ties, ties]", r"'ties \| ties' has 2$"),
         (TWO + "method: keep", r"method 'keep' takes the base's tensor; it is for rules, not for the whole recipe$"),
+        (TWO + "method: {dare_ties: {densty: .5}}", r"r\.yaml:3: unknown key 'densty' in method\.dare_ties; did you mean 'density'\?$"),
+        (TWO + "method: {dare_ties: {density: 5}}", r"r\.yaml:3: dare: density = 5 is outside \(0, 1\]; "),
         # parameters
         (TWO + "method: ties\nrules:\n- match: x\n  parameters:\n    wieght: 1", r"r\.yaml:7: unknown key 'wieght' in rules\[0\]\.parameters; did you mean 'weight'\?$"),
         (TWO + "method: ties\nparameters: {densty: .5}", r"r\.yaml:4: unknown key 'densty' in parameters; did you mean 'density'\?$"),

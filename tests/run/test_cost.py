@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from weightsmith.cli.methods import cost_at_7b, describe
+from weightsmith.cli.catalogue import cost_at_7b, describe
 from weightsmith.cli.show import roughly
 from weightsmith.core.method import Traits, registered
 from weightsmith.inputs.opened import Inputs

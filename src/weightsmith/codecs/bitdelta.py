@@ -32,8 +32,9 @@ class Bitdelta(
     cost=7.8,
     alone=True,
 ):
-    """Store the sign of every change and one factor: base + a_t sign(delta_t), a_t = mean |delta_t| of the tensor.
+    """Store one bit per change and one factor per tensor.
 
+    Rebuilt: base + a_t sign(delta_t), a_t = mean |delta_t| of the tensor.
     Of all factors that one has the least squared error, 1 - mean(|delta|)^2 / mean(delta^2) of |delta|^2.  A change of
     zero counts as minus.  The paper goes on to tune the factors on data, and applies this to the matrices of the
     blocks: vectors are stored as they are (`exact`), and so should embeddings and head be (a rule with method exact).

@@ -30,8 +30,9 @@ class EmrMasks(
     scratch=6.0,
     cost=12.0,
 ):
-    """Store tau of the method in front once, and of each expert t a mask and a factor: base + f_t m_t tau.
+    """Store one task vector, and a mask and a factor per expert.
 
+    Rebuilt: base + f_t m_t tau, tau made by the method before it.
     m_t = delta_t tau > 0 (the same sign); f_t = sum |delta_t| / sum |m_t tau| over all tensors, which gives the expert
     its mean size back; 0 where nothing agrees.  The published method is `[emr, emr_masks]`.
 

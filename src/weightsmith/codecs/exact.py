@@ -18,7 +18,10 @@ __all__ = ["Exact"]
 
 @dataclass(frozen=True)
 class Exact(Codec, name="exact", symmetric=True, scratch=1.0, cost=2.0, alone=True):
-    """Store each model's tensor as it is (in the output's dtype): for small tensors and heads beside another codec."""
+    """Store each tensor as it is, for small tensors and heads beside another codec.
+
+    What is stored has the output's dtype.
+    """
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         span = max(key.row_numel, 1)

@@ -39,8 +39,9 @@ class Fwsvd(
     cubic=True,
     alone=True,
 ):
-    """Store each weight itself, not its change, as a product of rank r weighted by its Fisher information.
+    """Store each weight as a low-rank product, weighted by its Fisher information.
 
+    The weight itself is stored, not its change.
     Weight W [out, in] with Fisher F of the same shape (statistic "fisher"): importance of input j
     a_j = sum_i F_ij; thin SVD W diag(sqrt a) = U S V^T; stored left = U_r S_r [out, r] and
     right = diag(1 / sqrt a) V_r [in, r], W ~ left right^T.  This minimises sum_ij a_j (W - W_r)_ij^2 exactly.

@@ -30,8 +30,9 @@ class Randes(
     cost=9.5,
     alone=True,
 ):
-    """Store S = sum_t p_t delta_t, p_t random signs, once for all experts; expert t comes back as base + p_t S.
+    """Store one sum of all changes; the other experts' part of it acts as noise.
 
+    S = sum_t p_t delta_t, p_t random signs, is stored once; expert t comes back as base + p_t S.
     p_t p_t = 1, so p_t S = delta_t + sum_{u != t} p_t p_u delta_u: the others turn into noise of mean 0, which a
     network bears better than the sum itself.  One expert comes back as it was.  The signs follow from one number per
     expert and tensor, drawn by the recipe's seed and stored: 8 bytes per 65536 weights and expert beside S.

@@ -36,8 +36,9 @@ class Rmm(
     factored=True,
     alone=True,
 ):
-    """Store n experts delta_i ~ L_i R_i^T of rank r in the room of p of them; any expert can be rebuilt.
+    """Store low-rank changes in a basis that all experts share.
 
+    n experts delta_i ~ L_i R_i^T of rank r take the room of p of them; any expert can be rebuilt.
     The factors L_i [m, r] and R_i [d, r] are each reduced by themselves.  level position: at every row, the n vectors
     x_i in R^r become their mean, the p leading directions around it, and p coefficients each: optimal, and exact from
     p = min(r, n - 1) on.  level tensor: the same once for the whole factor as one vector, p coefficients in all.

@@ -29,8 +29,9 @@ class TallMasks(
     scratch=6.0,
     cost=7.1,
 ):
-    """Store the merged task vector tau once and a mask per expert; expert t is rebuilt as base + m_t tau.
+    """Store one task vector for all, and a mask per expert.
 
+    Rebuilt: base + m_t tau, tau the merged task vector.
     m_t = |delta_t| > lambda_t |tau - delta_t|, against tau in full precision.  tau is what the method in front
     makes of the task vectors, unscaled: their sum if there is none, or say
     `[{ties: {aggregate: sum, density: 0.2, scope: global}}, tall_masks]`.  Keep that method's own lambda at 1.

@@ -36,8 +36,9 @@ class Tsvc(
     factored=True,
     alone=True,
 ):
-    """Store the k = floor(rank_fraction min(m, n)) leading triplets U, S, V of each task vector, at least one.
+    """Store the leading singular directions of every change.
 
+    Kept: the k = floor(rank_fraction min(m, n)) leading triplets U, S, V of each task vector, at least one.
     Size: k (m + n + 1) numbers per matrix and expert, besides the base.  The relative error of a task vector is
     sqrt(sum of dropped s^2 / sum of all s^2).  All other tensors are stored as they are (`exact`).  LoRA adapters on
     the recipe's base are decomposed from their factors.

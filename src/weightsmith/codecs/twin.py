@@ -38,8 +38,9 @@ class Twin(
     cost=101.0,
     cubic=True,
 ):
-    """Store the merged task vector tau of the method in front once, and of each expert v_t = delta_t - tau compressed.
+    """Store a shared change once, and what each expert has beyond it in compressed form.
 
+    Stored: tau of the method before it, and of each expert v_t = delta_t - tau.
     Expert t is rebuilt as base + tau + v_t.  Put it behind any method: `[{task_arithmetic: {lambda: 0.3}}, twin]` is
     the authors' choice.  Tensors that are no matrices are stored as they are (`exact`).
 

@@ -29,8 +29,9 @@ class ArceeFusion(
     histograms=3,
     cost=54.0,
 ):
-    """base + delta where importance >= median + 1.5 (q3 - q1), all three taken over the tensor's m importances.
+    """Take over the changes that stand out.
 
+    Result: base + delta where importance >= median + 1.5 (q3 - q1), all three over the tensor's m importances.
     importance = |delta| KL(softmax(expert) + 1e-8 || softmax(base) + 1e-8), the divergence between slices along the
     last axis.  The quantile q is entry int(q (m - 1)) of the rising order, exact for any size (mergekit samples a
     million entries of larger tensors, at random).  In a vector the divergence is one common factor and is left out.

@@ -36,7 +36,7 @@ class Aswudi(
     cost=86.0,
     cubic=True,
 ):
-    """`swudi` with the minimiser (time inf) and as many leading directions per matrix as its spectrum suggests.
+    """Run `swudi` to its end, in as many directions per matrix as the spectrum suggests.
 
     By `rule`, for the eigenvalues l (falling, y = sqrt(l)) of C, see `swudi`:
 

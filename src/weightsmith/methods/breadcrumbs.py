@@ -31,7 +31,9 @@ class Breadcrumbs(
     histograms=2,
     cost=13.0,
 ):
-    """Drop the largest and the smallest changes: what survives is ranked R+1 .. R+K by falling |delta|.
+    """Drop the smallest changes and the very largest ones.
+
+    What survives is ranked R+1 .. R+K by falling |delta|:
 
     tensor  ranks over the tensor (the paper's text, mergekit): K = int(density numel), R = int(remove_top numel),
             R cut down so that K survive; density 1 leaves the tensor as it is.

@@ -27,8 +27,9 @@ class Consensus(
     scratch=2.5,
     cost=2.0,
 ):
-    """Keep the entries of the merged task vector tau that at least k task masks select: base + lambda c tau.
+    """Drop merged changes that few models use.
 
+    Result: base + lambda c tau, tau the merged task vector, c the entries that at least k task masks select:
     c = (sum_t m_t) >= k with m_t = |delta_t| > tall_mask_lambda_t |tau - delta_t|, delta_t as before any filter.
     k 0 keeps everything, 1 drops weights that no task selects, 2 also those of one task only, n + 1 gives the base.
     Stands behind any method (alone: behind the plain sum of task vectors); give that method lambda 1 and scale

@@ -30,8 +30,9 @@ class Dare(
     scratch=2.5,
     cost=3.5,
 ):
-    """Keep each entry of a task vector with probability `density`: delta' = mask delta / density.
+    """Drop changes at random and scale up the rest.
 
+    Each entry of a task vector is kept with probability `density`: delta' = mask delta / density.
     density is 1 - p for the paper's drop rate p (0.9 typical, 0.99 for large instruction-tuned models).
     `rescale_rule: l1` is mergekit's: the survivors' factor is sum |delta| / sum |masked delta| per tensor, left at 1
     where either sum is below 1e-7.  Masks come from `ops.noise`: keyed by (seed, tensor, expert's name), equal

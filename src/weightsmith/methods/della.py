@@ -30,8 +30,9 @@ class Della(
     scratch=6.0,
     cost=65.0,
 ):
-    """Keep an entry with probability density - epsilon + 2 epsilon r, r its rank by |delta| from 0 to 1.
+    """Drop changes at random, small ones more often than large ones.
 
+    An entry is kept with probability density - epsilon + 2 epsilon r, r its rank by |delta| from 0 to 1.
     Ranks are taken along the second axis, input by input (a vector is one row), equals by index; a row of one entry
     has r = 1/2.  density 1 leaves everything as it is; else 0 < density - epsilon and density + epsilon < 1.
     rescale_rule l1 is mergekit's: sum |delta| / sum |kept delta| per tensor; expectation, the paper's: each survivor

@@ -45,7 +45,7 @@ class Doge(
     cost=3100.0,
     cubic=True,
 ):
-    """Every task gets the same norm in every matrix, one shared correction, and keeps its largest changes.
+    """Give all tasks one norm, add one shared correction, and keep each task's largest changes.
 
     For T matrices tau_j, [m, n], p = min(m, n):
     1. lambda_j = lambda / |tau_j|_F (0 where tau_j is 0).

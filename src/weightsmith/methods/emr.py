@@ -25,8 +25,9 @@ class Emr(
     scratch=3.0,
     cost=3.4,
 ):
-    """base + lambda tau: per entry the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
+    """Take the largest change of the elected sign, entry by entry.
 
+    Result: base + lambda tau: the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
     By itself too large for a merged model.  Its use is `[emr, emr_masks]`, which stores tau once and cuts each task
     out of it by a mask and a factor.
     """

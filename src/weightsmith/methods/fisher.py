@@ -28,8 +28,9 @@ class Fisher(
     scratch=3.5,
     cost=8.0,
 ):
-    """Average every weight by how sure each model is of it: sum_i a_i F_i x_i / sum_i a_i F_i.
+    """Average every weight by how sure each model is of it.
 
+    Result: sum_i a_i F_i x_i / sum_i a_i F_i.
     F_i is the diagonal Fisher information (statistic "fisher", >= 0) plus a floor; a_i = w_i / (|F_i|_2 + floor)
     with the norm over the whole model, or w_i without `normalize`.
 

@@ -37,8 +37,9 @@ class IsoC(
     streams=1,
     factored=True,
 ):
-    """Flatten the singular spectrum of sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.
+    """Flatten the singular spectrum of the summed change.
 
+    With sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.
     For matrices; the nuclear norm stays what it was.  All other tensors get base + scaling mean_t(tau_t).
     The mean and U V^T go over the components with s > rank_tol s_1 only: below 1e-6 the directions of float32
     task vectors are rounding noise, which would come out as strong as the rest (the authors' code keeps them:

@@ -37,8 +37,9 @@ class IsoCts(
     streams=2,
     factored=True,
 ):
-    """Like iso_c, with a part of the directions taken from what each task vector has outside the common space.
+    """Flatten the spectrum as `iso_c` does, and keep some directions of each expert's own.
 
+    Those are taken from what each task vector has outside the common space.
     Matrices m x n, p = min(m, n), T task vectors: d = round((p - floor(p common_space_fraction)) / T) directions per
     task and c = p - T d common ones (round half to even; d is at most p // T).  Common: the c leading singular
     triplets of sum_t tau_t, left vectors U_c.  Task t: the d leading triplets of tau_t - U_c U_c^T tau_t.  All

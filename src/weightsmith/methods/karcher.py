@@ -32,8 +32,9 @@ class Karcher(
     pairs=True,
     cost=3.8,
 ):
-    """Per tensor: the Karcher mean of the directions x_i / |x_i| times the weighted mean of the lengths |x_i|.
+    """Average the directions and the lengths of the tensors apart.
 
+    Per tensor: the Karcher mean of the directions x_i / |x_i| times the weighted mean of the lengths |x_i|.
     From m, the normalised mean of the directions u_i, up to `max_iter` steps: m moves to cos|v| m + sin|v| v / |v|
     with v = sum_i a_i h_i / sin h_i (u_i - cos h_i m), h_i the angle between m and u_i; done when |v| < tol.  a_i are
     the weights over their sum, without tensors of zeros, which have no direction.  The base takes no part: list it

@@ -16,7 +16,10 @@ __all__ = ["Keep"]
 
 @dataclass(frozen=True)
 class Keep(Method, name="keep", keeps_expert=False, scratch=0.0, cost=0.0):
-    """The base's tensor, or the first expert's where there is no base.  Meant for rules and `exclude`."""
+    """Take the base's tensor, or the first expert's where there is no base.
+
+    Meant for rules and `exclude`.
+    """
 
     def merge(self, site: Site) -> Tensor:
         return site.experts[0] if site.base is None else site.base

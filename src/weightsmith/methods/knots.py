@@ -39,7 +39,7 @@ class Knots(
     factored=True,
     joint=True,
 ):
-    """TIES, or the plain mean, on coordinates in the shared singular basis of all task vectors, for LoRA experts.
+    """Merge LoRA experts by TIES, or the plain mean, in a singular basis that all share.
 
     Per matrix: [tau_1 | ... | tau_T] = U S [V_1 | ... | V_T]^T (shared left; right: the same of the transposes), so
     tau_t = U Z_t with Z_t = S V_t^T = U^T tau_t.  The Z_t are merged in place of the tau_t; result: base + U Z.

@@ -26,8 +26,9 @@ class Linear(
     scratch=0.5,
     cost=1.0,
 ):
-    """Average the models' weights: sum_i w_i x_i / sum_i w_i.
+    """Average the models' weights.
 
+    Result: sum_i w_i x_i / sum_i w_i.
     Products and sums are rounded to float32, in recipe order; the division comes last (as in mergekit's
     `linear`).  The base takes no part: list it among the models to include it.
     """

@@ -30,8 +30,9 @@ class Lines(
     scratch=1.5,
     cost=4.5,
 ):
-    """Multiply the merged task vector tau by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
+    """Scale the merged change by depth: less in early blocks, more in late ones.
 
+    tau is multiplied by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
     Shallow blocks carry most of the forgetting, deep ones most of the gain.  Stands behind a method that uses
     lambda 1: `task_arithmetic | lines`.  With one expert it edits a fine-tuned model: alpha 0..1.
     alpha "auto" is (|sum_i delta_i|_1 / |tau|_1) / n over the whole model, from the experts' task vectors as they

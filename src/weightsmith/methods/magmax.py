@@ -25,8 +25,9 @@ class Magmax(
     scratch=2.0,
     cost=8.0,
 ):
-    """base + lambda delta, delta at every entry that of the model that changed it most; of +x and -x, +x.
+    """Keep the largest change of every entry.
 
+    Result: base + lambda delta, delta of the model that changed the entry most; of +x and -x, +x.
     Meant for tasks learned one after another, each model continuing from the one before (lambda 0.5 there), all
     compared with the first base.
     """

@@ -31,8 +31,9 @@ class Magnitude(
     histograms=1,
     cost=8.0,
 ):
-    """Keep exactly the k = max(1, int(density numel)) largest |delta| of each tensor, equals by lower index.
+    """Drop the smallest changes of every tensor.
 
+    Kept: exactly the k = max(1, int(density numel)) largest |delta| of each tensor, equals by lower index.
     mergekit's `magnitude` sparsifier; with `rescale`, the survivors are multiplied by
     sum |delta| / sum |kept delta|.  Also the magnitude baseline of the DARE paper (per tensor).
     """

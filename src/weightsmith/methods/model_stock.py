@@ -36,8 +36,9 @@ class ModelStock(
     pairs=True,
     cost=2.2,
 ):
-    """base + t mean_i(delta_i) with t = n cos / (1 + (n - 1) cos): models fine-tuned alike lie on a sphere's shell.
+    """Go from the base towards the average, as far as the angle between the models says.
 
+    Result: base + t mean_i(delta_i), t = n cos / (1 + (n - 1) cos): models fine-tuned alike lie on a sphere's shell.
     cos is the mean cosine over all pairs of the n task vectors, per tensor; with `filter_wise`, per slice along the
     last axis (a vector is one slice).  A denominator below 1e-6 (task vectors that cancel) gives the base.  float64
     and at any scale: mergekit shrinks the cosine of vectors whose norms multiply to less than 1e-6.  A task vector of

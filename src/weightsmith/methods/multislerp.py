@@ -35,9 +35,10 @@ class Multislerp(
     pairs=True,
     cost=2.2,
 ):
-    """Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
-    m / |m| sum_i w_i |x_i|, plus the base.
+    """Average the directions of the tensors, and give the result their mean length.
 
+    Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
+    m / |m| sum_i w_i |x_i|, plus the base.
     mergekit goes on to a step in the tangent space at m, which is zero but for rounding: sum_i w_i u_i is m itself,
     so that its part across m vanishes, and only a factor cos(eps) is left.  Where |m| < eps or 1e-7 (models that
     cancel, or all but zero) there is no direction: sum_i w_i x_i; mergekit refuses that for more than two models.

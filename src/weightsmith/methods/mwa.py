@@ -28,7 +28,9 @@ class Mwa(
     scratch=0.5,
     cost=1.0,
 ):
-    """sum_c u_c x_c / sum_c u_c over checkpoints x_c with metric m_c and penalty p.
+    """Average the checkpoints of one run by their loss, score or step.
+
+    Result: sum_c u_c x_c / sum_c u_c over checkpoints x_c with metric m_c and penalty p.
 
     power    u = (min m / m)^p for a loss, (m / max m)^p for steps and scores
     softmax  u = exp(-p d / (max m - min m)), d the distance from the best; all equal: 1

@@ -25,8 +25,9 @@ class Nearswap(
     scratch=2.0,
     cost=3.0,
 ):
-    """base + delta cut to [-t, t]: entries that are near become the other model's, the others move by t.
+    """Move every entry towards the other model, by a fixed step at most.
 
+    Result: base + delta cut to [-t, t]: entries that are near become the other model's.
     mergekit writes it as w b + (1 - w) a with w = min(t / max(|b - a|, 1e-6), 1), which is the same but for changes
     and t both below 1e-6.
     """

@@ -35,9 +35,10 @@ class Nuslerp(
     pairs=True,
     cost=1.9,
 ):
-    """Go along the arc from the first model to the second, to t = w_2 / (w_1 + w_2) (1/2 if the sum is below 1e-6):
-    (sin((1-t) h) a + sin(t h) b) / sin h.
+    """Go from one model to another along an arc, by weights, or row by row.
 
+    The way along the arc is t = w_2 / (w_1 + w_2) (1/2 if the sum is below 1e-6):
+    (sin((1-t) h) a + sin(t h) b) / sin h.
     a and b are the models or, with a base, their task vectors, to which the base is added again.  h is the angle
     between the tensors as flat vectors; with `flatten: false` between the slices along the last axis (the rows of
     a matrix), with `row_wise` too between those along the first.  Parallel and opposite vectors: (1-t) a + t b.

@@ -34,7 +34,7 @@ class Opcm(
     cubic=True,
     streams=1,
 ):
-    """Continual merging: project each new task vector away from the directions that the merged ones use most.
+    """Add one change after another, each without the directions that are already in use.
 
     In recipe order, from A = tau_1, for t = 2, 3, ...: A = U S V^T, r = number of leading singular values up to the
     one whose cumulative share of their sum exceeds alpha, that one left out; from U^T tau_t V take away the

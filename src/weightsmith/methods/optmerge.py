@@ -39,8 +39,9 @@ class Optmerge(
     cost=2100.0,
     cubic=True,
 ):
-    """Lower sum_i |(M - T_i) R_i^T|^2 / |tau_i|^2, R_i and T_i being of rank k = min(m, n) // number of tasks.
+    """Find the low-rank change that disturbs the experts least, by gradient descent.
 
+    It lowers sum_i |(M - T_i) R_i^T|^2 / |tau_i|^2, R_i and T_i being of rank k = min(m, n) // number of tasks.
     R_i = S_k V_k^T of tau_i's k leading singular triplets.  variant full (experts fine-tuned as a whole):
     T_i = mean + the rank-k part of tau_i - mean; lora (adapters, seen as whole matrices): T_i = the rank-k part of
     tau_i.  Where a parameter is auto, full means Adam with lr 1e-5 from the sum of task vectors, lora SGD with

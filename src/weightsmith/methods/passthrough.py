@@ -26,8 +26,9 @@ class Passthrough(
     scratch=0.5,
     cost=3.0,
 ):
-    """The model's own tensors, times `scale`: for models put together of slices or modules.
+    """Take one model's own tensors, for models put together of slices or modules.
 
+    They are multiplied by `scale`.
     Other scales than 1 for some tensors weaken or silence parts of a block (o_proj and down_proj at 0 make it pass
     its input on).  The base takes no part.
     """

@@ -31,7 +31,7 @@ class Pcb(
     histograms=2,
     cost=77.0,
 ):
-    """Score every entry by its size and its agreement with the others, and average by the scores of the top share.
+    """Score changes by size and agreement, and average those with the best scores.
 
     delta_i are n task vectors with d entries over the scope; norm(x) = (x - min) / (max - min), 0 where all are equal.
     1. a_i = |delta_i| clamped to its `clip` quantiles, entries int(d clip) and int(d (1 - clip) - 1) of the rising

@@ -41,8 +41,9 @@ class RTsvm(
     cubic=True,
     streams=2,
 ):
-    """tsvm for task vectors with heavy tails: a weight per task from its outliers, a rank from its sparsity.
+    """Merge as `tsvm` does, with a weight per task from its outliers and a rank from its sparsity.
 
+    Meant for task vectors with heavy tails.
     The paper gives the ingredients but no formulae; those here are a reconstruction.  Per matrix with task vectors
     tau_t (m x n), p = min(m, n), T tasks with tau_t != 0 (others are dropped):
 

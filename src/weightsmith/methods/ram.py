@@ -26,8 +26,9 @@ class Ram(
     scratch=3.0,
     cost=6.0,
 ):
-    """base + the mean of the changes of those models that changed the entry: |delta_i| > epsilon.
+    """Average what several models changed, and keep in full what only one did.
 
+    Result: base + the mean of the changes of those models that changed the entry: |delta_i| > epsilon.
     An entry that one model changed keeps that change in full, instead of a share 1 / n of it.
     """
 

@@ -27,8 +27,9 @@ class RamplusTl(
     scratch=3.0,
     cost=14.0,
 ):
-    """As `ram`, with the entries that only model i changed multiplied by 1 + r min(rho_i, alpha).
+    """Merge as `ram` does, and enlarge what only one model changed.
 
+    Entries that only model i changed are multiplied by 1 + r min(rho_i, alpha).
     rho_i is the number of entries that model i changed with others, over that of those it changed alone, per
     tensor; with none alone nothing is multiplied.
     """

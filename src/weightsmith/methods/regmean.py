@@ -39,8 +39,9 @@ class Regmean(
     cost=33.0,
     cubic=True,
 ):
-    """Reproduce each model's outputs on its own inputs: W = (sum_i W_i G_i)(sum_i G_i)^-1.
+    """Make each linear layer reproduce what the models' layers give on their own inputs.
 
+    Result: W = (sum_i W_i G_i)(sum_i G_i)^-1.
     W_i [out, in]; G_i [in, in] the Gram matrix X^T X / n of the layer's inputs (statistic "gram"), with
     off-diagonal entries multiplied by `alpha` and the whole by the model's weight.  It minimises
     sum_i |X_i W^T - X_i W_i^T|^2.  Tensors without a Gram get the weighted mean; so does an input column that

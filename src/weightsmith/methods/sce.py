@@ -29,7 +29,9 @@ class Sce(
     scratch=4.0,
     cost=5.7,
 ):
-    """Three steps per tensor on n task vectors delta_i.
+    """Keep what the models differ in, and weigh each model by the energy of its changes.
+
+    Three steps per tensor on n task vectors delta_i:
 
     Select     the int(select_topk m) entries of largest variance over the models, m the number of variances that
                are not 0; equals by lower index.  select_topk 1 keeps everything.

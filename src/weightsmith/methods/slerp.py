@@ -33,8 +33,9 @@ class Slerp(
     pairs=True,
     cost=3.8,
 ):
-    """Go from one model to another along the arc: (sin((1-t) h) a + sin(t h) b) / sin h.
+    """Go from one model to another along an arc.
 
+    Result: (sin((1-t) h) a + sin(t h) b) / sin h.
     a is the base and b the expert; without a base, the two experts in order.  h is the angle between the
     tensors as flat vectors, whose lengths are left as they are.  Where |cos h| > 0.9995: (1-t) a + t b.
     The angle is taken in float64 and at any scale; mergekit takes it in float32 and gives vectors shorter

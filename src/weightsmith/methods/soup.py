@@ -25,8 +25,9 @@ class Soup(
     scratch=0.5,
     cost=2.0,
 ):
-    """The plain mean of the `size` models with the highest score, equals in recipe order; size 0: of all of them.
+    """Average the models with the best scores.
 
+    Taken are the `size` models with the highest score, equals in recipe order; size 0: all of them.
     The uniform soup is size 0 (`linear`).  The greedy soup goes through the models by falling validation score and
     keeps one if the mean with it scores no worse: a choice that only an evaluation after every step can make.
     `weightsmith soup` makes it with a program that scores a folder, `weightsmith.greedy_soup` with a function.

@@ -32,8 +32,9 @@ class Swudi(
     cost=65.0,
     cubic=True,
 ):
-    """WUDI's loss lowered by gradient flow for a time, in the leading directions only, in closed form.
+    """Lower `wudi`'s loss in the leading directions only, in closed form.
 
+    The closed form is that of gradient flow for a time.
     C = sum_i tau_i^T tau_i / |tau_i|^2 = Q diag(l) Q^T, [n, n]; D = sum_i tau_i tau_i^T tau_i / |tau_i|^2;
     f_j = 1 - exp(-l_j time) for the floor(rank_ratio n + 0.999) largest eigenvalues, 0 for the others;
     M = M0 - M0 Q diag(f) Q^T + D Q diag(f / l) Q^T.  Result: base + scaling M; tensors that are not matrices get

@@ -26,8 +26,9 @@ class TaskArithmetic(
     scratch=1.25,
     cost=1.0,
 ):
-    """Add the models' changes to the base: base + lambda sum_i w_i (x_i - base).
+    """Add the models' changes to the base, scaled by lambda.
 
+    Result: base + lambda sum_i w_i (x_i - base).
     lambda 1/n with equal weights is the average.  Good values fall with the number of models: about 0.4 for
     2, 0.3 for 8, below 0.2 for 20.  A negative weight subtracts a task (forgetting); weights (1, 1, -1) of
     C, B and A make the analogy C + (B - A).  Always float32, also for bf16 models.

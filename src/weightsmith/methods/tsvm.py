@@ -40,8 +40,9 @@ class Tsvm(
     streams=1,
     factored=True,
 ):
-    """Keep the k leading singular triplets of each of T task vectors and make the bases of all of them orthogonal.
+    """Keep the leading singular directions of every change, and make them orthogonal.
 
+    Kept are k triplets of each of T task vectors.
     For matrices m x n with p = min(m, n) and k = p // T: tau_t ~ U_t S_t V_t^T; U = [U_1 .. U_T] and V likewise
     are replaced by their orthogonal polar factors; result: base + scaling U S V^T.  All other tensors, and
     matrices with fewer than T rows or columns, get base + scaling mean_t(tau_t).

@@ -33,7 +33,7 @@ class WeightMatching(
     cost=42.0,
     cubic=True,
 ):
-    """Permute the hidden units of every MLP onto the reference's, then average.
+    """Reorder the hidden units of every MLP onto the reference's, then average.
 
     The reference is the base, or the first expert where there is none.  For each expert the permutation P of an
     MLP's hidden units maximises sum_t <A_t, P(B_t)> over its gate, up and down tensors, which is one linear

@@ -30,8 +30,9 @@ class Widen(
     matrix=1.4,
     cost=9.0,
 ):
-    """Weigh the columns of every model by the ranks of their changes, which are comparable when sizes are not.
+    """Weigh the columns of every model by the ranks of their changes.
 
+    Ranks are comparable when sizes are not.
     W_n [out, in] with W_0 of the base, by column j:
     1. m = |W[:, j]|; changes |m_n - m_0| of size and 1 - cos(W_n[:, j], W_0[:, j]) of direction.
     2. Each becomes its rank within the model, 0 .. (in-1) / in: a stable rising order, equals by lower index.

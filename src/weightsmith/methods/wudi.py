@@ -34,8 +34,9 @@ class Wudi(
     cost=1900.0,
     cubic=True,
 ):
-    """Start at the sum M of the task vectors and lower sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2 by Adam.
+    """Find the change that disturbs the experts least, by gradient descent.
 
+    From the sum M of the task vectors, Adam lowers sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2.
     A task vector's rows lie roughly in the space of its task's inputs, so (M - tau_i) tau_i^T says how much M
     disturbs task i there.  Result: base + scaling M; tensors that are not matrices get base + scaling mean(tau).
 

@@ -14,6 +14,7 @@ from typing import Any
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.keys import RULE_ROLES
 from weightsmith.core.method import Method, Parameter, Pipeline, Stage, registry
+from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.cases import CASE_KEYS, is_cases
 from weightsmith.recipe.reader import Place
 from weightsmith.recipe.schema import OUTSIDE, ModelRef, is_composed
@@ -103,15 +104,16 @@ class _Checker:
     def stages(self, value: Any, place: Place) -> list[_Written]:
         """Read a method or pipeline; what cannot be read is a problem and a stage without a class."""
         if isinstance(value, (list, tuple)):
-            found = [self.stage(v, (*place, i)) for i, v in enumerate(value)]
+            found = [stage for i, v in enumerate(value) for stage in self.stage(v, (*place, i))]
             if not found:
                 self.say(place, f"{spell(place)} is an empty list; name a method")
         else:
-            found = [self.stage(value, place)]
+            found = self.stage(value, place)
         self.one_method(found, place)
         return found
 
-    def stage(self, value: Any, place: Place) -> _Written:
+    def stage(self, value: Any, place: Place) -> list[_Written]:
+        """One stage as written; several where it names a pipeline."""
         name: Any
         inline: Any = {}
         inside = place
@@ -127,7 +129,7 @@ class _Checker:
         else:
             example = "write one as {ties: {density: 0.3}}, several as a list: [dare, ties]"
             self.say(place, f"{spell(place)} should name one method per stage; {example}")
-            return _Written(None, "", {}, place)
+            return [_Written(None, "", {}, place)]
         if inline is None:
             inline = {}
         if not isinstance(inline, Mapping):
@@ -135,8 +137,8 @@ class _Checker:
             inline = {}
         if not isinstance(name, str):
             self.say(place, f"{spell(place)}: a method's name should be a word, is {name!r}")
-            return _Written(None, "", {}, place)
-        return _Written(self.look_up(name, place), name, inline, inside)
+            return [_Written(None, "", {}, place)]
+        return [_Written(self.look_up(n, place), n, own, inside) for n, own in expand(name, inline)]
 
     def look_up(self, name: str, place: Place) -> type[Stage] | None:
         try:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from weightsmith.core.errors import did_you_mean
 from weightsmith.core.keys import DTYPES, RULE_ROLES
+from weightsmith.recipe.aliases import expand
 
 if TYPE_CHECKING:
     from weightsmith.jobs.merge import Result
@@ -166,7 +167,9 @@ class StageSpec(_Frozen):
 
 
 def _stages(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    """One stage stands for a list of one, the name of a pipeline for its stages."""
+    stages = [StageSpec.model_validate(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return tuple(StageSpec(name=n, parameters=p) for s in stages for n, p in expand(s.name, s.parameters))
 
 
 Stages = Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]

@@ -1,0 +1,140 @@
+"""The registered methods in words: grouped by purpose, and each with what it declares about itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.cli.show import roughly
+
+if TYPE_CHECKING:
+    from weightsmith.core.method import Stage
+
+__all__ = ["PURPOSES", "by_purpose", "cost_at_7b", "describe", "describe_pipeline", "explain", "facts", "listing"]
+
+PURPOSES: Mapping[str, tuple[str, ...]] = {
+    "Average models": ("linear", "soup", "mwa", "model_stock", "karcher", "multislerp"),
+    "Add the changes of fine-tunes to their base": ("task_arithmetic",),
+    "Add changes that contradict each other, entry by entry": (
+        "ties", "pcb", "sce", "widen", "ram", "ramplus_tl", "magmax", "emr",
+    ),
+    "Add changes that contradict each other, matrix by matrix": (
+        "tsvm", "r_tsvm", "iso_c", "iso_cts", "opcm", "knots", "swudi", "aswudi", "wudi", "optmerge", "doge",
+    ),
+    "Edit the changes before a method (or after it: lines, consensus)": (
+        "dare", "della", "magnitude", "breadcrumbs", "lines", "consensus",
+    ),
+    "Go from one model towards another": ("slerp", "nuslerp", "nearswap", "arcee_fusion"),
+    'Merge with statistics of data ("weightsmith observe")': ("regmean", "fisher"),
+    "Merge networks that were trained apart": ("weight_matching",),
+    "Take tensors as they are, in rules and slices": ("keep", "passthrough"),
+    'Keep every expert, in less space ("weightsmith compress")': (
+        "exact", "tall_masks", "emr_masks", "bitdelta", "randes", "tsvc", "twin", "rmm", "fwsvd",
+    ),
+}  # fmt: skip
+"""Purpose -> methods, the simplest first.  A method without a place here is listed under OTHERS."""
+
+OTHERS = "Others"
+
+GRAINS = {
+    "element": "any block of rows (models of any size in bounded memory)",
+    "tensor": "one whole tensor at a time",
+    "group": "several whole tensors that belong together",
+}
+
+
+def by_purpose(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Purpose -> descriptions, in the order of `PURPOSES`; purposes without a method are left out."""
+    known = {one["name"]: one for one in found}
+    groups = {purpose: [known[n] for n in names if n in known] for purpose, names in PURPOSES.items()}
+    groups[OTHERS] = [one for one in found if one["purpose"] == OTHERS]
+    return {purpose: members for purpose, members in groups.items() if members}
+
+
+def describe(cls: type[Stage]) -> dict[str, Any]:
+    """Everything a stage declares about itself, as plain values."""
+    from weightsmith.core.method import Codec, Filter
+    from weightsmith.plan.cost import seconds_at_7b
+
+    traits = cls.traits
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return {
+        "name": traits.name,
+        "aliases": list(traits.aliases),
+        "kind": "filter" if issubclass(cls, Filter) else "codec" if issubclass(cls, Codec) else "method",
+        "purpose": next((purpose for purpose, names in PURPOSES.items() if traits.name in names), OTHERS),
+        "summary": text.split("\n")[0],
+        "text": text,
+        "paper": traits.paper,
+        "needs": list(traits.needs),
+        "grain": traits.grain.value,
+        "symmetric": traits.symmetric,
+        "min_models": traits.min_count,
+        "max_models": traits.max_count,
+        "otherwise": traits.otherwise,
+        "seconds_per_billion": traits.cost,
+        "seconds_at_7b": seconds_at_7b(cls),
+        "parameters": [
+            {"name": p.name, "default": p.default, "range": p.range, "per_model": p.each, "meaning": p.help}
+            for p in cls.parameters()
+        ],
+    }
+
+
+def describe_pipeline(name: str) -> dict[str, Any]:
+    """What a name such as dare_ties stands for."""
+    from weightsmith.core.method import registry
+    from weightsmith.recipe.aliases import PIPELINES, spelled
+
+    stages = [describe(registry(stage)) for stage, _ in PIPELINES[name]]
+    return {"name": name, "kind": "pipeline", "method": spelled(name), "stages": stages}
+
+
+def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a method needs and costs, as pairs of a label and its words."""
+    needs = ["a base model" if n == "base" else f"the statistic {n!r} (weightsmith observe)" for n in found["needs"]]
+    low, top = found["min_models"], found["max_models"]
+    said = [
+        ("paper", found["paper"] or "-"),
+        ("needs", ", ".join(needs) or "nothing but the models"),
+        ("models", f"{low}" if top == low else f"{low} to {top}" if top else f"{low} or more"),
+        ("sees", GRAINS[found["grain"]]),
+        ("order", "of the models does not matter" if found["symmetric"] else "of the models may matter"),
+    ]
+    if found["seconds_at_7b"] is not None:
+        said.append(("at 7B", f"about {cost_at_7b(found)}"))
+    if found["otherwise"]:
+        said.append(("elsewhere", f"tensors it does not cover are merged by {found['otherwise']}"))
+    return said
+
+
+def cost_at_7b(found: Mapping[str, Any]) -> str:
+    """What a method costs on models of 7e9 parameters, in words."""
+    return f"{roughly(found['seconds_at_7b'])} per model, on one core of the reference machine (default parameters)"
+
+
+def listing(every: Sequence[Mapping[str, Any]]) -> str:
+    """All methods, a line each, under their purposes."""
+    from weightsmith.recipe.aliases import PIPELINES
+
+    width = max(len(one["name"]) for one in every)
+    lines = []
+    for purpose, members in by_purpose(every).items():
+        lines += [purpose, *(f"  {one['name']:<{width}}  {one['summary']}" for one in members), ""]
+    lines += [f"Names of pipelines: {', '.join(PIPELINES)}.", ""]
+    return "\n".join([*lines, '"weightsmith methods NAME" explains one and lists its parameters.'])
+
+
+def explain(found: Mapping[str, Any]) -> str:
+    """What a method or a pipeline is, in words; the parameters are a table of their own."""
+    if found["kind"] == "pipeline":
+        return "\n".join([
+            f"{found['name']} (name of a pipeline)", "", f"method: {found['method']}", "",
+            *(f"{stage['name'] + ':':<17}{stage['summary']}" for stage in found["stages"]), "",
+            f"A parameter written inside goes to the first stage that has it: {{{found['name']}: {{density: 0.5}}}}.",
+            'For all that a mergekit config means by this name (rescaling, tied signs): "weightsmith convert CONFIG".',
+        ])  # fmt: skip
+    also = f", also called {', '.join(found['aliases'])}" if found["aliases"] else ""
+    said = [f"{label + ':':<11}{text}" for label, text in facts(found)]
+    return "\n".join([f"{found['name']} ({found['kind']}{also})", "", found["text"], "", *said, ""])
