@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo study test lint torture gpu bench compare docs clean
+.PHONY: setup demo study test lint house torture gpu bench compare docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# How the code is built, in figures beside their aims; tests/test_house.py keeps what is reached.
+house: setup
+	@PYTHONPATH=tests $(BIN)/python -m house
 
 # The slow proof: kills and failing calls by the thousand, coverage-guided fuzzing (WEIGHTSMITH_FUZZ_SECONDS each).
 torture: setup
