@@ -94,8 +94,7 @@ def test_kernels_equal_torch(name: str, dtype: str, kind: str, monkeypatch: pyte
         base, *experts = ({n: t for n, t in m.items() if t.ndim} for m in (base, *experts))
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)  # several blocks per tensor
     by_kernels = merged(base, experts, PIPELINES[name])
-    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
-    monkeypatch.setattr("weightsmith.engine.execute.cut_rounds", lambda *_: 0)
+    monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     by_torch = merged(base, experts, PIPELINES[name])
     for tensor, want in by_torch.items():
         got = by_kernels[tensor]
@@ -114,7 +113,7 @@ def test_drops_are_decided_by_all_32_bits(density: float, monkeypatch: pytest.Mo
     base, expert = {"w": torch.zeros(700, 900)}, {"w": torch.ones(700, 900)}
     found = merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"]
     assert np.array_equal(found.numpy().reshape(-1) != 0, kept)
-    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
+    monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     assert torch.equal(merged(base, [expert], {"dare": {"density": density, "rescale": False}})["w"], found)
 
 
@@ -209,7 +208,7 @@ def test_slerp_equals_torch(t: float, dtype: str, with_base: bool, monkeypatch: 
     given: tuple[State | None, list[State]] = (base, experts[:1]) if with_base else (None, experts)
     assert Pipeline((registry("slerp")(t=t),)).fused(1) is not None
     by_kernels = merged(*given, "slerp", t=t)
-    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
+    monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     by_torch = merged(*given, "slerp", t=t)
     assert bits(by_kernels) == bits(by_torch)
 
@@ -233,7 +232,7 @@ def test_mixtures_equal_torch(method: str, dtype: str, with_base: bool, monkeypa
     assert Pipeline((registry(method)(**MIXED[method]),)).fused(count) is not None
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)  # several blocks per tensor
     by_kernels = merged(*given, {method: MIXED[method]})
-    monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
+    monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))
     monkeypatch.setattr("weightsmith.ops.reduce.native.kernels", lambda: None)
     assert bits(by_kernels) == bits(merged(*given, {method: MIXED[method]}))

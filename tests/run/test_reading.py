@@ -50,7 +50,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of several blocks, some of which are kept and some not, and whose cuts are not found by sorting."""
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 4000)
-    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 110_000)
+    monkeypatch.setattr("weightsmith.core.task.KEPT", 110_000)
     for name, value in (("SAMPLE", 1200), ("PLACES", 4), ("MARGIN", 0.05), ("BINS", 1 << 24)):
         monkeypatch.setattr(f"weightsmith.ops.cuts.{name}", value)
 
@@ -119,7 +119,6 @@ def test_passes_are_counted_as_they_are_made(
 ) -> None:
     if kernels == "0":
         monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
-        monkeypatch.setattr("weightsmith.ops.fused.available", lambda: False)
     planned, read = planned_and_read([stage_of(name, **more) for name, more in method], 3)
     assert planned == pytest.approx(read, rel=0.03)
 

@@ -100,8 +100,8 @@ def test_inputs_are_read_once_for_all_variants(
     method: str, kernels: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "0":
-        monkeypatch.setattr("weightsmith.engine.execute.is_fused", lambda *_: False)
-    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 5000)  # some tensors above it, some below
+        monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
+    monkeypatch.setattr("weightsmith.core.task.KEPT", 5000)  # some tensors above it, some below
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 1000)
     given = replace(inputs, experts={"e0": inputs.experts["e0"]}) if method == "slerp" else inputs
     key, values = {"slerp": "t", "tsvm": "scaling"}.get(method, "lambda"), (0.1, 0.5, 0.9)
@@ -131,7 +131,7 @@ def test_cuts_of_all_variants_are_found_together(
 ) -> None:
     """Every variant has the bytes of its own run, and magnitudes are counted as often for three variants as for two."""
     monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", small)
-    monkeypatch.setattr("weightsmith.engine.kept.KEPT", 5000)  # some tensors above it, some below
+    monkeypatch.setattr("weightsmith.core.task.KEPT", 5000)  # some tensors above it, some below
     calls = []
     add = Cells.add
     monkeypatch.setattr(Cells, "add", lambda self, stored: (calls.append(stored), add(self, stored))[1])

@@ -1,12 +1,5 @@
 """What a merging method is: a frozen value with one pure function, and a declaration the engine obeys.
 
-    @dataclass(frozen=True)
-    class Ties(Method, name="ties", needs=(BASE,), symmetric=True, paper="arXiv:2306.01708"):
-        '''Trim small changes, elect a sign per weight, average the changes that agree.'''
-        density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
-
-        def merge(self, site): ...
-
 A `Filter` edits task vectors (`apply(site) -> Site`); `a | b` joins filters and one method to a `Pipeline`.
 """
 
@@ -329,6 +322,11 @@ class Pipeline:
         if len(self.used) > 1:
             wanted.append(BASE)  # filters edit task vectors
         return tuple(dict.fromkeys(wanted))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Those of `needs` that are read from files."""
+        return tuple(name for name in self.needs if name != BASE)
 
     @property
     def grain(self) -> Grain:

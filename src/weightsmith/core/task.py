@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from weightsmith.core.keys import DTYPES, Key, Part
 from weightsmith.core.method import BASE, Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "PART_BYTES", "Task", "block_size", "blocks", "cuttable", "one_by_one", "parts", "row_step",
-           "takes_deltas"]  # fmt: skip
+__all__ = ["BLOCK", "PART_BYTES", "Task", "Way", "block_size", "blocks", "cuttable", "keeps_rows", "one_by_one",
+           "parts", "row_step", "takes_deltas"]  # fmt: skip
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
@@ -21,11 +22,30 @@ PART_BYTES = 32 << 20
 """Output bytes per part: the unit of checksums and, for tensors that may be cut, of work.  Fixed likewise."""
 
 
+KEPT = 24 << 20
+"""Entries of all inputs of a tensor up to which the kernels keep all its stored rows, not only the latest block's."""
+
+
+class Way(Enum):
+    """How a task is carried out: decided once, by the planner.
+
+    No part of a run's identity: the bytes are those of ROWS or WHOLE whatever the machine has to offer.
+    """
+
+    COPY = "copy"  # the stored bytes of one input
+    ROWS = "rows"  # torch, block by block
+    WHOLE = "whole"  # torch, the whole tensor at once
+    GROUP = "group"  # torch, several whole tensors at once
+    CODEC = "codec"  # torch, into the parts of a compressed tensor
+    KERNEL = "kernel"  # machine code over the stored bits, block by block
+
+
 @dataclass(frozen=True)
 class Task:
     """One piece of a plan.
 
     id         unique, stable between runs
+    way        how it is carried out, see `Way`
     keys       output tensors with output dtypes: one, all members of a group, or the parts of an encoded tensor
     of         the input tensor, where the output has another name or form
     experts    names of the experts, where the output depends on them
@@ -51,6 +71,7 @@ class Task:
     group: str = ""
     of: Key | None = None
     experts: tuple[str, ...] = ()
+    way: Way = Way.COPY
 
     @property
     def key(self) -> Key:
@@ -101,6 +122,11 @@ def cuttable(pipeline: Pipeline | None) -> bool:
     if pipeline is None:
         return True
     return pipeline.grain is Grain.ELEMENT and all(s.rounds == 0 or s.scope is Scope.MODEL for s in pipeline.stages)
+
+
+def keeps_rows(key: Key, inputs: int) -> bool:
+    """Whether the kernels keep all blocks of a tensor's stored rows: they are few, and often read several times."""
+    return key.numel * inputs <= KEPT
 
 
 def takes_deltas(pipeline: Pipeline | None) -> bool:

@@ -13,12 +13,11 @@ import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.method import Pipeline, Rows, Scope
-from weightsmith.core.task import Task, blocks
+from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context, Summaries
 from weightsmith.engine.devices.device import Do, Fit, Lanes, at_home
 from weightsmith.engine.devices.place import Place
 from weightsmith.engine.execute import Steps, fold, measuring, together, working
-from weightsmith.engine.fast import is_fused
 from weightsmith.engine.kept import Kept
 from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.inputs.opened import Inputs
@@ -82,8 +81,7 @@ def carry_out_all(
     """
     refuse_unequal({(t.id, t.reason, id(job.inputs)): (t, job.inputs) for job in jobs for t in job.plan.tasks}.values())
     contexts = [replace(context_of(job.plan, job.inputs), block=block) for job in jobs]
-    if fit is not None or not all(t.pipeline is None or is_fused(t, c) for job, c in zip(jobs, contexts, strict=True)
-               for t in job.plan.tasks):  # fmt: skip
+    if fit is not None or not all(t.way in (Way.COPY, Way.KERNEL) for job in jobs for t in job.plan.tasks):
         importlib.import_module("torch")  # once, before threads race for it; the fused path does without
     count = threads or jobs[0].plan.threads
     workers = runner or (ThreadRunner(count) if count > 1 else SerialRunner())

@@ -28,7 +28,6 @@ class Context:
     summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
     place        where the arithmetic happens; replaced for every task, or group of tasks
     block        elements per block of a merge, default as the place says; does not change a byte of the result
-    kernels      whether the compiled kernels may be used
     kept         what has been read and will be wanted again; replaced for every task, or group of tasks
     """
 
@@ -37,7 +36,6 @@ class Context:
     place: Place = CPU
     nonfinite: str = "refuse"
     block: int | None = None
-    kernels: bool = True
     summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     progress: Callable[[int], None] = _nothing

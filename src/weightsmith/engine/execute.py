@@ -18,14 +18,13 @@ from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Grain, Pipeline, Rows, Scope
 from weightsmith.core.site import Group, Site, Summary
-from weightsmith.core.task import Task, blocks
+from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context, Summaries, share
 from weightsmith.engine.fast import (
     Observer,
     counts_cells,
     cut_rounds,
     cuts,
-    is_fused,
     merger,
     observer,
     program,
@@ -39,6 +38,7 @@ from weightsmith.engine.numeric import cast, encode, refuse_bad, refuse_bad_resu
 from weightsmith.engine.sites import site_of
 from weightsmith.io.read.source import bits_to_tensor, holds_nonfinite
 from weightsmith.io.write.sink import Sink
+from weightsmith.ops import fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,11 @@ def execute(task: Task, context: Context, sink: Sink) -> dict[str, Any]:
     return together([working(task, replace(context, kept=Kept()), sink)])[0]
 
 
+def carried_out_here(task: Task) -> Task:
+    """The task in torch where the kernels were planned but this process (a worker of a cluster, say) has none."""
+    return replace(task, way=Way.ROWS) if task.way is Way.KERNEL and not fused.available() else task
+
+
 def together(running: Sequence[Steps[T]]) -> list[T]:
     """Let generators take turns, step by step, until all have ended; returns their results in order."""
     results: dict[int, T] = {}
@@ -83,14 +88,15 @@ def together(running: Sequence[Steps[T]]) -> list[T]:
 
 def working(task: Task, context: Context, sink: Sink) -> Steps[dict[str, Any]]:
     """`execute` as steps, which read through `context.kept`."""
+    task = carried_out_here(task)
     hashes, said, told = Hashes(task), dict[str, Any](), dict[str, float]()
     if task.pipeline is None:
         produced: Made = _copied(task, context)
-    elif task.pipeline.grain is Grain.GROUP:
+    elif task.way is Way.GROUP:
         produced = _grouped(task, task.pipeline, context)
-    elif task.pipeline.codec is not None:
+    elif task.way is Way.CODEC:
         produced = _encoded(task, task.pipeline, context, said)
-    elif is_fused(task, context):
+    elif task.way is Way.KERNEL:
         produced = _fused(task, task.pipeline, context)
     else:
         produced = _merged(task, task.pipeline, context, told)
@@ -150,7 +156,7 @@ def _fused(task: Task, pipeline: Pipeline, context: Context) -> Made:
         if bad:
             # The kernels only count; now it is worth asking whose it is, and to let torch say what is wrong.
             _refuse_bad_inputs(task.key, start, stop, context)
-            list(_merged(task, pipeline, replace(context, kernels=False, kept=Kept()), {}))
+            list(_merged(replace(task, way=Way.ROWS), pipeline, replace(context, kept=Kept()), {}))
             refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
         yield task.key.name, start, out
 
@@ -228,6 +234,7 @@ def measuring(
     task: Task, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> Steps[dict[str, Tensor | Rows]]:
     """`measure` as steps, which read through `context.kept`."""
+    task = carried_out_here(task)
     assert task.pipeline is not None
     index, round = step
     if task.pipeline.stages[index].skips(task.key, round, summaries.get(index, {})):
@@ -346,9 +353,9 @@ def _measured(
 def _measuring(
     task: Task, pipeline: Pipeline, step: tuple[int, int], context: Context, summaries: Summaries
 ) -> Steps[dict[str, Tensor | Rows]]:
-    if is_fused(task, context) and counts_cells(pipeline, step, context):
+    if task.way is Way.KERNEL and counts_cells(pipeline, step, context):
         return (yield from tallies(task, pipeline, step, context, summaries))
-    if is_fused(task, context):
+    if task.way is Way.KERNEL:
         return (yield from _observed(task, observer(task, pipeline, step, context, summaries), context))
     totals = _Totals()
     for start, stop in _ranges(task, pipeline, context.measured):

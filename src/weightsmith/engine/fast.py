@@ -11,10 +11,9 @@ from weightsmith.core.kernel import Drop, Mix, Program, TrimmedVote, Window
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Pipeline, Scope
 from weightsmith.core.site import Summary
-from weightsmith.core.task import Task, blocks, row_step
+from weightsmith.core.task import Task, Way, blocks, keeps_rows, row_step
 from weightsmith.engine.context import Context, Summaries
-from weightsmith.engine.kept import keeps_rows
-from weightsmith.kernels.stored import READ, WRITTEN, Stored
+from weightsmith.kernels.stored import Stored
 from weightsmith.ops import fused
 from weightsmith.ops.cuts import Cells, counted, tensor_cuts
 from weightsmith.ops.noise import stream
@@ -25,8 +24,6 @@ __all__ = [
     "counts_cells",
     "cut_rounds",
     "cuts",
-    "fits_kernels",
-    "is_fused",
     "merger",
     "observer",
     "program",
@@ -48,24 +45,6 @@ class Observer(Protocol):
 def program(task: Task, context: Context) -> Program | None:
     """What the kernels would do for this task, if they know its methods."""
     return None if task.pipeline is None else task.pipeline.fused(len(context.inputs.experts))
-
-
-def is_fused(task: Task, context: Context) -> bool:
-    """Whether the kernels do this task."""
-    return context.kernels and fits_kernels(task, context) and fused.available()
-
-
-def fits_kernels(task: Task, context: Context) -> bool:
-    """Whether the kernels may do this task: they know its methods, and read all dtypes it is stored in, on the CPU."""
-    found = program(task, context)
-    unfit = not context.place.kernels or context.nonfinite == "allow" or task.key.dtype not in WRITTEN
-    if found is None or unfit:
-        return False
-    if isinstance(found.before, Window) and not task.key.shape:
-        return False  # a single number is no ranking
-    inputs = context.inputs
-    read = inputs.models if found.wants_base else tuple(inputs.experts.items())
-    return all(s.key(task.key.name).dtype in READ and not s.computes(task.key.name) for _, s in read)
 
 
 def stored_rows(key: Key, context: Context, start: int, stop: int) -> Stored:
@@ -99,7 +78,7 @@ def merger(task: Task, context: Context, summaries: Summaries) -> fused.Merge:
 def cut_rounds(task: Task, pipeline: Pipeline, context: Context) -> int:
     """How many rounds of the first stage `cuts` stands for: those that rank entries over this tensor alone."""
     stage = pipeline.stages[0]
-    if stage.scope is not Scope.TENSOR or not is_fused(task, context):
+    if stage.scope is not Scope.TENSOR or task.way is not Way.KERNEL:
         return 0
     spec = stage.fused(len(context.inputs.experts))
     return ROUNDS if isinstance(spec, Window) else stage.rounds if isinstance(spec, TrimmedVote) else 0

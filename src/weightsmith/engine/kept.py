@@ -7,27 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.keys import Key
 from weightsmith.io.read.source import Source
 from weightsmith.kernels.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KEPT", "Kept", "keeps_rows"]
-
-KEPT = 24 << 20
-"""Entries of all inputs of a tensor up to which all its stored rows are kept, and not only the latest block's."""
+__all__ = ["Kept"]
 
 Place = tuple[str, int, int]
 """A block: tensor, first row, row behind the last."""
 Values = tuple["Tensor", "Tensor | None", tuple[tuple["Tensor", "Tensor"], ...]]
 """Stack, base and factors of a site."""
-
-
-def keeps_rows(key: Key, inputs: int) -> bool:
-    """Whether all blocks of a tensor's stored rows are kept: they are few, and often read several times."""
-    return key.numel * inputs <= KEPT
 
 
 class Kept:

@@ -12,8 +12,8 @@ import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.keys import Key, layer_of
-from weightsmith.core.method import Pipeline, Rows
-from weightsmith.core.task import Task
+from weightsmith.core.method import Grain, Pipeline, Rows
+from weightsmith.core.task import Task, Way
 from weightsmith.engine.context import Context
 from weightsmith.engine.devices.accelerator import accelerator_of
 from weightsmith.engine.devices.place import CPU, Plain
@@ -251,4 +251,5 @@ def _spectra(key: Key, context: Context) -> Totals:
 
 
 def _task(key: Key, stage: Survey | Spectrum) -> Task:
-    return Task(id=key.name, keys=(key,), pipeline=Pipeline((stage,)), stop=key.rows)
+    way = Way.ROWS if stage.grain is Grain.ELEMENT else Way.WHOLE
+    return Task(id=key.name, keys=(key,), pipeline=Pipeline((stage,)), stop=key.rows, way=way)

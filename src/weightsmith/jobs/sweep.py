@@ -17,7 +17,6 @@ from weightsmith.core.errors import PlanError
 from weightsmith.core.task import one_by_one
 from weightsmith.engine.carry import Bundle, Job, carry_out_all, side_by_side
 from weightsmith.engine.cluster import ray_runner
-from weightsmith.engine.context import Context
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
 from weightsmith.inputs.opened import Inputs
@@ -28,7 +27,7 @@ from weightsmith.io.url import absolute
 from weightsmith.io.write.output import check_output
 from weightsmith.jobs.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
 from weightsmith.jobs.nested import open_inputs
-from weightsmith.plan.plan import PYTHON, TORCH, Plan, choose_threads, kernels_there, make_plan, resident
+from weightsmith.plan.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
 from weightsmith.plan.reading import bytes_read
 from weightsmith.plan.remarks import what_models_say, what_was_found
 from weightsmith.recipe.schema import ModelRef, Recipe
@@ -134,7 +133,7 @@ def plan_sweep(
         tuple(said),
         loaded + max((nbytes for nbytes, _ in peaks), default=0),
         fit,
-        0 if said else sum(_read(bundle, of_job, kernels=accelerator is None) for bundle in bundles),
+        0 if said else sum(_read(bundle, of_job) for bundle in bundles),
     )
 
 
@@ -214,13 +213,12 @@ def _what_is_read(recipe: Recipe) -> str:
     return repr((recipe.base, read))
 
 
-def _read(bundle: Bundle, inputs: Sequence[Inputs], *, kernels: bool) -> int:
+def _read(bundle: Bundle, inputs: Sequence[Inputs]) -> int:
     """Bytes that tasks side by side read: of the same inputs, what the one that reads most does."""
     total = 0
     for read in {id(inputs[i]): inputs[i] for i, _ in bundle}.values():
         tasks = [task for i, task in bundle if inputs[i] is read]
-        context = Context(inputs=read, kernels=kernels and kernels_there())
-        total += max(bytes_read(t, context, [other for other in tasks if other is not t]) for t in tasks)
+        total += max(bytes_read(t, read, [other for other in tasks if other is not t]) for t in tasks)
     return total
 
 

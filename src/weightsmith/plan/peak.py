@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Filter, Grain, Pipeline
-from weightsmith.core.task import block_size, one_by_one, row_step
+from weightsmith.core.task import block_size, keeps_rows, one_by_one, row_step
 
-__all__ = ["HELD", "factored_peak", "group_peak", "measured", "scratch", "task_peak"]
+__all__ = ["HELD", "factored_peak", "group_peak", "kernel_peak", "measured", "scratch", "task_peak"]
 
 HELD, HELD_WHOLE = 22_000_000, 30_000_000
 """Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread), and where
@@ -39,6 +40,21 @@ def task_peak(
     work = scratch(pipeline, count + has_base, -(-numel // columns), columns, width)
     result = 2 if pipeline.codec is None else 1  # a codec's parts are small, or counted by it
     return allocator + max(found, work) + (held + result) * numel * width
+
+
+def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
+    """The same of the kernels: stored rows and histograms, no float32 copies.
+
+    stored  bytes of one row of all inputs
+    """
+    inputs = count + has_base
+    block = min(rows, row_step(key, block_size(inputs)))
+    kept = (rows if keeps_rows(key, inputs) else block) * stored
+    found = measured(pipeline, rows, inputs)
+    program = pipeline.fused(count)
+    if program is not None and isinstance(program.combine, Mix):
+        found += 4 * (inputs + 3) * key.row_numel  # a row of every input in float64
+    return kept + found + 2 * block * key.row_numel * 4 + (2 << 20)
 
 
 def group_peak(keys: Sequence[Key], units: int, count: int, has_base: bool, pipeline: Pipeline) -> int:

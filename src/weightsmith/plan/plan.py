@@ -7,20 +7,15 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith.core.errors import PlanError
-from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Stage
-from weightsmith.core.task import Task, row_step
-from weightsmith.engine.context import Context
+from weightsmith.core.task import Task, Way
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
-from weightsmith.engine.fast import fits_kernels, program
-from weightsmith.engine.kept import keeps_rows
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
@@ -28,12 +23,12 @@ from weightsmith.io.read.remote import HELD
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, parse_url
 from weightsmith.plan.cost import estimate
-from weightsmith.plan.peak import measured
 from weightsmith.plan.planner import Planner
 from weightsmith.plan.reading import all_bytes_read
+from weightsmith.plan.way import kernels_there
 from weightsmith.recipe.schema import Recipe
 
-__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "kernels_there", "make_plan", "resident"]
+__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "make_plan", "resident"]
 
 PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
 """Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
@@ -129,10 +124,8 @@ def make_plan(
     `device`: where it will be carried out, see `accelerator_of`; its lanes are then the plan's threads.
     """
     accelerator = accelerator_of(device)
-    planner = Planner(recipe, sources, encode=encode)
+    planner = Planner(recipe, sources, encode=encode, kernels=accelerator is None and kernels_there())
     tasks = planner.tasks()
-    if accelerator is None:
-        tasks = [_by_kernels(task, sources) for task in tasks]
     keys = planner.output_keys(tasks)
     problems = [*sources.problems, *planner.problems]
     notes = list(planner.notes)
@@ -148,7 +141,6 @@ def make_plan(
         fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=problems)
         workers = fit.threads
         notes += [fit.note] if fit.note else []
-    reading = Context(inputs=sources, kernels=accelerator is None and kernels_there())
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -165,7 +157,7 @@ def make_plan(
         nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
         task_bytes=loaded + max((task.peak for task in tasks), default=0),
         fit=fit,
-        read_bytes=0 if problems else all_bytes_read(tasks, reading),
+        read_bytes=0 if problems else all_bytes_read(tasks, sources),
     )
     if strict and plan.problems:
         raise PlanError(plan.problems)
@@ -228,35 +220,16 @@ def choose_threads(
     return 1, peak
 
 
-def _by_kernels(task: Task, inputs: Inputs) -> Task:
-    """What a task takes that the kernels do: stored rows and histograms, no float32 copies, no torch."""
-    context = Context(inputs=inputs)
-    if not fits_kernels(task, context):
-        return task
-    assert task.pipeline is not None
-    key, count = task.key, len(inputs.models)
-    rows = min(task.stop - task.start, row_step(key, context.measured))
-    stored = sum(source.key(key.name).nbytes for _, source in inputs.models) // max(key.rows, 1)
-    kept = (task.stop - task.start if keeps_rows(key, count) else rows) * stored
-    found = measured(task.pipeline, task.stop - task.start, count)
-    fused = program(task, context)
-    if fused is not None and isinstance(fused.combine, Mix):
-        found += 4 * (count + 3) * key.row_numel  # a row of every input in float64
-    return replace(task, peak=kept + found + 2 * rows * key.row_numel * 4 + (2 << 20))
-
-
 def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
     """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
     what sources hold for all of them."""
-    compiled = kernels_there()
     kernels = torch = False
-    context = Context(inputs=inputs)
     for task in tasks:
         if task.pipeline is None:
             source = inputs.experts[task.source] if task.source else inputs.base
             assert source is not None
             torch = torch or source.computes(task.key.name) or source.key(task.key.name).dtype != task.keys[0].dtype
-        elif compiled and fits_kernels(task, context):
+        elif task.way is Way.KERNEL:
             kernels = True
         else:
             torch = True
@@ -270,11 +243,6 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
 def stages_of(task: Task) -> tuple[Stage, ...]:
     """The stages that work on a task."""
     return task.pipeline.used if task.pipeline is not None else ()
-
-
-def kernels_there() -> bool:
-    """Whether a run will find the fused kernels; nothing is compiled or loaded to tell."""
-    return find_spec("numba") is not None and os.environ.get("WEIGHTSMITH_KERNELS") != "0"
 
 
 def cores() -> int:

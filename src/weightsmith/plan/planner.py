@@ -10,7 +10,7 @@ from weightsmith.core.errors import WeightsmithError, did_you_mean
 from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, Pipeline, Stage
 from weightsmith.core.symmetry import groups
-from weightsmith.core.task import Task, cuttable, parts
+from weightsmith.core.task import Task, Way, cuttable, parts
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.inputs.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
 from weightsmith.io.read.codec_folder import own_name
@@ -19,8 +19,9 @@ from weightsmith.io.read.source import Source
 from weightsmith.io.read.untied import is_output_layer
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
 from weightsmith.plan.logs import TrainerLogs
-from weightsmith.plan.peak import factored_peak, group_peak, task_peak
+from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
 from weightsmith.plan.remarks import TensorRemarks, what_inputs_say
+from weightsmith.plan.way import way_of
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 
@@ -32,10 +33,11 @@ class Planner:
 
     encode   the output is a compressed folder: tensors under a codec become its parts, what is kept from the
              base stays there, and what only experts have is stored for each of them
+    kernels  whether the run will have the kernels
     """
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, *, encode: bool = False) -> None:
-        self.recipe, self.inputs, self.encode = recipe, inputs, encode
+    def __init__(self, recipe: Recipe, inputs: Inputs, *, encode: bool = False, kernels: bool = False) -> None:
+        self.recipe, self.inputs, self.encode, self.kernels = recipe, inputs, encode, kernels
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.reference = inputs.base if inputs.base is not None else next(iter(inputs.experts.values()), None)
@@ -342,15 +344,20 @@ class Planner:
         self, key: Key, pipeline: Pipeline | None, source: str, reason: str, stored: Key | None = None
     ) -> Iterable[Task]:
         count, has_base = len(self.inputs.experts), self.inputs.base is not None
-        stats = _stats_of(pipeline)
+        stats = pipeline.statistics if pipeline is not None else ()
         codec = pipeline.codec if pipeline is not None else None
         encoded = codec.parts(key, tuple(self.inputs.experts)) if codec is not None else ()
         keys = tuple(part.key for part in encoded) or (stored or key,)
         ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline) else [(0, key.rows)]
         extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if has(s, key.name)), default=0.0)
         ranks = product_ranks(key, pipeline, self.inputs)
+        way = way_of(key, pipeline, self.inputs, kernels=self.kernels, nonfinite=self.recipe.nonfinite)
+        row = sum(s.key(key.name).nbytes for _, s in self.inputs.models if has(s, key.name)) // max(key.rows, 1)
         for low, high in ranges:
-            whole = int(task_peak(key, high - low, count, has_base, pipeline) * (1 + extra))
+            peak = int(task_peak(key, high - low, count, has_base, pipeline) * (1 + extra))
+            peak = (factored_peak(key, ranks, pipeline) if ranks else peak) + self._stat_bytes(key, pipeline)
+            if pipeline is not None and way is Way.KERNEL:
+                peak = kernel_peak(key, high - low, row, count, has_base, pipeline)
             yield Task(
                 id=f"{keys[0].name}:{low}",
                 keys=keys,
@@ -361,7 +368,8 @@ class Planner:
                 depth=self.depth.get(key.name),
                 stats=stats,
                 reason=reason,
-                peak=(factored_peak(key, ranks, pipeline) if ranks else whole) + self._stat_bytes(key, pipeline),
+                peak=peak,
+                way=way,
                 of=None if keys == (key,) else key,
                 experts=tuple(self.inputs.experts) if encoded else (),
             )
@@ -380,6 +388,7 @@ class Planner:
                 stop=members[0].rows,
                 depth=self.depth.get(members[0].name),
                 peak=peak,
+                way=Way.GROUP,
                 group=group.name,
                 reason=f"group {pipeline.method.traits.group}",
             )
@@ -393,8 +402,10 @@ class Planner:
 
     def _stat_bytes(self, key: Key, pipeline: Pipeline | None) -> int:
         """Statistics that are whole matrices beside the tensor, float32, and a method's work on one in float64."""
-        work = max((stage.traits.solves for stage in pipeline.stages), default=0.0) if pipeline is not None else 0.0
-        found = [source for stat in _stats_of(pipeline) for source in self.inputs.stats.get(stat, {}).values()]
+        if pipeline is None:
+            return 0
+        work = max(stage.traits.solves for stage in pipeline.stages)
+        found = [source for stat in pipeline.statistics for source in self.inputs.stats.get(stat, {}).values()]
         sizes = [source.key(key.name).numel for source in found if work and has(source, key.name)]
         return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
 
@@ -407,7 +418,3 @@ def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:
 
 def _is_keep(pipeline: Pipeline) -> bool:
     return len(pipeline.stages) == 1 and pipeline.stages[0].traits.name == "keep"
-
-
-def _stats_of(pipeline: Pipeline | None) -> tuple[str, ...]:
-    return tuple(n for n in pipeline.needs if n != BASE) if pipeline else ()

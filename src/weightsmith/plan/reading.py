@@ -10,10 +10,7 @@ from itertools import groupby
 from weightsmith.core.kernel import TrimmedVote, Window
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Grain, Pipeline, Scope, Stage
-from weightsmith.core.task import Task, one_by_one, row_step
-from weightsmith.engine.context import Context
-from weightsmith.engine.fast import fits_kernels
-from weightsmith.engine.kept import keeps_rows
+from weightsmith.core.task import Task, Way, block_size, keeps_rows, one_by_one, row_step
 from weightsmith.inputs.opened import Inputs, product_ranks
 from weightsmith.ops.cuts import readings
 from weightsmith.ops.select import ROUNDS
@@ -21,24 +18,23 @@ from weightsmith.ops.select import ROUNDS
 __all__ = ["all_bytes_read", "bytes_read"]
 
 
-def all_bytes_read(tasks: Iterable[Task], context: Context) -> int:
+def all_bytes_read(tasks: Iterable[Task], inputs: Inputs) -> int:
     """`bytes_read` of a plan's tasks, summed up; the parts of a tensor are looked at as one task."""
     total = 0
     for _, parts in groupby(tasks, lambda task: task.keys[0].name):
         first, *others = parts
-        total += bytes_read(replace(first, stop=others[-1].stop) if others else first, context)
+        total += bytes_read(replace(first, stop=others[-1].stop) if others else first, inputs)
     return total
 
 
-def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int:
+def bytes_read(task: Task, inputs: Inputs, beside: Sequence[Task] = ()) -> int:
     """Stored bytes of the models and statistics that one task reads, all passes together.
 
     A pass that a method leaves out after seeing the values counts as read.
 
-    context  whose `kernels` says whether they may be used
     beside   tasks of a sweep's other variants over the same rows: what they have in common is read once
     """
-    inputs, key = context.inputs, task.key
+    key = task.key
     if task.pipeline is None:
         once = [task.source, *(_models(inputs) if "equal everywhere" in task.reason else ())]  # compared, then copied
         return sum(_rows(task, inputs, name) for name in once)
@@ -49,10 +45,10 @@ def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int
     experts = sum(_rows(task, inputs, name) for name in inputs.experts)
     if ranks:
         experts = 4 * sum(ranks) * (key.rows + key.row_numel)
-    pipeline, by_kernels = task.pipeline, context.kernels and fits_kernels(task, context)
-    if _held(task, context, by_kernels):
+    pipeline = task.pipeline
+    if _held(task, len(inputs.models)):
         own: Callable[[int], float] = lambda stop: 0  # noqa: E731
-    elif by_kernels:
+    elif task.way is Way.KERNEL:
         others = [other.pipeline for other in beside if other.pipeline is not None]
         own = partial(_kernel_passes, [pipeline, *others], key, len(inputs.experts))
     else:
@@ -68,12 +64,12 @@ def bytes_read(task: Task, context: Context, beside: Sequence[Task] = ()) -> int
     return round((base + experts) * passes) + stats
 
 
-def _held(task: Task, context: Context, by_kernels: bool) -> bool:
+def _held(task: Task, inputs: int) -> bool:
     """Whether what the first pass over a tensor reads is there for those that follow."""
     assert task.pipeline is not None
-    if task.pipeline.grain is not Grain.ELEMENT or (by_kernels and keeps_rows(task.key, len(context.inputs.models))):
+    if task.pipeline.grain is not Grain.ELEMENT or (task.way is Way.KERNEL and keeps_rows(task.key, inputs)):
         return True
-    return row_step(task.key, context.measured, [part.span for part in task.encoded]) >= task.stop - task.start
+    return row_step(task.key, block_size(inputs), [part.span for part in task.encoded]) >= task.stop - task.start
 
 
 def _models(inputs: Inputs) -> list[str]:

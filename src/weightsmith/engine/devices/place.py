@@ -32,11 +32,6 @@ class Place(ABC):
     device: str
     block: int | None
 
-    @property
-    @abstractmethod
-    def kernels(self) -> bool:
-        """Whether the fused CPU kernels may do the work instead."""
-
     @abstractmethod
     def measured(self, inputs: int) -> int:
         """Elements per block of a measuring pass."""
@@ -67,10 +62,6 @@ class Plain(Place):
 
     device: str = "cpu"
     block = None
-
-    @property
-    def kernels(self) -> bool:
-        return self.device == "cpu"
 
     def measured(self, inputs: int) -> int:
         return block_size(inputs)
@@ -125,10 +116,6 @@ class Lane(Place):
         self._out = accelerator.staging(stage)
         self._sent: list[Any] = [None, None]
         self._turn = 0
-
-    @property
-    def kernels(self) -> bool:
-        return False
 
     def using(self) -> AbstractContextManager[None]:
         """Work inside goes to this lane's device and stream."""
