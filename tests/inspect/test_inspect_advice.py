@@ -62,11 +62,44 @@ def test_opposed_far_and_unequal_experts() -> None:
     assert said("outvoted weight mass", "ties elects", model=found)
 
 
+CONFLICT, AGREE = "outvoted weight mass / by chance >= 1.3x", "outvoted weight mass / by chance < 0.7x"
+LARGE = "outvoted weight mass >= 20%"
+NEAR, SHARED, SAME, APART = "mean |cos| < 0.1", "0.1 <= mean cos < 0.5", "mean cos >= 0.5", "smallest cos < -0.1"
+UNEQUAL = "largest / smallest |tau| >= 2x"
+
+
+@pytest.mark.parametrize(
+    ("common", "scales", "wanted"),
+    [
+        (0.0, (1.0, 1.0), {NEAR}),
+        (0.0, (1.0, 3.3), {NEAR, UNEQUAL}),
+        (0.0, (1.0,) * 8, {NEAR, LARGE}),
+        (2.0, (1.0, 1.0), {SAME, AGREE}),
+        (2.0, (1.0, 3.3), {SAME, AGREE, UNEQUAL}),
+        (2.0, (1.0,) * 8, {SAME, AGREE}),
+        (-2.0, (1.0, 1.0), {APART, CONFLICT, LARGE}),
+        (-2.0, (1.0, 3.3), {APART, CONFLICT, LARGE, UNEQUAL}),
+        (0.6, (1.0, 1.0), {SHARED}),
+    ],
+)  # fmt: skip
+def test_independent_agreeing_and_conflicting(common: float, scales: tuple[float, ...], wanted: set[str]) -> None:
+    """Task vectors of a common part and one of their own; a negative common part turns from expert to expert."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randn(200, 100, generator=generator)
+    signs = [1.0 if common > 0 or i % 2 else -1.0 for i in range(len(scales))]
+    parts = [sign * abs(common) * shared + torch.randn(200, 100, generator=generator) for sign in signs]
+    deltas = [{"w": scale * part} for scale, part in zip(scales, parts, strict=True)]
+    found = of({"w": torch.full((200, 100), 1e4)}, deltas, spectra=0)
+    assert {advice.rule for advice in found.advice} & {CONFLICT, AGREE, LARGE, NEAR, SHARED, SAME, APART, UNEQUAL} == (
+        wanted
+    )
+
+
 def test_a_middle_cosine_has_both_bounds() -> None:
     found = of_vectors([9.0, 9.0], [1.0, 0.0], [0.3, 0.953939])
-    assert said("mean |cos| = 0.3 >= 0.1 and < 0.5", "iso_c", model=found)
-    (rule,) = [a.rule for a in found.advice if "cos| <" in a.rule]
-    assert rule == "0.1 <= mean |cos| < 0.5"
+    assert said("mean cos = 0.3 >= 0.1 and < 0.5", "iso_c", model=found)
+    (rule,) = [a.rule for a in found.advice if "cos <" in a.rule]
+    assert rule == "0.1 <= mean cos < 0.5"
 
 
 def test_peaks_and_sparse_changes() -> None:

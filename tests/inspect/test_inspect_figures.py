@@ -13,7 +13,7 @@ from weightsmith.core.keys import Key
 from weightsmith.core.method import Rows
 from weightsmith.core.site import Site
 from weightsmith.engine.execute import fold
-from weightsmith.inspect.advice import independent
+from weightsmith.inspect.facts import independent
 from weightsmith.inspect.survey import Survey
 
 torch.set_num_threads(1)
@@ -56,11 +56,26 @@ def test_independent_task_vectors(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     deltas = [{"w": torch.randn(300, 100, generator=generator)} for _ in range(count)]
     model = of({"w": torch.zeros(300, 100)}, deltas, spectra=0).model
-    assert model.outvoted == pytest.approx(independent(count), rel=0.02)
+    assert model.outvoted == pytest.approx(independent([1.0] * count, [1.0] * count), rel=0.02)
     assert model.conflict == pytest.approx(1 - 2 ** (1 - count), rel=0.02)
     assert model.overlap[0][1] == pytest.approx(0.2 / 1.8, rel=0.05)
     assert model.peak[0] == pytest.approx(0.0127, rel=0.1)
     assert model.to_one == pytest.approx(count**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 3.3), (1.0, 2.0, 8.0), (1.0,) * 13])
+@pytest.mark.parametrize("kept", [1.0, 0.3])
+def test_the_yardstick_knows_norms_and_zeros(scales: tuple[float, ...], kept: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    deltas = [{n: s * torch.randn(200, 100, generator=generator) * (torch.rand(200, 100, generator=generator) < kept)
+               for n, s in (("a", scale), ("b", 5 / scale))} for scale in scales]  # fmt: skip
+    model = of({n: torch.zeros(200, 100) for n in "ab"}, deltas, spectra=0).model
+    assert model.outvoted == pytest.approx(model.chance, rel=0.03)
+
+
+def test_two_of_unequal_norms_outvote_less() -> None:
+    assert independent([1.0, 3.3], [1.0, 1.0]) == pytest.approx(0.099, abs=5e-4)
+    assert independent([1.0, 0.0], [1.0, 1.0]) == independent([1.0, 1.0], [0.0, 0.0]) == 0
 
 
 def test_overlap_of_top_masks() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from weightsmith.inspect.facts import Measures, pairs
 
-__all__ = ["RULES", "Advice", "Rule", "advise", "independent"]
+__all__ = ["RULES", "Advice", "Rule", "advise"]
 
 Figure = Callable[[Measures], float | None]
 
@@ -77,14 +77,6 @@ def advise(model: Measures, experts: Sequence[str]) -> tuple[Advice, ...]:
     return tuple(found for rule in RULES if (found := rule.on(model, experts)))
 
 
-def independent(count: int) -> float:
-    """`outvoted` of independent normal task vectors of equal size, in expectation: (1 - 1 / sqrt n) / 2.
-
-    E |sum of n| = sqrt n E |one|, and min(P, N) = (P + N - |P - N|) / 2.
-    """
-    return (1 - 1 / math.sqrt(count)) / 2
-
-
 # --- figures -----------------------------------------------------------------------------------------
 
 
@@ -98,6 +90,10 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 
 def _cosine(model: Measures) -> float | None:
+    return _mean(pairs(model.cosine))
+
+
+def _angle(model: Measures) -> float | None:
     return _mean([abs(v) for v in pairs(model.cosine)])
 
 
@@ -113,6 +109,10 @@ def _spread(model: Measures) -> float | None:
 
 def _along_base(model: Measures) -> float | None:
     return _largest([None if v is None else abs(v) for v in model.base_cosine])
+
+
+def _against_chance(model: Measures) -> float | None:
+    return model.outvoted / model.chance if model.outvoted is not None and model.chance else None
 
 
 def _kept(model: Measures) -> float | None:
@@ -152,7 +152,7 @@ def _words(model: Measures, experts: Sequence[str]) -> dict[str, str]:
         "short": experts[short],
         "pair": f"{experts[i]} and {experts[j]}",
         "lambdas": f"{1 / count:.2g} (the mean){to_one}",
-        "independent": f"{100 * independent(count):.3g}%",
+        "independent": _shown(model.chance or 0.0, "%"),
         "n": str(count),
     }
 
@@ -198,7 +198,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "mean |cos|",
-        _cosine,
+        _angle,
         "task vectors are near orthogonal, and adding them disturbs each little; task_arithmetic with a lambda from "
         "{lambdas} is a fair start",
         "published: arXiv:2212.04089 (unlike tasks are close to orthogonal); the range of lambda is a heuristic",
@@ -206,7 +206,7 @@ RULES: tuple[Rule, ...] = (
         methods=("task_arithmetic",),
     ),
     Rule(
-        "mean |cos|",
+        "mean cos",
         _cosine,
         "experts share a part of what they learnt, which a sum counts up to {n} times; lambda from {lambdas}, or "
         "iso_c, which levels shared directions",
@@ -216,7 +216,7 @@ RULES: tuple[Rule, ...] = (
         methods=("task_arithmetic", "iso_c"),
     ),
     Rule(
-        "mean |cos|",
+        "mean cos",
         _cosine,
         "experts moved much the same way, like runs of one training; average them",
         "published for such runs: arXiv:2203.05482; 0.5 is a heuristic",
@@ -233,7 +233,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "outvoted weight mass",
         _several(lambda m: m.outvoted),
-        "experts disagree on signs (independent ones: {independent} for {n} experts); ties elects one sign per weight, "
+        "experts disagree on signs (independent ones of these norms: {independent}); ties elects one sign per weight, "
         "consensus drops weights of few tasks",
         "published: arXiv:2306.01708 (conflicts grow with the number of models); 20% is a heuristic",
         above=0.2,
@@ -241,12 +241,23 @@ RULES: tuple[Rule, ...] = (
         methods=("ties", "consensus"),
     ),
     Rule(
-        "outvoted weight mass",
-        _several(lambda m: m.outvoted),
-        "signs agree (independent ones: {independent} outvoted for {n} experts); an election of signs has little to do",
+        "outvoted weight mass / by chance",
+        _several(_against_chance),
+        "signs conflict more than those of independent experts of these norms ({independent} outvoted); an election of "
+        "signs decides between them, and a smaller weight for {pair} may do better",
         _HEURISTIC,
-        below=0.1,
-        unit="%",
+        above=1.3,
+        unit="x",
+        methods=("ties",),
+    ),
+    Rule(
+        "outvoted weight mass / by chance",
+        _several(_against_chance),
+        "signs agree more than those of independent experts of these norms ({independent} outvoted); an election of "
+        "signs has little to do",
+        _HEURISTIC,
+        below=0.7,
+        unit="x",
         methods=("task_arithmetic",),
     ),
     Rule(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Matrix", "Measures", "SpectralMeasures", "measures", "pairs"]
+__all__ = ["Matrix", "Measures", "SpectralMeasures", "independent", "measures", "outvoted_by_chance", "pairs"]
 
 Number = float | None
 """None where a figure has no meaning: an angle with a task vector of zeros, say."""
@@ -54,6 +54,7 @@ class Measures:
     to_one        lambda at which lambda * sum_i tau_i is as long as the task vectors are on average
     conflict      share, among entries that at least two experts changed, of those one raised and another lowered
     outvoted      share of sum_i |tau_i| that has the sign with less mass at its entry: what an election of signs loses
+    chance        `outvoted` of independent task vectors that are as long and as sparse, tensor by tensor
     overlap       [n][n] Jaccard index of the top masks: the largest 20% of each tensor, without zeros
     outliers      share of entries above 6 root mean squares of their tensor
     peak          share of |tau_i|^2 in the largest 0.1% of each tensor's entries (at least one per tensor)
@@ -71,6 +72,7 @@ class Measures:
     to_one: Number
     conflict: Number
     outvoted: Number
+    chance: Number
     overlap: Matrix
     outliers: tuple[Number, ...]
     peak: tuple[Number, ...]
@@ -101,11 +103,45 @@ def measures(totals: Mapping[str, Any]) -> Measures:
         to_one=_over(lengths.mean(), together)[0] if together > 1e-9 * lengths.sum() else None,
         conflict=_over(found["clash"], found["shared"])[0],
         outvoted=_over(found["outvoted"], found["mass"].sum())[0],
+        chance=_over(found["chance"], found["mass"].sum())[0],
         overlap=_matrix(masks, sizes[:, None] + sizes[None, :] - masks),
         outliers=_over(found["outliers"], entries),
         peak=_over(found["peak"], lengths**2),
         spectra=_spectral(found) if "spectra.matrices" in found else None,
     )
+
+
+SUBSETS = 12
+"""Number of experts up to which every subset of them is looked at; of more, 2 ** SUBSETS random ones."""
+
+
+def independent(sizes: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray) -> float:
+    """`outvoted` of independent normal task vectors, in expectation: (1 - E |sum_i x_i| / sum_i E |x_i|) / 2.
+
+    sizes   root mean square of each one's changed entries
+    shares  of entries that each one changed; which ones is independent too
+
+    min(P, N) = (P + N - |P - N|) / 2 for the masses P and N of the two signs, and the sum over a subset S of experts is
+    normal with variance sum_S size^2.  Equal sizes without zeros give (1 - 1 / sqrt n) / 2.
+    """
+    size, share = np.asarray(sizes, float), np.asarray(shares, float)
+    if not (size * share).sum() > 0:
+        return 0.0
+    if len(size) <= SUBSETS:
+        takes = (np.arange(2 ** len(size))[:, None] >> np.arange(len(size))) & 1 > 0
+        weight = np.where(takes, share, 1 - share).prod(1)
+    else:
+        takes = np.random.default_rng(0).random((2**SUBSETS, len(size))) < share
+        weight = np.full(len(takes), 1 / len(takes))
+    together = float(weight @ np.sqrt(takes @ size**2))
+    return max(0.0, (1 - together / float((size * share).sum())) / 2)
+
+
+def outvoted_by_chance(totals: Mapping[str, Any], entries: int) -> float:
+    """The mass that independent task vectors would lose to an election of signs, from one tensor's totals."""
+    squares, changed = np.asarray(totals["gram"]).diagonal()[1:], entries - np.asarray(totals["zeros"])
+    sizes = np.sqrt(np.divide(squares, changed, out=np.zeros(len(squares)), where=changed > 0))
+    return independent(sizes, changed / entries) * float(np.asarray(totals["mass"]).sum())
 
 
 def _spectral(found: Mapping[str, np.ndarray]) -> SpectralMeasures:

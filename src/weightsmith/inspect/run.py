@@ -21,7 +21,7 @@ from weightsmith.engine.execute import fold, measure
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.advice import Advice, advise
-from weightsmith.inspect.facts import Measures, measures
+from weightsmith.inspect.facts import Measures, measures, outvoted_by_chance
 from weightsmith.inspect.spectra import Spectrum, small_enough, spectral_totals
 from weightsmith.inspect.survey import Survey
 from weightsmith.io.read.vocabulary import difference
@@ -234,6 +234,7 @@ def _totals(key: Key, context: Context, side: int) -> Totals:
             summary = stage.digest(plain, round, summary)
     found = {name: np.asarray(value) for name, value in summary.items() if not name.startswith("select.")}
     found |= {"tensors": np.asarray(1), "entries": np.asarray(key.numel)}
+    found["chance"] = np.asarray(outvoted_by_chance(found, key.numel))
     return {**found, **_spectra(key, context)} if small_enough(key, side) else found
 
 
