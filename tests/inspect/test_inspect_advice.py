@@ -79,7 +79,7 @@ UNEQUAL = "largest / smallest |tau| >= 2x"
         (2.0, (1.0,) * 8, {SAME, AGREE}),
         (-2.0, (1.0, 1.0), {APART, CONFLICT, LARGE}),
         (-2.0, (1.0, 3.3), {APART, CONFLICT, LARGE, UNEQUAL}),
-        (0.6, (1.0, 1.0), {SHARED}),
+        (0.45, (1.0, 1.0), {SHARED}),
     ],
 )  # fmt: skip
 def test_independent_agreeing_and_conflicting(common: float, scales: tuple[float, ...], wanted: set[str]) -> None:
