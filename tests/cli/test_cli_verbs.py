@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,12 +78,12 @@ def test_merge_passes_its_options_on(
     monkeypatch.setattr("weightsmith.jobs.merge.run", engine)
     words = ["--memory", "4GB", "--threads", "3", "--device", "cuda:1", "--resume", "--overwrite", "--set", "seed=5"]
     assert main(["merge", str(recipe), str(out), *words]) == 0
-    made, target = engine.args
+    made, target, settings = engine.args
     assert made.seed == 5
     assert target == out
-    assert engine.named == {
+    assert asdict(settings) == {
         "memory": 4_000_000_000, "threads": 3, "device": "cuda:1", "resume": True, "overwrite": True, "progress": None,
-        "files": [recipe], "fingerprint": "quick", "ray": None,
+        "files": (recipe,), "fingerprint": "quick", "ray": None,
     }  # fmt: skip
     shown = capsys.readouterr()
     assert shown.err == "warning: look at this\n"
@@ -95,7 +96,7 @@ def test_merge_passes_its_options_on(
     ("words", "message"),
     [
         (["--memory", "4XB"], "error: --memory: '4XB' is not a size; write it like 500MB, 5GB or 2GiB\n"),
-        (["--memory", "0"], "error: --memory 0 leaves nothing; write it like 4GB\n"),
+        (["--memory", "0"], "error: --memory must be at least 1 byte, for example 4GB (got 0)\n"),
         (["--threads", "0"], "error: --threads 0 is outside [1, inf)\n"),
         (["--device", "gpu"], "error: --device: unknown device 'gpu'"),
         (["--set", "sed=1"], "error: --set sed=1: unknown key 'sed' in the recipe; did you mean 'seed'?\n"),

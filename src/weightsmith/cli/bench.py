@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import (
-    Device,
-    Json,
-    Memory,
-    Plugins,
-    Quiet,
-    Threads,
-    bytes_of,
-    device_of,
-    threads_of,
-)
+from weightsmith.cli.options import Device, Json, Memory, Plugins, Quiet, Threads, chosen
 from weightsmith.cli.show import progress_bar, say, show_json, table
 
 if TYPE_CHECKING:
@@ -66,14 +56,11 @@ def bench(
         results = measure(
             read,
             folder,
+            chosen(memory=memory, threads=threads, device=device, progress=progress),
             evaluator=evaluator,
             methods=[name.strip() for name in (methods or "").split(",") if name.strip()],
             plugins=plugin,
-            memory=bytes_of(memory),
-            threads=threads_of(threads),
-            device=device_of(device),
             say=None if silent else say,
-            progress=progress,
         )
     pages = write_pages(results, folder)
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import Device, Json, device_of
+from weightsmith.cli.options import Device, Json, chosen
 from weightsmith.cli.show import say, show_json, table, warn
 
 __all__ = ["check"]
@@ -27,7 +27,9 @@ def check(
     """Load a result, run it, and compare its perplexity with its parents'."""
     from weightsmith.observe.check import check as look
 
-    report = look(out, text=text, length=length, device=device_of(device), trust_remote_code=trust_remote_code)
+    report = look(
+        out, text=text, length=length, device=chosen(device=device).device, trust_remote_code=trust_remote_code
+    )
     if json:
         show_json(report)
     else:

@@ -5,24 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import (
-    Device,
-    Fingerprint,
-    Json,
-    Memory,
-    Out,
-    Overwrite,
-    Plugins,
-    Quiet,
-    RecipeFile,
-    Resume,
-    Sets,
-    Threads,
-    bytes_of,
-    device_of,
-    read_recipe,
-    threads_of,
-)
+from weightsmith.cli.options import DEFAULTS, Json, Out, Plugins, Quiet, RecipeFile, Run, Sets, read_recipe
 from weightsmith.cli.show import progress_bar
 
 __all__ = ["compress"]
@@ -34,12 +17,7 @@ def compress(
     /,
     *,
     set_: Sets = (),
-    memory: Memory = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    fingerprint: Fingerprint = "quick",
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
@@ -49,21 +27,8 @@ def compress(
 
     files: list[Path] = []
     made = read_recipe(recipe, set_, plugin, files)
-    limit, workers = bytes_of(memory), threads_of(threads)
-    device_of(device)
     with progress_bar("compressing", quiet=quiet or json) as progress:
-        result = run(
-            made,
-            out,
-            memory=limit,
-            threads=workers,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            files=files,
-            fingerprint=fingerprint,
-        )
+        result = run(made, out, settings, files=files, progress=progress)
     summary(
         result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} OUT --expert NAME" gets one model back'
     )

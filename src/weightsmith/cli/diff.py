@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import Json, Quiet, Threads, threads_of
+from weightsmith.cli.options import Json, Quiet, Threads, chosen
 from weightsmith.cli.show import progress_bar, say, show_json, table
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def diff(
     for source in (first, second):
         source.prepare()
     with progress_bar("comparing", quiet=quiet or json, nbytes=False) as progress:
-        found = compare(first, second, threads=threads_of(threads), progress=progress)
+        found = compare(first, second, threads=chosen(threads=threads).threads, progress=progress)
     if json:
         show_json(_plain(found))
     elif not quiet:

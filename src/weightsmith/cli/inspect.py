@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import (
-    Device,
-    Json,
-    Plugins,
-    Quiet,
-    RecipeFile,
-    Sets,
-    Threads,
-    device_of,
-    read_recipe,
-    threads_of,
-)
+from weightsmith.cli.options import Device, Json, Plugins, Quiet, RecipeFile, Sets, Threads, chosen, read_recipe
 from weightsmith.cli.show import progress_bar, say, show_json, table
 
 if TYPE_CHECKING:
@@ -57,7 +46,7 @@ def inspect(
     from weightsmith.io.disk import write_file
 
     with progress_bar("inspecting", quiet=quiet or json, nbytes=False) as progress:
-        found = measure(read, spectra=spectra, threads=threads_of(threads), device=device_of(device), progress=progress)
+        found = measure(read, chosen(threads=threads, device=device, progress=progress), spectra=spectra)
     if json:
         show_json(plain(found))
     elif not quiet:

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import (
-    Device,
-    Fingerprint,
-    Json,
-    Memory,
-    Overwrite,
-    Plugins,
-    Quiet,
-    RecipeFile,
-    Resume,
-    Sweeps,
-    Threads,
-    bytes_of,
-    device_of,
-    read_variants,
-    threads_of,
-)
+from weightsmith.cli.options import DEFAULTS, Json, Plugins, Quiet, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
 
 if TYPE_CHECKING:
@@ -41,13 +25,7 @@ def merge(
     *,
     set_: Sweeps = (),
     dry_run: Annotated[bool, Parameter(help="Show the plan and stop.")] = False,
-    memory: Memory = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    ray: Annotated[str | None, Parameter(help="Spread tasks over the Ray cluster at ADDRESS, or 'local'.")] = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    fingerprint: Fingerprint = "quick",
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
@@ -55,40 +33,20 @@ def merge(
     """Merge models as a recipe says, into a folder that transformers and others can load."""
     files: list[Path] = []
     variants = read_variants(recipe, set_, plugin, files)
-    device_of(device)
     if dry_run:
         from weightsmith.cli.plan import preview
 
-        return preview(
-            variants,
-            out,
-            memory=memory,
-            threads=threads,
-            device=device,
-            json=json,
-            overwrite=overwrite,
-            resume=resume,
-            files=files,
-        )
+        return preview(variants, out, settings.but(files=files), json=json)
     from weightsmith.jobs.merge import run
     from weightsmith.jobs.sweep import run_sweep
     from weightsmith.observe.consistency import cheap_check
 
-    how: dict[str, Any] = {
-        "memory": bytes_of(memory),
-        "threads": threads_of(threads),
-        "device": device,
-        "ray": ray,
-        "resume": resume,
-        "overwrite": overwrite,
-        "files": files,
-        "fingerprint": fingerprint,
-    }
     with progress_bar("merging", quiet=quiet or json) as progress:
+        settings = settings.but(files=files, progress=progress)
         if len(variants) > 1:
-            swept = run_sweep(variants, out, progress=progress, **how)
+            swept = run_sweep(variants, out, settings)
         else:
-            result = run(next(iter(variants.values())), out, progress=progress, **how)
+            result = run(next(iter(variants.values())), out, settings)
     if len(variants) > 1:
         _summary_of_all(swept, json=json, quiet=quiet)
         return 0

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import (
-    Device,
-    Json,
-    Memory,
-    Out,
-    Overwrite,
-    Quiet,
-    Resume,
-    Sets,
-    Threads,
-    bytes_of,
-    device_of,
-    threads_of,
-)
+from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run, Sets
 from weightsmith.cli.show import progress_bar, say, show_json, size, table, warn
 
 if TYPE_CHECKING:
@@ -38,11 +25,7 @@ def moe(
     set_: Sets = (),
     dry_run: Annotated[bool, Parameter(help="Show what would be written, and stop.")] = False,
     skip_drift: Annotated[bool, Parameter(help="Do not measure what the experts learned outside their MLPs.")] = False,
-    memory: Memory = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,8 +34,6 @@ def moe(
     from weightsmith.moe.recipe import load
 
     made = load(recipe, set_)
-    limit, workers = bytes_of(memory), threads_of(threads)
-    device_of(device)
     draft = prepared_draft(made)
     if dry_run:
         _preview(draft, json)
@@ -60,18 +41,7 @@ def moe(
     if not json and not quiet:
         say(_sizes(draft))
     with progress_bar("building", quiet=quiet or json) as progress:
-        result = build(
-            draft,
-            out,
-            memory=limit,
-            threads=workers,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            drift=not skip_drift,
-            files=(recipe,),
-            progress=progress,
-        )
+        result = build(draft, out, settings, drift=not skip_drift, files=(recipe,), progress=progress)
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import Device, Json, Quiet, device_of
+from weightsmith.cli.options import Device, Json, Overwrite, Quiet, chosen
 from weightsmith.cli.show import progress_bar, say, show_json
 
 __all__ = ["observe"]
@@ -32,7 +32,7 @@ def observe(
     skip_first: Annotated[bool, Parameter(help="Leave out the first token of each text (gram).")] = False,
     layers: Annotated[tuple[int, int] | None, Parameter(help="Blocks START END only.")] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, Parameter(help="Replace statistics that are there already.")] = False,
+    overwrite: Overwrite = False,
     trust_remote_code: Annotated[bool, Parameter(help="Let the checkpoint's own python code run.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -56,7 +56,7 @@ def observe(
             field=field,
             skip_first=skip_first,
             layers=layers,
-            device=device_of(device),
+            device=chosen(device=device).device,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=None if progress is None else lambda _, done, total: progress(done, total),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+from weightsmith.core.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
 
 __all__ = [
+    "DEFAULTS",
     "Device",
-    "Fingerprint",
     "Json",
     "Memory",
     "Out",
@@ -22,20 +25,17 @@ __all__ = [
     "Plugins",
     "Quiet",
     "RecipeFile",
-    "Resume",
+    "Run",
     "Sets",
     "Sweeps",
     "Threads",
-    "bytes_of",
-    "device_of",
+    "chosen",
     "read_recipe",
     "read_variants",
 ]
 
 RecipeFile = Annotated[Path, Parameter(help="Recipe file, YAML or JSON.")]
 Out = Annotated[Path, Parameter(help="Folder to write; it appears when it is complete.")]
-Resume = Annotated[bool, Parameter(help="Go on where an interrupted run of the same stopped.")]
-Overwrite = Annotated[bool, Parameter(help="Replace a folder that is not empty, as a whole.")]
 Sets = Annotated[
     tuple[str, ...],
     Parameter(name="--set", help="Change one value of the recipe, as parameters.density=0.3; may be repeated."),
@@ -51,17 +51,59 @@ Sweeps = Annotated[
 Plugins = Annotated[
     tuple[Path, ...], Parameter(name="--plugin", help="Python file that defines further methods; it is run.")
 ]
-Memory = Annotated[str | None, Parameter(help="Bound on peak memory, as 4GB.")]
-Threads = Annotated[int | None, Parameter(help="Worker threads; default: all cores.")]
-Device = Annotated[str, Parameter(help="auto, cpu, cuda (all GPUs) or cuda:N.", show_default=True)]
-Fingerprint = Annotated[
-    Literal["quick", "full"],
-    Parameter(
-        help="full: note a hash of all bytes of every input; they are read once more for that.", show_default=True
-    ),
-]
 Json = Annotated[bool, Parameter(help="Print JSON for programs, and nothing else.")]
 Quiet = Annotated[bool, Parameter(help="Print nothing but errors and warnings.")]
+
+
+_KINDS: Mapping[str, Any] = {
+    "memory": str | None,  # as 4GB; the settings make a number of it
+    "threads": int | None,
+    "device": str,
+    "ray": str | None,
+    "resume": bool,
+    "overwrite": bool,
+    "fingerprint": Literal["quick", "full"],
+}
+"""The settings that are options, and what is written for them."""
+
+
+def _meanings() -> dict[str, str]:
+    """Field -> its line in the docstring of `Settings`."""
+    lines = re.findall(r"^ {4}(\w+) {2,}(.+)$", Settings.__doc__ or "", re.MULTILINE)
+    return dict(lines)
+
+
+def _option(name: str) -> Parameter:
+    default = getattr(DEFAULT, name)
+    return Parameter(help=_meanings()[name], show_default=isinstance(default, str))
+
+
+def _options() -> type[Settings]:
+    """`Settings` as cyclopts reads them."""
+    own = [(name, Annotated[kind, _option(name)], field(default=getattr(DEFAULT, name)))
+           for name, kind in _KINDS.items()]  # fmt: skip
+    hidden = [(f.name, Annotated[Any, Parameter(parse=False)], field(default=f.default))
+              for f in fields(Settings) if f.name not in _KINDS]  # fmt: skip
+    more = {"option": "--", "__module__": __name__}
+    return make_dataclass("Options", [*own, *hidden], bases=(Settings,), frozen=True, namespace=more)
+
+
+Options = _options()
+DEFAULTS: Settings = Options()
+Memory = Annotated[str | None, _option("memory")]
+Threads = Annotated[int | None, _option("threads")]
+Device = Annotated[str, _option("device")]
+Overwrite = Annotated[bool, _option("overwrite")]
+
+if TYPE_CHECKING:
+    Run = Settings
+else:
+    Run = Annotated[Options, Parameter(name="*", group="Running")]
+
+
+def chosen(**options: Any) -> Settings:
+    """Settings from single options, for verbs that take few of them."""
+    return Options(**options)
 
 
 def read_recipe(file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None) -> Recipe:
@@ -88,35 +130,3 @@ def read_variants(
     if files is not None:
         files += [plugin.expanduser() for plugin in plugins]
     return load_variants(file, sets, files)
-
-
-def bytes_of(text: str | None) -> int | None:
-    """'4GB' -> 4_000_000_000."""
-    from weightsmith.core.errors import RecipeError
-    from weightsmith.recipe.schema import parse_size
-
-    if text is None:
-        return None
-    try:
-        count = parse_size(text)
-    except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from None
-    if count < 1:
-        raise RecipeError(f"--memory {text} leaves nothing; write it like 4GB")
-    return count
-
-
-def threads_of(count: int | None) -> int | None:
-    from weightsmith.core.errors import RecipeError
-
-    if count is not None and count < 1:
-        raise RecipeError(f"--threads {count} is outside [1, inf)")
-    return count
-
-
-def device_of(text: str) -> str:
-    from weightsmith.core.errors import RecipeError, did_you_mean
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise RecipeError(f"--device: unknown device {text!r}{did_you_mean(text, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
-    return text

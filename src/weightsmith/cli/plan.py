@@ -9,20 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import (
-    Device,
-    Json,
-    Memory,
-    Plugins,
-    RecipeFile,
-    Sweeps,
-    Threads,
-    bytes_of,
-    device_of,
-    read_variants,
-    threads_of,
-)
+from weightsmith.cli.options import DEFAULTS, Json, Plugins, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import roughly, say, show_json, size, table
+from weightsmith.core.settings import Settings
 
 if TYPE_CHECKING:
     from weightsmith.plan.plan import Plan
@@ -37,43 +26,20 @@ def plan(
     /,
     *,
     set_: Sweeps = (),
-    memory: Memory = None,
-    threads: Threads = None,
-    device: Device = "auto",
+    settings: Run = DEFAULTS,
     json: Json = False,
     plugin: Plugins = (),
 ) -> int:
     """Show what would be read, done and written, and every problem, from file headers alone."""
     files: list[Path] = []
     variants = read_variants(recipe, set_, plugin, files)
-    return preview(variants, out, memory=memory, threads=threads, device=device_of(device), json=json, files=files)
+    return preview(variants, out, settings.but(files=files), json=json)
 
 
-def preview(
-    variants: Mapping[str, Recipe],
-    out: Path | None,
-    *,
-    memory: str | None,
-    threads: int | None,
-    device: str = "auto",
-    json: bool,
-    overwrite: bool = False,
-    resume: bool = False,
-    files: Sequence[Path] = (),
-) -> int:
-    """Print the plan, or what the plans of a sweep come to; 0, or 2 if there are problems.  `files`: see `run`."""
+def preview(variants: Mapping[str, Recipe], out: Path | None, settings: Settings, *, json: bool) -> int:
+    """Print the plan, or what the plans of a sweep come to; 0, or 2 if there are problems."""
     if len(variants) > 1:
-        return _preview_all(
-            variants,
-            out or Path.cwd(),
-            memory=memory,
-            threads=threads,
-            device=device,
-            json=json,
-            overwrite=overwrite,
-            resume=resume,
-            files=files,
-        )
+        return _preview_all(variants, out or Path.cwd(), settings, json=json)
     (recipe,) = variants.values()
     from weightsmith.core.method import Codec, registry
     from weightsmith.io.write.output import check_output
@@ -83,18 +49,11 @@ def preview(
 
     inputs = open_inputs(recipe)
     encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
-    made = make_plan(
-        recipe,
-        sources=inputs,
-        memory=bytes_of(memory),
-        threads=threads_of(threads),
-        out=out or Path.cwd(),
-        strict=False,
-        encode=encode,
-        device=device,
-    )
+    made = make_plan(recipe, settings, sources=inputs, out=out or Path.cwd(), strict=False, encode=encode)
     if out is not None:
-        more = check_output(out, (*reads(recipe, inputs), *files), overwrite, resume, made.write_bytes)
+        more = check_output(
+            out, (*reads(recipe, inputs), *settings.files), settings.overwrite, settings.resume, made.write_bytes
+        )
         made = replace(made, problems=tuple(dict.fromkeys((*made.problems, *more))))
     if json:
         show_json(_facts(made))
@@ -103,24 +62,10 @@ def preview(
     return 2 if made.problems else 0
 
 
-def _preview_all(
-    variants: Mapping[str, Recipe],
-    out: Path,
-    *,
-    memory: str | None,
-    threads: int | None,
-    device: str = "auto",
-    json: bool,
-    overwrite: bool,
-    resume: bool,
-    files: Sequence[Path],
-) -> int:
+def _preview_all(variants: Mapping[str, Recipe], out: Path, settings: Settings, *, json: bool) -> int:
     from weightsmith.jobs.sweep import plan_sweep
 
-    limit, workers = bytes_of(memory), threads_of(threads)
-    made = plan_sweep(
-        variants, out, memory=limit, threads=workers, resume=resume, overwrite=overwrite, files=files, device=device
-    )
+    made = plan_sweep(variants, out, settings)
     if json:
         show_json({
             "out": made.out,

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Json, Memory, Out, Overwrite, Quiet, Resume, Threads, bytes_of, threads_of
+from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run
 from weightsmith.cli.show import progress_bar
 
 __all__ = ["restore"]
@@ -24,30 +24,23 @@ def restore(
     scale: Annotated[float, Parameter(help="Of the consensus' task vector.", show_default=True)] = 1.0,
     base: Annotated[str | None, Parameter(help="Where the base is now, if not where it was.")] = None,
     dtype: Annotated[str | None, Parameter(help="Of the result; default: as the base stores it.")] = None,
-    memory: Memory = None,
-    threads: Threads = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Get one model back out of a compressed folder, or the consensus of all of them."""
     from weightsmith.jobs.compress import restore as run
 
-    limit, workers = bytes_of(memory), threads_of(threads)
     with progress_bar("restoring", quiet=quiet or json) as progress:
         result = run(
             folder,
             expert,
             out,
+            settings,
             base=base,
             consensus=consensus,
             scale=scale,
             dtype=dtype,
-            memory=limit,
-            threads=workers,
-            resume=resume,
-            overwrite=overwrite,
             progress=progress,
         )
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')

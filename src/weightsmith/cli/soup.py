@@ -12,22 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightsmith.cli.options import (
-    Device,
-    Json,
-    Memory,
-    Out,
-    Overwrite,
-    Plugins,
-    Quiet,
-    RecipeFile,
-    Sets,
-    Threads,
-    bytes_of,
-    device_of,
-    read_recipe,
-    threads_of,
-)
+from weightsmith.cli.options import DEFAULTS, Json, Out, Plugins, Quiet, RecipeFile, Run, Sets, read_recipe
 from weightsmith.cli.show import say, show_json, table, warn
 
 if TYPE_CHECKING:
@@ -51,10 +36,7 @@ def soup(
     size: Annotated[int | None, Parameter(help="Merge the SIZE best by --scores instead.")] = None,
     lower_is_better: Annotated[bool, Parameter(help="Scores are losses.")] = False,
     set_: Sets = (),
-    memory: Memory = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
@@ -75,16 +57,13 @@ def soup(
         read,
         out,
         measure,
+        settings,
         scores=given,
         size=size,
         lower_is_better=lower_is_better,
-        remember=None if score_command is None else _ledger(out, score_command, device_of(device)),
+        remember=None if score_command is None else _ledger(out, score_command, settings.device),
         tell=None if silent else lambda names, score: say(f"  {score:.6g}  {', '.join(names)}"),
-        overwrite=overwrite,
         files=files,
-        memory=bytes_of(memory),
-        threads=threads_of(threads),
-        device=device_of(device),
     )
     _summary(made, json=json, quiet=quiet)
     return 0

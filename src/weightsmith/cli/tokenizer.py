@@ -8,7 +8,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from weightsmith.cli.merge import summary
-from weightsmith.cli.options import Json, Memory, Out, Overwrite, Quiet, Resume, Threads, bytes_of, threads_of
+from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run
 from weightsmith.cli.show import progress_bar, say
 
 __all__ = ["tokenizer", "transplant"]
@@ -56,10 +56,7 @@ def transplant(
     scale: Annotated[float, Parameter(help="Factor on new rows.")] = 1.0,
     pad_to_multiple_of: Annotated[int, Parameter(help="Round the number of rows up.")] = 1,
     seed: Annotated[int, Parameter(help="Of every random choice.")] = 0,
-    memory: Memory = None,
-    threads: Threads = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -82,11 +79,8 @@ def transplant(
         multiple=pad_to_multiple_of,
         seed=seed,
     )
-    limit, workers = bytes_of(memory), threads_of(threads)
     with progress_bar("transplanting", quiet=quiet or json) as progress:
-        result, tokens = run(
-            model, donor, out, how, memory=limit, threads=workers, resume=resume, overwrite=overwrite, progress=progress
-        )
+        result, tokens = run(model, donor, out, how, settings, progress=progress)
     if not (quiet or json):
         kept, new = int((tokens.own >= 0).sum()), int(((tokens.own < 0) & (tokens.theirs >= 0)).sum())
         say(f"{kept} tokens keep their rows, {new} are new (by {method})")

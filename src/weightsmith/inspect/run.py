@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.keys import Key, layer_of
 from weightsmith.core.method import Grain, Pipeline, Rows
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import Task, Way
 from weightsmith.engine.context import Context
 from weightsmith.engine.devices.accelerator import accelerator_of
@@ -70,32 +71,33 @@ class Inspection:
 
 def inspect(
     recipe: Recipe,
+    settings: Settings = DEFAULT,
     *,
     spectra: int = SIDE,
-    threads: int | None = None,
-    device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
     sources: Inputs | None = None,
+    **options: Any,
 ) -> Inspection:
     """Measure the task vectors of a recipe's models; its method, rules and output do not matter.
 
     spectra   measure singular spectra of matrices up to this smaller side (and 16 spectra^2 entries); 0: of none
-    progress  called with (entries done, entries in all)
+    options   change single settings: threads, device, progress
 
     Reads blocks: memory does not grow with the models, except for one matrix of one expert (per thread) at a time
     where spectra are measured.  The same figures for every thread count.
 
     Raises PlanError if an input cannot be opened, there is no base, or nothing in it can be compared.
     """
+    settings = settings.but(**options)
+    progress = settings.progress
     inputs = sources if sources is not None else open_inputs(recipe)
     keys, left_out = _comparable(inputs)
     for _, source in inputs.models:
         source.prepare()
-    wanted = accelerator_of(device)
+    wanted = accelerator_of(settings.device)
     place = CPU if wanted is None else Plain(wanted.devices()[0])
     context = Context(inputs=inputs, place=place, nonfinite=recipe.nonfinite)
     importlib.import_module("torch")  # once, before threads race for it
-    workers = threads or cores()
+    workers = settings.threads or cores()
     # The largest first: none of them is then left over at the end for one thread alone.
     order = sorted(keys, key=lambda key: -key.numel)
     found: dict[str, Totals] = {}

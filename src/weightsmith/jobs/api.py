@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import Pipeline, Stage
+from weightsmith.core.settings import DEFAULT
 from weightsmith.engine.carry import carry_out
-from weightsmith.engine.devices.accelerator import Accelerator
-from weightsmith.inputs.opened import Inputs
-from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import make_plan
-from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
+from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,8 @@ def merge(
     exclude: Sequence[str] = (),
     extra: Literal["refuse", "first"] = "refuse",
     nonfinite: Literal["refuse", "allow"] = "refuse",
-    threads: int | None = None,
-    device: str | Accelerator = "auto",
-    **parameters: Any,
+    tokenizer: str | Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Tensor] | Path | Url:
     """Merge models into one.
 
@@ -59,17 +58,16 @@ def merge(
     exclude     globs of tensors taken unchanged from the base (or first model)
     extra       what to do about a kept tensor that the base (or first model) lacks and several models have
     nonfinite   what to do about NaN or Inf in an input
-    device      'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
-    parameters  of the method, as in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
+    tokenizer   whose vocabulary the result has, as in a recipe: "union", "base", a model's name, or a folder
+    options     fields of `Settings` (memory, threads, device, progress, resume, ...), and parameters of the method as
+                in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
 
     Raises PlanError (all problems at once), RecipeError, SourceError or NumericError.
     """
+    settings, parameters = DEFAULT.taken_from(options)
     named = dict(models) if isinstance(models, Mapping) else {f"m{i}": m for i, m in enumerate(models)}
     origin = None if base is None else open_source(base)
     experts = {name: open_source(model, base=origin) for name, model in named.items()}
-    first = origin if origin is not None else next(iter(experts.values()), None)
-    if first is not None:
-        experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     recipe = Recipe(
         base=ModelRef(model="base") if origin is not None else None,
         models={name: ModelRef(model=name) for name in named},
@@ -79,20 +77,21 @@ def merge(
         exclude=tuple(exclude),
         extra=extra,
         nonfinite=nonfinite,
+        tokenizer=Tokenizer.model_validate(tokenizer) if tokenizer is not None else None,
         output=Output(dtype=dtype),
         seed=seed,
     )
-    problems = () if experts else ("no models to merge; give at least one",)
-    inputs = Inputs(origin, experts, _stats(stats or {}, experts), problems)
+    given = {**experts, **({"base": origin} if origin is not None else {})}
+    inputs = replace(open_inputs(recipe, given), stats=_stats(stats or {}, experts))
     if out is not None:
         from weightsmith.jobs.merge import run
 
-        return run(recipe, Path(out), sources=inputs, threads=threads, device=device).out
-    plan = make_plan(recipe, sources=inputs, threads=threads, device=device)
+        return run(recipe, Path(out), settings, sources=inputs).out
+    plan = make_plan(recipe, settings, sources=inputs)
     sink = MemorySink()
-    carry_out(plan, inputs, sink)
+    carry_out(plan, inputs, sink, progress=settings.progress)
     merged = sink.tensors()
-    reference = origin if origin is not None else next(iter(experts.values()))
+    _, reference = inputs.models[0]
     return merged | {alias: merged[name] for alias, name in reference.aliases.items() if name in merged}
 
 

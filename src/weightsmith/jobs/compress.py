@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.carry import carry_out
-from weightsmith.engine.devices.accelerator import Accelerator
 from weightsmith.engine.lost import Squares, errors
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.card import licences
@@ -21,7 +20,7 @@ from weightsmith.io.read.codec_folder import WEIGHTS, CodecFolder, CodecSource, 
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.io.write.output import check_output
-from weightsmith.jobs.merge import Result, Storage, finished, prepared, result_of, run, treatments
+from weightsmith.jobs.merge import Result, Storage, finished, prepared, result_of, run, treatments, with_fingerprints
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
@@ -31,37 +30,26 @@ __all__ = ["compress", "restore"]
 
 
 def compress(
-    recipe: Recipe,
-    out: Path,
-    *,
-    memory: int | None = None,
-    threads: int | None = None,
-    device: str | Accelerator = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    sources: Inputs | None = None,
-    files: Sequence[Path] = (),
-    fingerprint: str = "quick",
+    recipe: Recipe, out: Path, settings: Settings = DEFAULT, *, sources: Inputs | None = None, **options: Any
 ) -> Result:
     """Write the experts of a recipe whose method ends in a codec (`tall_masks`) into the folder `out`.
 
     Without a base (where the codec needs none: `fwsvd`) one model is compressed, and the folder is all that is needed.
     Tensors that `exclude` or a rule keeps stay in the base.  Tensors that only experts have are stored whole for
-    each of them, if excluded.  The folder appears complete or not at all; the other arguments are those of `run`.
+    each of them, if excluded.  The folder appears complete or not at all; options change single settings.
 
     Raises PlanError with every problem before anything is written.  `Result.storage` says what it saves.
     """
     began = time.perf_counter()
-    inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
-    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, encode=True,
-                     device=device)  # fmt: skip
+    settings = settings.but(**options)
+    inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
+    plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False, encode=True)
     records: Mapping[str, Any] = {}
     said = list(plan.notes)
-    if not (resume and finished(plan, inputs, out)):
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, weight_name=WEIGHTS)
+    if not (settings.resume and finished(plan, inputs, out)):
+        sink = prepared(plan, inputs, out, settings, weight_name=WEIGHTS)
         said += what_models_say(plan.tasks, inputs, sink.identity["inputs"])
-        records = carry_out(plan, inputs, sink, progress=progress)
+        records = carry_out(plan, inputs, sink, progress=settings.progress)
         sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
         said += what_was_found(plan.tasks, records, list(inputs.experts))
     return result_of(plan, out, time.perf_counter() - began, said, _storage(plan, inputs, records))
@@ -71,16 +59,13 @@ def restore(
     folder: Path,
     expert: str | None,
     out: Path,
+    settings: Settings = DEFAULT,
     *,
     base: str | Path | Source | None = None,
     consensus: int | None = None,
     scale: float = 1.0,
     dtype: str | None = None,
-    memory: int | None = None,
-    threads: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Result:
     """Write one model of a compressed folder into the folder `out`; the experts are not needed, the base is.
 
@@ -89,14 +74,17 @@ def restore(
     consensus  instead of an expert, their merge: base + scale * tau where at least this many masks agree
     dtype      of the result's floating tensors; default: as the base stores them
 
-    Raises SourceError or PlanError before anything is written; the other arguments are those of `run`.
+    Raises SourceError or PlanError before anything is written; options change single settings.
     """
+    settings = settings.but(**options)
     if (expert is None) == (consensus is None):
         raise RecipeError("restore needs the name of an expert, or a number for consensus, and not both")
     if consensus is None and scale != 1:
         raise RecipeError(f"scale = {scale:g} is for a consensus only; an expert is rebuilt at scale 1")
-    complete = resume and (out / MANIFEST).is_file()  # it may be; `run` will see
-    if not complete and (problems := check_output(out, [folder], overwrite, resume, 0)):  # before a download
+    complete = settings.resume and (out / MANIFEST).is_file()  # it may be; `run` will see
+    if not complete and (
+        problems := check_output(out, [folder], settings.overwrite, settings.resume, 0)
+    ):  # before a download
         raise PlanError(problems)
     opened = CodecFolder(Path(folder))
     name = opened.check_expert(expert) if consensus is None else "consensus"
@@ -111,16 +99,7 @@ def restore(
     reference = ModelRef(model=str(folder), expert=expert)
     recipe = Recipe(models={name: reference}, method="keep", output={"dtype": dtype})  # type: ignore[arg-type]
     inputs = Inputs(None, {name: source})
-    return run(
-        recipe,
-        out,
-        memory=memory,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-        sources=inputs,
-    )
+    return run(recipe, out, settings, sources=inputs)
 
 
 def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Iterable[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
+from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.core.units import parse_size
 from weightsmith.engine.carry import carry_out
 from weightsmith.engine.cluster import ray_runner
-from weightsmith.engine.devices.accelerator import Accelerator
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inputs.vocabulary import chat_template, tokenizer_folder
 from weightsmith.io.disk import write_file
@@ -30,7 +31,7 @@ from weightsmith.io.write.upload import UrlSink, clear_marks
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
-from weightsmith.recipe.schema import ModelRef, Recipe, parse_size
+from weightsmith.recipe.schema import ModelRef, Recipe
 
 __all__ = [
     "Result",
@@ -45,6 +46,7 @@ __all__ = [
     "result_of",
     "run",
     "treatments",
+    "with_fingerprints",
 ]
 
 
@@ -84,46 +86,33 @@ class Result:
 
 
 def run(
-    recipe: Recipe,
-    out: Path,
-    *,
-    memory: int | None = None,
-    threads: int | None = None,
-    device: str | Accelerator = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    sources: Inputs | None = None,
-    files: Sequence[Path] = (),
-    fingerprint: str = "quick",
-    ray: str | None = None,
+    recipe: Recipe, out: Path, settings: Settings = DEFAULT, *, sources: Inputs | None = None, **options: Any
 ) -> Result:
     """Merge into the folder `out`, which appears complete or not at all; or to a URL, see `io.write.upload`.
 
-    memory     bound on the predicted peak, in bytes
-    device     'auto' and 'cpu' are the CPU; 'cuda': all GPUs, 'cuda:1': that one
-    resume     go on with what an interrupted run of the same recipe left in `out`.partial
-    overwrite  replace a non-empty `out` as a whole
-    progress   called with (bytes done, bytes in all), from any thread
-    files      what else was read and must not be written over: the recipe's own files, plug-ins
-    fingerprint  'full': weightsmith.json notes a hash of all bytes of every input (read once more for that)
-    ray        address of a Ray cluster that sees the inputs and `out` under the same paths, or 'local'
+    options  single fields of the settings, by name (memory, threads, device, resume, ...)
 
     Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
-    inputs = replace(sources if sources is not None else open_inputs(recipe), full=fingerprint == "full")
-    plan = make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=False, device=device)
+    settings = settings.but(**options)
+    inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
+    plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False)
     said = list(plan.notes)
-    if not (resume and finished(plan, inputs, out)):
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files)
+    if not (settings.resume and finished(plan, inputs, out)):
+        sink = prepared(plan, inputs, out, settings)
         said += what_models_say(plan.tasks, inputs, sink.identity["inputs"])
-        with ray_runner(ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
-            records = carry_out(plan, inputs, sink, progress=progress, runner=runner)
+        with ray_runner(settings.ray, cpus=plan.threads, memory=plan.task_bytes) as runner:
+            records = carry_out(plan, inputs, sink, progress=settings.progress, runner=runner)
         sink.finish(partial(package, plan=plan, inputs=inputs, records=records))
         said += what_was_found(plan.tasks, records, list(inputs.experts))
     said += licence_warnings(dict(inputs.models))
     return result_of(plan, out, time.perf_counter() - began, said)
+
+
+def with_fingerprints(inputs: Inputs, settings: Settings) -> Inputs:
+    """Inputs whose fingerprints are of the kind that is asked for."""
+    return replace(inputs, full=settings.fingerprint == "full")
 
 
 def result_of(
@@ -151,10 +140,8 @@ def prepared(
     plan: Plan,
     inputs: Inputs,
     out: Path,
+    settings: Settings,
     *,
-    resume: bool,
-    overwrite: bool,
-    files: Sequence[Path] = (),
     weight_name: str = "model",
     known: Mapping[str, Any] | None = None,
 ) -> FolderSink | UrlSink:
@@ -162,23 +149,24 @@ def prepared(
 
     `known` is the run's identity where the plan's recipe is not what the user wrote.
     """
-    read = (*reads(plan.recipe, inputs), *files)
+    read = (*reads(plan.recipe, inputs), *settings.files)
     here = min(plan.write_bytes, AT_ONCE * parse_size(plan.recipe.output.shard_size))
-    problems = [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes, local_bytes=here)]
+    problems = [*plan.problems, *check_output(
+        out, read, settings.overwrite, settings.resume, plan.write_bytes, local_bytes=here
+    )]  # fmt: skip
     if problems:
         raise PlanError(problems)
     for _, source in inputs.models:
         source.prepare()
-    return folder_sink(plan, inputs, out, resume=resume, overwrite=overwrite, weight_name=weight_name, known=known)
+    return folder_sink(plan, inputs, out, settings, weight_name=weight_name, known=known)
 
 
 def folder_sink(
     plan: Plan,
     inputs: Inputs,
     out: Path,
+    settings: Settings,
     *,
-    resume: bool,
-    overwrite: bool,
     weight_name: str = "model",
     known: Mapping[str, Any] | None = None,
 ) -> FolderSink | UrlSink:
@@ -187,8 +175,8 @@ def folder_sink(
     options: dict[str, Any] = {
         "shard_size": parse_size(plan.recipe.output.shard_size),
         "identity": known or identity(plan.recipe, inputs, plan.device),
-        "resume": resume,
-        "overwrite": overwrite,
+        "resume": settings.resume,
+        "overwrite": settings.overwrite,
         "weight_name": weight_name,
         "metadata": {"format": "pt", **_tied(plan, inputs)},
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
@@ -106,15 +107,14 @@ def soup(
     recipe: Recipe,
     out: Path,
     score: Callable[[Path], float] | None = None,
+    settings: Settings = DEFAULT,
     *,
     scores: Mapping[str, float] | None = None,
     size: int | None = None,
     lower_is_better: bool = False,
     remember: Callable[[Any, Callable[[], float]], float] | None = None,
     tell: Callable[[tuple[str, ...], float], None] | None = None,
-    overwrite: bool = False,
-    files: Sequence[Path] = (),
-    **how: Any,
+    **options: Any,
 ) -> FolderSoup:
     """Merge the models of a recipe that are better together into the folder `out`, as the recipe says.
 
@@ -124,18 +124,18 @@ def soup(
     size      without `score`: how many of the best are merged; without `scores` too all are, the uniform soup
     remember  (what is scored, as JSON can hold it; a function that scores it) -> its score, kept from earlier runs
     tell      takes (names, score) of every trial
-    how       memory, threads, device, progress: see `run`
+    options   change single settings
 
     Every trial is merged into a folder beside `out`, which is deleted when it has been scored.
     Source: Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482.
     Raises RecipeError or PlanError before anything is merged, with every problem of the recipe and of `out`.
     """
+    settings = settings.but(**options)
     names = list(recipe.models)
     _check_scores(names, scores)
     _check_size(names, score is not None, scores, size)
     inputs = open_inputs(recipe)
-    planned = {name: how[name] for name in ("memory", "threads", "device") if name in how}
-    _check_plans(recipe, inputs, out, overwrite, files, alone=score is not None and scores is None, **planned)
+    _check_plans(recipe, inputs, out, settings, alone=score is not None and scores is None)
     if score is None:
         ranked = names if scores is None else sorted(names, key=scores.__getitem__, reverse=not lower_is_better)
         trials: Trials = ()
@@ -148,7 +148,7 @@ def soup(
                 part = _of(recipe, tried)
 
                 def measure() -> float:
-                    run(part, room / "merge", overwrite=True, **how)
+                    run(part, room / "merge", settings, overwrite=True, resume=False)
                     return score(room / "merge")
 
                 told = [part.model_dump(mode="json", exclude_defaults=True), inputs.fingerprints()]
@@ -163,20 +163,19 @@ def soup(
             trials = tuple((tried, sign * value, kept) for tried, value, kept in _greedy(names, measured, given))
         members, reached = next((list(tried), value) for tried, value, kept in reversed(trials) if kept)
     chosen = _of(recipe, members)
-    result = run(chosen, out, overwrite=overwrite, files=files, **how)
+    result = run(chosen, out, settings)
     return FolderSoup(tuple(chosen.models), reached, trials, result)
 
 
-def _check_plans(
-    recipe: Recipe, inputs: Inputs, out: Path, overwrite: bool, files: Sequence[Path], *, alone: bool, **planned: Any
-) -> None:
+def _check_plans(recipe: Recipe, inputs: Inputs, out: Path, settings: Settings, *, alone: bool) -> None:
     """Raise what speaks against the merge of all models, or with `alone` of one, before hours go into scores."""
-    plan = make_plan(recipe, sources=inputs, out=out, strict=False, **planned)
+    plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False)
     problems = list(plan.problems)
     if alone and not problems:
         one = _of(recipe, list(recipe.models)[:1])
-        problems += make_plan(one, sources=open_inputs(one), out=out, strict=False, **planned).problems
-    problems += check_output(out, (*reads(recipe, inputs), *files), overwrite, False, plan.write_bytes)
+        problems += make_plan(one, settings, sources=open_inputs(one), out=out, strict=False).problems
+    read = (*reads(recipe, inputs), *settings.files)
+    problems += check_output(out, read, settings.overwrite, settings.resume, plan.write_bytes)
     if problems:
         raise PlanError(problems)
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from weightsmith.core.errors import PlanError
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
 from weightsmith.engine.carry import Bundle, Job, carry_out_all, side_by_side
 from weightsmith.engine.cluster import ray_runner
-from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.engine.devices.accelerator import accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
@@ -25,7 +27,16 @@ from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import absolute
 from weightsmith.io.write.output import check_output
-from weightsmith.jobs.merge import Result, finished, folder_sink, licence_warnings, package, reads, result_of
+from weightsmith.jobs.merge import (
+    Result,
+    finished,
+    folder_sink,
+    licence_warnings,
+    package,
+    reads,
+    result_of,
+    with_fingerprints,
+)
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
 from weightsmith.plan.reading import bytes_read
@@ -77,34 +88,33 @@ class SweepResult:
 def plan_sweep(
     recipes: Mapping[str, Recipe],
     out: Path,
+    settings: Settings = DEFAULT,
     *,
-    memory: int | None = None,
-    threads: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
     sources: Inputs | None = None,
-    files: Sequence[Path] = (),
-    fingerprint: str = "quick",
-    device: str | Accelerator = "auto",
+    **options: Any,
 ) -> Sweep:
     """Plan every variant (folder name -> recipe) from headers alone.  The problems are in the result, not raised."""
+    settings = settings.but(**options)
+    memory, threads = settings.memory, settings.threads
     opened: dict[str, Inputs] = {}
     inputs: dict[str, Inputs] = {}
     for name, recipe in recipes.items():
         key = _what_is_read(recipe)
         if key not in opened:
             found = sources if sources is not None else open_inputs(recipe)
-            opened[key] = replace(found, full=fingerprint == "full")
+            opened[key] = with_fingerprints(found, settings)
         inputs[name] = opened[key]
     plans = {
-        name: make_plan(recipe, sources=inputs[name], threads=threads, out=out / name, strict=False, device=device)
+        name: make_plan(recipe, settings, memory=None, sources=inputs[name], out=out / name, strict=False)
         for name, recipe in recipes.items()
     }
-    done = {name for name, plan in plans.items() if resume and finished(plan, inputs[name], out / name)}
+    done = {name for name, plan in plans.items() if settings.resume and finished(plan, inputs[name], out / name)}
     problems: dict[str, list[str]] = {}
     for name, plan in plans.items():
-        places = (*reads(plan.recipe, inputs[name]), *files)
-        more = [] if name in done else check_output(out / name, places, overwrite, resume, plan.write_bytes)
+        places = (*reads(plan.recipe, inputs[name]), *settings.files)
+        more = []
+        if name not in done:
+            more = check_output(out / name, places, settings.overwrite, settings.resume, plan.write_bytes)
         for text in (*plan.problems, *more):
             problems.setdefault(text, []).append(name)
     # What all variants have in common is said once.
@@ -114,7 +124,7 @@ def plan_sweep(
     of_job = list(inputs.values())
     peaks = [(_peak(bundle, len(of_job[bundle[0][0]].experts)), bundle[0][1].key.name) for bundle in bundles]
     loaded = max(resident(plan.tasks, inputs[name]) for name, plan in plans.items())
-    fit, accelerator = None, accelerator_of(device)
+    fit, accelerator = None, accelerator_of(settings.device)
     if accelerator is None:
         workers, peak = choose_threads(peaks, threads, memory, said, loaded)
     else:
@@ -140,55 +150,37 @@ def plan_sweep(
 def run_sweep(
     recipes: Mapping[str, Recipe],
     out: Path,
+    settings: Settings = DEFAULT,
     *,
-    memory: int | None = None,
-    threads: int | None = None,
-    device: str | Accelerator = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
     sources: Inputs | None = None,
-    ray: str | None = None,
-    files: Sequence[Path] = (),
-    fingerprint: str = "quick",
+    **options: Any,
 ) -> SweepResult:
     """Merge every variant (folder name -> recipe) into a folder of that name inside `out`.
 
-    The other arguments are those of `jobs.merge.run`.  Each variant's folder appears complete or not at all; an
+    Options change single settings.  Each variant's folder appears complete or not at all; an
     interrupted sweep is taken up again with `resume`, finished variants are left as they are.
 
     Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
-    sweep = plan_sweep(
-        recipes,
-        out,
-        memory=memory,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        sources=sources,
-        files=files,
-        fingerprint=fingerprint,
-        device=device,
-    )
+    settings = settings.but(**options)
+    sweep = plan_sweep(recipes, out, settings, sources=sources)
     if sweep.problems:
         raise PlanError(sweep.problems)
     for inputs in sweep.inputs.values():
         for _, source in inputs.models:
             source.prepare()
     left = {name: plan for name, plan in sweep.plans.items() if name not in sweep.done}
-    sinks = {
-        name: folder_sink(plan, sweep.inputs[name], out / name, resume=resume, overwrite=overwrite)
-        for name, plan in left.items()
-    }
+    sinks = {name: folder_sink(plan, sweep.inputs[name], out / name, settings) for name, plan in left.items()}
     said = {name: list(plan.notes) for name, plan in sweep.plans.items()}
     if left:
         for name, plan in left.items():
             said[name] += what_models_say(plan.tasks, sweep.inputs[name], sinks[name].identity["inputs"])
         jobs = [Job(plan, sweep.inputs[name], sinks[name]) for name, plan in left.items()]
-        with ray_runner(ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
-            records = carry_out_all(jobs, threads=sweep.threads, fit=sweep.fit, progress=progress, runner=runner)
+        with ray_runner(settings.ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
+            records = carry_out_all(
+                jobs, threads=sweep.threads, fit=sweep.fit, progress=settings.progress, runner=runner
+            )
         for (name, plan), found in zip(left.items(), records, strict=True):
             said[name] += what_was_found(plan.tasks, found, list(sweep.inputs[name].experts))
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
@@ -26,38 +26,27 @@ def transplant(
     donor: str | Path | Source,
     out: Path,
     how: Transplant | None = None,
-    *,
-    memory: int | None = None,
-    threads: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    settings: Settings = DEFAULT,
+    **options: Any,
 ) -> tuple[Result, Pairing]:
     """Write `model` with the tokenizer of `donor` into the folder `out`; also returns what became of the tokens.
 
     Rows of tokens that both have are kept to the bit; those that only the donor has are made as `how` says, from
-    the donor's rows.  Everything that is no row of a token is copied.  Raises PlanError, SourceError.
+    the donor's rows.  Everything that is no row of a token is copied.  Options change single settings.
+    Raises PlanError, SourceError.
     """
+    settings = settings.but(**options)
     source, other = open_source(model), open_source(donor)
     other.prepare()
     view = transplanted(source, other, how or Transplant())
-    if memory is not None and view.held_bytes > memory / 2:
+    if settings.memory is not None and view.held_bytes > settings.memory / 2:
         view = transplanted(source, other, replace(view.how, table=False))
     recipe = Recipe(
         models={"model": ModelRef(model=str(model) if isinstance(model, (str, Path)) else source.label)},
         method=(StageSpec(name="passthrough"),),
         tokenizer=Tokenizer(source=str(other.folder)),
     )
-    result = run(
-        recipe,
-        out,
-        memory=memory,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-        sources=Inputs(None, {"model": view}),
-    )
+    result = run(recipe, out, settings, sources=Inputs(None, {"model": view}))
     return result, next(iter(view.pairings.values()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from weightsmith.core.errors import OutputError, WeightsmithError
 from weightsmith.core.keys import Key
+from weightsmith.core.settings import DEFAULT, Progress, Settings
 from weightsmith.engine.carry import carry_out
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.manifest import merge_parts, read_manifest
@@ -49,13 +50,7 @@ def _which(before: Any, now: Any) -> str:
     return f" ({', '.join(changed)})" if changed else ""
 
 
-def rerun(
-    out: Path | Url,
-    *,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
+def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
     """Carry out the recipe in `out`/weightsmith.json again, without writing, and compare checksums.
 
     Returns what differs, a line each: inputs that have changed or are gone, tensors that come out otherwise.
@@ -70,17 +65,16 @@ def rerun(
         inputs = replace(made if made is not None else open_inputs(recipe), full=full)
         plan = make_plan(
             recipe,
-            sources=inputs,
-            threads=threads,
-            memory=memory,
-            encode=manifest["kind"] == "codec",
+            settings,
             device=manifest.get("device", "cpu"),
+            sources=inputs,
+            encode=manifest["kind"] == "codec",
         )
     except WeightsmithError as error:
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
-    return compared(out, manifest, plan, inputs, inputs.fingerprints(), progress)
+    return compared(out, manifest, plan, inputs, inputs.fingerprints(), settings.progress)
 
 
 def compared(
@@ -89,7 +83,7 @@ def compared(
     plan: Plan,
     inputs: Inputs,
     fingerprints: Mapping[str, Any],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Carry out a plan without writing; return what differs from a manifest in inputs and tensors, a line each."""
     noted = manifest["output"]["tensors"]

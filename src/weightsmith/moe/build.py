@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.core.lazy import torch
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.carry import carry_out
 from weightsmith.engine.runner import one_thread_each
 from weightsmith.inputs.opened import Inputs
@@ -48,41 +49,33 @@ class Drift:
 
 
 def build(
-    recipe: MoeRecipe | Draft,
-    out: Path,
-    *,
-    memory: int | None = None,
-    threads: int | None = None,
-    device: str = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    drift: bool = True,
-    files: Sequence[Path] = (),
-    progress: Callable[[int, int], None] | None = None,
+    recipe: MoeRecipe | Draft, out: Path, settings: Settings = DEFAULT, *, drift: bool = True, **options: Any
 ) -> Result:
     """Write the mixture into the folder `out`, which appears complete or not at all.
 
     recipe   or what `prepared_draft` has made of it
     drift    also read what the mixture leaves out of the experts, and warn where that moved more than what it takes
-    device   for the prompts' forward passes
-    files    further ones that are read (the recipe's), and so may not be written over
-    The other arguments are those of `jobs.merge.run`.  Raises PlanError with every problem before anything is written.
+    options  change single settings; `device` is where the prompts' forward passes are made
+
+    Raises PlanError with every problem before anything is written.
     """
     began = time.perf_counter()
+    settings = settings.but(**options)
     made = recipe if isinstance(recipe, Draft) else prepared_draft(recipe)
-    plan, inputs = _plan(made, out, memory=memory, threads=threads)
+    plan, inputs = _plan(made, out, settings)
     known = _identity(made)
     warnings = list(made.notes)
-    if not (resume and finished(plan, inputs, out, known)):
-        read = (*made.source.places(), *files)
-        if problems := [*plan.problems, *check_output(out, read, overwrite, resume, plan.write_bytes)]:
+    if not (settings.resume and finished(plan, inputs, out, known)):
+        read = (*made.source.places(), *settings.files)
+        there = check_output(out, read, settings.overwrite, settings.resume, plan.write_bytes)
+        if problems := [*plan.problems, *there]:
             raise PlanError(problems)
         inputs.experts["moe"].prepare()
-        made.source.made |= made_routers(made, device)
+        made.source.made |= made_routers(made, settings.device)
         warnings += conditions(made)
-        warnings += [text for found in drifts(made, threads) if (text := _told(found))] if drift else []
-        sink = prepared(plan, inputs, out, resume=resume, overwrite=overwrite, files=files, known=known)
-        records = carry_out(plan, inputs, sink, progress=progress)
+        warnings += [text for found in drifts(made, settings.threads) if (text := _told(found))] if drift else []
+        sink = prepared(plan, inputs, out, settings, known=known)
+        records = carry_out(plan, inputs, sink, progress=settings.progress)
         sink.finish(partial(_package, made=made, plan=plan, records=records))
     warnings += licence_warnings(made.source.sources)
     return result_of(plan, out, time.perf_counter() - began, warnings)
@@ -108,13 +101,7 @@ def prepared_draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None)
     return made
 
 
-def rerun(
-    out: Path | Url,
-    *,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
+def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
     """Build the mixture in `out` again, without writing, and return what differs, a line each."""
     manifest = read_manifest(out)
     try:
@@ -124,12 +111,12 @@ def rerun(
     made, problems = draft(recipe)
     if made is None:
         return [f"the recipe cannot be run again: {text}" for text in problems]
-    plan, inputs = _plan(made, None, memory=memory, threads=threads)
+    plan, inputs = _plan(made, None, settings)
     made.source.made |= made_routers(made, "auto")
-    return compared(out, manifest, plan, inputs, made.source.fingerprint(), progress)
+    return compared(out, manifest, plan, inputs, made.source.fingerprint(), settings.progress)
 
 
-def _plan(made: Draft, out: Path | None, memory: int | None = None, threads: int | None = None) -> tuple[Plan, Inputs]:
+def _plan(made: Draft, out: Path | None, settings: Settings = DEFAULT) -> tuple[Plan, Inputs]:
     """Copying the mixture's source is a merge with one model that is kept: planned and carried out as any other."""
     recipe = Recipe(
         models={"moe": ModelRef(model="moe")},
@@ -138,7 +125,8 @@ def _plan(made: Draft, out: Path | None, memory: int | None = None, threads: int
         seed=made.recipe.seed,
     )
     inputs = Inputs(None, {"moe": made.source})
-    return make_plan(recipe, sources=inputs, memory=memory, threads=threads, out=out, strict=out is None), inputs
+    here = settings.but(device="cpu")  # bytes are copied; only prompts are work for a device
+    return make_plan(recipe, here, sources=inputs, out=out, strict=out is None), inputs
 
 
 def _identity(made: Draft) -> dict[str, Any]:

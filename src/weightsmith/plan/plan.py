@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from weightsmith.core.errors import PlanError
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Stage
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import Task, Way
-from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.engine.devices.accelerator import accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
@@ -108,22 +110,23 @@ class Plan:
 
 def make_plan(
     recipe: Recipe,
+    settings: Settings = DEFAULT,
     *,
     sources: Inputs,
-    memory: int | None = None,
-    threads: int | None = None,
     out: Path | None = None,
     strict: bool = True,
     encode: bool = False,
-    device: str | Accelerator = "auto",
+    **options: Any,
 ) -> Plan:
     """Plan a merge, or with `encode` a compression, from headers alone.
 
-    `memory` bounds the predicted peak in bytes (fewer threads are used to keep it), `threads` defaults to
-    the cores at hand.  Raises PlanError with every problem found; with `strict=False` the plan holds them.
-    `device`: where it will be carried out, see `accelerator_of`; its lanes are then the plan's threads.
+    Fewer threads than asked for are used to keep the bound on memory; on devices, their lanes are the threads.
+    Options change single fields of the settings.
+    Raises PlanError with every problem found; with `strict=False` the plan holds them.
     """
-    accelerator = accelerator_of(device)
+    settings = settings.but(**options)
+    memory, threads = settings.memory, settings.threads
+    accelerator = accelerator_of(settings.device)
     planner = Planner(recipe, sources, encode=encode, kernels=accelerator is None and kernels_there())
     tasks = planner.tasks()
     keys = planner.output_keys(tasks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from weightsmith.core.errors import did_you_mean
 from weightsmith.core.keys import DTYPES, RULE_ROLES
+from weightsmith.core.units import parse_size
 from weightsmith.recipe.aliases import expand
 
 if TYPE_CHECKING:
@@ -27,25 +27,10 @@ __all__ = [
     "Slices",
     "StageSpec",
     "Tokenizer",
-    "parse_size",
 ]  # fmt: skip
 
 OUTSIDE = "outside"
 """As `layers`: the tensors outside the blocks (embeddings, final norm, head)."""
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*")
-
-
-def parse_size(text: str | int) -> int:
-    """'5GB' -> 5_000_000_000, '512MiB' -> 536_870_912, 1024 -> 1024."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text!r} is not a size; write it like 500MB, 5GB or 2GiB")
-    number, unit, binary = match.groups()
-    power = "kmgt".index(unit.lower()) + 1 if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _words(value: Any) -> Any:
@@ -281,7 +266,7 @@ class Recipe(_Frozen):
         return load(path, overrides)
 
     def run(self, out: str | Path, **options: Any) -> Result:
-        """Merge into a folder; see `weightsmith.jobs.merge.run` for the options (memory, threads, resume, ...)."""
+        """Merge into a folder; the options are the fields of `Settings` (memory, threads, device, resume, ...)."""
         from weightsmith.jobs.merge import run  # the one upward import, and only when asked to run
 
         return run(self, Path(out), **options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import OutputError, RecipeError
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.disk import write_file, writing
 from weightsmith.io.write.lock import FolderLock
 from weightsmith.recipe.text import dumps
@@ -26,7 +27,6 @@ from weightsmith.study.run import (
     Bench,
     Choice,
     Measured,
-    Settings,
     choose,
     chosen_methods,
     grouped,
@@ -103,15 +103,13 @@ class Result:
 def bench(
     studies: Sequence[Study],
     out: str | Path,
+    settings: Settings = DEFAULT,
     *,
     evaluator: str | Path | None = None,
     methods: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
-    memory: int | None = None,
-    threads: int | None = None,
-    device: str = "auto",
     say: Say | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> tuple[Result, ...]:
     """Merge with every method, choose coefficients on validation data, score on test data.
 
@@ -121,11 +119,13 @@ def bench(
     evaluator  python file that defines scores(model, split); it is run.  Needed unless a built-in evaluator is named
     methods    labels of the methods to try; default: those of the study, or all that apply
     plugins    files of methods that were loaded: their text is part of what a score is kept under
-    say        takes a line of text for every method; progress: (done, total) evaluations
+    say        takes a line of text for every method
+    options    change single settings; `progress` takes (done, total) evaluations
 
     Raises RecipeError, PlanError or SourceError before anything is merged; what a single merge cannot do is reported
     in the result.
     """
+    settings = settings.but(**options)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder for the scores and pages")
@@ -134,15 +134,21 @@ def bench(
     extra = [digest(Path(plugin)) for plugin in plugins]
     file = None if evaluator is None else Path(evaluator)
     ledger = Ledger(folder / "scores.jsonl")
-    settings = Settings(threads, memory, device)
     prepared = []
     for group in grouped(studies):
         benches = [
-            Bench.open(s, scorer(s, file, device), ledger, folder / "merged", settings=settings, extra=extra)
+            Bench.open(
+                s,
+                scorer(s, file, settings.device),
+                ledger,
+                folder / "merged",
+                settings=settings.but(progress=None),
+                extra=extra,
+            )
             for s in group
         ]
         prepared.append((benches, *chosen_methods(benches, methods)))
-    counter = _Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), progress)
+    counter = _Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), settings.progress)
     with _alone(folder):
         return tuple(
             _result(benches, made, left_out, folder, say or (lambda text: None), counter)

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
 from weightsmith.core.keys import depths
 from weightsmith.core.lazy import torch
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.api import merge
@@ -29,20 +30,11 @@ from weightsmith.study.figures import Reference, Scores, mean_over
 from weightsmith.study.grids import Candidate, candidates, offered
 from weightsmith.study.schema import Study
 
-__all__ = ["BASE", "JOINT", "Bench", "Measured", "Settings", "chosen_methods", "grouped"]
+__all__ = ["BASE", "JOINT", "Bench", "Measured", "chosen_methods", "grouped"]
 
 BASE, JOINT = "base", "joint"
 
 Methods = Mapping[str, tuple[Candidate, ...]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How merges are run; nothing in here changes a score, except by rounding on another device."""
-
-    threads: int | None = None
-    memory: int | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Bench:
     inputs: Inputs
     ledger: Ledger
     room: Path  # folder for merged models, each deleted when it is scored
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = DEFAULT
     extra: Any = None  # what else decides a merge: digests of plug-ins
 
     @classmethod
@@ -125,7 +117,7 @@ class Bench:
     def problems(self, candidate: Candidate) -> tuple[str, ...]:
         """What stands in the way of a merge, from headers alone."""
         try:
-            plan = make_plan(self.recipe(candidate), sources=self.inputs, memory=self.settings.memory, strict=False)
+            plan = make_plan(self.recipe(candidate), self.settings, sources=self.inputs, strict=False)
         except WeightsmithError as error:
             return (str(error),)
         return plan.problems
@@ -141,12 +133,10 @@ class Bench:
 
     def _merged_and_scored(self, recipe: Recipe, split: str) -> Mapping[str, Any]:
         out = self.room / fingerprint(str(self.study.file), recipe.model_dump(mode="json"))
-        settings = self.settings
         _warm()
         try:
             wall, processor = time.perf_counter(), _processor_seconds()
-            done = run(recipe, out, memory=settings.memory, threads=settings.threads, device=settings.device,
-                       overwrite=True)  # fmt: skip
+            done = run(recipe, out, self.settings, overwrite=True)
             merged, merged_processor = time.perf_counter(), _processor_seconds()
             scores = self.scorer(out, split)
             return {
