@@ -50,6 +50,10 @@ def test_a_tied_head_is_untied_where_another_model_has_its_own(first: str, secon
         after[EMBED], before[first][EMBED] + 0.25 * (before[second][EMBED] - before[first][EMBED])
     )
     assert any(f"tied to {EMBED}, {HEAD} becomes a tensor of its own" in text for text in result.warnings)
+    folders = {name: tmp_path / name for name in (first, second)}
+    in_memory = ws.merge({second: folders[second]}, "task_arithmetic", folders[first], lambda_=0.25)
+    assert in_memory.keys() == after.keys()
+    assert all(torch.equal(in_memory[name], tensor) for name, tensor in after.items()), "one path"
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert model.config.tie_word_embeddings is False
