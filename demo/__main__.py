@@ -1,8 +1,7 @@
 """Train two families of models, merge them with the command `weightsmith merge`, and show what each merge keeps.
 
     python -m demo               minutes the first time; after that checkpoints and scores are cached
-    python -m demo --markdown    print the tables as Markdown
-    python -m demo --picture     also write docs/demo.svg
+    python -m demo --markdown    also write docs/demo.md and docs/demo.svg
 
 Everything is kept in .demo/; delete the folder to start afresh.
 """
@@ -53,24 +52,19 @@ def measure(home: Path, say: Callable[[str], None]) -> list[Result]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--picture", action="store_true", help="write docs/demo.svg")
+    parser.add_argument("--markdown", action="store_true", help="also write docs/demo.md and docs/demo.svg")
     chosen = parser.parse_args(arguments)
-    quiet = chosen.markdown
-    results = measure(HOME, (lambda text: None) if quiet else narrator())
+    results = measure(HOME, narrator())
 
-    from demo.results import document, picture, table
-    from weightsmith.report.table import markdown, rich_table
+    from demo.results import document, markdown_page, picture, table
+    from weightsmith.report.table import rich_table
 
     (HOME / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1), "utf-8")
     page = HOME / "demo.html"
     page.write_text(document(results), "utf-8")
-    if chosen.picture:
-        (ROOT / "docs").mkdir(exist_ok=True)
-        (ROOT / "docs" / "demo.svg").write_text(picture(results), "utf-8")
     if chosen.markdown:
-        print("\n".join(f"**{result.title}**\n\n{markdown(table(result))}" for result in results))
-        return
+        (ROOT / "docs" / "demo.svg").write_text(picture(results), "utf-8")
+        (ROOT / "docs" / "demo.md").write_text(markdown_page(results), "utf-8")
 
     from rich.console import Console
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from demo.table import Reference, Row, row
 from weightsmith.report.heat import heat_map
 from weightsmith.report.html import Figure, Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
-from weightsmith.report.table import Column, Table
+from weightsmith.report.table import Column, Table, markdown
 
 COLOURS = {"base": "#9aa6b8", "expert": "#b9c3d1", "joint": "#7a8799", "merge": "#3b82c4"}
 
@@ -201,6 +203,25 @@ def document(results: Sequence[Result]) -> str:
         sections.append(Text(result.title, (result.about,)))
         sections += [table(result), gain_figure(result), task_figure(result), tried_table(result)]
     return page("What merging keeps", sections)
+
+
+def markdown_page(results: Sequence[Result]) -> str:
+    """The page of the documentation: the picture and the tables, with day and machine."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [
+        "# What the demo measured",
+        "`make demo` trains two families of small models, merges each by five methods, and prints these tables; "
+        "`python -m demo --markdown` writes this page. Each expert went on from the base with one task. Coefficients "
+        "are chosen on a validation split, from small grids; all figures are of the test split. "
+        f"{datetime.date.today()}, {cores} cores, torch {torch.__version__.partition('+')[0]}. "
+        "[All methods on three families](study.md) is the same with more of both.",
+        "![Share of the experts' gain that each merge keeps](demo.svg)",
+    ]
+    for result in results:
+        parts += [f"## {result.title}", result.about, markdown(table(result)).rstrip()]
+    return "\n\n".join(parts) + "\n"
 
 
 def picture(results: Sequence[Result]) -> str:

@@ -1,4 +1,4 @@
-"""Reference pages from what the code says of itself: methods, recipe, command line, errors, Python.
+"""Reference pages from what the code says of itself: methods, recipe, command line, errors, Python, layers, advice.
 
 Nothing on these pages is written by hand, so nothing on them can fall behind the code.  When to use a method is what
 `choose.md` says: the problems under which it names it.
@@ -6,7 +6,9 @@ Nothing on these pages is written by hand, so nothing on them can fall behind th
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -21,17 +23,21 @@ from pydantic import BaseModel
 import weightsmith
 from weightsmith import lora
 from weightsmith.cli import main as cli
-from weightsmith.cli.catalogue import cost_at_7b, describe
 from weightsmith.core import errors, method, site
 from weightsmith.core.keys import DTYPES, ROLES, RULE_ROLES, role_of
+from weightsmith.inspect import advice
+from weightsmith.inspect.catalogue import by_purpose, cost_at_7b, describe
 from weightsmith.jobs.compress import compress, restore
 from weightsmith.jobs.merge import Result, run
 from weightsmith.recipe import resolve, schema
+from weightsmith.recipe.aliases import PIPELINES, spelled
 from weightsmith.recipe.text import schema as json_schema
+from weightsmith.report.units import roughly
 
 __all__ = ["generate", "markdown", "pages", "problems_by_method"]
 
 CHOOSE = Path(__file__).with_name("choose.md")
+HOUSE = Path(__file__).parents[1] / "tests" / "house" / "tree.py"
 
 WIDTH = 96
 """Columns of the command line's help."""
@@ -61,6 +67,8 @@ def pages() -> dict[str, str]:
         "cli.md": _cli_page(),
         "errors.md": _errors_page(),
         "python.md": _python_page(),
+        "layers.md": _layers_page(),
+        "advice.md": _advice_page(),
     }
 
 
@@ -85,11 +93,6 @@ def _is_built_in(cls: type) -> bool:
 
 # --- methods ---------------------------------------------------------------------------------------
 
-_KINDS = {
-    "method": ("Methods", "A method makes one tensor of many. A pipeline has exactly one."),
-    "filter": ("Filters", "A filter edits task vectors: before a method each model's, after it the merged one."),
-    "codec": ("Codecs", "A codec keeps every model in less space. It stands last, for `weightsmith compress`."),
-}
 _GRAINS = {
     "element": "any block of rows",
     "tensor": "one whole tensor at a time",
@@ -101,12 +104,19 @@ def _methods_index(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Methods",
         "",
-        "See [](../../choose.md) for which one to take. `weightsmith methods NAME` prints the same.",
+        "See [](../../choose.md) for which one to take. `weightsmith methods` prints this list, with a name one page.",
+        "A *method* makes one tensor of many, and a pipeline has exactly one. A *filter* edits task vectors:",
+        "before a method each model's, after it the merged one. A *codec* keeps every model, and stands last.",
+        "",
+        f"Names of pipelines: {'; '.join(f'`{name}` is `{spelled(name)}`' for name in PIPELINES)}.",
     ]
-    for kind, (title, meaning) in _KINDS.items():
-        members = [m for m in found if m["kind"] == kind]
-        rows = [(f"[{m['name']}](methods/{m['name']}.md)", _escaped(m["summary"]), _needs(m) or "-") for m in members]
-        lines += ["", f"## {title}", "", meaning, "", *_table(("name", "what it does", "needs"), rows)]
+    for purpose, members in by_purpose(found).items():
+        rows = [
+            (f"[{m['name']}](methods/{m['name']}.md)", m["kind"], _escaped(m["summary"]), _needs(m) or "-",
+             "" if m["seconds_at_7b"] is None else roughly(m["seconds_at_7b"]))
+            for m in members
+        ]  # fmt: skip
+        lines += ["", f"## {purpose}", "", *_table(("name", "kind", "what it does", "needs", "at 7B, per model"), rows)]
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *(f"methods/{m['name']}" for m in found), "```"])
 
 
@@ -325,6 +335,48 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+# --- layers, advice ----------------------------------------------------------------------------------
+
+
+def layers(text: str) -> tuple[tuple[str, ...], ...]:
+    """The order of imports, from the lowest layer up, as the house test states it."""
+    assigned = (node for node in ast.parse(text).body if isinstance(node, ast.Assign))
+    return next(ast.literal_eval(a.value) for a in assigned if getattr(a.targets[0], "id", "") == "LAYERS")
+
+
+def _layers_page() -> str:
+    rows = []
+    for names in reversed(layers(HOUSE.read_text("utf-8"))):
+        for name in (n for n in names if not n.startswith("_")):
+            doc = inspect.cleandoc(importlib.import_module(f"weightsmith.{name}").__doc__ or "")
+            rows.append((f"`{name}`", _escaped(doc.split("\n\n")[0].replace("\n", " "))))
+    lines = [
+        "# Layers",
+        "",
+        "A part may import what stands below its own layer in this list, never what stands above.",
+    ]
+    return "\n".join([*lines, "", *_table(("part", "what is in it"), rows)])
+
+
+_WORDS = {"far": "one expert", "long": "one expert", "short": "another", "pair": "two experts", "lambdas": "1/n up"}
+"""What stands for the figures and names that a rule of `weightsmith inspect` fills in."""
+
+
+def _advice_page() -> str:
+    rows = [
+        (f"`{rule.condition}`", _escaped(re.sub(r"\{(\w+)\}", lambda word: _WORDS.get(word[1], word[1]), rule.says)),
+         _escaped(rule.source))
+        for rule in advice.RULES
+    ]  # fmt: skip
+    lines = [
+        "# Rules of `weightsmith inspect`",
+        "",
+        "Each rule reads one figure of the whole model. Its threshold is published (found by a paper, on its models),",
+        "measured (seen on small models) or heuristic (our judgement). None replaces validation data.",
+    ]
+    return "\n".join([*lines, "", *_table(("if", "then", "where the threshold is from"), rows)])
 
 
 # --- errors ----------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from weightsmith.cli import show
-from weightsmith.cli.catalogue import PURPOSES, describe
 from weightsmith.cli.main import main
 from weightsmith.core.method import registered
+from weightsmith.inspect.catalogue import PURPOSES, describe
 from weightsmith.jobs.merge import Result
 
 Captured = pytest.CaptureFixture[str]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
+from demo.results import Result, markdown_page
 from demo.table import Reference, row, verdict
 
 DIGITS = Reference(base={"a": 80.0, "b": 60.0, "clean": 90.0}, expert={"a": 90.0, "b": 80.0}, higher_is_better=True)
@@ -58,3 +61,16 @@ def test_a_merge_that_does_not_beat_the_base_is_called_so() -> None:
     assert row("m", "merge", [DIGITS.base], [DIGITS], []).verdict == "below base"
     assert row("base", "base", [TEXT.base], [TEXT], []).verdict == ""
     assert verdict(3, 4) == "below base in 1 of 4"
+
+
+def test_the_page_of_the_documentation_says_when_and_holds_every_row() -> None:
+    rows = (
+        row("base", "base", [DIGITS.base], [DIGITS], []),
+        row("TIES", "merge", [DIGITS.expert], [DIGITS], [], "x 1"),
+    )
+    result = Result("digits", "Digits", "About.", "accuracy, %", True, "points", ("a", "b"), 1, rows, {})
+    page = markdown_page([result])
+    assert page.startswith("# What the demo measured\n")
+    assert str(datetime.date.today()) in page
+    assert "## Digits\n\nAbout.\n\n| model | a | b |" in page
+    assert "| **TIES** | **90.0** | **80.0** | **85.0** | **100.0%** | **100%** |" in page

@@ -11,6 +11,7 @@ import pytest
 
 from weightsmith.cli import main as cli
 from weightsmith.core.method import registered
+from weightsmith.inspect.advice import RULES
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,16 @@ def test_the_recipe_page_has_every_key(made: dict[str, str]) -> None:
     for cls in (Recipe, ModelRef, Rule, Output):
         for key in cls.model_fields:
             assert f"| `{key}` |" in made["recipe.md"]
+
+
+def test_the_pages_of_rules_and_layers_have_them_all(made: dict[str, str]) -> None:
+    for rule in RULES:
+        assert "| `" + rule.condition.replace("|", "\\|") + "` |" in made["advice.md"]
+    assert "{" not in made["advice.md"]
+    order = re.findall(r"^\| `(\w+)` \| ([A-Z].+) \|$", made["layers.md"], re.MULTILINE)  # each says what is in it
+    parts = {path.stem for path in (ROOT / "src/weightsmith").iterdir() if not path.name.startswith("_")}
+    assert {name for name, _ in order} == parts - {"py"}
+    assert order[0][0] == "cli"
 
 
 def test_the_command_line_page_has_every_verb_and_option(made: dict[str, str]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from weightsmith.cli.catalogue import cost_at_7b, describe
 from weightsmith.cli.show import roughly
 from weightsmith.core.method import Traits, registered
 from weightsmith.inputs.opened import Inputs
+from weightsmith.inspect.catalogue import cost_at_7b, describe
 from weightsmith.io.read.source import MemorySource
 from weightsmith.plan.cost import READ, START, WRITE, stage_seconds
 from weightsmith.plan.plan import Plan, make_plan
@@ -40,7 +40,7 @@ def test_every_method_declares_its_cost(name: str) -> None:
 
 
 def test_the_costs_are_those_of_the_published_table() -> None:
-    page = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text().split("## Cost of each method")[1]
+    page = (Path(__file__).parents[2] / "bench/results.md").read_text().split("## Cost of each method")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| ")][1:]
     assert {name for name, _ in rows} == registered().keys() - {"keep"}
     for name, measured in rows:

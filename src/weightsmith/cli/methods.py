@@ -6,9 +6,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from weightsmith.cli.catalogue import describe, describe_pipeline, explain, listing
 from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import say, show_json, table
+from weightsmith.inspect.catalogue import describe, describe_pipeline, explain, listing
 
 __all__ = ["methods"]
 

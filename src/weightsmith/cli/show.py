@@ -15,6 +15,7 @@ from typing import Any
 from weightsmith.core.errors import OutputError
 from weightsmith.io import system
 from weightsmith.io.url import Url, stored_at
+from weightsmith.report.units import roughly
 
 __all__ = ["duration", "printable", "progress_bar", "roughly", "say", "show_json", "size", "table", "warn"]
 
@@ -49,12 +50,6 @@ def duration(seconds: float) -> str:
         if seconds < 6000
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def roughly(seconds: float) -> str:
-    """A duration that is only known to about two digits: 14 s, 2.5 min, 36 h."""
-    length, unit = (1, "s") if seconds < 100 else (60, "min") if seconds < 6000 else (3600, "h")
-    return f"{float(f'{seconds / length:.2g}'):g} {unit}"
 
 
 def show_json(value: Any) -> None:

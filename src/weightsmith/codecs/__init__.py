@@ -1,0 +1,1 @@
+"""One file per way to keep several models in less space."""

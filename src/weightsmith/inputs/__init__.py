@@ -1,0 +1,1 @@
+"""Opening the models of a recipe, and giving them one vocabulary."""

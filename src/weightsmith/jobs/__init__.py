@@ -1,0 +1,1 @@
+"""Whole runs: merge, compress, restore, sweep, soup, transplant, verify."""

@@ -1,0 +1,1 @@
+"""Statistics of models on data, and checks that a model works."""

@@ -1,0 +1,1 @@
+"""Tensor maths that methods share: selection, spectra, masks, sums in a fixed order, noise."""

@@ -1,0 +1,1 @@
+"""What will be done: tasks, and their memory, time and reading, from headers alone."""

@@ -1,0 +1,1 @@
+"""Comparing methods on models and data of one's own: `weightsmith bench`."""

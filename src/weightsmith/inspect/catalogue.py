@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.cli.show import roughly
+from weightsmith.report.units import roughly
 
 if TYPE_CHECKING:
     from weightsmith.core.method import Stage
