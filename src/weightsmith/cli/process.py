@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 
 __all__ = ["own_process"]
@@ -14,6 +15,8 @@ def own_process() -> None:
     """Make them."""
     # pydantic would look for plug-ins among all installed packages, and run what it finds.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Imports make a hundred thousand objects that stay: there is no garbage to look for among them.
+    gc.set_threshold(100_000, 10, 10)
     _keep_freed_memory()
 
 
