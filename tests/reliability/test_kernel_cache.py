@@ -7,20 +7,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 
+from weightsmith.core.kernel import F32
 from weightsmith.kernels import native
+from weightsmith.kernels.linked import address_of
 
 
 @pytest.fixture(scope="module")
 def kept() -> Path:
     """The file of this version and machine, made if need be."""
-    import llvmlite
-    from llvmlite import binding as llvm
-
     assert native.kernels() is not None
-    file = native._file(f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}")
+    file = native._file()
     assert file is not None
     assert native._read(file)
     return file
@@ -76,7 +76,7 @@ def test_what_is_not_whole_is_made_again(own: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WEIGHTSMITH_CACHE", str(own.parent))
     compiled: list[str] = []
     monkeypatch.setattr(native, "announce", compiled.append)
-    monkeypatch.setattr(native, "_compiled", lambda llvm: code)
+    monkeypatch.setattr(native, "_compiled", lambda: code)
     for _ in range(2):
         found = native.kernels.__wrapped__()
         assert found.keys() == code.keys()
@@ -138,3 +138,51 @@ def test_two_that_compile_at_once(own: Path, kept: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert [path.name for path in own.parent.iterdir()] == [own.name]
+
+
+def called(kernel: str, address: int) -> np.ndarray:
+    """What a kernel that measures finds in fixed numbers."""
+    values = np.random.default_rng(0).standard_normal((2, 8, 700)).astype(np.float32)
+    found, room, wide = np.zeros(5600), np.zeros(1 << 16, np.float32), np.zeros(1 << 12)
+    call, (input, base), kind = native._callable(kernel, address), values, F32
+    if kernel == "magnitudes":
+        call(input.ctypes.data, kind, base.ctypes.data, kind, input.size, found.ctypes.data, room.ctypes.data)
+    else:
+        call(input.ctypes.data, kind, found.ctypes.data, *input.shape, room.ctypes.data, wide.ctypes.data)
+    return found
+
+
+def test_both_linkers_give_the_same_kernels(kept: Path) -> None:
+    """`linked` where it can; LLVM's on other machines."""
+    code, stubs = native._read(kept), dict.fromkeys(native._NEVER, 1)
+    assert code is not None
+    llvm, machine = native._llvm()
+    native._addresses(code)
+    for kernel in ("magnitudes", "row_sizes"):
+        found = address_of(*code[kernel], stubs)
+        assert found is not None
+        ours, theirs = called(kernel, found), called(kernel, native._loaded(llvm, machine, *code[kernel]))
+        assert np.array_equal(ours, theirs)
+        assert np.count_nonzero(ours) >= 8
+
+
+def test_what_needs_a_linker_is_left_to_one(kept: Path) -> None:
+    code, stubs = native._read(kept), dict.fromkeys(native._NEVER, 1)
+    assert code is not None
+    symbol, binary = code["magnitudes"]
+    machine = binary[:18] + (183).to_bytes(2, "little") + binary[20:]  # aarch64
+    relocation = binary.replace((1).to_bytes(4, "little"), (2).to_bytes(4, "little"))
+    for what, found in {
+        "another machine": address_of(symbol, machine, stubs),
+        "relative addresses": address_of(symbol, relocation, stubs),
+        "an unknown name": address_of(symbol, binary, {}),
+        "no such function": address_of("other", binary, stubs),
+    }.items():
+        assert found is None, what
+
+
+def test_llvm_links_what_is_left_to_it(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = native._read(kept)
+    assert code is not None
+    monkeypatch.setattr(native, "address_of", lambda *_: None)
+    assert called("row_sizes", native._addresses(code)["row_sizes"])[:8].all()

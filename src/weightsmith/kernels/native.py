@@ -1,7 +1,7 @@
-"""Machine code of the kernels: compiled once by numba, kept in the user's cache folder, loaded by llvmlite alone.
+"""Machine code of the kernels: compiled once by numba, kept in the user's cache folder, loaded without either.
 
 Loading takes some milliseconds, importing numba half a second.  The kept file is bound to the kernels' source, to
-llvmlite's version and to this processor; it is used only from a folder that nobody else can write to, and only if
+the installed llvmlite and to this processor; it is used only from a folder that nobody else can write to, and only if
 its checksum holds.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import os
 import stat
@@ -21,6 +22,7 @@ from typing import Any
 import xxhash
 
 from weightsmith.core.kernel import SIGNATURES
+from weightsmith.kernels.linked import address_of
 
 __all__ = ["cache_folder", "kernels"]
 
@@ -38,26 +40,17 @@ def kernels() -> Kernels | None:
     """The kernels by name; None without llvmlite and numba, or with WEIGHTSMITH_KERNELS=0."""
     if os.environ.get("WEIGHTSMITH_KERNELS", "1") == "0":
         return None
-    try:
-        import llvmlite
-        import llvmlite.binding as llvm
-    except ImportError:
-        return None
-    with contextlib.suppress(RuntimeError):  # newer versions say that they need no initialising
-        llvm.initialize()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    file = _file(f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}")
+    file = _file()
     code = _read(file) if file is not None else None
     if code is None:
-        announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
-        try:
-            code = _compiled(llvm)
-        except ImportError:
+        if not _installed("numba"):
             return None
+        announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
+        code = _compiled()
         if file is not None:
             _keep(file, code)
-    return {kernel: _loaded(llvm, kernel, *code[kernel]) for kernel in SIGNATURES}
+    addresses = _addresses(code)
+    return {kernel: _callable(kernel, addresses[kernel]) for kernel in SIGNATURES}
 
 
 # --- compiling and loading -----------------------------------------------------------------------
@@ -67,9 +60,15 @@ Code = Mapping[str, tuple[str, bytes]]
 """Kernel -> its symbol, and an object file that defines it."""
 
 
-def _machine(llvm: Any) -> Any:
-    """This very processor, with no liberties taken in floating point."""
-    return llvm.Target.from_default_triple().create_target_machine(
+def _llvm() -> tuple[Any, Any]:
+    """llvmlite's binding, and this very processor as its target, with no liberties taken in floating point."""
+    import llvmlite.binding as llvm
+
+    with contextlib.suppress(RuntimeError):  # newer versions say that they need no initialising
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm, llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
         opt=3,
@@ -79,10 +78,10 @@ def _machine(llvm: Any) -> Any:
     )
 
 
-def _compiled(llvm: Any) -> Code:
+def _compiled() -> Code:
     from weightsmith.kernels.compiled import KERNELS
 
-    machine = _machine(llvm)
+    llvm, machine = _llvm()
     return {
         name: (f.native_name, machine.emit_object(llvm.parse_assembly(f.inspect_llvm()))) for name, f in KERNELS.items()
     }
@@ -103,28 +102,69 @@ All must be found: one unknown symbol, and the loader leaves every address outsi
 """
 
 _engines: list[Any] = []
-"""What owns the loaded code, for as long as the process lives."""
+"""What owns the code that llvmlite has loaded, for as long as the process lives."""
 
 
-def _loaded(llvm: Any, kernel: str, symbol: str, code: bytes) -> Callable[..., int]:
-    """A Python callable; ctypes lets go of the interpreter lock while it runs."""
-    abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
+def _addresses(code: Code) -> Mapping[str, int]:
+    """Where the kernels lie in memory."""
+    abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value or 0
+    stubs = dict.fromkeys(_NEVER, abort)
+    found = {kernel: address_of(symbol, binary, stubs) for kernel, (symbol, binary) in code.items()}
+    if all(found.values()):
+        return {kernel: address for kernel, address in found.items() if address is not None}
+    llvm, machine = _llvm()
     for never in _NEVER:
         if llvm.address_of_symbol(never) is None:
             llvm.add_symbol(never, abort)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(llvm))
+    return {kernel: _loaded(llvm, machine, *code[kernel]) for kernel in code}
+
+
+def _loaded(llvm: Any, machine: Any, symbol: str, code: bytes) -> int:
+    """The same by LLVM's linker."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
+    return int(engine.get_function_address(symbol))
+
+
+def _callable(kernel: str, address: int) -> Callable[..., int]:
+    """A Python callable; ctypes lets go of the interpreter lock while it runs."""
     arguments = [_ARGUMENTS[letter] for letter in SIGNATURES[kernel]]
-    return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(engine.get_function_address(symbol))
+    return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(address)
 
 
-def _file(machine: str) -> Path | None:
-    """Where the code for this machine and these sources is kept."""
-    wanted = [path.read_bytes() for path in _SOURCES]
-    folder = cache_folder()
-    return None if folder is None else folder / xxhash.xxh3_128(b"\0".join([machine.encode(), *wanted])).hexdigest()
+def _file() -> Path | None:
+    """Where the code for this machine, these sources and the installed llvmlite is kept."""
+    compiler, folder = _installed("llvmlite"), cache_folder()
+    if compiler is None or folder is None:
+        return None
+    status = compiler.stat()  # its version is not to be had without an import
+    wanted = [
+        _processor(),
+        f"{status.st_mtime_ns} {status.st_size}".encode(),
+        *(path.read_bytes() for path in _SOURCES),
+    ]
+    return folder / xxhash.xxh3_128(b"\0".join(wanted)).hexdigest()
+
+
+def _installed(package: str) -> Path | None:
+    """The file that an import would run first."""
+    found = importlib.util.find_spec(package)
+    return None if found is None or found.origin is None else Path(found.origin)
+
+
+def _processor() -> bytes:
+    """What decides which code runs here: the processor's name and what it can do, as Linux tells it, else LLVM."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", "rb") as file:  # noqa: PTH123  (only its start is made)
+        first = file.read(1 << 14).partition(b"\n\n")[0]
+        told = [
+            line for line in first.splitlines() if line.startswith((b"vendor_id", b"model", b"cpu family", b"flags"))
+        ]
+        if any(line.startswith(b"flags") for line in told):
+            return b"\n".join(told)
+    llvm, _ = _llvm()
+    return f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode()
 
 
 # --- keeping -------------------------------------------------------------------------------------
