@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import weightsmith
+from kit import GIVEN, count_for, noise
 from methods.driver import every, run, sites, whole
 from weightsmith.core.errors import NumericError, RecipeError
 from weightsmith.core.method import BASE, Filter, Grain, Method, Parameter, Pipeline, Stage, registered, registry
@@ -42,9 +43,6 @@ NEUTRAL = {
 }
 """Parameter values with which filters change nothing, and one expert comes back."""
 
-READ: dict[str, dict[str, Any]] = {"mwa": {"value": 2.0}}
-"""Parameters whose default is read from files that these models do not have."""
-
 SHAPES = {
     "model.embed_tokens.weight": (12, 6),
     "model.layers.0.mlp.up_proj.weight": (7, 5),
@@ -55,10 +53,6 @@ SHAPES = {
     "one_column.weight": (6, 1),
     "scalar": (),
 }
-
-
-def noise(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def models(count: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -125,7 +119,7 @@ def statistics(stage: Stage, experts: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 def variants(cls: type[Stage]) -> Iterator[Stage]:
     """The defaults, and each word, switch and list of numbers by itself."""
-    given = READ.get(cls.traits.name, {})
+    given = GIVEN.get(cls.traits.name, {})
     yield cls(**given)
     for p in cls.parameters():
         if p.kind == "flag":
@@ -141,15 +135,6 @@ def pipeline(stage: Stage) -> Pipeline:
         return Pipeline((stage,))
     plain = registry("task_arithmetic")()
     return plain | stage if stage.traits.after else stage | plain
-
-
-def count_for(stage: Stage, wanted: int = 3) -> int:
-    """The number of experts next to `wanted` that the stage takes beside a base."""
-    top = stage.traits.max_count or wanted
-    for count in range(min(top, wanted), 0, -1):
-        if count >= stage.traits.min_count and stage.check(count, True) is None:
-            return count
-    raise AssertionError(f"{stage.name} takes no number of experts up to {wanted}")
 
 
 def neutral(cls: type[Stage]) -> Stage:
@@ -305,7 +290,7 @@ def test_gradients_flow_to_the_experts(stage: Stage):
 
 @each_stage
 def test_a_bad_number_is_named_with_its_tensor_and_model(cls: type[Stage]):
-    stage = cls(**READ.get(cls.traits.name, {}))
+    stage = cls(**GIVEN.get(cls.traits.name, {}))
     base, experts = models(count_for(stage))
     name, last = "model.layers.1.mlp.up_proj.weight", list(experts)[-1]
     stats = statistics(stage, experts) if set(stage.traits.needs) - {BASE} else None

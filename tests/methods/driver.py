@@ -167,3 +167,9 @@ def merge(
     out = run(build(method, parameters), sites(widened, ground, stats, seed), cut)
     first = next(iter(models.values())) if base is None else base
     return {n: t.to(getattr(torch, dtype) if dtype else first[n].dtype) for n, t in out.items()}
+
+
+def delta(method: Any, *changes: Tensor, **parameters: Any) -> Tensor:
+    """What a method makes of task vectors: the experts' changes of one tensor, on a base of zeros."""
+    base = {"w": torch.zeros_like(changes[0])}
+    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, method, base=base, **parameters)["w"]

@@ -7,11 +7,8 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.arcee_fusion import ArceeFusion
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fuse(base: Tensor, expert: Tensor, step: int = 3) -> Tensor:
@@ -20,8 +17,8 @@ def fuse(base: Tensor, expert: Tensor, step: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(31, 8), (9, 4, 5), (200,)])
 def test_what_stands_out_is_taken_over(shape):
-    base = noise(0, *shape)
-    expert = base + 0.1 * noise(1, *shape) ** 3
+    base = noise(*shape, seed=0)
+    expert = base + 0.1 * noise(*shape, seed=1) ** 3
     p, q = (x.double().softmax(-1) + 1e-8 for x in (expert, base))
     importance = (expert - base).double().abs() * (p * (p / q).log()).sum(-1, keepdim=True)
     rising = importance.flatten().sort().values
@@ -34,7 +31,7 @@ def test_what_stands_out_is_taken_over(shape):
 
 
 def test_scaling_a_vector_changes_nothing_in_what_is_taken():
-    base, change = torch.zeros(101), noise(2, 101) ** 3
+    base, change = torch.zeros(101), noise(101, seed=2) ** 3
     taken = fuse(base, change) != 0
     assert torch.equal(fuse(base, change * 1e-6) != 0, taken)
 

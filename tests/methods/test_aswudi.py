@@ -6,18 +6,10 @@ import math
 
 import pytest
 import torch
-from driver import merge
+from driver import delta
 
+from kit import noise
 from weightsmith.methods.aswudi import RULES, count_directions
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def merged(method: str, *changes: torch.Tensor, **parameters) -> torch.Tensor:
-    base = {"w": torch.zeros_like(changes[0])}
-    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, method, base=base, **parameters)["w"]
 
 
 def spectrum(*values: float) -> torch.Tensor:
@@ -60,27 +52,20 @@ def test_it_is_swudi_with_the_rules_count(rule, shape):
     gram = sum((t.double() / t.double().norm()).T @ (t.double() / t.double().norm()) for t in taus)
     values = torch.linalg.eigvalsh(gram).clamp(min=1e-8).flip(0)
     count = count_directions(values, rule, shape[0] / shape[1], 0.95)
-    expected = merged("swudi", *taus, time="inf", rank_ratio=(count - 0.5) / shape[1])
-    assert torch.allclose(merged("aswudi", *taus, rule=rule), expected, atol=1e-5)
+    expected = delta("swudi", *taus, time="inf", rank_ratio=(count - 0.5) / shape[1])
+    assert torch.allclose(delta("aswudi", *taus, rule=rule), expected, atol=1e-5)
 
 
 def test_at_least_min_rank_directions():
     taus = [noise(6, 9, seed=i) for i in range(3)]
-    few = merged("aswudi", *taus, rule="cumulative", share=1e-9)
+    few = delta("aswudi", *taus, rule="cumulative", share=1e-9)
     assert torch.linalg.matrix_rank(few - sum(taus), atol=1e-4) == 1
-    more = merged("aswudi", *taus, rule="cumulative", share=1e-9, min_rank=4)
+    more = delta("aswudi", *taus, rule="cumulative", share=1e-9, min_rank=4)
     assert torch.linalg.matrix_rank(more - sum(taus), atol=1e-4) == 4
-    assert torch.isfinite(merged("aswudi", *taus, min_rank=50)).all()
+    assert torch.isfinite(delta("aswudi", *taus, min_rank=50)).all()
 
 
 def test_no_filter_and_sum_or_mean_differ_by_what_is_left_out():
     taus = torch.stack([noise(7, 6, seed=i) for i in range(3)])
-    by_sum, by_mean = (merged("aswudi", *taus, rule="none", init=init) for init in ("sum", "mean"))
+    by_sum, by_mean = (delta("aswudi", *taus, rule="none", init=init) for init in ("sum", "mean"))
     assert torch.allclose(by_sum, by_mean, atol=1e-5)  # the minimiser, wherever it starts
-
-
-def test_one_expert_and_other_tensors():
-    change = noise(6, 9)
-    assert torch.equal(merged("aswudi", change), change)
-    a, b = noise(5), noise(5, seed=1)
-    assert torch.allclose(merged("aswudi", a, b, scaling=0.3), 0.15 * (a + b), atol=1e-6)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
+from kit import noise
 from weightsmith.core.method import BASE, Filter, Method, Pipeline, Stage, registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
@@ -28,10 +29,6 @@ from weightsmith.recipe.schema import Recipe
 
 Model = dict[str, Tensor]
 BLOCKS = 3
-
-
-def noise(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 SHAPES = {

@@ -9,6 +9,7 @@ import torch
 from driver import every, merge, whole
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.della import Della, _rising
 
 
@@ -16,10 +17,6 @@ def della(change: Tensor, seed: int = 0, step: int = 7, **parameters) -> Tensor:
     stages = [Della(**parameters), "task_arithmetic"]
     cut = every(step) if step else whole
     return merge({"a": {"w": change}}, stages, base={"w": torch.zeros_like(change)}, seed=seed, cut=cut)["w"]
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
 def test_large_changes_are_kept_more_often():
@@ -51,7 +48,7 @@ def test_convolutions_are_ranked_over_their_inputs():
 
 
 def test_rescaling_keeps_the_norm_or_the_expectation():
-    change = noise(200, 50)
+    change = noise(200, 50, seed=3)
     got = della(change, density=0.3, epsilon=0.1)
     assert float(got.abs().sum()) == pytest.approx(float(change.abs().sum()), rel=1e-5)
     mean = torch.stack(
@@ -62,7 +59,7 @@ def test_rescaling_keeps_the_norm_or_the_expectation():
 
 
 def test_ranks_are_those_of_a_stable_sort():
-    sizes = torch.cat([noise(60, 50).abs(), torch.randint(4, (60, 50)).float(), torch.zeros(3, 50)])
+    sizes = torch.cat([noise(60, 50, seed=3).abs(), torch.randint(4, (60, 50)).float(), torch.zeros(3, 50)])
     sizes[5, 7] = sizes[5, 9] = math.inf
     for given in (sizes, sizes.T):
         order = given.argsort(dim=-1, stable=True)
@@ -71,7 +68,7 @@ def test_ranks_are_those_of_a_stable_sort():
 
 
 def test_density_one_and_rows_of_one_entry():
-    change = noise(30, 4)
+    change = noise(30, 4, seed=3)
     assert torch.equal(della(change, density=1.0, epsilon=0.4), change)
     column = della(torch.ones(20_000, 1), density=0.3, epsilon=0.2, rescale=False)
     assert float(column.mean()) == pytest.approx(0.3, abs=0.02)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
+from kit import noise
 from test_conformance import Peak
 from weightsmith.core.errors import NumericError
 from weightsmith.core.method import registry
@@ -24,10 +25,6 @@ from weightsmith.recipe.schema import Recipe
 ROWS, COLUMNS, RANK = 14, 10, 2
 WEIGHT = "layers.0.m.weight"
 METHODS = ["tsvm", "iso_c", "iso_cts", "knots"]
-
-
-def noise(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -6,13 +6,9 @@ import pytest
 import torch
 from driver import every, merge
 
+from kit import noise
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.fisher import Fisher
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 SHAPES = {"w": (5, 4), "b": (5,)}
 MODELS = {f"e{j}": {n: noise(*s, seed=10 * j + i) for i, (n, s) in enumerate(SHAPES.items())} for j in range(3)}

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from driver import merge
-from torch import Tensor
+from driver import delta
 from torch.linalg import svdvals
 
+from kit import noise
 from weightsmith.methods.iso_cts import IsoCts
 from weightsmith.ops.spectral import polar, polar_by_iteration
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def delta(method: str, *changes: Tensor, **parameters) -> Tensor:
-    base = {"w": torch.zeros_like(changes[0])}
-    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, method, base=base, **parameters)["w"]
-
 
 CHANGES = [noise(12, 16, seed=i) for i in range(3)]
 
@@ -75,16 +65,6 @@ def test_iso_cts_is_flat_and_as_strong_as_what_it_keeps():
     assert torch.allclose(found, strength.expand(12), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
-def test_order_and_scaling(method):
-    want = delta(method, *CHANGES)
-    assert torch.allclose(delta(method, *reversed(CHANGES)), want, atol=1e-5)
-    assert torch.allclose(delta(method, *CHANGES, scaling=0.5), want / 2, atol=1e-6)
-    assert torch.equal(delta(method, *CHANGES, scaling=0.0), torch.zeros(12, 16))
-    vectors = [noise(5, seed=i) for i in range(3)]
-    assert torch.allclose(delta(method, *vectors, scaling=0.6), 0.6 * sum(vectors) / 3, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("size", "count", "fraction", "want"),
     [
@@ -118,9 +98,3 @@ def test_the_iteration_agrees_with_the_decomposition():
         assert torch.allclose(polar(matrix, "svd"), polar(matrix), atol=1e-10)
     a, b = delta("iso_c", *CHANGES), delta("iso_c", *CHANGES, solver="iterate")
     assert float((a - b).norm() / a.norm()) < 1e-4
-
-
-@pytest.mark.parametrize("solver", ["eigh", "iterate"])
-def test_nothing_changed_gives_nothing(solver):
-    assert torch.equal(delta("iso_c", torch.zeros(6, 9), solver=solver), torch.zeros(6, 9))
-    assert torch.equal(delta("iso_cts", *[torch.zeros(6, 9)] * 2), torch.zeros(6, 9))

@@ -9,11 +9,10 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.karcher import Karcher
 
-
-def noise(seed: int) -> Tensor:
-    return torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+X = [noise(5, 4, seed=i) for i in range(7)]
 
 
 def karcher(*tensors: Tensor, **parameters) -> Tensor:
@@ -21,9 +20,9 @@ def karcher(*tensors: Tensor, **parameters) -> Tensor:
 
 
 def test_copies_come_back_and_so_does_one_model():
-    assert torch.allclose(karcher(noise(0), noise(0), noise(0)), noise(0), atol=1e-6)
-    assert torch.allclose(karcher(noise(0)), noise(0), atol=1e-6)
-    assert torch.allclose(karcher(noise(0), 3 * noise(0)), 2 * noise(0), atol=1e-6)
+    assert torch.allclose(karcher(X[0], X[0], X[0]), X[0], atol=1e-6)
+    assert torch.allclose(karcher(X[0]), X[0], atol=1e-6)
+    assert torch.allclose(karcher(X[0], 3 * X[0]), 2 * X[0], atol=1e-6)
 
 
 def on_arc(angle: float) -> Tensor:
@@ -43,7 +42,7 @@ def test_on_one_arc_it_is_the_mean_of_the_angles():
 
 
 def test_the_pulls_cancel_at_the_mean_and_lengths_are_averaged():
-    tensors = [noise(1), 2 * noise(2), 0.5 * noise(3), noise(4)]
+    tensors = [X[1], 2 * X[2], 0.5 * X[3], X[4]]
     got = karcher(*tensors, max_iter=200, tol=1e-9).double()
     assert float(got.norm()) == pytest.approx(sum(float(x.norm()) for x in tensors) / 4, rel=1e-6)
     m = got / got.norm()
@@ -56,23 +55,23 @@ def test_the_pulls_cancel_at_the_mean_and_lengths_are_averaged():
 
 
 def test_nearly_parallel_tensors_keep_their_angles():
-    a, step = noise(5).double(), noise(6).double()
+    a, step = X[5].double(), X[6].double()
     step -= (step * a).sum() / a.square().sum() * a
     near = [(a + e * step).float() for e in (-1e-4, 0.0, 1e-4)]
     assert torch.allclose(karcher(*near), near[1], atol=1e-6)
 
 
 def test_any_scale_and_tensors_of_zeros():
-    plain = karcher(noise(1), noise(2))
+    plain = karcher(X[1], X[2])
     for scale in (1e-20, 1e20):
-        assert torch.allclose(karcher(noise(1) * scale, noise(2) * scale) / scale, plain, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(karcher(X[1] * scale, X[2] * scale) / scale, plain, rtol=1e-4, atol=1e-6)
     # Zeros have no direction, but a length.
-    assert torch.allclose(karcher(noise(1), torch.zeros(5, 4)), noise(1) / 2, atol=1e-6)
+    assert torch.allclose(karcher(X[1], torch.zeros(5, 4)), X[1] / 2, atol=1e-6)
     assert karcher(torch.zeros(3), torch.zeros(3)).abs().max() == 0
 
 
 def test_opposite_directions_give_the_first():
-    assert torch.allclose(karcher(noise(1), -noise(1)), noise(1), atol=1e-6)
+    assert torch.allclose(karcher(X[1], -X[1]), X[1], atol=1e-6)
 
 
 def test_weights_of_zero_are_refused():

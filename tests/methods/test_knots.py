@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import driver
 import pytest
 import torch
 from driver import merge, sites
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.knots import Knots
 
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def delta(*changes: Tensor, method: str = "knots", **parameters) -> Tensor:
-    base = {"w": torch.zeros_like(changes[0])}
-    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, method, base=base, **parameters)["w"]
+delta = partial(driver.delta, "knots")
 
 
 def low(seed: int, rows: int = 10, columns: int = 12, rank: int = 2) -> Tensor:
@@ -38,12 +35,6 @@ def test_coordinates_hold_the_task_vectors(shared):
 
 
 @BOTH
-def test_one_expert_comes_back(shared):
-    assert torch.allclose(delta(CHANGES[0], shared=shared), CHANGES[0], atol=1e-5)
-    assert torch.allclose(delta(CHANGES[0], shared=shared, scaling=0.5), CHANGES[0] / 2, atol=1e-5)
-
-
-@BOTH
 def test_the_mean_of_all_coordinates_is_the_mean(shared):
     assert torch.allclose(delta(*CHANGES, rule="mean", shared=shared, scaling=0.5), 0.5 * sum(CHANGES) / 3, atol=1e-5)
     summed = delta(*CHANGES, rule="mean", aggregate="sum", shared=shared, scaling=(1.0, 2.0, 0.0))
@@ -56,8 +47,8 @@ def test_it_commutes_with_turning_the_outputs_which_ties_does_not():
         plain = delta(*CHANGES, **parameters)
         turned = delta(*(turn @ c for c in CHANGES), **parameters)
         assert torch.allclose(turned, turn @ plain, atol=1e-4), parameters
-    ties = delta(*CHANGES, method="ties", density=1.0)
-    assert not torch.allclose(delta(*(turn @ c for c in CHANGES), method="ties", density=1.0), turn @ ties, atol=1e-2)
+    ties = driver.delta("ties", *CHANGES, density=1.0)
+    assert not torch.allclose(driver.delta("ties", *(turn @ c for c in CHANGES), density=1.0), turn @ ties, atol=1e-2)
 
 
 def test_the_rank_is_at_most_the_sum_of_ranks():

@@ -6,16 +6,12 @@ import pytest
 import torch
 from driver import build, merge, sites
 
+from kit import noise
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.methods.keep import Keep
 from weightsmith.methods.linear import Linear
 from weightsmith.methods.multislerp import Multislerp
 from weightsmith.methods.task_arithmetic import TaskArithmetic
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 BASE = {"w": noise(4, 5)}
 EXPERTS = {f"e{i}": {"w": BASE["w"] + 0.1 * noise(4, 5, seed=i + 1)} for i in range(3)}

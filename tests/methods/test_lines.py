@@ -6,6 +6,7 @@ import pytest
 import torch
 from driver import merge
 
+from kit import noise
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.method import Pipeline
 from weightsmith.methods.lines import Lines
@@ -15,10 +16,6 @@ from weightsmith.methods.ties import Ties
 BLOCKS = 11
 NAMES = [f"model.layers.{i}.mlp.experts.1.w1.weight" for i in range(BLOCKS)]
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-
-
-def noise(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 BASE = {n: noise(3, 4, seed=i) for i, n in enumerate(NAMES + OUTSIDE)}

@@ -9,11 +9,10 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.multislerp import Multislerp
 
-
-def noise(seed: int) -> Tensor:
-    return torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+X = [noise(5, 4, seed=i) for i in range(10)]
 
 
 def multi(*tensors: Tensor, base: Tensor | None = None, **parameters) -> Tensor:
@@ -36,12 +35,12 @@ def the_long_way(tensors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def test_copies_come_back_and_so_does_one_model():
-    assert torch.allclose(multi(noise(0), noise(0), noise(0)), noise(0), atol=1e-6)
-    assert torch.equal(multi(noise(0), weight=3.0), noise(0))
+    assert torch.allclose(multi(X[0], X[0], X[0]), X[0], atol=1e-6)
+    assert torch.equal(multi(X[0], weight=3.0), X[0])
 
 
 def test_the_tangent_step_is_zero():
-    tensors, weights = [noise(1), 3 * noise(2), noise(3)], [0.4, 0.3, 0.8]
+    tensors, weights = [X[1], 3 * X[2], X[3]], [0.4, 0.3, 0.8]
     assert torch.allclose(multi(*tensors, weight=tuple(weights)), the_long_way(tensors, weights), atol=1e-6)
 
 
@@ -54,13 +53,13 @@ def test_direction_and_length_are_averaged_apart():
 
 
 def test_with_a_base_it_works_on_the_changes():
-    base = noise(9)
-    got = multi(base + noise(1), base + noise(2), base=base) - base
-    assert torch.allclose(got, multi(noise(1), noise(2)), atol=1e-6)
+    base = X[9]
+    got = multi(base + X[1], base + X[2], base=base) - base
+    assert torch.allclose(got, multi(X[1], X[2]), atol=1e-6)
 
 
 def test_models_that_cancel_are_summed():
-    a = noise(4)
+    a = X[4]
     assert multi(a, -a).abs().max() == 0
     assert torch.allclose(multi(a, -3 * a), -a, atol=1e-6)
     # Here the directions cancel up to rounding only.
@@ -68,8 +67,8 @@ def test_models_that_cancel_are_summed():
 
 
 def test_tiny_tensors_are_averaged():
-    a, b = noise(1) * 1e-20, noise(2) * 1e-20
-    assert torch.allclose(multi(a, b) * 1e20, (noise(1) + noise(2)) / 2)
+    a, b = X[1] * 1e-20, X[2] * 1e-20
+    assert torch.allclose(multi(a, b) * 1e20, (X[1] + X[2]) / 2)
 
 
 def test_weights_that_cancel_are_refused():

@@ -9,9 +9,9 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import noise
 
-def noise(seed: int) -> Tensor:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+X = [noise(6, 4, seed=i) for i in range(8)]
 
 
 def nuslerp(a: Tensor, b: Tensor, weight, base: Tensor | None = None, **parameters) -> Tensor:
@@ -26,18 +26,18 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_weights_that_sum_to_one_are_slerp(t):
-    got = nuslerp(noise(0), noise(1), (1 - t, t))
-    assert torch.allclose(got, slerp(noise(0), noise(1), t), atol=1e-6)
-    assert torch.allclose(got, merge({"a": {"w": noise(0)}, "b": {"w": noise(1)}}, "slerp", t=t)["w"], atol=1e-6)
-    assert torch.allclose(nuslerp(noise(0), noise(1), (4 - 4 * t, 4 * t)), got, atol=1e-6)
+    got = nuslerp(X[0], X[1], (1 - t, t))
+    assert torch.allclose(got, slerp(X[0], X[1], t), atol=1e-6)
+    assert torch.allclose(got, merge({"a": {"w": X[0]}, "b": {"w": X[1]}}, "slerp", t=t)["w"], atol=1e-6)
+    assert torch.allclose(nuslerp(X[0], X[1], (4 - 4 * t, 4 * t)), got, atol=1e-6)
 
 
 def test_weights_that_cancel_meet_in_the_middle():
-    assert torch.allclose(nuslerp(noise(0), noise(1), (1.0, -1.0)), slerp(noise(0), noise(1), 0.5), atol=1e-6)
+    assert torch.allclose(nuslerp(X[0], X[1], (1.0, -1.0)), slerp(X[0], X[1], 0.5), atol=1e-6)
 
 
 def test_slices_have_angles_of_their_own():
-    a, b, w = noise(0), noise(1), (0.7, 0.5)
+    a, b, w = X[0], X[1], (0.7, 0.5)
     t = 0.5 / 1.2
     rows = nuslerp(a, b, w, flatten=False)
     assert torch.allclose(rows, torch.stack([slerp(x, y, t) for x, y in zip(a, b, strict=True)]), atol=1e-5)
@@ -51,15 +51,15 @@ def test_slices_have_angles_of_their_own():
 
 
 def test_with_a_base_it_works_on_the_changes():
-    base = noise(7)
-    got = nuslerp(base + noise(0), base + noise(1), (0.3, 0.7), base=base)
-    assert torch.allclose(got - base, slerp(noise(0), noise(1), 0.7), atol=1e-6)
+    base = X[7]
+    got = nuslerp(base + X[0], base + X[1], (0.3, 0.7), base=base)
+    assert torch.allclose(got - base, slerp(X[0], X[1], 0.7), atol=1e-6)
 
 
 @pytest.mark.parametrize("flatten", [True, False])
 def test_parallel_and_opposite_vectors_take_the_line_at_any_scale(flatten):
     for scale in (1.0, 1e-20, 1e20):
-        a = noise(0) * scale
+        a = X[0] * scale
         assert torch.allclose(nuslerp(a, 3 * a, (0.75, 0.25), flatten=flatten), 1.5 * a, rtol=1e-5)
         assert torch.allclose(nuslerp(a, -3 * a, (0.5, 0.5), flatten=flatten), -a, rtol=1e-5)
         # Without a direction: a right angle.

@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from kit import noise
 from weightsmith.ops.combine import disjoint, elect_sign
 from weightsmith.ops.noise import bernoulli, uniform_bits
 from weightsmith.ops.reduce import block_sums, pairwise_sum, row_sums
 from weightsmith.ops.spectral import polar, qr_core, top_svd
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 64, 1001])

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from driver import merge
-from torch import Tensor
+from driver import delta
 
+from kit import noise
 from weightsmith.methods.r_tsvm import RTsvm, outlier_share, zero_share
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def delta(method: str, *changes: Tensor, **parameters) -> Tensor:
-    base = {"w": torch.zeros_like(changes[0])}
-    return merge({f"e{i}": {"w": c} for i, c in enumerate(changes)}, method, base=base, **parameters)["w"]
-
 
 CHANGES = [noise(12, 40, seed=i) for i in range(3)]
 

@@ -6,13 +6,9 @@ import pytest
 import torch
 from driver import merge
 
+from kit import noise
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.regmean import Regmean
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 OUT, IN = 4, 6
 WEIGHTS = [noise(OUT, IN, seed=i) for i in range(3)]

@@ -7,14 +7,15 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import noise
+
 
 def sce(*deltas: Tensor, **parameters) -> Tensor:
     models = {f"e{i}": {"w": d} for i, d in enumerate(deltas)}
     return merge(models, "sce", base={"w": torch.zeros_like(deltas[0])}, cut=every(2), **parameters)["w"]
 
 
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape or (7, 5), generator=torch.Generator().manual_seed(seed))
+X = [noise(7, 5, seed=i) for i in range(5)]
 
 
 def by_hand(deltas: Tensor, topk: float = 1.0) -> Tensor:
@@ -33,7 +34,7 @@ def by_hand(deltas: Tensor, topk: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.13])
 def test_the_three_steps(topk):
-    deltas = torch.stack([noise(1), 0.3 * noise(2), 2 * noise(3), 0.1 * noise(4)])
+    deltas = torch.stack([X[1], 0.3 * X[2], 2 * X[3], 0.1 * X[4]])
     assert torch.allclose(sce(*deltas, select_topk=topk), by_hand(deltas, topk), atol=1e-6)
 
 

@@ -9,12 +9,8 @@ import torch
 from driver import every, merge
 
 import weightsmith
+from kit import noise
 from weightsmith.methods.ties import Ties
-
-
-def noise(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 SHAPES = {"a": (7, 5), "b": (6,), "c": (4, 3, 2), "d": ()}
 BASE = {n: noise(*s, seed=i) for i, (n, s) in enumerate(SHAPES.items())}

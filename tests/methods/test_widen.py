@@ -7,11 +7,8 @@ import torch
 from driver import merge
 from torch import Tensor
 
+from kit import noise
 from weightsmith.methods.widen import Widen, _changes
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def widen(

@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 
 import weightsmith
+from kit import noise
 from weightsmith.ops import spectral
 from weightsmith.ops.leading import LARGE, eigh, gram, leading_space
 from weightsmith.ops.spectral import Svd, orthogonal_sum, polar, polar_of_large, top_svd
 
 SIZE, K = 320, 40
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def planted(values: Tensor, columns: int = SIZE, seed: int = 0) -> Tensor:

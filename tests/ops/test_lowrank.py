@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from kit import noise
 from weightsmith.ops.lowrank import (
     Factors,
     agreed_mean,
@@ -21,10 +21,6 @@ from weightsmith.ops.lowrank import (
     svd_of_factors,
     widened,
 )
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some(count: int, rows: int = 11, columns: int = 7) -> list[Factors]:

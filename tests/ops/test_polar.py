@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from kit import noise
 from weightsmith.ops.polar import polar_by_products
 from weightsmith.ops.spectral import polar
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def with_values(*values: float, rows: int = 12) -> Tensor:
     """A matrix with these singular values."""
     count = len(values)
-    left, right = (torch.linalg.qr(noise(n, count, seed=n)).Q for n in (rows, count))
+    left, right = (torch.linalg.qr(noise(n, count, seed=n, dtype=torch.float64)).Q for n in (rows, count))
     return (left * torch.tensor(values, dtype=torch.float64)) @ right.T
 
 
@@ -29,9 +26,9 @@ def error(matrix: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", [(20, 20), (300, 40), (40, 300), (1, 7), (7, 1), (64, 63)])
 def test_it_agrees_with_the_svd(shape: tuple[int, int]) -> None:
-    assert error(noise(*shape)) < 1e-11
-    assert error(noise(*shape) * 1e-20) < 1e-11
-    found = polar_by_products(noise(*shape).float())
+    assert error(noise(*shape, dtype=torch.float64)) < 1e-11
+    assert error(noise(*shape, dtype=torch.float64) * 1e-20) < 1e-11
+    found = polar_by_products(noise(*shape, dtype=torch.float64).float())
     assert found is not None
     assert found.dtype == torch.float64
     small = found.T @ found if shape[0] >= shape[1] else found @ found.T
@@ -55,7 +52,7 @@ def test_what_it_cannot_tell_it_leaves_to_a_decomposition(weakest: float, strong
 
 
 def test_repeated_columns_share_their_direction() -> None:
-    x = noise(30, 5)
+    x = noise(30, 5, dtype=torch.float64)
     twice = torch.cat([x, x], 1)
     assert error(twice) < 1e-11
     assert polar_by_products(torch.zeros(4, 3)) is None
@@ -65,7 +62,7 @@ def test_repeated_columns_share_their_direction() -> None:
 def test_it_is_taken_on_accelerators_only(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
     monkeypatch.setattr("weightsmith.ops.spectral.polar_by_products", asked.append)
-    matrix = noise(9, 6)
+    matrix = noise(9, 6, dtype=torch.float64)
     plain = polar(matrix)
     assert not asked
     monkeypatch.setattr("weightsmith.ops.spectral.on_accelerator", lambda _: True)

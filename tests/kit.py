@@ -1,0 +1,44 @@
+"""What the tests of every part share: random tensors, parameters that methods need, how many models they take, bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightsmith.core.method import Stage, registered
+
+__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of"]
+
+GIVEN: Mapping[str, Mapping[str, Any]] = {"mwa": {"value": 2.0}}
+"""Parameters whose default is read from files, which small models do not have: method -> name -> value."""
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for a seed in every process."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def stage_of(name: str, **parameters: Any) -> Stage:
+    """A registered stage with its defaults, and what it needs."""
+    return registered()[name](**{**GIVEN.get(name, {}), **parameters})
+
+
+def count_for(stage: Stage, wanted: int = 3) -> int:
+    """The number of experts next to `wanted` that the stage takes beside a base."""
+    top = min(stage.traits.max_count or wanted, wanted)
+    for count in range(top, 0, -1):
+        if count >= stage.traits.min_count and stage.check(count, True) is None:
+            return count
+    raise AssertionError(f"{stage.name} takes no number of experts up to {wanted}")
+
+
+def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two models have the same tensors in the same order, to the bit: -0.0 is not 0.0, and a NaN is itself."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n].view(bits[a[n].itemsize]), b[n].view(bits[b[n].itemsize]))
+        for n in a
+    )
