@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weightsmith
-from reliability.test_matrix import CODECS, given, models, planned
+from kit import count_for, noise
+from matrix import CODECS, given, models, planned
 from run.test_device import NAMES, recipe, tensors
-from test_conformance import STAGES, count_for, noise, pipeline, statistics, variants
+from test_conformance import STAGES, pipeline, statistics, variants
 from weightsmith.core.method import BASE, Grain, Stage, registered
 from weightsmith.engine.carry import carry_out
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import weightsmith
-from reliability.test_matrix import CODECS, given, models, planned
-from run.disguise import DEVICE, Disguise, Disguised
 from kit import count_for, noise
+from matrix import CODECS, given, models, planned
+from run.disguise import DEVICE, Disguise, Disguised
 from test_conformance import STAGES, pipeline, statistics, variants
 from weightsmith.core.method import BASE, Filter, Grain, Method, Stage, registered
 from weightsmith.engine.carry import carry_out

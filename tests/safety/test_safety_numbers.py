@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit import count_for, stage_of
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import DTYPES
 from weightsmith.core.method import BASE, Codec, registered
@@ -61,7 +62,6 @@ DATA_FREE = [
     for name, stage in registered().items()
     if not issubclass(stage, Codec) and set(stage.traits.needs) <= {BASE} and name != "keep" and not stage.traits.group
 ]
-GIVEN: dict[str, dict[str, Any]] = {"mwa": {"value": 2.0}}
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 
@@ -70,9 +70,8 @@ UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 def test_every_method_names_the_tensor_the_model_and_the_place(
     method: str, tensor: str, place: tuple[int, ...]
 ) -> None:
-    stage = registered()[method](**GIVEN.get(method, {}))
-    count = next(n for n in (3, 2, 1) if n <= (stage.traits.max_count or 3) and stage.check(n, True) is None)
-    models = {f"m{i}": named_tensors(i) for i in range(count)}
+    stage = stage_of(method)
+    models = {f"m{i}": named_tensors(i) for i in range(count_for(stage))}
     last = list(models)[-1]
     models[last][tensor][place] = float("nan")
     with pytest.raises(NumericError, match=rf"^{tensor} in {last} holds NaN at {re.escape(str(list(place)))} "):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from matrix import layouts, memory
 from reliability.conftest import note, pytest_terminal_summary, scenes, writers, zygote
-from reliability.test_matrix import layouts, memory
 
 __all__ = ["layouts", "memory", "note", "pytest_terminal_summary", "scenes", "tmp_path", "writers",
            "zygote"]  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
-from reliability.test_matrix import CODECS, LAYOUTS, NAMES, check, merged
+from matrix import CODECS, LAYOUTS, NAMES, check, merged
 from remote.conftest import Web
 from weightsmith.core.errors import NumericError, OutputError, WeightsmithError
 from weightsmith.engine.cluster import ray_runner

@@ -12,7 +12,7 @@ import itertools
 
 import pytest
 
-from reliability.test_matrix import CODECS, LAYOUTS, NAMES, RUNNERS, SIZES, check, merged
+from matrix import CODECS, LAYOUTS, NAMES, RUNNERS, SIZES, check, merged
 from reliability.trials import ERRORS, calls_of, end_at, fail_at, fail_resume_at, kill_anywhere
 
 SCENES = [("tiny", False), ("tiny", True), ("torch", False), ("torch", True)]

@@ -1,15 +1,9 @@
-"""The same bytes whatever the inputs' files look like, however the output is cut, in whatever order tasks end.
-
-Blocks, threads and other processes are in tests/run/test_engine.py.
-"""
+"""Every registered method and codec as a recipe on small models, and the layouts, runners and cuts to try it with."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +14,7 @@ import xxhash
 from safetensors.torch import load_file
 
 from goldens import tiny_llama
+from kit import GIVEN, count_for, stage_of
 from reliability.runs import save_sharded
 from weightsmith.core.method import Codec, Filter, Method, registered
 from weightsmith.engine.carry import carry_out
@@ -34,11 +29,11 @@ from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
 NAMES = sorted(name for name, cls in registered().items() if issubclass(cls, (Filter, Method)) and name != "keep")
 CODECS = sorted(name for name, cls in registered().items() if issubclass(cls, Codec))
-COUNT = {"slerp": 1}
 BARE: dict[str, dict[str, Any]] = {
+    **GIVEN,
     **{"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "rmm": {"rank": 2, "level": "tensor"}},
-    "mwa": {"value": 0.5},
 }
+"""Parameters that are needed, and those whose defaults would do little."""
 
 
 def small(arrays: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -58,7 +53,7 @@ def stats() -> dict[str, list[dict[str, torch.Tensor]]]:
 
 
 def given(name: str, sources: dict[str, Source]) -> tuple[Recipe, Inputs]:
-    kept = [f"e{i}" for i in range(COUNT.get(name, registered()[name].traits.max_count or 3))]
+    kept = [f"e{i}" for i in range(count_for(stage_of(name, **BARE.get(name, {}))))]
     found = {s: {f"e{i}": MemorySource(d[i], s) for i in range(len(kept))} for s, d in stats().items()}
     recipe = Recipe(
         base=ModelRef(model="base"),
@@ -68,16 +63,16 @@ def given(name: str, sources: dict[str, Source]) -> tuple[Recipe, Inputs]:
     return recipe, Inputs(sources["base"], {n: sources[n] for n in kept}, found)
 
 
-def merged(name: str, sources: dict[str, Source], **how: Any) -> str:
+def merged(name: str, sources: dict[str, Source], threads: int = 1, **how: Any) -> str:
     """Checksum over all tensors of the result, by name."""
     recipe, inputs = given(name, sources)
     sink = MemorySink()
-    carry_out(planned(name, recipe, inputs), inputs, sink, **how)
+    carry_out(planned(name, recipe, inputs, threads), inputs, sink, **how)
     return checksum(sink.tensors())
 
 
-def planned(name: str, recipe: Recipe, inputs: Inputs) -> Plan:
-    return make_plan(recipe, sources=inputs, threads=1, encode=name in CODECS)
+def planned(name: str, recipe: Recipe, inputs: Inputs, threads: int = 1) -> Plan:
+    return make_plan(recipe, sources=inputs, threads=threads, encode=name in CODECS)
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
@@ -166,51 +161,3 @@ def check(name: str, sources: dict[str, Source], size: int, runner: Runner, out:
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (sum(key.nbytes for key in plan.keys) > size)
     return checksum({n: t for path in files for n, t in load_file(path).items()})
-
-
-def test_nothing_that_is_registered_is_left_out() -> None:
-    ours = [name for name, cls in registered().items() if cls.__module__.startswith("weightsmith.")]
-    assert sorted([*NAMES, *CODECS, "keep"]) == sorted(ours)  # keep: what every tensor under `exclude` is
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_codecs_however_they_are_run(name: str, memory: dict[str, Source]) -> None:
-    """What tests/run/test_engine.py does for every method that merges."""
-    whole = merged(name, memory)
-    for block in (1, 100, 1 << 30):
-        assert merged(name, memory, block=block) == whole, f"blocks of {block}"
-    for threads in (2, 8):
-        assert merged(name, memory, runner=ThreadRunner(threads)) == whole, f"{threads} threads"
-
-
-@pytest.mark.parametrize("name", NAMES + CODECS)
-def test_layouts_shards_and_order(
-    name: str, memory: dict[str, Source], layouts: dict[str, dict[str, Source]], tmp_path: Path
-) -> None:
-    """Three runs in which every setting and every layout occurs, each model in a layout of its own."""
-    expected = merged(name, memory)
-    for turn, (size, runner) in enumerate(zip(SIZES, RUNNERS, strict=True)):
-        kinds = [LAYOUTS[(2 * turn + i) % len(LAYOUTS)].__name__ for i in range(len(memory))]
-        mixed = {model: layouts[kind][model] for model, kind in zip(memory, kinds, strict=True)}
-        assert check(name, mixed, size, runner, tmp_path / f"out{turn}") == expected, (size, runner, kinds)
-
-
-HASH = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from reliability.test_matrix import CODECS, MemorySource, NAMES, merged, models
-sources = {name: MemorySource(tensors, name) for name, tensors in models().items()}
-print(*[merged(name, sources) for name in NAMES + CODECS])
-"""
-
-
-def test_hash_seed(memory: dict[str, Source]) -> None:
-    """The order of sets and of hashed names differs between processes; the bytes do not."""
-    here = " ".join(merged(name, memory) for name in NAMES + CODECS)
-    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", HASH, str(Path(__file__).parent.parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == here
