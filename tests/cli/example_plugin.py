@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weightsmith.core.method import Method, number
+from weightsmith.method import Method, number
 
 
 @dataclass(frozen=True)

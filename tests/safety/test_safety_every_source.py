@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from matrix import CODECS, NAMES, merged, models
+from kit import count_for, stage_of
+from matrix import BARE, CODECS, NAMES, merged, models
 from reliability.runs import save_sharded
 from weightsmith.core.errors import NumericError
 from weightsmith.io.read.source import MemorySource
@@ -20,20 +22,26 @@ from weightsmith.jobs.merge import run
 from weightsmith.ops import fused
 from weightsmith.recipe.load import loads
 
-TENSOR = "model.layers.0.mlp.down_proj.weight"
+PLACES = {"model.layers.0.mlp.down_proj.weight": (3, 2), "model.norm.weight": (4,)}
+"""A matrix and a vector, which many methods merge differently."""
 
 
+@pytest.mark.parametrize("path", ["as it comes", "torch"])
 @pytest.mark.parametrize("name", NAMES + CODECS)
-def test_every_method_finds_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the base and in an expert, by the kernels and through torch."""
-    for path in ("as it comes", "torch"):
-        if path == "torch":
-            monkeypatch.setattr(fused, "available", lambda: False)
-        for victim, value, said in (("base", float("nan"), "NaN"), ("e0", float("-inf"), "-Inf")):
+def test_every_method_names_the_tensor_the_model_and_the_place(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the base, in the first and in the last expert."""
+    if path == "torch":
+        monkeypatch.setattr(fused, "available", lambda: False)
+    last = f"e{count_for(stage_of(name, **BARE.get(name, {}))) - 1}"
+    for tensor, place in PLACES.items():
+        for victim, value, said in (("base", math.nan, "NaN"), ("e0", -math.inf, "-Inf"), (last, math.nan, "NaN")):
             tensors = models()
-            tensors[victim][TENSOR][3, 2] = value
+            tensors[victim][tensor][place] = value
             sources = {model: MemorySource(each, model) for model, each in tensors.items()}
-            with pytest.raises(NumericError, match=rf"{re.escape(TENSOR)} in {victim} holds {said} at \[3, 2\]"):
+            where = re.escape(f"{tensor} in {victim} holds {said} at {list(place)}")
+            with pytest.raises(NumericError, match=f"^{where}"):
                 merged(name, sources)
 
 

@@ -12,10 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit import count_for, stage_of
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import DTYPES
-from weightsmith.core.method import BASE, Codec, registered
 from weightsmith.io.read.source import holds_nonfinite, tensor_to_bits
 from weightsmith.jobs.api import merge
 from weightsmith.ops import fused
@@ -49,33 +47,6 @@ def test_a_bad_number_is_found_wherever_it_is(method: str, value: float, victim:
     said = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}[str(value)]
     with pytest.raises(NumericError, match=rf"w in {victim} holds {said} at \[{row}, 7\] \(1 in this block\)"):
         merge([models["m0"], models["m1"]], method, base=models["base"])
-
-
-def named_tensors(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"model.layers.0.mlp.up_proj.weight": (9, 6), "model.norm.weight": (6,)}
-    return {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
-
-
-DATA_FREE = [
-    name
-    for name, stage in registered().items()
-    if not issubclass(stage, Codec) and set(stage.traits.needs) <= {BASE} and name != "keep" and not stage.traits.group
-]
-UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
-
-
-@pytest.mark.parametrize("method", DATA_FREE)
-@pytest.mark.parametrize(("tensor", "place"), [(UP, (8, 5)), (NORM, (4,))])
-def test_every_method_names_the_tensor_the_model_and_the_place(
-    method: str, tensor: str, place: tuple[int, ...]
-) -> None:
-    stage = stage_of(method)
-    models = {f"m{i}": named_tensors(i) for i in range(count_for(stage))}
-    last = list(models)[-1]
-    models[last][tensor][place] = float("nan")
-    with pytest.raises(NumericError, match=rf"^{tensor} in {last} holds NaN at {re.escape(str(list(place)))} "):
-        merge(models, stage, base=named_tensors(9))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
