@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weightsmith.core.errors import SourceError
-from weightsmith.io.read.peft import CHUNK, AdapterSource
+from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.updates import Update
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -169,9 +170,9 @@ def test_rows_cut_anywhere_give_the_same_bits(config: dict[str, Any], tmp_path: 
     base = big_adapter(tmp_path, **config)
     whole = AdapterSource(tmp_path, base).read("m.weight")
     rows = len(whole)
-    for step in (1, 7, 100, CHUNK, CHUNK + 1, 700):
+    for step in (1, 7, 100, Update.chunk, Update.chunk + 1, 700):
         source = AdapterSource(tmp_path, base)
-        starts = range(0, rows, step) if step > 1 else (0, 1, CHUNK - 1, CHUNK, rows - 1)
+        starts = range(0, rows, step) if step > 1 else (0, 1, Update.chunk - 1, Update.chunk, rows - 1)
         for start in starts:
             stop = min(start + step, rows)
             assert source.read("m.weight", start, stop).equal(whole[start:stop])
@@ -296,10 +297,8 @@ def edit(folder: Path, **changes: Any) -> None:
     ("changes", "text"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
-        ({"peft_type": "LOKR"}, "peft_type 'LOKR'"),
+        ({"peft_type": "OFT"}, "peft_type 'OFT'"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING'"),
-        ({"target_parameters": ["experts.w1"]}, r"target_parameters = \['experts\.w1'\] is not supported"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora = True is not supported"),
         ({"some_new_option": 3}, "some_new_option = 3 is not supported"),
@@ -310,7 +309,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"rank_pattern": {"m": -1}}, "m = -1 is not a positive"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern '\(' is not a regular expression"),
         ({"rank_pattern": [1]}, "not a mapping"),
-        ({"r": 9}, r"'m' has rank 8 in A and 8 in B, but adapter_config\.json says 9"),
+        ({"r": 9}, r"'m' has rank 8 in its tensors, but adapter_config\.json says 9"),
         ({"use_dora": True}, r"'m' lacks a lora_magnitude_vector, with use_dora = True"),
     ],
 )
@@ -334,7 +333,8 @@ A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
         ({B: (785, 8)}, "'m' lacks a lora_A"),
         ({A: (8, 40), B: (785, 4)}, "has rank 8 in A and 4 in B"),
         ({A: (8, 41), B: (785, 8)}, r"adapts a weight of shape \[785, 41\], but 'm\.weight' in base is \[785, 40\]"),
-        ({A: (8, 40, 1, 1), B: (785, 8, 1, 1)}, "a convolution"),
+        ({A: (8, 40, 1, 1), B: (785, 8, 1, 1)}, r"adapts a weight of shape \[785, 40, 1, 1\], but 'm\.weight' in base"),
+        ({A: (8, 40, 1, 1), B: (785, 4, 1, 1)}, "adapts a grouped convolution; its change takes in the inputs of all"),
         (
             {A.replace(".m.", ".mm."): (8, 40), B.replace(".m.", ".mm."): (785, 8)},
             r"belongs to 'mm\.weight', which base lacks; did you mean 'm\.weight'\?",
@@ -347,7 +347,10 @@ A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
             {A: (8, 40), B: (785, 8), "base_model.model.m.lora_B.bias": (785,)},
             r"belongs to 'm\.bias', which base lacks",
         ),
-        ({"base_model.model.m.token_adapter.trainable_tokens_delta": (2, 4)}, "which base lacks"),
+        (
+            {"base_model.model.m.token_adapter.trainable_tokens_delta": (2, 4)},
+            r"has 2 rows, adapter_config\.json names \(\) as their tokens",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(stored: dict[str, tuple[int, ...]], text: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from weightsmith import lora
 from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError
 from weightsmith.io.package.manifest import verify_folder
-from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.read.open import open_source
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -43,9 +43,9 @@ def pair(folder: Path, delta: Tensor, **more: tuple[Tensor, Tensor]) -> tuple[Pa
 
 
 def product(folder: Path, name: str = WEIGHT) -> Tensor:
-    found = Adapter(folder)
+    found = read_adapter(folder)
     module = name.removesuffix(".weight")
-    return found.factors(module).product * found.modules[module].scale
+    return found.factors(module)[0].product * found.modules[module].scale
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -99,7 +99,7 @@ def test_singular_values_up_to_epsilon_are_left_out(tmp_path: Path) -> None:
 def test_the_largest_entry_of_each_column_is_positive(tmp_path: Path) -> None:
     tuned, base = pair(tmp_path, noise(24, 16))
     lora.extract(tuned, base, tmp_path / "out", rank=5)
-    b = Adapter(tmp_path / "out").factors(WEIGHT.removesuffix(".weight")).b
+    b = read_adapter(tmp_path / "out").factors(WEIGHT.removesuffix(".weight"))[0].b
     assert bool((b.gather(0, b.abs().argmax(0, keepdim=True)) > 0).all())
 
 
@@ -140,12 +140,12 @@ def test_an_adapter_baked_into_its_base_comes_back(tmp_path: Path) -> None:
         llama().save_pretrained(tmp_path / "base")
         loaded(llama, {"x": path}).merge_and_unload().save_pretrained(tmp_path / "tuned")
     result = lora.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", energy=0.999999)
-    want = Adapter(path)
+    want = read_adapter(path)
     assert {m.name for m in result.modules} == set(want.modules)
     assert {m.rank for m in result.modules} == {3}
     for name, module in want.modules.items():
         got = product(tmp_path / "out", f"{name}.weight")
-        assert torch.allclose(got, want.factors(name).product * module.scale, atol=1e-5)
+        assert torch.allclose(got, want.factors(name)[0].product * module.scale, atol=1e-5)
 
 
 def test_rounding_of_what_is_stored_counts(tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_wrong_wishes(tmp_path: Path) -> None:
 
 def test_an_adapter_is_resized(tmp_path: Path) -> None:
     path = adapter(tmp_path / "lora", llama, 3, r=6, lora_alpha=5, target_modules=["q_proj", "down_proj"])
-    found = Adapter(path)
+    found = read_adapter(path)
     result = lora.resize(path, tmp_path / "small", rank=2)
     for report in result.modules:
-        full = found.factors(report.name).product.double() * found.modules[report.name].scale
+        full = found.factors(report.name)[0].product.double() * found.modules[report.name].scale
         s = torch.linalg.svdvals(full)
         assert report.rank == 2
         assert report.error == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-4)

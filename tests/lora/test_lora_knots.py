@@ -13,7 +13,7 @@ from torch import Tensor
 import weightsmith
 from weightsmith import lora
 from weightsmith.core.site import Site
-from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource
 from weightsmith.ops.lowrank import Factors
@@ -53,7 +53,7 @@ def test_the_result_is_that_of_the_full_models(
     base = MemorySource(llama().state_dict(), "base")
     experts = {name: open_source(path, base=base) for name, path in paths.items()}
     full = {name: {k: source.read(k) for k in source.keys} for name, source in experts.items()}
-    adapted = sorted({f"{m}.weight" for path in paths.values() for m in Adapter(path).modules})
+    adapted = sorted({f"{m}.weight" for path in paths.values() for m in read_adapter(path).modules})
     small = {name: {k: state[k] for k in adapted} for name, state in full.items()}
     want = weightsmith.merge(small, weightsmith.Knots(**given), {k: base.read(k) for k in adapted})
     with monkeypatch.context() as patch:
@@ -73,9 +73,9 @@ def test_the_result_is_that_of_the_full_models(
 def test_a_rank_cuts_the_result(paths: dict[str, Path], tmp_path: Path) -> None:
     lora.merge(paths, "knots", tmp_path / "all")
     cut = lora.merge(paths, "knots", tmp_path / "cut", rank=2)
-    found = Adapter(tmp_path / "all")
+    found = read_adapter(tmp_path / "all")
     for module in cut.modules:
-        s = torch.linalg.svdvals(found.factors(module.name).product.double())
+        s = torch.linalg.svdvals(found.factors(module.name)[0].product.double())
         assert module.rank == 2
         assert module.error == pytest.approx(float(s[2:].norm() / s.norm()), abs=1e-5)
         assert module.energy == pytest.approx(1 - module.error**2, abs=1e-6)

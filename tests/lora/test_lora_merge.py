@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightsmith import lora
 from weightsmith.io.package.manifest import verify_folder
-from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.lora.rules import KINDS
 
 WEIGHTS = (0.7, -0.5, 0.3)
@@ -96,7 +96,7 @@ def test_the_rank_by_default_is_the_largest(groups: dict[str, Group], tmp_path: 
     density = {"density": 0.5} if kind == "ties_svd" else {}
     want = theirs(groups["unlike"], kind, density.get("density"), None, "total")
     close(ours(groups["unlike"], kind, tmp_path / "out", **density), want)
-    assert Adapter(tmp_path / "out").rank == 4
+    assert read_adapter(tmp_path / "out").rank == 4
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -205,7 +205,7 @@ def test_config_says_what_is_there(groups: dict[str, Group], tmp_path: Path) -> 
     assert config["r"] == config["lora_alpha"] == 9  # layer 1's q_proj: 4 + 2 + 3
     assert config["rank_pattern"][r"^model\.layers\.0\.self_attn\.v_proj"] == 2
     assert config["rank_pattern"] == config["alpha_pattern"]
-    assert set(config["target_modules"]) == set(Adapter(tmp_path / "out").modules)
+    assert set(config["target_modules"]) == set(read_adapter(tmp_path / "out").modules)
     equal = lora.merge(groups["equal"][1], "cat", tmp_path / "equal")
     assert sorted(json.loads((equal.out / "adapter_config.json").read_text())["target_modules"]) == sorted(ALL)
     again = lora.merge({"sum": tmp_path / "equal"}, "linear", tmp_path / "again")

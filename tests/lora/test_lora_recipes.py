@@ -17,7 +17,7 @@ from weightsmith import lora
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError, PlanError, RecipeError, WeightsmithError
 from weightsmith.io import system
-from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.write import output
 from weightsmith.lora.recipe import loads, method_of
 from weightsmith.lora.rules import Averaged, Combine, SharedBasis
@@ -37,6 +37,8 @@ def make(folder: Path, seed: int, rank: int = 2, shapes: Shapes = SHAPES, **conf
     for i, (module, (outputs, inputs)) in enumerate(shapes.items()):
         tensors[f"{PREFIX}{module}.lora_A.weight"] = noise(rank, inputs, seed=seed + i)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = noise(outputs, rank, seed=seed + i + 50)
+        if config.get("use_dora"):
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = torch.ones(outputs)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q"], **config}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -166,12 +168,12 @@ def refusals(folder: Path) -> list[tuple[Path, str, dict[str, Any], str]]:
          "for 'org/other'; if these are the same model, pass --force (force=True)"),
         (make(folder / "turned", 8, fan_in_fan_out=True), "cat", {}, "fan_in_fan_out differs"),
         (make(folder / "dora", 9, use_dora=True), "cat", {}, "use_dora is not a product of two factors"),
-        (make(folder / "lokr", 9, peft_type="LOKR"), "cat", {}, "peft_type 'LOKR' is not supported, only LORA"),
+        (make(folder / "lokr", 9, peft_type="OFT"), "cat", {}, "peft_type 'OFT' is not supported, only LORA"),
         (make(folder / "pissa", 9, init_lora_weights="pissa"), "cat", {}, "changed the base's weights in training"),
-        (make(folder / "rank", 9, rank_pattern={"layers.0.q": 7}), "cat", {}, "has rank 2 in A and 2 in B, but"),
+        (make(folder / "rank", 9, rank_pattern={"layers.0.q": 7}), "cat", {}, "has rank 2 in its tensors, but"),
         (nan, "svd", {}, "'layers.0.q' holds NaN or Inf; this adapter is damaged"),
-        (half, "svd", {}, "'layers.1.q' has A instead of lora_A and lora_B"),
-        (folder, "svd", {}, "no LoRA adapter here (no adapter_config.json)"),
+        (half, "svd", {}, "'layers.1.q' lacks a lora_B"),
+        (folder, "svd", {}, "no LoRA adapter here (no adapter_config.json, and no LoRA file)"),
     ]  # fmt: skip
 
 
@@ -198,9 +200,9 @@ def test_force_combines_adapters_of_other_names(tmp_path: Path) -> None:
 def test_adapters_that_cancel_leave_a_zero(two: dict[str, Path], tmp_path: Path) -> None:
     copy = make(tmp_path / "copy", 1)
     lora.merge({"a": two["a"], "copy": copy}, "svd", tmp_path / "out", weight=(1.0, -1.0))
-    found = Adapter(tmp_path / "out")
+    found = read_adapter(tmp_path / "out")
     assert {m.rank for m in found.modules.values()} == {1}
-    assert not any(bool(found.factors(m).product.any()) for m in found.modules)
+    assert not any(bool(found.factors(m)[0].product.any()) for m in found.modules)
 
 
 def test_convolutions_combine(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from weightsmith.io.read import codec_folder  # noqa: F401  (teaches open_source
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.headed import headed
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.remote_source import RemoteSource
 from weightsmith.io.read.source import Source
@@ -122,7 +123,11 @@ def open_inputs(
         problems.append("the recipe names no models; add at least one under 'models:'")
     if problems:
         return Inputs(base, experts, stats, tuple(problems))
-    whole = untied({**({} if base is None else {"base": base}), **experts}, lambda name: _matches(name, recipe.exclude))
+    try:
+        whole = headed({**({} if base is None else {"base": base}), **experts})
+    except SourceError as error:
+        return Inputs(base, experts, stats, (str(error),))
+    whole = untied(whole, lambda name: _matches(name, recipe.exclude))
     models, problems = aligned(recipe.tokenizer, whole)
     shown = {name: source for name, source in models.items() if base is None or name != "base"}
     return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.core.errors import NumericError, PlanError, RecipeError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.lora import PREFIX, config_of
+from weightsmith.io.read.lora import PREFIX, Module
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.updates import Product
 from weightsmith.lora.changes import Changes, find_changes
+from weightsmith.lora.naming import config_of, stored_name
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, signed, split, widened
 from weightsmith.ops.spectral import NOISE, top_svd
@@ -95,13 +97,12 @@ def extract(
                 continue
             kind = dtype or (origin.key(key.name).dtype if DTYPES[key.dtype].itemsize > 1 else "bfloat16")
             writer.add(
-                module,
-                widened(factors, max(widest, factors.rank)),
-                delta,
+                _module(module, delta, embedding=embedding),
+                [widened(factors, max(widest, factors.rank))],
+                [delta],
                 dtype=kind,
                 energy=kept,
                 how=f"extracted from {tuned.label} - {origin.label}",
-                embedding=embedding,
             )
             if progress:
                 progress(done + 1, len(chosen.low))
@@ -176,6 +177,13 @@ def _factors(delta: Tensor, cap: int, energy: float | None, epsilon: float) -> t
     rank = rank_for(found.s, square, rank=cap, energy=energy, floor=epsilon)
     kept = min(float(found.s[:rank].square().sum()) / square, 1.0) if square else 1.0
     return split(found, rank, even=True), kept
+
+
+def _module(name: str, delta: Tensor, *, embedding: bool) -> Module:
+    """A module as an adapter describes it, whose change has the shape of `delta` [outputs, inputs]."""
+    outputs, inputs = delta.shape
+    a, b = (stored_name(name, part, embedding) for part in "AB")
+    return Module(name, Product(a, b, (0, inputs), (outputs, 0)), 1.0)
 
 
 def _widest(chosen: Changes, tuned: Source, origin: Source, cap: int, energy: float | None, epsilon: float) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.core.errors import RecipeError
-from weightsmith.io.read.lora import Adapter, config_of
+from weightsmith.io.read.lora_files import read_adapter
+from weightsmith.lora.compare import combinable
 from weightsmith.lora.extract import check_rank
+from weightsmith.lora.naming import config_of
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, split, svd_of_factors, widened
 
@@ -29,34 +31,37 @@ def resize(
     if rank is None and energy is None:
         raise RecipeError("give a rank or an energy")
     check_rank(rank, energy, 1)
-    found = Adapter(adapter)
-    with Writer(Path(out), [found.path], overwrite=overwrite) as writer:
+    found = combinable(read_adapter(adapter))
+    with Writer(Path(out), [found.path], overwrite=overwrite, kind=found.kind) as writer:
         for name, module in found.modules.items():
-            b, a = found.factors(name)
-            wanted = Factors(b * module.scale, a)
-            cut = svd_of_factors(wanted)
-            square = float(cut.s.square().sum())
-            count = rank_for(cut.s, square, rank=rank, energy=energy)
-            kept = min(float(cut.s[:count].square().sum()) / square, 1.0) if square else 1.0
+            wanted = [Factors(b * module.scale, a) for b, a in found.factors(name)]
+            cut = [svd_of_factors(part) for part in wanted]
+            squares = [float(part.s.square().sum()) for part in cut]
+            counts = [rank_for(p.s, square, rank=rank, energy=energy) for p, square in zip(cut, squares, strict=True)]
+            kept = sum(float(p.s[:n].square().sum()) for p, n in zip(cut, counts, strict=True))
             writer.add(
-                name,
-                widened(split(cut, count, even=True), max(count, 1)),
+                module,
+                [widened(split(p, n, even=True), max(*counts, 1)) for p, n in zip(cut, counts, strict=True)],
                 wanted,
-                dtype=dtype or found.file.key(module.a).dtype,
-                energy=kept,
+                dtype=dtype or found.file.key(module.update.stored[0]).dtype,
+                energy=min(kept / sum(squares), 1.0) if sum(squares) else 1.0,
                 how="resized",
-                embedding=module.embedding,
-                shapes=(module.b_shape[2:], module.a_shape[1:]),
             )
+        for rows in found.rows.values():
+            value = found.file.read(rows.stored)
+            writer.add_whole(rows.stored, value, str(value.dtype).removeprefix("torch."), "copied")
         for target, stored in found.whole.items():
             value = found.tensor(target)
             writer.add_whole(stored, value, str(value.dtype).removeprefix("torch."), "copied")
         config = config_of(
             writer.ranks,
             found.config,
+            modules=found.modules,
             targets=found.config.get("target_modules"),
             saved=found.config.get("modules_to_save") or (),
         )
+        if indices := found.config.get("trainable_token_indices"):
+            config["trainable_token_indices"] = indices
         about = Description(
             made={"adapter": str(adapter), "rank": rank, "energy": energy},
             inputs={"adapter": found.fingerprint()},

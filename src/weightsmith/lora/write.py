@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -25,17 +26,20 @@ from weightsmith.io.disk import write_file, writing
 from weightsmith.io.package.card import CardModel, licences, model_card
 from weightsmith.io.package.manifest import build_manifest, write_manifest
 from weightsmith.io.read.adapter import CONFIG
-from weightsmith.io.read.lora import keys_of
+from weightsmith.io.read.lora import Module
 from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.io.read.updates import Product, assembled
 from weightsmith.io.url import absolute
 from weightsmith.io.write.output import FolderSink, check_output
-from weightsmith.ops.lowrank import Factors, distance, size
+from weightsmith.lora.naming import keys_of
+from weightsmith.ops.lowrank import Factors, distance, size, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Description", "ModuleReport", "Writer", "Written"]
 
+_WEIGHTS = {"peft": "adapter_model", "diffusers": "pytorch_lora_weights", "kohya": "pytorch_lora_weights"}
 _ONE_FILE = 1 << 62  # bytes: peft reads no shards
 
 
@@ -100,8 +104,10 @@ class Writer:
     The folder appears complete or not at all.  Raises PlanError before any work where `out` cannot be written.
     """
 
-    def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    def __init__(self, out: Path, inputs: Iterable[Path], *, overwrite: bool, kind: str = "peft") -> None:
+        """`kind`: whose names the tensors get, as in `Adapter`."""
         self.out = absolute(out)
+        self._kind = kind
         if problems := check_output(self.out, inputs, overwrite, True, 0):
             raise PlanError(problems)
         self._overwrite = overwrite
@@ -126,29 +132,34 @@ class Writer:
 
     def add(
         self,
-        module: str,
-        found: Factors,
-        wanted: Factors | Tensor,
+        module: Module,
+        found: Sequence[Factors],
+        wanted: Sequence[Factors | Tensor],
         *,
         dtype: str,
         energy: float = 1.0,
         how: str = "",
-        embedding: bool = False,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> ModuleReport:
-        """Store a module's factors, and measure how well they stand for the matrix `wanted`.
+        """Store a module's factors, and measure how well they stand for the matrices `wanted`.
 
-        shapes  what follows [outputs, r] in B and [r, inputs] in A: the kernel's axes of a convolution
+        One pair, or one for each expert or group; the ranks of all are raised to the largest.
         """
-        b_rest, a_rest = shapes
-        b_shape, a_shape = (found.b.shape[0], found.rank, *b_rest), (found.rank, *(a_rest or (found.a.shape[1],)))
-        stored = []
-        for key, value in zip(keys_of(module, b_shape, a_shape, dtype, embedding), found, strict=True):
-            if not bool(torch.isfinite(value).all()):
-                raise NumericError(f"{module}: the result holds NaN or Inf; look at the adapters' values and weights")
-            bits = self._put(key, encode(value.reshape(key.shape), key, 0), how)
-            stored.append(bits_to_tensor(bits, dtype).reshape(value.shape))
-        report = ModuleReport(module, found.rank, energy, _error(Factors(*stored), wanted))
+        rank = max(part.rank for part in found)
+        pieces = [widened(part, rank) for part in found]
+        if not all(bool(torch.isfinite(value).all()) for part in pieces for value in part):
+            raise NumericError(f"{module.name}: the result holds NaN or Inf; look at the adapters' values and weights")
+        b, a = assembled(module.update, pieces)
+        kernel = module.update.shape[2:] if isinstance(module.update, Product) else ()
+        b_shape = (*b.shape, *(1 for _ in kernel))
+        a_shape = (a.shape[0], module.update.shape[1], *kernel) if kernel else tuple(a.shape)
+        keys = keys_of(module.name, b_shape, a_shape, dtype, embedding=module.embedding, kind=self._kind)
+        for key, value in zip(keys, (b, a), strict=True):
+            self._put(key, encode(value.reshape(key.shape), key, 0), how)
+        if self._kind == "kohya":
+            alpha = Key(f"{module.name}.alpha", (), "float32")
+            self._put(alpha, np.array(rank, np.float32).view(np.uint32), "the rank")
+        stored = [Factors(*(_rounded(value, dtype) for value in part)) for part in pieces]
+        report = ModuleReport(module.name, rank, energy, _error(stored, wanted))
         self._reports.append(report)
         return report
 
@@ -182,7 +193,7 @@ class Writer:
             identity=identity,
             resume=True,  # what an interrupted run of the same request has left is done anew
             overwrite=self._overwrite,
-            weight_name="adapter_model",
+            weight_name=_WEIGHTS[self._kind],
         )
         sink.begin(self._keys)
         records = []
@@ -213,7 +224,9 @@ class Writer:
         self, folder: Path, config: Mapping[str, Any], about: Description, records: Sequence[Mapping[str, Any]]
     ) -> list[Path]:
         stated = licences(about.folders)
-        paths = [write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")]
+        paths = []
+        if self._kind == "peft":
+            paths.append(write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"))
         card = model_card(
             title=self.out.name,
             models=[CardModel(name) for name in about.folders if name != "base"],
@@ -221,7 +234,7 @@ class Writer:
             recipe=about.made,
             base=None if about.base is None else CardModel("base", _hub_id(about.base)),
             licences=stated,
-            library_name="peft",
+            library_name="peft" if self._kind == "peft" else "diffusers",
             version=__version__,
             command=about.command,
         )
@@ -240,13 +253,24 @@ class Writer:
         return [*paths, write_manifest(folder, {**manifest, "modules": modules})]
 
 
-def _error(stored: Factors, wanted: Factors | Tensor) -> float:
-    if isinstance(wanted, Factors):
-        whole = size(wanted)
-        return distance(stored, wanted) / whole if whole else 0.0
-    missed = wanted - Factors(stored.b.float(), stored.a.float()).product
-    whole = float(torch.linalg.vector_norm(wanted, dtype=torch.float64))
-    return float(torch.linalg.vector_norm(missed, dtype=torch.float64)) / whole if whole else 0.0
+def _rounded(value: Tensor, dtype: str) -> Tensor:
+    """A tensor as it is stored."""
+    key = Key("", tuple(value.shape), dtype)
+    return bits_to_tensor(encode(value, key, 0), dtype).reshape(value.shape)
+
+
+def _error(stored: Sequence[Factors], wanted: Sequence[Factors | Tensor]) -> float:
+    """|what was wanted - what is stored| / |what was wanted|, over all pieces."""
+    missed, whole = 0.0, 0.0
+    for found, target in zip(stored, wanted, strict=True):
+        if isinstance(target, Factors):
+            missed = math.hypot(missed, distance(found, target))
+            whole = math.hypot(whole, size(target))
+        else:
+            rest = target - Factors(found.b.float(), found.a.float()).product
+            missed = math.hypot(missed, float(torch.linalg.vector_norm(rest, dtype=torch.float64)))
+            whole = math.hypot(whole, float(torch.linalg.vector_norm(target, dtype=torch.float64)))
+    return missed / whole if whole else 0.0
 
 
 def _hub_id(name: str) -> str | None:

@@ -53,6 +53,7 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
                 f"{name}: tied to {embedding}, {head} becomes a tensor of its own, as another model has it "
                 "(tie_word_embeddings: false)"
             )
+        yield from (f"{name}: {text}" for text in (source.beside.says if source.beside is not None else ()))
         if extras := getattr(source, "extras", ()):
             yield f"{name}: entries that are no tensors are left out: {some(extras, 5)}"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,11 @@ from weightsmith.io.read.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_like"]
+__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like"]
 
 _ONE = re.compile(r"(?P<module>.+)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _ALL = re.compile(r"(?P<module>.+)\.experts\.(?P<part>gate_up_proj|down_proj)")
+_NAMED = re.compile(r"\.experts(?:\.(?P<number>\d+)\.(?P<part>\w+)|(?:\.base_layer)*$|\.(?:gate_up|down)_proj$)")
 _WORDS = {"mixtral": ("w1", "w3", "w2"), "": ("gate_proj", "up_proj", "down_proj")}
 _KEPT = 2  # experts kept: a reader goes through one tensor block by block
 
@@ -42,6 +43,26 @@ def laid_out_like(source: Source, reference: Source) -> Source:
     if mine == "packed":
         return _unpacked(source, mixtral=theirs == "mixtral") or source
     return source
+
+
+def laid_out_for(source: Source, names: Iterable[str]) -> Source:
+    """The source, or a view of it with its experts laid out as an adapter's names are."""
+    wanted = next((layout for layout in map(_layout_of, names) if layout is not None), None)
+    mine = _layout(source)
+    if wanted == "packed" and mine in ("mixtral", ""):
+        return _packed(source) or source
+    if wanted in ("mixtral", "") and mine == "packed":
+        return _unpacked(source, mixtral=wanted == "mixtral") or source
+    return source
+
+
+def _layout_of(name: str) -> str | None:
+    """The layout that the name of an adapter's module or tensor belongs to; None where experts are not meant."""
+    if (found := _NAMED.search(name)) is None:
+        return None
+    if found["number"] is None:
+        return "packed"
+    return "mixtral" if found["part"] in _WORDS["mixtral"] else ""
 
 
 def _layout(source: Source) -> str | None:
@@ -113,6 +134,7 @@ class _View(Source):
     def __init__(self, source: Source, made: Mapping[str, Key], replaced: set[str], names: Mapping[str, str]) -> None:
         self.source = source
         self.label, self.folder, self.weight_files = source.label, source.folder, source.weight_files
+        self.beside = source.beside
         kept = {names.get(name, name): key for name, key in source.keys.items() if name not in replaced}
         self._old = {new: key.name for new, key in kept.items()}
         self.keys = {**{new: Key(new, key.shape, key.dtype) for new, key in kept.items()}, **made}

@@ -1,14 +1,15 @@
-"""LoRA adapters by themselves: the factors of every module, read from a PEFT folder without its base.
+"""LoRA adapters by themselves: what they add to the weights of each module, read without a base.
 
-Files: adapter_config.json and adapter_model.safetensors (or .bin), as the peft library writes them.
+Kinds of files: a PEFT folder (adapter_config.json beside adapter_model.safetensors or .bin), and the single files of
+diffusers, kohya and LyCORIS (`io.read.lora_files`).
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,130 +19,129 @@ import xxhash
 from weightsmith.core.errors import NumericError, SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.adapter import CONFIG, of_module, open_weights, plain_name, read_config, split_name
-from weightsmith.io.read.remote_source import local_copy
+from weightsmith.io.read.adapter import (
+    CONFIG,
+    ambiguous,
+    of_module,
+    open_weights,
+    rank_of,
+    read_config,
+    scale_of,
+)
+from weightsmith.io.read.lycoris import PARTS, lycoris_update
+from weightsmith.io.read.small import short
 from weightsmith.io.read.source import Source
-from weightsmith.io.url import Url, parse_url
+from weightsmith.io.read.updates import Experts, Product, Update
 from weightsmith.ops.lowrank import Factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PREFIX", "TARGETING", "Adapter", "Module", "config_of", "keys_of", "stored_name"]
+__all__ = ["PREFIX", "Adapter", "Module", "TokenRows", "parameter_name", "read_peft"]
 
 PREFIX = "base_model.model."
-_TAKEN = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "revision",
-          "task_type")  # fmt: skip
-TARGETING = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    rf"|token_adapter\.trainable_tokens_delta|(?<!token_adapter\.)trainable_tokens_delta|{'|'.join(PARTS)})"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<leaf>\.weight|\.bias)?"
+)
+_KINDS = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
+    "trainable_tokens_delta": "rows",
+}
+_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+"""The order in which modules of fused experts declare their parameters: peft wraps the first innermost."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module: delta = scale * B A, transposed where `embedding` (peft stores those so).
+    """What an adapter does to the weight of one module: adds scale * update.
 
-    a, b     names in the adapter's file
-    a_shape  [r, inputs], or [r, inputs, *kernel] of a convolution
-    b_shape  [outputs, r], or [outputs, r, 1, ...]
+    parameter  the tensor of the module that it belongs to, where that is not `weight`
+    magnitude  DoRA's length of each output unit, or with `inward` of each input
+    bias       what is added, times the scale, to the module's bias
     """
 
     name: str
-    a: str
-    b: str
-    a_shape: tuple[int, ...]
-    b_shape: tuple[int, ...]
+    update: Update
     scale: float
+    parameter: str = "weight"
+    magnitude: str | None = None
+    inward: bool = False
+    bias: str | None = None
+    bias_scale: float = 1.0
 
     @property
     def rank(self) -> int:
-        return self.a_shape[0]
+        return self.update.rank
 
     @property
     def embedding(self) -> bool:
-        return "lora_embedding_A" in self.a
+        """Whether A and B belong to an embedding, whose weight is stored [inputs, outputs]."""
+        return isinstance(self.update, Product) and "lora_embedding_A" in self.update.a
 
     @property
-    def form(self) -> tuple[bool, int, tuple[int, ...], tuple[int, ...]]:
+    def form(self) -> tuple[Any, ...]:
         """What two adapters of one module have in common: all but the rank."""
-        return self.embedding, self.b_shape[0], self.a_shape[1:], self.b_shape[2:]
+        update = self.update
+        return self.embedding, update.shape, self.parameter, update.groups if isinstance(update, Product) else 1
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that were trained by themselves; the stored tensor holds them whole, one per index."""
+
+    stored: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """The LoRA adapter in a folder, or at a URL (then the files are copied first: they are small).
+    """An adapter's files.
 
+    kind     'peft', 'diffusers' or 'kohya' (which LyCORIS shares): how its names are meant
     modules  name -> Module, in the file's order
     whole    base tensor's name -> stored name, for tensors kept in full (modules_to_save, trained biases)
-
-    Errors: SourceError for DoRA and lora_bias, which are no products of two factors; for other kinds of adapters;
-    and for whatever in the files does not fit together.
+    rows     module -> rows of its weight that are replaced
+    shifts   (module, 'weight' or 'bias') -> what is added to it as it is
+    says     what its user should know
     """
 
-    def __init__(self, path: str | Path) -> None:
-        url = parse_url(path)
-        self.path = local_copy(url) if isinstance(url, Url) else (url or Path(path).expanduser())
-        self.label = str(url or path)
-        if not (self.path / CONFIG).is_file():
-            raise SourceError(f"{path}: no LoRA adapter here (no {CONFIG})")
-        self.config = read_config(self.path)
-        for field in ("use_dora", "lora_bias"):
-            if self.config.get(field):
-                raise SourceError(
-                    f"{path}: {field} is not a product of two factors, so it cannot be combined exactly; merge this "
-                    'adapter into its base with "weightsmith merge" and get a LoRA back with "weightsmith lora extract"'
-                )
-        self.file: Source = open_weights(self.path)
-        self.modules, self.whole = self._read()
-
-    def _read(self) -> tuple[dict[str, Module], dict[str, str]]:
-        parts: dict[str, dict[str, str]] = {}
-        whole: dict[str, str] = {}
-        for stored in (*self.file.keys, *self.file.aliases):
-            found = split_name(stored)
-            if found is None:
-                target = plain_name(stored.removeprefix(PREFIX))
-                if target is not None:
-                    twin = whole.setdefault(target, stored)
-                    if not np.array_equal(self.file.bits(twin), self.file.bits(stored)):
-                        raise SourceError(f"{self.label}: {target!r} is stored twice, differently")
-            elif found[1] in parts.setdefault(found[0], {}):
-                raise SourceError(f"{self.label}: {stored!r} is stored twice (two adapters in one file?)")
-            else:
-                parts[found[0]][found[1]] = stored
-        if not parts:
-            raise SourceError(f"{self.label}: no lora_A and lora_B in it")
-        return {name: self._module(name, found) for name, found in parts.items()}, whole
-
-    def _module(self, name: str, parts: Mapping[str, str]) -> Module:
-        if set(parts) != {"A", "B"}:
-            raise SourceError(f"{self.label}: {name!r} has {' and '.join(sorted(parts))} instead of lora_A and lora_B")
-        a, b = (self.file.key(parts[part]) for part in "AB")
-        rank = of_module(self.config.get("rank_pattern"), name, self.config.get("r", 8))
-        good = len(a.shape) >= 2 and len(b.shape) >= 2 and a.floating and b.floating
-        if not good or any(extent != 1 for extent in b.shape[2:]):
-            raise SourceError(f"{self.label}: {name!r} has factors of shapes {list(a.shape)} and {list(b.shape)}")
-        if not a.shape[0] == b.shape[1] == rank:
-            raise SourceError(
-                f"{self.label}: {name!r} has rank {a.shape[0]} in A and {b.shape[1]} in B, but {CONFIG} says {rank}"
-            )
-        alpha = of_module(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return Module(name, parts["A"], parts["B"], a.shape, b.shape, float(scale))
+    label: str
+    path: Path
+    file: Source
+    config: Mapping[str, Any]
+    modules: Mapping[str, Module]
+    whole: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    shifts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    kind: str = "peft"
+    says: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
         """The largest rank of a module."""
-        return max(module.rank for module in self.modules.values())
+        return max((module.rank for module in self.modules.values()), default=0)
 
     @property
     def dtypes(self) -> set[str]:
-        return {self.file.key(name).dtype for module in self.modules.values() for name in (module.a, module.b)}
+        return {self.file.key(name).dtype for module in self.modules.values() for name in module.update.stored}
 
-    def factors(self, name: str) -> Factors:
-        """B [outputs, r] and A [r, inputs] of a module in float32, without its scale; kernels are flattened."""
-        module = self.modules[name]
-        a, b = self.file.read(module.a).float(), self.file.read(module.b).float()
-        if not bool(torch.isfinite(a).all() & torch.isfinite(b).all()):
+    def factors(self, name: str) -> list[Factors]:
+        """B [outputs, r] and A [r, inputs] of a module in float32, without its scale; kernels are flattened.
+
+        Fused experts and groups of a convolution have a pair each.
+        """
+        found = self.modules[name].update.pieces(self.file)
+        if not all(bool(torch.isfinite(a).all() & torch.isfinite(b).all()) for b, a in found):
             raise NumericError(f"{self.label}: {name!r} holds NaN or Inf; this adapter is damaged, leave it out")
-        return Factors(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is kept in full, as stored."""
@@ -154,62 +154,144 @@ class Adapter:
         }
 
 
-def stored_name(module: str, part: str, embedding: bool = False) -> str:
-    """Under which name peft looks for a module's 'A' or 'B'."""
-    return f"{PREFIX}{module}.lora_embedding_{part}" if embedding else f"{PREFIX}{module}.lora_{part}.weight"
+def read_peft(folder: Path, file: Source | None = None, label: str = "") -> Adapter:
+    """The adapter in a PEFT folder; `file`, `label`: its tensors and name, where it is a copy of what lies elsewhere.
 
-
-def config_of(
-    ranks: Mapping[str, int],
-    like: Mapping[str, Any],
-    *,
-    targets: Any = None,
-    saved: Iterable[str] = (),
-    scale: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """The adapter_config.json of an adapter with these modules.
-
-    ranks    module -> rank; r is the largest, the others go to rank_pattern
-    like     fields to take over from another configuration (task type, base, bias, orientation)
-    targets  target_modules; default: the modules' full names, which match nothing else
-    saved    modules_to_save
-    scale    module -> alpha / r; 1 where it is not given
+    Errors: SourceError for other kinds of adapters, and for whatever in the files does not fit together.
     """
-    r = max(ranks.values(), default=1)
-    alphas = {name: rank * (scale or {}).get(name, 1.0) for name, rank in ranks.items()}
-    usual = next((alphas[name] for name, rank in ranks.items() if rank == r), float(r))
-    taken = _TAKEN if targets is None else (*_TAKEN, *TARGETING)
-    return {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "task_type": None,
-        **{field: like[field] for field in taken if field in like},
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "modules_to_save": sorted(saved) or None,
-        "r": r,
-        "lora_alpha": _plain(usual),
-        "rank_pattern": {_exactly(n): rank for n, rank in ranks.items() if rank != r},
-        "alpha_pattern": {_exactly(n): _plain(alpha) for n, alpha in alphas.items() if alpha != usual},
-        "target_modules": sorted(ranks) if targets is None else targets,
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    label = label or str(folder)
+    config = read_config(folder)
+    file = file or open_weights(folder)
+    parts, whole = _sorted(file, label)
+    rows = {name: _rows(config, name, own["rows"], file, label) for name, own in parts.items() if "rows" in own}
+    parts = {name: own for name, own in parts.items() if "rows" not in own}
+    fused = _fused(config, parts, label)
+    modules = {name: _module(config, file, label, name, own, fused.get(name, "")) for name, own in parts.items()}
+    ranks = {parameter_name(name, module.parameter): module.rank for name, module in modules.items()}
+    return Adapter(label, folder, file, config, modules, whole, rows, says=tuple(ambiguous(config, ranks)))
 
 
-def _plain(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+def parameter_name(module: str, parameter: str) -> str:
+    """What peft's patterns call a module, or the parameter of one: without the names of its wrappers."""
+    root = _plain(module)
+    return root if parameter == "weight" else f"{root}.{parameter}"
 
 
-def _exactly(name: str) -> str:
-    """A pattern that peft matches against this module alone."""
-    return "^" + name.replace(".", r"\.")
+def _sorted(file: Source, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Module -> part ('A', 'B', 'magnitude', 'bias', 'rows', LyCORIS' own) -> stored name; and what is kept whole."""
+    parts: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for stored in (*file.keys, *file.aliases):
+        name = stored.removeprefix(PREFIX)
+        found = _PART.fullmatch(name)
+        if found is not None:
+            part = "bias" if found["leaf"] == ".bias" else _KINDS.get(found["part"], found["part"])
+            own = parts.setdefault(found["module"], {})
+            if part in own:
+                raise SourceError(f"{label}: {stored!r} is stored twice, differently (two adapters in one file?)")
+            own[part] = stored
+        elif (target := _whole_name(name)) is not None:
+            twin = whole.setdefault(target, stored)
+            # With bias="all" peft stores the bias of a saved module twice, plain and under its wrapper's name.
+            if not np.array_equal(file.bits(twin), file.bits(stored)):
+                raise SourceError(f"{label}: {stored!r} is stored twice, differently (two adapters in one file?)")
+    return parts, whole
 
 
-def keys_of(module: str, b: tuple[int, ...], a: tuple[int, ...], dtype: str, embedding: bool) -> tuple[Key, Key]:
-    """The stored tensors B and A of a module."""
-    return Key(stored_name(module, "B", embedding), b, dtype), Key(stored_name(module, "A", embedding), a, dtype)
+def _whole_name(name: str) -> str | None:
+    """The base name of a tensor stored whole, or None for the untrained copy that peft keeps beside a trained one."""
+    if ".original_module." in name:
+        return None
+    # As saved the wrapper's name is gone; a raw state dict has `.modules_to_save.<adapter>.` in it.
+    name = re.sub(r"\.modules_to_save\.(?:[^.]+\.(?=.))?", ".", name)
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
+    """A name without peft's wrappers of wrapped modules."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
+
+
+def _fused(config: Mapping[str, Any], modules: Iterable[str], label: str) -> dict[str, str]:
+    """Module -> the parameter that it adapts, for those of `target_parameters`.
+
+    peft wraps a module once for each of its parameters, in the order in which the module declares them, the first
+    innermost; where only one is adapted its wrapper is the only one.
+    """
+    targets = [str(target).rpartition(".")[::2] for target in config.get("target_parameters") or ()]
+    wrappers: dict[str, list[str]] = {}
+    for name in modules:
+        wrappers.setdefault(_plain(name), []).append(name)
+    found: dict[str, str] = {}
+    for root, names in wrappers.items():
+        wanted = {leaf for parent, leaf in targets if leaf != "weight" and _is_parent(parent, root)}
+        if not wanted:
+            continue
+        strange = sorted(wanted - {*_ORDER})
+        if len(wanted) != len(names) or (strange and len(wanted) > 1):
+            raise SourceError(
+                f"{label}: {root!r} has {len(names)} adapted parameters, target_parameters in {CONFIG} names "
+                f"{', '.join(sorted(wanted))}: which is which cannot be told"
+            )
+        order = sorted(wanted, key=lambda leaf: _ORDER.index(leaf) if leaf in _ORDER else 0)
+        found |= dict(zip(sorted(names, key=len, reverse=True), order, strict=True))
+    return found
+
+
+def _is_parent(parent: str, module: str) -> bool:
+    """Whether parameters of `module` may be meant by a target of that parent; without one, by fused experts only."""
+    return f".{module}".endswith(f".{parent}") if parent else "experts" in module.split(".")[-2:]
+
+
+def _rows(config: Mapping[str, Any], module: str, stored: str, file: Source, label: str) -> TokenRows:
+    """The tokens whose rows a stored tensor holds."""
+    given = config.get("trainable_token_indices") or config.get("token_indices") or ()
+    if isinstance(given, Mapping):
+        given = next((own for name, own in given.items() if f".{module}".endswith(f".{name}")), ())
+    count = file.key(stored).shape[0] if file.key(stored).shape else 0
+    if not isinstance(given, list) or len(given) != count or not all(type(i) is int and i >= 0 for i in given):
+        raise SourceError(f"{label}: {stored!r} has {count} rows, {CONFIG} names {short(given)} as their tokens")
+    return TokenRows(stored, tuple(given))
+
+
+def _module(
+    config: Mapping[str, Any], file: Source, label: str, name: str, parts: Mapping[str, str], fused: str
+) -> Module:
+    """Check that a module's parts are all there and fit each other and the configuration."""
+    if config["peft_type"] in ("LOHA", "LOKR"):
+        update, rank, full = lycoris_update(parts, file, f"{label}: {name!r}")
+        rank = rank_of(config, name, rank, label) if not full else config.get("r", 8)
+        return Module(name, update, scale_of(config, name, rank))
+    wanted = {"A", "B"} | ({"magnitude"} if config.get("use_dora") else set())
+    for part in ("A", "B", "magnitude"):
+        if (part in wanted) != (part in parts):
+            state = "lacks" if part in wanted else "has"
+            said = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}[part]
+            raise SourceError(
+                f"{label}: {name!r} {state} a {said}, with use_dora = {bool(config.get('use_dora'))} in {CONFIG}"
+            )
+    a, b = (file.key(parts[part]) for part in "AB")
+    good = len(a.shape) >= 2 and len(b.shape) >= 2 and a.floating and b.floating
+    if not good or any(extent != 1 for extent in b.shape[2:]):
+        raise SourceError(f"{label}: {name!r} has factors of shapes {list(a.shape)} and {list(b.shape)}")
+    if fused:
+        return _experts(config, label, name, a, b, fused)
+    update = Product(a.name, b.name, a.shape, b.shape)
+    grouped = len(a.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]
+    if a.shape[0] != b.shape[1] and not grouped:
+        raise SourceError(f"{label}: {name!r} has rank {a.shape[0]} in A and {b.shape[1]} in B")
+    rank = rank_of(config, name, a.shape[0], label)
+    scale = scale_of(config, name, rank)
+    return Module(name, update, scale, magnitude=parts.get("magnitude"), bias=parts.get("bias"), bias_scale=scale)
+
+
+def _experts(config: Mapping[str, Any], label: str, name: str, a: Key, b: Key, parameter: str) -> Module:
+    """LoRA of one parameter of fused experts; their number follows from the rank."""
+    called = parameter_name(name, parameter)
+    said = of_module(config.get("rank_pattern"), called, config.get("r", 8))
+    if a.shape[0] != b.shape[1] or a.shape[0] % said:
+        raise SourceError(
+            f"{label}: {name!r} has {a.shape[0]} rows in A and {b.shape[1]} columns in B for experts of rank {said}"
+        )
+    update = Experts(a.name, b.name, a.shape, b.shape, a.shape[0] // said)
+    return Module(name, update, scale_of(config, called, said), parameter)

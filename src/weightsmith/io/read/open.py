@@ -17,6 +17,7 @@ from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, FolderSource
 from weightsmith.io.read.gguf import GgufSource
 from weightsmith.io.read.hub import PREFIX, looks_like_hub_id, open_hub
+from weightsmith.io.read.lora_files import lora_kind, read_lora_file
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.pickle import PICKLES, PickleSource
 from weightsmith.io.read.quantized import unquantised
@@ -67,7 +68,8 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
     if isinstance(url, Url) and not looks_like_hub_id(url.full):
         if expert is not None:
             raise SourceError(f"{url}: a compressed folder is read on this machine only; download it first")
-        return unquantised(open_url(url, base))
+        found = open_url(url, base)
+        return found if isinstance(found, AdapterSource) else _model(found, base)
     if isinstance(ref, str):
         ref = url if isinstance(url, Path) else _path_or_id(ref)
     for accepts, opener in _openers:
@@ -87,7 +89,8 @@ def open_source(ref: Any, *, base: Source | None = None, expert: str | None = No
         except OSError as error:  # a name too long, a folder that may not be entered
             raise SourceError(f"{short(str(ref))}: cannot be opened ({error.strerror})") from None
     if isinstance(ref, str):
-        return unquantised(open_hub(ref, base))
+        found = open_hub(ref, base)
+        return found if isinstance(found, AdapterSource) else _model(found, base)
     if isinstance(ref, Mapping):
         return _memory(ref, "tensors in memory")
     if isinstance(ref, torch.nn.Module):
@@ -120,7 +123,7 @@ def expanded(path: Path) -> Path:
 def _open_path(path: Path, base: Source | None) -> Source:
     if path.is_dir():
         if not (path / ADAPTER_CONFIG).exists():
-            return unquantised(FolderSource(path))
+            return _model(FolderSource(path), base)
         if base is None:
             raise SourceError(f"{path}: a LoRA adapter, which needs a base model; give one under `base`")
         return AdapterSource(path, base)
@@ -132,13 +135,27 @@ def _open_path(path: Path, base: Source | None) -> Source:
     if path.name.endswith(INDEX):
         return unquantised(FolderSource(path))
     if path.suffix == ".safetensors":
-        return unquantised(SafetensorsSource(path))
+        return _model(SafetensorsSource(path), base)
     if path.suffix == ".gguf":
         return GgufSource(path)
     if path.suffix in PICKLES:
-        return PickleSource(path)
+        return _model(PickleSource(path), base)
     known = ", ".join((".safetensors", ".gguf", *PICKLES))
     raise SourceError(f"{path}: unknown kind of file; give a model folder or one of {known}")
+
+
+def _model(source: Source, base: Source | None) -> Source:
+    """The model in a file or folder, or the one that `base` becomes with the LoRA that it turns out to hold."""
+    kind = lora_kind(source.keys)
+    if kind is None:
+        return unquantised(source)
+    if base is not None:
+        return AdapterSource(read_lora_file(source), base)
+    names = {"kohya": " with kohya's names", "diffusers": " as diffusers writes it"}.get(kind, "")
+    raise SourceError(
+        f"{source.label}: a LoRA file{names}, not a model: give the model that it was trained on under `base`, or "
+        'combine it with others of its kind by "weightsmith lora merge"'
+    )
 
 
 def _near(path: Path) -> str:

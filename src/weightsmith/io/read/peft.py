@@ -1,13 +1,11 @@
-"""A LoRA adapter on a base model, as a view: W + s B A is calculated row by row when it is read.
+"""An adapter on a base model, as a view: what it adds is calculated row by row when a tensor is read.
 
-Sources: LoRA, arXiv:2106.09685 (s = alpha / r); rsLoRA, arXiv:2312.03732 (s = alpha / sqrt(r));
-DoRA, arXiv:2402.09353 (m * (W + s B A) / |W + s B A|, one norm per output unit).
-Files: adapter_config.json and adapter_model.safetensors (or .bin), as the peft library writes them.
+Sources: LoRA, arXiv:2106.09685 (W + s B A, s = alpha / r); DoRA, arXiv:2402.09353 (m * (W + s B A) / |W + s B A|, one
+norm per output unit).
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,53 +13,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.adapter import Change, open_weights, read_changes, read_config
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.changes import Change
+from weightsmith.io.read.experts import laid_out_for
+from weightsmith.io.read.fitting import fitted
+from weightsmith.io.read.headed import headed_config
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.lora import Adapter, read_peft
+from weightsmith.io.read.source import Beside, Source
+from weightsmith.io.read.untied import grown_config, untied_config
+from weightsmith.io.read.updates import Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["AdapterSource"]
 
-CHUNK = 64
-"""Rows per matrix product.  A BLAS may order its sums by the shape it is given, so the shape is always the
-same: whole chunks are multiplied, then cut.  Rows read in blocks then equal rows read at once, bit for bit."""
-
 
 class AdapterSource(Source):
-    """The model that `base` becomes with the LoRA adapter in a folder; nothing is materialised.
+    """The model that `base` becomes with an adapter; nothing is materialised.
 
     Tensors that the adapter does not touch are served as stored; `computes(name)` tells which are calculated
-    (float32, or the base's dtype where that is wider).  Refused by name: other adapter types, convolutions,
-    initialisations that changed the base, an adapter that does not fit the base or changes nothing.
+    (float32, or the base's dtype where that is wider).  Refused by name: what the adapter's kind or configuration
+    does not allow, and an adapter that does not fit the base or changes nothing.
     """
 
     computed = True
 
-    def __init__(self, path: str | Path, base: Source, weights: Source | None = None, label: str = "") -> None:
-        """`path`: the folder; `weights`, `label`: its tensors and name, where it is a copy of what lies elsewhere."""
-        self.path = Path(path)
-        self.base = base
-        label = label or str(path)
-        self.label = f"{label} on {base.label}"
+    def __init__(self, adapter: str | Path | Adapter, base: Source) -> None:
+        """`adapter`: a PEFT folder, or an adapter that was read."""
+        self.adapter = adapter if isinstance(adapter, Adapter) else read_peft(Path(adapter))
+        self.path = self.adapter.path
+        self.base = base = laid_out_for(base, (*self.adapter.modules, *self.adapter.whole))
+        self.label = f"{self.adapter.label} on {base.label}"
         self.folder = base.folder
         self.weight_files = base.weight_files
-        self.aliases = base.aliases
-        self._config = read_config(self.path)
-        self._file = weights or open_weights(self.path)
-        self._changes = read_changes(self._config, self._file, base, label)
-        self.keys = {
-            key.name: Key(key.name, key.shape, self._file.key(change.replacement).dtype)
-            if (change := self._changes.get(key.name)) and change.replacement and not change.computed
-            else key
-            for key in base.keys.values()
-        }
+        self._file = self.adapter.file
+        found = fitted(self.adapter, base)
+        self._changes, self.untied = found.tensors, found.untied
+        self._heads, self._grown = found.heads, {
+            base.keys[name].rows: key.rows for name, key in found.keys.items() if name in base.keys
+        }  # fmt: skip
+        gone = found.dropped.union(found.untied)
+        self.aliases = {alias: name for alias, name in base.aliases.items() if alias not in gone}
+        kept = (key for key in base.keys.values() if key.name not in found.dropped)
+        self.keys = {key.name: self._key(found.keys.get(key.name, key)) for key in kept}
+        self.keys |= {name: self._key(key) for name, key in found.keys.items() if name not in base.keys}
+        self.beside = Beside(self.path if self.path.is_dir() else None, tuple(found.says), found.heads)
         self._cache = _Recent(4)
+
+    def _key(self, key: Key) -> Key:
+        change = self._changes.get(key.name)
+        if change is None or change.replacement is None or change.computed:
+            return key
+        return Key(key.name, key.shape, self._file.key(change.replacement).dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
@@ -72,13 +80,13 @@ class AdapterSource(Source):
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Names of the base tensors that the adapter alters or replaces."""
+        """Names of the tensors that the adapter alters, replaces or adds."""
         return tuple(self._changes)
 
     @property
     def trained_on(self) -> str:
         """What the adapter's configuration calls its base model, '' if it does not say."""
-        return str(self._config.get("base_model_name_or_path") or "")
+        return str(self.adapter.config.get("base_model_name_or_path") or "")
 
     @property
     def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
@@ -87,106 +95,128 @@ class AdapterSource(Source):
     def prepare(self) -> None:
         self.base.prepare()
 
+    def config_text(self) -> str | None:
+        """The base's, where the result is no longer tied, has more tokens, or another head."""
+        if not (self.untied or self._grown or self._heads):
+            return self.base.config_text()
+        text = config_of(self.base)
+        if text is not None and self.untied:
+            text = untied_config(text)
+        if text is not None and self._grown:
+            text = grown_config(text, self._grown)
+        if text is not None and self._heads:
+            text = headed_config(text, self.adapter, [self.keys[name] for name in self._heads])
+        return text
+
     def computes(self, name: str) -> bool:
         change = self._changes.get(self.key(name).name)
-        if change is None:
-            return self.base.computes(name)
+        if change is None or (change.of is not None and not change.computed and change.replacement is None):
+            return self.base.computes(change.of if change is not None and change.of else name)
         return change.computed
 
     def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         name = self.key(name).name
         if self.computes(name):
             raise SourceError(f"{self.label}: {name!r} is calculated on reading and has no stored bits")
-        change = self._changes.get(name)
-        if change is None:
-            return self.base.bits(name, start, stop)
-        return self._file.bits(change.replacement or "", start, stop)
+        change = self._changes.get(name, Change())
+        if change.replacement is None:
+            return self.base.bits(change.of or name, start, stop)
+        return self._file.bits(change.replacement, start, stop)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         name = self.key(name).name
-        change = self._changes.get(name)
-        if change is None or not change.computed:
-            return self._stored(name, start, stop)
-        if change.bias is not None:
-            stored = _wide(self._stored(name, start, stop))
-            return stored + change.scale * self._file.read(change.bias, start, stop).to(stored.dtype)
+        change = self._changes.get(name, Change())
+        if not change.computed:
+            return self._stored(name, change, start, stop)
+        if change.update is None:
+            stored = self._stored(name, change, start, stop)
+            if change.bias is not None:
+                stored = _wide(stored)
+                return stored + change.scale * self._file.read(change.bias, start, stop).to(stored.dtype)
+            return self._with_rows(change, stored, slice(start, stop).indices(self.key(name).rows)[0])
         first, last, _ = slice(start, stop).indices(self.key(name).rows)
         return self._rows(name, change, first, max(first, last))
 
     def read_cost(self, name: str) -> float:
         key = self.key(name)
-        change = self._changes.get(key.name)
-        cost = self.base.read_cost(name)
-        if change is None or change.a is None:
+        change = self._changes.get(key.name, Change())
+        cost = self.base.read_cost(change.of or key.name) if change.of or key.name in self.base.keys else 0.0
+        if change.update is None:
             return cost
-        rank = self._file.key(change.a).shape[0]
-        factors = rank * (key.rows + key.row_numel) / max(key.numel, 1)
-        return cost + 1.0 + factors + CHUNK / max(key.rows, CHUNK)
+        stored = sum(self._file.key(part).numel for part in change.update.stored)
+        return cost + 1.0 + stored / max(key.numel, 1) + change.update.chunk / max(key.rows, change.update.chunk)
 
     def factors(self, name: str, base: Source | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (left [rows, r], right [r, columns]) in float32 with W = base + left @ right, scale included.
 
-        None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases, or the
-        change asked for is that from another model than the adapter's base.
+        None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases, fused experts,
+        or the change asked for is that from another model than the adapter's base.
         """
-        change = self._product(name, base)
-        if change is None:
+        found = self._product(name, base)
+        if found is None:
             return None
-        left, right = self._factors(self.key(name).name, change)
+        update, change = found
+        ((b, a),) = update.pieces(self._file)
+        left, right = (a.T.contiguous(), b.T.contiguous()) if change.flip else (b, a)
         return change.scale * left, right
 
     def rank(self, name: str, base: Source | None = None) -> int | None:
-        change = self._product(name, base)
-        return None if change is None or change.a is None else self._file.key(change.a).shape[0]
+        found = self._product(name, base)
+        return None if found is None else found[0].rank
 
-    def _product(self, name: str, base: Source | None) -> Change | None:
-        """The change of a tensor, if it is exactly a product added to this base."""
-        if base is not None and base is not self.base:
+    def _product(self, name: str, base: Source | None) -> tuple[Update, Change] | None:
+        """The update of a matrix, if its change is exactly a product added to this base."""
+        key = self.key(name)
+        change = self._changes.get(key.name)
+        if (base is not None and base is not self.base) or change is None or change.update is None:
             return None
-        change = self._changes.get(self.key(name).name)
-        if change is None or change.a is None or change.magnitude is not None or change.replacement is not None:
-            return None
-        return change
+        whole = change.magnitude is None and change.replacement is None and change.rows is None and change.of is None
+        return (change.update, change) if whole and len(key.shape) == 2 else None
 
     def places(self) -> tuple[Path, ...]:
         return (self.path, *self._file.places(), *self.base.places())
 
     def fingerprint(self) -> dict[str, Any]:
-        config = json.dumps(self._config, sort_keys=True).encode()
-        return {
-            "adapter": {**self._file.fingerprint(), "config": xxhash.xxh3_64_hexdigest(config)},
-            "base": self.base.fingerprint(),
-        }
+        return {"adapter": self.adapter.fingerprint(), "base": self.base.fingerprint()}
 
     # --- rows ---
 
-    def _stored(self, name: str, start: int, stop: int | None) -> Tensor:
+    def _stored(self, name: str, change: Change, start: int, stop: int | None) -> Tensor:
         """Rows before any calculation: the base's, or the adapter's own copy."""
-        change = self._changes.get(name)
-        if change is not None and change.replacement is not None:
+        if change.replacement is not None:
             return self._file.read(change.replacement, start, stop)
-        return self.base.read(name, start, stop)
+        return self.base.read(change.of or name, start, stop)
 
-    def _factors(self, name: str, change: Change) -> tuple[Tensor, Tensor]:
-        """(left [rows, r], right [r, columns]) in the orientation of the stored weight, unscaled."""
+    def _with_rows(self, change: Change, stored: Tensor, first: int) -> Tensor:
+        """Rows of an embedding, from `first` on, with those of trained tokens in their place."""
+        assert change.rows is not None
+        trained = self._file.read(change.rows.stored)
+        found = stored.to(torch.promote_types(stored.dtype, trained.dtype)).clone()
+        for i, token in enumerate(change.rows.indices):
+            if first <= token < first + len(found):
+                found[token - first] = trained[i].to(found.dtype)
+        return found
 
-        def load() -> tuple[Tensor, Tensor]:
-            a, b = (self._file.read(part or "").float() for part in (change.a, change.b))
-            return (a.T.contiguous(), b.T.contiguous()) if change.flip else (b.contiguous(), a.contiguous())
-
-        pair: tuple[Tensor, Tensor] = self._cache.get(("factors", name), load)
-        return pair
+    def _loaded(self, name: str, change: Change) -> tuple[Tensor, ...]:
+        assert change.update is not None
+        update = change.update
+        found: tuple[Tensor, ...] = self._cache.get(("update", name), lambda: update.load(self._file, change.flip))
+        return found
 
     def _chunks(self, name: str, change: Change, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """Whole chunks of W + s B A that cover rows first..last, each with the row it starts at."""
-        left, right = self._factors(name, change)
-        for begin in range(first - first % CHUNK, last, CHUNK):
-            chunk = _wide(self._stored(name, begin, begin + CHUNK))
-            yield begin, chunk + (left[begin : begin + CHUNK] @ right) * change.scale
+        """Whole chunks of W + s (what is added) that cover rows first..last, each with the row it starts at."""
+        assert change.update is not None
+        update, loaded, rows = change.update, self._loaded(name, change), self.key(name).rows
+        for begin in range(first - first % update.chunk, last, update.chunk):
+            end = min(begin + update.chunk, rows)
+            chunk = _wide(self._stored(name, change, begin, end))
+            if change.rows is not None:
+                chunk = _wide(self._with_rows(change, chunk, begin))
+            yield begin, chunk + update.rows(loaded, begin, end).reshape(chunk.shape) * change.scale
 
     def _rows(self, name: str, change: Change, first: int, last: int) -> Tensor:
         key = self.key(name)
-        result = torch.empty(last - first, *key.shape[1:], dtype=_wide(self._stored(name, first, first)).dtype)
+        result = torch.empty(last - first, *key.shape[1:], dtype=_wide(self._stored(name, change, first, first)).dtype)
         for begin, chunk in self._chunks(name, change, first, last):
             rows = slice(max(first - begin, 0), last - begin)
             if change.magnitude is not None:
@@ -195,17 +225,19 @@ class AdapterSource(Source):
         return result
 
     def _gain(self, name: str, change: Change, begin: int, chunk: Tensor) -> Tensor:
-        """DoRA's factor m / |W + s B A|: per row [rows, 1], or per column [1, columns] for flipped weights."""
+        """DoRA's factor m / |W + s B A|: per row [rows, 1, ...], or per column [1, columns, 1, ...]."""
         magnitude = self._file.read(change.magnitude or "").flatten().to(chunk.dtype)
-        if not change.flip:
-            return (magnitude[begin : begin + len(chunk)] / _squares(chunk, 1).sqrt().to(chunk.dtype))[:, None]
+        rest = (1,) * (chunk.ndim - 2)
+        if change.flip == change.inward:
+            lengths = _squares(chunk.flatten(1), 1).sqrt().to(chunk.dtype)
+            return (magnitude[begin : begin + len(chunk)] / lengths).reshape(-1, 1, *rest)
 
         def norms() -> Tensor:
-            squares = (_squares(part, 0) for _, part in self._chunks(name, change, 0, self.key(name).rows))
+            squares = (_columns(part) for _, part in self._chunks(name, change, 0, self.key(name).rows))
             return sum(squares, torch.zeros(chunk.shape[1], dtype=torch.float64)).sqrt()
 
-        lengths: Tensor = self._cache.get(("norms", name), norms)
-        return (magnitude / lengths.to(chunk.dtype))[None, :]
+        columns: Tensor = self._cache.get(("norms", name), norms)
+        return (magnitude / columns.to(chunk.dtype)).reshape(1, -1, *rest)
 
 
 class _Recent:
@@ -213,7 +245,7 @@ class _Recent:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.RLock()  # `norms` asks for `factors`
+        self._lock = threading.RLock()  # `norms` asks for the update
         self._held: OrderedDict[Any, Any] = OrderedDict()
 
     def get(self, key: Any, make: Any) -> Any:
@@ -233,3 +265,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def _squares(block: Tensor, axis: int) -> Tensor:
     """Sums of squares in float64, so that the order of summation does not show in float32."""
     return block.double().square().sum(dim=axis)
+
+
+def _columns(block: Tensor) -> Tensor:
+    """Sums of squares of each column of a weight, kernels included."""
+    return _squares(block.flatten(2).transpose(1, 2).flatten(0, 1) if block.ndim > 2 else block, 0)

@@ -23,6 +23,7 @@ from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index
 from weightsmith.io.read.hub import OTHER
+from weightsmith.io.read.lora import read_peft
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.remote import RemoteFile
 from weightsmith.io.read.safetensors import SafetensorsSource
@@ -143,7 +144,7 @@ def _open_adapter(url: Url, names: Mapping[str, int | None], base: Source | None
         raise SourceError(f"{url}: has {ADAPTER_CONFIG} but no {weights}; download it first")
     folder = _copies(url)
     _fetch(url, folder, [ADAPTER_CONFIG, *(name for name in _AT_ONCE if name in names)])
-    return AdapterSource(folder, base, SafetensorsSource(RemoteFile(url / weights)), str(url))
+    return AdapterSource(read_peft(folder, SafetensorsSource(RemoteFile(url / weights)), str(url)), base)
 
 
 def _kind(folder: Path) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,21 @@ from weightsmith.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MemorySource", "Source", "bits_to_tensor", "holds_nonfinite", "tensor_to_bits"]
+__all__ = ["Beside", "MemorySource", "Source", "bits_to_tensor", "holds_nonfinite", "tensor_to_bits"]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an adapter brings along besides its changes to the base's tensors.
+
+    folder  its own: tokenizer, chat template, modules of Sentence-Transformers
+    says    what the user should know
+    heads   tensors of a trained head that the base does not have
+    """
+
+    folder: Path | None = None
+    says: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
 
 class Source(ABC):
@@ -46,6 +61,8 @@ class Source(ABC):
     a wider dtype than `keys` states.  A view that calculates some tensors only says so in `computes`."""
     stacks: tuple[str, ...] = ()
     """The stacks of blocks ('model.layers') that it is a slice of; none for a whole model."""
+    beside: Beside | None = None
+    """What an adapter brought along; None for models."""
     pinned: Collection[str] = ()
     """Names of tensors that only the first block has, whichever block that is (T5's relative positions)."""
 

@@ -11,7 +11,7 @@ from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
 
-__all__ = ["UntiedSource", "is_output_layer", "untied"]
+__all__ = ["UntiedSource", "grown_config", "is_output_layer", "untied", "untied_config"]
 
 _TIED = "tie_word_embeddings"
 
@@ -32,17 +32,29 @@ class UntiedSource(RenamedSource):
         }
 
     def config_text(self) -> str | None:
-        config = _config(self.source)
-        if config is None:
-            return None
-        scopes = [config, *(value for value in config.values() if isinstance(value, dict))]
-        for scope in scopes:
-            if _TIED in scope:
-                scope[_TIED] = False
-        return json.dumps({**config, _TIED: False}, indent=2) + "\n"
+        text = config_of(self.source)
+        return None if text is None else untied_config(text)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"view": "untied", "source": self.source.fingerprint()}
+
+
+def untied_config(text: str) -> str:
+    """A config.json that says that the output layer has a weight of its own."""
+    config = _parsed(text)
+    for scope in _scopes(config):
+        if _TIED in scope:
+            scope[_TIED] = False
+    return _text({**config, _TIED: False})
+
+
+def grown_config(text: str, rows: Mapping[int, int]) -> str:
+    """A config.json with other numbers of tokens: rows before -> rows now."""
+    config = _parsed(text)
+    for scope in _scopes(config):
+        size = scope.get("vocab_size")
+        scope |= {"vocab_size": rows[size]} if isinstance(size, int) and size in rows else {}
+    return _text(config)
 
 
 def untied(models: Mapping[str, Source], kept: Callable[[str], bool]) -> dict[str, Source]:
@@ -80,8 +92,20 @@ def _embedding(source: Source, head: Key) -> str | None:
 
 
 def _config(source: Source) -> dict[str, Any] | None:
+    return _parsed(config_of(source) or "null") or None
+
+
+def _parsed(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(config_of(source) or "null")
+        found = json.loads(text)
     except ValueError:
-        return None  # whoever needs it will say what is wrong with it
-    return found if isinstance(found, dict) else None
+        return {}  # whoever needs it will say what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
+def _scopes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"

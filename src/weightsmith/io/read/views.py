@@ -35,6 +35,7 @@ class RenamedSource(Source):
         self.computed = source.computed
         self.stacks = source.stacks
         self.pinned = source.pinned
+        self.beside = source.beside
         self.names = dict(names)
         keys: dict[str, Key] = {}
         aliases: dict[str, str] = {}
