@@ -76,7 +76,7 @@ def test_modules_side_by_side() -> None:
     joined = join_modules({"x": a, "y": b})
     assert joined.read("x.w").item() == 1
     assert joined.read("y.w").item() == 0
-    assert joined.label == "{x: a, y: b}"
+    assert joined.origin.label == "{x: a, y: b}"
 
 
 # --- config.json -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inspected import of
@@ -14,7 +15,7 @@ from weightsmith.core.task import BLOCK
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.run import inspect
 from weightsmith.inspect.spectra import Spectrum
-from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.source import Bits, MemorySource
 from weightsmith.recipe.schema import Recipe
 
 torch.set_num_threads(1)
@@ -45,10 +46,10 @@ class Recording(MemorySource):
         super().__init__(tensors)
         self.sizes: list[int] = []
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        value = super().read(name, start, stop)
-        self.sizes.append(value.numel())
-        return value
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        found = super().block(name, low, high)
+        self.sizes.append(found.array.size)
+        return found
 
 
 def test_blocks_are_all_that_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

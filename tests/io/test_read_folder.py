@@ -41,7 +41,7 @@ def test_a_single_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not looked at")
     source = FolderSource(tmp_path)
     assert source.read("w", 1, 3).equal(tensors["w"][1:3])
-    assert source.folder == tmp_path
+    assert source.origin.folder == tmp_path
     assert list(source.fingerprint()["files"]) == [name]
 
 
@@ -56,7 +56,7 @@ def test_shards(sharded: Path) -> None:
         assert list(source.keys) == ["a", "b", "c"]
         assert source.read("c").tolist() == [5.0] * 4
         assert source.bits("b", 1).shape == (2, 2)
-        assert source.folder == sharded
+        assert source.origin.folder == sharded
         assert set(source.fingerprint()["files"]) == {ONE, TWO}
         assert pickle.loads(pickle.dumps(source)).read("a").tolist() == [1, 1]
 
@@ -68,7 +68,7 @@ def test_pickled_shards(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     source = FolderSource(tmp_path)
     assert set(source.keys) == {"a", "b"}
-    assert source.extras == ("epoch",)
+    assert source.origin.remarks == ("entries that are no tensors are left out: epoch",)
 
 
 def refuse(folder: Path, text: str) -> None:

@@ -120,21 +120,22 @@ def test_planning_reads_headers_only_and_reading_downloads(hub: Hub, tmp_path: P
     source = open_hub("org/name@v1", endpoint=hub.address, cache=tmp_path)
     assert isinstance(source, HubSource)
     assert source.keys["w"].shape == (500_000,)
-    assert source.label == "org/name@v1"
-    assert source.folder is not None
-    assert (source.folder / "config.json").read_text() == '{"model_type": "x"}'
+    assert source.origin.label == "org/name@v1"
+    assert source.origin.folder is not None
+    assert (source.origin.folder / "config.json").read_text() == '{"model_type": "x"}'
     assert hub.served["model.safetensors"] <= 100_000 < size / 10
     assert set(hub.served) == {"model.safetensors", "config.json"}
     rest = ("tokenizer.json", "1_Pooling/config.json", "README.md")
-    assert source.download_bytes == size + sum(len(hub.repos["org/name"][name]) for name in rest)
+    assert source.origin.cost.download == size + sum(len(hub.repos["org/name"][name]) for name in rest)
     facts = source.fingerprint()
     assert (facts["hub"], facts["commit"]) == ("org/name", SHA)
     assert json.dumps(facts)
     unread = pickle.loads(pickle.dumps(source))
 
     assert source.read("w", 5, 8).tolist() == [5, 6, 7]
-    assert source.download_bytes == 0
-    present = {str(path.relative_to(source.folder)) for path in source.folder.rglob("*") if path.is_file()}
+    assert source.origin.cost.download == 0
+    folder = source.origin.folder
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert present == {"config.json", "model.safetensors", *rest}
     before = dict(hub.served)
     assert source.bits("b").shape == (3,)
@@ -152,8 +153,8 @@ def test_files_in_the_cache_that_change_during_a_run(hub: Hub, tmp_path: Path) -
     assert before["files"]["model.safetensors"]["sha256"] == digest
     source.prepare()
     assert source.fingerprint() == before
-    assert source.folder is not None
-    blob = (source.folder / "model.safetensors").resolve()
+    assert source.origin.folder is not None
+    blob = (source.origin.folder / "model.safetensors").resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
@@ -241,7 +242,7 @@ def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert "\n" not in str(error.value)
     for ref in ("org/name", f"org/name@{SHA}"):
         source = open_hub(ref, endpoint=hub.address, cache=tmp_path / "read")
-        assert source.label == ref
+        assert source.origin.label == ref
         assert source.read("b").tolist() == [1, 1, 1]
 
 

@@ -39,7 +39,7 @@ def test_paths(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for form in (ref, str(ref)):
             source = open_source(form)
             assert type(source) is kind
-            assert source.folder == model
+            assert source.origin.folder == model
             assert source.read("m.weight").sum() == 4
     monkeypatch.setenv("HOME", str(model.parent))
     assert open_source("~/model").read("m.weight").sum() == 4
@@ -58,7 +58,7 @@ def test_tensors_modules_and_sources() -> None:
     source = open_source(Tied())
     assert set(source.keys) == {"embed.weight", "count"}
     assert source.aliases == {"head.weight": "embed.weight"}
-    assert source.label == "Tied"
+    assert source.origin.label == "Tied"
     assert open_source(source) is source
     assert open_source({"w": torch.ones(1)}).read("w").item() == 1
 
@@ -114,7 +114,7 @@ def test_adapters_need_a_base(model: Path, tmp_path: Path) -> None:
     source = open_source(adapter, base=open_source(model))
     assert isinstance(source, AdapterSource)
     assert source.read("m.weight").tolist() == [[2, 2], [2, 2]]
-    assert source.folder == model
+    assert source.origin.folder == model
 
 
 def test_compressed_folders_and_other_openers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,5 +143,5 @@ def test_compressed_folders_and_other_openers(model: Path, monkeypatch: pytest.M
     register_opener(accepts, opener)
     register_opener(accepts, opener)
     assert len(opening._openers) == 1
-    assert open_source(str(model), expert="math").label == "decoded"
+    assert open_source(str(model), expert="math").origin.label == "decoded"
     assert seen == [(model, "math")]

@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.peft import AdapterSource
-from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.source import Cost, MemorySource, Source
 from weightsmith.io.read.updates import Update
 
 with warnings.catch_warnings():
@@ -193,6 +194,14 @@ def test_threads_of_the_matrix_product_do_not_show(tmp_path: Path) -> None:
     assert results[0].equal(results[2])
 
 
+def product_of(source: Source, base: Source) -> tuple[torch.Tensor, torch.Tensor]:
+    found = source.factors("m.weight", base)
+    assert found is not None
+    left, right = found.read()
+    assert left.shape[1] == right.shape[0] == found.rank
+    return left, right
+
+
 def test_the_closed_form_and_its_factors(tmp_path: Path) -> None:
     base = big_adapter(tmp_path, use_rslora=True)
     source = AdapterSource(tmp_path, base)
@@ -200,10 +209,10 @@ def test_the_closed_form_and_its_factors(tmp_path: Path) -> None:
     a, b = (stored[f"base_model.model.m.lora_{part}.weight"].double() for part in "AB")
     expected = base.read("m.weight").double() + 16 / math.sqrt(8) * b @ a
     torch.testing.assert_close(source.read("m.weight").double(), expected, rtol=1e-6, atol=2e-5)
-    left, right = source.factors("m.weight") or (None, None)
+    left, right = product_of(source, base)
     assert (left.shape, right.shape) == ((785, 8), (8, 40))
     torch.testing.assert_close(base.read("m.weight") + left @ right, source.read("m.weight"))
-    assert source.factors("other") is None
+    assert source.factors("other", base) is None
 
 
 def test_untouched_tensors_are_served_as_stored(tmp_path: Path) -> None:
@@ -220,10 +229,10 @@ def test_untouched_tensors_are_served_as_stored(tmp_path: Path) -> None:
 def test_factors_of_a_transposed_weight_and_none_for_dora(tmp_path: Path) -> None:
     base = big_adapter(tmp_path / "t", fan_in_fan_out=True)
     source = AdapterSource(tmp_path / "t", base)
-    left, right = source.factors("m.weight") or (None, None)
+    left, right = product_of(source, base)
     torch.testing.assert_close(base.read("m.weight") + left @ right, source.read("m.weight"))
     base = big_adapter(tmp_path / "d", use_dora=True)
-    assert AdapterSource(tmp_path / "d", base).factors("m.weight") is None
+    assert AdapterSource(tmp_path / "d", base).factors("m.weight", base) is None
 
 
 def test_low_precision_bases_give_float32(tmp_path: Path) -> None:
@@ -246,15 +255,15 @@ def test_an_adapter_on_an_adapter(tmp_path: Path) -> None:
 
 def test_a_base_that_is_still_elsewhere_is_fetched_through_the_view(tmp_path: Path) -> None:
     class Elsewhere(MemorySource):
-        download_bytes = 7
         prepared = False
 
         def prepare(self) -> None:
             self.prepared = True
 
     base = Elsewhere(big_adapter(tmp_path)._tensors, "far")
+    base.origin = replace(base.origin, cost=Cost(download=7))
     view = AdapterSource(tmp_path, base)
-    assert view.download_bytes == 7
+    assert view.origin.cost.download == 7
     view.prepare()
     assert base.prepared
 

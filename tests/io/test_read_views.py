@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from weightsmith.core.errors import SourceError
-from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.io.read.source import Cost, MemorySource, Source
 from weightsmith.io.read.stats import StatsSource, open_stats
 from weightsmith.io.read.views import RenamedSource, SliceSource
 
@@ -35,7 +35,7 @@ def test_a_slice_renumbers_its_blocks_and_keeps_the_rest() -> None:
     # three vision blocks are fewer than 5: that stack is not meant
     assert [view.read(f"vision.blocks.{i}.weight").item() for i in range(3)] == [100, 101, 102]
     assert view.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert view.label == "six[2:5]"
+    assert view.origin.label == "six[2:5]"
     assert pickle.loads(pickle.dumps(view)).read("model.layers.0.mlp.experts.1.w1").tolist() == [2, 1]
 
 
@@ -71,7 +71,8 @@ def test_renamed_tensors_and_ties() -> None:
 
 
 class Calculated(MemorySource):
-    computed = True
+    def computes(self, name: str) -> bool:
+        return True
 
     def read_cost(self, name: str) -> float:
         return 2.5
@@ -83,11 +84,10 @@ class Calculated(MemorySource):
 def test_a_view_passes_on_what_its_source_says() -> None:
     source: Source = Calculated({"layers.0.w": torch.ones(1), "layers.1.w": torch.ones(1)}, "made")
     view = SliceSource(source, 1, 2)
-    assert view.computed
     assert view.computes("layers.0.w")
     assert view.read_cost("layers.0.w") == 2.5
     assert view.fingerprint() == {"view": "made[1:2]", "source": {"made": "here"}}
-    assert view.download_bytes == 0
+    assert view.origin.cost == Cost()
     view.prepare()
 
 

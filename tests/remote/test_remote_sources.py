@@ -157,7 +157,7 @@ def test_a_server_without_listings_is_asked_for_the_usual_names(web: Web) -> Non
     fill(web.files, "/m", shards=2)
     source = open_source(f"{web.address}/m/a")
     assert isinstance(source, RemoteSource)
-    assert source.weight_files == ("m-0.safetensors", "m-1.safetensors")
+    assert source.origin.files == ("m-0.safetensors", "m-1.safetensors")
 
 
 def test_a_server_without_ranges_is_refused_before_it_sends_everything(web: Web) -> None:
@@ -213,8 +213,8 @@ def test_names_in_a_listing_stay_inside(memory: Any, tmp_path: Path) -> None:
     memory.store["/m/a/../../escaped.txt"] = memory.store["/m/a/config.json"]
     source = open_source("memory://m/a")
     source.prepare()
-    assert source.folder is not None
-    assert not list(source.folder.parent.parent.rglob("escaped.txt"))
+    assert source.origin.folder is not None
+    assert not list(source.origin.folder.parent.parent.rglob("escaped.txt"))
 
 
 def test_what_is_not_there_or_not_for_us(memory: Any, web: Web) -> None:
@@ -263,7 +263,7 @@ def test_an_adapter_at_a_url(memory: Any, tmp_path: Path) -> None:
     memory.pipe_file("/lora/adapter_model.safetensors", save(factors))
     source = open_source("memory://lora", base=open_source("memory://base"))
     assert isinstance(source, AdapterSource)
-    assert source.label == "memory://lora on memory://base"
+    assert source.origin.label == "memory://lora on memory://base"
     assert pickle.loads(pickle.dumps(source)).read("m.weight").tolist() == [[3, 3], [3, 3]]
     with pytest.raises(SourceError, match="memory://lora: a LoRA adapter, which needs a base model"):
         open_source("memory://lora")

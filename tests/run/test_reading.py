@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from weightsmith.engine.carry import Job, carry_out, carry_out_all
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.read import files
-from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.source import Bits, MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.sweep import plan_sweep
@@ -34,9 +35,9 @@ class Counting(MemorySource):
 
     nbytes = 0
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = super().read(name, start, stop)
-        self.nbytes += found.nbytes
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        found = super().block(name, low, high)
+        self.nbytes += found.array.nbytes
         return found
 
 

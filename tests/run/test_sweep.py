@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from weightsmith.engine.execute import Steps
 from weightsmith.engine.execute import together as steps_together
 from weightsmith.engine.kept import Kept
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.read.source import MemorySource
+from weightsmith.io.read.source import Bits, MemorySource
 from weightsmith.io.write.output import FolderSink
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
@@ -43,9 +44,9 @@ class Counting(MemorySource):
 
     entries = 0
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        found = super().read(name, start, stop)
-        self.entries += found.numel()
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        found = super().block(name, low, high)
+        self.entries += found.array.size
         return found
 
 

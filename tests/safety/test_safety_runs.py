@@ -666,8 +666,8 @@ def test_a_cache_that_others_could_have_filled_is_not_used(tmp_path: Path, monke
 
 def test_sources_know_where_they_are(models: Path) -> None:
     source: Source = open_source(models / "a")
-    assert models / "a" in source.places()
-    assert MemorySource({"w": torch.ones(1)}).places() == ()
+    assert models / "a" in source.origin.locations
+    assert MemorySource({"w": torch.ones(1)}).origin.locations == ()
 
 
 CONFIGS = {

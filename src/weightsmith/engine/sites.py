@@ -118,10 +118,10 @@ def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tens
         return ()
     out = []
     for name, source in context.inputs.experts.items():
-        pair = source.factors(key.name, base)
-        if pair is None:
+        product = source.factors(key.name, base)
+        if product is None:
             return ()
-        left, right = (context.place.bring(side, dtype) for side in pair)
+        left, right = (context.place.bring(side, dtype) for side in product.read())
         for side in (left, right):
             refuse_bad(side, key, f"the adapter of {name}", 0, context)
         out.append((left, right))

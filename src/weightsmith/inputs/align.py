@@ -80,9 +80,7 @@ def _aligned(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, So
             models,
             layout,
             tensors[name][0],
-            Numbering(
-                vocabularies[name], output, (rows[name], layout.rows), others, before=getattr(source, "numbering", None)
-            ),
+            Numbering(vocabularies[name], output, (rows[name], layout.rows), others, before=source.origin.numbering),
         )
         for name, source in models.items()
     }

@@ -54,11 +54,11 @@ class Inputs:
         """The base (named 'base') and the experts, in recipe order."""
         return (*((("base", self.base),) if self.base is not None else ()), *self.experts.items())
 
-    def places(self) -> tuple[Path, ...]:
+    def locations(self) -> tuple[Path, ...]:
         """Every folder and file that is read."""
         read = [source for _, source in self.models]
         read += [source for by_model in self.stats.values() for source in by_model.values()]
-        return tuple(dict.fromkeys(place for source in read for place in source.places()))
+        return tuple(dict.fromkeys(location for source in read for location in source.origin.locations))
 
     def fingerprints(self) -> dict[str, Any]:
         """What identifies every input's data, for resume and provenance.
@@ -78,7 +78,7 @@ class Inputs:
 
     def _contents(self, source: Source) -> dict[str, str]:
         """Path of each file with tensors, from the folder that holds them all -> xxh3 of its bytes."""
-        paths = sorted({path.absolute() for path in source.places() if path.is_file()})
+        paths = sorted({path.absolute() for path in source.origin.locations if path.is_file()})
         if not paths:
             return {}
         files = [File(path) for path in paths]
@@ -139,14 +139,11 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     Notes hold for the base of that run: without the same base there are none.
     """
     name, first = next(iter(inputs.experts.items()), ("", None))
-    if (
-        not isinstance(first, (FolderSource, RemoteSource))
-        or first.folder is None
-        or not (first.folder / MANIFEST).is_file()
-    ):
+    folder = first.origin.folder if isinstance(first, (FolderSource, RemoteSource)) else None
+    if folder is None or not (folder / MANIFEST).is_file():
         return {}, []
     try:
-        made = read_manifest(first.folder)
+        made = read_manifest(folder)
     except OutputError as error:
         return {}, [f"{name}: {error}; it counts as a model like any other"]
     notes: dict[str, Any] = made.get("notes", {})
@@ -161,8 +158,8 @@ def product_ranks(key: Key, pipeline: Pipeline | None, inputs: Inputs) -> tuple[
     base = inputs.base
     if base is None or pipeline is None or len(pipeline.stages) > 1 or not pipeline.stages[0].traits.factored:
         return ()
-    found = [source.rank(key.name, base) for source in inputs.experts.values()]
-    return tuple(rank for rank in found if rank is not None) if None not in found else ()
+    found = [source.factors(key.name, base) for source in inputs.experts.values()]
+    return tuple(product.rank for product in found if product is not None) if None not in found else ()
 
 
 def _without_times(fingerprint: Any) -> Any:

@@ -29,14 +29,14 @@ __all__ = [
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
     """The folder that `tokenizer:` names (the base, a model, or a path); None where the first model's goes along."""
-    numbering = getattr(inputs.models[0][1], "numbering", None) if inputs.models else None
+    numbering = inputs.models[0][1].origin.numbering if inputs.models else None
     if numbering is not None:
         found: Path | None = numbering.new.folder
         return found
     if recipe.tokenizer is None or recipe.tokenizer.source == "union":
         return None
     named = dict(inputs.models).get(recipe.tokenizer.source)
-    return named.folder if named is not None else Path(recipe.tokenizer.source)
+    return named.origin.folder if named is not None else Path(recipe.tokenizer.source)
 
 
 def vocabulary_problems(
@@ -47,7 +47,7 @@ def vocabulary_problems(
         return  # a view of every model in one vocabulary
     for name, source in experts.items() if merged else ():
         try:
-            found = difference(reference.folder, source.folder) if source is not reference else None
+            found = difference(reference.origin.folder, source.origin.folder) if source is not reference else None
         except WeightsmithError as error:
             yield f"{name}: {error}"
             continue
@@ -122,7 +122,7 @@ def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
         return wanted
     named = dict(inputs.models)
     if wanted in named:
-        folder = named[wanted].folder
+        folder = named[wanted].origin.folder
         found = template_of(folder) if folder is not None else None
     elif wanted == AUTO:
         found = most_common_template(_folders(inputs))
@@ -140,4 +140,4 @@ def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
 
 
 def _folders(inputs: Inputs) -> list[Path]:
-    return [place for place in inputs.places() if place.is_dir()]
+    return [location for location in inputs.locations() if location.is_dir()]

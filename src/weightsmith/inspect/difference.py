@@ -126,8 +126,8 @@ def compare(
             progress(len(found), len(fitting))
     held = {*a.keys, *a.aliases}
     return Difference(
-        a.label,
-        b.label,
+        a.origin.label,
+        b.origin.label,
         tuple(found),
         tuple(key for name, key in a.keys.items() if name not in both),
         tuple(key for name, key in b.keys.items() if name not in held),

@@ -165,7 +165,7 @@ def _comparable(inputs: Inputs) -> tuple[list[Key], dict[str, str]]:
 def _unlike(inputs: Inputs, expert: str) -> str | None:
     assert inputs.base is not None
     try:
-        return difference(inputs.base.folder, inputs.experts[expert].folder)
+        return difference(inputs.base.origin.folder, inputs.experts[expert].origin.folder)
     except WeightsmithError as error:
         raise PlanError([f"{expert}: {error}"]) from error
 

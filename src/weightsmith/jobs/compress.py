@@ -106,8 +106,8 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
     """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
     (_, reference), *_ = inputs.models
     written: list[Path] = []
-    if inputs.base is None and reference.folder is not None:
-        copied = copy_companions(reference.folder, folder, reference.weight_files)
+    if inputs.base is None and reference.origin.folder is not None:
+        copied = copy_companions(reference.origin.folder, folder, reference.origin.files)
         written = [folder / name for name in copied.files]
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     manifest = build_manifest(
@@ -117,7 +117,7 @@ def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any
         keys=plan.keys,
         records=records.values(),
         made_by=treatments(plan),
-        licences=licences({name: source.folder for name, source in inputs.models}),
+        licences=licences({name: source.origin.folder for name, source in inputs.models}),
         kind="codec",
     )
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)

@@ -132,7 +132,7 @@ def result_of(
 
 def licence_warnings(sources: Mapping[str, Source]) -> list[str]:
     """What a publisher should look at; nothing where no input states a licence at all."""
-    stated = licences({name: source.folder for name, source in sources.items()})
+    stated = licences({name: source.origin.folder for name, source in sources.items()})
     return licence_problems(stated) if set(stated.values()) != {"unknown"} else []
 
 
@@ -226,22 +226,22 @@ def package(
     """Write what goes with the weights: companion files, model card, weightsmith.json.  Returns their paths."""
     recipe = plan.recipe
     reference = inputs.models[0][1]
-    copied = Copied()
-    if reference.folder is not None:
+    copied, origin = Copied(), reference.origin
+    if origin.folder is not None:
         changed = recipe.output.dtype if _dtype(reference) != recipe.output.dtype else None
         copied = copy_companions(
-            reference.folder,
+            origin.folder,
             folder,
-            reference.weight_files,
+            origin.files,
             dtype=changed,
-            config=reference.config_text(),
+            config=origin.config,
             tokenizer=tokenizer_folder(recipe, inputs),
         )
     template = chat_template(recipe, inputs)
-    if reference.folder is not None and (numbering := getattr(reference, "numbering", None)) is not None:
-        numbering.write(folder)  # only files that were copied just now
+    if origin.folder is not None and origin.numbering is not None:
+        origin.numbering.write(folder)  # only files that were copied just now
     written = write_template(folder, template) if template is not None else []
-    stated = licences({name: source.folder for name, source in inputs.models})
+    stated = licences({name: source.origin.folder for name, source in inputs.models})
     shown = recipe.model_dump(mode="json", exclude_defaults=True)
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
@@ -315,4 +315,4 @@ def _hub_id(ref: ModelRef | None) -> str | None:
 def reads(recipe: Recipe, inputs: Inputs) -> tuple[Path, ...]:
     """Every folder and file that a run reads: nothing may be written over them."""
     tokenizer = tokenizer_folder(recipe, inputs)
-    return inputs.places() if tokenizer is None else (*inputs.places(), tokenizer)
+    return inputs.locations() if tokenizer is None else (*inputs.locations(), tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from weightsmith.inputs import opened
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.companions import with_dtype
 from weightsmith.io.read.layers import config_of
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Cost, Source
 from weightsmith.io.write.sink import Sink
 from weightsmith.plan.plan import Plan, cores, make_plan
 from weightsmith.recipe.schema import Recipe
@@ -45,18 +45,22 @@ class RecipeSource(Source):
     """The result of a recipe, computed part by part as it is read; the same bytes as merging to disk first."""
 
     def __init__(self, recipe: Recipe, inputs: Inputs, label: str = "nested recipe") -> None:
-        self.label = label
         self.recipe = recipe
         self._inputs = inputs
         self._plan: Plan = make_plan(recipe, sources=self._inputs, threads=1)
-        self.seconds = self._plan.seconds
         self.keys = {key.name: key for key in self._plan.keys}
         reference = self._inputs.models[0][1]
         self.aliases = reference.aliases
-        self.folder = reference.folder
-        self.weight_files = reference.weight_files
-        self.numbering = getattr(reference, "numbering", None)
-        self.stacks, self.pinned = reference.stacks, reference.pinned
+        text, dtype = config_of(reference), recipe.output.dtype
+        self.origin = replace(
+            reference.origin,
+            label=label,
+            locations=inputs.locations(),
+            config=text if text is None or dtype is None else with_dtype(text, dtype),
+            checkpoint=None,
+            remarks=(),
+            cost=Cost(seconds=self._plan.seconds or 0.0),
+        )
         self._tasks: dict[str, list[Task]] = {}
         for task in self._plan.tasks:
             for key in task.keys:
@@ -76,27 +80,20 @@ class RecipeSource(Source):
         self.__dict__.update(state)
         self._reset()
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key = self.key(name)
         if not key.shape:
-            return self._part(self._tasks[key.name][0])[key.name]
-        high = key.rows if stop is None else stop
+            return Bits(self._part(self._tasks[key.name][0])[key.name], key.dtype)
+        stop = key.rows if high is None else high
         pieces = []
         for task in self._tasks[key.name]:
-            low, end = (0, key.rows) if task.group else (task.start, task.stop)
-            first, last = max(low, start), min(end, high)
+            begin, end = (0, key.rows) if task.group else (task.start, task.stop)
+            first, last = max(begin, low), min(end, stop)
             if first < last:
-                pieces.append(self._part(task)[key.name][first - low : last - low])
+                pieces.append(self._part(task)[key.name][first - begin : last - begin])
         if not pieces:
-            return np.empty((0, *key.shape[1:]), f"u{key.nbytes // max(key.numel, 1) or 1}")
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def config_text(self) -> str | None:
-        text, dtype = config_of(self._inputs.models[0][1]), self.recipe.output.dtype
-        return text if text is None or dtype is None else with_dtype(text, dtype)
-
-    def places(self) -> tuple[Path, ...]:
-        return self._inputs.places()
+            pieces = [_empty(key, 0)]
+        return Bits(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), "inputs": self._inputs.fingerprints()}

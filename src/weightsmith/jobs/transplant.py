@@ -39,12 +39,12 @@ def transplant(
     source, other = open_source(model), open_source(donor)
     other.prepare()
     view = transplanted(source, other, how or Transplant())
-    if settings.memory is not None and view.held_bytes > settings.memory / 2:
+    if settings.memory is not None and view.origin.cost.held > settings.memory / 2:
         view = transplanted(source, other, replace(view.how, table=False))
     recipe = Recipe(
-        models={"model": ModelRef(model=str(model) if isinstance(model, (str, Path)) else source.label)},
+        models={"model": ModelRef(model=str(model) if isinstance(model, (str, Path)) else source.origin.label)},
         method=(StageSpec(name="passthrough"),),
-        tokenizer=Tokenizer(source=str(other.folder)),
+        tokenizer=Tokenizer(source=str(other.origin.folder)),
     )
     result = run(recipe, out, settings, sources=Inputs(None, {"model": view}))
     return result, next(iter(view.pairings.values()))
@@ -89,7 +89,7 @@ def transplanted(source: Source, donor: Source, how: Transplant) -> Transplanted
 
     found = {place: pairing(place) for place in ("embed", "lm_head")}
     tokens = {name: found["lm_head" if source.key(name).role == "head" else "embed"] for name in names}
-    others = {**role_numbers(theirs), **special_numbers(donor.folder)}
+    others = {**role_numbers(theirs), **special_numbers(donor.origin.folder)}
     numbering = Numbering(ours, theirs, (count, found["embed"].rows), others, own_first=False)
     return TransplantedSource(source, donor, pairs, tokens, how, numbering)
 
@@ -97,7 +97,7 @@ def transplanted(source: Source, donor: Source, how: Transplant) -> Transplanted
 def _vocabulary(source: Source) -> Vocabulary:
     found = vocabulary_of(source)
     if found is None:
-        raise SourceError(f"{source.label} has no tokenizer files; put its tokenizer into its folder")
+        raise SourceError(f"{source} has no tokenizer files; put its tokenizer into its folder")
     return found
 
 
@@ -105,5 +105,5 @@ def _tensors(source: Source) -> tuple[tuple[str, ...], int]:
     names, rows = vocabulary_tensors(source)
     first = tuple(sorted(names, key=lambda name: source.key(name).role != "embed"))
     if not names or source.key(first[0]).role != "embed":
-        raise WeightsmithError(f"{source.label} has no embedding with a row for each token")
+        raise WeightsmithError(f"{source} has no embedding with a row for each token")
     return first, rows

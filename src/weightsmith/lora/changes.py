@@ -61,7 +61,7 @@ def find_changes(
     notes = [note for _, note in fates.values() if note]
     gone = [name for name in origin.keys if name not in tuned.keys and name not in tuned.aliases]
     if gone:
-        notes.append(f"{len(gone)} tensors of {origin.label} are not in {tuned.label} ({gone[0]}, ...)")
+        notes.append(f"{len(gone)} tensors of {origin} are not in {tuned} ({gone[0]}, ...)")
 
     def having(fate: str) -> Iterator[tuple[str, Key]]:
         return ((name.rpartition(".")[0], tuned.keys[name]) for name, (found, _) in fates.items() if found == fate)
@@ -124,12 +124,11 @@ def _fate(key: Key, tuned: Source, origin: Source, embeddings: bool) -> tuple[st
     if _unfit(key):
         return "lost", ""
     if known is None:
-        return "saved", f"{key.name} is not in {origin.label}: kept in full"
+        return "saved", f"{key.name} is not in {origin}: kept in full"
     if known.shape != key.shape:
         if key.role not in ("embed", "head") or known.shape[1:] != key.shape[1:]:
             raise SourceError(
-                f"{key.name} is {list(key.shape)} in {tuned.label}, but {list(known.shape)} in {origin.label}; "
-                "is this its base?"
+                f"{key.name} is {list(key.shape)} in {tuned}, but {list(known.shape)} in {origin}; is this its base?"
             )
         return "saved", (
             f"{key.name} has {key.shape[0]} rows, the base {known.shape[0]}: kept in full; resize the base's "

@@ -79,14 +79,14 @@ def extract(
         chosen = chosen.without_whole()
     chosen.refuse_lost()
     if not (chosen.low or chosen.saved or chosen.biases):
-        raise PlanError([f"{tuned.label} and {origin.label} differ in nothing that an adapter could hold"])
+        raise PlanError([f"{tuned} and {origin} differ in nothing that an adapter could hold"])
     notes = list(chosen.notes)
     facts = _facts(origin)
     tied = _tied(facts, origin)
     head = _tied_head(chosen, _facts(tuned) or facts) if tied else None
     flip = _flipped(chosen, origin) if fan_in_fan_out is None else fan_in_fan_out
     cap = rank if rank is not None else max_rank
-    with Writer(Path(out), (*tuned.places(), *origin.places()), overwrite=overwrite) as writer:
+    with Writer(Path(out), (*tuned.origin.locations, *origin.origin.locations), overwrite=overwrite) as writer:
         widest = _widest(chosen, tuned, origin, cap, energy, epsilon) if uniform else 0
         for done, (module, key) in enumerate(chosen.low.items()):
             embedding = key.role == "embed"
@@ -102,12 +102,12 @@ def extract(
                 [delta],
                 dtype=kind,
                 energy=kept,
-                how=f"extracted from {tuned.label} - {origin.label}",
+                how=f"extracted from {tuned} - {origin}",
             )
             if progress:
                 progress(done + 1, len(chosen.low))
         for key in (*(k for keys in chosen.saved.values() for k in keys), *chosen.biases):
-            writer.add_whole(_peft_name(key, chosen), tuned.read(key.name), key.dtype, f"copied from {tuned.label}")
+            writer.add_whole(_peft_name(key, chosen), tuned.read(key.name), key.dtype, f"copied from {tuned}")
         saved = [*chosen.saved]
         if head is not None:
             saved.append(HEAD)
@@ -121,14 +121,14 @@ def extract(
             **({"ensure_weight_tying": True} if tied and any(k.role == "embed" for k in chosen.low.values()) else {}),
         }
         made_of = {
-            "model": tuned.label, "base": origin.label, "rank": rank, "energy": energy, "max_rank": max_rank,
+            "model": str(tuned), "base": str(origin), "rank": rank, "energy": energy, "max_rank": max_rank,
             "epsilon": epsilon, "uniform": uniform, "embeddings": embeddings, "skip": skip,
             "include": list(include), "exclude": list(exclude), "dtype": dtype,
         }  # fmt: skip
         about = Description(
             made={k: v for k, v in made_of.items() if v not in (None, False, [], 0.0)},
             inputs={"base": origin.fingerprint(), "model": tuned.fingerprint()},
-            folders={"base": origin.folder, "model": tuned.folder},
+            folders={"base": origin.origin.folder, "model": tuned.origin.folder},
             how="Low-rank approximation of what fine-tuning changed, by singular values, module by module.",
             command="weightsmith lora extract MODEL --base BASE OUT",
             base=place,
@@ -166,7 +166,7 @@ def _delta(tuned: Source, origin: Source, key: Key, *, turned: bool) -> Tensor:
     """What a matrix changed by, [outputs, inputs] in float32."""
     delta = tuned.read(key.name).float() - origin.read(key.name).float()
     if not bool(torch.isfinite(delta).all()):
-        raise NumericError(f"{key.name} holds NaN or Inf in {tuned.label} or {origin.label}")
+        raise NumericError(f"{key.name} holds NaN or Inf in {tuned} or {origin}")
     return delta.T.contiguous() if turned else delta
 
 
@@ -208,7 +208,7 @@ def _peft_name(key: Key, chosen: Changes) -> str:
 
 
 def _facts(origin: Source) -> Mapping[str, Any]:
-    path = None if origin.folder is None else origin.folder / "config.json"
+    path = None if origin.origin.folder is None else origin.origin.folder / "config.json"
     facts = read_json(path, _CONFIG_LIMIT) if path is not None and path.is_file() else {}
     return facts if isinstance(facts, dict) else {}
 
@@ -241,6 +241,6 @@ def _tied_head(chosen: Changes, facts: Mapping[str, Any]) -> Key | None:
 
 def _place(base: str | Path | Source, origin: Source) -> str | None:
     if isinstance(base, Source):
-        return str(origin.folder) if origin.folder is not None else None
+        return str(origin.origin.folder) if origin.origin.folder is not None else None
     path = Path(base).expanduser()
     return str(path.absolute()) if path.exists() else str(base)

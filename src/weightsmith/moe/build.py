@@ -66,7 +66,7 @@ def build(
     known = _identity(made)
     warnings = list(made.notes)
     if not (settings.resume and finished(plan, inputs, out, known)):
-        read = (*made.source.places(), *settings.files)
+        read = (*made.source.origin.locations, *settings.files)
         there = check_output(out, read, settings.overwrite, settings.resume, plan.write_bytes)
         if problems := [*plan.problems, *there]:
             raise PlanError(problems)
@@ -162,9 +162,9 @@ def _from_prompts(made: Draft, experts: Mapping[str, Expert], device: str) -> tu
     from weightsmith.moe.prompts import encoded, states
     from weightsmith.observe.model import folder_coder, load_model
 
-    recipe, label = made.recipe, made.base.label
+    recipe, label = made.recipe, made.base.origin.label
     texts = any(isinstance(p, str) for e in experts.values() for p in (*e.prompts, *e.avoid))
-    coder = folder_coder(made.base.folder, label, made.vocabulary) if texts else None
+    coder = folder_coder(made.base.origin.folder, label, made.vocabulary) if texts else None
 
     def ids(prompts: tuple[Prompt, ...], who: str) -> list[tuple[int, ...]]:
         return encoded(prompts, coder, made.vocabulary, who)
@@ -178,7 +178,7 @@ def _from_prompts(made: Draft, experts: Mapping[str, Expert], device: str) -> tu
             return found.expand(layers, -1)
     else:
         # The text the prompts are in is that of the base: experts only lend their MLPs.
-        loaded = load_model(made.base.folder or recipe.base, kind="causal-lm", device=device)
+        loaded = load_model(made.base.origin.folder or recipe.base, kind="causal-lm", device=device)
 
         def state(prompts: list[tuple[int, ...]]) -> Tensor:
             return states(loaded, prompts, whole=recipe.router == "hidden_avg", site=recipe.site)
@@ -231,9 +231,9 @@ def _told(found: Drift) -> str | None:
 def _package(folder: Path, made: Draft, plan: Plan, records: Mapping[str, Any]) -> Iterable[Path]:
     """Write config, companion files, model card and weightsmith.json; return their paths."""
     base, recipe = made.base, made.recipe
-    assert base.folder is not None
-    copied = copy_companions(base.folder, folder, base.weight_files)
-    stated = licences({name: source.folder for name, source in made.source.sources.items()})
+    assert base.origin.folder is not None
+    copied = copy_companions(base.origin.folder, folder, base.origin.files)
+    stated = licences({name: source.origin.folder for name, source in made.source.sources.items()})
     shown = recipe.model_dump(mode="json", exclude_defaults=True)
     paths = [folder / name for name in copied.files if name != "config.json"]
     paths.append(write_file(folder / "config.json", made.config))

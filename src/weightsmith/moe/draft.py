@@ -150,11 +150,11 @@ def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[str])
 
 def _config(base: Source) -> dict[str, Any]:
     text = config_of(base)
-    if text is None or base.folder is None:
-        raise SourceError(f"{base.label}: no config.json, which the mixture's is made from; give a model folder")
-    config = parse_json(text.encode(errors="surrogateescape"), f"{base.label}: config.json")
+    if text is None or base.origin.folder is None:
+        raise SourceError(f"{base}: no config.json, which the mixture's is made from; give a model folder")
+    config = parse_json(text.encode(errors="surrogateescape"), f"{base}: config.json")
     if not isinstance(config, dict):
-        raise SourceError(f"{base.label}: config.json holds {type(config).__name__}, not an object")
+        raise SourceError(f"{base}: config.json holds {type(config).__name__}, not an object")
     return config
 
 
@@ -198,7 +198,7 @@ def _check_expert(name: str, source: Source, base: Source, blocks: Mapping[str, 
             problems.append(f"{name}: hidden size {there}, the base has {here}; experts must have the base's")
             return
     try:
-        if (text := difference(base.folder, source.folder)) is not None:
+        if (text := difference(base.origin.folder, source.origin.folder)) is not None:
             problems.append(f"{name}: unlike vocabularies in base and {name}: {text}; "
                             f'give {name} the base\'s tokens first with "weightsmith tokenizer"')  # fmt: skip
     except WeightsmithError as error:
@@ -309,7 +309,7 @@ def _laid_out(
         if layout.shared_gate:
             gates.append(f"{place}.{layout.shared_gate}")
             add(gates[-1], Key("", (1, like.shape[1]), like.dtype))
-    source = MoeSource(pieces, sources, base.aliases, base.folder, recipe.seed)
+    source = MoeSource(pieces, sources, base.aliases, base.origin.folder, recipe.seed)
     return source, tuple(routers), tuple(gates)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Block, Origin, Source
+from weightsmith.io.read.views import View
 from weightsmith.ops.noise import normal
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Piece:
         return any(self.noise) or any(s != 1 for s in self.scale)
 
 
-class MoeSource(Source):
+class MoeSource(View):
     """The tensors that `pieces` describe.
 
     sources  model's name -> source
@@ -64,20 +65,12 @@ class MoeSource(Source):
         folder: Path | None,
         seed: int,
     ) -> None:
-        self.label = "mixture of experts"
+        origin = Origin("mixture of experts", folder).beside(*(source.origin for source in sources.values()))
+        super().__init__(*sources.values(), origin=origin)
         self.pieces, self.sources, self.seed = dict(pieces), dict(sources), seed
         self.keys = {name: piece.key for name, piece in self.pieces.items()}
         self.aliases = dict(aliases)
-        self.folder = folder
         self.made: dict[str, Tensor] = {}
-
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return sum(source.download_bytes for source in self.sources.values())
-
-    def prepare(self) -> None:
-        for source in self.sources.values():
-            source.prepare()
 
     def computes(self, name: str) -> bool:
         piece = self.pieces[self.key(name).name]
@@ -88,18 +81,19 @@ class MoeSource(Source):
             for model, tensor in piece.parts
         )
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        piece = self.pieces[self.key(name).name]
-        if len(piece.parts) == 1:
-            model, tensor = piece.parts[0]
-            return self.sources[model].bits(tensor, start, stop)
-        taken = [self.sources[m].bits(t, *rows) for (m, t), rows in self._rows(piece, start, stop)]
-        return np.concatenate(taken, piece.axis)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
         piece = self.pieces[self.key(name).name]
         if not piece.parts:
-            return self.made[piece.key.name][start:stop]
+            return self.made[piece.key.name][low:high]
+        if self.computes(name):
+            return self._computed(piece, low, high)
+        if len(piece.parts) == 1:
+            model, tensor = piece.parts[0]
+            return self.sources[model].block(tensor, low, high, into)
+        taken = [self.sources[m].bits(t, *rows) for (m, t), rows in self._rows(piece, low, high)]
+        return Bits(np.concatenate(taken, piece.axis), piece.key.dtype)
+
+    def _computed(self, piece: Piece, start: int, stop: int | None) -> Tensor:
         taken = []
         for i, ((model, tensor), rows) in enumerate(self._rows(piece, start, stop)):
             value = self.sources[model].read(tensor, *rows)
@@ -129,9 +123,6 @@ class MoeSource(Source):
             drawn = normal(self.seed, tensor, model, "moe", offset, value.numel())
             value = value + piece.noise[index] * torch.from_numpy(drawn).float().reshape(value.shape)
         return value * piece.scale[index]
-
-    def places(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(place for source in self.sources.values() for place in source.places()))
 
     def fingerprint(self) -> dict[str, Any]:
         return {name: source.fingerprint() for name, source in self.sources.items()}

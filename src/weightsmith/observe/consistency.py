@@ -37,8 +37,8 @@ def cheap_check(out: Path | Url) -> list[str]:
     if isinstance(out, Url):
         source = open_url(out)
         source.prepare()
-        assert source.folder is not None
-        out = source.folder
+        assert source.origin.folder is not None
+        out = source.origin.folder
     path = out / "config.json"
     if not path.exists():
         return []

@@ -228,9 +228,9 @@ def _folder_of(model: str | Path) -> Path:
         raise SourceError(f"{text}: not a model folder; give a folder with config.json, or a hub id such as org/name")
     source = open_hub(text)
     source.prepare()
-    if source.folder is None:
+    if source.origin.folder is None:
         raise SourceError(f"{text}: no config.json in this repository to build the model from")
-    return source.folder
+    return source.origin.folder
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

@@ -7,11 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from weightsmith.core.errors import SourceError
-from weightsmith.io.read.folder import FolderSource
-from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.trainer import logged, step_of
-from weightsmith.io.read.views import RenamedSource
 
 __all__ = ["KINDS", "TrainerLogs"]
 
@@ -51,12 +48,9 @@ class TrainerLogs(Mapping[str, tuple[Callable[[], float], ...]]):
             raise SourceError(f"{name}: {error}") from None
 
     def _folder(self, name: str) -> Path:
-        source = self._experts[name]
-        while isinstance(source, RenamedSource):
-            source = source.source
-        folder = source.path if isinstance(source, AdapterSource) else source.folder
-        if not isinstance(source, (AdapterSource, FolderSource)) or folder is None:
-            raise SourceError(f"{source.label} is no checkpoint's folder and has no log; give its value instead")
+        origin = self._experts[name].origin
+        if (folder := origin.checkpoint) is None:
+            raise SourceError(f"{origin.label} is no checkpoint's folder and has no log; give its value instead")
         return folder
 
     def _before(self, name: str) -> int:

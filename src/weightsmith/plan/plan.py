@@ -157,7 +157,7 @@ def make_plan(
         problems=tuple(dict.fromkeys(problems)),
         notes=tuple(notes),
         depth=planner.depth,
-        nested_seconds=sum(getattr(source, "seconds", None) or 0.0 for _, source in sources.models),
+        nested_seconds=sum(source.origin.cost.seconds for _, source in sources.models),
         task_bytes=loaded + max((task.peak for task in tasks), default=0),
         fit=fit,
         read_bytes=0 if problems else all_bytes_read(tasks, sources),
@@ -180,11 +180,11 @@ def _info(inputs: Inputs) -> Iterable[InputInfo]:
         yield InputInfo(
             name=name,
             role=role,
-            label=source.label,
+            label=source.origin.label,
             tensors=len(source.keys),
             nbytes=sum(kinds.values()),
             dtype=kinds.most_common(1)[0][0] if kinds else "",
-            download_bytes=int(getattr(source, "download_bytes", 0)),
+            download_bytes=source.origin.cost.download,
         )
 
 
@@ -236,8 +236,8 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
             kernels = True
         else:
             torch = True
-    elsewhere = any(isinstance(parse_url(place), Url) for place in inputs.places())
-    held = sum(source.held_bytes for _, source in inputs.models)
+    elsewhere = any(isinstance(parse_url(location), Url) for location in inputs.locations())
+    held = sum(source.origin.cost.held for _, source in inputs.models)
     stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in stages_of(task)}
     libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
     return PYTHON + libraries + held + HELD * elsewhere

@@ -244,7 +244,7 @@ class Planner:
             if not has(source, key.name):
                 tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
                 self.problems.append(
-                    f"{key.name} is missing in {name} ({source.label})"
+                    f"{key.name} is missing in {name} ({source})"
                     + ("; it may be tied to the embedding there" if tied else "")
                     + f'; to keep it from {self._reference_name() or "the base"} add it to "exclude"'
                 )
@@ -412,7 +412,7 @@ class Planner:
 
 def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:
     """What the statistics of all models say alike about themselves."""
-    first, *others = [dict(getattr(source, "notes", {})) for source in sources]
+    first, *others = [dict(source.origin.metadata) for source in sources]
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 

@@ -15,7 +15,6 @@ from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.gguf import GgufSource
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import Source
-from weightsmith.io.read.untied import UntiedSource
 
 __all__ = ["TensorRemarks", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
 
@@ -47,15 +46,7 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
                 f"{name} is a GGUF file, so the result has no config.json and no tokenizer; for them give a Hugging "
                 "Face folder as the base or first model"
             )
-        if isinstance(source, UntiedSource):
-            head, embedding = next(iter(source.heads.items()))
-            yield (
-                f"{name}: tied to {embedding}, {head} becomes a tensor of its own, as another model has it "
-                "(tie_word_embeddings: false)"
-            )
-        yield from (f"{name}: {text}" for text in (source.beside.says if source.beside is not None else ()))
-        if extras := getattr(source, "extras", ()):
-            yield f"{name}: entries that are no tensors are left out: {some(extras, 5)}"
+        yield from (f"{name}: {remark}" for remark in source.origin.remarks)
 
 
 def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
@@ -128,7 +119,7 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[str]:
 def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
     """(|base|, |delta|) of rows from the middle of a tensor; None where that takes more than reading them."""
     key = base.key(name)
-    if base.computes(name) or (expert.computes(name) and expert.rank(name, base) is None):
+    if base.computes(name) or (expert.computes(name) and expert.factors(name, base) is None):
         return None
     rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
     start = (key.rows - rows) // 2

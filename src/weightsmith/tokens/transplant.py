@@ -7,8 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from weightsmith.core.errors import SourceError, WeightsmithError, did_you_mean
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.layers import config_of
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Cost, Source
 from weightsmith.ops.noise import uniform_bits
 from weightsmith.ops.pursuit import GRAM, inner_products, omp
 from weightsmith.tokens.approximate import Affine, Rope, basis, carried, interpolate, landmarks, pursue_with_rope
@@ -100,7 +99,7 @@ class TransplantedSource(VocabularyView):
     pairs   token tensor of the model -> the donor's that stands for the same (embedding, head)
 
     Rows are computed in windows of `how.batch`, whatever is asked for, so that the bytes do not depend on the cut;
-    several threads work on several windows.  The anchors' rows of a tensor are held in memory (`held_bytes`).
+    several threads work on several windows.  The anchors' rows of a tensor are held in memory.
     """
 
     def __init__(
@@ -113,6 +112,7 @@ class TransplantedSource(VocabularyView):
         numbering: Numbering,
     ) -> None:
         super().__init__(source, tokens, next(iter(tokens.values())).rows, numbering)
+        self.parts = (source, donor)
         self.donor, self.pairs, self.pairings, self.how = donor, dict(pairs), dict(tokens), how
         self._forget()
         if how.method == "mp_rope":
@@ -123,6 +123,8 @@ class TransplantedSource(VocabularyView):
         if how.method in _BY_ANCHOR:
             for name in pairs:
                 self._check_anchors(name)
+        donors = replace(donor.origin, remarks=(), cost=Cost(donor.origin.cost.download, self._held_bytes()))
+        self.origin = self.origin.beside(donors)
 
     def _forget(self) -> None:
         self._making = threading.RLock()  # one thread makes what all windows of a tensor need
@@ -142,15 +144,7 @@ class TransplantedSource(VocabularyView):
     def fingerprint(self) -> dict[str, Any]:
         return {"transplant": asdict(self.how), "source": self.source.fingerprint(), "donor": self.donor.fingerprint()}
 
-    def places(self) -> tuple[Path, ...]:
-        return (*self.source.places(), *self.donor.places())
-
-    def prepare(self) -> None:
-        self.source.prepare()
-        self.donor.prepare()
-
-    @property
-    def held_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
+    def _held_bytes(self) -> int:
         """What the anchors of all tensors take, as long as rows are made."""
         if self.how.method not in _BY_ANCHOR:
             return 0
@@ -289,7 +283,7 @@ class TransplantedSource(VocabularyView):
         needs = self.how.k if self.how.method != "landmark_pca" else 2
         if not count:
             raise WeightsmithError(
-                f"{self.source.label} and {self.donor.label} share no tokens, which {self.how.method} starts from; "
+                f"{self.source} and {self.donor} share no tokens, which {self.how.method} starts from; "
                 f"take the method subword or mean"
             )
         if count < needs:
@@ -409,5 +403,5 @@ def _rope(source: Source, width: int) -> Rope:
         found = {**(scope if isinstance(scope, dict) else {}), **found}
     heads, base = found.get("num_attention_heads"), found.get("rope_theta", 10000.0)
     if not isinstance(heads, int) or heads < 1 or width % (2 * heads) or not isinstance(base, (int, float)):
-        raise SourceError(f"{source.label}: mp_rope needs num_attention_heads and rope_theta that fit rows of {width}")
+        raise SourceError(f"{source}: mp_rope needs num_attention_heads and rope_theta that fit rows of {width}")
     return Rope(heads, float(base))

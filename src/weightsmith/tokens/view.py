@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.layers import config_of
-from weightsmith.io.read.source import Source
-from weightsmith.io.read.views import RenamedSource
+from weightsmith.io.read.source import Block, LowRank, Source
+from weightsmith.io.read.views import View
 from weightsmith.tokens.layout import Layout
 from weightsmith.tokens.numbering import Numbering
 
@@ -30,15 +31,18 @@ _STEP = 4096
 """Rows at a time of a pass over a whole tensor; fixed, so that sums do not depend on settings."""
 
 
-class VocabularyView(RenamedSource):
+class VocabularyView(View):
     """A source whose tensors `tokens` have `rows` rows, numbered by another vocabulary.  See `AlignedSource`."""
 
     def __init__(self, source: Source, tokens: Collection[str], rows: int, numbering: Numbering | None) -> None:
-        super().__init__(source, {name: name for name in (*source.keys, *source.aliases)})
+        super().__init__(source)
         self.tokens = frozenset(tokens)
-        self.numbering = numbering
         changed = {n: Key(n, (rows, *k.shape[1:]), k.dtype) for n, k in self.keys.items() if n in self.tokens}
         self.keys = {**self.keys, **changed}
+        if numbering is not None:
+            text = config_of(source)
+            config = None if text is None else numbering.config(text)
+            self.origin = replace(source.origin, config=config, numbering=numbering)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,32 +56,20 @@ class VocabularyView(RenamedSource):
         """Rows start..stop of a token tensor in the new vocabulary: float32, or float64 where that is stored."""
         raise NotImplementedError
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
         key = self.key(name)
         if key.name not in self.tokens:
-            return self.source.read(key.name, start, stop)
-        return self.rows_of(key.name, start, key.rows if stop is None else min(stop, key.rows))
-
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        if self.key(name).name in self.tokens:
-            raise SourceError(f"{self.label}: {name} is computed in another vocabulary; it has no stored bits")
-        return self.source.bits(name, start, stop)
+            return super().block(name, low, high, into)
+        return self.rows_of(key.name, low, key.rows if high is None else min(high, key.rows))
 
     def computes(self, name: str) -> bool:
-        return self.key(name).name in self.tokens or self.source.computes(name)
+        return self.key(name).name in self.tokens or super().computes(name)
 
     def read_cost(self, name: str) -> float:
-        return self.source.read_cost(name) + (3.0 if self.key(name).name in self.tokens else 0.0)
+        return super().read_cost(name) + (3.0 if self.key(name).name in self.tokens else 0.0)
 
-    def factors(self, name: str, base: Source) -> tuple[Tensor, Tensor] | None:
+    def factors(self, name: str, base: Source) -> LowRank | None:
         return None if self.key(name).name in self.tokens else self.source.factors(name, _inner(base))
-
-    def rank(self, name: str, base: Source) -> int | None:
-        return None if self.key(name).name in self.tokens else self.source.rank(name, _inner(base))
-
-    def config_text(self) -> str | None:
-        text = config_of(self.source)
-        return text if text is None or self.numbering is None else self.numbering.config(text)
 
 
 class AlignedSource(VocabularyView):

@@ -78,11 +78,11 @@ def read_tokens(folder: Path) -> Vocabulary | None:
 
 def vocabulary_of(source: Source) -> Vocabulary | None:
     """The vocabulary that a source's rows are numbered by; None where nothing tells."""
-    numbering = getattr(source, "numbering", None)
-    if numbering is not None:
-        found: Vocabulary = numbering.new
+    origin = source.origin
+    if origin.numbering is not None:
+        found: Vocabulary = origin.numbering.new
         return found
-    return None if source.folder is None or not source.folder.is_dir() else read_tokens(source.folder)
+    return None if origin.folder is None or not origin.folder.is_dir() else read_tokens(origin.folder)
 
 
 def unite(vocabularies: Iterable[tuple[Vocabulary, int]]) -> Vocabulary:
@@ -135,7 +135,7 @@ def vocabulary_tensors(source: Source) -> tuple[tuple[str, ...], int]:
     rows = max(stated or [k.rows for k in likely if k.role == "embed"], default=0)
     found = tuple(k.name for k in likely if k.rows == rows and rows)
     if found and (odd := next((n for n in source.keys if n.endswith(LOGITS_BIAS)), None)):
-        raise SourceError(f"{source.label}: {odd} has its tokens along the second axis; give it no other vocabulary")
+        raise SourceError(f"{source}: {odd} has its tokens along the second axis; give it no other vocabulary")
     return found, rows if found else 0
 
 

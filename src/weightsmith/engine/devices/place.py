@@ -15,7 +15,7 @@ from weightsmith.core.keys import DTYPES
 from weightsmith.core.lazy import torch
 from weightsmith.core.task import block_size, blocks
 from weightsmith.engine.devices.accelerator import Accelerator
-from weightsmith.io.read.source import Source, tensor_to_bits
+from weightsmith.io.read.source import Bits, Source, tensor_to_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ class Lane(Place):
         for low, high in self._pieces(start, stop, key.row_numel * item):
             shape = (high - low, *key.shape[1:]) if key.shape else ()
             staged = self._buffer(shape, getattr(torch, key.dtype))
-            source.read_into(tensor_to_bits(staged), name, low, high)
+            _read_into(tensor_to_bits(staged), source, name, low, high)
             self._copy(target[low - start : high - start] if key.shape else target, staged)
 
     def bring(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,6 +187,14 @@ class Lane(Place):
         self._sent[self._turn] = self._accelerator.mark()
         if arrived is not target:
             target.copy_(arrived)
+
+
+def _read_into(memory: np.ndarray, source: Source, name: str, low: int, high: int) -> None:
+    """Put stored rows into memory that is there; sources that can read straight into it copy nothing."""
+    found = source.block(name, low, high, memory)
+    assert isinstance(found, Bits)  # asked for tensors only that are not calculated
+    if found.array is not memory:
+        memory[...] = found.array
 
 
 def _typed(buffer: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,8 @@ from weightsmith.core.method import Codec, registry
 from weightsmith.io.package.manifest import read_manifest
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.open import expanded, folder_kind, open_source, register_opener
-from weightsmith.io.read.source import Source, tensor_to_bits
+from weightsmith.io.read.source import Bits, Block, Origin, Source, tensor_to_bits
+from weightsmith.io.read.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,19 +181,16 @@ class CodecFolder:
     def _other(self, base: Source, difference: str) -> SourceError:
         origin = self.about["base"]["path"] or "in memory"
         return SourceError(
-            f"{self.path}: was not made from {base.label} ({difference}); give the base it was made from ({origin})"
+            f"{self.path}: was not made from {base} ({difference}); give the base it was made from ({origin})"
         )
 
 
 class _Shapes(Source):
     """In place of a base: zeros in the shapes of a model that was compressed by itself, and its companion files."""
 
-    computed = True
-
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.folder = path
-        self.label = f"{path} (shapes)"
-        self._about = about
+        self.origin = Origin(f"{path} (shapes)", path)
+        self._path, self._about = path, about
         try:
             self.keys = {name: Key(name, tuple(map(int, shape)), dtype) for name, (dtype, *shape) in
                          about["tensors"].items()}  # fmt: skip
@@ -201,38 +199,35 @@ class _Shapes(Source):
             raise SourceError(f"{path}: weightsmith.json does not say what its tensors are ({error!r})") from None
 
     def __reduce__(self) -> tuple[type[_Shapes], tuple[Path, Mapping[str, Any]]]:
-        return _Shapes, (self.folder, self._about)  # type: ignore[return-value]
+        return _Shapes, (self._path, self._about)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raise SourceError(f"{self.label}: {name!r} is not stored")
+    def computes(self, name: str) -> bool:
+        return True
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Tensor:
         key = self.key(name)
-        rows = len(range(*slice(start, stop).indices(key.rows)))
+        rows = len(range(*slice(low, high).indices(key.rows)))
         dtype = torch.float64 if key.dtype == "float64" else torch.float32
         return torch.zeros((rows, *key.shape[1:]) if key.shape else (), dtype=dtype)
-
-    def places(self) -> tuple[Path, ...]:
-        return ()
 
     def fingerprint(self) -> dict[str, Any]:
         return {"shapes": dict(self._about["tensors"])}
 
 
-class _Decoded(Source):
+class _Decoded(View):
     """A model made of the stored parts, block by block as it is read; the experts themselves are not needed.
 
     Encoded tensors come in float32 (float64 if the base is), not rounded to the dtype that their key states.
     """
 
-    computed = True
-
     def __init__(
-        self, codec_folder: CodecFolder, base: Source, experts: tuple[str, ...], kept: Mapping[str, Key]
+        self, codec_folder: CodecFolder, base: Source, experts: tuple[str, ...], kept: Mapping[str, Key], of: str
     ) -> None:
         """`experts`: whose parts are read; `kept`: name -> what is stored whole under another name or the same."""
+        files, path = codec_folder.files, codec_folder.path
+        origin = Origin(f"{path}[{of}]", locations=(path, *files.origin.locations))
+        super().__init__(base, files, origin=base.origin.beside(origin, label=origin.label, checkpoint=None))
         self.codec_folder, self.base, self.experts, self._kept = codec_folder, base, experts, dict(kept)
-        self.folder, self.weight_files, self.aliases = base.folder, base.weight_files, base.aliases
         held = {name: Key(name, key.shape, key.dtype) for name, key in kept.items()}
         self.keys = {name: held.get(name, key) for name, key in base.keys.items()} | held
 
@@ -240,26 +235,21 @@ class _Decoded(Source):
     def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
         """Expert -> part name -> rows that cover a block of the base: the model's block."""
 
+    def own(self, name: str) -> tuple[Source, str]:
+        name = self.key(name).name
+        return (self.codec_folder.files, self._kept[name].name) if name in self._kept else (self.base, name)
+
     def computes(self, name: str) -> bool:
-        name = self.key(name).name
-        return name in self.codec_folder.codecs or (name not in self._kept and self.base.computes(name))
+        return self.key(name).name in self.codec_folder.codecs or super().computes(name)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        name = self.key(name).name
-        if name in self._kept:
-            return self.codec_folder.files.bits(self._kept[name].name, start, stop)
-        if name in self.codec_folder.codecs:
-            raise SourceError(f"{self.label}: {name!r} is calculated on reading and has no stored bits")
-        return self.base.bits(name, start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
         key = self.key(name)
         codec = self.codec_folder.codecs.get(key.name)
         if codec is None:
-            return super().read(name, start, stop) if key.name in self._kept else self.base.read(name, start, stop)
-        base = self.base.read(key.name, start, stop)
+            return super().block(name, low, high, into)
+        base = self.base.read(key.name, low, high)
         base = base if base.dtype == torch.float64 else base.float()
-        first = slice(start, stop).indices(key.rows)[0] * key.row_numel if key.shape else 0
+        first = slice(low, high).indices(key.rows)[0] * key.row_numel if key.shape else 0
         rows: dict[str, dict[str, Tensor]] = {expert: {} for expert in self.experts}
         for part in codec.parts(key, self.codec_folder.experts):
             owners = [part.expert] if part.expert else self.experts
@@ -274,18 +264,12 @@ class _Decoded(Source):
         value = self.codec_folder.files.read(part.key.name, *part.rows(start, stop))
         return value.to(base.dtype) if value.is_floating_point() else value
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return self.base.download_bytes
-
-    def prepare(self) -> None:
-        self.base.prepare()
-
-    def places(self) -> tuple[Path, ...]:
-        return (self.codec_folder.path, *self.codec_folder.files.places(), *self.base.places())
-
     def fingerprint(self) -> dict[str, Any]:
-        return {"view": self.label, "parts": self.codec_folder.files.fingerprint(), "base": self.base.fingerprint()}
+        return {
+            "view": self.origin.label,
+            "parts": self.codec_folder.files.fingerprint(),
+            "base": self.base.fingerprint(),
+        }
 
     def read_cost(self, name: str) -> float:
         # base, shared part and result in float32, and a byte for every unpacked bit
@@ -299,8 +283,7 @@ class CodecSource(_Decoded):
         suffix = own_name("", expert)
         stored = codec_folder.files.keys
         own = {name.removesuffix(suffix): key for name, key in stored.items() if name.endswith(suffix)}
-        super().__init__(codec_folder, base, (expert,), _shared(codec_folder, base) | own)
-        self.label = f"{codec_folder.path}[{expert}]"
+        super().__init__(codec_folder, base, (expert,), _shared(codec_folder, base) | own, expert)
 
     def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
         return codec.decode(parts[self.experts[0]], base, offset)
@@ -315,9 +298,9 @@ class ConsensusSource(_Decoded):
             raise SourceError(f"{codec_folder.path}: a consensus needs the masks of tall_masks, not {', '.join(other)}")
         if not 0 <= k <= count + 1:
             raise SourceError(f"{codec_folder.path}: consensus = {k} is outside [0, {count + 1}] for {count} experts")
-        super().__init__(codec_folder, base, codec_folder.experts, _shared(codec_folder, base))
+        of = f"consensus of {k}, scale {scale:g}"
+        super().__init__(codec_folder, base, codec_folder.experts, _shared(codec_folder, base), of)
         self.k, self.scale = k, scale
-        self.label = f"{codec_folder.path}[consensus of {k}, scale {scale:g}]"
 
     def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
         return consensus_of(parts, base, offset, self.k, self.scale)
@@ -354,7 +337,7 @@ def _sample(base: Source, names: Iterable[str]) -> str:
     digest = xxhash.xxh3_128()
     for name in names:
         key = base.key(name)
-        digest.update(name.encode() + _bits(base, key, 0, min(key.rows, _rows(key, _SAMPLE))).tobytes())
+        digest.update(name.encode() + _bytes(base, key, 0, min(key.rows, _rows(key, _SAMPLE))))
     return digest.hexdigest()
 
 
@@ -363,7 +346,7 @@ def _content(base: Source, name: str) -> str:
     digest, key = xxhash.xxh3_128(), base.key(name)
     step = _rows(key, _BLOCK)
     for start in range(0, key.rows, step):
-        digest.update(_bits(base, key, start, min(start + step, key.rows)).tobytes())
+        digest.update(_bytes(base, key, start, min(start + step, key.rows)))
     return digest.hexdigest()
 
 
@@ -371,7 +354,6 @@ def _rows(key: Key, nbytes: int) -> int:
     return max(1, nbytes * max(key.rows, 1) // max(key.nbytes, 1))
 
 
-def _bits(source: Source, key: Key, start: int, stop: int) -> np.ndarray:
-    if source.computes(key.name):
-        return tensor_to_bits(source.read(key.name, start, stop))
-    return source.bits(key.name, start, stop)
+def _bytes(source: Source, key: Key, start: int, stop: int) -> bytes:
+    found = source.block(key.name, start, stop)
+    return (found.array if isinstance(found, Bits) else tensor_to_bits(found)).tobytes()

@@ -12,17 +12,14 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.source import Source
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.io.read.source import Bits, Block, Source
+from weightsmith.io.read.views import View
 
 __all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like"]
 
@@ -128,46 +125,22 @@ def _renamed(module: str, old: str, new: str) -> str:
     return f"{head}.{new}" if head and last == old else module
 
 
-class _View(Source):
-    """Some tensors made of the source's, all others as they are."""
+class _Experts(View):
+    """Experts in another layout; all other tensors as they are, some under another name."""
 
     def __init__(self, source: Source, made: Mapping[str, Key], replaced: set[str], names: Mapping[str, str]) -> None:
-        self.source = source
-        self.label, self.folder, self.weight_files = source.label, source.folder, source.weight_files
-        self.beside = source.beside
+        super().__init__(source)
         kept = {names.get(name, name): key for name, key in source.keys.items() if name not in replaced}
         self._old = {new: key.name for new, key in kept.items()}
         self.keys = {**{new: Key(new, key.shape, key.dtype) for new, key in kept.items()}, **made}
         self.aliases = {names.get(a, a): names.get(n, n) for a, n in source.aliases.items()}
+        self.shows = type(self).__name__
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return self.source.download_bytes
-
-    def prepare(self) -> None:
-        self.source.prepare()
-
-    def config_text(self) -> str | None:
-        return self.source.config_text()
-
-    def places(self) -> tuple[Path, ...]:
-        return self.source.places()
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"view": type(self).__name__, "source": self.source.fingerprint()}
-
-    def parts_of(self, name: str) -> tuple[str, ...]:
-        """The source's tensors that one is made of."""
-        raise NotImplementedError
-
-    def computes(self, name: str) -> bool:
-        return any(self.source.computes(part) for part in self.parts_of(self.key(name).name))
-
-    def read_cost(self, name: str) -> float:
-        return max(self.source.read_cost(part) for part in self.parts_of(self.key(name).name))
+    def own(self, name: str) -> tuple[Source, str]:
+        return self.source, self._old[self.key(name).name]
 
 
-class PackedExperts(_View):
+class PackedExperts(_Experts):
     """Experts of their own as one tensor per module; an expert is a row."""
 
     def __init__(self, source: Source, made: Mapping[str, tuple[Key, tuple[tuple[str, ...], ...]]]) -> None:
@@ -176,28 +149,32 @@ class PackedExperts(_View):
         super().__init__(source, {name: key for name, (key, _) in made.items()}, replaced, names)
         self._rows = {name: rows for name, (_, rows) in made.items()}
 
-    def parts_of(self, name: str) -> tuple[str, ...]:
-        return tuple(t for row in self._rows[name] for t in row) if name in self._rows else (self._old[name],)
+    def computes(self, name: str) -> bool:
+        parts = [part for row in self._rows.get(self.key(name).name, ()) for part in row]
+        return any(map(self.source.computes, parts)) if parts else super().computes(name)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        name = self.key(name).name
-        if name not in self._rows:
-            return self.source.bits(self._old[name], start, stop)
-        rows = self._rows[name][slice(start, stop)]
-        empty = np.empty((0, *self.keys[name].shape[1:]), f"u{self.keys[name].nbytes // self.keys[name].numel}")
-        return np.stack([np.concatenate([self.source.bits(t) for t in row]) for row in rows]) if rows else empty
+    def read_cost(self, name: str) -> float:
+        parts = [part for row in self._rows.get(self.key(name).name, ()) for part in row]
+        return max(map(self.source.read_cost, parts)) if parts else super().read_cost(name)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        name = self.key(name).name
-        if name not in self._rows:
-            return self.source.read(self._old[name], start, stop)
-        rows = self._rows[name][slice(start, stop)]
-        if not rows:
-            return torch.empty((0, *self.keys[name].shape[1:]))
-        return torch.stack([torch.cat([self.source.read(t) for t in row]) for row in rows])
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        key = self.key(name)
+        if key.name not in self._rows:
+            return super().block(name, low, high, into)
+        rows = self._rows[key.name][slice(low, high)]
+        if self.computes(name):
+            if not rows:
+                return torch.empty((0, *key.shape[1:]))
+            return torch.stack([torch.cat([self.source.read(part) for part in row]) for row in rows])
+        found = np.empty((len(rows), *key.shape[1:]), f"u{DTYPES[key.dtype].itemsize}") if into is None else into
+        for expert, row in zip(found, rows, strict=True):
+            step = len(expert) // len(row)
+            for at, part in enumerate(row):
+                expert[at * step : (at + 1) * step] = self.source.bits(part)
+        return Bits(found, key.dtype)
 
 
-class UnpackedExperts(_View):
+class UnpackedExperts(_Experts):
     """Rows of packed experts as tensors of their own; the expert read last is kept."""
 
     def __init__(
@@ -217,7 +194,7 @@ class UnpackedExperts(_View):
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._last: OrderedDict[tuple[str, int, bool], Any] = OrderedDict()
+        self._last: OrderedDict[tuple[str, int], Block] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_last")}
@@ -226,35 +203,29 @@ class UnpackedExperts(_View):
         self.__dict__.update(state)
         self._reset()
 
-    def parts_of(self, name: str) -> tuple[str, ...]:
-        return (self._where[name][0],) if name in self._where else (self._old[name],)
+    def own(self, name: str) -> tuple[Source, str]:
+        name = self.key(name).name
+        return (self.source, self._where[name][0]) if name in self._where else super().own(name)
 
     def read_cost(self, name: str) -> float:
         return super().read_cost(name) + (2.0 * _KEPT if self.key(name).name in self._where else 0.0)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        name = self.key(name).name
-        if name not in self._where:
-            return self.source.bits(self._old[name], start, stop)
-        rows: np.ndarray = self._expert(name, stored=True)[slice(start, stop)]
-        return rows
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        key = self.key(name)
+        if key.name not in self._where:
+            return super().block(name, low, high, into)
+        tensor, number, first = self._where[key.name]
+        begin, end, _ = slice(low, high).indices(key.rows)
+        rows = slice(first + begin, first + max(begin, end))
+        found = self._expert(tensor, number)
+        return Bits(found.array[0, rows], found.dtype) if isinstance(found, Bits) else found[0, rows]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        name = self.key(name).name
-        if name not in self._where:
-            return self.source.read(self._old[name], start, stop)
-        rows: Tensor = self._expert(name, stored=False)[slice(start, stop)]
-        return rows
-
-    def _expert(self, name: str, *, stored: bool) -> Any:
-        """One matrix of one expert: the packed tensor's row can only be read whole."""
-        tensor, number, first = self._where[name]
-        place = (tensor, number, stored)
+    def _expert(self, tensor: str, number: int) -> Block:
+        """One row of a packed tensor, which can only be read whole."""
         with self._lock:
-            if place not in self._last:
-                load = self.source.bits if stored else self.source.read
-                self._last[place] = load(tensor, number, number + 1)[0]
+            if (tensor, number) not in self._last:
+                self._last[tensor, number] = self.source.block(tensor, number, number + 1)
                 while len(self._last) > _KEPT:
                     self._last.popitem(last=False)
-            self._last.move_to_end(place)
-            return self._last[place][first : first + self.keys[name].rows]
+            self._last.move_to_end((tensor, number))
+            return self._last[tensor, number]

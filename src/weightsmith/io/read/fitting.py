@@ -38,7 +38,7 @@ def fitted(adapter: Adapter, base: Source) -> Changes:
         _enter(found, key.name, rows=rows)
         if max(rows.indices, default=0) >= _key(found, base, targets, key.name).rows:
             raise SourceError(f"{adapter.label}: {rows.stored!r} is for token {max(rows.indices)}, which {key.name!r} "
-                              f"in {base.label} has no row for")  # fmt: skip
+                              f"in {base} has no row for")  # fmt: skip
     for (name, leaf), stored in adapter.shifts.items():
         _shift(found, adapter, base, targets, name, leaf, stored)
     layers = list(_layers(found, adapter, base, targets))
@@ -46,7 +46,7 @@ def fitted(adapter: Adapter, base: Source) -> Changes:
     for layer in layers:
         _add(found, adapter, base, targets, layer, flips[layer.module.name])
     if not found.tensors:
-        raise SourceError(f"{adapter.label}: the adapter changes none of the {len(base.keys)} tensors of {base.label}")
+        raise SourceError(f"{adapter.label}: the adapter changes none of the {len(base.keys)} tensors of {base}")
     targets.settle(found)
     if found.heads:
         _as_classifier(found, adapter, base, targets.modules)
@@ -88,8 +88,7 @@ def _replace(found: Changes, adapter: Adapter, base: Source, targets: Targets, t
         tokens = known.role in ("embed", "head") and key.shape[1:] == known.shape[1:] and bool(key.shape)
         if not tokens:
             raise SourceError(
-                f"{adapter.label}: {stored!r} is {list(key.shape)}, but {known.name!r} in {base.label} is "
-                f"{list(known.shape)}"
+                f"{adapter.label}: {stored!r} is {list(key.shape)}, but {known.name!r} in {base} is {list(known.shape)}"
             )
         found.keys[known.name] = Key(known.name, key.shape, known.dtype)
     twin = found.tensors.get(known.name)
@@ -103,11 +102,11 @@ def _shift(found: Changes, adapter: Adapter, base: Source, targets: Targets, nam
     _, keys = finder_of(adapter, base, targets.modules).find(name)
     known = f"{keys[0].name.rpartition('.')[0]}.{leaf}" if keys else ""
     if known not in base.keys:
-        raise SourceError(f"{adapter.label}: {stored!r} belongs to no {leaf} of {base.label}")
+        raise SourceError(f"{adapter.label}: {stored!r} belongs to no {leaf} of {base}")
     key = base.keys[known]
     if (shape := adapter.file.key(stored).shape) != key.shape:
         raise SourceError(
-            f"{adapter.label}: {stored!r} is {list(shape)}, but {key.name!r} in {base.label} is {list(key.shape)}"
+            f"{adapter.label}: {stored!r} is {list(shape)}, but {key.name!r} in {base} is {list(key.shape)}"
         )
     _enter(found, key.name, bias=stored)
 
@@ -124,7 +123,7 @@ def _layers(found: Changes, adapter: Adapter, base: Source, targets: Targets) ->
             yield _checked(adapter, base, Layer(module, keys[0]))
             continue
         if module.magnitude is not None:
-            raise SourceError(f"{adapter.label}: {module.name!r} is DoRA of a matrix that {base.label} stores in parts")
+            raise SourceError(f"{adapter.label}: {module.name!r} is DoRA of a matrix that {base} stores in parts")
         first = 0
         for key in keys:
             part = replace(module, name=key.name, update=Rows(module.update, first, first + key.rows))
@@ -139,7 +138,7 @@ def _layer(found: Changes, adapter: Adapter, base: Source, targets: Targets, mod
     weight = _key(found, base, targets, key.name)
     if not weight.floating:
         raise SourceError(
-            f"{adapter.label}: {weight.name!r} in {base.label} is {weight.dtype} (quantised?); give the full model"
+            f"{adapter.label}: {weight.name!r} in {base} is {weight.dtype} (quantised?); give the full model"
         )
     return _checked(adapter, base, Layer(module, weight))
 
@@ -154,7 +153,7 @@ def _checked(adapter: Adapter, base: Source, layer: Layer) -> Layer:
                 f"groups, so no weight of {list(weight.shape)} can hold it; keep it as an adapter"
             )
         raise SourceError(
-            f"{adapter.label}: {module.name!r} adapts a weight of shape {shape}, but {weight.name!r} in {base.label} "
+            f"{adapter.label}: {module.name!r} adapts a weight of shape {shape}, but {weight.name!r} in {base} "
             f"is {list(weight.shape)}"
         )
     lengths = 0 if module.magnitude is None else prod(adapter.file.key(module.magnitude).shape)
@@ -187,6 +186,6 @@ def _add(found: Changes, adapter: Adapter, base: Source, targets: Targets, layer
         key = base.keys.get(name) or targets.weight(module.name, "bias", module.bias)
         shape = adapter.file.key(module.bias).shape
         if key.shape != shape:
-            raise SourceError(f"{adapter.label}: {module.bias!r} is {list(shape)}, but {key.name!r} in {base.label} is "
+            raise SourceError(f"{adapter.label}: {module.bias!r} is {list(shape)}, but {key.name!r} in {base} is "
                               f"{list(key.shape)}")  # fmt: skip
         _enter(found, key.name, bias=module.bias, scale=module.bias_scale)

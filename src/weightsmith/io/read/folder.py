@@ -12,10 +12,10 @@ import numpy as np
 from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key, good_name
 from weightsmith.io import system
-from weightsmith.io.read.pickle import PICKLES, PickleSource
+from weightsmith.io.read.pickle import PICKLES, PickleSource, left_out
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, read_small, short
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Origin, Source
 
 __all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
            "parse_index"]  # fmt: skip
@@ -142,37 +142,32 @@ class FolderSource(Source):
     """The model in a folder, or the one that a given `*.index.json` describes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.label = str(path)
-        if self.path.name.endswith(INDEX):
-            folder, chosen = self.path.parent, self.path.name
+        path, label = Path(path), str(path)
+        if path.name.endswith(INDEX):
+            folder, chosen = path.parent, path.name
         else:
-            folder, chosen = self.path, choose_weights(_listing(self.path), self.label)
-        self.folder = folder
+            folder, chosen = path, choose_weights(_listing(path), label)
         self._parts: dict[str, SafetensorsSource | PickleSource]
         if chosen.endswith(INDEX):
             catalogue = self._open_shards(folder / chosen)
         else:
             self._parts = {chosen: _open(inside(folder, chosen))}
-            catalogue = join(self._parts, self.label)
+            catalogue = join(self._parts, label)
         self.keys, self.aliases, self._shard_of = catalogue
-        self.weight_files = tuple(self._parts)
+        files = [part.path for part in self._parts.values()]  # the hub's cache links elsewhere
+        extras = [extra for part in self._parts.values() if isinstance(part, PickleSource) for extra in part.extras]
+        self.origin = Origin(
+            label,
+            folder,
+            files=tuple(self._parts),
+            locations=(folder, path, *files),
+            checkpoint=folder,
+            remarks=left_out(extras),
+        )
 
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """Entries of pickled files that are no tensors."""
-        return tuple(extra for part in self._parts.values() if isinstance(part, PickleSource) for extra in part.extras)
-
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key = self.key(name)
-        return self._parts[self._shard_of[key.name]].bits(key.name, start, stop)
-
-    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
-        key = self.key(name)
-        self._parts[self._shard_of[key.name]].read_into(out, key.name, start, stop)
-
-    def places(self) -> tuple[Path, ...]:
-        return (*super().places(), *(part.path for part in self._parts.values()))  # the hub's cache links elsewhere
+        return self._parts[self._shard_of[key.name]].block(key.name, low, high, into)
 
     def fingerprint(self) -> dict[str, Any]:
         files: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from weightsmith.core.errors import MissingExtra, SourceError
 from weightsmith.core.keys import DTYPES, Key, good_name
 from weightsmith.io.read.files import File
 from weightsmith.io.read.small import short
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Origin, Source
 
 __all__ = ["GgufSource"]
 
@@ -33,7 +33,9 @@ _LEFT = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.we
 """Tables that follow from config.json."""
 
 
-class _Place(NamedTuple):
+class _Stored(NamedTuple):
+    """A tensor in the file, under its Hugging Face name."""
+
     key: Key
     offset: int
     heads: int  # of which the rows are to be put back in order; 0: they are
@@ -44,29 +46,25 @@ class GgufSource(Source):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.label = str(path)
+        self.origin = Origin(str(path), locations=(self.path,))
         self._file = File(self.path)
-        self._places = _places(self.path, self._file.size)
-        self.keys = {name: place.key for name, place in self._places.items()}
+        self._tensors = _tensors_of(self.path, self._file.size)
+        self.keys = {name: stored.key for name, stored in self._tensors.items()}
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        key, offset, heads = self._places[self.key(name).name]
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        key, offset, heads = self._tensors[self.key(name).name]
         width = DTYPES[key.dtype].itemsize
         pitch = key.row_numel * width
-        first, last, _ = slice(start, stop).indices(key.rows)
-        low, high = (first, last) if not heads else _span(first, last, key.rows // heads)
-        data = self._file.read(offset + low * pitch, max(high - low, 0) * pitch, repr(name))
-        rows = (
-            data.view(f"u{width}").reshape(max(high - low, 0), *key.shape[1:]) if key.shape else data.view(f"u{width}")
-        )
-        if not key.shape:
-            return rows.reshape(())
-        return rows[_order(np.arange(first, last), key.rows // heads) - low] if heads else rows
+        first, last, _ = slice(low, high).indices(key.rows)
+        begin, end = (first, last) if not heads else _span(first, last, key.rows // heads)
+        rows = max(end - begin, 0)
+        data = self._file.read(offset + begin * pitch, rows * pitch, repr(name)).view(f"u{width}")
+        found = data.reshape((rows, *key.shape[1:]) if key.shape else ())
+        return Bits(found[_order(np.arange(first, last), key.rows // heads) - begin] if heads else found, key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
-        noted = {"size": self._file.size, "mtime_ns": self._file.mtime_ns, "sample": self._file.sample()}
-        return {"files": {self.path.name: noted}}
+        return {"files": {self.path.name: {"size": self._file.size, **self._file.stamp()}}}
 
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:
@@ -84,7 +82,7 @@ def _order(rows: np.ndarray, size: int) -> np.ndarray:
 # --- the header ------------------------------------------------------------------------------------
 
 
-def _places(path: Path, size: int) -> dict[str, _Place]:
+def _tensors_of(path: Path, size: int) -> dict[str, _Stored]:
     found = _read(path)
     arch = _text(found.fields, "general.architecture")
     if arch not in _KNOWN:
@@ -98,7 +96,7 @@ def _places(path: Path, size: int) -> dict[str, _Place]:
     names = _names(arch, blocks)
     heads = _number(found.fields, f"{arch}.attention.head_count", path)
     shared = _number(found.fields, f"{arch}.attention.head_count_kv", path, heads)
-    places: dict[str, _Place] = {}
+    stored: dict[str, _Stored] = {}
     for tensor in found.tensors:
         if tensor.name in _LEFT:
             continue
@@ -116,10 +114,10 @@ def _places(path: Path, size: int) -> dict[str, _Place]:
         offset = int(tensor.data_offset)
         if offset + key.nbytes > size:
             raise SourceError(f"{path}: truncated: {tensor.name} ends at byte {offset + key.nbytes} of {size}")
-        if key.name in places:
+        if key.name in stored:
             raise SourceError(f"{path}: {short(tensor.name)} is there twice")
-        places[key.name] = _Place(key, offset, _heads(path, arch, key, heads, shared))
-    return dict(sorted(places.items(), key=lambda item: item[1].offset))
+        stored[key.name] = _Stored(key, offset, _heads(path, arch, key, heads, shared))
+    return dict(sorted(stored.items(), key=lambda item: item[1].offset))
 
 
 def _heads(path: Path, arch: str, key: Key, heads: int, shared: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +16,9 @@ import numpy as np
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.io.read.source import Source
-from weightsmith.io.read.views import RenamedSource
+from weightsmith.io.read.views import JoinedSource
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from weightsmith.io.read.lora import Adapter
 
 __all__ = ["HeadedSource", "headed", "headed_config", "is_classifier"]
@@ -55,45 +52,19 @@ def headed_config(text: str, adapter: Adapter, heads: Sequence[Key]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-class HeadedSource(RenamedSource):
+class HeadedSource(JoinedSource):
     """A model with the head of another, and without the tensors that the other does not have."""
 
+    shows = "headed"
+
     def __init__(self, source: Source, lender: Source, heads: Sequence[str]) -> None:
-        kept = {name: name for name in (*source.keys, *source.aliases) if name in lender.keys or name in lender.aliases}
-        super().__init__(source, kept)
-        self.lender = lender
-        self.heads = tuple(heads)
-        self.keys = {**self.keys, **{name: lender.key(name) for name in heads}}
-
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._holder(name).bits(*self._called(name), start, stop)
-
-    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
-        self._holder(name).read_into(out, *self._called(name), start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._holder(name).read(*self._called(name), start, stop)
-
-    def computes(self, name: str) -> bool:
-        return self._holder(name).computes(*self._called(name))
-
-    def read_cost(self, name: str) -> float:
-        return self._holder(name).read_cost(*self._called(name))
-
-    def _holder(self, name: str) -> Source:
-        return self.lender if name in self.heads else self.source
-
-    def _called(self, name: str) -> tuple[str]:
-        return (name if name in self.heads else self.names[self.key(name).name],)
-
-    def config_text(self) -> str | None:
-        return self.lender.config_text()
-
-    def places(self) -> tuple[Path, ...]:
-        return (*self.source.places(), *self.lender.places())
+        names = (*source.keys, *source.aliases)
+        kept = {name: (0, name) for name in names if name in lender.keys or name in lender.aliases}
+        origin = source.origin.beside(lender.origin, remarks=source.origin.remarks, config=lender.origin.config)
+        super().__init__((source, lender), kept | {name: (1, name) for name in heads}, origin)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"view": "headed", "source": self.source.fingerprint(), "heads": self.lender.fingerprint()}
+        return {"view": self.shows, "source": self.source.fingerprint(), "heads": self.parts[1].fingerprint()}
 
 
 def headed(models: Mapping[str, Source]) -> dict[str, Source]:
@@ -101,12 +72,11 @@ def headed(models: Mapping[str, Source]) -> dict[str, Source]:
 
     Raises SourceError where several adapters trained one, differently.
     """
-    owners = {name: source for name, source in models.items() if source.beside is not None and source.beside.heads}
+    owners = {name: source for name, source in models.items() if source.origin.heads}
     if not owners or len(owners) == len(models):
         return dict(models)
     lender, first = next(iter(owners.items()))
-    assert first.beside is not None
-    heads = first.beside.heads
+    heads = first.origin.heads
     for name, source in owners.items():
         for head in heads:
             if head not in source.keys or not _same(first, source, head):

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.safetensors import Header, parse_header, parse_length
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Cost, Origin, Source
 from weightsmith.io.system import read_file
 from weightsmith.io.url import said
 
@@ -149,13 +149,13 @@ class HubSource(Source):
 
     def __init__(self, repo: Repo, label: str | None = None) -> None:
         self.repo = repo
-        self.label = label or repo.name
+        label = label or repo.name
         self._lock = threading.Lock()
         self._local: FolderSource | None = None
-        chosen = choose_weights([name for name in repo.sizes if "/" not in name], self.label)
+        chosen = choose_weights([name for name in repo.sizes if "/" not in name], label)
         if chosen.removesuffix(INDEX).endswith(".bin"):
             raise SourceError(
-                f"{self.label}: has only pickled weights ({chosen}), which cannot be planned from their header; "
+                f"{label}: has only pickled weights ({chosen}), which cannot be planned from their header; "
                 f"download it (hf download {repo.name}) and give the folder"
             )
         named = None
@@ -166,11 +166,18 @@ class HubSource(Source):
             self._weights = sorted(set(named.values()))
         with ThreadPoolExecutor(_WORKERS) as pool:
             headers = dict(zip(self._weights, pool.map(repo.header, self._weights), strict=True))
-        self.keys, self.aliases, _ = join(headers, self.label, named)
+        self.keys, self.aliases, _ = join(headers, label, named)
         self._headers = {name: header.digest for name, header in headers.items()}
         configs = [repo.fetch(name) for name in _CONFIGS if name in repo.sizes]
-        self.folder = configs[0].parent if configs else None
-        self.weight_files = tuple(self._weights)
+        folder = configs[0].parent if configs else None
+        missing = sum(repo.sizes[name] for name in self.files if not repo.cached(name))
+        self.origin = Origin(
+            label,
+            folder,
+            files=tuple(self._weights),
+            locations=() if folder is None else (folder,),
+            cost=Cost(download=missing),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -185,15 +192,11 @@ class HubSource(Source):
         companions = [name for name in self.repo.sizes if not OTHER.fullmatch(name)]
         return (*self._weights, *companions)
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return sum(self.repo.sizes[name] for name in self.files if not self.repo.cached(name))
-
     def prepare(self) -> None:
         self._folder()
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._folder().bits(self.key(name).name, start, stop)
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        return self._folder().block(self.key(name).name, low, high, into)
 
     def fingerprint(self) -> dict[str, Any]:
         if self._local is not None:
@@ -210,12 +213,11 @@ class HubSource(Source):
             if self._local is None:
                 with ThreadPoolExecutor(_WORKERS) as pool:
                     paths = dict(zip(self.files, pool.map(self.repo.fetch, self.files), strict=True))
-                self.folder = paths[self._weights[0]].parent
-                local = FolderSource(self.folder)
+                folder = paths[self._weights[0]].parent
+                local = FolderSource(folder)
                 if local.keys != self.keys:
-                    raise SourceError(
-                        f"{self.label}: the download is not the model that was planned; delete {self.folder}"
-                    )
+                    raise SourceError(f"{self}: the download is not the model that was planned; delete {folder}")
+                self.origin = replace(self.origin, folder=folder, locations=(folder,), cost=Cost())
                 self.repo.note_revision()
                 self._local = local
             return self._local
@@ -248,7 +250,7 @@ def open_hub(
 
 def _labelled(folder: Path, ref: str) -> Source:
     source = FolderSource(folder)
-    source.label = ref
+    source.origin = replace(source.origin, label=ref)
     return source
 
 

@@ -65,9 +65,10 @@ class Stacked:
 
 def config_of(source: Source) -> str | None:
     """A source's config.json, as it is for its blocks; None if it has none."""
-    if (text := source.config_text()) is not None:
+    if (text := source.origin.config) is not None:
         return text
-    path = None if source.folder is None else source.folder / "config.json"
+    folder = source.origin.folder
+    path = None if folder is None else folder / "config.json"
     return read_small(path, _LIMIT).decode(errors="surrogateescape") if path is not None and path.is_file() else None
 
 
@@ -86,7 +87,7 @@ def counted_blocks(config: Mapping[str, Any]) -> tuple[str, set[int]] | None:
 def miscounted(source: Source) -> str | None:
     """Where a source's config.json and the block numbers in its tensors' names disagree; None if they do not."""
     text = config_of(source)
-    said = counted_blocks(_parsed(text, source.label)) if text is not None else None
+    said = counted_blocks(_parsed(text, source.origin.label)) if text is not None else None
     held = blocks_held(source.keys)
     if said is None or not held or any(len(found) in said[1] for found in held.values()):
         return None

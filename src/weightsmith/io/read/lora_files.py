@@ -88,9 +88,9 @@ def _opened(place: Path) -> Source | None:
 
 def read_lora_file(source: Source, label: str = "") -> Adapter:
     """The adapter that a LoRA file holds."""
-    label = label or source.label
+    label = label or source.origin.label
     source.prepare()
-    path = next((place for place in source.places() if place.is_file()), None) or Path(source.label)
+    path = next((at for at in source.origin.locations if at.is_file()), None) or Path(label)
     kind = lora_kind(source.keys)
     if kind == "peft":
         if (path.parent / CONFIG).is_file():

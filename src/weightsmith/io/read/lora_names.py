@@ -97,8 +97,7 @@ def placed(adapter: Adapter, base: Source, modules: Modules) -> tuple[list[Place
         if part in parts or (len(lost) == 1 and not parts):
             raise SourceError(_misfit(adapter, base, finder, others[0]))
     says = [
-        f"{len(others)} modules of {part.removeprefix('lora_') or 'another part'} are left out: {base.label} has none "
-        "of them"
+        f"{len(others)} modules of {part.removeprefix('lora_') or 'another part'} are left out: {base} has none of them"
         for part, others in lost.items()
     ]
     return [place for found in parts.values() for place in found], says
@@ -112,10 +111,10 @@ def _fits(module: Module, keys: Sequence[Key]) -> bool:
 def _misfit(adapter: Adapter, base: Source, finder: Finder, module: Module) -> str:
     _, keys = finder.find(module.name)
     if not keys:
-        return f"{adapter.label}: {module.name!r} belongs to no weight of {base.label}"
+        return f"{adapter.label}: {module.name!r} belongs to no weight of {base}"
     return (
         f"{adapter.label}: {module.name!r} adapts a weight of shape {list(module.update.shape)}, but {keys[0].name!r} "
-        f"in {base.label} is {list(keys[0].shape)}"
+        f"in {base} is {list(keys[0].shape)}"
     )
 
 

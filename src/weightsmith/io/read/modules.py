@@ -95,7 +95,7 @@ class Modules:
         """config.json; empty where there is none."""
         try:
             text = config_of(self._source)
-            found = parse_json((text or "{}").encode(errors="surrogateescape"), f"{self._source.label}: config.json")
+            found = parse_json((text or "{}").encode(errors="surrogateescape"), f"{self._source}: config.json")
         except SourceError:
             return {}  # whoever needs it will say what is wrong with it
         return found if isinstance(found, dict) else {}

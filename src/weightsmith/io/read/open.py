@@ -153,7 +153,7 @@ def _model(source: Source, base: Source | None) -> Source:
         return AdapterSource(read_lora_file(source), base)
     names = {"kohya": " with kohya's names", "diffusers": " as diffusers writes it"}.get(kind, "")
     raise SourceError(
-        f"{source.label}: a LoRA file{names}, not a model: give the model that it was trained on under `base`, or "
+        f"{source}: a LoRA file{names}, not a model: give the model that it was trained on under `base`, or "
         'combine it with others of its kind by "weightsmith lora merge"'
     )
 
@@ -182,4 +182,6 @@ def _memory(tensors: Mapping[Any, Any], label: str) -> MemorySource:
 
 
 def _name(ref: Any) -> str:
-    return getattr(ref, "label", None) or (str(ref) if isinstance(ref, (str, Path)) else type(ref).__name__)
+    if isinstance(ref, Source):
+        return ref.origin.label
+    return str(ref) if isinstance(ref, (str, Path)) else type(ref).__name__

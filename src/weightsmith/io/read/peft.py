@@ -9,23 +9,23 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.io.read.changes import Change
+from weightsmith.io.read.changes import Change, Changes
 from weightsmith.io.read.experts import laid_out_for
 from weightsmith.io.read.fitting import fitted
 from weightsmith.io.read.headed import headed_config
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.lora import Adapter, read_peft
-from weightsmith.io.read.source import Beside, Source
+from weightsmith.io.read.source import Block, LowRank, Origin, Source
 from weightsmith.io.read.untied import grown_config, untied_config
-from weightsmith.io.read.updates import Update
+from weightsmith.io.read.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["AdapterSource"]
 
 
-class AdapterSource(Source):
+class AdapterSource(View):
     """The model that `base` becomes with an adapter; nothing is materialised.
 
     Tensors that the adapter does not touch are served as stored; `computes(name)` tells which are calculated
@@ -41,29 +41,42 @@ class AdapterSource(Source):
     does not allow, and an adapter that does not fit the base or changes nothing.
     """
 
-    computed = True
-
     def __init__(self, adapter: str | Path | Adapter, base: Source) -> None:
         """`adapter`: a PEFT folder, or an adapter that was read."""
         self.adapter = adapter if isinstance(adapter, Adapter) else read_peft(Path(adapter))
         self.path = self.adapter.path
         self.base = base = laid_out_for(base, (*self.adapter.modules, *self.adapter.whole))
-        self.label = f"{self.adapter.label} on {base.label}"
-        self.folder = base.folder
-        self.weight_files = base.weight_files
         self._file = self.adapter.file
         found = fitted(self.adapter, base)
+        own = Origin(self.adapter.label, locations=(self.path, *self._file.origin.locations), remarks=tuple(found.says))
+        super().__init__(base, self._file, origin=base.origin.beside(own, label=f"{own.label} on {base}"))
         self._changes, self.untied = found.tensors, found.untied
-        self._heads, self._grown = found.heads, {
-            base.keys[name].rows: key.rows for name, key in found.keys.items() if name in base.keys
-        }  # fmt: skip
         gone = found.dropped.union(found.untied)
         self.aliases = {alias: name for alias, name in base.aliases.items() if alias not in gone}
         kept = (key for key in base.keys.values() if key.name not in found.dropped)
         self.keys = {key.name: self._key(found.keys.get(key.name, key)) for key in kept}
         self.keys |= {name: self._key(key) for name, key in found.keys.items() if name not in base.keys}
-        self.beside = Beside(self.path if self.path.is_dir() else None, tuple(found.says), found.heads)
+        self.origin = replace(
+            self.origin,
+            checkpoint=self.path if self.path.is_dir() else None,
+            heads=found.heads,
+            config=self._config(found),
+        )
         self._cache = _Recent(4)
+
+    def _config(self, found: Changes) -> str | None:
+        """The base's config.json, changed where the result is no longer tied, has more tokens, or another head."""
+        grown = {self.base.keys[n].rows: key.rows for n, key in found.keys.items() if n in self.base.keys}
+        if not (found.untied or grown or found.heads):
+            return self.base.origin.config
+        text = config_of(self.base)
+        if text is not None and found.untied:
+            text = untied_config(text)
+        if text is not None and grown:
+            text = grown_config(text, grown)
+        if text is not None and found.heads:
+            text = headed_config(text, self.adapter, [self.keys[name] for name in found.heads])
+        return text
 
     def _key(self, key: Key) -> Key:
         change = self._changes.get(key.name)
@@ -88,54 +101,29 @@ class AdapterSource(Source):
         """What the adapter's configuration calls its base model, '' if it does not say."""
         return str(self.adapter.config.get("base_model_name_or_path") or "")
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return self.base.download_bytes
-
-    def prepare(self) -> None:
-        self.base.prepare()
-
-    def config_text(self) -> str | None:
-        """The base's, where the result is no longer tied, has more tokens, or another head."""
-        if not (self.untied or self._grown or self._heads):
-            return self.base.config_text()
-        text = config_of(self.base)
-        if text is not None and self.untied:
-            text = untied_config(text)
-        if text is not None and self._grown:
-            text = grown_config(text, self._grown)
-        if text is not None and self._heads:
-            text = headed_config(text, self.adapter, [self.keys[name] for name in self._heads])
-        return text
+    def own(self, name: str) -> tuple[Source, str]:
+        """Where a tensor lies before any calculation: in the base, or in the adapter's file."""
+        name = self.key(name).name
+        change = self._changes.get(name, Change())
+        return (self._file, change.replacement) if change.replacement is not None else (self.base, change.of or name)
 
     def computes(self, name: str) -> bool:
         change = self._changes.get(self.key(name).name)
-        if change is None or (change.of is not None and not change.computed and change.replacement is None):
-            return self.base.computes(change.of if change is not None and change.of else name)
-        return change.computed
+        return (change is not None and change.computed) or super().computes(name)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        name = self.key(name).name
-        if self.computes(name):
-            raise SourceError(f"{self.label}: {name!r} is calculated on reading and has no stored bits")
-        change = self._changes.get(name, Change())
-        if change.replacement is None:
-            return self.base.bits(change.of or name, start, stop)
-        return self._file.bits(change.replacement, start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        name = self.key(name).name
-        change = self._changes.get(name, Change())
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        key = self.key(name)
+        change = self._changes.get(key.name, Change())
         if not change.computed:
-            return self._stored(name, change, start, stop)
+            return super().block(name, low, high, into)
+        first, last, _ = slice(low, high).indices(key.rows)
         if change.update is None:
-            stored = self._stored(name, change, start, stop)
+            stored = self._stored(key.name, low, high)
             if change.bias is not None:
                 stored = _wide(stored)
-                return stored + change.scale * self._file.read(change.bias, start, stop).to(stored.dtype)
-            return self._with_rows(change, stored, slice(start, stop).indices(self.key(name).rows)[0])
-        first, last, _ = slice(start, stop).indices(self.key(name).rows)
-        return self._rows(name, change, first, max(first, last))
+                return stored + change.scale * self._file.read(change.bias, low, high).to(stored.dtype)
+            return self._with_rows(change, stored, first)
+        return self._rows(key.name, change, first, max(first, last))
 
     def read_cost(self, name: str) -> float:
         key = self.key(name)
@@ -146,46 +134,36 @@ class AdapterSource(Source):
         stored = sum(self._file.key(part).numel for part in change.update.stored)
         return cost + 1.0 + stored / max(key.numel, 1) + change.update.chunk / max(key.rows, change.update.chunk)
 
-    def factors(self, name: str, base: Source | None = None) -> tuple[Tensor, Tensor] | None:
-        """Return (left [rows, r], right [r, columns]) in float32 with W = base + left @ right, scale included.
+    def factors(self, name: str, base: Source) -> LowRank | None:
+        """The scale is in `left`; both are float32.
 
         None where the tensor's change is not exactly such a product: untouched, replaced, DoRA, biases, fused experts,
         or the change asked for is that from another model than the adapter's base.
         """
-        found = self._product(name, base)
-        if found is None:
-            return None
-        update, change = found
-        ((b, a),) = update.pieces(self._file)
-        left, right = (a.T.contiguous(), b.T.contiguous()) if change.flip else (b, a)
-        return change.scale * left, right
-
-    def rank(self, name: str, base: Source | None = None) -> int | None:
-        found = self._product(name, base)
-        return None if found is None else found[0].rank
-
-    def _product(self, name: str, base: Source | None) -> tuple[Update, Change] | None:
-        """The update of a matrix, if its change is exactly a product added to this base."""
         key = self.key(name)
         change = self._changes.get(key.name)
-        if (base is not None and base is not self.base) or change is None or change.update is None:
+        if base is not self.base or change is None or change.update is None or len(key.shape) != 2:
             return None
-        whole = change.magnitude is None and change.replacement is None and change.rows is None and change.of is None
-        return (change.update, change) if whole and len(key.shape) == 2 else None
+        if not (change.magnitude is None and change.replacement is None and change.rows is None and change.of is None):
+            return None
+        update, scale, flip = change.update, change.scale, change.flip
 
-    def places(self) -> tuple[Path, ...]:
-        return (self.path, *self._file.places(), *self.base.places())
+        def read() -> tuple[Tensor, Tensor]:
+            ((b, a),) = update.pieces(self._file)
+            left, right = (a.T.contiguous(), b.T.contiguous()) if flip else (b, a)
+            return scale * left, right
+
+        return LowRank(update.rank, read)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"adapter": self.adapter.fingerprint(), "base": self.base.fingerprint()}
 
     # --- rows ---
 
-    def _stored(self, name: str, change: Change, start: int, stop: int | None) -> Tensor:
+    def _stored(self, name: str, start: int, stop: int | None) -> Tensor:
         """Rows before any calculation: the base's, or the adapter's own copy."""
-        if change.replacement is not None:
-            return self._file.read(change.replacement, start, stop)
-        return self.base.read(change.of or name, start, stop)
+        source, name = self.own(name)
+        return source.read(name, start, stop)
 
     def _with_rows(self, change: Change, stored: Tensor, first: int) -> Tensor:
         """Rows of an embedding, from `first` on, with those of trained tokens in their place."""
@@ -209,14 +187,14 @@ class AdapterSource(Source):
         update, loaded, rows = change.update, self._loaded(name, change), self.key(name).rows
         for begin in range(first - first % update.chunk, last, update.chunk):
             end = min(begin + update.chunk, rows)
-            chunk = _wide(self._stored(name, change, begin, end))
+            chunk = _wide(self._stored(name, begin, end))
             if change.rows is not None:
                 chunk = _wide(self._with_rows(change, chunk, begin))
             yield begin, chunk + update.rows(loaded, begin, end).reshape(chunk.shape) * change.scale
 
     def _rows(self, name: str, change: Change, first: int, last: int) -> Tensor:
         key = self.key(name)
-        result = torch.empty(last - first, *key.shape[1:], dtype=_wide(self._stored(name, change, first, first)).dtype)
+        result = torch.empty(last - first, *key.shape[1:], dtype=_wide(self._stored(name, first, first)).dtype)
         for begin, chunk in self._chunks(name, change, first, last):
             rows = slice(max(first - begin, 0), last - begin)
             if change.magnitude is not None:

@@ -7,24 +7,25 @@ import itertools
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from weightsmith.core.errors import SourceError
+from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import DTYPES, good_name
 from weightsmith.core.lazy import torch
 from weightsmith.io import system
 from weightsmith.io.read.files import File
-from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.io.read.source import Bits, MemorySource, Source, beside_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLES", "PickleSource"]
+__all__ = ["PICKLES", "PickleSource", "left_out"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -49,36 +50,34 @@ class PickleSource(Source):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.label = str(path)
+        self.path, label = Path(path), str(path)
         self._file = File(self.path)
         _refuse_archives(self._file)
-        tensors, self.extras = _state_dict(_load(self.path), self.label)
-        _check_sizes(tensors, self._file.size, self.label)
-        memory = MemorySource(tensors, self.label)
+        tensors, self.extras = _state_dict(_load(self.path), label)
+        _check_sizes(tensors, self._file.size, label)
+        memory = MemorySource(tensors, label)
         self.keys, self.aliases = memory.keys, memory.aliases
-        self._places = _find({name: tensors[name] for name in self.keys}, self.path)
-        self._memory = memory if self._places is None else None
+        self._spans = _find({name: tensors[name] for name in self.keys}, self.path)
+        self._memory = memory if self._spans is None else None
         self._file.refuse_changed()  # what was mapped must be what is read from now on
-        if (self.path.parent / "config.json").is_file():
-            self.folder = self.path.parent
+        self.origin = replace(beside_config(label, self.path), remarks=left_out(self.extras))
 
     def __reduce__(self) -> tuple[type[PickleSource], tuple[Path]]:
         return PickleSource, (self.path,)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key = self.key(name)
         if self._memory is not None:
-            return self._memory.bits(key.name, start, stop)
-        assert self._places is not None
+            return Bits(self._memory.bits(key.name, low, high), key.dtype)
+        assert self._spans is not None
         unsigned = np.dtype(f"u{DTYPES[key.dtype].itemsize}")
-        offset, strides = self._places[key.name]
+        offset, strides = self._spans[key.name]
         shape = key.shape
         if shape:
-            first, last, _ = slice(start, stop).indices(key.rows)
+            first, last, _ = slice(low, high).indices(key.rows)
             shape = (max(last - first, 0), *shape[1:])
             offset += first * strides[0] * unsigned.itemsize
-        return _gather(self._file, unsigned, shape, Strided(offset, strides), repr(key.name))
+        return Bits(_gather(self._file, unsigned, shape, Strided(offset, strides), repr(key.name)), key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
@@ -87,6 +86,11 @@ class PickleSource(Source):
         digest = xxhash.xxh3_64_hexdigest(self._file.read(self._file.size - tail, tail).tobytes())
         noted = {"size": self._file.size, "mtime_ns": self._file.mtime_ns, "tail": digest}
         return {"files": {self.path.name: {**noted, "sample": self._file.sample()}}}
+
+
+def left_out(extras: Sequence[str]) -> tuple[str, ...]:
+    """What a plan says about entries that are no tensors."""
+    return (f"entries that are no tensors are left out: {some(extras, 5)}",) if extras else ()
 
 
 def _refuse_archives(file: File) -> None:
@@ -109,19 +113,19 @@ def _check_sizes(tensors: Mapping[str, Tensor], size: int, label: str) -> None:
 
 
 def _find(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Strided] | None:
-    """Name -> place in the file that PyTorch has mapped.
+    """Name -> where it lies in the file that PyTorch has mapped.
 
     None where they lie in memory (files from before PyTorch 1.6), or where the system does not tell what is mapped.
     """
     mapped = _mapped(path)
-    places: dict[str, Strided] = {}
+    spans: dict[str, Strided] = {}
     for name, tensor in tensors.items():
         at = tensor.data_ptr()
         offset = next((at - low for low, high in mapped if low <= at < high), None)
         if offset is None and tensor.numel():
             return None
-        places[name] = Strided(offset or 0, tensor.stride())
-    return places
+        spans[name] = Strided(offset or 0, tensor.stride())
+    return spans
 
 
 def _mapped(path: Path) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.small import read_json
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Block, Source
+from weightsmith.io.read.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,7 @@ def unquantised(source: Source) -> Source:
 
     Raises SourceError, one sentence, where weights are packed in a way that has no exact inverse here.
     """
-    config = _config(source.folder)
+    config = _config(source.origin.folder)
     quantised: dict[str, Any] = next((config[name] for name in _FIELDS if isinstance(config.get(name), dict)), {})
     method = str(quantised.get("quant_method", ""))
     for name in source.keys:
@@ -62,10 +64,10 @@ def unquantised(source: Source) -> Source:
         if kind == "MXFP4" and f"{name.removesuffix('_blocks')}_scales" not in source.keys:
             continue
         if kind is not None:
-            raise SourceError(f"{source.label}: quantised weights ({kind}: {name}) cannot be merged; {_WAY_OUT}")
+            raise SourceError(f"{source}: quantised weights ({kind}: {name}) cannot be merged; {_WAY_OUT}")
     if method and method not in _SCALED:
         raise SourceError(
-            f"{source.label}: config.json says quantization_config.quant_method = {method!r}, which cannot be merged; "
+            f"{source}: config.json says quantization_config.quant_method = {method!r}, which cannot be merged; "
             f"{_WAY_OUT} (if its weights are not quantised after all, remove that entry)"
         )
     pairs = _pairs(source)
@@ -75,7 +77,7 @@ def unquantised(source: Source) -> Source:
         k.name for k in source.keys.values() if DTYPES[k.dtype].itemsize == 1 and k.floating and k.name not in pairs
     ]
     if lone:
-        raise SourceError(f"{source.label}: {lone[0]} is in 8 bits without the scale that the others have")
+        raise SourceError(f"{source}: {lone[0]} is in 8 bits without the scale that the others have")
     return ScaledSource(source, pairs, _blocks(quantised), config)
 
 
@@ -108,19 +110,22 @@ def _config(folder: Path | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-class ScaledSource(Source):
+class ScaledSource(View):
     """A checkpoint of 8-bit weights with scales, as the weights that they stand for.
 
     Its dtype is what config.json says the model is to be run in (bfloat16 if it does not); values are read in float32.
     Scales, and those of activations, are not there.
     """
 
+    shows = "weights times scales"
+
     def __init__(
-        self, source: Source, pairs: Mapping[str, str], block: tuple[int, int], config: Mapping[str, Any]
+        self, source: Source, pairs: Mapping[str, str], blocks: tuple[int, int], config: Mapping[str, Any]
     ) -> None:
-        self.source, self.pairs, self.block, self._config = source, dict(pairs), block, dict(config)
-        self.label, self.folder, self.weight_files = source.label, source.folder, source.weight_files
-        self.aliases = source.aliases
+        kept = {name: value for name, value in config.items() if name not in _FIELDS}
+        text = json.dumps(kept, indent=2) + "\n" if config else None
+        super().__init__(source, origin=replace(source.origin, config=text))
+        self.pairs, self.blocks = dict(pairs), blocks
         hidden = set(pairs.values())
         hidden |= {name for name in source.keys if name.endswith(_OF_ACTIVATIONS)}
         dtype = _run_dtype(config)
@@ -132,24 +137,17 @@ class ScaledSource(Source):
         for name, scale in pairs.items():
             self._steps(source.key(name).shape, source.key(scale))
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return self.source.download_bytes
-
-    def prepare(self) -> None:
-        self.source.prepare()
-
     def computes(self, name: str) -> bool:
-        key = self.key(name)
-        return key.name in self.pairs or self.source.computes(key.name)
+        return self.key(name).name in self.pairs or super().computes(name)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.source.bits(name, start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
         key = self.key(name)
-        if key.name not in self.pairs:
-            return self.source.read(name, start, stop)
+        return self._scaled(key, low, high) if key.name in self.pairs else super().block(name, low, high, into)
+
+    def read_cost(self, name: str) -> float:
+        return super().read_cost(name) + (2.0 if self.computes(name) else 0.0)
+
+    def _scaled(self, key: Key, start: int, stop: int | None) -> Tensor:
         value = self.source.read(key.name, start, stop).float()
         scale = self.source.key(self.pairs[key.name])
         first, last, _ = slice(start, stop).indices(key.rows)
@@ -164,19 +162,6 @@ class ScaledSource(Source):
             found = found.index_select(axis, torch.arange(key.shape[axis]) // step)
         return value * found
 
-    def config_text(self) -> str | None:
-        kept = {name: value for name, value in self._config.items() if name not in _FIELDS}
-        return json.dumps(kept, indent=2) + "\n" if self._config else None
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"view": "weights times scales", "source": self.source.fingerprint()}
-
-    def places(self) -> tuple[Path, ...]:
-        return self.source.places()
-
-    def read_cost(self, name: str) -> float:
-        return self.source.read_cost(name) + (2.0 if self.computes(name) else 0.0)
-
     def _spread(self, key: Key, scale: Key) -> tuple[int, ...]:
         """The scales' shape with as many axes as the weight's: [out] is [out, 1]."""
         return (*scale.shape, *(1,) * (len(key.shape) - len(scale.shape)))
@@ -186,7 +171,7 @@ class ScaledSource(Source):
         if scale.numel == 1:
             return ()
         given = self._spread(Key("", shape, scale.dtype), scale)
-        sizes = (*(1,) * (len(shape) - 2), *self.block)[-len(shape) :]
+        sizes = (*(1,) * (len(shape) - 2), *self.blocks)[-len(shape) :]
         steps = []
         for length, count, size in zip(shape, given, sizes, strict=False):
             step = length if count == 1 else 1 if count == length else size
@@ -194,8 +179,8 @@ class ScaledSource(Source):
                 break
             steps.append(step)
         if len(steps) != len(shape) or len(given) != len(shape):
-            raise SourceError(f"{self.label}: {scale.name} of shape {list(scale.shape)} does not fit weights of shape "
-                              f"{list(shape)} in blocks of {self.block[0]} x {self.block[1]}")  # fmt: skip
+            raise SourceError(f"{self}: {scale.name} of shape {list(scale.shape)} does not fit weights of shape "
+                              f"{list(shape)} in blocks of {self.blocks[0]} x {self.blocks[1]}")  # fmt: skip
         return tuple(steps)
 
 

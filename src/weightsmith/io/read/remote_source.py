@@ -28,7 +28,7 @@ from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.remote import RemoteFile
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, refuse_above
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Origin, Source
 from weightsmith.io.url import Url, attempt, filesystem, stored_at
 from weightsmith.io.write.upload import RUNNING
 
@@ -58,8 +58,7 @@ class RemoteSource(Source):
     """
 
     def __init__(self, url: Url, names: Mapping[str, int | None], chosen: str, label: str) -> None:
-        self.url, self.label = url, label
-        self.folder: Path = _copies(url)
+        self.url, self.folder = url, _copies(url)
         self._names = dict(names)
         named = None
         shards = [chosen]
@@ -73,7 +72,7 @@ class RemoteSource(Source):
             opened = pool.map(lambda shard: SafetensorsSource(RemoteFile(url / shard)), shards)
             self._parts = dict(zip(shards, opened, strict=True))
         self.keys, self.aliases, self._shard_of = join(self._parts, str(url / chosen), named)
-        self.weight_files = tuple(shards)
+        self.origin = Origin(label, self.folder, tuple(shards), locations=(url.place, self.folder))
         _fetch(url, self.folder, [name for name in _AT_ONCE if name in names])
 
     @property
@@ -81,17 +80,14 @@ class RemoteSource(Source):
         """The files that go along with the weights."""
         names = [name for name in self._names if not name.startswith((".", "checkpoint-"))]
         kept = module_weights(self.folder, names)
-        return tuple(n for n in names if (n in kept or not OTHER.fullmatch(n)) and n not in self.weight_files)
+        return tuple(n for n in names if (n in kept or not OTHER.fullmatch(n)) and n not in self.origin.files)
 
     def prepare(self) -> None:
         _fetch(self.url, self.folder, self.companions)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key = self.key(name)
-        return self._parts[self._shard_of[key.name]].bits(key.name, start, stop)
-
-    def places(self) -> tuple[Path, ...]:
-        return (self.url.place, self.folder)
+        return self._parts[self._shard_of[key.name]].block(key.name, low, high, into)
 
     def fingerprint(self) -> dict[str, Any]:
         files: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import DTYPES, Key, good_name
 from weightsmith.io.read.files import File, Ranged
 from weightsmith.io.read.small import short
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Bits, Source, beside_config
 
 __all__ = ["MAX_HEADER", "MAX_NOTES", "MAX_PARTS", "MAX_WIDE", "Header", "Place", "SafetensorsSource", "count_parts",
            "parse_header", "parse_length", "read_header"]  # fmt: skip
@@ -140,28 +140,21 @@ class SafetensorsSource(Source):
     def __init__(self, path: str | Path | Ranged) -> None:
         self._file = path if isinstance(path, Ranged) else File(path)
         self.path = self._file.place
-        self.label = str(path.path if isinstance(path, Ranged) else path)
+        label = str(path.path if isinstance(path, Ranged) else path)
         self.header = read_header(self._file)
         self.keys = self.header.keys
         self.aliases = self.header.aliases
-        if (self.path.parent / "config.json").is_file():
-            self.folder = self.path.parent
+        self.origin = beside_config(label, self.path)
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        key, offset, rows, pitch = self._span(name, start, stop)
-        data = self._file.read_on(offset, rows * pitch, repr(name)).view(_UNSIGNED[DTYPES[key.dtype].itemsize])
-        return data.reshape(rows, *key.shape[1:]) if key.shape else data.reshape(())
-
-    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
-        _, offset, rows, pitch = self._span(name, start, stop)
-        self._file.read_on(offset, rows * pitch, repr(name), out.reshape(-1).view(np.uint8))
-
-    def _span(self, name: str, start: int, stop: int | None) -> tuple[Key, int, int, int]:
-        """The tensor; where its rows start..stop lie in the file: position, how many, bytes of one."""
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key, offset = self.header.tensors[self.key(name).name]
-        first, last, _ = slice(start, stop).indices(key.rows)
-        pitch = key.row_numel * DTYPES[key.dtype].itemsize
-        return key, offset + first * pitch, max(last - first, 0), pitch
+        first, last, _ = slice(low, high).indices(key.rows)
+        rows, itemsize = max(last - first, 0), DTYPES[key.dtype].itemsize
+        pitch = key.row_numel * itemsize
+        memory = None if into is None else into.reshape(-1).view(np.uint8)
+        data = self._file.read_on(offset + first * pitch, rows * pitch, repr(name), memory)
+        shape = (rows, *key.shape[1:]) if key.shape else ()
+        return Bits(data.view(_UNSIGNED[itemsize]).reshape(shape) if into is None else into, key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,94 +17,166 @@ from weightsmith.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Beside", "MemorySource", "Source", "bits_to_tensor", "holds_nonfinite", "tensor_to_bits"]
+__all__ = [
+    "Bits",
+    "Block",
+    "Cost",
+    "Cut",
+    "LowRank",
+    "MemorySource",
+    "Origin",
+    "Source",
+    "beside_config",
+    "bits_to_tensor",
+    "holds_nonfinite",
+    "tensor_to_bits",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bits:
+    """Rows as they are stored.
+
+    array  unsigned integers of the item size: [rows, *rest], or [] of a 0-dim tensor
+    dtype  what they spell
+    """
+
+    array: np.ndarray
+    dtype: str
+
+    def tensor(self) -> Tensor:
+        """The same memory as a tensor."""
+        return bits_to_tensor(self.array, self.dtype)
+
+
+Block: TypeAlias = "Bits | Tensor"
+"""Rows of a tensor: as stored, or calculated (then perhaps in a wider dtype than its key states)."""
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What an adapter brings along besides its changes to the base's tensors.
+class Cost:
+    """What reading a source takes beside its bytes.
 
-    folder  its own: tokenizer, chat template, modules of Sentence-Transformers
-    says    what the user should know
-    heads   tensors of a trained head that the base does not have
+    download  bytes that `prepare` will still have to fetch
+    held      bytes kept in memory for as long as it is read, beside what single reads take
+    seconds   of calculating all of it once (nested merges)
     """
 
+    download: int = 0
+    held: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.download + other.download, self.held + other.held, self.seconds + other.seconds)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which blocks of a model were taken.
+
+    stacks  the stacks of blocks ('model.layers') that it is a slice of
+    pinned  names of tensors that only the first block has, whichever block that is (T5's relative positions)
+    """
+
+    stacks: tuple[str, ...] = ()
+    pinned: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a source's tensors come from, and what lies beside them.
+
+    label      how messages call it (a path, a hub id, a model's name)
+    folder     where its config, tokenizer and companion files lie, if anywhere
+    files      names, relative to `folder`, of the files that hold its tensors
+    locations  every folder and file that is read, so that no result is written over one of them.  Files with tensors
+               are among them unless they are the hub's (whose hashes the hub knows).  A URL stands there as pathlib
+               writes it (s3:/bucket/x), where no path of this machine is
+    config     config.json as it has to be for these tensors, where that is not what lies in `folder`
+    checkpoint  the folder that training wrote (tokenizer, trainer_state.json): an adapter's own, not its base's
+    heads      tensors of a trained head that an adapter brought and the base does not have
+    metadata   what its file says of itself (statistics)
+    remarks    what a plan says about it, a line each
+    cost       beside the bytes of its tensors
+    cut        of a slice of a model
+    numbering  how its rows are numbered, where not as the tokenizer in `folder` does: a `tokens.numbering.Numbering`
+    """
+
+    label: str
     folder: Path | None = None
-    says: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    locations: tuple[Path, ...] = ()
+    config: str | None = None
+    checkpoint: Path | None = None
     heads: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    cost: Cost = Cost()
+    cut: Cut = Cut()
+    numbering: Any = None
+
+    def beside(self, *others: Origin, **changes: Any) -> Origin:
+        """This one, whose tensors come from others too: all that is read, and what that takes, counts."""
+        every = (self, *others)
+        locations = tuple(dict.fromkeys(location for origin in every for location in origin.locations))
+        remarks = tuple(dict.fromkeys(remark for origin in every for remark in origin.remarks))
+        cost = sum((origin.cost for origin in others), self.cost)
+        return replace(self, **{"locations": locations, "remarks": remarks, "cost": cost, **changes})
+
+
+def beside_config(label: str, path: Path) -> Origin:
+    """The origin of a single file: its folder is a model's where a config.json lies beside it."""
+    folder = path.parent if (path.parent / "config.json").is_file() else None
+    return Origin(label, folder, locations=(path,) if folder is None else (folder, path))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of a tensor that is exactly left @ right: [rows, rank] and [rank, columns], read when asked for."""
+
+    rank: int
+    read: Callable[[], tuple[Tensor, Tensor]]
 
 
 class Source(ABC):
     """A read-only map name -> tensor.  Listing keys reads headers only.
 
-    label    how messages call it (a path, a hub id, a model's name)
     keys     name -> Key, in a fixed order; a tied tensor is listed once
     aliases  tied name -> the listed name that holds its data
-    folder   where its config, tokenizer and companion files lie, if anywhere
+    origin   where it comes from
 
-    A source must survive pickling (file-backed ones reopen themselves).
-    Views (LoRA on a base, a layer slice, a nested merge) are sources too.
+    str() gives its label.  A new kind of input sets these and writes `block`, and `fingerprint` if it lies in files.
+    It must survive pickling (file-backed sources reopen themselves).
     """
 
-    label: str
     keys: Mapping[str, Key]
     aliases: Mapping[str, str] = {}
-    folder: Path | None = None
-    weight_files: Collection[str] = ()
-    """Names, relative to `folder`, of the files that hold its tensors."""
-    download_bytes: int = 0
-    """What `prepare` will still have to download."""
-    held_bytes: int = 0
-    """What it keeps in memory for as long as it is read, beside what single reads take."""
-    computed: bool = False
-    """True where values are calculated on reading: `bits` is then not available, and `read` may return
-    a wider dtype than `keys` states.  A view that calculates some tensors only says so in `computes`."""
-    stacks: tuple[str, ...] = ()
-    """The stacks of blocks ('model.layers') that it is a slice of; none for a whole model."""
-    beside: Beside | None = None
-    """What an adapter brought along; None for models."""
-    pinned: Collection[str] = ()
-    """Names of tensors that only the first block has, whichever block that is (T5's relative positions)."""
+    origin: Origin
+
+    def __str__(self) -> str:
+        return self.origin.label
 
     @abstractmethod
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start..stop of a tensor as stored, as unsigned integers of its item size: [rows, *rest].
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        """Rows low..high of a tensor, on the CPU: `Bits` as stored, or a tensor where it is calculated on reading.
 
-        A 0-dim tensor gives shape [].  No conversion, no torch.
+        into  contiguous memory of that shape and item size which stored bits may be put into, instead of new memory
         """
 
-    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
-        """What `bits` returns, into memory that is there: contiguous, of that shape and item size."""
-        out[...] = self.bits(name, start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop of a tensor on the CPU, in its stored dtype."""
-        return bits_to_tensor(self.bits(name, start, stop), self.key(name).dtype)
-
-    def key(self, name: str) -> Key:
-        try:
-            return self.keys[self.aliases.get(name, name)]
-        except KeyError:
-            raise SourceError(f"{self.label}: no tensor {name!r}{did_you_mean(name, self.keys)}") from None
-
     def computes(self, name: str) -> bool:
-        """Whether this tensor is calculated on reading (`read` only), rather than stored (`bits` too)."""
-        return self.computed
+        """Whether `block` gives a tensor and not `Bits`, known without reading."""
+        return False
 
-    def factors(self, name: str, base: Source) -> tuple[Tensor, Tensor] | None:
-        """(left [rows, r], right [r, columns]) where a tensor is exactly `base`'s plus left @ right, else None."""
-        return None
+    def read_cost(self, name: str) -> float:
+        """Extra bytes held while reading, per byte of float32 result."""
+        return 0.0
 
-    def rank(self, name: str, base: Source) -> int | None:
-        """r of `factors`, known without reading; None where there are none."""
+    def factors(self, name: str, base: Source) -> LowRank | None:
+        """What makes this tensor of `base`'s, where that is exactly the sum with a product."""
         return None
 
     def prepare(self) -> None:  # noqa: B027  (nothing to do for most sources)
-        """Fetch what is not on this machine yet.  Planning works without; the first `bits` or `read` does it too."""
-
-    def config_text(self) -> str | None:
-        """config.json as it has to be for these tensors, where that is not what lies in `folder`."""
-        return None
+        """Fetch what is not on this machine yet.  Planning works without; the first `block` does it too."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data without reading it all: files, sizes, times, hashes of headers and samples.
@@ -115,18 +187,24 @@ class Source(ABC):
         """
         return {}
 
-    def places(self) -> tuple[Path, ...]:
-        """Every folder and file that it reads, so that no result is written over one of them.
+    def key(self, name: str) -> Key:
+        """The key of a tensor by its name or an alias; SourceError with the nearest names where there is none."""
+        try:
+            return self.keys[self.aliases.get(name, name)]
+        except KeyError:
+            raise SourceError(f"{self}: no tensor {name!r}{did_you_mean(name, self.keys)}") from None
 
-        Files that hold tensors are among them, unless they are the hub's (whose hashes the hub knows).  A URL
-        stands among them as pathlib writes it (s3:/bucket/x), where no path of this machine is.
-        """
-        own = getattr(self, "path", None)
-        return tuple(Path(place) for place in (self.folder, own) if place is not None)
+    def read(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
+        """Rows low..high of a tensor, on the CPU: in its stored dtype, or as it is calculated."""
+        found = self.block(name, low, high)
+        return found.tensor() if isinstance(found, Bits) else found
 
-    def read_cost(self, name: str) -> float:
-        """Extra bytes held while reading, per byte of float32 result (views override it)."""
-        return 0.0
+    def bits(self, name: str, low: int = 0, high: int | None = None) -> np.ndarray:
+        """Rows low..high as they are stored, see `Bits.array`; for tensors that are not calculated.  No torch."""
+        found = self.block(name, low, high) if not self.computes(name) else None
+        if not isinstance(found, Bits):
+            raise SourceError(f"{self}: {name!r} is calculated on reading and has no stored bits")
+        return found.array
 
 
 _FIELDS = {  # dtype -> exponent mask; a number with all of these bits set is NaN or Inf
@@ -164,7 +242,7 @@ class MemorySource(Source):
     """Tensors that are already in memory: a state dict, or an `nn.Module`'s."""
 
     def __init__(self, tensors: Mapping[str, Tensor], label: str = "tensors in memory") -> None:
-        self.label = label
+        self.origin = Origin(label)
         self._tensors: dict[str, Tensor] = {}
         keys: dict[str, Key] = {}
         aliases: dict[str, str] = {}
@@ -174,20 +252,18 @@ class MemorySource(Source):
             if dtype not in DTYPES:
                 raise SourceError(f"{label}: {name} has dtype {dtype}, which cannot be merged or stored")
             if tensor.numel():
-                place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
-                if place in seen:
-                    aliases[name] = seen[place]
+                memory = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
+                if memory in seen:
+                    aliases[name] = seen[memory]
                     continue
-                seen[place] = name
+                seen[memory] = name
             self._tensors[name] = tensor.detach()
             keys[name] = Key(name, tuple(tensor.shape), dtype)
         self.keys, self.aliases = keys, aliases
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return tensor_to_bits(self.read(name, start, stop))
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        tensor = self._tensors[self.key(name).name]
-        if tensor.ndim and (start or stop is not None):
-            tensor = tensor[start:stop]
-        return tensor.cpu()
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
+        key = self.key(name)
+        tensor = self._tensors[key.name]
+        if tensor.ndim and (low or high is not None):
+            tensor = tensor[low:high]
+        return Bits(tensor_to_bits(tensor.cpu()), key.dtype)

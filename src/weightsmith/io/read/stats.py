@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.views import View
 
 __all__ = ["METADATA", "StatsSource", "open_stats"]
 
 METADATA = "weightsmith"
 
 
-class StatsSource(Source):
+class StatsSource(View):
     """One statistic of one model.
 
     stat      'gram', 'fisher', ...
@@ -36,10 +36,9 @@ class StatsSource(Source):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.label = str(path)
         self._file = SafetensorsSource(path)
-        self.keys = self._file.keys
+        self.path = self._file.path
+        super().__init__(self._file)
         notes = self._notes()
         self.stat: str = self._field(notes, "stat", str)
         self.examples: int = self._field(notes, "examples", int)
@@ -48,14 +47,9 @@ class StatsSource(Source):
         aliases: dict[str, Any] = self._field(notes, "aliases", dict, {})
         for name, holder in aliases.items():
             if name in self.keys or not isinstance(holder, str) or holder not in self.keys:
-                raise SourceError(
-                    f"{self.label}: the alias {name!r} -> {holder!r} does not fit the tensors in the file"
-                )
+                raise SourceError(f"{self}: the alias {name!r} -> {holder!r} does not fit the tensors in the file")
         self.aliases = aliases
-        self.notes = notes
-
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._file.bits(self.key(name).name, start, stop)
+        self.origin = replace(self.origin, folder=None, locations=(self.path,), metadata=notes)
 
     def fingerprint(self) -> dict[str, Any]:
         return self._file.fingerprint()
@@ -63,19 +57,19 @@ class StatsSource(Source):
     def _notes(self) -> dict[str, Any]:
         text = self._file.header.metadata.get(METADATA)
         if text is None:
-            raise SourceError(f"{self.label}: holds no statistics; make them with: weightsmith observe")
+            raise SourceError(f"{self}: holds no statistics; make them with: weightsmith observe")
         try:
             notes = json.loads(text)
         except (ValueError, RecursionError):
             notes = None
         if not isinstance(notes, dict):
-            raise SourceError(f"{self.label}: its {METADATA!r} metadata is not a JSON object")
+            raise SourceError(f"{self}: its {METADATA!r} metadata is not a JSON object")
         return notes
 
     def _field(self, notes: dict[str, Any], field: str, kind: type, default: Any = None) -> Any:
         value = notes.get(field, default)
         if type(value) is not kind:
-            raise SourceError(f"{self.label}: {field!r} in its {METADATA!r} metadata is {value!r}, not {kind.__name__}")
+            raise SourceError(f"{self}: {field!r} in its {METADATA!r} metadata is {value!r}, not {kind.__name__}")
         return value
 
 

@@ -74,13 +74,13 @@ class Targets:
             return self.virtual.setdefault(tie.shown, Key(tie.shown, listed.shape, listed.dtype))
         if known is not None:
             raise SourceError(
-                f"{self.adapter.label}: changes {known!r}, which {self.base.label} ties to "
+                f"{self.adapter.label}: changes {known!r}, which {self.base} ties to "
                 f"{self.base.aliases[known]!r}; one cannot change without the other"
             )
         return None
 
     def _unknown(self, stored: str, target: str) -> SourceError:
-        label, base = self.adapter.label, self.base.label
+        label, base = self.adapter.label, self.base.origin.label
         hint = did_you_mean(target, self.base.keys)
         hint = hint if hint.startswith("; did") else ""  # the whole list of a model's tensors helps nobody
         return SourceError(f"{label}: {stored!r} belongs to {target!r}, which {base} lacks{hint}")
@@ -134,7 +134,7 @@ class Targets:
             if any(change is None or change.replacement is None for change in (e, h)):
                 raise SourceError(
                     f"{self.adapter.label}: has one of embedding and output layer in {shape[0]} rows, which "
-                    f"{self.base.label} ties, but not the other; save it with save_embedding_layers=True"
+                    f"{self.base} ties, but not the other; save it with save_embedding_layers=True"
                 )
         if self._alike(e, h):
             found.tensors[tie.listed] = e or Change()
@@ -152,7 +152,7 @@ class Targets:
         if shared:
             raise SourceError(
                 f"{self.adapter.label}: changes {shared[0]!r}, which encoder, decoder and output layer of "
-                f"{self.base.label} share; peft changes one of them alone, which no merged weight can hold"
+                f"{self.base} share; peft changes one of them alone, which no merged weight can hold"
             )
 
     def _started(self, e: Change | None, h: Change | None) -> tuple[Change | None, Change | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
@@ -22,21 +23,19 @@ class UntiedSource(RenamedSource):
     heads  the head's name -> the embedding's
     """
 
+    shows = "untied"
+
     def __init__(self, source: Source, heads: Mapping[str, str]) -> None:
         super().__init__(source, {name: name for name in (*source.keys, *source.aliases) if name not in heads})
-        self.heads = dict(heads)
-        self.names |= heads
-        self.keys = {
-            **self.keys,
-            **{new: Key(new, (k := source.key(old)).shape, k.dtype) for new, old in heads.items()},
-        }
-
-    def config_text(self) -> str | None:
-        text = config_of(self.source)
-        return None if text is None else untied_config(text)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"view": "untied", "source": self.source.fingerprint()}
+        self.names |= {head: (0, embedding) for head, embedding in heads.items()}
+        own = {new: Key(new, (k := source.key(old)).shape, k.dtype) for new, old in heads.items()}
+        self.keys = {**self.keys, **own}
+        text = config_of(source)
+        config = None if text is None else untied_config(text)
+        head, embedding = next(iter(heads.items()))
+        remark = f"tied to {embedding}, {head} becomes a tensor of its own, as another model has it ({_TIED}: false)"
+        origin = source.origin
+        self.origin = replace(origin, config=config, remarks=(*origin.remarks, remark))
 
 
 def untied_config(text: str) -> str:

@@ -1,85 +1,96 @@
-"""Views: sources that show another source in another way, without copying it."""
+"""Views: sources that show others in another way, without copying them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key, layer_of
 from weightsmith.io.read.layers import config_of, cut_config
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Block, Cut, Origin, Source
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-__all__ = ["RenamedSource", "SliceSource", "block_counts", "slice_names"]
+__all__ = ["JoinedSource", "RenamedSource", "SliceSource", "View", "block_counts", "slice_names"]
 
 
-class RenamedSource(Source):
-    """Some tensors of a source under other names: `names` maps each new name to the source's own.
+class View(Source):
+    """Sources shown in another way.  Whatever a subclass does not change is as it is there.
+
+    parts  what it is made of; config and companion files are the first one's, which is `source`
+    """
+
+    shows = ""
+    """What its fingerprint calls it; '': its label."""
+
+    def __init__(self, *parts: Source, origin: Origin | None = None) -> None:
+        self.parts, self.source = parts, parts[0]
+        self.origin = origin or self.source.origin.beside(*(part.origin for part in parts[1:]))
+        self.keys, self.aliases = self.source.keys, self.source.aliases
+
+    def own(self, name: str) -> tuple[Source, str]:
+        """The part that holds a tensor, and its name there."""
+        return self.source, self.key(name).name
+
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        source, name = self.own(name)
+        return source.block(name, low, high, into)
+
+    def computes(self, name: str) -> bool:
+        source, name = self.own(name)
+        return source.computes(name)
+
+    def read_cost(self, name: str) -> float:
+        source, name = self.own(name)
+        return source.read_cost(name)
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+
+    def fingerprint(self) -> dict[str, Any]:
+        found: Any = [part.fingerprint() for part in self.parts]
+        parts = {"source": found[0]} if len(found) == 1 else {"parts": found}
+        return {"view": self.shows or self.origin.label, **parts}
+
+
+class JoinedSource(View):
+    """Tensors of some sources under new names: `names` maps each to (number of the part, its name there).
 
     Tensors that `names` leaves out are not there.  A tied name may be given new names like any other; it
     stays tied if the name that holds its data is there too, else it becomes a tensor of its own.
     """
 
-    def __init__(self, source: Source, names: Mapping[str, str], label: str | None = None) -> None:
-        self.source = source
-        self.label = label or source.label
-        self.folder = source.folder
-        self.weight_files = source.weight_files
-        self.computed = source.computed
-        self.stacks = source.stacks
-        self.pinned = source.pinned
-        self.beside = source.beside
+    def __init__(
+        self, parts: Sequence[Source], names: Mapping[str, tuple[int, str]], origin: Origin | None = None
+    ) -> None:
+        super().__init__(*parts, origin=origin)
         self.names = dict(names)
         keys: dict[str, Key] = {}
         aliases: dict[str, str] = {}
-        shown: dict[str, str] = {}  # the source's name for the data -> the new name that lists it
-        held_first = sorted(self.names.items(), key=lambda item: item[1] in source.aliases)
-        for new, old in held_first:
-            key = source.key(old)
-            if shown.setdefault(key.name, new) == new:
+        shown: dict[tuple[int, str], str] = {}  # (part, the name that holds the data) -> the new name that lists it
+        for new, (part, old) in sorted(names.items(), key=lambda item: item[1][1] in parts[item[1][0]].aliases):
+            key = parts[part].key(old)
+            first = shown.setdefault((part, key.name), new)
+            if first == new:
                 keys[new] = Key(new, key.shape, key.dtype)
             else:
-                aliases[new] = shown[key.name]
-        self.keys = {new: keys[new] for new in self.names if new in keys}
-        self.aliases = aliases
+                aliases[new] = first
+        self.keys, self.aliases = {new: keys[new] for new in names if new in keys}, aliases
 
-    @property
-    def download_bytes(self) -> int:  # type: ignore[override]  # a constant in most sources
-        return self.source.download_bytes
+    def own(self, name: str) -> tuple[Source, str]:
+        part, old = self.names[self.key(name).name]
+        return self.parts[part], old
 
-    def prepare(self) -> None:
-        self.source.prepare()
 
-    def bits(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.source.bits(self.names[self.key(name).name], start, stop)
+class RenamedSource(JoinedSource):
+    """Some tensors of one source under other names: `names` maps each new name to the source's own."""
 
-    def read_into(self, out: np.ndarray, name: str, start: int = 0, stop: int | None = None) -> None:
-        self.source.read_into(out, self.names[self.key(name).name], start, stop)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.source.read(self.names[self.key(name).name], start, stop)
-
-    def computes(self, name: str) -> bool:
-        return self.source.computes(self.names[self.key(name).name])
-
-    def read_cost(self, name: str) -> float:
-        return self.source.read_cost(self.names[self.key(name).name])
-
-    def config_text(self) -> str | None:
-        return self.source.config_text()
-
-    def places(self) -> tuple[Path, ...]:
-        return self.source.places()
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"view": self.label, "source": self.source.fingerprint()}
+    def __init__(self, source: Source, names: Mapping[str, str], label: str | None = None) -> None:
+        origin = source.origin if label is None else replace(source.origin, label=label)
+        super().__init__((source,), {new: (0, old) for new, old in names.items()}, origin)
 
 
 def block_counts(source: Source) -> dict[str, int]:
@@ -117,7 +128,7 @@ def _cut_stacks(source: Source, start: int, end: int, stack: str | None) -> dict
     if not 0 <= start < end or not cut:
         have = ", ".join(f"{s} has {n}" for s, n in counts.items()) or "it has none"
         of = "" if stack is None else f" of {stack}"
-        raise SourceError(f"{source.label}: cannot take blocks [{start}, {end}){of}: {have}")
+        raise SourceError(f"{source}: cannot take blocks [{start}, {end}){of}: {have}")
     return cut
 
 
@@ -140,12 +151,10 @@ class SliceSource(RenamedSource):
     """Blocks [start, end) of a model, renumbered from 0; its config says so too."""
 
     def __init__(self, source: Source, start: int, end: int, stack: str | None = None) -> None:
-        super().__init__(source, slice_names(source, start, end, stack), f"{source.label}[{start}:{end}]")
-        cut = _cut_stacks(source, start, end, stack)
-        self.stacks = tuple(cut)
-        self.pinned = _pinned(source, cut)
-        self._cuts = {name: (count, start, end) for name, count in cut.items()}
-
-    def config_text(self) -> str | None:
-        text = config_of(self.source)
-        return None if text is None else cut_config(text, self._cuts, self.label)
+        label = f"{source}[{start}:{end}]"
+        super().__init__(source, slice_names(source, start, end, stack), label)
+        stacks = _cut_stacks(source, start, end, stack)
+        text = config_of(source)
+        if text is not None:
+            text = cut_config(text, {name: (count, start, end) for name, count in stacks.items()}, label)
+        self.origin = replace(self.origin, config=text, cut=Cut(tuple(stacks), _pinned(source, stacks)))
