@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightsmith.core.method import Stage, registered
 
-__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of"]
+__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of", "state"]
 
 GIVEN: Mapping[str, Mapping[str, Any]] = {"mwa": {"value": 2.0}}
 """Parameters whose default is read from files, which small models do not have: method -> name -> value."""
@@ -19,6 +19,12 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {"mwa": {"value": 2.0}}
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers, the same for a seed in every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def state(shapes: Mapping[str, tuple[int, ...]], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """A model of normal numbers: one stream for all tensors, in order."""
+    draw = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
 def stage_of(name: str, **parameters: Any) -> Stage:

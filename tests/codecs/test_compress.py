@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import kit
 from goldens.encoded import encoded
 from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceError
 from weightsmith.io.package.manifest import verify_folder
@@ -22,10 +24,7 @@ from weightsmith.recipe.schema import Recipe
 SHAPES = {"embed_tokens.weight": (40, 6), "layers.0.up_proj.weight": (24, 10), "norm.weight": (13,), "scale": ()}
 NAMES = ("math", "code", "law")
 
-
-def tensors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+tensors = partial(kit.state, SHAPES)
 
 
 def write(folder: Path, state: dict[str, Tensor]) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+import kit
 import weightsmith
 from goldens.encoded import encoded
 from weightsmith.codecs.emr_masks import EmrMasks
@@ -15,10 +18,7 @@ from weightsmith.ops.masks import unpack_bits
 SHAPES = {"embed_tokens.weight": (300, 301), "layers.0.conv.weight": (5, 3, 3), "norm.weight": (13,), "scalar": ()}
 METHOD = ["emr", "emr_masks"]
 
-
-def state(seed: int, scale: float) -> dict[str, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+state = partial(kit.state, SHAPES)
 
 
 BASE = state(0, 1.0)
@@ -62,50 +62,6 @@ def test_one_expert_comes_back_and_disjoint_ones_at_a_common_factor():
     for expert, models in halves.items():
         for n in BASE:
             assert torch.allclose(rebuilt(made, n, expert), models[n], atol=1e-6)
-
-
-def test_the_same_parts_however_cut():
-    whole, cut = (encoded(METHOD, BASE, EXPERTS, block=size) for size in (1 << 30, 64))
-    assert whole.tensors.keys() == cut.tensors.keys()
-    assert [n for n, t in whole.tensors.items() if not torch.equal(t, cut.tensors[n])] == []
-
-
-def test_any_block_is_that_part_of_the_whole():
-    made, name, rows = encoded(METHOD, BASE, EXPERTS), "embed_tokens.weight", 217
-    key = Key(name, SHAPES[name], "float32")
-    full, codec = rebuilt(made, name, "e1"), EmrMasks()
-    for low, high in [(0, 3), (216, 219), (rows, rows + 1), (299, 300)]:
-        parts = {}
-        for part in codec.parts(key, ("e1",)):
-            first, last = part.rows(low * 301, high * 301)
-            parts[part.name] = made.tensors[part.key.name][first:last]
-        assert torch.equal(codec.decode(parts, BASE[name][low:high], low * 301), full[low:high])
-
-
-def test_a_folder_gives_its_experts_back(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from weightsmith.jobs.compress import compress, restore
-    from weightsmith.recipe.schema import Recipe
-
-    places = {n: tmp_path / n for n in ("base", *EXPERTS)}
-    for name, place in places.items():
-        place.mkdir()
-        save_file(BASE if name == "base" else EXPERTS[name], place / "model.safetensors")
-    recipe = Recipe.model_validate(
-        {
-            "base": {"model": str(places["base"])},
-            "models": {n: {"model": str(places[n])} for n in EXPERTS},
-            "method": ("emr", "emr_masks"),
-        }
-    )
-    result = compress(recipe, tmp_path / "packed")
-    weights = sum(t.numel() for t in BASE.values())
-    assert result.storage is not None
-    assert result.storage.stored < weights * 4 * 1.15  # tau, and 3 bits per weight
-    restore(tmp_path / "packed", "e2", tmp_path / "again")
-    again, made = load_file(tmp_path / "again" / "model.safetensors"), encoded(METHOD, BASE, EXPERTS)
-    assert [n for n in BASE if not torch.equal(again[n], rebuilt(made, n, "e2"))] == []
 
 
 def test_behind_the_plain_sum_and_masks_of_the_same_sign():

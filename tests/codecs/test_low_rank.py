@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import kit
 import weightsmith
 from goldens.encoded import Encoded, encoded
 from weightsmith.cli.main import main
@@ -40,10 +42,7 @@ UP = "layers.0.up_proj.weight"
 NORM = "layers.0.norm.weight"
 NAMES = [f"e{i}" for i in range(4)]
 
-
-def state(seed: int, scale: float = 1.0) -> State:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+state = partial(kit.state, SHAPES)
 
 
 BASE = state(0)
@@ -447,14 +446,6 @@ def test_there_and_back(there: Path, name: str) -> None:
         assert torch.allclose(torch.cat(pieces), whole, atol=1e-6)
     with pytest.raises(SourceError, match="a consensus needs the masks of tall_masks, not"):
         restore(small, None, there / "no", consensus=1)
-
-
-@pytest.mark.parametrize("name", [*METHODS, "fwsvd", "tall_masks"])
-def test_a_bad_number_is_named_with_its_tensor_and_model(name: str) -> None:
-    damaged = {**EXPERTS, "e2": {n: t.clone() for n, t in EXPERTS["e2"].items()}}
-    damaged["e2"][UP][3, 4] = float("inf")
-    with pytest.raises(NumericError, match=rf"^{UP} in e2 holds Inf at \[3, 4\]"):
-        encoded(METHODS.get(name, [name]), BASE, damaged, stats=FISHER if name == "fwsvd" else None)
 
 
 def relative(got: State, expert: State, names: list[str], base: State | None = None) -> float:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+import kit
 from goldens.encoded import encoded
 from weightsmith.codecs.randes import signs
-from weightsmith.core.keys import Key
-from weightsmith.core.method import registry
-from weightsmith.jobs.compress import compress, restore
 from weightsmith.ops.noise import uniform_bits
-from weightsmith.recipe.schema import Recipe
 
 SHAPES = {"embed_tokens.weight": (300, 301), "layers.0.conv.weight": (5, 3, 3), "norm.weight": (13,), "scalar": ()}
 
-
-def state(seed: int, scale: float) -> dict[str, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+state = partial(kit.state, SHAPES)
 
 
 BASE = state(0, 1.0)
@@ -70,34 +62,3 @@ def test_randes_gives_one_expert_back_and_turns_others_into_fair_noise():
     others = sum(DELTAS[e][name].double().square().sum() for e in ("e1", "e2"))
     assert float(noise.double().square().sum() / others) == pytest.approx(1, rel=0.02)
     assert abs(float((noise * DELTAS["e1"][name]).sum() / DELTAS["e1"][name].square().sum())) < 0.02
-
-
-@pytest.mark.parametrize("codec", ["bitdelta", "randes"])
-def test_the_same_parts_however_cut_and_any_block_alone(codec: str):
-    whole, cut = (encoded(codec, BASE, EXPERTS, block=size) for size in (1 << 30, 64))
-    assert whole.tensors.keys() == cut.tensors.keys()
-    assert [n for n, t in whole.tensors.items() if not torch.equal(t, cut.tensors[n])] == []
-    name = "embed_tokens.weight"
-    full, stage = whole.rebuilt(name, "e1", BASE[name]), registry(codec)()
-    for low, high in [(0, 3), (216, 219), (217, 218), (299, 300)]:
-        parts = {}
-        for part in stage.parts(Key(name, SHAPES[name], "float32"), ("e1",)):
-            first, last = part.rows(low * 301, high * 301)
-            parts[part.name] = whole.tensors[part.key.name][first:last]
-        assert torch.equal(stage.decode(parts, BASE[name][low:high], low * 301), full[low:high])
-
-
-@pytest.mark.parametrize(("codec", "most"), [("bitdelta", 0.12), ("randes", 1.05)])
-def test_folders(tmp_path: Path, codec: str, most: float):
-    places = {n: tmp_path / n for n in ("base", *EXPERTS)}
-    for name, place in places.items():
-        place.mkdir()
-        save_file(BASE if name == "base" else EXPERTS[name], place / "model.safetensors")
-    models = {n: {"model": str(places[n])} for n in EXPERTS}
-    recipe = Recipe.model_validate({"base": {"model": str(places["base"])}, "models": models, "method": codec})
-    result = compress(recipe, tmp_path / "packed")
-    assert result.storage is not None
-    assert result.storage.stored < sum(t.numel() for t in BASE.values()) * 4 * most
-    restore(tmp_path / "packed", "e2", tmp_path / "again")
-    again, made = load_file(tmp_path / "again" / "model.safetensors"), encoded(codec, BASE, EXPERTS)
-    assert all(torch.allclose(again[n], made.rebuilt(n, "e2", BASE[n]), atol=1e-6) for n in BASE)

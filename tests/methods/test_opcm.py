@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from driver import merge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import kit
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.methods.opcm import Opcm
@@ -24,10 +26,7 @@ SHAPES = {
     "norm.weight": (7,),
 }
 
-
-def state(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+state = partial(kit.state, SHAPES)
 
 
 BASE = state(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import kit
 from weightsmith.cli.main import main
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
@@ -28,10 +30,7 @@ UP, DOWN, EMBED, HEAD, NORM = (
 )
 SHAPES = {EMBED: (14, 8), UP: (12, 8), DOWN: (8, 12), NORM: (8,), HEAD: (14, 8)}
 
-
-def state(seed: int, scale: float = 1.0) -> State:
-    made = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=made) for name, shape in SHAPES.items()}
+state = partial(kit.state, SHAPES)
 
 
 BASE = state(0)
