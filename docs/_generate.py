@@ -28,7 +28,8 @@ from weightsmith.core.keys import DTYPES, ROLES, RULE_ROLES, role_of
 from weightsmith.inspect import advice
 from weightsmith.inspect.catalogue import by_purpose, cost_at_7b, describe
 from weightsmith.jobs.compress import compress, restore
-from weightsmith.jobs.merge import Result, run
+from weightsmith.jobs.job import Result
+from weightsmith.jobs.merge import run
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.aliases import PIPELINES, spelled
 from weightsmith.recipe.text import schema as json_schema
@@ -406,7 +407,8 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("weightsmith.Recipe.load", schema.Recipe.load),
         ("weightsmith.Recipe.run", schema.Recipe.run),
         ("weightsmith.jobs.merge.run", run),
-        ("weightsmith.jobs.merge.Result", Result),
+        ("weightsmith.jobs.job.Result", Result),
+        ("weightsmith.Settings", weightsmith.Settings),
     ],
     "Compressing": [
         ("weightsmith.jobs.compress.compress", compress),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WeightsmithError,
     )
     from weightsmith.core.method import Filter, Method, Pipeline, registered
+    from weightsmith.core.settings import Settings
     from weightsmith.io.read.open import open_source
     from weightsmith.jobs.api import merge
     from weightsmith.jobs.soup import greedy_soup
@@ -43,6 +44,7 @@ __all__ = [
     "PlanError",
     "Recipe",
     "RecipeError",
+    "Settings",
     "SourceError",
     "WeightsmithError",
     "greedy_soup",
@@ -57,6 +59,7 @@ _HOMES = {
     "Pipeline": "core.method",
     "registered": "core.method",
     "Recipe": "recipe.schema",
+    "Settings": "core.settings",
     "merge": "jobs.api",
     "greedy_soup": "jobs.soup",
     "open_source": "io.read.open",

@@ -18,7 +18,7 @@ from weightsmith.cli import show
 from weightsmith.cli.main import main
 from weightsmith.core.method import registered
 from weightsmith.inspect.catalogue import PURPOSES, describe
-from weightsmith.jobs.merge import Result
+from weightsmith.jobs.job import Result
 
 Captured = pytest.CaptureFixture[str]
 

@@ -18,7 +18,8 @@ from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceE
 from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.open import open_source
 from weightsmith.jobs.compress import compress, restore
-from weightsmith.jobs.merge import Result, run
+from weightsmith.jobs.job import Result
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.schema import Recipe
 
 SHAPES = {"embed_tokens.weight": (40, 6), "layers.0.up_proj.weight": (24, 10), "norm.weight": (13,), "scale": ()}
@@ -331,6 +332,9 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             squeeze(there)
     assert not (there / "small").exists()
-    compress(recipe(there), there / "small", threads=1, resume=True)
+    made = compress(recipe(there), there / "small", threads=1, resume=True)
+    again = compress(recipe(there), there / "small", threads=1, resume=True)
+    assert (made.complete, again.complete) == (False, True)
+    assert again.storage == made.storage
     for name in ("experts.safetensors", "weightsmith.json"):
         assert (there / "small" / name).read_bytes() == (there / "whole" / name).read_bytes()

@@ -149,10 +149,10 @@ def patch(changes: dict[str, Any]) -> None:
     """boot: the machine's boot id; interval: seconds between flushes; clock: 'backwards'; limit: largest file in
     bytes; version: of weightsmith."""
     from weightsmith.io.write import journal, output
-    from weightsmith.jobs import merge
+    from weightsmith.jobs import job
 
     if "version" in changes:
-        merge.__version__ = changes["version"]
+        job.__version__ = changes["version"]
 
     if "boot" in changes:
         journal.boot_id = output.boot_id = lambda: changes["boot"]  # type: ignore[assignment]

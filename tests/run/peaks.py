@@ -91,7 +91,8 @@ def write(folder: Path, name: str, values: np.ndarray, dtype: str = "F32", about
 def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, fork: bool = True) -> Peak:
     """Run one merge (or compression) over the models in `folder`, in a forked child."""
     from weightsmith.jobs.nested import open_inputs
-    from weightsmith.plan.plan import make_plan, resident
+    from weightsmith.plan.plan import make_plan
+    from weightsmith.plan.room import resident
     from weightsmith.recipe.schema import ModelRef, Recipe
 
     folder = folder / PAIR if any(s.grain is Grain.GROUP for s in stages) else folder

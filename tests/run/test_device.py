@@ -332,7 +332,7 @@ def test_bytes_of_a_device_are_never_mixed_with_those_of_another(models: Path, m
     assert '"device": "cuda"' in (out / "weightsmith.json").read_text()
     (text,) = rerun(out)
     assert text.startswith("the recipe cannot be run again: --device cuda: torch ")
-    monkeypatch.setattr("weightsmith.plan.plan.accelerator_of", lambda device: {"cuda": Inexact()}[device])
+    monkeypatch.setattr("weightsmith.plan.room.accelerator_of", lambda device: {"cuda": Inexact()}[device])
     assert rerun(out) == []
 
 
@@ -340,7 +340,7 @@ def test_a_cluster_and_devices_exclude_each_other(models: Path, monkeypatch: pyt
     class Elsewhere:
         remote = True
 
-    monkeypatch.setattr("weightsmith.jobs.merge.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.jobs.job.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
     with pytest.raises(
         WeightsmithError, match="--ray with --device host: the workers of a cluster merge on their CPUs"
     ):

@@ -27,12 +27,15 @@ from weightsmith.io.read import hub
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.jobs.api import merge
+from weightsmith.jobs.compress import compress
+from weightsmith.jobs.job import Result
 from weightsmith.jobs.merge import run
+from weightsmith.jobs.sweep import run_sweep
 from weightsmith.jobs.verify import rerun
 from weightsmith.kernels.native import cache_folder
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, StageSpec
 
 _OUTSIDE = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 _calls: list[tuple[str, object]] = []
@@ -397,9 +400,11 @@ def test_every_tensor_is_merged_copied_or_spoken_of(case: str, treatment: str) -
     assert everything == spoken
 
 
-def test_a_head_that_only_the_base_ties_is_not_lost_in_silence() -> None:
+def test_a_head_that_only_the_base_ties_is_not_lost() -> None:
     base, own = tied(0), state(1, **{"lm_head.weight": torch.ones(8, 6)})
-    assert merge([own], "linear", base=base)["lm_head.weight"].equal(own["lm_head.weight"])
+    merged = merge([own], "task_arithmetic", base=base, lambda_=0.5)
+    assert torch.equal(merged["lm_head.weight"], (0.5 * (base["model.embed_tokens.weight"] + 1)).bfloat16())
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     plan = make_plan(
         loads('{"base": "x", "models": {"a": "y"}, "method": "linear", "exclude": ["lm_head.weight"]}'),
         sources=Inputs(MemorySource(base), {"a": MemorySource(own)}),
@@ -617,15 +622,24 @@ def test_inputs_that_were_only_copied_are_the_same_inputs(merged: Path) -> None:
     assert any("cannot be run again" in text for text in rerun(merged))
 
 
-def test_licences_that_do_not_go_together_are_warned_of(models: Path) -> None:
+def compressed(recipe: Recipe, out: Path) -> Result:
+    return compress(recipe.model_copy(update={"method": (StageSpec(name="tall_masks"),), "rules": ()}), out)
+
+
+def swept(recipe: Recipe, out: Path) -> Result:
+    return run_sweep({"one": recipe, "two": recipe}, out.parent / "both").variants["one"]
+
+
+@pytest.mark.parametrize("job", [run, compressed, swept])
+def test_licences_that_do_not_go_together_are_warned_of(job: Any, models: Path) -> None:
     (models / "a" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     (models / "b" / "README.md").write_text("---\nlicense: llama3\n---\n")
     (models / "base" / "README.md").write_text("---\nlicense: gemma\n---\n")
-    result = run(recipe(models), models / "out")
+    result = job(recipe(models), models / "out")
     said = "\n".join(result.warnings)
     assert "a (cc-by-nc-4.0) may not be used commercially" in said
     assert "base (gemma), b (llama3) are community licences" in said
-    assert read_manifest(models / "out")["licences"] == {"base": "gemma", "a": "cc-by-nc-4.0", "b": "llama3"}
+    assert read_manifest(result.out)["licences"] == {"base": "gemma", "a": "cc-by-nc-4.0", "b": "llama3"}
 
 
 def test_the_manifest_holds_what_is_needed_to_make_it_again(merged: Path) -> None:

@@ -212,6 +212,6 @@ def test_errors_come_back_as_they_are(cluster: Cluster, recipe: Recipe, tmp_path
 def test_nodes_that_are_too_small_are_named(
     cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightsmith.plan.plan.PYTHON", 10**15)
+    monkeypatch.setattr("weightsmith.plan.room.PYTHON", 10**15)
     with pytest.raises(WeightsmithError, match=r"a task needs [\d,]+ MB, the largest node has [\d,]+ MB"):
         run(recipe, tmp_path / "far", ray=cluster.address)

@@ -12,7 +12,7 @@ from weightsmith.cli.options import DEFAULTS, Json, Plugins, Quiet, RecipeFile, 
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
 
 if TYPE_CHECKING:
-    from weightsmith.jobs.merge import Result
+    from weightsmith.jobs.job import Result
     from weightsmith.jobs.sweep import SweepResult
 
 __all__ = ["merge", "summary"]

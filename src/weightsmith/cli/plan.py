@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from weightsmith.core.settings import Settings
 
 if TYPE_CHECKING:
     from weightsmith.plan.plan import Plan
+    from weightsmith.plan.room import Room
     from weightsmith.recipe.schema import Recipe
 
 __all__ = ["plan", "preview"]
@@ -41,20 +41,9 @@ def preview(variants: Mapping[str, Recipe], out: Path | None, settings: Settings
     if len(variants) > 1:
         return _preview_all(variants, out or Path.cwd(), settings, json=json)
     (recipe,) = variants.values()
-    from weightsmith.core.method import Codec, registry
-    from weightsmith.io.write.output import check_output
-    from weightsmith.jobs.merge import reads
-    from weightsmith.jobs.nested import open_inputs
-    from weightsmith.plan.plan import make_plan
+    from weightsmith.jobs.merge import preview as plan_of
 
-    inputs = open_inputs(recipe)
-    encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
-    made = make_plan(recipe, settings, sources=inputs, out=out or Path.cwd(), strict=False, encode=encode)
-    if out is not None:
-        more = check_output(
-            out, (*reads(recipe, inputs), *settings.files), settings.overwrite, settings.resume, made.write_bytes
-        )
-        made = replace(made, problems=tuple(dict.fromkeys((*made.problems, *more))))
+    made = plan_of(recipe, out, settings)
     if json:
         show_json(_facts(made))
     else:
@@ -72,8 +61,8 @@ def _preview_all(variants: Mapping[str, Recipe], out: Path, settings: Settings, 
             "variants": {name: _facts(plan) for name, plan in made.plans.items()},
             "read_bytes": made.read_bytes,
             "write_bytes": made.write_bytes,
-            "peak_bytes": made.peak_bytes,
-            "threads": made.threads,
+            "peak_bytes": made.room.peak_bytes,
+            "threads": made.room.threads,
             "problems": made.problems,
         })  # fmt: skip
         return 2 if made.problems else 0
@@ -84,7 +73,7 @@ def _preview_all(variants: Mapping[str, Recipe], out: Path, settings: Settings, 
     table("Variants", ("folder", "tensors", "size", "what"), rows, right=(1, 2))
     say(f"writes:   {size(made.write_bytes)} in {len(made.plans)} folders in {made.out}")
     say(f"reads:    {size(made.read_bytes)} for all of them together")
-    say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
+    say(_memory(made.room))
     for note in dict.fromkeys(note for plan in made.plans.values() for note in plan.notes):
         say(f"note:     {note}")
     _problems(made.problems)
@@ -100,10 +89,10 @@ def _facts(made: Plan) -> dict[str, Any]:
         "passes": made.passes,
         "read_bytes": made.read_bytes,
         "write_bytes": made.write_bytes,
-        "peak_bytes": made.peak_bytes,
+        "peak_bytes": made.room.peak_bytes,
         "seconds": made.seconds,
         "free_bytes": made.free_bytes,
-        "threads": made.threads,
+        "threads": made.room.threads,
         "device": made.device or "cpu",
         "notes": made.notes,
         "problems": made.problems,
@@ -145,7 +134,7 @@ def _show(made: Plan) -> None:
     )
     often = f", the inputs {made.readings:.1f} times" if made.readings > 1.05 else ""
     say(f"reads:    {size(made.read_bytes)}{often}")
-    say(f"memory:   {size(made.peak_bytes)} at most, with {made.threads} thread{'s' if made.threads != 1 else ''}")
+    say(_memory(made.room))
     if (fit := made.fit) is not None:
         say(
             f"devices:  {', '.join(fit.devices)}; {size(fit.device_bytes)} of each at most, in {fit.lanes} "
@@ -160,6 +149,10 @@ def _show(made: Plan) -> None:
     for note in made.notes:
         say(f"note:     {note}")
     _problems(made.problems)
+
+
+def _memory(room: Room) -> str:
+    return f"memory:   {size(room.peak_bytes)} at most, with {room.threads} thread{'s' if room.threads != 1 else ''}"
 
 
 def _problems(problems: Sequence[str]) -> None:

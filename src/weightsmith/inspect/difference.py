@@ -16,7 +16,7 @@ from weightsmith.core.task import blocks
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.io.read.source import Source, bits_to_tensor
 from weightsmith.ops.reduce import pairwise_sum, row_sums
-from weightsmith.plan.plan import cores
+from weightsmith.plan.room import cores
 
 if TYPE_CHECKING:
     from torch import Tensor

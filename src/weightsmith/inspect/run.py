@@ -28,7 +28,7 @@ from weightsmith.inspect.survey import Survey
 from weightsmith.io.read.vocabulary import difference
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.ops.spectral import Svd
-from weightsmith.plan.plan import cores
+from weightsmith.plan.room import cores
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["SIDE", "Inspection", "inspect"]

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import Pipeline, Stage
 from weightsmith.core.settings import DEFAULT
-from weightsmith.engine.carry import carry_out
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
-from weightsmith.io.write.sink import MemorySink
+from weightsmith.jobs.merge import merge_job
 from weightsmith.jobs.nested import open_inputs
-from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec, Tokenizer
 
 if TYPE_CHECKING:
@@ -83,16 +81,12 @@ def merge(
     )
     given = {**experts, **({"base": origin} if origin is not None else {})}
     inputs = replace(open_inputs(recipe, given), stats=_stats(stats or {}, experts))
+    job = merge_job(recipe, settings, None if out is None else Path(out), inputs)
     if out is not None:
-        from weightsmith.jobs.merge import run
-
-        return run(recipe, Path(out), settings, sources=inputs).out
-    plan = make_plan(recipe, settings, sources=inputs)
-    sink = MemorySink()
-    carry_out(plan, inputs, sink, progress=settings.progress)
-    merged = sink.tensors()
-    _, reference = inputs.models[0]
-    return merged | {alias: merged[name] for alias, name in reference.aliases.items() if name in merged}
+        return job.run(Path(out), settings).out
+    if job.plan.problems:
+        raise PlanError(job.plan.problems)
+    return job.tensors(settings)
 
 
 def _specs(method: MethodLike, names: tuple[str, ...]) -> list[StageSpec]:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.engine.carry import carry_out
-from weightsmith.engine.lost import Squares, errors
+from weightsmith.engine.lost import errors
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.package.card import licences
 from weightsmith.io.package.companions import copy_companions
-from weightsmith.io.package.manifest import MANIFEST, build_manifest, write_manifest
+from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.io.read.codec_folder import WEIGHTS, CodecFolder, CodecSource, ConsensusSource, describe
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.io.write.output import check_output
-from weightsmith.jobs.merge import Result, Storage, finished, prepared, result_of, run, treatments, with_fingerprints
+from weightsmith.jobs.job import Job, Records, Result, Storage, with_fingerprints
+from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
-from weightsmith.plan.plan import Plan, make_plan
-from weightsmith.plan.remarks import what_models_say, what_was_found
+from weightsmith.jobs.package import treatments
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 
 __all__ = ["compress", "restore"]
@@ -40,19 +38,12 @@ def compress(
 
     Raises PlanError with every problem before anything is written.  `Result.storage` says what it saves.
     """
-    began = time.perf_counter()
     settings = settings.but(**options)
     inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
     plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False, encode=True)
-    records: Mapping[str, Any] = {}
-    said = list(plan.notes)
-    if not (settings.resume and finished(plan, inputs, out)):
-        sink = prepared(plan, inputs, out, settings, weight_name=WEIGHTS)
-        said += what_models_say(plan.tasks, inputs, sink.identity["inputs"])
-        records = carry_out(plan, inputs, sink, progress=settings.progress)
-        sink.finish(partial(_package, plan=plan, inputs=inputs, records=records))
-        said += what_was_found(plan.tasks, records, list(inputs.experts))
-    return result_of(plan, out, time.perf_counter() - began, said, _storage(plan, inputs, records))
+    job = replace(Job.of(inputs, plan, _package), weights=WEIGHTS)
+    made = job.run(out, settings)
+    return replace(made, storage=_storage(job, read_manifest(made.out)["codec"]))
 
 
 def restore(
@@ -81,11 +72,10 @@ def restore(
         raise RecipeError("restore needs the name of an expert, or a number for consensus, and not both")
     if consensus is None and scale != 1:
         raise RecipeError(f"scale = {scale:g} is for a consensus only; an expert is rebuilt at scale 1")
-    complete = settings.resume and (out / MANIFEST).is_file()  # it may be; `run` will see
-    if not complete and (
-        problems := check_output(out, [folder], settings.overwrite, settings.resume, 0)
-    ):  # before a download
-        raise PlanError(problems)
+    there = [] if settings.resume and (out / MANIFEST).is_file() else (  # it may be complete; `run` will see
+        check_output(out, [folder], settings.overwrite, settings.resume, 0))  # fmt: skip
+    if there:  # before a download
+        raise PlanError(there)
     opened = CodecFolder(Path(folder))
     name = opened.check_expert(expert) if consensus is None else "consensus"
     origin = opened.base(None if base is None else open_source(base), strict=True)
@@ -102,29 +92,21 @@ def restore(
     return run(recipe, out, settings, sources=inputs)
 
 
-def _package(folder: Path, plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Iterable[Path]:
+def _package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
     """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
+    plan, inputs = job.plan, job.inputs
     (_, reference), *_ = inputs.models
     written: list[Path] = []
     if inputs.base is None and reference.origin.folder is not None:
         copied = copy_companions(reference.origin.folder, folder, reference.origin.files)
         written = [folder / name for name in copied.files]
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
-    manifest = build_manifest(
-        folder,
-        recipe=plan.recipe.model_dump(mode="json", exclude_defaults=True),
-        inputs=inputs.fingerprints(),
-        keys=plan.keys,
-        records=records.values(),
-        made_by=treatments(plan),
-        licences=licences({name: source.origin.folder for name, source in inputs.models}),
-        kind="codec",
-    )
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
-    if lost := _lost(plan, records):
+    lost = {task.key.name: found for task in plan.tasks if (found := records[task.id].get("lost"))}
+    if lost:
         about["error"], about["errors"] = errors(lost)
-    more = {"device": plan.device} if plan.device else {}
-    return [*written, write_manifest(folder, {**manifest, "seed": plan.recipe.seed, "codec": about, **more})]
+    more = {"seed": plan.recipe.seed, "codec": about, "device": plan.device or None}
+    return [*written, job.manifest(folder, records, "codec", treatments(plan), **more)]
 
 
 def _path(ref: ModelRef | None) -> str:
@@ -135,20 +117,16 @@ def _path(ref: ModelRef | None) -> str:
     return str(place.resolve()) if place.exists() else ref.model
 
 
-def _lost(plan: Plan, records: Mapping[str, Any]) -> dict[str, Squares]:
-    """Tensor -> what was lost of it, where that was measured."""
-    return {task.key.name: lost for task in plan.tasks if (lost := records.get(task.id, {}).get("lost"))}
-
-
-def _storage(plan: Plan, inputs: Inputs, records: Mapping[str, Any]) -> Storage:
-    total, each = errors(_lost(plan, records))
-    found = [(name, expert, error) for name, own in each.items() for expert, error in own.items()]
-    size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in inputs.models}
+def _storage(job: Job, noted: Mapping[str, Any]) -> Storage:
+    """Of a finished job, with what weightsmith.json notes under `codec`."""
+    errors_of = noted.get("errors", {})
+    found = [(name, expert, error) for name, own in errors_of.items() for expert, error in own.items()]
+    size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in job.inputs.models}
     return Storage(
         base=size.pop("base", 0),
-        stored=plan.write_bytes,
+        stored=job.plan.write_bytes,
         experts=sum(size.values()),
-        count=len(inputs.experts),
-        error=total,
+        count=len(job.inputs.experts),
+        error=noted.get("error", {}),
         worst=max(found, key=lambda one: one[2], default=None),
     )

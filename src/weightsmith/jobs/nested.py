@@ -25,7 +25,8 @@ from weightsmith.io.package.companions import with_dtype
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Bits, Cost, Source
 from weightsmith.io.write.sink import Sink
-from weightsmith.plan.plan import Plan, cores, make_plan
+from weightsmith.plan.plan import Plan, make_plan
+from weightsmith.plan.room import cores
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["RecipeSource", "open_inputs"]

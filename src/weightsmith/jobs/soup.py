@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.url import absolute
-from weightsmith.io.write.output import check_output
 from weightsmith.jobs.api import merge
-from weightsmith.jobs.merge import Result, reads, run
-from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.job import Job, Result
+from weightsmith.jobs.merge import merge_job, run
 from weightsmith.ops.greedy import greedy
-from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -134,8 +131,8 @@ def soup(
     names = list(recipe.models)
     _check_scores(names, scores)
     _check_size(names, score is not None, scores, size)
-    inputs = open_inputs(recipe)
-    _check_plans(recipe, inputs, out, settings, alone=score is not None and scores is None)
+    whole = merge_job(recipe, settings, out)
+    _check_plans(whole, out, settings, alone=score is not None and scores is None)
     if score is None:
         ranked = names if scores is None else sorted(names, key=scores.__getitem__, reverse=not lower_is_better)
         trials: Trials = ()
@@ -151,7 +148,7 @@ def soup(
                     run(part, room / "merge", settings, overwrite=True, resume=False)
                     return score(room / "merge")
 
-                told = [part.model_dump(mode="json", exclude_defaults=True), inputs.fingerprints()]
+                told = [part.model_dump(mode="json", exclude_defaults=True), whole.identify()]
                 found = measure() if remember is None else remember(told, measure)
                 if math.isnan(found):
                     raise RecipeError(f"the score of {', '.join(part.models)} is NaN")
@@ -167,16 +164,13 @@ def soup(
     return FolderSoup(tuple(chosen.models), reached, trials, result)
 
 
-def _check_plans(recipe: Recipe, inputs: Inputs, out: Path, settings: Settings, *, alone: bool) -> None:
+def _check_plans(whole: Job, out: Path, settings: Settings, *, alone: bool) -> None:
     """Raise what speaks against the merge of all models, or with `alone` of one, before hours go into scores."""
-    plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False)
-    problems = list(plan.problems)
+    problems = list(whole.plan.problems)
     if alone and not problems:
-        one = _of(recipe, list(recipe.models)[:1])
-        problems += make_plan(one, settings, sources=open_inputs(one), out=out, strict=False).problems
-    read = (*reads(recipe, inputs), *settings.files)
-    problems += check_output(out, read, settings.overwrite, settings.resume, plan.write_bytes)
-    if problems:
+        recipe = whole.plan.recipe
+        problems += merge_job(_of(recipe, list(recipe.models)[:1]), settings, out).plan.problems
+    if problems := [*problems, *whole.obstacles(out, settings)]:
         raise PlanError(problems)
 
 

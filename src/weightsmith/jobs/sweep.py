@@ -8,39 +8,27 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
-from weightsmith.engine.carry import Bundle, Job, carry_out_all, side_by_side
-from weightsmith.engine.cluster import ray_runner
-from weightsmith.engine.devices.accelerator import accelerator_of
-from weightsmith.engine.devices.device import Fit, Work, fitted
+from weightsmith.engine.carry import Bundle, side_by_side
+from weightsmith.engine.devices.device import Work
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import allocated, gigabytes, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import absolute
-from weightsmith.io.write.output import check_output
-from weightsmith.jobs.merge import (
-    Result,
-    finished,
-    folder_sink,
-    licence_warnings,
-    package,
-    reads,
-    result_of,
-    with_fingerprints,
-)
+from weightsmith.jobs.job import Job, Result, carried_out, with_fingerprints
+from weightsmith.jobs.merge import merge_job
 from weightsmith.jobs.nested import open_inputs
-from weightsmith.plan.plan import PYTHON, TORCH, Plan, choose_threads, make_plan, resident
+from weightsmith.plan.plan import Plan
 from weightsmith.plan.reading import bytes_read
-from weightsmith.plan.remarks import what_models_say, what_was_found
+from weightsmith.plan.room import Machine, Room, resident
 from weightsmith.recipe.schema import ModelRef, Recipe
 
 __all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
@@ -51,22 +39,22 @@ _STATE = 1 << 20
 
 @dataclass(frozen=True)
 class Sweep:
-    """The plans of all variants, by folder name, and what they take together.  No tensor in it.
+    """The jobs of all variants, by folder name, and what they take together.  No tensor in it.
 
-    done  variants that the run to resume has finished
+    done        variants that the run to resume has finished
+    read_bytes  what several variants share counts once
     """
 
     out: Path
-    plans: Mapping[str, Plan]
-    inputs: Mapping[str, Inputs]
+    jobs: Mapping[str, Job]
     done: frozenset[str]
-    threads: int
-    peak_bytes: int
+    room: Room
     problems: tuple[str, ...]
-    task_bytes: int = 0
-    fit: Fit | None = None
-    read_bytes: int = 0
-    """What several variants share counts once."""
+    read_bytes: int
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        return {name: job.plan for name, job in self.jobs.items()}
 
     @property
     def write_bytes(self) -> int:
@@ -95,56 +83,34 @@ def plan_sweep(
 ) -> Sweep:
     """Plan every variant (folder name -> recipe) from headers alone.  The problems are in the result, not raised."""
     settings = settings.but(**options)
-    memory, threads = settings.memory, settings.threads
+    alone = settings.but(memory=None)  # what they take is a matter of all of them
     opened: dict[str, Inputs] = {}
-    inputs: dict[str, Inputs] = {}
+    jobs: dict[str, Job] = {}
     for name, recipe in recipes.items():
-        key = _what_is_read(recipe)
-        if key not in opened:
-            found = sources if sources is not None else open_inputs(recipe)
-            opened[key] = with_fingerprints(found, settings)
-        inputs[name] = opened[key]
-    plans = {
-        name: make_plan(recipe, settings, memory=None, sources=inputs[name], out=out / name, strict=False)
-        for name, recipe in recipes.items()
-    }
-    done = {name for name, plan in plans.items() if settings.resume and finished(plan, inputs[name], out / name)}
-    problems: dict[str, list[str]] = {}
-    for name, plan in plans.items():
-        places = (*reads(plan.recipe, inputs[name]), *settings.files)
-        more = []
-        if name not in done:
-            more = check_output(out / name, places, settings.overwrite, settings.resume, plan.write_bytes)
-        for text in (*plan.problems, *more):
-            problems.setdefault(text, []).append(name)
-    # What all variants have in common is said once.
-    said = [text if len(names) == len(plans) else f"{', '.join(names)}: {text}" for text, names in problems.items()]
-    said += [] if said else _obstacles(out, {name: plan for name, plan in plans.items() if name not in done})
-    bundles = side_by_side([plan.tasks for plan in plans.values()])
-    of_job = list(inputs.values())
-    peaks = [(_peak(bundle, len(of_job[bundle[0][0]].experts)), bundle[0][1].key.name) for bundle in bundles]
-    loaded = max(resident(plan.tasks, inputs[name]) for name, plan in plans.items())
-    fit, accelerator = None, accelerator_of(settings.device)
-    if accelerator is None:
-        workers, peak = choose_threads(peaks, threads, memory, said, loaded)
-    else:
-        loaded = PYTHON + TORCH + accelerator.resident
-        read = list(inputs.values())
-        work = [Work(tuple(task for _, task in bundle), read[bundle[0][0]]) for bundle in bundles]
-        fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=said)
-        workers = fit.threads
-    return Sweep(
-        absolute(out),
-        plans,
-        inputs,
-        frozenset(done),
-        workers,
-        peak,
-        tuple(said),
-        loaded + max((nbytes for nbytes, _ in peaks), default=0),
-        fit,
-        0 if said else sum(_read(bundle, of_job) for bundle in bundles),
-    )
+        if (key := _what_is_read(recipe)) not in opened:
+            opened[key] = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
+        jobs[name] = merge_job(recipe, alone, out / name, opened[key])
+    done = frozenset(name for name, job in jobs.items() if settings.resume and job.finished(out / name))
+    problems = _problems(jobs, done, out, settings)
+    inputs = [job.inputs for job in jobs.values()]
+    bundles = side_by_side([job.plan.tasks for job in jobs.values()])
+    work = [Work(tuple(task for _, task in bundle), inputs[bundle[0][0]]) for bundle in bundles]
+    loaded = max(resident(job.plan.tasks, job.inputs) for job in jobs.values())
+    room = Machine.of(settings).room(work, [_peak(one) for one in work], loaded, problems)
+    read = 0 if problems else sum(_read(bundle, inputs) for bundle in bundles)
+    return Sweep(absolute(out), jobs, done, room, tuple(problems), read)
+
+
+def _problems(jobs: Mapping[str, Job], done: Collection[str], out: Path, settings: Settings) -> list[str]:
+    """What is wrong with single variants, those who have it named, or with all of them together."""
+    found: dict[str, list[str]] = {}
+    for name, job in jobs.items():
+        more = [] if name in done else job.obstacles(out / name, settings)
+        for text in (*job.plan.problems, *more):
+            found.setdefault(text, []).append(name)
+    if found:
+        return [text if len(names) == len(jobs) else f"{', '.join(names)}: {text}" for text, names in found.items()]
+    return _obstacles(out, {name: job.plan for name, job in jobs.items() if name not in done})
 
 
 def run_sweep(
@@ -167,35 +133,14 @@ def run_sweep(
     sweep = plan_sweep(recipes, out, settings, sources=sources)
     if sweep.problems:
         raise PlanError(sweep.problems)
-    for inputs in sweep.inputs.values():
-        for _, source in inputs.models:
-            source.prepare()
-    left = {name: plan for name, plan in sweep.plans.items() if name not in sweep.done}
-    sinks = {name: folder_sink(plan, sweep.inputs[name], out / name, settings) for name, plan in left.items()}
-    said = {name: list(plan.notes) for name, plan in sweep.plans.items()}
-    if left:
-        for name, plan in left.items():
-            said[name] += what_models_say(plan.tasks, sweep.inputs[name], sinks[name].identity["inputs"])
-        jobs = [Job(plan, sweep.inputs[name], sinks[name]) for name, plan in left.items()]
-        with ray_runner(settings.ray, cpus=sweep.threads, memory=sweep.task_bytes) as runner:
-            records = carry_out_all(
-                jobs, threads=sweep.threads, fit=sweep.fit, progress=settings.progress, runner=runner
-            )
-        for (name, plan), found in zip(left.items(), records, strict=True):
-            said[name] += what_was_found(plan.tasks, found, list(sweep.inputs[name].experts))
-        try:
-            for job, sink, found in zip(jobs, sinks.values(), records, strict=True):
-                sink.finish(partial(package, plan=job.plan, inputs=job.inputs, records=found))
-        except BaseException:
-            for sink in sinks.values():
-                sink.abort()
-            raise
+    left = {out / name: job for name, job in sweep.jobs.items() if name not in sweep.done}
+    found = dict(zip(left, carried_out(left, sweep.room, settings), strict=True)) if left else {}
     seconds = time.perf_counter() - began
     variants = {
-        name: result_of(plan, out / name, seconds, [*said[name], *licence_warnings(dict(sweep.inputs[name].models))])
-        for name, plan in sweep.plans.items()
+        name: job.result(out / name, seconds, found.get(out / name, job.plan.notes), complete=name in sweep.done)
+        for name, job in sweep.jobs.items()
     }
-    return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.peak_bytes)
+    return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.room.peak_bytes)
 
 
 def _what_is_read(recipe: Recipe) -> str:
@@ -214,12 +159,12 @@ def _read(bundle: Bundle, inputs: Sequence[Inputs]) -> int:
     return total
 
 
-def _peak(bundle: Bundle, experts: int) -> int:
+def _peak(work: Work) -> int:
     """Predicted bytes of tasks that go on side by side: they share what is read, and take turns with the rest.
 
     What one task reads expert by expert is held for several.
     """
-    tasks = [task for _, task in bundle]
+    tasks, experts = work.tasks, len(work.inputs.experts)
     held = max((4 * t.key.numel * (experts - 1) for t in tasks[1:] if one_by_one(t.pipeline)), default=0)
     state = [
         0 if t.pipeline is None or not t.pipeline.steps else experts * (_STATE + 8 * (t.stop - t.start)) for t in tasks

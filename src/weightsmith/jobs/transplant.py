@@ -11,7 +11,8 @@ from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
-from weightsmith.jobs.merge import Result, run
+from weightsmith.jobs.job import Result
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec, Tokenizer
 from weightsmith.tokens.numbering import Numbering, special_numbers
 from weightsmith.tokens.pairing import Pairing, pair, pieces_of, role_numbers, undertrained

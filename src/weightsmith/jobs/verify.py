@@ -12,18 +12,19 @@ import numpy as np
 
 from weightsmith.core.errors import OutputError, WeightsmithError
 from weightsmith.core.keys import Key
-from weightsmith.core.settings import DEFAULT, Progress, Settings
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.carry import carry_out
-from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.manifest import merge_parts, read_manifest
 from weightsmith.io.url import Url
 from weightsmith.io.write.sink import Sink
+from weightsmith.jobs.job import Job
 from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.package import package
 from weightsmith.jobs.transplant import inputs_of
-from weightsmith.plan.plan import Plan, make_plan
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
-__all__ = ["compared", "lasting", "rerun"]
+__all__ = ["differences", "lasting", "rerun"]
 
 
 class _Nowhere(Sink):
@@ -63,38 +64,27 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
         full = any("contents" in noted for noted in manifest["inputs"].values())
         made = inputs_of(recipe, manifest["inputs"].get("model"))
         inputs = replace(made if made is not None else open_inputs(recipe), full=full)
-        plan = make_plan(
-            recipe,
-            settings,
-            device=manifest.get("device", "cpu"),
-            sources=inputs,
-            encode=manifest["kind"] == "codec",
-        )
+        settings = settings.but(device=manifest.get("device", "cpu"))
+        plan = make_plan(recipe, settings, sources=inputs, encode=manifest["kind"] == "codec")
     except WeightsmithError as error:
         return [f"the recipe cannot be run again: {line}" for line in str(error).splitlines()]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
-    return compared(out, manifest, plan, inputs, inputs.fingerprints(), settings.progress)
+    return differences(Job.of(inputs, plan, package), out, manifest, settings)
 
 
-def compared(
-    out: Path | Url,
-    manifest: Mapping[str, Any],
-    plan: Plan,
-    inputs: Inputs,
-    fingerprints: Mapping[str, Any],
-    progress: Progress | None = None,
-) -> list[str]:
-    """Carry out a plan without writing; return what differs from a manifest in inputs and tensors, a line each."""
+def differences(job: Job, out: Path | Url, manifest: Mapping[str, Any], settings: Settings = DEFAULT) -> list[str]:
+    """Carry out a job without writing; return what differs from a manifest in inputs and tensors, a line each."""
     noted = manifest["output"]["tensors"]
     noted_inputs = lasting(manifest["inputs"])
     problems = [
         f"input {name} is not what it was when {out.name} was made{_which(noted_inputs.get(name), found)}"
-        for name, found in lasting(json.loads(json.dumps(fingerprints))).items()
+        for name, found in lasting(json.loads(json.dumps(job.identify()))).items()
         if noted_inputs.get(name) != found
     ]
-    records = carry_out(plan, inputs, _Nowhere(), progress=progress)
-    parts = merge_parts(records.values(), plan.keys)
+    job.prepare()
+    records = carry_out(job.plan, job.inputs, _Nowhere(), progress=settings.progress)
+    parts = merge_parts(records.values(), job.plan.keys)
     problems += [f"{name} is no longer made by the recipe" for name in noted if name not in parts]
     for name, found in parts.items():
         if name not in noted:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +12,21 @@ from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.core.lazy import torch
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.engine.carry import carry_out
 from weightsmith.engine.runner import one_thread_each
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.difference import compare_tensors, gathered
 from weightsmith.io.disk import write_file
-from weightsmith.io.package.card import CardModel, licences, model_card
+from weightsmith.io.package.card import CardModel, model_card
 from weightsmith.io.package.companions import copy_companions
-from weightsmith.io.package.manifest import build_manifest, read_manifest, write_manifest
+from weightsmith.io.package.manifest import read_manifest
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url
-from weightsmith.io.write.output import check_output
-from weightsmith.io.write.sink import MemorySink
-from weightsmith.jobs.merge import Result, finished, licence_warnings, prepared, result_of
-from weightsmith.jobs.verify import compared
+from weightsmith.jobs.job import Job, Records, Result
+from weightsmith.jobs.verify import differences
 from weightsmith.moe import router
 from weightsmith.moe.draft import Draft, draft
 from weightsmith.moe.recipe import PROMPTED, Expert, MoeRecipe, Prompt
-from weightsmith.plan.plan import Plan, make_plan
+from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
 if TYPE_CHECKING:
@@ -59,38 +55,17 @@ def build(
 
     Raises PlanError with every problem before anything is written.
     """
-    began = time.perf_counter()
     settings = settings.but(**options)
     made = recipe if isinstance(recipe, Draft) else prepared_draft(recipe)
-    plan, inputs = _plan(made, out, settings)
-    known = _identity(made)
-    warnings = list(made.notes)
-    if not (settings.resume and finished(plan, inputs, out, known)):
-        read = (*made.source.origin.locations, *settings.files)
-        there = check_output(out, read, settings.overwrite, settings.resume, plan.write_bytes)
-        if problems := [*plan.problems, *there]:
-            raise PlanError(problems)
-        inputs.experts["moe"].prepare()
-        made.source.made |= made_routers(made, settings.device)
-        warnings += conditions(made)
-        warnings += [text for found in drifts(made, settings.threads) if (text := _told(found))] if drift else []
-        sink = prepared(plan, inputs, out, settings, known=known)
-        records = carry_out(plan, inputs, sink, progress=settings.progress)
-        sink.finish(partial(_package, made=made, plan=plan, records=records))
-    warnings += licence_warnings(made.source.sources)
-    return result_of(plan, out, time.perf_counter() - began, warnings)
+    return _job(made, settings, out, drift=drift).run(out, settings)
 
 
 def build_in_memory(
-    recipe: MoeRecipe, given: Mapping[str, Source] | None = None, device: str = "auto"
+    recipe: MoeRecipe, given: Mapping[str, Source] | None = None, settings: Settings = DEFAULT, **options: Any
 ) -> dict[str, Tensor]:
     """The mixture's tensors, by name, and nothing on disk; `given` as in `draft.draft`."""
-    made = prepared_draft(recipe, given)
-    plan, inputs = _plan(made, None)
-    made.source.made |= made_routers(made, device)
-    sink = MemorySink()
-    carry_out(plan, inputs, sink)
-    return sink.tensors()
+    settings = settings.but(**options)
+    return _job(prepared_draft(recipe, given), settings).tensors(settings)
 
 
 def prepared_draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> Draft:
@@ -111,12 +86,10 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
     made, problems = draft(recipe)
     if made is None:
         return [f"the recipe cannot be run again: {text}" for text in problems]
-    plan, inputs = _plan(made, None, settings)
-    made.source.made |= made_routers(made, "auto")
-    return compared(out, manifest, plan, inputs, made.source.fingerprint(), settings.progress)
+    return differences(_job(made, settings), out, manifest, settings)
 
 
-def _plan(made: Draft, out: Path | None, settings: Settings = DEFAULT) -> tuple[Plan, Inputs]:
+def _job(made: Draft, settings: Settings, out: Path | None = None, *, drift: bool = False) -> Job:
     """Copying the mixture's source is a merge with one model that is kept: planned and carried out as any other."""
     recipe = Recipe(
         models={"moe": ModelRef(model="moe")},
@@ -126,15 +99,22 @@ def _plan(made: Draft, out: Path | None, settings: Settings = DEFAULT) -> tuple[
     )
     inputs = Inputs(None, {"moe": made.source})
     here = settings.but(device="cpu")  # bytes are copied; only prompts are work for a device
-    return make_plan(recipe, here, sources=inputs, out=out, strict=out is None), inputs
+    plan = make_plan(recipe, here, sources=inputs, out=out, strict=out is None)
 
+    def ready() -> list[str]:
+        made.source.made |= made_routers(made, settings.device)
+        moved = drifts(made, settings.threads) if drift else []
+        return [*conditions(made), *(text for found in moved if (text := _told(found)))]
 
-def _identity(made: Draft) -> dict[str, Any]:
-    return {
-        "recipe": made.recipe.model_dump(mode="json", exclude_defaults=True),
-        "inputs": made.source.fingerprint(),
-        "version": __version__,
-    }
+    return Job(
+        inputs,
+        replace(plan, notes=(*made.notes, *plan.notes)),
+        partial(_package, made),
+        recipe=made.recipe.model_dump(mode="json", exclude_defaults=True),
+        parents=made.source.sources,
+        identify=made.source.fingerprint,
+        ready=ready,
+    )
 
 
 # --- routers ---------------------------------------------------------------------------------------
@@ -228,13 +208,11 @@ def _told(found: Drift) -> str | None:
 # --- what goes with the weights --------------------------------------------------------------------
 
 
-def _package(folder: Path, made: Draft, plan: Plan, records: Mapping[str, Any]) -> Iterable[Path]:
+def _package(made: Draft, job: Job, records: Records, folder: Path) -> Iterable[Path]:
     """Write config, companion files, model card and weightsmith.json; return their paths."""
     base, recipe = made.base, made.recipe
     assert base.origin.folder is not None
     copied = copy_companions(base.origin.folder, folder, base.origin.files)
-    stated = licences({name: source.origin.folder for name, source in made.source.sources.items()})
-    shown = recipe.model_dump(mode="json", exclude_defaults=True)
     paths = [folder / name for name in copied.files if name != "config.json"]
     paths.append(write_file(folder / "config.json", made.config))
     words = f"A mixture of {made.facts.experts} experts ({made.layout.class_name}), {made.facts.chosen} per token: "
@@ -245,20 +223,11 @@ def _package(folder: Path, made: Draft, plan: Plan, records: Mapping[str, Any]) 
         models=[CardModel(name) for name in (*recipe.experts, *recipe.shared)],
         base=CardModel("base"),
         method=words,
-        recipe=shown,
-        licences=stated,
+        recipe=job.recipe,
+        licences=job.licences(),
         version=__version__,
     )
     paths.append(write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe recipe")))
-    manifest = build_manifest(
-        folder,
-        recipe=shown,
-        inputs=made.source.fingerprint(),
-        keys=plan.keys,
-        records=records.values(),
-        made_by={name: piece.story for name, piece in made.source.pieces.items()},
-        licences=stated,
-        companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
-        kind="moe",
-    )
-    return [*paths, write_manifest(folder, manifest)]
+    made_by = {name: piece.story for name, piece in made.source.pieces.items()}
+    companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
+    return [*paths, job.manifest(folder, records, "moe", made_by, companions=companions)]

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Stage
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.core.task import Task, Way
-from weightsmith.engine.devices.accelerator import accelerator_of
-from weightsmith.engine.devices.device import Fit, Work, fitted
+from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
-from weightsmith.io.read.remote import HELD
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, parse_url
 from weightsmith.plan.cost import estimate
 from weightsmith.plan.planner import Planner
 from weightsmith.plan.reading import all_bytes_read
+from weightsmith.plan.room import Fit, Machine, Room, resident
 from weightsmith.plan.way import kernels_there
 from weightsmith.recipe.schema import Recipe
 
-__all__ = ["Coverage", "InputInfo", "Plan", "choose_threads", "cores", "make_plan", "resident"]
-
-PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
-"""Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
-
-NETWORK = 40_000_000
-"""The same for fsspec and a store's library (measured with fsspec and aiohttp); pieces under way come on top."""
+__all__ = ["Coverage", "InputInfo", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -71,20 +60,27 @@ class Plan:
     tasks: tuple[Task, ...]
     coverage: tuple[Coverage, ...]
     passes: int
-    threads: int
-    peak_bytes: int
+    room: Room
     free_bytes: int | None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     depth: Mapping[str, float] = field(default_factory=dict)
     nested_seconds: float = 0.0
     """Of the inputs that are merges themselves, computed as they are read."""
-    task_bytes: int = 0
-    """Predicted peak of a process that does one task at a time."""
-    fit: Fit | None = None
-    """How devices are used; None: the CPU does it."""
     read_bytes: int = 0
     """Of all inputs, as often as they are read."""
+
+    @property
+    def threads(self) -> int:
+        return self.room.threads
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.room.peak_bytes
+
+    @property
+    def fit(self) -> Fit | None:
+        return self.room.fit
 
     @property
     def device(self) -> str:
@@ -125,9 +121,8 @@ def make_plan(
     Raises PlanError with every problem found; with `strict=False` the plan holds them.
     """
     settings = settings.but(**options)
-    memory, threads = settings.memory, settings.threads
-    accelerator = accelerator_of(settings.device)
-    planner = Planner(recipe, sources, encode=encode, kernels=accelerator is None and kernels_there())
+    machine = Machine.of(settings)
+    planner = Planner(recipe, sources, encode=encode, kernels=machine.accelerator is None and kernels_there())
     tasks = planner.tasks()
     keys = planner.output_keys(tasks)
     problems = [*sources.problems, *planner.problems]
@@ -135,15 +130,10 @@ def make_plan(
     free = None
     if out is not None:
         free = _free_bytes(out)
-    loaded = resident(tasks, sources) if accelerator is None else PYTHON + TORCH + accelerator.resident
-    fit = None
-    if accelerator is None:
-        workers, peak = choose_threads([(t.peak, t.key.name) for t in tasks], threads, memory, problems, loaded)
-    else:
-        work = [Work((task,), sources) for task in tasks]
-        fit, peak = fitted(work, accelerator, memory=memory, threads=threads, loaded=loaded, problems=problems)
-        workers = fit.threads
-        notes += [fit.note] if fit.note else []
+    work = [((task,), sources) for task in tasks]
+    room = machine.room(work, [task.peak for task in tasks], resident(tasks, sources), problems)
+    if room.fit is not None and room.fit.note:
+        notes.append(room.fit.note)
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -151,15 +141,12 @@ def make_plan(
         tasks=tuple(tasks),
         coverage=tuple(_coverage(tasks)),
         passes=max((len(t.pipeline.steps) for t in tasks if t.pipeline), default=0),
-        threads=workers,
-        peak_bytes=peak,
+        room=room,
         free_bytes=free,
         problems=tuple(dict.fromkeys(problems)),
         notes=tuple(notes),
         depth=planner.depth,
         nested_seconds=sum(source.origin.cost.seconds for _, source in sources.models),
-        task_bytes=loaded + max((task.peak for task in tasks), default=0),
-        fit=fit,
         read_bytes=0 if problems else all_bytes_read(tasks, sources),
     )
     if strict and plan.problems:
@@ -201,56 +188,6 @@ def _coverage(tasks: Iterable[Task]) -> Iterable[Coverage]:
         size = sum(k.numel for k in task.keys) if task.group else (task.stop - task.start) * task.key.row_numel
         found[text] = (names, numel + size)
     return [Coverage(text, len(names), numel) for text, (names, numel) in found.items()]
-
-
-def choose_threads(
-    tasks: Sequence[tuple[int, str]], threads: int | None, memory: int | None, problems: list[str], loaded: int
-) -> tuple[int, int]:
-    """Thread count and predicted peak: as many threads as asked for (or cores), fewer if memory is short.
-
-    tasks   (predicted bytes, tensor) of whatever one thread does at a time
-    loaded  bytes of the process beside its tasks, see `resident`
-    """
-    wanted = threads or cores()
-    peaks = sorted((peak for peak, _ in tasks), reverse=True) or [0]
-    for workers in range(max(1, min(wanted, max(len(tasks), 1))), 0, -1):
-        peak = loaded + sum(peaks[:workers])
-        if memory is None or peak <= memory:
-            return workers, peak
-    _, largest = max(tasks)
-    least = math.ceil(peak / 1e6)
-    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {least:,} MB")
-    return 1, peak
-
-
-def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
-    """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
-    what sources hold for all of them."""
-    kernels = torch = False
-    for task in tasks:
-        if task.pipeline is None:
-            source = inputs.experts[task.source] if task.source else inputs.base
-            assert source is not None
-            torch = torch or source.computes(task.key.name) or source.key(task.key.name).dtype != task.keys[0].dtype
-        elif task.way is Way.KERNEL:
-            kernels = True
-        else:
-            torch = True
-    elsewhere = any(isinstance(parse_url(location), Url) for location in inputs.locations())
-    held = sum(source.origin.cost.held for _, source in inputs.models)
-    stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in stages_of(task)}
-    libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
-    return PYTHON + libraries + held + HELD * elsewhere
-
-
-def stages_of(task: Task) -> tuple[Stage, ...]:
-    """The stages that work on a task."""
-    return task.pipeline.used if task.pipeline is not None else ()
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_bytes(out: Path) -> int | None:

@@ -84,7 +84,7 @@ def what_models_say(
     tasks: Iterable[Task], inputs: Inputs, fingerprints: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
-    yield from twins({name: fingerprints[name] for name, _ in inputs.models})
+    yield from twins({name: fingerprints[name] for name, _ in inputs.models if name in fingerprints})
     yield from large_changes(tasks, inputs)
 
 

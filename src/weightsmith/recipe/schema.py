@@ -14,7 +14,7 @@ from weightsmith.core.units import parse_size
 from weightsmith.recipe.aliases import expand
 
 if TYPE_CHECKING:
-    from weightsmith.jobs.merge import Result
+    from weightsmith.jobs.job import Result
 
 __all__ = [
     "OUTSIDE",

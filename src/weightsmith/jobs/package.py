@@ -1,0 +1,106 @@
+"""What goes with the weights of a merge: companion files, model card, weightsmith.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from weightsmith import __version__
+from weightsmith.inputs.vocabulary import chat_template, tokenizer_folder
+from weightsmith.io.disk import write_file
+from weightsmith.io.package.card import CardModel, Citation, model_card
+from weightsmith.io.package.companions import Copied, copy_companions
+from weightsmith.io.package.template import write_template
+from weightsmith.io.read.source import Source
+from weightsmith.jobs.job import Job, Records
+from weightsmith.plan.plan import Plan
+from weightsmith.recipe.schema import ModelRef
+
+__all__ = ["package", "treatments"]
+
+
+def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
+    """Write what goes with the weights into their folder; return the paths."""
+    plan, recipe = job.plan, job.plan.recipe
+    reference = job.inputs.models[0][1]
+    copied, origin = Copied(), reference.origin
+    if origin.folder is not None:
+        changed = recipe.output.dtype if _dtype(reference) != recipe.output.dtype else None
+        copied = copy_companions(
+            origin.folder,
+            folder,
+            origin.files,
+            dtype=changed,
+            config=origin.config,
+            tokenizer=tokenizer_folder(recipe, job.inputs),
+        )
+    template = chat_template(recipe, job.inputs)
+    if origin.folder is not None and origin.numbering is not None:
+        origin.numbering.write(folder)  # only files that were copied just now
+    written = write_template(folder, template) if template is not None else []
+    card = model_card(
+        title=folder.name if folder.name != "files" else "Merged model",
+        models=[CardModel(name, _hub_id(ref), ref.parameters) for name, ref in recipe.models.items()],
+        base=CardModel("base", _hub_id(recipe.base)) if recipe.base is not None else None,
+        method=_in_words(plan),
+        recipe=job.recipe,
+        licences=job.licences(),
+        citations=_citations(plan),
+        library_name="transformers" if (folder / "config.json").exists() else "pytorch",
+        version=__version__,
+    )
+    notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
+    return [
+        *(folder / name for name in copied.files),
+        *written,
+        write_file(folder / "README.md", card),
+        job.manifest(
+            folder,
+            records,
+            "merge",
+            treatments(plan),
+            companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
+            seed=recipe.seed,
+            notes=notes or None,
+            device=plan.device or None,
+        ),
+    ]
+
+
+def treatments(plan: Plan) -> dict[str, str]:
+    """Tensor -> how it was made, with every parameter: 'ties(density=0.2, ...)', 'copied from base (...)'."""
+    out: dict[str, str] = {}
+    for task in plan.tasks:
+        for key in task.keys:
+            if task.pipeline is None:
+                out[key.name] = f"copied from {task.source or 'base'} ({task.reason})"
+            else:
+                out[key.name] = " | ".join(stage.describe() for stage in task.pipeline.stages)
+    return out
+
+
+def _in_words(plan: Plan) -> str:
+    lines = [f"- {c.description}: {c.tensors} tensors, {c.parameters:,} parameters" for c in plan.coverage]
+    stages = {type(s): s for t in plan.tasks if t.pipeline for s in t.pipeline.stages}
+    words = [f"**{cls.traits.name}**: {(cls.__doc__ or '').strip().splitlines()[0]}" for cls in stages]
+    return "\n\n".join(words) + "\n\n" + "\n".join(lines)
+
+
+def _citations(plan: Plan) -> list[Citation]:
+    stages = {type(s) for t in plan.tasks if t.pipeline for s in t.pipeline.stages}
+    return [Citation(cls.traits.name, cls.traits.paper) for cls in sorted(stages, key=lambda c: c.traits.name)
+            if cls.traits.paper]  # fmt: skip
+
+
+def _dtype(source: Source) -> str | None:
+    kinds = {key.dtype for key in source.keys.values() if key.floating}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _hub_id(ref: ModelRef | None) -> str | None:
+    """The hub id without its revision, or None for anything that is or looks like a local path."""
+    if ref is None or not isinstance(ref.model, str):
+        return None
+    name = ref.model.split("@")[0]
+    local = Path(ref.model).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    return None if local else name
