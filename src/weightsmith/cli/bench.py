@@ -6,10 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Device, Json, Memory, Plugins, Quiet, Threads, chosen
 from weightsmith.cli.show import progress_bar, say, show_json, table
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.study.bench import Result

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Device, Json, chosen
 from weightsmith.cli.show import say, show_json, table, warn
+from weightsmith.cli.words import Parameter
 
 __all__ = ["check"]
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
 from weightsmith.cli.show import say
+from weightsmith.cli.words import Parameter
 from weightsmith.core.errors import OutputError
 
-__all__ = ["install"]
+__all__ = ["completion"]
 
 
-def install(
+def completion(
     *,
     shell: Annotated[Literal["bash", "zsh", "fish"] | None, Parameter(help="Default: the shell in use.")] = None,
     output: Annotated[Path | None, Parameter(help="Write the script here and change nothing else.")] = None,

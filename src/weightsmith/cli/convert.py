@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Plugins, Sets, read_recipe
+from weightsmith.cli.words import Parameter
 
 __all__ = ["convert"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Json, Quiet, Threads, chosen
 from weightsmith.cli.show import progress_bar, say, show_json, table
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.inspect.difference import Change, Difference, Sums

@@ -6,10 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Device, Json, Plugins, Quiet, RecipeFile, Sets, Threads, chosen, read_recipe
 from weightsmith.cli.show import progress_bar, say, show_json, table
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.inspect.run import Inspection

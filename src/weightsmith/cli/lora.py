@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import cyclopts
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Json, Overwrite, Quiet, RecipeFile, Sets
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table, warn
+from weightsmith.cli.words import Parameter, Verbs
 
 if TYPE_CHECKING:
     from weightsmith.lora import Written
 
 __all__ = ["lora"]
-
-lora = cyclopts.App(
-    name="lora",
-    help="Combine LoRA adapters, average a run's, make them smaller, or get them out of models.",
-    help_format="plaintext",
-    default_parameter=Parameter(negative=(), show_default=False),
-)
 
 Out = Annotated[
     Path,
@@ -33,7 +24,6 @@ Energy = Annotated[
 ]
 
 
-@lora.command
 def merge(
     recipe: RecipeFile,
     out: Out,
@@ -54,7 +44,6 @@ def merge(
     _show(result, json=json, quiet=quiet)
 
 
-@lora.command
 def extract(
     model: Annotated[Path, Parameter(help="The fine-tuned model.")],
     out: Out,
@@ -99,7 +88,6 @@ def extract(
     _show(result, json=json, quiet=quiet)
 
 
-@lora.command
 def average(
     run: Annotated[Path, Parameter(help="Output folder of a training run, with folders checkpoint-N in it.")],
     out: Out,
@@ -144,7 +132,6 @@ def average(
     _show(result, json=json, quiet=quiet)
 
 
-@lora.command
 def resize(
     adapter: Annotated[Path, Parameter(help="PEFT folder.")],
     out: Out,
@@ -184,3 +171,9 @@ def _show(result: Written, *, json: bool, quiet: bool) -> None:
     if result.saved:
         say(f"kept in full: {', '.join(result.saved[:5])}" + (", ..." if len(result.saved) > 5 else ""))
     say(f'next: peft.PeftModel.from_pretrained(model, "{result.out}")')
+
+
+lora = Verbs(
+    "Combine LoRA adapters, average a run's, make them smaller, or get them out of models.",
+    (merge, extract, average, resize),
+)

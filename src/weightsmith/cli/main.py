@@ -8,6 +8,7 @@ the signals that end a session or a machine: SIGTERM, SIGHUP).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -54,27 +55,10 @@ _HOW_TO_GO_ON = {
 
 
 def build() -> cyclopts.App:
-    """The command line with all its verbs, none of them imported."""
-    import cyclopts
+    """The command line as cyclopts reads it, with all its verbs, none of them imported."""
+    from weightsmith.cli import full
 
-    app = cyclopts.App(
-        name="weightsmith",
-        help=_SUMMARY,
-        help_format="plaintext",
-        version=__version__,
-        version_flags=["--version"],
-        default_parameter=cyclopts.Parameter(negative=(), show_default=False),
-        suppress_keyboard_interrupt=False,
-        result_action="return_value",
-    )
-    for position, (verb, text) in enumerate(_VERBS.items()):
-        app.command(f"weightsmith.cli.{verb}:{verb}", name=verb, help=text, sort_key=position)
-    app.command(
-        "weightsmith.cli.completion:install",
-        name="--install-completion",
-        help=_COMPLETION,
-    )
-    return app
+    return full.build(_SUMMARY, _VERBS, _COMPLETION)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,13 +78,23 @@ def _command(words: Sequence[str]) -> int:
     if words == ["--version"]:
         sys.stdout.write(__version__ + "\n")
         return 0
+    if words[0] in _VERBS and "--help" not in words:
+        from weightsmith.cli.words import read
+
+        module = importlib.import_module(f"weightsmith.cli.{words[0]}")
+        if (call := read(getattr(module, words[0]), words[1:])) is not None:
+            return _code(call.verb(*call.positional, **call.named))
     import cyclopts
 
     try:
-        code = build()(words, exit_on_error=False, print_error=False)
-        return code if isinstance(code, int) else 0
+        return _code(build()(words, exit_on_error=False, print_error=False))
     except cyclopts.CycloptsError as error:
         raise WeightsmithError(_usage(error, words)) from None
+
+
+def _code(returned: object) -> int:
+    """What a verb returns is its exit code, if it is a number."""
+    return returned if isinstance(returned, int) else 0
 
 
 def _help() -> int:

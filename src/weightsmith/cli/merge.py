@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import DEFAULTS, Json, Plugins, Quiet, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.jobs.job import Result

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import say, show_json, table
+from weightsmith.cli.words import Parameter
 from weightsmith.inspect.catalogue import describe, describe_pipeline, explain, listing
 
 __all__ = ["methods"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run, Sets
 from weightsmith.cli.show import progress_bar, say, show_json, size, table, warn
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.moe.draft import Draft

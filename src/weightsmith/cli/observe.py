@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Device, Json, Overwrite, Quiet, chosen
 from weightsmith.cli.show import progress_bar, say, show_json
+from weightsmith.cli.words import Parameter
 
 __all__ = ["observe"]
 

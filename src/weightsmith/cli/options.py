@@ -8,8 +8,7 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
-
+from weightsmith.cli.words import Parameter
 from weightsmith.core.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:

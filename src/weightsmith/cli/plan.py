@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import DEFAULTS, Json, Plugins, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import roughly, say, show_json, size, table
+from weightsmith.cli.words import Parameter
 from weightsmith.core.settings import Settings
 
 if TYPE_CHECKING:

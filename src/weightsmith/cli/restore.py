@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run
 from weightsmith.cli.show import progress_bar
+from weightsmith.cli.words import Parameter
 
 __all__ = ["restore"]
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import DEFAULTS, Json, Out, Plugins, Quiet, RecipeFile, Run, Sets, read_recipe
 from weightsmith.cli.show import say, show_json, table, warn
+from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
     from weightsmith.jobs.soup import FolderSoup

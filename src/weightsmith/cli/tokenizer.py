@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import cyclopts
-from cyclopts import Parameter
-
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run
 from weightsmith.cli.show import progress_bar, say
+from weightsmith.cli.words import Parameter, Verbs
 
 __all__ = ["tokenizer", "transplant"]
-
-tokenizer = cyclopts.App(
-    name="tokenizer",
-    help="Move a model to another tokenizer.",
-    help_format="plaintext",
-    default_parameter=Parameter(negative=(), show_default=False),
-    suppress_keyboard_interrupt=False,
-    result_action="return_value",
-)
 
 Method = Literal[
     "omp", "common_interpolation", "subword", "mean", "zero", "randn", "john_hewitt", "landmark_pca", "stb", "mp_rope"
@@ -28,7 +17,6 @@ Method = Literal[
 Where = Literal["no", "embed", "lm_head", "yes"]
 
 
-@tokenizer.command
 def transplant(
     model: Annotated[str, Parameter(help="Model to move: a folder or a hub id.")],
     donor: Annotated[str, Parameter(help="Model whose tokenizer it gets.")],
@@ -85,3 +73,6 @@ def transplant(
         kept, new = int((tokens.own >= 0).sum()), int(((tokens.own < 0) & (tokens.theirs >= 0)).sum())
         say(f"{kept} tokens keep their rows, {new} are new (by {method})")
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
+
+
+tokenizer = Verbs("Move a model to another tokenizer.", (transplant,))

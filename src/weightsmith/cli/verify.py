@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from weightsmith.cli.options import Json
 from weightsmith.cli.show import say, show_json
+from weightsmith.cli.words import Parameter
 
 __all__ = ["verify"]
 
