@@ -286,7 +286,7 @@ def test_local_names_never_reach_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
     def reached(*args: object, **kwargs: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("weightsmith.io.read.open.open_hub", reached)
+    monkeypatch.setattr("weightsmith.io.read.hub.open_hub", reached)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     save_file({"w": torch.ones(1)}, tmp_path / "org" / "name" / "model.safetensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from safetensors.torch import save_file
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read import open as opening
 from weightsmith.io.read.folder import FolderSource
-from weightsmith.io.read.open import folder_kind, open_source, register_opener
+from weightsmith.io.read.open import FORMATS, Format, folder_kind, open_source
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.pickle import PickleSource
 from weightsmith.io.read.safetensors import SafetensorsSource
-from weightsmith.io.read.source import MemorySource, Source
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.compress import compress
+from weightsmith.recipe.schema import Recipe
 
 
 @pytest.fixture
@@ -117,11 +121,10 @@ def test_adapters_need_a_base(model: Path, tmp_path: Path) -> None:
     assert source.origin.folder == model
 
 
-def test_compressed_folders_and_other_openers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_openers", [])
+def test_the_kind_of_a_folder(model: Path) -> None:
     (model / "weightsmith.json").write_text(json.dumps({"kind": "codec"}))
     assert folder_kind(model) == "codec"
-    with pytest.raises(SourceError, match="a compressed folder, which nothing here can decode"):
+    with pytest.raises(SourceError, match=r"weightsmith\.json"):
         open_source(model, expert="math")
     (model / "weightsmith.json").write_text(json.dumps({"kind": "merge"}))
     assert isinstance(open_source(model), FolderSource)
@@ -131,17 +134,25 @@ def test_compressed_folders_and_other_openers(model: Path, monkeypatch: pytest.M
         (model / "weightsmith.json").write_text(text)
         assert folder_kind(model) is None
 
-    seen: list[Any] = []
 
-    def accepts(ref: Any) -> bool:
-        return isinstance(ref, Path) and ref == model
+def test_a_fresh_process_reads_compressed_folders(tmp_path: Path) -> None:
+    """Nothing else has to be imported first."""
+    base, tuned = {"w": torch.zeros(4, 4)}, {"w": torch.ones(4, 4)}
+    for name, state in (("base", base), ("a", tuned), ("b", {"w": -tuned["w"]})):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    tree = {"base": str(tmp_path / "base"), "models": {n: str(tmp_path / n) for n in "ab"}, "method": "exact"}
+    compress(Recipe.model_validate(tree), tmp_path / "small")
+    opened = f"ws.open_source({str(tmp_path / 'small')!r}, expert='a')"
+    code = f"import weightsmith as ws; print({opened}.read('w').mean().item())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
 
-    def opener(ref: Any, base: Source | None, expert: str | None) -> Source:
-        seen.append((ref, expert))
-        return MemorySource({}, "decoded")
 
-    register_opener(accepts, opener)
-    register_opener(accepts, opener)
-    assert len(opening._openers) == 1
-    assert open_source(str(model), expert="math").origin.label == "decoded"
-    assert seen == [(model, "math")]
+def test_formats_are_told_apart_by_one_table(model: Path) -> None:
+    """The first entry that accepts a ref opens it; a new one is a line."""
+    own = Format("own", lambda ref: ref == model, lambda asked: MemorySource({}, f"mine of {asked.expert}"), True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "FORMATS", (own, *FORMATS))
+        assert open_source(str(model), expert="math").origin.label == "mine of math"
+    assert isinstance(open_source(model), FolderSource)

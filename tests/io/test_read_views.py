@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.source import Cost, MemorySource, Source
+from weightsmith.io.read.stack import stack_slices
 from weightsmith.io.read.stats import StatsSource, open_stats
 from weightsmith.io.read.views import RenamedSource, SliceSource
 
@@ -89,6 +91,17 @@ def test_a_view_passes_on_what_its_source_says() -> None:
     assert view.fingerprint() == {"view": "made[1:2]", "source": {"made": "here"}}
     assert view.origin.cost == Cost()
     view.prepare()
+
+
+def test_a_slice_keeps_what_lies_beside_its_model(tmp_path: Path) -> None:
+    """Most of all how its rows are numbered, where that is not as its folder's tokenizer does it."""
+    source = MemorySource({f"layers.{i}.w": torch.ones(1) for i in range(3)}, "made")
+    source.origin = replace(source.origin, folder=tmp_path, numbering="another", remarks=("old",), cost=Cost(3, 4, 5))
+    for view in (SliceSource(source, 1, 2), stack_slices([SliceSource(source, 0, 1), SliceSource(source, 2, 3)])):
+        origin = view.origin
+        assert (origin.folder, origin.numbering, origin.remarks) == (tmp_path, "another", ("old",))
+        assert origin.cost in (Cost(3, 4, 5), Cost(6, 8, 10))
+        assert origin.cut.stacks == ("layers",)
 
 
 # --- statistics ------------------------------------------------------------------------------------

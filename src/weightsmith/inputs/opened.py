@@ -15,7 +15,6 @@ from weightsmith.core.keys import Key
 from weightsmith.core.method import Pipeline
 from weightsmith.inputs.align import aligned
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
-from weightsmith.io.read import codec_folder  # noqa: F401  (teaches open_source to read compressed folders)
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource

@@ -76,7 +76,7 @@ def restore(
         check_output(out, [folder], settings.overwrite, settings.resume, 0))  # fmt: skip
     if there:  # before a download
         raise PlanError(there)
-    opened = CodecFolder(Path(folder))
+    opened = CodecFolder(Path(folder), open_source)
     name = opened.check_expert(expert) if consensus is None else "consensus"
     origin = opened.base(None if base is None else open_source(base), strict=True)
     source: Source

@@ -13,7 +13,7 @@ all of it before an expert is restored to disk.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -30,7 +30,6 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.method import Codec, registry
 from weightsmith.io.package.manifest import read_manifest
 from weightsmith.io.read.folder import FolderSource
-from weightsmith.io.read.open import expanded, folder_kind, open_source, register_opener
 from weightsmith.io.read.source import Bits, Block, Origin, Source, tensor_to_bits
 from weightsmith.io.read.views import View
 
@@ -81,9 +80,13 @@ def describe(
 
 @dataclass(frozen=True)
 class CodecFolder:
-    """A compressed folder without its base: what its manifest says, and its files."""
+    """A compressed folder without its base: what its manifest says, and its files.
+
+    opener  opens the base by its path (`open_source`)
+    """
 
     path: Path
+    opener: Callable[[Any], Source]
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -156,7 +159,7 @@ class CodecFolder:
         if not path:
             raise SourceError(f"{self.path}: its base was in memory when it was made; say where the base is")
         try:
-            found = open_source(path)
+            found = self.opener(path)
         except WeightsmithError as error:
             raise SourceError(f"{self.path}: cannot open its base ({error}); say where the base is now") from None
         difference = self.differs(found)
@@ -306,9 +309,9 @@ class ConsensusSource(_Decoded):
         return consensus_of(parts, base, offset, self.k, self.scale)
 
 
-def open_codec(path: Path, base: Source | None, expert: str | None) -> CodecSource:
+def open_codec(path: Path, base: Source | None, expert: str | None, opener: Callable[[Any], Source]) -> CodecSource:
     """One expert of a compressed folder; `base` is used if it is the right one, else the base that the folder names."""
-    folder = CodecFolder(path)
+    folder = CodecFolder(path, opener)
     expert = folder.check_expert(expert)
     return CodecSource(folder, folder.base(base), expert)
 
@@ -316,17 +319,6 @@ def open_codec(path: Path, base: Source | None, expert: str | None) -> CodecSour
 def _shared(folder: CodecFolder, base: Source) -> dict[str, Key]:
     """What is stored once for all experts."""
     return {name: folder.files.keys[name] for name in base.keys if name in folder.files.keys}
-
-
-def _is_codec_folder(ref: Any) -> bool:
-    return isinstance(ref, Path) and folder_kind(expanded(ref)) == "codec"
-
-
-def _open(ref: Any, base: Source | None, expert: str | None) -> Source:
-    return open_codec(expanded(ref), base, expert)
-
-
-register_opener(_is_codec_folder, _open)
 
 
 # --- knowing the base ------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
-"""One word for every input: whatever a user may call a model, as a Source."""
+"""One word for every input: whatever a user may call a model, as a Source.
+
+FORMATS lists all kinds of input in the order in which they are tried, CONTENTS what the tensors of one may turn out to
+be.  A format's module is imported when it is met.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +20,75 @@ from weightsmith.io import system
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, FolderSource
-from weightsmith.io.read.gguf import GgufSource
-from weightsmith.io.read.hub import PREFIX, looks_like_hub_id, open_hub
-from weightsmith.io.read.lora_files import lora_kind, read_lora_file
-from weightsmith.io.read.peft import AdapterSource
-from weightsmith.io.read.pickle import PICKLES, PickleSource
-from weightsmith.io.read.quantized import unquantised
-from weightsmith.io.read.remote_source import open_url
+from weightsmith.io.read.hub import PREFIX, looks_like_hub_id
+from weightsmith.io.read.pickle import PICKLES
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, short
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.io.url import Url, parse_url
 
-__all__ = ["Opener", "expanded", "folder_kind", "open_source", "register_opener"]
-
-Opener = Callable[[Any, Source | None, str | None], Source]
-"""(ref, base, expert) -> source."""
-
-_openers: list[tuple[Callable[[Any], bool], Opener]] = []
+__all__ = ["CONTENTS", "FORMATS", "Asked", "Format", "expanded", "folder_kind", "open_source"]
 
 
-def register_opener(accepts: Callable[[Any], bool], opener: Opener) -> None:
-    """Teach `open_source` another kind of input (a compressed folder, a nested recipe).
+@dataclass(frozen=True)
+class Asked:
+    """What `open_source` was asked for.
 
-    `accepts(ref)` is asked before anything else is tried, the latest registered first; a path arrives as
-    a Path.  Registering the same pair again changes nothing.
+    ref     a Path (with ~ resolved), Url, hub id, mapping of tensors, nn.Module or Source
+    base    the model that an adapter changes
+    expert  which model of several
     """
-    if (accepts, opener) not in _openers:
-        _openers.insert(0, (accepts, opener))
+
+    ref: Any
+    base: Source | None = None
+    expert: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.ref) if isinstance(self.ref, (str, Path, Url, Source)) else type(self.ref).__name__
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of input.
+
+    name     what it is
+    accepts  whether a ref is one, as names, endings and small files tell
+    open     makes the source; nothing but headers is read
+    several  whether it holds several models, of which `expert` names one
+    raw      whether `CONTENTS` look at what it holds
+    """
+
+    name: str
+    accepts: Callable[[Any], bool]
+    open: Callable[[Asked], Source]
+    several: bool = False
+    raw: bool = False
+
+
+def open_source(ref: Any, *, base: Source | None = None, expert: str | None = None) -> Source:
+    """Open a model; nothing but headers is read.
+
+    ref     a Source (returned as it is), a mapping of tensors, an nn.Module, or a str or Path: a folder, a
+            .safetensors file or shard index, a PyTorch checkpoint, a PEFT folder (needs `base`), a compressed
+            folder (`expert` says which model of it); a URL of such (s3://bucket/model), see `io.read.remote_source`;
+            else `org/name[@revision]` on the hub
+    Errors: SourceError, one line, for whatever cannot be opened or lies about itself.
+    """
+    asked = Asked(_located(ref), base, expert)
+    try:
+        found = next((entry for entry in FORMATS if entry.accepts(asked.ref)), None)
+        if found is None:
+            raise _unknown(asked.ref)
+        if expert is not None and not found.several:
+            raise SourceError(
+                f"{asked}: expert {expert!r} was asked for, but this is one model, not a compressed folder"
+            )
+        source = found.open(asked)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise SourceError(f"{short(str(asked))}: cannot be opened ({error.strerror})") from None
+    for content in CONTENTS if found.raw else ():
+        source = content(source, asked)
+    return source
 
 
 def folder_kind(path: Path) -> str | None:
@@ -55,49 +101,134 @@ def folder_kind(path: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def open_source(ref: Any, *, base: Source | None = None, expert: str | None = None) -> Source:
-    """Open a model; nothing but headers is read.
+# --- the formats -----------------------------------------------------------------------------------
 
-    ref     a Source (returned as it is), a mapping of tensors, an nn.Module, or a str or Path: a folder, a
-            .safetensors file or shard index, a PyTorch checkpoint, a PEFT folder (needs `base`), a compressed
-            folder (`expert` says which model of it); a URL of such (s3://bucket/model), see `io.read.remote_source`;
-            else `org/name[@revision]` on the hub
-    Errors: SourceError, one line, for whatever cannot be opened or lies about itself.
-    """
+
+def _memory(asked: Asked) -> Source:
+    tensors, label = asked.ref, "tensors in memory"
+    if isinstance(tensors, torch.nn.Module):
+        tensors, label = tensors.state_dict(), type(tensors).__name__
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise SourceError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor under a name")
+        if not good_name(name):
+            raise SourceError(f"{label}: {short(name)} is no name for a tensor (control characters, or too long)")
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise SourceError(f"{label}: {name!r} is a sparse, quantized or empty-shell (meta) tensor")
+    return MemorySource(tensors, label)
+
+
+def _url(asked: Asked) -> Source:
+    from weightsmith.io.read.remote_source import open_url
+
+    if asked.expert is not None:
+        raise SourceError(f"{asked}: a compressed folder is read on this machine only; download it first")
+    return open_url(asked.ref, asked.base)
+
+
+def _hub(asked: Asked) -> Source:
+    from weightsmith.io.read.hub import open_hub
+
+    return open_hub(asked.ref, asked.base)
+
+
+def _compressed(asked: Asked) -> Source:
+    from weightsmith.io.read.codec_folder import open_codec
+
+    return open_codec(asked.ref, asked.base, asked.expert, open_source)
+
+
+def _adapter(asked: Asked) -> Source:
+    from weightsmith.io.read.peft import AdapterSource
+
+    if asked.base is None:
+        raise SourceError(f"{asked}: a LoRA adapter, which needs a base model; give one under `base`")
+    return AdapterSource(asked.ref, asked.base)
+
+
+def _gguf(asked: Asked) -> Source:
+    from weightsmith.io.read.gguf import GgufSource
+
+    return GgufSource(asked.ref)
+
+
+def _pickle(asked: Asked) -> Source:
+    from weightsmith.io.read.pickle import PickleSource
+
+    return PickleSource(asked.ref)
+
+
+def _in_memory(ref: Any) -> bool:
+    return isinstance(ref, Mapping) or (not isinstance(ref, (str, Path, Url)) and isinstance(ref, torch.nn.Module))
+
+
+def _folder(ref: Any) -> bool:
+    return isinstance(ref, Path) and ref.is_dir()
+
+
+def _file(ref: Any, *endings: str) -> bool:
+    return isinstance(ref, Path) and ref.exists() and ref.name.endswith(endings)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("source", lambda ref: isinstance(ref, Source), lambda asked: asked.ref),
+    Format("tensors in memory", _in_memory, _memory),
+    Format("URL", lambda ref: isinstance(ref, Url), _url, several=True, raw=True),
+    Format("model on the hub", lambda ref: isinstance(ref, str), _hub, raw=True),
+    Format("compressed folder", lambda ref: _folder(ref) and folder_kind(ref) == "codec", _compressed, several=True),
+    Format("adapter folder", lambda ref: _folder(ref) and (ref / ADAPTER_CONFIG).exists(), _adapter),
+    Format("model folder", _folder, lambda asked: FolderSource(asked.ref), raw=True),
+    Format("shard index", lambda ref: _file(ref, INDEX), lambda asked: FolderSource(asked.ref), raw=True),
+    Format("safetensors", lambda ref: _file(ref, ".safetensors"), lambda asked: SafetensorsSource(asked.ref), raw=True),
+    Format("GGUF", lambda ref: _file(ref, ".gguf"), _gguf),
+    Format("PyTorch checkpoint", lambda ref: _file(ref, *PICKLES), _pickle, raw=True),
+)
+"""In the order in which they are tried: the first that accepts a ref opens it."""
+
+
+# --- what tensors may turn out to be ---------------------------------------------------------------
+
+
+def _lora_file(source: Source, asked: Asked) -> Source:
+    """The model that `base` becomes with the LoRA that a file holds."""
+    from weightsmith.io.read.lora_files import lora_kind, read_lora_file
+
+    kind = lora_kind(source.keys)
+    if kind is None:
+        return source
+    if asked.base is not None:
+        from weightsmith.io.read.peft import AdapterSource
+
+        return AdapterSource(read_lora_file(source), asked.base)
+    names = {"kohya": " with kohya's names", "diffusers": " as diffusers writes it"}.get(kind, "")
+    raise SourceError(
+        f"{source}: a LoRA file{names}, not a model: give the model that it was trained on under `base`, or "
+        'combine it with others of its kind by "weightsmith lora merge"'
+    )
+
+
+def _quantised(source: Source, asked: Asked) -> Source:
+    """The weights that quantised ones stand for."""
+    from weightsmith.io.read.quantized import unquantised
+
+    return unquantised(source)
+
+
+CONTENTS: tuple[Callable[[Source, Asked], Source], ...] = (_lora_file, _quantised)
+"""Each gives the source itself where it is none of its kind."""
+
+
+# --- finding what is meant -------------------------------------------------------------------------
+
+
+def _located(ref: Any) -> Any:
+    """A text or path as a Url, a Path, or the text itself if it is a hub id."""
     url = parse_url(ref)
     if isinstance(url, Url) and not looks_like_hub_id(url.full):
-        if expert is not None:
-            raise SourceError(f"{url}: a compressed folder is read on this machine only; download it first")
-        found = open_url(url, base)
-        return found if isinstance(found, AdapterSource) else _model(found, base)
+        return url
     if isinstance(ref, str):
-        ref = url if isinstance(url, Path) else _path_or_id(ref)
-    for accepts, opener in _openers:
-        if accepts(ref):
-            return opener(ref, base, expert)
-    if isinstance(ref, Path) and folder_kind(ref) == "codec":
-        raise SourceError(f"{ref}: a compressed folder, which nothing here can decode; restore it first")
-    if expert is not None:
-        raise SourceError(
-            f"{_name(ref)}: expert {expert!r} was asked for, but this is one model, not a compressed folder"
-        )
-    if isinstance(ref, Source):
-        return ref
-    if isinstance(ref, Path):
-        try:
-            return _open_path(expanded(ref), base)
-        except OSError as error:  # a name too long, a folder that may not be entered
-            raise SourceError(f"{short(str(ref))}: cannot be opened ({error.strerror})") from None
-    if isinstance(ref, str):
-        found = open_hub(ref, base)
-        return found if isinstance(found, AdapterSource) else _model(found, base)
-    if isinstance(ref, Mapping):
-        return _memory(ref, "tensors in memory")
-    if isinstance(ref, torch.nn.Module):
-        return _memory(ref.state_dict(), type(ref).__name__)
-    raise SourceError(
-        f"cannot open a {type(ref).__name__} as a model; give a path, a hub id, a state dict or an nn.Module"
-    )
+        return expanded(url) if isinstance(url, Path) else _path_or_id(ref)
+    return expanded(ref) if isinstance(ref, Path) else ref
 
 
 def _path_or_id(ref: str) -> Path | str:
@@ -120,42 +251,18 @@ def expanded(path: Path) -> Path:
         return path
 
 
-def _open_path(path: Path, base: Source | None) -> Source:
-    if path.is_dir():
-        if not (path / ADAPTER_CONFIG).exists():
-            return _model(FolderSource(path), base)
-        if base is None:
-            raise SourceError(f"{path}: a LoRA adapter, which needs a base model; give one under `base`")
-        return AdapterSource(path, base)
-    if not path.exists():
-        hint = _near(path)
-        if not hint and looks_like_hub_id(f"{PREFIX}{path}"):
-            hint = f"; for the model on the hub write {PREFIX}{path}"
-        raise SourceError(f"{path}: no such file or folder{hint}")
-    if path.name.endswith(INDEX):
-        return unquantised(FolderSource(path))
-    if path.suffix == ".safetensors":
-        return _model(SafetensorsSource(path), base)
-    if path.suffix == ".gguf":
-        return GgufSource(path)
-    if path.suffix in PICKLES:
-        return _model(PickleSource(path), base)
+def _unknown(ref: Any) -> SourceError:
+    if not isinstance(ref, Path):
+        return SourceError(
+            f"cannot open a {type(ref).__name__} as a model; give a path, a hub id, a state dict or an nn.Module"
+        )
+    if not ref.exists():
+        hint = _near(ref)
+        if not hint and looks_like_hub_id(f"{PREFIX}{ref}"):
+            hint = f"; for the model on the hub write {PREFIX}{ref}"
+        return SourceError(f"{ref}: no such file or folder{hint}")
     known = ", ".join((".safetensors", ".gguf", *PICKLES))
-    raise SourceError(f"{path}: unknown kind of file; give a model folder or one of {known}")
-
-
-def _model(source: Source, base: Source | None) -> Source:
-    """The model in a file or folder, or the one that `base` becomes with the LoRA that it turns out to hold."""
-    kind = lora_kind(source.keys)
-    if kind is None:
-        return unquantised(source)
-    if base is not None:
-        return AdapterSource(read_lora_file(source), base)
-    names = {"kohya": " with kohya's names", "diffusers": " as diffusers writes it"}.get(kind, "")
-    raise SourceError(
-        f"{source}: a LoRA file{names}, not a model: give the model that it was trained on under `base`, or "
-        'combine it with others of its kind by "weightsmith lora merge"'
-    )
+    return SourceError(f"{ref}: unknown kind of file; give a model folder or one of {known}")
 
 
 def _near(path: Path) -> str:
@@ -168,20 +275,3 @@ def _near(path: Path) -> str:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
-
-
-def _memory(tensors: Mapping[Any, Any], label: str) -> MemorySource:
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise SourceError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor under a name")
-        if not good_name(name):
-            raise SourceError(f"{label}: {short(name)} is no name for a tensor (control characters, or too long)")
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-            raise SourceError(f"{label}: {name!r} is a sparse, quantized or empty-shell (meta) tensor")
-    return MemorySource(tensors, label)
-
-
-def _name(ref: Any) -> str:
-    if isinstance(ref, Source):
-        return ref.origin.label
-    return str(ref) if isinstance(ref, (str, Path)) else type(ref).__name__
