@@ -11,7 +11,7 @@ from goldens import tiny_llama
 from weightsmith.io.read.source import MemorySource
 from weightsmith.ops.pursuit import omp
 from weightsmith.tokens.layout import lay_out, read_rule
-from weightsmith.tokens.view import AlignedSource
+from weightsmith.tokens.view import RenumberedSource
 
 NAME = "model.embed_tokens.weight"
 
@@ -33,7 +33,7 @@ def embeddings(seed: int, params: dict[str, Any]) -> dict[str, Tensor]:
         rules={token: rule for token, rule in rules.items() if rule is not None},
         multiple=params.get("pad_to_multiple_of"),
     )
-    return {f"embed.{n}": AlignedSource(s, n, sources, layout, [NAME]).read(NAME) for n, s in sources.items()}
+    return {f"embed.{n}": RenumberedSource(s, n, sources, layout, [NAME]).read(NAME) for n, s in sources.items()}
 
 
 def _named(given: dict[str, Any]) -> dict[str, Any]:

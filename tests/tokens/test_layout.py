@@ -11,7 +11,7 @@ import torch
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.io.read.source import MemorySource
 from weightsmith.tokens.layout import TokenRule, lay_out, read_rule
-from weightsmith.tokens.view import AlignedSource, gather
+from weightsmith.tokens.view import RenumberedSource, gather
 from weightsmith.tokens.vocabulary import Vocabulary, unite, with_tokens
 
 NAME = "model.embed_tokens.weight"
@@ -30,7 +30,7 @@ def views(vocabularies: dict[str, str], output: str, rows: int = 0, **options) -
         for m, name in enumerate(known)
     }
     layout = lay_out(known, sizes, numbered(output), **options)
-    return {n: AlignedSource(s, n, sources, layout, [NAME]).read(NAME) for n, s in sources.items()}
+    return {n: RenumberedSource(s, n, sources, layout, [NAME]).read(NAME) for n, s in sources.items()}
 
 
 def firsts(tensor: torch.Tensor) -> list[float]:
@@ -83,7 +83,7 @@ def test_any_cut_gives_the_same_rows_and_a_view_survives_pickling() -> None:
     known = {"x": {f"t{i}": int(n) for i, n in enumerate(generator.permutation(300))}}
     output = {f"t{i}": i for i in range(290)} | {"new": 290}
     sources = {"x": MemorySource({NAME: rows, "norm": torch.ones(2)})}
-    view = AlignedSource(sources["x"], "x", sources, lay_out(known, {"x": 300}, output, multiple=64), [NAME])
+    view = RenumberedSource(sources["x"], "x", sources, lay_out(known, {"x": 300}, output, multiple=64), [NAME])
     whole = pickle.loads(pickle.dumps(view)).read(NAME)
     assert view.key(NAME).shape == (320, 5)
     assert torch.equal(torch.cat([view.read(NAME, a, a + 7) for a in range(0, 320, 7)]), whole)

@@ -13,7 +13,7 @@ from typing import Any
 from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Pipeline
-from weightsmith.inputs.align import aligned
+from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
@@ -127,7 +127,7 @@ def open_inputs(
     except SourceError as error:
         return Inputs(base, experts, stats, (str(error),))
     whole = untied(whole, lambda name: _matches(name, recipe.exclude))
-    models, problems = aligned(recipe.tokenizer, whole)
+    models, problems = in_one_vocabulary(recipe.tokenizer, whole)
     shown = {name: source for name, source in models.items() if base is None or name != "base"}
     return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
 

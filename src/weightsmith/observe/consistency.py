@@ -11,6 +11,7 @@ import numpy as np
 
 from weightsmith.core.keys import layer_of
 from weightsmith.io import system
+from weightsmith.io.architectures import EMBEDDINGS, HEADS, SIZED_OTHERWISE, TIED
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.layers import blocks_held, counted_blocks
 from weightsmith.io.read.remote_source import open_url
@@ -19,8 +20,6 @@ from weightsmith.io.url import Url
 
 __all__ = ["cheap_check"]
 
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-_HEADS = ("lm_head", "embed_out")
 # What a configuration calls a size: the first name present counts.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 _ROWS_AT_ONCE = 4096
@@ -82,7 +81,7 @@ def _tables(source: Source, modules: tuple[str, ...]) -> Iterator[tuple[str, tup
 def _embedding_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
     vocabulary, hidden = _size(config, ("vocab_size",)), _size(config, _HIDDEN)
     narrow = _size(config, ("word_embed_proj_dim", "embedding_size")) or hidden
-    for name, (rows, width) in [*_tables(source, _EMBEDDINGS), *_tables(source, _HEADS)]:
+    for name, (rows, width) in [*_tables(source, EMBEDDINGS), *_tables(source, HEADS)]:
         if vocabulary and rows != vocabulary[1]:
             yield f"{name} has {rows} rows, config.json says vocab_size = {vocabulary[1]}; loaders will refuse it"
         if hidden and narrow and width not in (hidden[1], narrow[1]):
@@ -114,7 +113,7 @@ def _layer_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
 def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
     """Llama-like attention and MLP matrices, [out, in], of the language model; one warning per kind."""
     hidden, heads = _size(config, _HIDDEN), _size(config, ("num_attention_heads",))
-    if hidden is None or heads is None or config.get("model_type") in _UNLIKE:
+    if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE:
         return
     head_dim = _size(config, ("head_dim",)) or ("head_dim", hidden[1] // max(heads[1], 1))
     kv_heads = _size(config, ("num_key_value_heads",)) or heads
@@ -139,20 +138,16 @@ def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[
                 break
 
 
-_UNLIKE = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "gemma3n", "gemma3n_text")
-"""Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
-
-
 def _tied_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
-    tied = config.get("tie_word_embeddings")
-    heads = [name for name, _ in _tables(source, _HEADS)]
+    tied = config.get(TIED)
+    heads = [name for name, _ in _tables(source, HEADS)]
     architectures = config.get("architectures") or [""]
     if tied is False and not heads and not source.aliases and str(architectures[0]).endswith("ForCausalLM"):
         yield "config.json says tie_word_embeddings = false, but the weights hold no output head; it would be random"
     if tied is not True:
         return
     for head in heads:
-        for embedding, shape in _tables(source, _EMBEDDINGS):
+        for embedding, shape in _tables(source, EMBEDDINGS):
             if shape == source.keys[head].shape and not _same_bits(source, head, embedding):
                 yield (
                     f"config.json ties the output head to the embedding, but {head} differs from {embedding}; loaders "
@@ -169,7 +164,7 @@ def _same_bits(source: Source, one: str, other: str) -> bool:
 
 
 def _tokenizer_warnings(out: Path, source: Source, config: Mapping[str, Any]) -> Iterator[str]:
-    tables = dict(_tables(source, _EMBEDDINGS))
+    tables = dict(_tables(source, EMBEDDINGS))
     if not tables:
         return
     name, (rows, _) = max(tables.items(), key=lambda item: item[1][0])

@@ -12,7 +12,6 @@ from weightsmith.core.keys import Key
 from weightsmith.core.method import Stage
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.read.gguf import GgufSource
 from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import Source
 
@@ -41,11 +40,8 @@ def what_inputs_say(inputs: Inputs) -> Iterator[str]:
     that are unlike."""
     yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if isinstance(s, AdapterSource)})
     for i, (name, source) in enumerate(inputs.models):
-        if i == 0 and isinstance(source, GgufSource):
-            yield (
-                f"{name} is a GGUF file, so the result has no config.json and no tokenizer; for them give a Hugging "
-                "Face folder as the base or first model"
-            )
+        if i == 0 and source.origin.lacks:
+            yield f"{name} {source.origin.lacks}"
         yield from (f"{name}: {remark}" for remark in source.origin.remarks)
 
 

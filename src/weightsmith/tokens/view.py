@@ -22,7 +22,7 @@ from weightsmith.tokens.numbering import Numbering
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AlignedSource", "VocabularyView", "gather"]
+__all__ = ["RenumberedSource", "VocabularyView", "gather"]
 
 _BRIDGE = 16
 """Rows read for nothing where that saves starting another read."""
@@ -32,7 +32,7 @@ _STEP = 4096
 
 
 class VocabularyView(View):
-    """A source whose tensors `tokens` have `rows` rows, numbered by another vocabulary.  See `AlignedSource`."""
+    """A source whose tensors `tokens` have `rows` rows, numbered by another vocabulary.  See `RenumberedSource`."""
 
     def __init__(self, source: Source, tokens: Collection[str], rows: int, numbering: Numbering | None) -> None:
         super().__init__(source)
@@ -72,7 +72,7 @@ class VocabularyView(View):
         return None if self.key(name).name in self.tokens else self.source.factors(name, _inner(base))
 
 
-class AlignedSource(VocabularyView):
+class RenumberedSource(VocabularyView):
     """One of several models, laid out for the vocabulary that they share.
 
     source  the model;  model: its name in `layout`

@@ -18,6 +18,7 @@ import numpy as np
 
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
+from weightsmith.io.architectures import EXPERT_WORDS, MIXTRAL_MODULE
 from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
 
@@ -26,7 +27,6 @@ __all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like"]
 _ONE = re.compile(r"(?P<module>.+)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _ALL = re.compile(r"(?P<module>.+)\.experts\.(?P<part>gate_up_proj|down_proj)")
 _NAMED = re.compile(r"\.experts(?:\.(?P<number>\d+)\.(?P<part>\w+)|(?:\.base_layer)*$|\.(?:gate_up|down)_proj$)")
-_WORDS = {"mixtral": ("w1", "w3", "w2"), "": ("gate_proj", "up_proj", "down_proj")}
 _KEPT = 2  # experts kept: a reader goes through one tensor block by block
 
 
@@ -59,7 +59,7 @@ def _layout_of(name: str) -> str | None:
         return None
     if found["number"] is None:
         return "packed"
-    return "mixtral" if found["part"] in _WORDS["mixtral"] else ""
+    return "mixtral" if found["part"] in EXPERT_WORDS["mixtral"] else ""
 
 
 def _layout(source: Source) -> str | None:
@@ -79,13 +79,13 @@ def _packed(source: Source) -> Source | None:
         if (found := _ONE.fullmatch(name)) is not None:
             place = modules.setdefault(found["module"], {}).setdefault(found["part"], {})
             place[int(found["number"])] = name
-    words = _WORDS["mixtral" if any("w1" in parts for parts in modules.values()) else ""]
+    words = EXPERT_WORDS["mixtral" if any("w1" in parts for parts in modules.values()) else ""]
     made: dict[str, tuple[Key, tuple[tuple[str, ...], ...]]] = {}
     for module, parts in modules.items():
         if any(sorted(parts.get(word, {})) != list(range(len(parts.get(words[0], {})))) for word in words):
             return None
         count = len(parts[words[0]])
-        target = _renamed(module, "block_sparse_moe", "mlp")
+        target = _renamed(module, *MIXTRAL_MODULE)
         for name, chosen in (("gate_up_proj", words[:2]), ("down_proj", words[2:])):
             rows = tuple(tuple(parts[word][i] for word in chosen) for i in range(count))
             keys = {source.key(tensor) for row in rows for tensor in row}
@@ -100,7 +100,7 @@ def _packed(source: Source) -> Source | None:
 
 def _unpacked(source: Source, *, mixtral: bool) -> Source | None:
     """Every expert in tensors of its own; None where the packed ones are not laid out as expected."""
-    words = _WORDS["mixtral" if mixtral else ""]
+    words = EXPERT_WORDS["mixtral" if mixtral else ""]
     made: dict[str, tuple[Key, tuple[str, int, int]]] = {}
     for name, key in source.keys.items():
         if (found := _ALL.fullmatch(name)) is None:
@@ -110,14 +110,14 @@ def _unpacked(source: Source, *, mixtral: bool) -> Source | None:
             return None
         if found["part"] == "gate_up_proj" and key.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
             return None  # transposed, or interleaved: another order
-        target = _renamed(found["module"], "mlp", "block_sparse_moe") if mixtral else found["module"]
+        target = _renamed(found["module"], *MIXTRAL_MODULE[::-1]) if mixtral else found["module"]
         chosen = words[:2] if found["part"] == "gate_up_proj" else words[2:]
         rows = key.shape[1] // len(chosen)
         for i in range(key.shape[0]):
             for at, word in enumerate(chosen):
                 full = f"{target}.experts.{i}.{word}.weight"
                 made[full] = (Key(full, (rows, key.shape[2]), key.dtype), (name, i, at * rows))
-    return UnpackedExperts(source, made, ("mlp", "block_sparse_moe") if mixtral else None)
+    return UnpackedExperts(source, made, (MIXTRAL_MODULE[1], MIXTRAL_MODULE[0]) if mixtral else None)
 
 
 def _renamed(module: str, old: str, new: str) -> str:

@@ -22,13 +22,17 @@ _PERMUTED = frozenset({"llama"})
 """Architectures whose rows of q and k llama.cpp's converter puts in another order (pairs for its rotation)."""
 _KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3"})
 """Architectures whose tensors are stored as they are, apart from that; others (Gemma: norms + 1) are not read."""
+_FUSED = {"phi3": {"mlp.up_proj": "mlp.gate_up_proj"}}
 _OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
 _BLOCK = (
     *("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "qkv")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-_FUSED = {"phi3": {"mlp.up_proj": "mlp.gate_up_proj"}}
+_LACKS = (
+    "is a GGUF file, so the result has no config.json and no tokenizer; for them give a Hugging "
+    "Face folder as the base or first model"
+)
 _LEFT = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tables that follow from config.json."""
 
@@ -46,7 +50,7 @@ class GgufSource(Source):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.origin = Origin(str(path), locations=(self.path,))
+        self.origin = Origin(str(path), locations=(self.path,), lacks=_LACKS)
         self._file = File(self.path)
         self._tensors = _tensors_of(self.path, self._file.size)
         self.keys = {name: stored.key for name, stored in self._tensors.items()}

@@ -15,6 +15,7 @@ from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import layer_of
+from weightsmith.io.architectures import COUNTS, GLOBAL_EVERY, PERIODIC
 from weightsmith.io.read.small import parse_json, read_small
 from weightsmith.io.read.source import Source
 
@@ -43,13 +44,6 @@ _SIDES = (
     ("decoder", re.compile(r"decoder")),
     ("encoder", re.compile(r"encoder")),
 )
-_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
-"""Every so many layers one without a sliding window, where old config files leave it to the model's code."""
-_PERIODIC = ("attn_layer", "expert_layer")
-"""Fields <word>_period and <word>_offset: layer i is special where i % period == offset."""
-
-_MAIN = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What a configuration calls the number of blocks of the (language) model: the first name present counts."""
 
 Config = dict[str, Any]
 _Place = tuple[tuple[str, ...], str]
@@ -76,7 +70,7 @@ def counted_blocks(config: Mapping[str, Any]) -> tuple[str, set[int]] | None:
     """('num_hidden_layers = 28', the numbers of blocks that weights may then hold); None if it does not say."""
     inner = config.get("text_config")
     language = {**config, **inner} if isinstance(inner, dict) else config
-    name = next((name for name in _MAIN if isinstance(language.get(name), int)), None)
+    name = next((name for name in COUNTS if isinstance(language.get(name), int)), None)
     if name is None:
         return None
     count, extra = language[name], language.get("num_nextn_predict_layers")
@@ -149,7 +143,7 @@ def adopt_config(text: str, part: Stacked, label: str) -> str:
             if target is None or source is None:
                 continue
             changed = [*_lists(source, count, stack), *_index_lists(source, count, stack)]
-            for name in [*changed, "first_k_dense_replace", "max_window_layers", *(f"{w}_offset" for w in _PERIODIC)]:
+            for name in [*changed, "first_k_dense_replace", "max_window_layers", *(f"{w}_offset" for w in PERIODIC)]:
                 if name in source:
                     target[name] = source[name]
         _set(config, places, count)
@@ -261,7 +255,7 @@ def _about(name: str, stack: str) -> bool:
 
 
 def _periods(scope: Config) -> list[str]:
-    return [w for w in _PERIODIC if type(scope.get(f"{w}_period")) is int and type(scope.get(f"{w}_offset")) is int]
+    return [w for w in PERIODIC if type(scope.get(f"{w}_period")) is int and type(scope.get(f"{w}_offset")) is int]
 
 
 def _periodic(scope: Config, word: str, layer: int) -> bool:
@@ -287,7 +281,7 @@ def _spell_out(scope: Config, count: int) -> None:
 
 
 def _layer_types(scope: Config, count: int) -> list[str] | None:
-    every = scope.get("sliding_window_pattern", _EVERY.get(str(scope.get("model_type"))))
+    every = scope.get("sliding_window_pattern", GLOBAL_EVERY.get(str(scope.get("model_type"))))
     interval, first = scope.get("full_attention_interval"), scope.get("max_window_layers")
     if type(every) is int and every > 1:
         return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]

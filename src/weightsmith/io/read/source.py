@@ -97,6 +97,7 @@ class Origin:
     heads      tensors of a trained head that an adapter brought and the base does not have
     metadata   what its file says of itself (statistics)
     remarks    what a plan says about it, a line each
+    lacks      what a plan says where it is the first model, whose config and tokenizer go along, and has none
     cost       beside the bytes of its tensors
     cut        of a slice of a model
     numbering  how its rows are numbered, where not as the tokenizer in `folder` does: a `tokens.numbering.Numbering`
@@ -111,6 +112,7 @@ class Origin:
     heads: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    lacks: str = ""
     cost: Cost = Cost()
     cut: Cut = Cut()
     numbering: Any = None

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
+from weightsmith.io.architectures import TIED
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
 
 __all__ = ["UntiedSource", "grown_config", "is_output_layer", "untied", "untied_config"]
-
-_TIED = "tie_word_embeddings"
 
 
 class UntiedSource(RenamedSource):
@@ -33,7 +32,7 @@ class UntiedSource(RenamedSource):
         text = config_of(source)
         config = None if text is None else untied_config(text)
         head, embedding = next(iter(heads.items()))
-        remark = f"tied to {embedding}, {head} becomes a tensor of its own, as another model has it ({_TIED}: false)"
+        remark = f"tied to {embedding}, {head} becomes a tensor of its own, as another model has it ({TIED}: false)"
         origin = source.origin
         self.origin = replace(origin, config=config, remarks=(*origin.remarks, remark))
 
@@ -42,9 +41,9 @@ def untied_config(text: str) -> str:
     """A config.json that says that the output layer has a weight of its own."""
     config = _parsed(text)
     for scope in _scopes(config):
-        if _TIED in scope:
-            scope[_TIED] = False
-    return _text({**config, _TIED: False})
+        if TIED in scope:
+            scope[TIED] = False
+    return _text({**config, TIED: False})
 
 
 def grown_config(text: str, rows: Mapping[int, int]) -> str:
@@ -84,7 +83,7 @@ def _embedding(source: Source, head: Key) -> str | None:
     if head.name in source.aliases:
         return source.aliases[head.name]
     config = _config(source) or {}
-    if config.get(_TIED) is not True or config.get("is_encoder_decoder"):
+    if config.get(TIED) is not True or config.get("is_encoder_decoder"):
         return None
     alike = [k.name for k in source.keys.values() if k.role == "embed" and k.shape[1:] == head.shape[1:]]
     return alike[0] if len(alike) == 1 else None

@@ -10,7 +10,7 @@ from weightsmith.io.read.source import Source
 from weightsmith.recipe.schema import Tokenizer
 from weightsmith.tokens.layout import lay_out, read_rule
 from weightsmith.tokens.numbering import Numbering, special_numbers
-from weightsmith.tokens.view import AlignedSource
+from weightsmith.tokens.view import RenumberedSource
 from weightsmith.tokens.vocabulary import (
     Vocabulary,
     read_tokens,
@@ -20,10 +20,10 @@ from weightsmith.tokens.vocabulary import (
     with_tokens,
 )
 
-__all__ = ["aligned"]
+__all__ = ["in_one_vocabulary"]
 
 
-def aligned(wanted: Tokenizer | None, models: Mapping[str, Source]) -> tuple[Mapping[str, Source], list[str]]:
+def in_one_vocabulary(wanted: Tokenizer | None, models: Mapping[str, Source]) -> tuple[Mapping[str, Source], list[str]]:
     """The models in one vocabulary, and what is wrong; the base, if there is one, is the model 'base'.
 
     Models whose vocabularies and rows are alike stay as they are, unless a rule changes a row.
@@ -31,12 +31,12 @@ def aligned(wanted: Tokenizer | None, models: Mapping[str, Source]) -> tuple[Map
     if wanted is None or not models:
         return models, []
     try:
-        return _aligned(wanted, models), []
+        return _renumbered(wanted, models), []
     except WeightsmithError as error:
         return models, [f"tokenizer: {line}" for line in str(error).splitlines()]
 
 
-def _aligned(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, Source]:
+def _renumbered(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, Source]:
     tensors = {name: vocabulary_tensors(source) for name, source in models.items()}
     known = {name: vocabulary_of(source) for name, source in models.items()}
     tokenizer = next(iter(known.values())) if wanted.source == "union" else _named(wanted.source, known)
@@ -74,7 +74,7 @@ def _aligned(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, So
     )
     others = special_numbers(output.folder)
     return {
-        name: AlignedSource(
+        name: RenumberedSource(
             source,
             name,
             models,

@@ -1,0 +1,104 @@
+"""What is known of architectures: names of tensors and modules, fields of config.json.  Data only; who asks what:
+
+    io.read.modules   names in memory and in files, orientation, output layers
+    io.read.layers    fields that count and describe layers
+    io.read.experts   experts in one tensor or in many
+    observe           sizes that follow from no field
+
+Roles of tensors by their names (query, norm, head) are needed by methods too and stand in `core.keys`; what it takes to
+write a config.json for a mixture of experts is in `moe.layouts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+# --- modules in memory and in files ----------------------------------------------------------------
+
+Rules = Sequence[tuple[str, str]]
+
+_LANGUAGE: Rules = (
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^language_model\.model\b", "model.language_model"),
+    (r"^(vision_tower|multi_modal_projector|image_newline)\b", r"model.\1"),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+)
+_QWEN_VL: Rules = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+)
+_VIT: Rules = (
+    (r"\bencoder\.layer\.", "layers."),
+    (r"\battention\.attention\.query\b", "attention.q_proj"),
+    (r"\battention\.attention\.key\b", "attention.k_proj"),
+    (r"\battention\.attention\.value\b", "attention.v_proj"),
+    (r"\battention\.output\.dense\b", "attention.o_proj"),
+    (r"\bintermediate\.dense\b", "mlp.fc1"),
+    (r"\boutput\.dense\b", "mlp.fc2"),
+)
+RENAMED: Mapping[str, Rules] = {
+    **dict.fromkeys(
+        ("aya_vision", "gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "vipllava"),
+        _LANGUAGE,
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
+    **dict.fromkeys(("deit", "vit"), _VIT),
+    "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+    "mixtral": ((r"\.block_sparse_moe\.", ".mlp."),),
+    # What most language models are: nothing is renamed.
+    **dict.fromkeys(
+        ("bert", "bloom", "distilbert", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "llama", "mistral",
+         "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "starcoder2", "t5", "xlm-roberta"), ()
+    ),
+}  # fmt: skip
+"""model_type -> how transformers renames on loading: (pattern, replacement), one after the other."""
+
+HEADS_IN_FILES: Mapping[str, Mapping[str, str]] = {
+    **{kind: {"lm_head": "language_model.lm_head"} for kind, rules in RENAMED.items() if rules is _LANGUAGE},
+    "gpt_neox": {"lm_head": "embed_out"},
+}
+"""model_type -> module in memory -> its name in files."""
+
+CONV1D = frozenset(("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"))
+"""The model types of transformers with layers that store their weights [in, out] (its class Conv1D)."""
+CONV1D_NAMES = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
+"""What they call those layers."""
+PLAIN_LINEAR = frozenset(("gpt_bigcode", "gpt_neo", "idefics", "qwen", "starcoder2"))
+"""The model types that give these names to ordinary linear layers."""
+FLIPPED_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe"))
+"""The model types whose files hold fused experts [experts, in, out]."""
+
+CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration")
+"""Endings of the classes whose output layer is called lm_head in memory."""
+MASKED_HEADS: Mapping[str, str] = {
+    "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
+    "camembert": "lm_head.decoder", "distilbert": "vocab_projector", "electra": "generator_lm_head",
+    "albert": "predictions.decoder", "modernbert": "decoder",
+}  # fmt: skip
+"""model_type -> the output layer of its class for masked tokens."""
+
+TIED = "tie_word_embeddings"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+HEADS = ("lm_head", "embed_out")
+"""What the modules with a row for each token are called."""
+
+# --- layers in config.json -------------------------------------------------------------------------
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What a configuration calls the number of blocks of the (language) model: the first name present counts."""
+GLOBAL_EVERY: Mapping[str, int] = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
+"""Every so many layers one without a sliding window, where old config files leave it to the model's code."""
+PERIODIC = ("attn_layer", "expert_layer")
+"""Fields <word>_period and <word>_offset: layer i is special where i % period == offset."""
+SIZED_OTHERWISE = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "gemma3n", "gemma3n_text")
+"""Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
+
+# --- experts ---------------------------------------------------------------------------------------
+
+EXPERT_WORDS: Mapping[str, tuple[str, str, str]] = {
+    "mixtral": ("w1", "w3", "w2"),
+    "": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Family -> what it calls the three matrices of an expert; '' is all others."""
+MIXTRAL_MODULE = ("block_sparse_moe", "mlp")
+"""Where Mixtral's experts are: in files with a tensor for each, and with all in one."""
