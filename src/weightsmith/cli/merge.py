@@ -37,12 +37,13 @@ def merge(
 
         return preview(variants, out, settings.but(files=files), json=json)
     from weightsmith.jobs.merge import run
-    from weightsmith.jobs.sweep import run_sweep
     from weightsmith.observe.consistency import cheap_check
 
     with progress_bar("merging", quiet=quiet or json) as progress:
         settings = settings.but(files=files, progress=progress)
         if len(variants) > 1:
+            from weightsmith.jobs.sweep import run_sweep
+
             swept = run_sweep(variants, out, settings)
         else:
             result = run(next(iter(variants.values())), out, settings)

@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["torch"]
+__all__ = ["is_a", "torch"]
 
 
 class _Lazy(ModuleType):
@@ -23,6 +23,12 @@ class _Lazy(ModuleType):
         value = getattr(importlib.import_module(self.__name__), attribute)
         self.__dict__[attribute] = value
         return value
+
+
+def is_a(value: object, module: str, name: str) -> bool:
+    """Whether a value is of the class `name` of a module, which is not loaded for that: then nothing is of it."""
+    loaded = sys.modules.get(f"weightsmith.{module}")
+    return loaded is not None and isinstance(value, getattr(loaded, name))
 
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 
 from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError
 from weightsmith.core.keys import Key
+from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Pipeline
 from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
@@ -20,7 +21,6 @@ from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.headed import headed
 from weightsmith.io.read.open import open_source
-from weightsmith.io.read.remote_source import RemoteSource
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.stack import join_modules, stack_slices
 from weightsmith.io.read.stats import open_stats
@@ -138,7 +138,8 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     Notes hold for the base of that run: without the same base there are none.
     """
     name, first = next(iter(inputs.experts.items()), ("", None))
-    folder = first.origin.folder if isinstance(first, (FolderSource, RemoteSource)) else None
+    whole = isinstance(first, FolderSource) or is_a(first, "io.read.remote_source", "RemoteSource")
+    folder = first.origin.folder if first is not None and whole else None
     if folder is None or not (folder / MANIFEST).is_file():
         return {}, []
     try:

@@ -14,7 +14,6 @@ from weightsmith.io import system
 from weightsmith.io.architectures import EMBEDDINGS, HEADS, SIZED_OTHERWISE, TIED
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.layers import blocks_held, counted_blocks
-from weightsmith.io.read.remote_source import open_url
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url
 
@@ -34,6 +33,8 @@ def cheap_check(out: Path | Url) -> list[str]:
     """
     source: Source | None = None
     if isinstance(out, Url):
+        from weightsmith.io.read.remote_source import open_url
+
         source = open_url(out)
         source.prepare()
         assert source.origin.folder is not None

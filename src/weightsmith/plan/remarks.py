@@ -9,10 +9,10 @@ import numpy as np
 
 from weightsmith.core.errors import some
 from weightsmith.core.keys import Key
+from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Stage
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import Source
 
 __all__ = ["TensorRemarks", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
@@ -38,14 +38,14 @@ class TensorRemarks:
 def what_inputs_say(inputs: Inputs) -> Iterator[str]:
     """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors, adapters
     that are unlike."""
-    yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if isinstance(s, AdapterSource)})
+    yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if is_a(s, "io.read.peft", "AdapterSource")})
     for i, (name, source) in enumerate(inputs.models):
         if i == 0 and source.origin.lacks:
             yield f"{name} {source.origin.lacks}"
         yield from (f"{name}: {remark}" for remark in source.origin.remarks)
 
 
-def _unlike_adapters(adapters: Mapping[str, AdapterSource]) -> Iterator[str]:
+def _unlike_adapters(adapters: Mapping[str, Any]) -> Iterator[str]:
     """Adapters that leave alone what others change, or that say they were trained on unlike models."""
     changed = {name: dict.fromkeys(source.changed) for name, source in adapters.items()}
     every = list(dict.fromkeys(tensor for own in changed.values() for tensor in own))

@@ -19,9 +19,11 @@ from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, short, word
 from weightsmith.io.read.source import Source
 
-__all__ = ["CONFIG", "FIELDS", "ambiguous", "of_module", "open_weights", "rank_of", "read_config", "scale_of"]
+__all__ = ["CONFIG", "FIELDS", "HINTS", "ambiguous", "of_module", "open_weights", "rank_of", "read_config", "scale_of"]
 
 CONFIG = "adapter_config.json"
+HINTS = ("lora", "hada_w", "lokr_w", ".diff", "_norm")
+"""One of these is in every name that makes a file an adapter: most names of models are told by that at once."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 FIELDS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "TRAINABLE_TOKENS": ""}

@@ -18,7 +18,6 @@ from weightsmith.core.errors import SourceError, public
 from weightsmith.io.disk import write_file
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
-from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.safetensors import Header, parse_header, parse_length
 from weightsmith.io.read.source import Bits, Cost, Origin, Source
 from weightsmith.io.system import read_file
@@ -257,6 +256,8 @@ def _labelled(folder: Path, ref: str) -> Source:
 def _open_adapter(folder: Path, base: Source | None, ref: str) -> Source:
     if base is None:
         raise SourceError(f"{ref}: a LoRA adapter, which needs a base model; give one under `base`")
+    from weightsmith.io.read.peft import AdapterSource
+
     return AdapterSource(folder, base)
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
-from weightsmith.io.read.adapter import CONFIG, scale_of
+from weightsmith.io.read.adapter import CONFIG, HINTS, scale_of
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.lora import PREFIX, Adapter, Module, read_peft
 from weightsmith.io.read.lycoris import PARTS, lycoris_update
 from weightsmith.io.read.pickle import PickleSource
-from weightsmith.io.read.remote_source import local_copy
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, short
 from weightsmith.io.read.source import Source
@@ -44,8 +43,6 @@ _PART_OF = {ending: part for part, endings in _ENDINGS.items() for ending in end
 _SPLIT = re.compile(rf"(?P<module>.+)\.(?P<ending>{'|'.join(map(re.escape, sorted(_PART_OF, key=len, reverse=True)))})")
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
 _NOT_IN_MODELS = frozenset(part for part in _ENDINGS if part not in ("alpha", "bias", "magnitude"))
-_HINTS = ("lora", "hada_w", "lokr_w", ".diff", "_norm")
-"""One of these is in every name that counts: most names of models are told by that at once."""
 _FLUX = ("double_blocks", "single_blocks", "single_transformer_blocks")
 METADATA = "lora_adapter_metadata"
 
@@ -53,7 +50,7 @@ METADATA = "lora_adapter_metadata"
 def lora_kind(names: Iterable[str]) -> str | None:
     """'kohya', 'diffusers' or 'peft' for the names of a LoRA's tensors; None for those of a model."""
     for name in names:
-        found = _split(name) if any(hint in name for hint in _HINTS) else None
+        found = _split(name) if any(hint in name for hint in HINTS) else None
         if found is not None and found[1] in _NOT_IN_MODELS:
             if name.startswith(PREFIX):
                 return "peft"
@@ -63,6 +60,8 @@ def lora_kind(names: Iterable[str]) -> str | None:
 
 def read_adapter(path: str | Path) -> Adapter:
     """The adapter in a PEFT folder or LoRA file, or at a URL (then the files are copied first: they are small)."""
+    from weightsmith.io.read.remote_source import local_copy
+
     url = parse_url(path)
     place = local_copy(url) if isinstance(url, Url) else (url or Path(path).expanduser())
     label = str(url or path)

@@ -23,8 +23,6 @@ from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index
 from weightsmith.io.read.hub import OTHER
-from weightsmith.io.read.lora import read_peft
-from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.remote import RemoteFile
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, refuse_above
@@ -140,6 +138,9 @@ def _open_adapter(url: Url, names: Mapping[str, int | None], base: Source | None
         raise SourceError(f"{url}: has {ADAPTER_CONFIG} but no {weights}; download it first")
     folder = _copies(url)
     _fetch(url, folder, [ADAPTER_CONFIG, *(name for name in _AT_ONCE if name in names)])
+    from weightsmith.io.read.lora import read_peft
+    from weightsmith.io.read.peft import AdapterSource
+
     return AdapterSource(read_peft(folder, SafetensorsSource(RemoteFile(url / weights)), str(url)), base)
 
 
