@@ -32,7 +32,7 @@ from weightsmith.jobs.job import Result
 from weightsmith.jobs.merge import run
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.aliases import PIPELINES, spelled
-from weightsmith.recipe.text import schema as json_schema
+from weightsmith.recipe.json_schema import schema as json_schema
 from weightsmith.report.units import roughly
 
 __all__ = ["generate", "markdown", "pages", "problems_by_method"]
@@ -193,19 +193,19 @@ def _recipe_page() -> str:
         "`# yaml-language-server: $schema=recipe.schema.json` into their first line, and editors complete them.",
         "An unknown key is an error that names the nearest known one.",
     ]
-    parts: list[tuple[str, str, type[BaseModel]]] = [
-        ("The recipe", "recipe", schema.Recipe),
-        ("A model", "model_entry", schema.ModelRef),
-        ("Slices", "slices", schema.Slices),
-        ("Modules", "modules", schema.Modules),
-        ("A module", "module", schema.Module),
-        ("A rule", "rule", schema.Rule),
-        ("The tokenizer", "tokenizer", schema.Tokenizer),
-        ("The output", "output", schema.Output),
+    parts: list[tuple[str, type[BaseModel]]] = [
+        ("The recipe", schema.Recipe),
+        ("A model", schema.ModelRef),
+        ("Slices", schema.Slices),
+        ("Modules", schema.Modules),
+        ("A module", schema.Module),
+        ("A rule", schema.Rule),
+        ("The tokenizer", schema.Tokenizer),
+        ("The output", schema.Output),
     ]
-    for title, name, cls in parts:
+    for title, cls in parts:
         lines += ["", f"## {title}", "", markdown(inspect.cleandoc(cls.__doc__ or "")), ""]
-        lines += _fields(cls, defs[name]["properties"])
+        lines += _fields(cls, defs[cls.__name__]["properties"])
     lines += [
         "",
         "A model may be written in short, as its path or hub id alone, and a stage as its name alone:",
@@ -276,22 +276,19 @@ def _default(value: Any) -> str:
 
 def _kind(spec: Mapping[str, Any]) -> str:
     """A JSON Schema type in words."""
-    known = {"words": "word or list of words", "layers": "[start, end]", "model": "path, hub id, mapping or recipe"}
     if "$ref" in spec:
-        name = str(spec["$ref"].rpartition("/")[2])
-        return known.get(name, name)
+        name = str(spec["$ref"].rpartition("/")[2]).lower()
+        return {"parameters": "mapping", "recipe": "model"}.get(name, name)
     if "anyOf" in spec:
-        return " or ".join(dict.fromkeys(_kind(s) for s in spec["anyOf"]))
+        kinds = dict.fromkeys(_kind(s) for s in spec["anyOf"] if s != {"type": "null"})
+        return "model" if "model" in kinds else " or ".join(kinds)
     if "enum" in spec:
         return "word" if len(spec["enum"]) > 4 else " | ".join(map(str, spec["enum"]))
     if spec.get("type") == "array":
-        return f"list of {_kind(spec['items'])}s"
-    if "const" in spec:
-        return str(spec["const"])
-    if spec.get("type") == "object" and "additionalProperties" not in spec:
-        return "mapping"
+        return "[start, end]" if "maxItems" in spec else f"list of {_kind(spec['items'])}s"
     if spec.get("type") == "object":
-        return f"names to {_kind(spec['additionalProperties'])}"
+        inside = spec.get("additionalProperties")
+        return f"names to {_kind(inside)}" if isinstance(inside, dict) else "mapping"
     return {"string": "text", "integer": "whole number"}.get(spec["type"], str(spec["type"]))
 
 
@@ -403,9 +400,9 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("weightsmith.open_source", weightsmith.open_source),
     ],
     "Recipes": [
-        ("weightsmith.Recipe", schema.Recipe),
-        ("weightsmith.Recipe.load", schema.Recipe.load),
-        ("weightsmith.Recipe.run", schema.Recipe.run),
+        ("weightsmith.Recipe", weightsmith.Recipe),
+        ("weightsmith.Recipe.load", weightsmith.Recipe.load),
+        ("weightsmith.Recipe.run", weightsmith.Recipe.run),
         ("weightsmith.jobs.merge.run", run),
         ("weightsmith.jobs.job.Result", Result),
         ("weightsmith.Settings", weightsmith.Settings),

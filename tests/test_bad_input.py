@@ -67,17 +67,17 @@ def desk(tmp_path: Path) -> Desk:
 
 def unknown_method(d: Desk) -> str:
     d.recipe["method"] = "tise"
-    return r"recipe\.yaml:\d+: unknown method 'tise'; did you mean 'ties'\?"
+    return r"recipe\.yaml:\d+:\d+: unknown method 'tise'; did you mean 'ties'\?"
 
 
 def unknown_parameter(d: Desk) -> str:
     d.recipe["parameters"] = {"wieght": 1.0}
-    return r"recipe\.yaml:\d+: unknown key 'wieght' in parameters; did you mean 'weight'\?"
+    return r"recipe\.yaml:\d+:\d+: unknown key 'wieght' in parameters; did you mean 'weight'\?"
 
 
 def unknown_key(d: Desk) -> str:
     d.recipe["modles"] = {}
-    return r"recipe\.yaml:\d+: unknown key 'modles'.*did you mean 'models'\?"
+    return r"recipe\.yaml:\d+:\d+: unknown key 'modles'.*did you mean 'models'\?"
 
 
 def out_of_range(d: Desk) -> str:
@@ -216,7 +216,7 @@ def missing_statistics(d: Desk) -> str:
 def yaml_is_broken(d: Desk) -> str:
     (d.folder / "recipe.yaml").write_text("models: [a\n")
     d.merge = lambda *o: call(["merge", str(d.folder / "recipe.yaml"), str(d.out), *o])  # type: ignore[method-assign]
-    return r"recipe\.yaml:\d+: "
+    return r"recipe\.yaml:\d+:\d+: "
 
 
 CASES: list[Callable[[Desk], str]] = [

@@ -20,6 +20,7 @@ from bench.measure import BenchError
 from bench.mergekit import PACKAGES, mergekit_python
 from bench.models import Shape, write_model
 from weightsmith.core.errors import WeightsmithError
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import loads
 
 ROOT = Path(".bench")
@@ -84,7 +85,7 @@ def _outcome(
     config: Config, text: str, ours: Path, theirs: Path, error: str | None, models: Mapping[str, Path]
 ) -> Outcome:
     try:
-        loads(text, config.name).run(ours)
+        run(loads(text, config.name), ours)
     except WeightsmithError as refused:
         return Outcome(config.name, "both refuse" if error else f"differs: refused here: {refused}")
     stored = sorted(theirs.glob("*.safetensors"))

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from weightsmith.core.settings import Settings
     from weightsmith.io.read.open import open_source
     from weightsmith.jobs.api import merge
+    from weightsmith.jobs.recipe import Recipe
     from weightsmith.jobs.soup import greedy_soup
-    from weightsmith.recipe.schema import Recipe
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOMES = {
     "Method": "core.method",
     "Pipeline": "core.method",
     "registered": "core.method",
-    "Recipe": "recipe.schema",
+    "Recipe": "jobs.recipe",
     "Settings": "core.settings",
     "merge": "jobs.api",
     "greedy_soup": "jobs.soup",

@@ -169,8 +169,8 @@ def test_plan_reports_the_recipes_mistakes_together(recipe: Path, capsys: Captur
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == (
-        f"error: 2 problems:\n  - {recipe}:2: unknown method 'liner'; did you mean 'linear'?\n"
-        f"  - {recipe}:3: unknown key 'sed' in the recipe; did you mean 'seed'?\n"
+        f"error: 2 problems:\n  - {recipe}:2:1: unknown method 'liner'; did you mean 'linear'?\n"
+        f"  - {recipe}:3:1: unknown key 'sed' in the recipe; did you mean 'seed'?\n"
     )
 
 

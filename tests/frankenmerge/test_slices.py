@@ -17,6 +17,7 @@ from weightsmith.io.read.layers import Stacked, adopt_config, cut_config, stack_
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.read.stack import join_modules, stack_slices
 from weightsmith.io.read.views import SliceSource
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.text import dumps
 
@@ -180,7 +181,7 @@ output: {dtype: bfloat16}
 """
     recipe = loads(text, "r.yaml", folder=tmp_path)
     assert loads(dumps(recipe), "r.yaml") == recipe
-    recipe.run(tmp_path / "out")
+    run(recipe, tmp_path / "out")
     out = load_file(tmp_path / "out/model.safetensors")
     assert [out[f"trunk.part.{i}.mix.0.w"][0, 0].item() for i in range(6)] == [200, 101, 151, 152, 153, 100]
     assert [out[f"trunk.part.{i}.experts.1.w"][0].item() for i in range(2)] == [2000, 1000]  # 1001 in bfloat16
@@ -198,16 +199,16 @@ def write_recipe(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("{slices: []}", r"r\.yaml:1: models\.m\.slices should be a list of models, each with a dash"),
+        ("{slices: []}", r"r\.yaml:1:\d+: models\.m\.slices should be a list of models, each with a dash"),
         (
             "{slices: [{model: a, layer: [0, 1]}]}",
             r"unknown key 'layer' in models\.m\.slices\[0\]; did you mean 'layers'\?",
         ),
-        ("{slices: [{model: a, layers: [1, 1]}]}", r"models\.m\.slices\[0\]\.layers: should be two block numbers"),
-        ("{slices: [a], weight: 1}", r"unknown key 'weight' beside 'slices' in models\.m"),
+        ("{slices: [{model: a, layers: [1, 1]}]}", r"models\.m\.slices\[0\]\.layers should be two block numbers"),
+        ("{slices: [a], weight: 1}", r"unknown key 'weight' in models\.m; known: slices"),
         ("{modules: {x: a}}", r"models\.m\.modules\.x should be a mapping with match and model"),
         ("{modules: {x: {model: a, mach: z}}}", r"unknown key 'mach' in models\.m\.modules\.x; did you mean 'match'\?"),
-        ("{modules: []}", r"models\.m\.modules should be a mapping from names to modules"),
+        ("{modules: []}", r"models\.m\.modules is empty; name at least one"),
     ],
 )
 def test_slices_and_modules_are_checked(model: str, message: str) -> None:
@@ -218,13 +219,13 @@ def test_slices_and_modules_are_checked(model: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        ("[{match: x}]", r"parameters\.weight\[0\] has no value; write \{match: GLOB, value: \.\.\.\}"),
+        ("[{match: x}]", r"parameters\.weight\[0\] has no 'value'; write value: 0\.5"),
         ("[{mach: x, value: 1}]", r"unknown key 'mach' in parameters\.weight\[0\]; did you mean 'match'\?"),
         ("[1, {match: x, value: 1}]", r"parameters\.weight\[0\] is for every tensor.*put it last"),
         ("[{role: quu, value: 1}]", r"unknown role 'quu'"),
         (
             "[{layers: inside, value: 1}]",
-            r"layers should be two block numbers \[start, end\] or 'outside', is 'inside'",
+            r"layers should be two block numbers .*, is 'inside'; 'outside' means the tensors outside",
         ),
         ("[{match: 3, value: 1}]", r"match should be a word or a list of words, is 3"),
         ("[{match: x, value: high}]", r"linear: weight = 'high' is outside"),
@@ -246,13 +247,13 @@ method: linear
 parameters: {weight: [{layers: [1, 4], value: 2}], normalize: false}
 exclude: [closing_norm]
 """
-    loads(text, "r.yaml", folder=tmp_path).run(tmp_path / "out")
+    run(loads(text, "r.yaml", folder=tmp_path), tmp_path / "out")
     out = load_file(tmp_path / "out/model.safetensors")
     assert out["trunk.part.1.mix.0.w"][0, 0] == 5 * 101
     assert out["trunk.part.1.experts.1.w"][0] == 2 * 1001
     assert out["trunk.part.0.experts.1.w"][0] == 1000
     with pytest.raises(PlanError, match="weight has no value for closing_norm"):
-        loads(text.replace("exclude: [closing_norm]", ""), "r.yaml", folder=tmp_path).run(tmp_path / "no")
+        run(loads(text.replace("exclude: [closing_norm]", ""), "r.yaml", folder=tmp_path), tmp_path / "no")
 
 
 # --- checkpoints that are one file -------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import loads
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
@@ -171,7 +172,7 @@ slices:
   - sources: [{{model: {tmp_path}/B, layer_range: [1, 3]}}]
 merge_method: passthrough
 """
-    loads(config, "stack.yml").run(tmp_path / "out")
+    run(loads(config, "stack.yml"), tmp_path / "out")
     loaded = type(models["A"]).from_pretrained(tmp_path / "out").eval()
     wanted = by_hand(architecture, models["A"], models["B"])
     for got, want, plain in zip(

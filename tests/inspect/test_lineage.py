@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError
 from weightsmith.inspect.lineage import lineage, tree_lines
+from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import load
 
 
@@ -27,12 +28,12 @@ def family(tmp_path: Path) -> Path:
     for value, name in enumerate(("base", "a", "b", "c")):
         make(tmp_path / name, float(value))
     (tmp_path / "first.yaml").write_text("base: base\nmodels: {a: a, b: b}\nmethod: ties\nparameters: {density: 0.5}\n")
-    load(tmp_path / "first.yaml").run(tmp_path / "first")
+    run(load(tmp_path / "first.yaml"), tmp_path / "first")
     (tmp_path / "second.yaml").write_text(
         "base: base\nmodels:\n  first: first\n  inner: {model: {models: {b: b, c: c}, method: linear}}\n"
         "method: task_arithmetic\n"
     )
-    load(tmp_path / "second.yaml").run(tmp_path / "second")
+    run(load(tmp_path / "second.yaml"), tmp_path / "second")
     return tmp_path
 
 

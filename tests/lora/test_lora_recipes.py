@@ -77,25 +77,34 @@ def test_recipes_give_methods(text: str, want: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RECIPE % "tise", "r.yaml:4: unknown method 'tise' for adapters; did you mean 'ties'?"),
-        (RECIPE % "task_arithmetic", "r.yaml:4: unknown method 'task_arithmetic' for adapters"),
+        (RECIPE % "tise", "r.yaml:4:1: unknown method 'tise' for adapters; did you mean 'ties'?"),
+        (
+            RECIPE % "task_arithmetic",
+            'r.yaml:4:1: task_arithmetic merges models, not adapters; run it with "weightsmith merge"',
+        ),
         (RECIPE % "ties", "ties needs a density: the share of the entries that it keeps, in [0, 1]"),
         (RECIPE % "cat\nparameters: {density: 0.5}", "cat takes no density; it is for ties, ties_svd, dare_linear"),
         (RECIPE % "ties\nparameters: {density: 0.5, rank: 4}", "ties takes no rank; it is for svd, ties_svd"),
         (RECIPE % "linear\nparameters: {vote: weighted}", "linear takes no vote; it is for ties"),
-        (RECIPE % "svd\nparameters: {rnk: 4}", "svd has no parameter 'rnk'; did you mean 'rank'?"),
+        (RECIPE % "svd\nparameters: {rnk: 4}", "unknown key 'rnk' in parameters; did you mean 'rank'?"),
         (RECIPE % "svd\nparameters: {rank: 0}", "svd: rank = 0 is outside [1, inf) | auto"),
         (RECIPE % "ties\nparameters: {density: 40}", "ties: density = 40 is outside [0, 1] | none; write 40% as 0.4"),
-        (RECIPE % "svd\nparameters: {weight: [1, 2, 3]}", "svd: weight has 3 values for 2 adapters"),
-        (RECIPE % "svd\nparameters: {weight: {c: 1}}", "weight: there is no model 'c'"),
-        ("models: {a: {model: a, density: 0.1}}\nmethod: ties", "parameter 'density' of ties is the same for all"),
-        ("models: {a: {model: a, wieght: 1}}\nmethod: ties", "'wieght' of ties is unknown; did you mean 'weight'?"),
-        ("models: {a: a}\nmethod: svd\nrules: []", "r.yaml:3: unknown key 'rules' in the recipe"),
+        (RECIPE % "svd\nparameters: {weight: [1, 2, 3]}", "r.yaml:5:14: svd: weight has 3 values for 2 models"),
+        (RECIPE % "svd\nparameters: {weight: {c: 1}}", "unknown model 'c' in parameters.weight; known: a, b"),
+        (
+            "models: {a: {model: a, density: 0.1}}\nmethod: ties",
+            "ties takes one density for all models; move it from models.a to parameters",
+        ),
+        (
+            "models: {a: {model: a, wieght: 1}}\nmethod: ties",
+            "unknown key 'wieght' in models.a; did you mean 'weight'?",
+        ),
+        ("models: {a: a}\nmethod: svd\nrules: []", "r.yaml:3:1: unknown key 'rules' in the recipe"),
         ("models: {a: a}\nmethod: svd\noutput: {dtyp: x}", "unknown key 'dtyp' in output; did you mean 'dtype'?"),
         ("models: {a: a}\nmethod: svd\noutput: {dtype: float8_e5m2}", "unknown dtype 'float8_e5m2'"),
         ("models: {a: a}", "the recipe has no 'method'"),
         ("models: {a: {weight: 1}}\nmethod: svd", "models.a has no 'model'"),
-        ("[1, 2]", "a recipe is a mapping with models and method"),
+        ("[1, 2]", "the recipe should be a mapping, is a list"),
     ],
 )
 def test_recipes_that_say_nothing_sensible(text: str, message: str) -> None:

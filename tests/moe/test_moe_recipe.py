@@ -59,18 +59,24 @@ def test_experts_of_one_name_get_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("base: a\nexperts: {m: a}\nroutr: hidden\n", r"recipe:3: unknown key 'routr'; did you mean 'router'\?"),
-        ("base: a\nexperts: {m: {modl: a}}\n", r"unknown key 'experts.m.modl'; did you mean 'model'\?"),
-        ("base: a\nexperts: {m: a}\nrouter: hiden\n", r"recipe:3: router should be 'hidden'"),
+        (
+            "base: a\nexperts: {m: a}\nroutr: hidden\n",
+            r"recipe:3:1: unknown key 'routr' in the recipe; did you mean 'router'\?",
+        ),
+        ("base: a\nexperts: {m: {modl: a}}\n", r"unknown key 'modl' in experts.m; did you mean 'model'\?"),
+        (
+            "base: a\nexperts: {m: a}\nrouter: hiden\n",
+            r"recipe:3:1: router should be 'hidden', .*did you mean 'hidden'",
+        ),
         ("base: a\nexperts: {m: {model: a, prompts: [[]]}}\n", r"should be texts, or lists of token numbers"),
         ("base: a\nexperts: {m: {model: a, noise: -1}}\n", r"noise should be greater than or equal to 0"),
-        ("base: a\nexperts: {}\n", r"recipe:2: experts is empty"),
+        ("base: a\nexperts: {}\n", r"recipe:2:1: experts is empty"),
         ("base: a\n", r"the recipe has no 'experts'"),
-        ("base_model: a\nexperts: [{source: b}]\n", r"recipe:2: expert 0 has no source_model"),
+        ("base_model: a\nexperts: [{}]\n", r"recipe:2:11: experts\[0\] has no 'source_model'"),
         ("base_model: a\ngate_moed: x\nexperts: []\n", r"unknown key 'gate_moed'.*did you mean 'gate_mode'"),
         ("base_model: a\nexperts: [{source_model: b, prompts: x}]\n", r"unknown key 'prompts'.*'positive_prompts'"),
         ("models: {a: a}\nmethod: ties\n", r'run it with "weightsmith merge"'),
-        ("- a\n", r"a recipe of a mixture is a mapping"),
+        ("- a\n", r"the recipe should be a mapping, is a list"),
     ],
 )
 def test_mistakes_are_told_with_their_line(text: str, said: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from weightsmith.core.errors import RecipeError
-from weightsmith.recipe.load import apply_overrides, load, loads
+from weightsmith.recipe.load import load, loads
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 
 EXAMPLE = """\
@@ -106,36 +106,36 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
     ("text", "message"),
     [
         # keys
-        (TWO + "method: ties\nsed: 1", r"r\.yaml:4: unknown key 'sed' in the recipe; did you mean 'seed'\?$"),
-        ("modles: {a: x}\nmethod: ties", r"r\.yaml:1: unknown key 'modles' in the recipe; did you mean 'models'\?$"),
-        (TWO + "method: ties\noutput: {dtyp: float32}", r"r\.yaml:4: unknown key 'dtyp' in output; did you mean 'dtype'\?$"),
-        (TWO + "method: ties\nrules:\n- match: x\n  rolle: q", r"r\.yaml:6: unknown key 'rolle' in rules\[0\]; did you mean 'role'\?$"),
-        (TWO + "method: {name: ties, paramters: {}}", r"unknown key 'paramters' in method; known: name, parameters$"),
-        (TWO, r"r\.yaml:1: the recipe has no 'method'; write method: ties$"),
-        ("method: ties", r"r\.yaml:1: the recipe has no 'models'; write models: \{math: path/to/math\}$"),
+        (TWO + "method: ties\nsed: 1", r"r\.yaml:4:\d+: unknown key 'sed' in the recipe; did you mean 'seed'\?$"),
+        ("modles: {a: x}\nmethod: ties", r"r\.yaml:1:\d+: unknown key 'modles' in the recipe; did you mean 'models'\?$"),
+        (TWO + "method: ties\noutput: {dtyp: float32}", r"r\.yaml:4:\d+: unknown key 'dtyp' in output; did you mean 'dtype'\?$"),
+        (TWO + "method: ties\nrules:\n- match: x\n  rolle: q", r"r\.yaml:6:\d+: unknown key 'rolle' in rules\[0\]; did you mean 'role'\?$"),
+        (TWO + "method: {name: ties, paramters: {}}", r"unknown key 'paramters' in method; did you mean 'parameters'\?$"),
+        (TWO, r"r\.yaml:1:\d+: the recipe has no 'method'; write method: ties$"),
+        ("method: ties", r"r\.yaml:1:\d+: the recipe has no 'models'; write models: \{math: path/to/math\}$"),
         # methods
-        (TWO + "method: tie", r"r\.yaml:3: unknown method 'tie'; did you mean 'ties'\?$"),
+        (TWO + "method: tie", r"r\.yaml:3:\d+: unknown method 'tie'; did you mean 'ties'\?$"),
         (TWO + "method: [dare, tie]", r"unknown method 'tie'; did you mean 'ties'\? \(in method\[1\]\)$"),
-        (TWO + "method: ties\nrules:\n- match: x\n  method: keeep", r"r\.yaml:6: unknown method 'keeep'; did you mean 'keep'\? \(in rules\[0\]\.method\)$"),
-        (TWO + "method: []", r"r\.yaml:3: method is an empty list; name a method$"),
-        (TWO + "method: 3", r"r\.yaml:3: method should name one method per stage; "),
+        (TWO + "method: ties\nrules:\n- match: x\n  method: keeep", r"r\.yaml:6:\d+: unknown method 'keeep'; did you mean 'keep'\? \(in rules\[0\]\.method\)$"),
+        (TWO + "method: []", r"r\.yaml:3:\d+: method is an empty list; name a method$"),
+        (TWO + "method: 3", r"r\.yaml:3:\d+: method should name one method per stage; "),
         (TWO + "method: {ties: {}, dare: {}}", r"several as a list: \[dare, ties\]$"),
         (TWO + "method: {ties: 3}", r"method\.ties should be a mapping of parameters, is 3$"),
-        (TWO + "method: {name: 3}", r"method: a method's name should be a word, is 3$"),
+        (TWO + "method: {name: 3}", r"method\.name should be a text, is 3$"),
         (TWO + "method: [ties, tall_masks, lines]", r"method: tall_masks is a codec; put it last$"),
         (TWO + "method: [ties, ties]", r"'ties \| ties' has 2$"),
         (TWO + "method: keep", r"method 'keep' takes the base's tensor; it is for rules, not for the whole recipe$"),
-        (TWO + "method: {dare_ties: {densty: .5}}", r"r\.yaml:3: unknown key 'densty' in method\.dare_ties; did you mean 'density'\?$"),
-        (TWO + "method: {dare_ties: {density: 5}}", r"r\.yaml:3: dare: density = 5 is outside \(0, 1\]; "),
+        (TWO + "method: {dare_ties: {densty: .5}}", r"r\.yaml:3:\d+: unknown key 'densty' in method\.dare_ties; did you mean 'density'\?$"),
+        (TWO + "method: {dare_ties: {density: 5}}", r"r\.yaml:3:\d+: dare: density = 5 is outside \(0, 1\]; "),
         # parameters
-        (TWO + "method: ties\nrules:\n- match: x\n  parameters:\n    wieght: 1", r"r\.yaml:7: unknown key 'wieght' in rules\[0\]\.parameters; did you mean 'weight'\?$"),
-        (TWO + "method: ties\nparameters: {densty: .5}", r"r\.yaml:4: unknown key 'densty' in parameters; did you mean 'density'\?$"),
-        (TWO + "method: {ties: {densty: .5}}", r"r\.yaml:3: unknown key 'densty' in method\.ties; did you mean 'density'\?$"),
-        ("base: m\nmodels:\n  a: {model: x, weihgt: 1}\nmethod: ties", r"r\.yaml:3: unknown key 'weihgt' in models\.a; did you mean 'weight'\?$"),
+        (TWO + "method: ties\nrules:\n- match: x\n  parameters:\n    wieght: 1", r"r\.yaml:7:\d+: unknown key 'wieght' in rules\[0\]\.parameters; did you mean 'weight'\?$"),
+        (TWO + "method: ties\nparameters: {densty: .5}", r"r\.yaml:4:\d+: unknown key 'densty' in parameters; did you mean 'density'\?$"),
+        (TWO + "method: {ties: {densty: .5}}", r"r\.yaml:3:\d+: unknown key 'densty' in method\.ties; did you mean 'density'\?$"),
+        ("base: m\nmodels:\n  a: {model: x, weihgt: 1}\nmethod: ties", r"r\.yaml:3:\d+: unknown key 'weihgt' in models\.a; did you mean 'weight'\?$"),
         ("base: {model: m, weight: 1}\nmodels: {a: x}\nmethod: ties", r"unknown key 'weight' in base; known: .*; parameters are for the models$"),
         (TWO + "method: linear\nrules: [{match: x, method: keep, parameters: {weight: 1}}]", r"unknown key 'weight' in rules\[0\]\.parameters; keep takes no parameters$"),
-        (TWO + "method: ties\nparameters: 3", r"r\.yaml:4: parameters should be a mapping of parameters, is 3$"),
-        (TWO + "method: ties\nparameters: {density: 30}", r"r\.yaml:4: ties: density = 30 is outside \(0, 1\]; write 30% as 0\.3$"),
+        (TWO + "method: ties\nparameters: 3", r"r\.yaml:4:\d+: parameters should be a mapping of parameters, is 3$"),
+        (TWO + "method: ties\nparameters: {density: 30}", r"r\.yaml:4:\d+: ties: density = 30 is outside \(0, 1\]; write 30% as 0\.3$"),
         (TWO + "method: ties\nparameters: {density: .nan}", r"ties: density = nan is outside \(0, 1\]$"),
         (TWO + "method: ties\nparameters: {density: null}", r"ties: density = None is outside \(0, 1\]$"),
         (TWO + "method: ties\nparameters: {density: yes}", r"ties: density = 'yes' is outside \(0, 1\]$"),
@@ -148,40 +148,40 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: {ties: {scope: {a: global}}}", r"ties takes one scope for all models, not one per model$"),
         (TWO + "method: ties\nparameters: {weight: {aa: 1}}", r"unknown model 'aa' in parameters\.weight; (did you mean 'a'\?|known: a, b)$"),
         (TWO + "method: ties\nparameters: {weight: {a: {b: 1}}}", r"parameters\.weight\.a takes a number or a list of numbers, not a mapping$"),
-        (TWO + "method: ties\nparameters: {density: {a: 2}}", r"r\.yaml:4: ties: density = 2 is outside"),
+        (TWO + "method: ties\nparameters: {density: {a: 2}}", r"r\.yaml:4:\d+: ties: density = 2 is outside"),
         ("base: m\nmodels:\n  a: {model: x, scope: global}\nmethod: ties", r"ties takes one scope for all models; move it from models\.a to parameters$"),
         ("base: m\nmodels:\n  a: {model: x, weight: {a: 1}}\nmethod: ties", r"models\.a\.weight is for this model alone; it takes a number, not a mapping$"),
-        (TWO + "method: [dare, ties]\nparameters: {density: 0.5}", r"r\.yaml:4: 'density' belongs to dare and ties; write it inside the stage it is meant for, as \{dare: \{density: \.\.\.\}\}$"),
+        (TWO + "method: [dare, ties]\nparameters: {density: 0.5}", r"r\.yaml:4:\d+: 'density' belongs to dare and ties; write it inside the stage it is meant for, as \{dare: \{density: \.\.\.\}\}$"),
         (TWO + "method: {ties: {density: 0.5}}\nparameters: {density: 0.5}", r"'density' is set inside the stage 'ties' and again in parameters; keep one of them$"),
         # models
-        ("models: {}\nmethod: linear", r"r\.yaml:1: zero experts: name at least one model under 'models'"),
-        ("method: linear\nmodels:", r"r\.yaml:2: zero experts"),
+        ("models: {}\nmethod: linear", r"r\.yaml:1:\d+: models is empty; name at least one, as math: path/to/math$"),
+        ("method: linear\nmodels:", r"r\.yaml:2:\d+: models is empty"),
         ("models: [x, y]\nmethod: linear", r"models should be a mapping from names to models, as math: path/to/math; is a list$"),
         ("models: {a: 3}\nmethod: linear", r"models\.a should be a path, a hub id or a recipe; is 3$"),
         ("models: {a: ''}\nmethod: linear", r"models\.a should be a path, a hub id or a recipe; is an empty text$"),
         ("models: {a: {weight: 1}}\nmethod: linear", r"models\.a has no 'model'; write model: PATH$"),
-        ("models:\n  a: org/x\n  b: org/x\nmethod: linear", r"r\.yaml:3: models\.b is the same model as models\.a \(org/x\); leave one out, or give it a weight$"),
+        ("models:\n  a: org/x\n  b: org/x\nmethod: linear", r"r\.yaml:3:\d+: models\.b is the same model as models\.a \(org/x\); leave one out, or give it a weight$"),
         ("base: org/x\nmodels: {a: org/x, b: y}\nmethod: linear", r"models\.a is the same model as base \(org/x\); it has no task vector; leave it out$"),
         ("models: {base: x}\nmethod: linear", r"a model cannot be called 'base'; give it another name$"),
-        ("models:\n  a: x\n  a: y\nmethod: linear", r"r\.yaml:3: 'a' is given twice \(first in line 2\)$"),
-        ("models: {a: x, b: {model: y, layers: [3]}}\nmethod: linear", r"models\.b\.layers: should be two block numbers \[start, end\] .*, is \[3\]$"),
+        ("models:\n  a: x\n  a: y\nmethod: linear", r"r\.yaml:3:\d+: 'a' is given twice \(first in line 2\)$"),
+        ("models: {a: x, b: {model: y, layers: [3]}}\nmethod: linear", r"models\.b\.layers should be two block numbers \[start, end\] .*, is \[3\]$"),
         ("models: {a: x, b: {model: y, layers: [3, 3]}}\nmethod: linear", r"start < end, is \[3, 3\]$"),
-        ("models: {a: x, b: {model: y, stats: 3}}\nmethod: linear", r"models\.b\.stats: should be a word or a list of words, is 3$"),
+        ("models: {a: x, b: {model: y, stats: 3}}\nmethod: linear", r"models\.b\.stats should be a word or a list of words, is 3$"),
         # the rest
-        (TWO + "method: ties\noutput: {dtype: bf16}", r"r\.yaml:4: output\.dtype: unknown dtype 'bf16'; did you mean 'bfloat16'\?$"),
+        (TWO + "method: ties\noutput: {dtype: bf16}", r"r\.yaml:4:\d+: output\.dtype: unknown dtype 'bf16'; did you mean 'bfloat16'\?$"),
         (TWO + "method: ties\noutput: {shard_size: 5XB}", r"output\.shard_size: '5XB' is not a size; write it like 500MB, 5GB or 2GiB$"),
         (TWO + "method: ties\noutput: {shard_size: 0}", r"output\.shard_size: shard_size must be positive$"),
-        (TWO + "method: ties\noutput: 3", r"output: should be a mapping.*, is 3$"),
-        (TWO + "method: ties\nseed: x", r"r\.yaml:4: seed: should be a valid integer, is \"x\"$"),
-        (TWO + "method: ties\nseed: true", r"seed: should be a valid integer, is true$"),
-        (TWO + "method: ties\nnonfinite: ok", r"nonfinite: should be 'refuse' or 'allow', is \"ok\"$"),
-        (TWO + "method: ties\nrules: {match: x}", r"rules: should be a list of rules, each with a dash, is \{'match': 'x'\}$"),
-        (TWO + "method: ties\nrules: [3]", r"rules\[0\]: should be a mapping.*, is 3$"),
+        (TWO + "method: ties\noutput: 3", r"output should be a mapping, is 3$"),
+        (TWO + "method: ties\nseed: x", r"r\.yaml:4:\d+: seed should be a whole number, is \"x\"$"),
+        (TWO + "method: ties\nseed: true", r"seed should be a whole number, is true$"),
+        (TWO + "method: ties\nnonfinite: ok", r"nonfinite should be 'refuse' or 'allow', is \"ok\"$"),
+        (TWO + "method: ties\nrules: {match: x}", r"rules should be a list of rules, each with a dash, is a mapping$"),
+        (TWO + "method: ties\nrules: [3]", r"rules\[0\] should be a mapping, is 3$"),
         (TWO + "method: ties\nrules: [{role: quu}]", r"rules\[0\]\.role: unknown role 'quu'"),
-        (TWO + "method: ties\nexclude: 3", r"exclude: should be a word or a list of words, is 3$"),
+        (TWO + "method: ties\nexclude: 3", r"exclude should be a word or a list of words, is 3$"),
         (TWO + "method: ties\ntokenizer: aa", r"tokenizer 'aa' is neither a model of this recipe nor a folder"),
-        ("- a", r"r\.yaml:1: a recipe is a mapping with models and method, not a list$"),
-        ("merge_method: linear\nmodels: []", r"r\.yaml:1: there must be exactly one of models, slices and modules$"),
+        ("- a", r"r\.yaml:1:\d+: the recipe should be a mapping, is a list$"),
+        ("merge_method: linear\nmodels: []", r"r\.yaml:1:\d+: there must be exactly one of models, slices and modules$"),
     ],
 )  # fmt: skip
 def test_one_mistake_is_one_line(text: str, message: str) -> None:
@@ -296,17 +296,17 @@ def test_problems_of_nested_recipes_come_along(tmp_path: Path) -> None:
         load(tmp_path / "r.yaml")
     text = str(caught.value)
     assert text.startswith("5 problems:")
-    assert f"r.yaml:2: in models.a: {tmp_path}/in.yaml:2: unknown method 'liner'" in text
-    assert "in.yaml:3: unknown key 'sed'" in text
-    assert "r.yaml:5: unknown method 'tie'" in text
+    assert f"r.yaml:2:3: in models.a: {tmp_path}/in.yaml:2:1: unknown method 'liner'" in text
+    assert "in.yaml:3:1: unknown key 'sed'" in text
+    assert "r.yaml:5:5: unknown method 'tie'" in text
     assert "gone.yaml: no such recipe file" in text
-    assert "r.yaml:7: unknown method 'averge'" in text
+    assert "r.yaml:7:1: unknown method 'averge'" in text
 
 
 def test_a_recipe_made_of_itself(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("models: {x: b.yaml, y: m}\nmethod: linear")
     (tmp_path / "b.yaml").write_text("models: {x: ./a.yaml, y: m}\nmethod: linear")
-    with pytest.raises(RecipeError, match=r"the recipe is made of itself: a\.yaml -> b\.yaml -> a\.yaml"):
+    with pytest.raises(RecipeError, match=r"circular reference between recipes: a\.yaml -> b\.yaml -> a\.yaml"):
         load(tmp_path / "a.yaml")
 
 
@@ -359,7 +359,6 @@ def test_overrides_reach_every_place(tmp_path: Path) -> None:
     assert recipe.rules[0].match == ("k", "v")
     assert recipe.exclude == ("*norm*",)
     assert (recipe.output.dtype, recipe.seed) == ("float32", 5)
-    assert apply_overrides(recipe, ["seed=6", "rules.0.match=q"]).rules[0].match == ("q",)
 
 
 def test_an_override_changes_one_of_two_aliases() -> None:
@@ -379,7 +378,7 @@ def test_an_override_changes_one_of_two_aliases() -> None:
         ("rules.1.match=x", r"^--set rules\.1\.match=x: '1' is not a position in a list of 1; the first is 0$"),
         ("method.ties.density=1", r"^--set method\.ties\.density=1: method is 'linear'; it has no 'ties' inside$"),
         ("exclude=[*a]", r"alias \*a stands for nothing written before it; put words with a \* in quotes$"),
-        ("seed=[", r"^--set seed=\[:1: not valid YAML"),
+        ("seed=[", r"^--set seed=\[:1:2: not valid YAML"),
     ],
 )
 def test_wrong_overrides(override: str, message: str) -> None:

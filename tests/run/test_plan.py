@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from weightsmith.core.errors import PlanError
+from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.engine.carry import carry_out
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
@@ -72,7 +72,7 @@ def test_inline_parameters_stay_with_their_stage() -> None:
 
 
 def test_an_ambiguous_parameter_is_refused() -> None:
-    with pytest.raises(PlanError, match="'density' belongs to dare and ties; write it inside the stage"):
+    with pytest.raises(RecipeError, match="'density' belongs to dare and ties; write it inside the stage"):
         merge({"method": ["dare", "ties"], "parameters": {"density": 0.5}}, base=model(0), a=model(1))
 
 

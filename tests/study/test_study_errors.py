@@ -26,20 +26,19 @@ def refused(capsys: Captured, *words: object) -> str:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("title: Colours", "titel: Colours", "study.yaml:2: unknown key 'titel' in the study; did you mean 'title'?"),
+        ("title: Colours", "titel: Colours", "study.yaml:2:1: unknown key 'titel' in the study; did you mean 'title'?"),
         ("title: Colours", "title: [a]", 'title should be a text, is ["a"]'),
         ("title: Colours", "evaluator: score.py", "named on the command line: --evaluator FILE"),
         ("base: base.safetensors", "", "a study needs a base"),
         ("base: base.safetensors", "base: bas.safetensors", "bas.safetensors"),
         ("blue: blue.safetensors", "blue: red.safetensors", "is the same model as models.red"),
         ("guards: [grey]", "guards: [red]", "'red' is a task and a guard"),
-        ("guards: [grey]", "guards: 3", "guards should be a list of different words, is 3"),
-        ("joint: joint.safetensors", "joint: gone", "joint 'gone': no such file"),
+        ("guards: [grey]", "guards: 3", "guards should be a word or a list of words, is 3"),
+        ("joint: joint.safetensors", "joint: gone", "joint: no file or folder 'gone' beside the study"),
         ("score: closeness", "higher_is_better: up", 'should be true or false, is "up"'),
         ("{function: {data: DATA}}", "{fuction: {}}", "evaluate takes one of function, bits_per_byte, accuracy"),
         ("{function: {data: DATA}}", "{function: 3}", "evaluate.function should be a mapping, is 3"),
         ("{function: {data: DATA}}", "bits_per_byte", "evaluate takes one of"),
-        ("{function: {data: DATA}}", "{bits_per_byte: {red: x}}", "evaluate.bits_per_byte needs red: {validation:"),
         ("linear", "linaer", "average: unknown method 'linaer'; did you mean 'linear'?"),
         ("average: linear", "average: [[linear]]", "average: a stage is a name, or a name with its parameters"),
         ("[0.25, 0.5, 1.0]", "[]", "sum: task_arithmetic.lambda is an empty list"),
@@ -60,9 +59,11 @@ def test_data_of_a_built_in_evaluator(tmp_path: Path, capsys: Captured) -> None:
     files = "{validation: a.txt, test: a.txt}"
     text = HEAD.replace("{function: {data: DATA}}", f"{{bits_per_byte: {{red: {files}, green: {files}}}}}")
     make(tmp_path, text=text)
-    assert "validation data of red: no file a.txt" in refused(capsys, tmp_path)
+    said = refused(capsys, tmp_path)
+    assert "evaluate.bits_per_byte.red.validation: no file a.txt" in said
+    assert "evaluate.bits_per_byte needs blue: {validation: FILE, test: FILE}" in said
     (tmp_path / "a.txt").write_text("text")
-    assert "red: validation and test are the same file" in refused(capsys, tmp_path)
+    assert "evaluate.bits_per_byte.red: validation and test are the same file" in refused(capsys, tmp_path)
 
 
 def test_no_code_runs_that_was_not_named(tmp_path: Path, capsys: Captured) -> None:

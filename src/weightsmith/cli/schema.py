@@ -14,7 +14,7 @@ def schema(*, plugin: Plugins = ()) -> None:
     In the first line of a recipe: # yaml-language-server: $schema=recipe.schema.json
     """
     from weightsmith.plugins import load_file
-    from weightsmith.recipe.text import schema as recipe_schema
+    from weightsmith.recipe.json_schema import schema as recipe_schema
 
     for file in plugin:
         load_file(file)

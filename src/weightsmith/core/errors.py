@@ -1,7 +1,7 @@
 """Every error that weightsmith raises on purpose.
 
     WeightsmithError          exit code 2, one line, no traceback
-    ├── RecipeError           the recipe says something that cannot be meant
+    ├── RecipeError           the recipe says something that cannot be meant; carries all problems at once
     ├── SourceError           an input cannot be read, or lies about itself
     ├── PlanError             recipe and inputs do not go together; carries all problems at once
     ├── NumericError          NaN, Inf or overflow, with tensor, model and place
@@ -60,8 +60,30 @@ class WeightsmithError(Exception):
         super().__init__("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in shown))
 
 
+_MOST = 50  # problems shown of one recipe
+
+
+def _listed(problems: Sequence[str], most: int | None = None) -> str:
+    """One problem as it is, several as a list under their number."""
+    if len(problems) == 1:
+        return problems[0]
+    more = len(problems) - len(problems[:most])
+    lines = [*problems[:most], *([f"and {more} more"] if more else [])]
+    return "\n".join([f"{len(problems)} problems:", *(f"  - {line}" for line in lines)])
+
+
 class RecipeError(WeightsmithError):
-    """The recipe is wrong in itself (unknown key, value out of range, contradictory parts)."""
+    """The recipe is wrong in itself (unknown key, value out of range, contradictory parts).
+
+    `problems` holds every one of them, a line each; of very many the text shows the first.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = tuple(map(public, problems))
+        super().__init__(_listed(self.problems, _MOST))
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, ...]]:
+        return RecipeError, self.problems
 
 
 class SourceError(WeightsmithError):
@@ -73,11 +95,7 @@ class PlanError(WeightsmithError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(map(public, problems))
-        if len(self.problems) == 1:
-            text = self.problems[0]
-        else:
-            text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
-        super().__init__(text)
+        super().__init__(_listed(self.problems))
 
     def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
         return PlanError, (self.problems,)

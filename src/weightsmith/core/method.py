@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.kernel import Fused, Program
 from weightsmith.core.keys import Key, Part
-from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number
+from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number, plain_number
 from weightsmith.core.site import Group, Site, Summary
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ class Stage:
     def __post_init__(self) -> None:
         problems = []
         for spec in self.parameters():
-            value = getattr(self, spec.field)
-            if isinstance(value, list):
-                value = tuple(value)
+            given = getattr(self, spec.field)
+            value = tuple(map(plain_number, given)) if isinstance(given, (list, tuple)) else plain_number(given)
+            if value is not given:
                 object.__setattr__(self, spec.field, value)
             if text := spec.check(value):
                 problems.append(f"{self.name}: {text}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from weightsmith.core.errors import did_you_mean
 
-__all__ = ["Each", "Parameter", "choice", "flag", "integer", "number"]
+__all__ = ["Each", "Parameter", "choice", "flag", "integer", "number", "plain_number"]
 
 Each = float | tuple[float, ...]
 """A parameter that is one number for all experts, or one number per expert."""
@@ -69,6 +69,8 @@ class Parameter:
         hint = ""
         if self.high == 1 and isinstance(value, (int, float)) and 1 < value <= 100:
             hint = f"; write {value}% as {value / 100:g}"
+        elif isinstance(value, str) and self.kind in ("number", "integer") and _is_number(value):
+            return f"{self.name} = {value!r} is a text; write {value.strip()} without quotes"
         elif isinstance(value, str) and self.options:
             hint = did_you_mean(value, self.options)
         return f"{self.name} = {value!r} is outside {self.range}{hint}"
@@ -76,6 +78,23 @@ class Parameter:
 
 def _short(value: float) -> str:
     return "inf" if value == math.inf else "-inf" if value == -math.inf else f"{value:g}"
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number that a scalar of NumPy, or an array or tensor without dimensions, holds; else the value.
+
+    A tensor whose gradient is wanted stays one.
+    """
+    if getattr(value, "shape", None) != () or getattr(value, "requires_grad", False) or not hasattr(value, "item"):
+        return value
+    return value.item()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def number(

@@ -25,11 +25,10 @@ from weightsmith.lora.compare import (
     weighted,
 )
 from weightsmith.lora.naming import TARGETING, config_of
-from weightsmith.lora.recipe import AdapterRecipe, built, method_of
+from weightsmith.lora.recipe import AdapterRecipe, method_of
 from weightsmith.lora.rules import Averaged, Combine, Made, Part, SharedBasis
 from weightsmith.lora.whole import token_rows, whole_tensors
 from weightsmith.lora.write import Description, Writer, Written
-from weightsmith.recipe.reader import Document
 
 __all__ = ["merge", "run"]
 
@@ -68,7 +67,7 @@ def merge(
         "output": {"dtype": dtype},
         "seed": seed,
     }
-    return run(built(Document("lora.merge", tree), tree), out, force=force, overwrite=overwrite)
+    return run(AdapterRecipe.model_validate(tree), out, force=force, overwrite=overwrite)
 
 
 def run(

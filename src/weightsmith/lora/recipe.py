@@ -8,180 +8,112 @@
     output: {dtype: bfloat16}
 
 `parameters` go to the method; those that may differ between adapters may stand with a model, or be a mapping from
-models' names to values.  Paths that exist beside the recipe file are meant relative to it.
+models' names to values, or a list in their order.  Paths that exist beside the recipe file are meant relative to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field
 
-from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.core.keys import DTYPES
-from weightsmith.core.method import Parameter
-from weightsmith.io.read.small import read_small
+from weightsmith.core.errors import RecipeError
 from weightsmith.lora.rules import METHODS, Averaged, Combine, SharedBasis, named
-from weightsmith.recipe.check import spell
-from weightsmith.recipe.override import override
-from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
-from weightsmith.recipe.schema import StageSpec
+from weightsmith.recipe.check import Checker, Slot, written
+from weightsmith.recipe.fields import Located, StageSpec, Values, WideDtype, WithParameters
+from weightsmith.recipe.fields import named as by_name
+from weightsmith.recipe.grammar import Fault, Grammar, Reading
+from weightsmith.recipe.load import read_file, read_text
 
-__all__ = ["AdapterRecipe", "AdapterRef", "built", "load", "loads", "method_of"]
+__all__ = ["AdapterRecipe", "AdapterRef", "load", "loads", "method_of"]
+
+Method = Combine | SharedBasis | Averaged
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class AdapterRef(BaseModel):
+class AdapterRef(WithParameters):
     """One adapter: its folder.  Any further key is a parameter of the method for this adapter alone."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-
-    model: Annotated[str, Field(description="folder with adapter_config.json")]
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+    model: Located = Field(description="folder with adapter_config.json", examples=["PATH"])
 
 
-class AdapterOutput(_Frozen):
+class AdapterOutput(Grammar):
     """How the result is stored."""
 
-    dtype: str | None = Field(default=None, description="float32, bfloat16, ...; default: as the adapters store theirs")
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        floats = [d.name for d in DTYPES.values() if d.floating and d.itemsize > 1]
-        if value is not None and value not in floats:
-            raise ValueError(f"unknown dtype {value!r}{did_you_mean(value, floats)}")
-        return value
+    dtype: WideDtype | None = Field(
+        default=None, description="float32, bfloat16, ...; default: as the adapters store theirs"
+    )
 
 
-def _ref(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-class AdapterRecipe(_Frozen):
+class AdapterRecipe(Grammar):
     """Adapters in, one adapter out."""
 
-    models: dict[str, Annotated[AdapterRef, BeforeValidator(_ref)]] = Field(min_length=1)
-    method: StageSpec
+    ROOT: ClassVar[str] = "the recipe"
+
+    models: Annotated[dict[str, AdapterRef], by_name("adapters")] = Field(examples=["{math: path/to/adapter}"])
+    method: StageSpec = Field(examples=["svd"])
     base: str | None = Field(default=None, description="noted in the result as its base; default: the adapters' own")
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Values = Field(default_factory=dict)
     output: AdapterOutput = Field(default_factory=AdapterOutput)
     seed: int = Field(default=0, description="of the masks that are drawn")
 
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        refs = tree.get("models")
+        own = {name: AdapterRef.own(ref) for name, ref in refs.items()} if isinstance(refs, Mapping) else {}
+        check = Checker(own, ramps=False)
+        slots = []
+        for name, inline, here, inside in written(tree.get("method"), ("method",)):
+            found = named(name)
+            if isinstance(found, str):
+                check.say(here, found)
+            slot = Slot(None if isinstance(found, str) else found, name, inline or {}, inside)
+            check.inside(slot)
+            slots.append(slot)
+        outer = tree.get("parameters")
+        check.outside(outer, ("parameters",), [slots])
+        for name, parameters in own.items():
+            check.outside(parameters, ("models", name), [slots], keys=tuple(AdapterRef.model_fields))
+        yield from check.faults
+        if not check.faults and own and slots:
+            method = _method(slots[0].name, {**(outer or {}), **slots[0].inline}, own)
+            if said := method.check(len(own), False):
+                yield Fault(("method",), said)
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> AdapterRecipe:
-    """Read a recipe file; `overrides` are texts like 'parameters.density=0.3'.
-
-    Raises RecipeError: file, line, what is wrong, the nearest valid word.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
-    try:
-        text = read_small(path, MAX_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text; is this a recipe?") from None
-    return loads(text, str(path), overrides, path.absolute().parent)
+    """Read a recipe file; see `weightsmith.recipe.load.read_file`."""
+    return read_file(AdapterRecipe, path, overrides)
 
 
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: Path | None = None) -> AdapterRecipe:
-    """Read a recipe from text; `where` is what messages call it, `folder` what its paths are relative to."""
-    document = read(text, where)
-    for assignment in overrides:
-        override(document, assignment)
-    tree = document.tree
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{document.at(())}: a recipe is a mapping with models and method")
-    return built(document, _located(tree, folder))
+    """Read a recipe from text; see `weightsmith.recipe.load.read_text`."""
+    return read_text(AdapterRecipe, text, where, overrides, folder)
 
 
-def _located(tree: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The tree with the adapters' paths made absolute where they exist beside the recipe."""
-    models = tree.get("models")
-    if folder is None or not isinstance(models, dict):
-        return tree
-
-    def one(ref: Any) -> Any:
-        ref = _ref(ref)
-        if not isinstance(ref, dict) or not isinstance(ref.get("model"), str):
-            return ref
-        path = Path(ref["model"]).expanduser()
-        return {**ref, "model": str((folder / path).absolute()) if (folder / path).exists() else str(path)}
-
-    return {**tree, "models": {name: one(ref) for name, ref in models.items()}}
+def method_of(recipe: AdapterRecipe) -> Method:
+    """The method with all its parameters."""
+    own = {name: ref.parameters for name, ref in recipe.models.items()}
+    return _method(recipe.method.name, {**recipe.parameters, **recipe.method.parameters}, own)
 
 
-def built(document: Document, tree: Mapping[str, Any]) -> AdapterRecipe:
-    """The recipe that a tree of plain values says; RecipeError with the document's lines for what is wrong."""
-    try:
-        recipe = AdapterRecipe.model_validate({key: value for key, value in tree.items() if value is not None})
-    except ValidationError as error:
-        lines = dict.fromkeys(_said(document, detail) for detail in error.errors(include_url=False))
-        raise RecipeError("; ".join(lines)) from None
-    try:
-        method_of(recipe)
-    except RecipeError as error:
-        raise RecipeError(f"{document.at(('method',))}: {error}") from None
-    return recipe
-
-
-_FIELDS: Mapping[Place, type[BaseModel]] = {(): AdapterRecipe, ("output",): AdapterOutput}
-
-
-def _said(document: Document, detail: Any) -> str:
-    place: Place = tuple(step for step in detail["loc"] if not str(step).startswith("function-"))
-    where = document.at(place)
-    if detail["type"] == "extra_forbidden":
-        known = _FIELDS.get(place[:-1])
-        hint = did_you_mean(str(place[-1]), known.model_fields if known else ())
-        return f"{where}: unknown key {str(place[-1])!r} in {spell(place[:-1])}{hint}"
-    if detail["type"] == "missing":
-        return f"{where}: {spell(place[:-1])} has no {str(place[-1])!r}"
-    return f"{where}: {spell(place)}: {str(detail['msg']).removeprefix('Value error, ')}"
-
-
-def method_of(recipe: AdapterRecipe) -> Combine | SharedBasis | Averaged:
-    """The method with all its parameters; RecipeError for what it does not take."""
-    name, names = recipe.method.name, list(recipe.models)
+def _method(name: str, parameters: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> Method:
+    """The method called `name`; parameters that a model has of its own, or by its name, become lists in their order."""
     cls = named(name)
     if isinstance(cls, str):
         raise RecipeError(cls)
-    specs = {spec.name: spec for spec in cls.parameters()}
     given: dict[str, Any] = {}
-    for source in (recipe.parameters, recipe.method.parameters):
-        for key, value in source.items():
-            if key not in specs:
-                raise RecipeError(f"{name} has no parameter {key!r}{did_you_mean(key, specs)}")
-            given[key] = _by_name(value, specs[key], names) if isinstance(value, Mapping) else value
-            if isinstance(value, (list, tuple)) and len(value) != len(names):
-                raise RecipeError(f"{name}: {key} has {len(value)} values for {len(names)} adapters")
-    own = {model: ref.parameters for model, ref in recipe.models.items()}
-    for key in dict.fromkeys(key for parameters in own.values() for key in parameters):
-        if key not in specs or not specs[key].each:
-            able = [each for each, spec in specs.items() if spec.each]
-            problem = "is the same for all adapters" if key in specs else f"is unknown{did_you_mean(key, able)}"
-            raise RecipeError(f"{next(m for m, p in own.items() if key in p)}: parameter {key!r} of {name} {problem}")
-        usual = given.get(key, specs[key].default)
-        spread = usual if isinstance(usual, (list, tuple)) else [usual] * len(names)
-        given[key] = [own[model].get(key, spread[i]) for i, model in enumerate(names)]
-    method = METHODS[name](**{specs[key].field: value for key, value in given.items()})
-    said = method.check(len(names), False)
-    if said:
-        raise RecipeError(said)
-    return method
-
-
-def _by_name(value: Mapping[str, Any], spec: Parameter, names: Sequence[str]) -> list[Any]:
-    """{model: value} as a list in the recipe's order; a model that is left out has the default."""
-    for name in value:
-        if name not in names:
-            raise RecipeError(f"{spec.name}: there is no model {name!r}{did_you_mean(str(name), names)}")
-    return [value.get(name, spec.default) for name in names]
+    for spec in cls.parameters():
+        usual = parameters.get(spec.name, spec.default)
+        apart = isinstance(usual, Mapping) or any(spec.name in mine for mine in own.values())
+        if apart:
+            for_all = (
+                [usual.get(model, spec.default) for model in own]
+                if isinstance(usual, Mapping)
+                else (usual if isinstance(usual, (list, tuple)) else [usual] * len(own))
+            )
+            usual = [mine.get(spec.name, each) for mine, each in zip(own.values(), for_all, strict=True)]
+        if apart or spec.name in parameters:
+            given[spec.field] = usual
+    return METHODS[name](**given)

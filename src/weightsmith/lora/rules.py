@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightsmith.core.errors import did_you_mean
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Each, Stage, Traits, choice, number
+from weightsmith.core.method import Each, Stage, Traits, choice, number, registry
 from weightsmith.core.site import Site
 from weightsmith.methods.knots import Knots
 from weightsmith.methods.mwa import Mwa
@@ -268,4 +268,10 @@ _CLASSES: Mapping[str, type[Stage]] = {
 
 def named(method: str) -> type[Stage] | str:
     """The class that a method's parameters belong to, or what is wrong with the name."""
-    return _CLASSES.get(method) or f"unknown method {method!r} for adapters{did_you_mean(method, METHODS)}"
+    if method in _CLASSES:
+        return _CLASSES[method]
+    try:
+        registry(method)
+    except RecipeError:
+        return f"unknown method {method!r} for adapters{did_you_mean(method, METHODS)}"
+    return f'{method} merges models, not adapters; run it with "weightsmith merge"{did_you_mean("", METHODS)}'

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field
 
-from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.recipe.files import exists, expanded, text_of
-from weightsmith.recipe.override import override
-from weightsmith.recipe.reader import Document, read
+from weightsmith.core.errors import RecipeError
+from weightsmith.recipe.fields import Located, listed, named
+from weightsmith.recipe.grammar import Grammar, Reading, build
+from weightsmith.recipe.load import read_file, read_text
+from weightsmith.recipe.reader import Document, Location, Position
 from weightsmith.recipe.schema import Output
 
-__all__ = ["ROUTERS", "Expert", "MoeRecipe", "Prompt", "from_mergekit", "load", "loads"]
+__all__ = ["PROMPTED", "ROUTERS", "Expert", "MoeRecipe", "Prompt", "load", "loads"]
 
 Prompt = str | tuple[int, ...]
 """A text, or the numbers of its tokens."""
@@ -26,8 +27,6 @@ PROMPTED = ROUTERS[:4]
 
 def _prompts(value: Any) -> Any:
     """A text, a list of texts, or a list of lists of token numbers."""
-    if value is None:
-        return ()
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"should be a text or a list of texts, is {value!r}")
@@ -39,159 +38,129 @@ def _prompts(value: Any) -> Any:
 
 
 Prompts = Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
+Router = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
+Architecture = Literal["mixtral", "qwen", "qwen3", "deepseek", "glm4_moe"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Expert(_Frozen):
+class Expert(Grammar):
     """One donor of MLPs: a dense model, and the prompts that its row of the router is made from."""
 
-    model: str = Field(description="path, hub id[@revision], or a LoRA adapter on `base`")
+    SHORT: ClassVar[str] = "model"
+
+    model: Located = Field(description="path, hub id[@revision], or a LoRA adapter on `base`", examples=["PATH"])
     prompts: Prompts = Field(default=(), description="what this expert is for: texts, or lists of token numbers")
     avoid: Prompts = Field(default=(), description="what it is not for")
     noise: float = Field(default=0.0, ge=0, description="standard deviation of noise added to its MLPs")
     residual: float = Field(default=1.0, description="factor on its down projections")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
-
-class MoeRecipe(_Frozen):
+class MoeRecipe(Grammar):
     """Dense models of one shape in, one mixture of experts out.
 
     Attention, norms and embeddings come from `base`, the MLPs from `experts`, always-on MLPs from `shared`.
     """
 
-    base: str = Field(description="the dense model that all but the MLPs is taken from")
-    experts: dict[str, Expert] = Field(description="name -> expert, in order")
-    shared: dict[str, Expert] = Field(default_factory=dict, description="experts that every token goes through")
-    router: Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"] = Field(
-        default="hidden", description="how the rows of the routers are made"
+    ROOT: ClassVar[str] = "the recipe"
+
+    base: Located = Field(description="the dense model that all but the MLPs is taken from", examples=["PATH"])
+    experts: Annotated[dict[str, Expert], named("experts", ", as math: path/to/math")] = Field(
+        description="name -> expert, in order", examples=["{math: path/to/math}"]
     )
+    shared: dict[str, Expert] = Field(default_factory=dict, description="experts that every token goes through")
+    router: Router = Field(default="hidden", description="how the rows of the routers are made")
     site: Literal["residual", "mlp_input"] = Field(
         default="residual", description="which states the hidden routers are made from"
     )
     experts_per_token: int = Field(default=2, ge=1, description="how many experts a token goes through")
-    architecture: Literal["mixtral", "qwen", "qwen3", "deepseek", "glm4_moe"] | None = Field(
+    architecture: Architecture | None = Field(
         default=None, description="of the result; default: the first that can hold the inputs"
     )
     for_training: bool = Field(default=False, description="allow experts or prompts that are all alike")
     output: Output = Field(default_factory=Output, description="how the result is stored")
     seed: int = Field(default=0, description="of noise and of random routers")
 
+    @classmethod
+    def document(cls, documents: Sequence[Document]) -> Document:
+        document = super().document(documents)
+        tree = document.tree if isinstance(document.tree, dict) else {}
+        for wrong in ("method", "merge_method", "models"):
+            if wrong in tree and "experts" not in tree:
+                raise RecipeError(
+                    f'{document.at((wrong,))}: this recipe merges models; run it with "weightsmith merge"'
+                )
+        foreign = {"base_model", "gate_mode"} & tree.keys() or isinstance(tree.get("experts"), list)
+        return build(MergekitMoe, document, Reading()).native(document) if foreign else document
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> MoeRecipe:
-    """Read a recipe file; `overrides` are texts like 'experts_per_token=1'.
-
-    Raises RecipeError with every problem: file, line, what is wrong, the nearest valid word.
-    """
-    file = Path(path)
-    return loads(text_of(file), str(file), overrides, file.absolute().parent)
+    """Read a recipe file; see `weightsmith.recipe.load.read_file`."""
+    return read_file(MoeRecipe, path, overrides)
 
 
 def loads(text: str, where: str = "recipe", overrides: Sequence[str] = (), folder: Path | None = None) -> MoeRecipe:
-    """Read a recipe from text; `where` is what messages call it, `folder` what its paths are relative to."""
-    document = read(text, where)
-    for assignment in overrides:
-        override(document, assignment)
-    if not isinstance(document.tree, dict):
-        raise RecipeError(f"{document.at(())}: a recipe of a mixture is a mapping with base and experts")
-    tree = {key: value for key, value in document.tree.items() if value is not None}
-    if {"base_model", "gate_mode"} & tree.keys() or isinstance(tree.get("experts"), list):
-        tree = from_mergekit(tree, document)
-    for wrong, verb in (("method", "merge"), ("merge_method", "merge"), ("models", "merge")):
-        if wrong in tree and "experts" not in tree:
-            raise RecipeError(f'{document.at((wrong,))}: this recipe merges models; run it with "weightsmith {verb}"')
-    try:
-        recipe = MoeRecipe.model_validate(tree)
-    except ValidationError as error:
-        lines = [_told(document, detail) for detail in error.errors(include_url=False)]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
-    if not recipe.experts:
-        raise RecipeError(f"{document.at(('experts',))}: experts is empty; name at least one")
-    return recipe if folder is None else _located(recipe, folder)
-
-
-def _told(document: Document, detail: Any) -> str:
-    """What pydantic found, in the recipe's words."""
-    place = tuple(detail["loc"])
-    at, name = document.at(place), ".".join(map(str, place))
-    if detail["type"] == "extra_forbidden":
-        inner = place[0] in ("experts", "shared")
-        known = Output.model_fields if place[0] == "output" else (Expert if inner else MoeRecipe).model_fields
-        return f"{at}: unknown key {name!r}{did_you_mean(str(place[-1]), known)}"
-    if detail["type"] == "missing":
-        return f"{at}: the recipe has no {name!r}; write {place[-1]}: ..."
-    said = str(detail["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    shown = "" if detail["type"] == "value_error" else f", is {detail.get('input')!r}"[:80]
-    return f"{at}: {name} {said}{shown}"
-
-
-def _located(recipe: MoeRecipe, folder: Path) -> MoeRecipe:
-    """The same recipe, with paths that exist relative to its folder made absolute."""
-
-    def located(text: str) -> str:
-        path = expanded(text)
-        here = folder / path
-        return str(here.absolute()) if not path.is_absolute() and exists(here) else str(path) if "~" in text else text
-
-    def each(experts: Mapping[str, Expert]) -> dict[str, Expert]:
-        return {n: e.model_copy(update={"model": located(e.model)}) for n, e in experts.items()}
-
-    update = {"base": located(recipe.base), "experts": each(recipe.experts), "shared": each(recipe.shared)}
-    return recipe.model_copy(update=update)
+    """Read a recipe from text; see `weightsmith.recipe.load.read_text`."""
+    return read_text(MoeRecipe, text, where, overrides, folder)
 
 
 # --- mergekit-moe ----------------------------------------------------------------------------------
 
-_TOP = {
+_WORDS = {
     "base_model": "base",
     "gate_mode": "router",
-    "experts_per_token": "experts_per_token",
-    "architecture": "architecture",
-    "seed": "seed",
-}
-_EXPERT = {
+    "shared_experts": "shared",
     "source_model": "model",
     "positive_prompts": "prompts",
     "negative_prompts": "avoid",
     "noise_scale": "noise",
     "residual_scale": "residual",
 }
+"""Words that are other ones here."""
 
 
-def from_mergekit(tree: Mapping[str, Any], document: Document) -> dict[str, Any]:
-    """A mergekit-moe config in this project's words; experts are named after their folders."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key in _TOP:
-            out[_TOP[key]] = value
-        elif key == "dtype":
-            out["output"] = {"dtype": value}
-        elif key in ("experts", "shared_experts"):
-            out["shared" if key == "shared_experts" else key] = _experts(key, value, document)
-        else:
-            known = [*_TOP, "dtype", "experts", "shared_experts"]
-            raise RecipeError(f"{document.at((key,))}: unknown key {key!r} in a mergekit-moe config"
-                              f"{did_you_mean(key, known)}")  # fmt: skip
-    return out
+class MergekitExpert(Grammar):
+    source_model: str = Field(examples=["PATH"])
+    positive_prompts: Any = None
+    negative_prompts: Any = None
+    noise_scale: Any = None
+    residual_scale: Any = None
 
 
-def _experts(key: str, value: Any, document: Document) -> dict[str, Any]:
-    if not isinstance(value, list):
-        raise RecipeError(f"{document.at((key,))}: {key} should be a list of experts, each with a source_model")
-    out: dict[str, Any] = {}
-    for i, entry in enumerate(value):
-        if not isinstance(entry, dict) or not isinstance(entry.get("source_model"), str):
-            raise RecipeError(f"{document.at((key, i))}: expert {i} has no source_model; write source_model: path")
-        for word in entry:
-            if word not in _EXPERT:
-                raise RecipeError(f"{document.at((key, i, word))}: unknown key {word!r}{did_you_mean(word, _EXPERT)}")
-        stem = Path(entry["source_model"].partition("@")[0]).name or f"expert{i}"
-        name = next(n for n in (stem, *(f"{stem}-{j}" for j in range(2, len(value) + 2))) if n not in out)
-        out[name] = {_EXPERT[word]: found for word, found in entry.items() if found is not None}
-    return out
+class MergekitMoe(Grammar):
+    """A config of mergekit-moe's.  Its values are checked as ours, under the positions of theirs."""
+
+    ROOT: ClassVar[str] = "the config"
+
+    base_model: Any = Field(examples=["PATH"])
+    gate_mode: Any = None
+    experts_per_token: Any = None
+    architecture: Any = None
+    seed: Any = None
+    dtype: Any = None
+    experts: Annotated[tuple[MergekitExpert, ...], listed("experts", 1)] = Field(examples=["[{source_model: PATH}]"])
+    shared_experts: Annotated[tuple[MergekitExpert, ...], listed("experts")] = ()
+
+    def native(self, source: Document) -> Document:
+        """The same in our words; experts are named after their folders."""
+        tree: dict[str, Any] = {}
+        positions: dict[Location, Position] = {(): source.at(())}
+        for word, value in self.model_dump(exclude_unset=True).items():
+            own = _WORDS.get(word, word)
+            positions[(own,)] = source.at((word,))
+            if word == "dtype":
+                tree["output"], positions[("output",)] = {"dtype": value}, source.at((word,))
+            elif word in ("experts", "shared_experts"):
+                tree[own] = _experts(value)
+                for i, (name, expert) in enumerate(zip(tree[own], value, strict=True)):
+                    positions |= {(own, name, _WORDS[key]): source.at((word, i, key)) for key in expert}
+            else:
+                tree[own] = value
+        return Document(source.where, tree, positions)
+
+
+def _experts(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i, expert in enumerate(given):
+        stem = Path(expert["source_model"].partition("@")[0]).name or f"expert{i}"
+        name = next(n for n in (stem, *(f"{stem}-{j}" for j in range(2, len(given) + 2))) if n not in found)
+        found[name] = {_WORDS[word]: value for word, value in expert.items()}
+    return found

@@ -16,11 +16,10 @@ from typing import Any
 
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.keys import Key, plays
-from weightsmith.recipe.schema import OUTSIDE
+from weightsmith.recipe.fields import OUTSIDE
 
-__all__ = ["CASE_KEYS", "MISSING", "applies", "choose", "is_cases"]
+__all__ = ["MISSING", "applies", "choose", "is_cases"]
 
-CASE_KEYS = ("match", "role", "layers", "value")
 MISSING = object()
 """What `choose` returns where nothing is said about a tensor."""
 

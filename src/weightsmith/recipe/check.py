@@ -1,305 +1,302 @@
-"""What a recipe says about methods and their parameters, checked against the methods themselves.
+"""What a file says about methods and their parameters, checked against the methods themselves.
 
-Works on plain values with places, so that every problem has a line and all come out together,
-however many other things are wrong with the recipe.
+Works on values as written, so that all that is wrong comes out together, however much else is wrong with the file.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.core.keys import RULE_ROLES
-from weightsmith.core.method import Method, Parameter, Pipeline, Stage, registry
-from weightsmith.recipe.aliases import expand
-from weightsmith.recipe.cases import CASE_KEYS, is_cases
-from weightsmith.recipe.reader import Place
-from weightsmith.recipe.schema import OUTSIDE, ModelRef, is_composed
+from pydantic import ValidationError
 
-__all__ = ["Problem", "check_methods", "spell"]
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.method import Codec, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.recipe.aliases import expand
+from weightsmith.recipe.cases import is_cases
+from weightsmith.recipe.fields import Case, StageSpec
+from weightsmith.recipe.grammar import PYTHON, Fault, unknown
+from weightsmith.recipe.reader import Location, plain_scalar, spell
+
+__all__ = ["KEEP", "Checker", "Slot", "claimants", "completed", "method_faults", "written"]
 
 KEEP = "keep"
 """The one-word treatment of a rule that takes the base's tensor."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, and where in the recipe."""
-
-    place: Place
-    text: str
+# --- stages ----------------------------------------------------------------------------------------
 
 
-def spell(place: Place) -> str:
-    """('rules', 0, 'parameters') as 'rules[0].parameters'."""
-    words = [f"[{p}]" if isinstance(p, int) else f".{p}" for p in place]
-    return "".join(words).removeprefix(".") or "the recipe"
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One stage of a pipeline as written.
 
-
-@dataclass(frozen=True)
-class _Written:
-    """One stage as written: its class, if the name is known, and what is set inside it."""
+    cls      None where no method has the name
+    inline   the parameters inside it, and `inside` their location
+    implied  nobody wrote it, see `completed`
+    """
 
     cls: type[Stage] | None
     name: str
     inline: Mapping[str, Any]
-    place: Place  # of the inline parameters
+    inside: Location = ()
+    implied: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
         specs = self.cls.parameters() if self.cls is not None else ()
         return next((p for p in specs if p.name == name), None)
 
 
-_Group = Sequence[_Written]
+def completed(slots: Sequence[Slot]) -> Sequence[Slot]:
+    """Filters and codecs alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
+    if any(slot.cls is not None and issubclass(slot.cls, Method) for slot in slots):
+        return slots
+    behind = [s for s in slots if s.cls is not None and (s.cls.traits.after or issubclass(s.cls, Codec))]
+    before = [s for s in slots if s not in behind]
+    return [*before, Slot(registry("task_arithmetic"), "task_arithmetic", {}, implied=True), *behind]
 
 
-def check_methods(tree: Mapping[str, Any]) -> list[Problem]:
-    """Problems with methods and parameters, wherever a recipe may name them: each with its place.
+def claimants(slots: Sequence[Slot], name: str) -> list[Slot]:
+    """The stages that a parameter written outside them may go to: those that do not set it inside, if there are any."""
+    takers = [s for s in slots if s.parameter(name) is not None]
+    takers = [s for s in takers if not s.implied] or takers  # the lambda of `consensus` is its own, not its sum's
+    return [s for s in takers if name not in s.inline] or takers
 
-    A parameter outside the stages belongs to the one stage that has it and does not set it inside.
+
+def written(method: Any, location: Location) -> Iterator[tuple[str, Any, Location, Location]]:
+    """Name, parameters, and the locations of both, of every stage that is written as one; others are faults by type."""
+    listed = isinstance(method, (list, tuple))
+    for i, stage in enumerate(method if listed else [method]):
+        here = (*location, i) if listed else location
+        if isinstance(stage, StageSpec):
+            yield stage.name, stage.parameters, here, here
+        elif isinstance(stage, str):
+            yield stage, {}, here, here
+        elif isinstance(stage, Mapping) and "name" in stage:
+            if isinstance(stage["name"], str):
+                yield stage["name"], stage.get("parameters"), here, (*here, "parameters")
+        elif isinstance(stage, Mapping) and len(stage) == 1:
+            ((name, parameters),) = stage.items()
+            yield name, parameters, here, (*here, name)
+
+
+# --- checks ----------------------------------------------------------------------------------------
+
+
+def method_faults(tree: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> list[Fault]:
+    """Faults of methods and parameters, wherever a recipe may name them.
+
+    own   model -> the parameters that stand with it
+    keys  what else may stand there
     """
-    checker = _Checker(tree)
-    checker.run()
-    return checker.problems
+    check = Checker(own)
+    main = check.stages(tree.get("method", ()), ("method",))
+    rules = [_parts(rule) for rule in _list(tree.get("rules"))]
+    replaced = [
+        main if rule.get("method") is None else check.stages(rule["method"], ("rules", i, "method"))
+        for i, rule in enumerate(rules)
+    ]
+    groups = [main, *(group for group in replaced if group is not main)]
+    for slot in (slot for group in groups for slot in group):
+        check.inside(slot)
+    check.outside(tree.get("parameters"), ("parameters",), groups)
+    for name, parameters in own.items():
+        check.outside(parameters, ("models", name), groups, keys=tuple(keys))
+    for i, (rule, group) in enumerate(zip(rules, replaced, strict=True)):
+        check.outside(rule.get("parameters"), ("rules", i, "parameters"), [group], replaces=True)
+    return check.faults
 
 
-class _Checker:
-    def __init__(self, tree: Mapping[str, Any]) -> None:
-        self.tree = tree
-        self.problems: list[Problem] = []
-        models = tree.get("models")
-        self.models: Mapping[str, Any] = models if isinstance(models, Mapping) else {}
+class Checker:
+    """Collects the faults of methods and parameters.
 
-    def run(self) -> None:
-        tree = self.tree
-        main = self.stages(tree["method"], ("method",)) if "method" in tree else []
-        if any(s.name == KEEP for s in main):
-            self.say(("method",), "method 'keep' takes the base's tensor; it is for rules, not for the whole recipe")
-        rules = [r if isinstance(r, Mapping) else {} for r in _list(tree.get("rules"))]
-        groups: list[_Group] = [main]
-        effective: list[_Group] = []
-        for i, rule in enumerate(rules):
-            own = self.stages(rule["method"], ("rules", i, "method")) if rule.get("method") is not None else None
-            effective.append(main if own is None else own)
-            if own is not None:
-                groups.append(own)
-        for stage in (s for group in groups for s in group):
-            self.inline(stage)
-        self.outer(tree.get("parameters"), ("parameters",), groups)
-        for name, ref in self.models.items():
-            if isinstance(ref, Mapping) and not is_composed(ref):
-                extra = {k: v for k, v in ref.items() if k not in ModelRef.model_fields}
-                self.outer(extra, ("models", name), groups, per_model=True)
-        for i, (rule, group) in enumerate(zip(rules, effective, strict=True)):
-            self.outer(rule.get("parameters"), ("rules", i, "parameters"), [group], overrides=True)
+    models  their names
+    ramps   a list is a ramp over depth; else it is one value per model
+    """
 
-    def say(self, place: Place, text: str) -> None:
-        self.problems.append(Problem(place, text))
+    def __init__(self, models: Collection[str], *, ramps: bool = True) -> None:
+        self.models, self.ramps = models, ramps
+        self.faults: list[Fault] = []
 
-    # -- stages
+    def say(self, location: Location, text: str, form: str = "said") -> None:
+        self.faults.append(Fault(location, text, form))
 
-    def stages(self, value: Any, place: Place) -> list[_Written]:
-        """Read a method or pipeline; what cannot be read is a problem and a stage without a class."""
-        if isinstance(value, (list, tuple)):
-            found = [stage for i, v in enumerate(value) for stage in self.stage(v, (*place, i))]
-            if not found:
-                self.say(place, f"{spell(place)} is an empty list; name a method")
-        else:
-            found = self.stage(value, place)
-        self.one_method(found, place)
-        return found
-
-    def stage(self, value: Any, place: Place) -> list[_Written]:
-        """One stage as written; several where it names a pipeline."""
-        name: Any
-        inline: Any = {}
-        inside = place
-        if isinstance(value, str):
-            name = value
-        elif isinstance(value, Mapping) and "name" in value:
-            name, inline, inside = value["name"], value.get("parameters"), (*place, "parameters")
-            for key in value.keys() - {"name", "parameters"}:
-                self.say((*place, key), f"unknown key {key!r} in {spell(place)}; known: name, parameters")
-        elif isinstance(value, Mapping) and len(value) == 1:
-            ((name, inline),) = value.items()
-            inside = (*place, name)
-        else:
-            example = "write one as {ties: {density: 0.3}}, several as a list: [dare, ties]"
-            self.say(place, f"{spell(place)} should name one method per stage; {example}")
-            return [_Written(None, "", {}, place)]
-        if inline is None:
-            inline = {}
-        if not isinstance(inline, Mapping):
-            self.say(inside, f"{spell(inside)} should be a mapping of parameters, is {inline!r}")
-            inline = {}
-        if not isinstance(name, str):
-            self.say(place, f"{spell(place)}: a method's name should be a word, is {name!r}")
-            return [_Written(None, "", {}, place)]
-        return [_Written(self.look_up(n, place), n, own, inside) for n, own in expand(name, inline)]
-
-    def look_up(self, name: str, place: Place) -> type[Stage] | None:
+    def stages(self, method: Any, location: Location) -> list[Slot]:
+        """The stages of a pipeline; it has one method, filters and codecs alone are put around task arithmetic."""
+        slots: list[Slot] = []
+        for name, parameters, here, inside in written(method, location):
+            for stage, own in expand(name, parameters if isinstance(parameters, Mapping) else {}):
+                cls = None
+                try:
+                    cls = registry(stage)
+                except RecipeError as error:
+                    self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})")
+                slots.append(Slot(cls, stage, own, inside))
+        if not slots or any(slot.cls is None for slot in slots):
+            return slots
+        for slot in slots:
+            if slot.cls is not None and slot.cls.traits.alone and len(slots) > 1:
+                self.say(location, f"{slot.name} stores the models' own changes; it takes no other stage beside it")
+                return slots
+        slots = list(completed(slots))
         try:
-            return registry(name)
+            _ = Pipeline(tuple(slot.cls() for slot in slots if slot.cls is not None)).method
         except RecipeError as error:
-            self.say(place, f"{error}" if place == ("method",) else f"{error} (in {spell(place)})")
-            return None
+            self.say(location, f"{spell(location)}: {error}")
+        return slots
 
-    def one_method(self, stages: _Group, place: Place) -> None:
-        """A pipeline of known stages has one method; filters and codecs alone are put around task arithmetic."""
-        classes = [s.cls for s in stages if s.cls is not None]
-        if len(classes) < len(stages) or not any(issubclass(cls, Method) for cls in classes):
+    def inside(self, slot: Slot) -> None:
+        """Check the parameters written inside a stage."""
+        if slot.cls is None:
             return
-        try:
-            _ = Pipeline(tuple(cls() for cls in classes)).method
-        except RecipeError as error:
-            self.say(place, f"{spell(place)}: {error}")
-
-    # -- parameters
-
-    def inline(self, stage: _Written) -> None:
-        if stage.cls is None:
-            return
-        known = [p.name for p in stage.cls.parameters()]
-        for name, value in stage.inline.items():
-            spec = stage.parameter(name)
+        known = [p.name for p in slot.cls.parameters()]
+        for name, value in slot.inline.items():
+            here, spec = (*slot.inside, name), slot.parameter(name)
             if spec is None:
-                self.unknown(name, stage.place, known, (stage.name,))
+                self.unknown(here, known, [slot])
             else:
-                self.value(spec, value, (*stage.place, name), stage.name)
+                self.value(spec, value, here, slot.name)
 
-    def outer(
-        self, values: Any, place: Place, groups: Sequence[_Group], *, per_model: bool = False, overrides: bool = False
+    def outside(
+        self,
+        values: Any,
+        location: Location,
+        groups: Sequence[Sequence[Slot]],
+        *,
+        keys: Sequence[str] | None = None,
+        replaces: bool = False,
     ) -> None:
-        """Check parameters written outside the stages.  `overrides`: they replace what is written inside."""
-        if values is None:
-            return
+        """Check parameters written outside the stages.
+
+        keys      they stand with a model, beside these keys
+        replaces  they replace what is written inside the stages, as those of a rule do
+        """
         if not isinstance(values, Mapping):
-            self.say(place, f"{spell(place)} should be a mapping of parameters, is {values!r}")
-            return
-        stages = [s for group in groups for s in group]
-        known = {p.name: p for s in stages if s.cls is not None for p in s.cls.parameters()}
-        offered = [p.name for p in known.values() if p.each or not per_model]
-        if per_model:
-            offered += list(ModelRef.model_fields)
+            return  # absent, or a fault by type
+        slots = [slot for group in groups for slot in group]
+        known = {p.name: p for slot in slots if slot.cls is not None for p in slot.cls.parameters()}
+        offered = [p.name for p in known.values() if p.each or keys is None] + list(keys or ())
         for name, value in values.items():
-            here = (*place, name)
+            here = (*location, name)
             if name not in known:
                 # An unknown method may have any parameter, but hardly one that looks like a misspelt other.
-                certain = bool(stages) and all(s.cls is not None for s in stages)
+                certain = bool(slots) and all(slot.cls is not None for slot in slots)
                 if certain or difflib.get_close_matches(name, offered, n=1, cutoff=0.75):
-                    self.unknown(name, place, offered, [s.name for s in stages])
+                    self.unknown(here, offered, slots)
                 continue
-            takers = self.takers(name, groups, here, overrides=overrides)
-            for stage in takers:
-                spec = stage.parameter(name)
+            for slot in self.takers(name, groups, here, replaces=replaces):
+                spec = slot.parameter(name)
                 assert spec is not None
-                if per_model and not spec.each:
+                if keys is None:
+                    self.value(spec, value, here, slot.name)
+                elif not spec.each:
                     self.say(
-                        here, f"{stage.name} takes one {name} for all models; move it from {spell(place)} to parameters"
+                        here,
+                        f"{slot.name} takes one {name} for all models; move it from {spell(location)} to parameters",
                     )
-                elif per_model and isinstance(value, Mapping):
-                    self.say(here, f"{spell(here)} is for this model alone; it takes a number, not a mapping")
+                elif isinstance(value, Mapping):
+                    self.say(here, "is for this model alone; it takes a number, not a mapping", "value")
                 else:
-                    self.value(spec, value, here, stage.name)
+                    self.value(spec, value, here, slot.name)
 
-    def takers(self, name: str, groups: Sequence[_Group], here: Place, *, overrides: bool) -> list[_Written]:
+    def takers(self, name: str, groups: Sequence[Sequence[Slot]], here: Location, *, replaces: bool) -> list[Slot]:
         """The stages that a value from outside goes to: in each pipeline the one that does not set it inside."""
-        found: dict[type[Stage], _Written] = {}
+        found: dict[type[Stage] | None, Slot] = {}
         for group in groups:
-            having = [s for s in group if s.parameter(name) is not None]
-            rivals = [s for s in having if name not in s.inline]
+            claims = claimants(group, name)
+            rivals = [s for s in claims if name not in s.inline]
             if len(rivals) > 1:
                 names = " and ".join(dict.fromkeys(s.name for s in rivals))
                 self.say(here, f"{name!r} belongs to {names}; write it inside the stage it is meant for, "
                                f"as {{{rivals[0].name}: {{{name}: ...}}}}")  # fmt: skip
                 return []
-            chosen = rivals or (having if overrides else [])
-            found |= {s.cls: s for s in chosen if s.cls is not None}
+            found |= {s.cls: s for s in rivals or (claims if replaces else [])}
         if not found:
             owner = next(s.name for group in groups for s in group if s.parameter(name) is not None)
-            self.say(
-                here, f"{name!r} is set inside the stage {owner!r} and again in {spell(here[:-1])}; keep one of them"
-            )
+            again = spell(here[:-1])
+            self.say(here, f"{name!r} is set inside the stage {owner!r} and again in {again}; keep one of them")
         return list(found.values())
 
-    def unknown(self, name: str, place: Place, known: Sequence[str], stages: Iterable[str]) -> None:
-        where = f"unknown key {name!r} in {spell(place)}"
-        if not known:
-            self.say((*place, name), f"{where}; {', '.join(dict.fromkeys(stages))} takes no parameters")
+    def unknown(self, location: Location, known: Sequence[str], slots: Iterable[Slot]) -> None:
+        if known:
+            self.faults.append(unknown(location, known))
         else:
-            self.say((*place, name), f"{where}{did_you_mean(name, known)}")
+            names = ", ".join(dict.fromkeys(slot.name for slot in slots))
+            self.faults.append(
+                Fault(location, f"unknown key {location[-1]!r}", "unknown", f"; {names} takes no parameters")
+            )
 
-    def value(self, spec: Parameter, value: Any, place: Place, method: str, *, nested: bool = False) -> None:
+    # -- values
+
+    def value(self, spec: Parameter, value: Any, location: Location, who: str, *, nested: bool = False) -> None:
         """One value, a ramp over depth, cases by tensor, or one of these per model."""
-        if is_cases(value):
-            self.cases(spec, value, place, method, nested=nested)
+        if self.ramps and is_cases(value):
+            self.cases(spec, value, location, who, nested=nested)
         elif isinstance(value, Mapping):
             if nested:
-                self.say(place, f"{spell(place)} takes a number or a list of numbers, not a mapping")
+                self.say(location, "takes a number or a list of numbers, not a mapping", "value")
             elif not spec.each:
-                self.say(place, f"{method} takes one {spec.name} for all models, not one per model")
+                self.say(location, f"{who} takes one {spec.name} for all models, not one per model")
             else:
-                for name, inner in value.items():
-                    if name not in self.models:
-                        self.say(
-                            (*place, name), f"unknown model {name!r} in {spell(place)}{did_you_mean(name, self.models)}"
-                        )
-                    else:
-                        self.value(spec, inner, (*place, name), method, nested=True)
+                self.per_model(spec, value, location, who)
         elif isinstance(value, (list, tuple)):
-            self.ramp(spec, value, place, method)
+            self.ramp(spec, value, location, who) if self.ramps else self.each(spec, value, location, who)
         elif text := spec.check(value):
-            self.say(place, f"{method}: {text}")
+            self.say(location, f"{who}: {text}")
 
-    def cases(self, spec: Parameter, cases: Sequence[Any], place: Place, method: str, *, nested: bool) -> None:
+    def per_model(self, spec: Parameter, values: Mapping[str, Any], location: Location, who: str) -> None:
+        for name, value in values.items():
+            here = (*location, name)
+            if name not in self.models:
+                hint = did_you_mean(str(name), self.models)
+                self.faults.append(Fault(here, f"unknown model {name!r}", "unknown", hint))
+            else:
+                self.value(spec, value, here, who, nested=True)
+
+    def cases(self, spec: Parameter, cases: Sequence[Any], location: Location, who: str, *, nested: bool) -> None:
         for i, case in enumerate(cases):
-            here = (*place, i)
+            here = (*location, i)
             if not isinstance(case, Mapping):
                 if i + 1 < len(cases):
-                    self.say(
-                        here, f"{spell(here)} is for every tensor, so that the cases behind it never count; put it last"
-                    )
-                if case is not None:
-                    self.value(spec, case, here, method, nested=nested)
-                continue
-            for key in case.keys() - set(CASE_KEYS):
-                self.say((*here, key), f"unknown key {key!r} in {spell(here)}{did_you_mean(str(key), CASE_KEYS)}")
-            if "value" not in case:
-                self.say(here, f"{spell(here)} has no value; write {{match: GLOB, value: ...}}")
-            elif case["value"] is not None:
-                self.value(spec, case["value"], (*here, "value"), method, nested=nested)
-            for text in _selector_problems(case):
-                self.say(here, f"{spell(here)}: {text}")
+                    self.say(here, "is for every tensor, so that the cases behind it never count; put it last", "value")
+                value, inside = case, here
+            else:
+                value, inside = case.get("value"), (*here, "value")
+                try:
+                    Case.model_validate(case)
+                except ValidationError as error:
+                    faults = [Fault.caught(detail, Case, PYTHON) for detail in error.errors(include_url=False)]
+                    self.faults += [fault._replace(location=(*here, *fault.location)) for fault in faults]
+            if value is not None:
+                self.value(spec, value, inside, who, nested=nested)
 
-    def ramp(self, spec: Parameter, points: Sequence[Any], place: Place, method: str) -> None:
+    def ramp(self, spec: Parameter, points: Sequence[Any], location: Location, who: str) -> None:
         if spec.kind != "number":
             self.say(
-                place, f"{method}: {spec.name} takes one value ({spec.range}), not a list; lists of numbers are ramps"
+                location, f"{who}: {spec.name} takes one value ({spec.range}), not a list; lists of numbers are ramps"
             )
         elif not points:
-            self.say(place, f"{method}: {spec.name} is an empty list; a ramp needs at least one number")
+            self.say(location, f"{who}: {spec.name} is an empty list; a ramp needs at least one number")
         for i, point in enumerate(points if spec.kind == "number" else ()):
-            if isinstance(point, str):
-                self.say((*place, i), f"{method}: {spec.name} holds {point!r}; a ramp over depth takes numbers only")
+            if isinstance(point, str) and isinstance(plain_scalar(point), str):
+                self.say((*location, i), f"{who}: {spec.name} holds {point!r}; a ramp over depth takes numbers only")
             elif text := spec.check(point):
-                self.say((*place, i), f"{method}: {text}")
+                self.say((*location, i), f"{who}: {text}")
+
+    def each(self, spec: Parameter, values: Sequence[Any], location: Location, who: str) -> None:
+        """One value per model, in their order."""
+        if len(values) != len(self.models):
+            self.say(location, f"{who}: {spec.name} has {len(values)} values for {len(self.models)} models")
+        for i, value in enumerate(values):
+            if text := spec.check(value):
+                self.say((*location, i), f"{who}: {text}")
 
 
-def _selector_problems(case: Mapping[str, Any]) -> Iterable[str]:
-    for key in ("match", "role"):
-        words = case.get(key, "*")
-        listed = [words] if isinstance(words, str) else words
-        if not isinstance(listed, (list, tuple)) or not all(isinstance(w, str) for w in listed):
-            yield f"{key} should be a word or a list of words, is {words!r}"
-        elif key == "role" and words != "*":
-            yield from (f"unknown role {w!r}{did_you_mean(w, RULE_ROLES)}" for w in listed if w not in RULE_ROLES)
-    layers = case.get("layers")
-    numbers = isinstance(layers, (list, tuple)) and len(layers) == 2 and all(type(n) is int for n in layers)
-    if layers is not None and layers != OUTSIDE and not (numbers and 0 <= layers[0] < layers[1]):
-        yield f"layers should be two block numbers [start, end] or {OUTSIDE!r}, is {layers!r}"
+def _parts(rule: Any) -> Mapping[str, Any]:
+    """A rule's method and parameters, as written or as a model."""
+    return rule if isinstance(rule, Mapping) else {k: getattr(rule, k, None) for k in ("method", "parameters")}
 
 
 def _list(value: Any) -> Sequence[Any]:

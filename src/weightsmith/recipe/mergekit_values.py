@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weightsmith.recipe.fields import OUTSIDE
 from weightsmith.recipe.mergekit_methods import REQUIRED, Setting
-from weightsmith.recipe.reader import Place, plain_scalar
-from weightsmith.recipe.schema import OUTSIDE
+from weightsmith.recipe.reader import Location, plain_scalar
 
 __all__ = ["Bad", "Level", "Window", "native_value"]
 
@@ -22,17 +22,17 @@ __all__ = ["Bad", "Level", "Window", "native_value"]
 class Bad(Exception):
     """What is wrong with a setting, and where."""
 
-    def __init__(self, place: Place, text: str) -> None:
+    def __init__(self, location: Location, text: str) -> None:
         super().__init__(text)
-        self.place, self.text = place, text
+        self.location, self.text = location, text
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level's `parameters`, and its place in the document."""
+    """One level's `parameters`, and its location in the document."""
 
     values: Mapping[str, Any]
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def native_value(name: str, setting: Setting, levels: Sequence[Level], window: W
     Raises Bad.
     """
     cases: list[Any] = []
-    for filter, value, place in _said(name, levels):
+    for filter, value, location in _said(name, levels):
         if filter is None:
-            rest = _cases(setting, value, place, {})
+            rest = _cases(setting, value, location, {})
             return rest[-1] if not cases and len(rest) == 1 else [*cases, *rest]
-        match = _globs(filter, window, place)
+        match = _globs(filter, window, location)
         if match:
-            cases += _cases(setting, value, place, {"match": match[0] if len(match) == 1 else match})
+            cases += _cases(setting, value, location, {"match": match[0] if len(match) == 1 else match})
     if not cases:
         return None
     if setting.default is REQUIRED:
@@ -63,18 +63,18 @@ def native_value(name: str, setting: Setting, levels: Sequence[Level], window: W
     return cases if setting.default is None else [*cases, setting.convert(setting.default)]
 
 
-def _said(name: str, levels: Sequence[Level]) -> Iterator[tuple[str | None, Any, Place]]:
-    """(filter or None, value, place) in the order in which they are asked."""
+def _said(name: str, levels: Sequence[Level]) -> Iterator[tuple[str | None, Any, Location]]:
+    """(filter or None, value, location) in the order in which they are asked."""
     for level in levels:
         if level.values.get(name) is None:
             continue
-        value, place = level.values[name], (*level.place, name)
+        value, location = level.values[name], (*level.location, name)
         conditions = [value] if isinstance(value, Mapping) else value
         if not isinstance(conditions, list) or not any(isinstance(c, Mapping) for c in conditions):
-            yield None, value, place
+            yield None, value, location
             continue
         for i, condition in enumerate(conditions):
-            here = place if isinstance(value, Mapping) else (*place, i)
+            here = location if isinstance(value, Mapping) else (*location, i)
             if not isinstance(condition, Mapping) or "value" not in condition:
                 raise Bad(here, f"should be {{filter: ..., value: ...}}, is {condition!r}")
             for key in condition.keys() - {"filter", "value"}:
@@ -83,20 +83,20 @@ def _said(name: str, levels: Sequence[Level]) -> Iterator[tuple[str | None, Any,
             yield None if filter in (None, "*", "") else str(filter), condition["value"], (*here, "value")
 
 
-def _cases(setting: Setting, value: Any, place: Place, selector: Mapping[str, Any]) -> list[Any]:
+def _cases(setting: Setting, value: Any, location: Location, selector: Mapping[str, Any]) -> list[Any]:
     """One value as native cases: two where a gradient has to start anew outside the layers."""
-    points = [_scalar(setting, v, place) for v in (value if isinstance(value, list) else [value])]
+    points = [_scalar(setting, v, location) for v in (value if isinstance(value, list) else [value])]
     if not points:
-        raise Bad(place, "is an empty list; a gradient needs at least one value")
+        raise Bad(location, "is an empty list; a gradient needs at least one value")
     if setting.kind is not float and len(points) > 1:
-        raise Bad(place, f"a list is a gradient over layers, which {setting.kind.__name__} values cannot follow; "
+        raise Bad(location, f"a list is a gradient over layers, which {setting.kind.__name__} values cannot follow; "
                          f"write one value, or filters")  # fmt: skip
     inside: Any = points[0] if len(set(points)) == 1 else points
     outside = [{**selector, "layers": OUTSIDE, "value": points[0]}] if isinstance(inside, list) else []
     return [*outside, {**selector, "value": inside} if selector else inside]
 
 
-def _scalar(setting: Setting, value: Any, place: Place) -> Any:
+def _scalar(setting: Setting, value: Any, location: Location) -> Any:
     """A number or flag, however YAML writes it ('1e-5' and "0.5" are numbers, 1 is true for a flag)."""
     plain = plain_scalar(value) if isinstance(value, str) else value
     if setting.kind is bool and plain in (0, 1):
@@ -104,16 +104,16 @@ def _scalar(setting: Setting, value: Any, place: Place) -> Any:
     if setting.kind is not bool and isinstance(plain, (int, float)) and not isinstance(plain, bool):
         return setting.convert(int(plain) if setting.kind is int and plain == int(plain) else plain)
     wanted = {bool: "true or false", int: "a whole number"}.get(setting.kind, "a number")
-    raise Bad(place, f"should be {wanted}, is {value!r}")
+    raise Bad(location, f"should be {wanted}, is {value!r}")
 
 
-def _globs(filter: str, window: Window, place: Place) -> list[str]:
+def _globs(filter: str, window: Window, location: Location) -> list[str]:
     """The globs that match the slice's names where the filter is a part of the model's own names."""
     if not window.start or not (found := _layer_number(filter)):
         return [f"*{_literal(filter)}*"]
     before, digits, after = filter[: found.start()], found[0], filter[found.end() :]
     if not before:
-        raise Bad(place, f"filter {filter!r} begins with a number; write the word before it too, as layers.{filter}")
+        raise Bad(location, f"filter {filter!r} begins with a number; write the word before it too, as layers.{filter}")
     numbers = range(window.start, window.start + window.length)
     meant = [n for n in numbers if (str(n) == digits if after else str(n).startswith(digits))]
     return [f"*{_literal(before)}{n - window.start}{_literal(after or '.')}*" for n in meant]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from weightsmith.core.errors import RecipeError
-from weightsmith.recipe.check import spell
-from weightsmith.recipe.reader import Document, Place, read
+from weightsmith.recipe.reader import Document, Location, Position, read, spell
 
 __all__ = ["override"]
 
@@ -20,25 +19,25 @@ def override(document: Document, text: str) -> None:
     target = document.tree
     if not isinstance(target, dict):
         return  # not a recipe at all; the loader says so
-    place: Place = ()
+    location: Location = ()
     words = path.strip().split(".")
     while True:
         step, words = _step(target, words, label)
-        place = (*place, step)
+        location = (*location, step)
         if not words:
             break
         inner = target[step] if isinstance(step, int) else target.setdefault(step, {})
-        if inner is None or (isinstance(inner, str) and place[0] in ("base", "models")):
+        if inner is None or (isinstance(inner, str) and location[0] in ("base", "models")):
             inner = target[step] = {} if inner is None else {"model": inner}
         if not isinstance(inner, (dict, list)):
-            raise RecipeError(f"{label}: {spell(place)} is {inner!r}; it has no {words[0]!r} inside")
+            raise RecipeError(f"{label}: {spell(location)} is {inner!r}; it has no {words[0]!r} inside")
         target = inner
     # Globs need no second pair of quotes here: nothing on a command line can be a YAML alias.
     glob = value.startswith("*")
     target[step] = value if glob else read(value, label).tree if value.strip() else None
-    for known in [p for p in document.lines if p[: len(place)] == place]:
-        del document.lines[known]
-    document.lines[place] = label
+    for known in [known for known in document.positions if known[: len(location)] == location]:
+        del document.positions[known]
+    document.positions[location] = Position(label)
 
 
 def _step(target: Any, words: list[str], label: str) -> tuple[Any, list[str]]:

@@ -1,4 +1,4 @@
-"""YAML or JSON text to plain values, with the line of every one of them.
+"""YAML or JSON text to plain values, with the position of every one of them.
 
 Read from parser events, not through a YAML constructor: nothing in the text can name a Python
 object, duplicate keys and tags are refused, aliases cannot grow without limit, and a number is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -19,7 +19,6 @@ from ruamel.yaml.events import (
     DocumentStartEvent,
     Event,
     MappingEndEvent,
-    MappingStartEvent,
     NodeEvent,
     ScalarEvent,
     SequenceEndEvent,
@@ -28,15 +27,26 @@ from ruamel.yaml.events import (
 
 from weightsmith.core.errors import RecipeError
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "Document", "Place", "plain_scalar", "read", "read_all"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_DEPTH",
+    "MAX_VALUES",
+    "Document",
+    "Location",
+    "Position",
+    "plain_scalar",
+    "read",
+    "read_all",
+    "spell",
+]  # fmt: skip
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
 MAX_VALUES = 100_000
 """Values after aliases are expanded."""
 
-Place = tuple[str | int, ...]
-"""Where a value is: ('rules', 0, 'parameters', 'weight')."""
+Location = tuple[str | int, ...]
+"""Where a value is among the values: ('rules', 0, 'parameters', 'weight')."""
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -61,19 +71,41 @@ def plain_scalar(text: str) -> Any:
     return text
 
 
+def spell(location: Location, root: str = "the recipe") -> str:
+    """('rules', 0, 'parameters') as 'rules[0].parameters'; the whole is `root`."""
+    words = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location]
+    return "".join(words).removeprefix(".") or root
+
+
+class Position(NamedTuple):
+    """Where a value is in a text: file, line and column, from 1; without a line, an option of the command line."""
+
+    where: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.where}:{self.line}:{self.column}" if self.line else self.where
+
+    @classmethod
+    def of(cls, where: str, mark: Any) -> Position:
+        """The position of one of ruamel's marks, which count from 0."""
+        return cls(where, mark.line + 1, mark.column + 1)
+
+
 @dataclass
 class Document:
-    """A parsed text: the values, and for each place the words an error message starts with ('recipe.yaml:7')."""
+    """A parsed text: its values, and the position of each."""
 
     where: str
     tree: Any
-    lines: dict[Place, str] = field(default_factory=dict)
+    positions: dict[Location, Position] = field(default_factory=dict)
 
-    def at(self, place: Place) -> str:
-        """'recipe.yaml:7' for a place, or for the nearest enclosing one that was written down."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        return self.lines.get(place, self.where)
+    def at(self, location: Location) -> Position:
+        """The position of a value, or of the nearest enclosing one that was written down."""
+        while location and location not in self.positions:
+            location = location[:-1]
+        return self.positions.get(location, Position(self.where))
 
 
 def read(text: str, where: str) -> Document:
@@ -100,9 +132,9 @@ def read_all(text: str, where: str) -> list[Document]:
         return reader.documents(YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
+        at = Position(where) if mark is None else Position.of(where, mark)
         said = (error.problem or error.context or "").splitlines() or ["unreadable"]
-        raise RecipeError(f"{where}{line}: not valid YAML: {said[0]}") from None
+        raise RecipeError(f"{at}: not valid YAML: {said[0]}") from None
     except (YAMLError, ValueError) as error:
         said = str(error).splitlines() or ["unreadable"]
         raise RecipeError(f"{where}: not valid YAML: {said[0]}") from None
@@ -117,15 +149,6 @@ def _join_surrogates(match: re.Match[str]) -> str:
     return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A value with the number of values in it and the lines of what is inside, by place relative to it."""
-
-    value: Any
-    size: int
-    lines: dict[Place, int]
-
-
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copy(v) for k, v in value.items()}
@@ -133,26 +156,30 @@ def _copy(value: Any) -> Any:
 
 
 class _Reader:
+    """Turns parser events into values; `positions` are those of the document that is being read."""
+
     def __init__(self, where: str) -> None:
         self.where = where
         self.size = 0
-        self.anchors: dict[str, _Value] = {}
+        self.anchors: dict[str, tuple[Any, int]] = {}  # name -> value, and how many values are in it
+        self.positions: dict[Location, Position] = {}
 
     def documents(self, events: Iterator[Event]) -> list[Document]:
-        found: list[_Value] = []
+        found: list[Document] = []
         for event in events:
             if isinstance(event, DocumentStartEvent):
-                self.anchors = {}
+                self.anchors, self.positions = {}, {}
             elif isinstance(event, NodeEvent):
-                found.append(self.value(event, events, 0))
+                found.append(Document(self.where, self.value(event, events, ()), self.positions))
         if not found:
             raise RecipeError(f"{self.where}: the text is empty")
-        return [
-            Document(self.where, one.value, {p: f"{self.where}:{n}" for p, n in one.lines.items()}) for one in found
-        ]
+        return found
+
+    def at(self, event: Event) -> Position:
+        return Position.of(self.where, event.start_mark)
 
     def refuse(self, event: Event, text: str) -> NoReturn:
-        raise RecipeError(f"{self.where}:{event.start_mark.line + 1}: {text}")
+        raise RecipeError(f"{self.at(event)}: {text}")
 
     def text(self, event: ScalarEvent) -> str:
         text: str = event.value
@@ -165,60 +192,52 @@ class _Reader:
         if self.size > MAX_VALUES:
             self.refuse(event, f"more than {MAX_VALUES:,} values (aliases count as often as they are used)")
 
-    def value(self, event: Event, events: Iterator[Event], depth: int) -> _Value:
-        if depth > MAX_DEPTH:
+    def value(self, event: Event, events: Iterator[Event], location: Location) -> Any:
+        if len(location) > MAX_DEPTH:
             self.refuse(event, f"nested more than {MAX_DEPTH} deep")
+        self.positions.setdefault(location, self.at(event))  # in a mapping it is the key's
         if isinstance(event, AliasEvent):
-            known = self.anchors.get(str(event.anchor))
-            if known is None:
+            if event.anchor not in self.anchors:
                 self.refuse(
                     event, f"alias *{event.anchor} stands for nothing written before it; put words with a * in quotes"
                 )
-            self.count(event, known.size)
-            return _Value(_copy(known.value), known.size, known.lines)  # an override must not change both
+            value, size = self.anchors[event.anchor]
+            self.count(event, size)
+            return _copy(value)  # an override must not change both
         if (tag := getattr(event, "tag", None)) is not None:
             self.refuse(event, f"tags are not read: {tag}")
         self.count(event, 1)
         before = self.size
         if isinstance(event, ScalarEvent):
-            # An empty plain scalar is null; a quoted one is text.
-            plain = event.implicit[0] and event.style is None
-            text = self.text(event)
-            found = _Value(plain_scalar(text) if plain else text, 1, {(): event.start_mark.line + 1})
+            plain = event.implicit[0] and event.style is None  # an empty plain scalar is null, a quoted one text
+            value = plain_scalar(self.text(event)) if plain else self.text(event)
         elif isinstance(event, SequenceStartEvent):
-            found = self.sequence(event, events, depth)
+            value = self.sequence(events, location)
         else:
-            found = self.mapping(event, events, depth)
-        found = _Value(found.value, 1 + self.size - before, found.lines)
+            value = self.mapping(events, location)
         if anchor := getattr(event, "anchor", None):
-            self.anchors[str(anchor)] = found
-        return found
+            self.anchors[anchor] = value, 1 + self.size - before
+        return value
 
-    def sequence(self, start: Event, events: Iterator[Event], depth: int) -> _Value:
+    def sequence(self, events: Iterator[Event], location: Location) -> list[Any]:
         values: list[Any] = []
-        lines: dict[Place, int] = {(): start.start_mark.line + 1}
         while not isinstance(event := next(events), SequenceEndEvent):
-            item = self.value(event, events, depth + 1)
-            lines |= {(len(values), *place): line for place, line in item.lines.items()}
-            values.append(item.value)
-        return _Value(values, 0, lines)
+            values.append(self.value(event, events, (*location, len(values))))
+        return values
 
-    def mapping(self, start: Event, events: Iterator[Event], depth: int) -> _Value:
-        assert isinstance(start, MappingStartEvent)
+    def mapping(self, events: Iterator[Event], location: Location) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        lines: dict[Place, int] = {(): start.start_mark.line + 1}
         while not isinstance(event := next(events), MappingEndEvent):
             if not isinstance(event, ScalarEvent):
                 self.refuse(event, "a key must be a word")
             if event.tag is not None:
                 self.refuse(event, f"tags are not read: {event.tag}")
-            name, line = self.text(event), event.start_mark.line + 1
+            name = self.text(event)
+            here = (*location, name)
             if name == "<<" and event.style is None:
                 self.refuse(event, "merge keys (<<) are not read; write the keys out")
             if name in values:
-                self.refuse(event, f"{name!r} is given twice (first in line {lines[(name,)]})")
-            item = self.value(next(events), events, depth + 1)
-            lines |= {(name, *place): n for place, n in item.lines.items()}
-            lines[(name,)] = line
-            values[name] = item.value
-        return _Value(values, 0, lines)
+                self.refuse(event, f"{name!r} is given twice (first in line {self.positions[here].line})")
+            self.positions[here] = self.at(event)
+            values[name] = self.value(next(events), events, here)
+        return values

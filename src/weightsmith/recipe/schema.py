@@ -1,20 +1,33 @@
 """The recipe: what the user asked for, as a frozen value.  YAML, JSON and Python make the same one."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
-from weightsmith.core.errors import did_you_mean
-from weightsmith.core.keys import DTYPES, RULE_ROLES
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.units import parse_size
-from weightsmith.recipe.aliases import expand
-
-if TYPE_CHECKING:
-    from weightsmith.jobs.job import Result
+from weightsmith.io.read.folder import INDEX
+from weightsmith.recipe.check import KEEP, method_faults, written
+from weightsmith.recipe.fields import (
+    OUTSIDE,
+    BlockRange,
+    Dtype,
+    Located,
+    LocatedWords,
+    Selector,
+    Stages,
+    StageSpec,
+    Values,
+    WithParameters,
+    Words,
+    listed,
+    named,
+)
+from weightsmith.recipe.files import SUFFIXES, exists
+from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, kind_of, unknown
+from weightsmith.recipe.reader import Document, Location, spell
 
 __all__ = [
     "OUTSIDE",
@@ -29,170 +42,116 @@ __all__ = [
     "Tokenizer",
 ]  # fmt: skip
 
-OUTSIDE = "outside"
-"""As `layers`: the tensors outside the blocks (embeddings, final norm, head)."""
 
-
-def _words(value: Any) -> Any:
-    """One word stands for a list of one."""
-    if value is None:
-        return None  # for fields that may be absent
-    words = (value,) if isinstance(value, str) else value
-    if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
-        raise ValueError(f"should be a word or a list of words, is {value!r}")
-    return tuple(words)
-
-
-def _block_range(value: Any) -> Any:
-    if value is None or value == OUTSIDE:
+def _model(value: Any, info: ValidationInfo) -> Any:
+    """A path or hub id, a recipe in a file of its own, or a model made of models."""
+    reading: Reading = info.context or PYTHON
+    if isinstance(value, (Recipe, Slices, Modules)):
         return value
-    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) is int for v in value)
-    if not good or not 0 <= value[0] < value[1]:
-        raise ValueError(f"should be two block numbers [start, end] with 0 <= start < end, is {value!r}")
-    return tuple(value)
+    if isinstance(value, Mapping):
+        for kind in (Slices, Modules):
+            if kind.model_fields.keys() & value.keys() and "models" not in value:
+                return kind.model_validate(value, context=reading)
+        return Recipe.model_validate(value, context=reading)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"should be a path, a hub id or a recipe; is {kind_of(value)}")
+    if not value.lower().endswith(SUFFIXES) or value.endswith(INDEX) or reading.nested is None:
+        return reading.located(value)
+    try:
+        return reading.nested(reading.located(value))
+    except RecipeError as error:
+        raise Fault((), "\n".join(error.problems), "nested").error() from None
 
 
-def _plain(value: Any) -> Any:
-    """Parameter values as YAML would give them (a ramp is a list), so that equal recipes compare equal."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
-BlockRange = Annotated[tuple[int, int] | None, BeforeValidator(_block_range)]
-Blocks = Annotated[tuple[int, int] | Literal["outside"] | None, BeforeValidator(_block_range)]
-Values = Annotated[dict[str, Any], BeforeValidator(_plain)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelRef(BaseModel):
+class ModelRef(WithParameters):
     """One input: a path, a hub id with @revision, a LoRA adapter on `base`, a nested recipe, slices or modules.
 
     Any further key is a parameter of the method for this model alone (weight, density, ...).
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-
-    model: Annotated[
-        str | Recipe | Slices | Modules, Field(description="path, hub id[@revision], nested recipe, slices or modules")
-    ]
-    adapter: str | None = Field(default=None, description="LoRA adapter that is put on it first")
-    stats: Words = Field(default=(), description="folders written by `weightsmith observe` for this model")
-    layers: BlockRange = Field(default=None, description="take blocks start..end only, the end not included")
+    model: Annotated[Any, PlainValidator(_model)] = Field(
+        description="path, hub id[@revision], nested recipe, slices or modules", examples=["PATH"]
+    )
+    adapter: Located | None = Field(default=None, description="LoRA adapter that is put on it first")
+    stats: LocatedWords = Field(default=(), description="folders written by `weightsmith observe` for this model")
+    layers: BlockRange | None = Field(default=None, description="take blocks start..end only, the end not included")
     stack: str | None = Field(
         default=None, description="which blocks `layers` counts (model.decoder.layers), where a model has several kinds"
     )
     expert: str | None = Field(default=None, description="which model of a compressed folder")
 
-    @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, str) or is_composed(value):
-            return {"model": value}
-        if isinstance(value, dict):
-            return {k: v if k in cls.model_fields else _plain(v) for k, v in value.items()}
-        return value
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        return ({"model": given}, {"model": ()}) if is_composed(given) else super().long_form(given, reading)
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """This model's own values of method parameters."""
-        return dict(self.model_extra or {})
+    @classmethod
+    def own(cls, ref: Any) -> dict[str, Any]:
+        return {} if is_composed(ref) else super().own(ref)
+
+    @classmethod
+    def without_parameters(cls, ref: Any, location: Location, why: str) -> Iterator[Fault]:
+        """The faults of a model that parameters do not belong to."""
+        for key in cls.own(ref):
+            yield unknown((*location, key), cls.model_fields, f"; {why}")
 
 
 def is_composed(value: Any) -> bool:
     """Whether a mapping is a model made of models (a recipe, slices, modules) rather than an entry with parameters."""
-    return isinstance(value, dict) and any(word in value for word in ("models", "slices", "modules"))
+    return isinstance(value, Mapping) and any(word in value for word in ("models", "slices", "modules"))
 
 
-class Slices(_Frozen):
+class Slices(Grammar):
     """Slices of models, one on top of the other: each with its `layers`; a slice may be a recipe of its own."""
 
-    slices: tuple[ModelRef, ...] = Field(min_length=1, description="from the first block to the last")
+    slices: Annotated[tuple[ModelRef, ...], listed("models", 1)] = Field(
+        json_schema_extra={"minItems": 1}, description="from the first block to the last"
+    )
 
-    @field_validator("slices", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"should be a list of models, each with a dash, is {value!r}")
-        return tuple(value)
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        for i, ref in enumerate(tree.get("slices") or ()):
+            yield from ModelRef.without_parameters(ref, ("slices", i), "parameters belong to the models of a recipe")
 
 
-class Module(_Frozen):
+class Module(Grammar):
     """Part of a model, by the names of its tensors, and where it is taken from."""
 
     match: Words = Field(default=("*",), description="globs over tensor names; the first module that matches has them")
     model: ModelRef = Field(description="a model, or a recipe that makes these tensors")
 
+    @classmethod
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        if not isinstance(given, Mapping) or "model" not in given:
+            raise ValueError(f"should be a mapping with match and model; is {kind_of(given)}")
+        return given, {}
 
-class Modules(_Frozen):
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        yield from ModelRef.without_parameters(
+            tree.get("model"), ("model",), "parameters belong to the models of a recipe"
+        )
+
+
+class Modules(Grammar):
     """A model put together of modules (vision tower, text decoder, ...), each with a model or a recipe of its own."""
 
-    modules: dict[str, Module] = Field(min_length=1, description="name -> tensors and model")
+    modules: Annotated[dict[str, Module], named("modules")] = Field(
+        json_schema_extra={"minProperties": 1}, description="name -> tensors and model"
+    )
 
 
-class StageSpec(_Frozen):
-    """One stage of the method: its name and the parameters written inside it."""
-
-    name: str
-    parameters: Values = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-            ((name, parameters),) = value.items()
-            return {"name": name, "parameters": parameters or {}}
-        return value
-
-
-def _stages(value: Any) -> Any:
-    """One stage stands for a list of one, the name of a pipeline for its stages."""
-    stages = [StageSpec.model_validate(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-    return tuple(StageSpec(name=n, parameters=p) for s in stages for n, p in expand(s.name, s.parameters))
-
-
-Stages = Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]
-
-
-class Rule(_Frozen):
+class Rule(Selector):
     """Another method or other parameters for some tensors.  The first rule that matches a tensor wins."""
 
-    match: Words = Field(default=("*",), description="globs over tensor names")
-    role: Words | None = Field(
-        default=None, description="roles (q, k, v, o, gate, up, down, embed, head, norm, bias, vision, connector, ...)"
-    )
-    layers: Blocks = Field(default=None, description="blocks start..end, the end not included; or 'outside' the blocks")
     method: Stages | None = Field(default=None, description="method or pipeline; 'keep' takes the base's tensor")
     parameters: Values = Field(default_factory=dict)
 
-    @field_validator("role")
-    @classmethod
-    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for role in value or ():
-            if role not in RULE_ROLES:
-                raise ValueError(f"unknown role {role!r}{did_you_mean(role, RULE_ROLES)}")
-        return value
 
-
-class Output(_Frozen):
+class Output(Grammar):
     """How the result is stored."""
 
-    dtype: str | None = Field(default=None, description="float32, bfloat16, ...; default: as the base stores it")
+    dtype: Dtype | None = Field(default=None, description="float32, bfloat16, ...; default: as the base stores it")
     shard_size: str | int = Field(default="5GB", description="largest size of one safetensors file")
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        floats = [d.name for d in DTYPES.values() if d.floating]
-        if value is not None and value not in floats:
-            raise ValueError(f"unknown dtype {value!r}{did_you_mean(value, floats)}")
-        return value
 
     @field_validator("shard_size")
     @classmethod
@@ -202,17 +161,14 @@ class Output(_Frozen):
         return value
 
 
-class Tokenizer(_Frozen):
+class Tokenizer(Grammar):
     """Whose tokenizer the result has, and what becomes of tokens that not all models have."""
+
+    SHORT: ClassVar[str] = "source"
 
     source: str = Field(description="'base', 'union', a model's name, or a folder")
     tokens: Values = Field(default_factory=dict, description="token -> {source: where its row comes from, force: ...}")
     pad_to_multiple_of: int | None = Field(default=None, gt=0, description="rows of the embeddings are padded to that")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
 
     @property
     def plain(self) -> bool:
@@ -220,7 +176,7 @@ class Tokenizer(_Frozen):
         return self.source != "union" and not self.tokens and self.pad_to_multiple_of is None
 
 
-class Recipe(_Frozen):
+class Recipe(Grammar):
     """Models in, one model out.
 
     `method` is a name, or a list of stages: `[{dare: {density: 0.5}}, ties, lines]`.
@@ -229,11 +185,17 @@ class Recipe(_Frozen):
     (`[{match: "*mlp*", value: 0.3}, 0.5]`: the first that matches).
     """
 
+    ROOT: ClassVar[str] = "the recipe"
+
     base: ModelRef | None = Field(default=None, description="the model the experts were fine-tuned from")
-    models: dict[str, ModelRef] = Field(description="name -> model, in order")
-    method: Stages = Field(description="method or pipeline")
+    models: Annotated[dict[str, ModelRef], named("models", ", as math: path/to/math")] = Field(
+        json_schema_extra={"minProperties": 1}, description="name -> model, in order", examples=["{math: path/to/math}"]
+    )
+    method: Stages = Field(description="method or pipeline", examples=["ties"])
     parameters: Values = Field(default_factory=dict)
-    rules: tuple[Rule, ...] = Field(default=(), description="exceptions; the first match wins")
+    rules: Annotated[tuple[Rule, ...], listed("rules")] = Field(
+        default=(), description="exceptions; the first match wins"
+    )
     exclude: Words = Field(default=(), description="globs of tensors taken unchanged from the base (or first model)")
     tokenizer: Tokenizer | None = Field(
         default=None, description="'base', a model's name, or a folder: whose tokenizer goes along"
@@ -251,26 +213,77 @@ class Recipe(_Frozen):
         default="refuse", description="what to do about NaN or Inf in an input"
     )
 
-    @field_validator("rules", mode="before")
     @classmethod
-    def _rules(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"should be a list of rules, each with a dash, is {value!r}")
-        return tuple(value)
+    def document(cls, documents: Sequence[Document]) -> Document:
+        tree = documents[0].tree
+        if len(documents) > 1 or (isinstance(tree, Mapping) and "merge_method" in tree):
+            from weightsmith.recipe.mergekit import translate  # loaded for its configs only
+
+            return translate(documents)
+        if isinstance(tree, Mapping) and "experts" in tree and "models" not in tree:
+            raise RecipeError(f"{documents[0].at(('experts',))}: this recipe builds a mixture of experts; "
+                              'run it with "weightsmith moe"')  # fmt: skip
+        return documents[0]
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a YAML or JSON file; see `weightsmith.recipe.load.load`."""
-        from weightsmith.recipe.load import load  # it builds recipes, so it imports this file
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        reading.count()
+        return _with_located_tokenizer(given, reading) if isinstance(given, Mapping) else given, {}
 
-        return load(path, overrides)
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        models = tree.get("models")
+        refs = models if isinstance(models, Mapping) else {}
+        yield from method_faults(tree, {name: ModelRef.own(ref) for name, ref in refs.items()}, ModelRef.model_fields)
+        yield from ModelRef.without_parameters(tree.get("base"), ("base",), "parameters are for the models")
+        if not reading.python:
+            if KEEP in [name for name, *_ in written(tree.get("method", ()), ())]:
+                text = "method 'keep' takes the base's tensor; it is for rules, not for the whole recipe"
+                yield Fault(("method",), text)
+            yield from _wrong_models(tree.get("base"), refs, reading)
+            yield from _unknown_tokenizer(tree)
 
-    def run(self, out: str | Path, **options: Any) -> Result:
-        """Merge into a folder; the options are the fields of `Settings` (memory, threads, device, resume, ...)."""
-        from weightsmith.jobs.merge import run  # the one upward import, and only when asked to run
 
-        return run(self, Path(out), **options)
+def _named(tree: Mapping[str, Any]) -> list[str]:
+    """What a tokenizer may be called after."""
+    models = tree.get("models")
+    return [*(["base"] if tree.get("base") is not None else []), *(models if isinstance(models, Mapping) else ())]
 
 
-for _model in (Slices, Module, Modules, ModelRef, Recipe):
-    _model.model_rebuild()
+def _with_located_tokenizer(tree: Mapping[str, Any], reading: Reading) -> Mapping[str, Any]:
+    wanted = tree.get("tokenizer")
+    block = wanted if isinstance(wanted, Mapping) else {"source": wanted}
+    source = block.get("source")
+    if not isinstance(source, str) or source in (*_named(tree), "union"):
+        return tree
+    return {**tree, "tokenizer": {**block, "source": reading.located(source)}}
+
+
+def _unknown_tokenizer(tree: Mapping[str, Any]) -> Iterator[Fault]:
+    wanted, names = tree.get("tokenizer"), _named(tree)
+    source = wanted.get("source") if isinstance(wanted, Mapping) else wanted
+    if isinstance(source, str) and source not in (*names, "union") and not exists(Path(source)):
+        text = f"tokenizer {source!r} is neither a model of this recipe nor a folder"
+        yield Fault(("tokenizer", "source"), text, hint=did_you_mean(source, names))
+
+
+def _wrong_models(base: Any, models: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+    """Names that a model cannot have, and models twice: one under two names weighs double unsaid."""
+    seen: dict[str, Location] = {}
+    refs: dict[Location, Any] = {("base",): base} if base is not None else {}
+    refs |= {("models", name): ref for name, ref in models.items()}
+    for location, ref in refs.items():
+        if location[-1] in ("", "base") and location != ("base",):
+            yield Fault(location, f"a model cannot be called {location[-1]!r}; give it another name")
+        tree = ref if isinstance(ref, Mapping) and not is_composed(ref) else {"model": ref}
+        model = tree.get("model")
+        if not isinstance(model, (str, Mapping)) or not model:
+            continue  # a fault of its own
+        path = reading.located(model) if isinstance(model, str) else ""
+        identity = str(Path(path).resolve()) if path and exists(Path(path)) else repr(model)
+        identity += repr([tree.get(part) for part in ("adapter", "layers", "stack", "expert")])
+        first = seen.setdefault(identity, location)
+        if first != location:
+            shown = path or "the same recipe"
+            hint = "it has no task vector; leave it out" if first == ("base",) else "leave one out, or give it a weight"
+            yield Fault(location, f"{spell(location)} is the same model as {spell(first)} ({shown}); {hint}")

@@ -70,7 +70,7 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
 
     Raises RecipeError if there is no such file, or it defines no `scores`.
     """
-    kind, arguments = study.evaluation.kind, study.evaluation.arguments
+    kind, arguments = study.evaluate.kind, study.evaluate.arguments
     if kind == FUNCTION:
         if evaluator is None:
             raise RecipeError(

@@ -10,22 +10,24 @@
     methods:                                                           # optional; default: all that apply
       TIES: {ties: {density: [0.2, 0.5], lambda: [0.7, 1.0]}}
 
-`base`, `models`, `exclude`, `rules`, `tokenizer`, `output`, `seed`, `extra` and `nonfinite` are as in a recipe.
+Everything but `method` and `parameters` may be set as in a recipe.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, PlainValidator, PrivateAttr
 
 from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.io.read.files import File
-from weightsmith.recipe.check import check_methods
-from weightsmith.recipe.load import from_document
-from weightsmith.recipe.reader import MAX_BYTES, Document, Place, read
+from weightsmith.recipe.check import method_faults
+from weightsmith.recipe.fields import Located, Words, named
+from weightsmith.recipe.grammar import Fault, Grammar, Reading
+from weightsmith.recipe.load import read_file
+from weightsmith.recipe.reader import Location
 from weightsmith.recipe.schema import Recipe
 from weightsmith.study.grids import Candidate, candidates
 
@@ -36,41 +38,111 @@ FUNCTION = "function"
 BUILT_IN = {"bits_per_byte": ("bits per byte", False), "accuracy": ("accuracy, %", True)}
 """Evaluators that need no code: name -> (what the score is called, whether higher is better)."""
 
-_OF_THE_RECIPE = ("base", "models", "exclude", "rules", "tokenizer", "output", "seed", "extra", "nonfinite")
-_OWN = ("title", "about", "joint", "guards", "score", "higher_is_better", "evaluate", "methods")
-_SPLITS = ("validation", "test")
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty; leave it out or write a text")
+    return " ".join(value.split())
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How models are scored.
-
-    kind       FUNCTION (of the user's file) or one of BUILT_IN
-    arguments  of the function; for a built-in evaluator task -> split -> absolute path of the data
-    """
-
-    kind: str
-    arguments: Mapping[str, Any]
+def _different(words: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(words)) < len(words):
+        raise ValueError(f"should be a list of different words, is {json.dumps(words)}")
+    return words
 
 
-@dataclass(frozen=True)
-class Study:
-    """One base with one expert per task.  Studies of the same title are repetitions (other seeds) of one another.
+def _file(path: str) -> str:
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    return path
 
-    recipe   all of a merge but its method
-    methods  label -> candidates, or None: all methods that apply
-    """
 
-    file: Path
-    title: str
-    about: str
-    recipe: Recipe
-    joint: str | None
-    guards: tuple[str, ...]
-    score: str
+def _beside(path: str) -> str:
+    if not Path(path).exists():
+        raise ValueError(f"no file or folder {path!r} beside the study")
+    return path
+
+
+def _candidates(value: Any) -> tuple[Candidate, ...]:
+    """Every combination of the values in one entry's lists."""
+    grid: list[tuple[str, Mapping[str, Any]]] = []
+    for stage in value if isinstance(value, list) else [value]:
+        if isinstance(stage, str):
+            grid.append((stage, {}))
+        elif isinstance(stage, dict) and len(stage) == 1 and isinstance(next(iter(stage.values())), dict | None):
+            ((name, parameters),) = stage.items()
+            grid.append((name, parameters or {}))
+        else:
+            raise ValueError(f"a stage is a name, or a name with its parameters; is {json.dumps(stage)[:80]}")
+    if empty := [f"{name}.{key}" for name, found in grid for key, values in found.items() if values == []]:
+        raise ValueError(f"{empty[0]} is an empty list; give the values to try")
+    return candidates(tuple(grid))
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Grid = Annotated[Any, PlainValidator(_candidates)]
+
+
+class Data(Grammar):
+    """The data of one task, for a built-in evaluator: coefficients are chosen on one part, scores are of the other."""
+
+    validation: Annotated[Located, AfterValidator(_file)] = Field(examples=["FILE"])
+    test: Annotated[Located, AfterValidator(_file)] = Field(examples=["FILE"])
+
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        paths = [Path(reading.located(str(tree.get(split)))) for split in ("validation", "test")]
+        if all(path.is_file() for path in paths) and paths[0].samefile(paths[1]):
+            yield Fault(
+                (), "validation and test are the same file; coefficients are never chosen on test data", "value"
+            )
+
+
+class Evaluation(Grammar):
+    """How models are scored: by a function of the user's file, with these arguments, or by a built-in evaluator."""
+
+    function: dict[str, Any] | None = None
+    bits_per_byte: dict[str, Data] | None = None
+    accuracy: dict[str, Data] | None = None
+
+    @classmethod
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        found = {given: {}} if given == FUNCTION else given
+        kinds = (FUNCTION, *BUILT_IN)
+        if not isinstance(found, Mapping) or len(found) != 1 or next(iter(found)) not in kinds:
+            raise ValueError(f"takes one of {', '.join(kinds)}, is {json.dumps(given, default=repr)[:80]}")
+        return {kind: {} if arguments is None else arguments for kind, arguments in found.items()}, {}
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in (FUNCTION, *BUILT_IN) if getattr(self, kind) is not None)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the function; for a built-in evaluator task -> split -> absolute path of the data."""
+        found: dict[str, Any] = getattr(self, self.kind)
+        return {key: value.model_dump() if isinstance(value, Data) else value for key, value in found.items()}
+
+
+class Study(Grammar):
+    """One base with one expert per task.  Studies of the same title are repetitions (other seeds) of one another."""
+
+    ROOT: ClassVar[str] = "the study"
+
+    recipe: Recipe = Field(description="all of a merge but its method")
+    title: Text
+    about: Text = ""
+    joint: Annotated[Located, AfterValidator(_beside)] | None = None
+    guards: Annotated[Words, AfterValidator(_different)] = ()
+    score: Text
     higher_is_better: bool
-    evaluation: Evaluation
-    methods: Mapping[str, tuple[Candidate, ...]] | None
+    evaluate: Evaluation
+    methods: Annotated[dict[str, Grid], named("methods", ", as TIES: {ties: {lambda: [0.5, 1]}}")] | None = None
+    _file: Path = PrivateAttr(default=Path())
+
+    @property
+    def file(self) -> Path:
+        return self._file
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -81,169 +153,72 @@ class Study:
         """What every evaluation must give a score for."""
         return (*self.tasks, *self.guards)
 
+    @classmethod
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        if not isinstance(given, Mapping):
+            return given, {}
+        evaluate = given.get("evaluate") or FUNCTION
+        kind = next(iter(evaluate)) if isinstance(evaluate, Mapping) else evaluate
+        score, higher = BUILT_IN.get(kind, ("score", True))
+        folder = reading.folder.name if reading.folder is not None else ""
+        own = {key: value for key, value in given.items() if key not in _OF_THE_RECIPE and value is not None}
+        own = {"title": folder, "evaluate": evaluate, "score": score, "higher_is_better": higher} | own
+        recipe = {key: value for key, value in given.items() if key in _OF_THE_RECIPE}
+        return own | {"recipe": {**recipe, "method": "linear"}}, {"recipe": ()}
+
+    @classmethod
+    def hint(cls, key: str, reading: Reading) -> str:
+        known = [*_OF_THE_RECIPE, *(cls.model_fields.keys() - {"recipe"})]
+        return "; it is named on the command line: --evaluator FILE" if key == "evaluator" else did_you_mean(key, known)
+
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        recipe, guards = tree["recipe"], tree.get("guards") or ()
+        if recipe.get("base") is None:
+            yield Fault((), "a study needs a base: what the experts gained is measured against it")
+        tasks = list(recipe["models"]) if isinstance(recipe.get("models"), Mapping) else []
+        guards = [guards] if isinstance(guards, str) else guards if isinstance(guards, list) else []
+        for guard in guards:
+            if guard in tasks:
+                yield Fault(("guards",), f"{guard!r} is a task and a guard; a guard is what no expert was trained for")
+        yield from _missing_data(tree["evaluate"], [*tasks, *guards])
+        methods = tree.get("methods")
+        for label, value in methods.items() if isinstance(methods, Mapping) else ():
+            try:
+                made = _candidates(value)
+            except ValueError:
+                continue  # a fault of its own
+            models: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+            texts = {fault.lines("")[0] for one in made for fault in method_faults({"method": one.stages}, models, ())}
+            yield from (Fault(("methods", label), f"{label}: {text}") for text in sorted(texts))
+
+
+_OF_THE_RECIPE = Recipe.model_fields.keys() - {"method", "parameters"}
+
+
+def _missing_data(evaluate: Any, scored: list[str]) -> Iterator[Fault]:
+    """Tasks and guards for which a built-in evaluator has no data, and the other way round."""
+    kind = next(iter(evaluate)) if isinstance(evaluate, Mapping) and evaluate else ""
+    data = evaluate[kind] or {} if kind in BUILT_IN else None
+    if not isinstance(data, Mapping):
+        return
+    for name in scored:
+        if name not in data:
+            yield Fault(("evaluate", kind), f"evaluate.{kind} needs {name}: {{validation: FILE, test: FILE}}")
+    for name in data.keys() - set(scored):
+        yield Fault(("evaluate", kind, name), f"unknown task {name!r}", "unknown", did_you_mean(name, scored))
+
 
 def load_study(path: str | Path) -> Study:
     """Read a study from a file, or from the file study.yaml in a folder.
 
-    Raises RecipeError with file, line, what is wrong and the nearest valid word.
+    Raises RecipeError with every problem: file, line, column, what is wrong and the nearest valid word.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / FILE
     if not file.is_file():
         raise RecipeError(f"{file}: no such study; write one (base, models, evaluate) or name a folder that has {FILE}")
-    source = File(file)
-    if source.size > MAX_BYTES:
-        raise RecipeError(f"{file}: {source.size:,} bytes; a study has at most {MAX_BYTES:,}")
-    try:
-        text = source.read(0, source.size).tobytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: byte {error.start} is not UTF-8 text; is this a study?") from None
-    return _Form(read(text, str(file)), file).build()
-
-
-class _Form:
-    """Fills one Study from one document."""
-
-    def __init__(self, document: Document, file: Path) -> None:
-        self.document, self.file, self.folder = document, file, file.absolute().parent
-        if not isinstance(document.tree, dict):
-            raise RecipeError(f"{document.at(())}: a study is a mapping with base, models and evaluate")
-        self.tree: dict[str, Any] = {k: v for k, v in document.tree.items() if v is not None}
-
-    def refuse(self, place: Place, text: str) -> RecipeError:
-        return RecipeError(f"{self.document.at(place)}: {text}")
-
-    def build(self) -> Study:
-        known = (*_OF_THE_RECIPE, *_OWN)
-        for key in self.tree:
-            if key not in known:
-                hint = "; it is named on the command line: --evaluator FILE" if key == "evaluator" else None
-                raise self.refuse((key,), f"unknown key {key!r} in the study{hint or did_you_mean(key, known)}")
-        if "base" not in self.tree:
-            raise self.refuse((), "a study needs a base: what the experts gained is measured against it")
-        recipe = self.recipe()
-        guards = self.words("guards")
-        if both := [guard for guard in guards if guard in recipe.models]:
-            raise self.refuse(
-                ("guards",), f"{both[0]!r} is a task and a guard; a guard is what no expert was trained for"
-            )
-        evaluation = self.evaluation((*recipe.models, *guards))
-        score, higher = BUILT_IN.get(evaluation.kind, ("score", True))
-        return Study(
-            file=self.file,
-            title=self.word("title", self.folder.name),
-            about=" ".join(self.word("about", "").split()),
-            recipe=recipe,
-            joint=self.joint(),
-            guards=guards,
-            score=self.word("score", score),
-            higher_is_better=self.flag("higher_is_better", higher),
-            evaluation=evaluation,
-            methods=self.methods(),
-        )
-
-    # -- plain values
-
-    def word(self, key: str, default: str) -> str:
-        value = self.tree.get(key, default)
-        if not isinstance(value, str) or (key in self.tree and not value.strip()):
-            raise self.refuse((key,), f"{key} should be a text, is {json.dumps(value)[:80]}")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.tree.get(key, default)
-        if not isinstance(value, bool):
-            raise self.refuse((key,), f"{key} should be true or false, is {json.dumps(value)[:80]}")
-        return value
-
-    def words(self, key: str) -> tuple[str, ...]:
-        value = self.tree.get(key, [])
-        found = [value] if isinstance(value, str) else value
-        if not isinstance(found, list) or not all(isinstance(w, str) for w in found) or len(set(found)) < len(found):
-            raise self.refuse((key,), f"{key} should be a list of different words, is {json.dumps(value)[:80]}")
-        return tuple(found)
-
-    def joint(self) -> str | None:
-        if "joint" not in self.tree:
-            return None
-        given = self.word("joint", "")
-        path = self.folder / Path(given).expanduser()
-        if not path.exists():
-            raise self.refuse(("joint",), f"joint {given!r}: no such file or folder beside the study")
-        return str(path)
-
-    # -- what is merged
-
-    def recipe(self) -> Recipe:
-        kept = {k: self.document.tree[k] for k in _OF_THE_RECIPE if k in self.tree}
-        lines = {place: line for place, line in self.document.lines.items() if not place or place[0] in kept}
-        return from_document(Document(self.document.where, {**kept, "method": "linear"}, lines), self.folder)
-
-    def methods(self) -> dict[str, tuple[Candidate, ...]] | None:
-        written = self.tree.get("methods")
-        if written is None:
-            return None
-        if not isinstance(written, dict) or not written:
-            raise self.refuse(("methods",), "methods should be a mapping, as TIES: {ties: {lambda: [0.5, 1]}}")
-        return {label: self.method(label, value) for label, value in written.items()}
-
-    def method(self, label: str, value: Any) -> tuple[Candidate, ...]:
-        """The candidates of one entry, each checked as a recipe's method is."""
-        place = ("methods", label)
-        stages = value if isinstance(value, list) else [value]
-        grid: list[tuple[str, dict[str, Any]]] = []
-        for stage in stages:
-            if isinstance(stage, str):
-                grid.append((stage, {}))
-            elif isinstance(stage, dict) and len(stage) == 1 and isinstance(next(iter(stage.values())), dict | None):
-                ((name, parameters),) = stage.items()
-                grid.append((name, parameters or {}))
-            else:
-                raise self.refuse(
-                    place, f"{label}: a stage is a name, or a name with its parameters; is {json.dumps(stage)[:80]}"
-                )
-        if empty := [f"{name}.{key}" for name, found in grid for key, values in found.items() if values == []]:
-            raise self.refuse(place, f"{label}: {empty[0]} is an empty list; give the values to try")
-        made = candidates(tuple(grid))
-        for candidate in made:
-            method = [{stage.name: stage.parameters} for stage in candidate.stages]
-            problems = check_methods({"method": method, "models": self.tree.get("models", {})})
-            if problems:
-                raise self.refuse(place, f"{label}: {problems[0].text}")
-        return made
-
-    # -- how it is scored
-
-    def evaluation(self, scored: tuple[str, ...]) -> Evaluation:
-        written = self.tree.get("evaluate", {FUNCTION: {}})
-        kinds = (FUNCTION, *BUILT_IN)
-        if written == FUNCTION:
-            written = {FUNCTION: {}}
-        if not isinstance(written, dict) or len(written) != 1 or next(iter(written)) not in kinds:
-            raise self.refuse(("evaluate",), f"evaluate takes one of {', '.join(kinds)}, is {json.dumps(written)[:80]}")
-        ((kind, arguments),) = written.items()
-        place = ("evaluate", kind)
-        if not isinstance(arguments or {}, dict):
-            raise self.refuse(place, f"evaluate.{kind} should be a mapping, is {json.dumps(arguments)[:80]}")
-        if kind == FUNCTION:
-            return Evaluation(kind, arguments or {})
-        return Evaluation(kind, {name: self.data(kind, name, (arguments or {}).get(name)) for name in scored})
-
-    def data(self, kind: str, name: str, value: Any) -> dict[str, str]:
-        """Split -> path of one task's data."""
-        place = ("evaluate", kind, name)
-        wanted = f"{{{', '.join(f'{split}: FILE' for split in _SPLITS)}}}"
-        if not isinstance(value, dict) or set(value) != set(_SPLITS):
-            raise self.refuse(place, f"evaluate.{kind} needs {name}: {wanted}, has {json.dumps(value)[:80]}")
-        found = {}
-        for split in _SPLITS:
-            path = self.folder / Path(str(value[split])).expanduser()
-            if not path.is_file():
-                raise self.refuse((*place, split), f"{split} data of {name}: no file {value[split]}")
-            found[split] = str(path)
-        if Path(found["validation"]).samefile(found["test"]):
-            raise self.refuse(
-                place, f"{name}: validation and test are the same file; coefficients are never chosen on test data"
-            )
-        return found
+    study = read_file(Study, file)
+    study._file = file
+    return study
