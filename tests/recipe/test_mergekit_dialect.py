@@ -377,8 +377,7 @@ def test_invalid_configs_read_no_tensor(models: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(SafetensorsSource, "bits", refuse)
-    monkeypatch.setattr(SafetensorsSource, "read", refuse)
+    monkeypatch.setattr(SafetensorsSource, "block", refuse)
     with pytest.raises(AssertionError, match="a tensor was read"):
         run(LINEAR, models)
     for text, message in [
