@@ -64,8 +64,8 @@ class Url:
         return self.scheme in ("http", "https")
 
     @property
-    def place(self) -> Path:
-        """What stands for it among paths (see `Source.places`)."""
+    def location(self) -> Path:
+        """What stands for it among paths (see `Origin.locations`)."""
         return Path(f"{self.scheme}:/{self.rest.rpartition('@')[2]}")
 
     def __truediv__(self, name: str) -> Url:

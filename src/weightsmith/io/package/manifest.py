@@ -192,7 +192,7 @@ def verify_folder(out: Path | Url, progress: Callable[[int], object] = lambda co
             return []
         file, offset = places[tensor]
         return [
-            f"{file.place.name}: tensor {tensor}, rows {start} to {stop}, was altered"
+            f"{file.location.name}: tensor {tensor}, rows {start} to {stop}, was altered"
             for start, stop, begin, count, digest in _spans(Key(tensor, tuple(noted["shape"]), noted["dtype"]), noted)
             if _altered(file, offset + begin, count, digest, progress)
         ]

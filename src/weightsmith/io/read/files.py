@@ -144,8 +144,8 @@ class Ranged(ABC):
 
     @property
     @abstractmethod
-    def place(self) -> Path:
-        """What stands for it among paths, see `Source.places`."""
+    def location(self) -> Path:
+        """What stands for it among paths, see `Origin.locations`."""
 
     def outside(self, offset: int, count: int, place: str) -> None:
         """Raise SourceError for a range that is not in the file."""
@@ -258,7 +258,7 @@ class File(Ranged):
                     system.call(os.posix_fadvise, fd, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     @property
-    def place(self) -> Path:
+    def location(self) -> Path:
         return self.path
 
     def stamp(self) -> dict[str, Any]:

@@ -146,8 +146,8 @@ class RemoteFile(Ranged):
             raise SourceError(f"{self.path}: was changed or exchanged since it was opened; start again")
 
     @property
-    def place(self) -> Path:
-        return self.path.place
+    def location(self) -> Path:
+        return self.path.location
 
     def stamp(self) -> dict[str, Any]:
         return {"stamp": self._stamp} if self._stamp else {"sample": self.sample()}

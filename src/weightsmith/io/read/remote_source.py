@@ -70,7 +70,7 @@ class RemoteSource(Source):
             opened = pool.map(lambda shard: SafetensorsSource(RemoteFile(url / shard)), shards)
             self._parts = dict(zip(shards, opened, strict=True))
         self.keys, self.aliases, self._shard_of = join(self._parts, str(url / chosen), named)
-        self.origin = Origin(label, self.folder, tuple(shards), locations=(url.place, self.folder))
+        self.origin = Origin(label, self.folder, tuple(shards), locations=(url.location, self.folder))
         _fetch(url, self.folder, [name for name in _AT_ONCE if name in names])
 
     @property

@@ -26,7 +26,7 @@ from weightsmith.io.read.files import File, Ranged
 from weightsmith.io.read.small import short
 from weightsmith.io.read.source import Bits, Source, beside_config
 
-__all__ = ["MAX_HEADER", "MAX_NOTES", "MAX_PARTS", "MAX_WIDE", "Header", "Place", "SafetensorsSource", "count_parts",
+__all__ = ["MAX_HEADER", "MAX_NOTES", "MAX_PARTS", "MAX_WIDE", "Header", "Located", "SafetensorsSource", "count_parts",
            "parse_header", "parse_length", "read_header"]  # fmt: skip
 
 MAX_HEADER = 100_000_000
@@ -47,7 +47,7 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _LARGEST = 2**63 - 1
 
 
-class Place(NamedTuple):
+class Located(NamedTuple):
     """A tensor in a file: what it is, and the position of its first byte in the file."""
 
     key: Key
@@ -58,20 +58,20 @@ class Place(NamedTuple):
 class Header:
     """What a safetensors file says of itself.
 
-    tensors   name -> Place, in the order of the data
+    tensors   name -> Located, in the order of the data
     metadata  the strings under `__metadata__`
     size      bytes before the data (length field and JSON)
     digest    xxh3 of the JSON's bytes
     """
 
-    tensors: Mapping[str, Place]
+    tensors: Mapping[str, Located]
     metadata: Mapping[str, str]
     size: int
     digest: str
 
     @cached_property
     def keys(self) -> dict[str, Key]:
-        return {name: place.key for name, place in self.tensors.items()}
+        return {name: tensor.key for name, tensor in self.tensors.items()}
 
     @cached_property
     def aliases(self) -> dict[str, str]:
@@ -96,17 +96,17 @@ def parse_header(raw: bytes, file_size: int, label: str) -> Header:
     try:
         _check_bounds(raw)
         metadata: dict[str, str] = {}
-        found: dict[str, Place] = {}
+        found: dict[str, Located] = {}
         for name, value in _members(raw.decode("utf-8")):
             if name == "__metadata__":
                 metadata = _metadata(value)
             else:
-                found[name] = _place(name, value)
+                found[name] = _located(name, value)
         for name, kept in metadata.items():
             if kept in found and name not in found:
                 _name(name)  # it will be listed as tied to `kept`
-        places = sorted(found.values(), key=lambda place: (place.offset, place.key.nbytes))
-        _check_cover(places, file_size - 8 - len(raw))
+        located = sorted(found.values(), key=lambda tensor: (tensor.offset, tensor.key.nbytes))
+        _check_cover(located, file_size - 8 - len(raw))
     except _HeaderError as error:
         raise SourceError(f"{label}: {error}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of absurd length or depth
@@ -115,7 +115,7 @@ def parse_header(raw: bytes, file_size: int, label: str) -> Header:
         ) from None
     start = 8 + len(raw)
     return Header(
-        tensors={place.key.name: Place(place.key, start + place.offset) for place in places},
+        tensors={key.name: Located(key, start + offset) for key, offset in located},
         metadata=metadata,
         size=start,
         digest=xxhash.xxh3_64_hexdigest(raw),
@@ -139,7 +139,7 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: str | Path | Ranged) -> None:
         self._file = path if isinstance(path, Ranged) else File(path)
-        self.path = self._file.place
+        self.path = self._file.location
         label = str(path.path if isinstance(path, Ranged) else path)
         self.header = read_header(self._file)
         self.keys = self.header.keys
@@ -275,7 +275,7 @@ def _metadata(value: object) -> dict[str, str]:
     return fields
 
 
-def _place(name: str, value: object) -> Place:
+def _located(name: str, value: object) -> Located:
     """Check one tensor's entry; the offset is still that within the data."""
     entry = _object(value, f"the entry of {_name(name)!r}")
     if entry.keys() != _FIELDS:
@@ -295,13 +295,13 @@ def _place(name: str, value: object) -> Place:
     key = Key(name, tuple(shape), _BY_CODE[code].name)
     if key.nbytes != span[1] - span[0]:
         raise _HeaderError(f"{name!r} has {span[1] - span[0]} bytes of data, but {code} {shape} needs {key.nbytes}")
-    return Place(key, span[0])
+    return Located(key, span[0])
 
 
-def _check_cover(places: list[Place], data_size: int) -> None:
+def _check_cover(located: list[Located], data_size: int) -> None:
     """The tensors, by offset, must fill the data exactly: no overlap, no hole, nothing behind."""
     at, before = 0, ""
-    for key, offset in places:
+    for key, offset in located:
         if offset < at:
             raise _HeaderError(f"{key.name!r} overlaps {before!r} (it begins at {offset}, {before!r} ends at {at})")
         if offset > at:

@@ -202,11 +202,11 @@ def check_url(
     """
     problems = []
     for place in dict.fromkeys(inputs):
-        if place == out.place:
+        if place == out.location:
             problems.append(f"{out} is also an input; choose another output folder")
-        elif out.place in place.parents:
+        elif out.location in place.parents:
             problems.append(f"{out} holds an input, {place.name}; choose another output folder")
-        elif place in out.place.parents:
+        elif place in out.location.parents:
             problems.append(f"{out} lies inside an input, {place.name}; choose another output folder")
     names = stored_at(out, OutputError)
     home = _home(out)
