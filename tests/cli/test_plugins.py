@@ -28,6 +28,8 @@ def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert find("median").__name__ == "Median"
     for tensor in load_tensors(tmp_path / "out/model.safetensors").values():
         assert tensor == pytest.approx(1 + 0.75 / 3)  # median 1, mean 4/3
+    assert main(["verify", str(tmp_path / "out"), "--rerun", "--plugin", str(EXAMPLE)]) == 0
+    assert "the recipe gives the same bytes again" in capsys.readouterr().out
     assert main(["methods", "median", "--plugin", str(EXAMPLE)]) == 0
     assert "share of the mean that is mixed in" in capsys.readouterr().out
     assert (

@@ -127,7 +127,8 @@ def test_licences_are_read_from_the_inputs_cards(tmp_path, front, licence):
         ({"a": "llama3.1", "b": "gemma", "c": "mit"}, [r"^a \(llama3\.1\), b \(gemma\) are community licences"]),
         ({"a": "llama3.1", "b": "llama3.1", "c": "mit"}, []),
         ({"a": "cc-by-nd-4.0"}, [r"^a \(cc-by-nd-4\.0\) allows no derived works"]),
-        ({"a": "mit", "b": "unknown"}, ["^no licence is stated by b"]),
+        ({"a": "mit", "b": "unknown"}, ["^no licence is stated by b; ask its author before"]),
+        ({"a": "mit", "b": "unknown", "c": "unknown"}, ["^no licence is stated by b, c; ask their authors before"]),
     ],
 )
 def test_licence_problems(stated, texts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,14 @@ def merge(recipe: dict[str, Any], **models: dict[str, torch.Tensor]) -> dict[str
     sink = MemorySink()
     carry_out(make_plan(Recipe.model_validate(whole), sources=sources, threads=1), sources, sink)
     return sink.tensors()
+
+
+def test_integers_are_compared_whatever_the_reason_is_called() -> None:
+    sources = Inputs(None, {n: MemorySource({"steps": torch.tensor([i])}, n) for i, n in enumerate("ab")})
+    plan = make_plan(Recipe.model_validate({"models": {"a": "a", "b": "b"}, "method": "linear"}), sources=sources)
+    renamed = replace(plan, tasks=tuple(replace(task, reason="in other words") for task in plan.tasks))
+    with pytest.raises(PlanError, match=r"steps \(int64\) differs between a and b and cannot be averaged"):
+        carry_out(renamed, sources, MemorySink())
 
 
 def firsts(merged: dict[str, torch.Tensor]) -> list[float]:

@@ -134,7 +134,7 @@ def test_a_sweep_reads_what_is_planned_for_all_variants(tmp_path: Path) -> None:
                    for i, value in enumerate(values)}  # fmt: skip
         swept = plan_sweep(recipes, tmp_path / "out", sources=inputs, threads=1)
         assert not swept.problems
-        carry_out_all([Job(plan, swept.inputs[n], MemorySink()) for n, plan in swept.plans.items()])
+        carry_out_all([Job(one.plan, one.inputs, MemorySink()) for one in swept.jobs.values()])
         assert swept.read_bytes == pytest.approx(read_of(inputs), rel=0.03)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from run.small_inputs import EXPERTS, small_inputs
 from weightsmith.cli.main import main
+from weightsmith.cli.show import size
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.engine.carry import Job, carry_out, carry_out_all
 from weightsmith.engine.execute import Steps
@@ -224,6 +225,8 @@ def test_every_variant_is_the_folder_that_a_run_of_its_own_makes(models: Path, c
     assert main(["merge", str(models / "r.yaml"), str(models / "out"), *options, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown["variants"]) == FOLDERS == sorted(p.name for p in (models / "out").iterdir())
+    assert main(["merge", str(models / "r.yaml"), str(models / "out"), *options, "--overwrite"]) == 0
+    assert f"; {size(shown['read_bytes'])} read for all of them together\n" in capsys.readouterr().out
     for name, one in load_variants(models / "r.yaml", SETS).items():
         run(one, models / "one" / name)
         made, wanted = models / "out" / name, models / "one" / name

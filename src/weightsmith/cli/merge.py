@@ -85,7 +85,8 @@ def _summary_of_all(swept: SweepResult, *, json: bool, quiet: bool) -> None:
     for found in swept.variants.values():
         files, nbytes = files_in(found.out)
         say(f"wrote {found.out}: {size(nbytes)} in {files} file{'s' if files != 1 else ''}")
-    say(f"{len(swept.variants)} variants in {duration(swept.seconds)}; the inputs were read once")
+    read = f"{size(swept.read_bytes)} read for all of them together"
+    say(f"{len(swept.variants)} variants in {duration(swept.seconds)}; {read}")
     say(f'next: "weightsmith check {next(iter(swept.variants.values())).out}" sees whether the first one works')
 
 
@@ -101,7 +102,8 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
             "seconds": round(result.seconds, 3),
             "read_bytes": result.read_bytes,
             "write_bytes": result.write_bytes,
-            "bytes_per_second": round(rate),
+            "bytes_per_second": None if result.complete else round(rate),
+            "complete": result.complete,
             "peak_bytes": result.peak_bytes,
             "storage": result.storage,
             "warnings": result.warnings,
@@ -111,7 +113,10 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
         warn(text)
     if not quiet:
         count = "1 file" if files == 1 else f"{files} files"
-        say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}, {size(rate)}/s in and out")
+        if result.complete:
+            say(f"{result.out} is already complete: {size(nbytes)} in {count}")
+        else:
+            say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}, {size(rate)}/s in and out")
         if (kept := result.storage) is not None:
             beside = f" beside the base's {size(kept.base)}" if kept.base else ""
             who, taken = ("1 model", "it takes") if kept.count == 1 else (f"{kept.count} models", "they take")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.options import Json
+from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import say, show_json
 from weightsmith.cli.words import Parameter
 
@@ -18,11 +18,15 @@ def verify(
     *,
     rerun: Annotated[bool, Parameter(help="Also merge again and compare the bytes (writes nothing).")] = False,
     json: Json = False,
+    plugin: Plugins = (),
 ) -> int:
     """See whether a result is as it was written: every checksum, no file missing or added."""
     from weightsmith.io.package.manifest import read_manifest, verify_folder
     from weightsmith.io.url import place_of
+    from weightsmith.plugins import load_file
 
+    for file in plugin:
+        load_file(file)
     place = place_of(out)
     problems = list(verify_folder(place))
     if rerun:

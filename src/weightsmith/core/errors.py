@@ -26,6 +26,7 @@ __all__ = [
     "SourceError",
     "WeightsmithError",
     "did_you_mean",
+    "problems_of",
     "public",
     "some",
 ]
@@ -54,6 +55,8 @@ class WeightsmithError(Exception):
     """
 
     code = 2
+    problems: tuple[str, ...] = ()
+    """Every one of several, where the error carries more than its text."""
 
     def __init__(self, text: str = "") -> None:
         shown = public(text) if ":/" in text or "hf_" in text else text
@@ -119,6 +122,11 @@ class MissingExtra(WeightsmithError):
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
         return MissingExtra, (self.package, self.extra, self.purpose)
+
+
+def problems_of(error: WeightsmithError) -> tuple[str, ...]:
+    """What an error complains of, one by one."""
+    return error.problems or (str(error),)
 
 
 _LONGEST = 200  # characters; comparing takes time in the square of the length

@@ -56,6 +56,7 @@ class Task:
     inputs     stored dtype per input, the base first if there is one
     stats      statistics that the pipeline reads
     reason     why this treatment, in words, for the plan's table
+    compared   a copy that is right only if every input holds the same: integers, which have no mean
     """
 
     id: str
@@ -67,6 +68,7 @@ class Task:
     depth: float | None = None
     stats: tuple[str, ...] = ()
     reason: str = ""
+    compared: bool = False
     peak: int = 0
     group: str = ""
     of: Key | None = None

@@ -274,7 +274,7 @@ def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
     problems = []
     for task, inputs in tasks:
         key = task.key
-        if key.floating or task.pipeline is not None or "equal everywhere" not in task.reason:
+        if not task.compared:
             continue
         (first_name, first), *others = inputs.models
         for start, stop in blocks(key, task.start, task.stop):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError, problems_of
 from weightsmith.io.read.source import Source
 from weightsmith.recipe.schema import Tokenizer
 from weightsmith.tokens.layout import lay_out, read_rule
@@ -33,7 +33,7 @@ def in_one_vocabulary(wanted: Tokenizer | None, models: Mapping[str, Source]) ->
     try:
         return _renumbered(wanted, models), []
     except WeightsmithError as error:
-        return models, [f"tokenizer: {line}" for line in str(error).splitlines()]
+        return models, [f"tokenizer: {line}" for line in problems_of(error)]
 
 
 def _renumbered(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, Source]:

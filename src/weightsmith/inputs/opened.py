@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError
+from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError, problems_of
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Pipeline
@@ -182,7 +182,7 @@ class _Opener:
         try:
             return self.model(ref, base, name, keep)
         except WeightsmithError as error:
-            problems += [f"{name}: {line}" for line in str(error).splitlines() if not line.endswith("problems:")]
+            problems += [f"{name}: {line}" for line in problems_of(error)]
             return None
 
     def model(self, ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from weightsmith.core.errors import WeightsmithError, did_you_mean
+from weightsmith.core.errors import WeightsmithError, did_you_mean, problems_of
 from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, Pipeline, Stage
 from weightsmith.core.symmetry import groups
@@ -46,10 +46,10 @@ class Planner:
         try:
             self.resolver: Resolver | None = Resolver(recipe)
         except WeightsmithError as error:
-            self.problems += str(error).splitlines()
+            self.problems += problems_of(error)
             self.resolver = None
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
-        self._complained: set[str] = set()
+        self._complained, self._compared = set[str](), set[str]()
         self._remarks = TensorRemarks()
         self._notes_on: dict[str, Mapping[str, Any]] = {
             stat: _common_notes(found.values()) for stat, found in inputs.stats.items()
@@ -71,8 +71,7 @@ class Planner:
         left = 0
         for name in self.names:
             key = self.reference.keys[name]
-            treatment = self._treat(key)
-            if treatment is None:
+            if (treatment := self._treat(key)) is None:
                 continue
             pipeline, source, reason = treatment
             if self.encode and self.inputs.base is not None and pipeline is None and key.floating:
@@ -133,6 +132,7 @@ class Planner:
         if not key.numel and here is not None:
             return None, self._reference_name(), "empty"
         if not key.floating:
+            self._compared.add(key.name)
             return None, self._reference_name(), f"{key.dtype}, must be equal everywhere"
         if here is None:
             return None
@@ -335,8 +335,7 @@ class Planner:
             for name, (pipeline, _, _) in self._treatment.items()
             if pipeline is not None and self.reference.keys[name].role in ("embed", "head")
         ]
-        found = vocabulary_problems(self.reference, self._reference_label(), self.inputs.experts, merged)
-        self.problems += found
+        self.problems += vocabulary_problems(self.reference, self._reference_label(), self.inputs.experts, merged)
 
     # -- cutting
 
@@ -368,6 +367,7 @@ class Planner:
                 depth=self.depth.get(key.name),
                 stats=stats,
                 reason=reason,
+                compared=key.name in self._compared,
                 peak=peak,
                 way=way,
                 of=None if keys == (key,) else key,

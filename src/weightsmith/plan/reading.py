@@ -36,7 +36,7 @@ def bytes_read(task: Task, inputs: Inputs, beside: Sequence[Task] = ()) -> int:
     """
     key = task.key
     if task.pipeline is None:
-        once = [task.source, *(_models(inputs) if "equal everywhere" in task.reason else ())]  # compared, then copied
+        once = [task.source, *(_models(inputs) if task.compared else ())]
         return sum(_rows(task, inputs, name) for name in once)
     if task.group:
         return sum(source.key(k.name).nbytes for k in task.keys for _, source in inputs.models)

@@ -115,7 +115,8 @@ def licence_problems(licences: Mapping[str, str]) -> list[str]:
             problems.append(f"{name} ({text}) allows no derived works, and a merge is one")
     missing = [name for name, text in licences.items() if text == UNKNOWN]
     if missing:
-        problems.append(f"no licence is stated by {', '.join(missing)}; ask its author before you publish the merge")
+        whom = "its author" if len(missing) == 1 else "their authors"
+        problems.append(f"no licence is stated by {', '.join(missing)}; ask {whom} before you publish the merge")
     return problems
 
 
