@@ -177,12 +177,12 @@ def test_the_same_bytes_however_cut_and_by_however_many_threads(stage: Stage):
     given = prepare(stage, base, experts, seed=3)
     expected = run(pipeline(stage), given)
     assert torch.get_num_threads() == 1
-    for cut, skips in [(every(2), False), (every(5), True)]:  # 5 of 6 rows leaves a block of one
-        got = run(pipeline(stage), given, cut, honour_skips=skips)
+    for cut in [every(2), every(5)]:  # 5 of 6 rows leaves a block of one
+        got = run(pipeline(stage), given, cut)
         assert [n for n in expected if not torch.equal(got[n], expected[n])] == []
     torch.set_num_threads(2)
     try:
-        threaded = run(pipeline(stage), given, whole, honour_skips=False)
+        threaded = run(pipeline(stage), given, whole)
     finally:
         torch.set_num_threads(1)
     assert [n for n in expected if not torch.equal(threaded[n], expected[n])] == []

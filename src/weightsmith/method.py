@@ -17,8 +17,9 @@ from weightsmith.core.method import (
     registry,
 )
 from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number
-from weightsmith.core.site import Group, Site, Summary
+from weightsmith.core.pass_ import Found, Pass, State
+from weightsmith.core.site import Group, Site
 
-__all__ = ["BASE", "Codec", "Each", "Filter", "Grain", "Group", "Method", "Parameter", "Pipeline", "Rows", "Scope",
-           "Site", "Stage", "Summary", "Traits", "choice", "flag", "integer", "number", "registered",
+__all__ = ["BASE", "Codec", "Each", "Filter", "Found", "Grain", "Group", "Method", "Parameter", "Pass", "Pipeline",
+           "Rows", "Scope", "Site", "Stage", "State", "Traits", "choice", "flag", "integer", "number", "registered",
            "registry"]  # fmt: skip

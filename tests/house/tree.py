@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = (
     ("core",),
     ("method", "plugins", "report"),
-    ("ops",),
     ("kernels",),
+    ("ops",),
     ("methods", "codecs"),
     ("io",),
     ("tokens",),

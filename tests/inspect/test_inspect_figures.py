@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from inspected import of, of_vectors
 
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Rows
+from weightsmith.core.pass_ import Pass, fold, measured
 from weightsmith.core.site import Site
-from weightsmith.engine.execute import fold
 from weightsmith.inspect.facts import independent
-from weightsmith.inspect.survey import Survey
+from weightsmith.inspect.survey import survey
 
 torch.set_num_threads(1)
 
@@ -138,17 +138,13 @@ def test_groups_are_taken_as_one_vector() -> None:
 
 
 def surveyed(base: torch.Tensor, stack: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-    """All passes of `Survey` over blocks of `step` rows."""
-    stage, summary = Survey(), {}
-    key = Key("w", tuple(base.shape), "float32")
-    for round in range(stage.rounds):
-        if stage.skips(key, round, summary):
-            continue
-        cuts = range(0, base.shape[0], step)
-        sites = [Site(key, stack[:, i : i + step], base[i : i + step], start=i, summary=summary) for i in cuts]
-        total = fold([stage.measure(site, round) for site in sites])
-        summary = stage.digest({n: v.values if isinstance(v, Rows) else v for n, v in total.items()}, round, summary)
-    return {n: torch.as_tensor(v) for n, v in summary.items() if not n.startswith("select.")}
+    """All passes of the survey over blocks of `step` rows."""
+    key, lows = Key("w", tuple(base.shape), "float32"), range(0, base.shape[0], step)
+    found: dict[Pass[Any], Any] = {}
+    for asked in survey(len(stack)):
+        sites = [Site(key, stack[:, i : i + step], base[i : i + step], start=i, found=found) for i in lows]
+        found[asked] = measured(asked, lambda look, sites=sites: fold(map(look.see, sites)))
+    return {n: torch.as_tensor(v) for one in found.values() if isinstance(one, dict) for n, v in one.items()}
 
 
 @pytest.mark.parametrize("step", [9, 32, 64])

@@ -59,10 +59,8 @@ def test_blocks_are_all_that_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     inspect(recipe, sources=inputs, spectra=0, threads=1)
     assert max(max(s.sizes) for s in (base, a, b)) <= BLOCK
     at_once: list[int] = []
-    plain = Spectrum.measure
-    monkeypatch.setattr(
-        Spectrum, "measure", lambda self, site, round: at_once.append(site.count) or plain(self, site, round)
-    )
+    plain = Spectrum.see
+    monkeypatch.setattr(Spectrum, "see", lambda self, site: at_once.append(site.count) or plain(self, site))
     small = Inputs(*(lambda s: (s[0], {"a": s[1], "b": s[2]}))([MemorySource(random(i, w=(9, 8))) for i in range(3)]))
     inspect(recipe, sources=small, threads=1)
     assert at_once == [1, 1]

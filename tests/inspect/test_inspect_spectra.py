@@ -97,7 +97,7 @@ def test_an_adapter_stays_a_product() -> None:
     key = Key("w", (20, 10), "float32")
     product = Site(key, torch.empty(1, 20, 10, device="meta"), torch.zeros(20, 10), factors=((left, right),))
     dense = Site(key, (left @ right)[None], torch.zeros(20, 10))
-    a, b = (Spectrum().measure(site, 0)["s"] for site in (product, dense))
+    a, b = (Spectrum().see(site)["s"] for site in (product, dense))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert len(a) == 3
 
@@ -105,7 +105,7 @@ def test_an_adapter_stays_a_product() -> None:
 def test_matrices_that_are_not_finite_have_no_spectrum() -> None:
     bad = torch.zeros(1, 4, 4)
     bad[0, 1, 2] = float("nan")
-    assert Spectrum().measure(Site(Key("w", (4, 4), "float32"), bad, torch.zeros(4, 4)), 0) == {}
+    assert Spectrum().see(Site(Key("w", (4, 4), "float32"), bad, torch.zeros(4, 4))) == {}
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,18 @@ Blocks may be cut at any row.  Model-wide passes add up over blocks of a fixed n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightsmith.core.keys import Key, depths
-from weightsmith.core.method import BASE, Grain, Pipeline, Rows, Scope, Stage, registry
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Grain, Pipeline, Scope, Stage, registry
+from weightsmith.core.pass_ import Pass, State, fold
+from weightsmith.core.site import Site
+from weightsmith.ops.select import Cut as Cuts
 
 Cut = Callable[[int], Sequence[tuple[int, int]]]
 Stats = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
@@ -30,6 +32,16 @@ def every(step: int) -> Cut:
 
 
 CANONICAL = every(16)
+
+
+@dataclass(frozen=True)
+class Given(Cuts):
+    """Cuts at given places."""
+
+    given: tuple[tuple[int, ...], ...] = ()
+
+    def ranks(self, total: int) -> Sequence[Sequence[int]]:
+        return self.given
 
 
 def build(method: Any, parameters: Mapping[str, Any]) -> Pipeline:
@@ -95,58 +107,63 @@ def _cut(cut: Cut) -> Cut:
     return every(1 << 30) if cut is whole else cut
 
 
-def run(
-    pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole, honour_skips: bool = True
-) -> dict[str, Tensor]:
-    """Measure, digest and merge every site."""
+def run(pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole) -> dict[str, Tensor]:
+    """Measure and merge every site."""
     own = {n: Pipeline(tuple(covered(s, site) for s in pipeline.stages)) for n, site in sites.items()}
     # A model-wide sum must not depend on `cut`, so `whole` may not mean one block there either.
     cuts = {n: _cut(cut) if own[n].grain is Grain.ELEMENT else whole for n in own}
-    summaries: dict[str, dict[int, Summary]] = {n: {} for n in own}
+    found: dict[str, dict[int, dict[Pass[Any], Any]]] = {n: {} for n in own}
     for index in range(len(pipeline.stages)):
-        for round in range(max(p.stages[index].rounds for p in own.values())):
-            here = [n for n in own if round < own[n].stages[index].rounds]
-            model = [n for n in here if own[n].stages[index].scope is Scope.MODEL]
-            for names in [model, *([n] for n in here if n not in model)]:
-                if names:
-                    _round((index, round), names, sites, own, summaries, cuts, honour_skips)
-    return {n: _merge(own[n], sites[n], cuts[n], summaries[n]) for n in own}
+        passes = {n: p.stages[index].passes(sites[n].count) for n, p in own.items()}
+        for place in range(max(map(len, passes.values()))):
+            here = {n: p[place] for n, p in passes.items() if place < len(p) and p[place].applies(sites[n].key)}
+            model = {n: one for n, one in here.items() if one.scope is Scope.MODEL}
+            for asked in [model, *({n: one} for n, one in here.items() if n not in model)]:
+                _measure(index, asked, sites, own, found, cuts)
+    return {n: _merge(own[n], sites[n], cuts[n], found[n]) for n in own}
 
 
-def _round(
-    step: tuple[int, int],
-    names: Sequence[str],
+def _measure(
+    index: int,
+    asked: Mapping[str, Pass[Any]],
     sites: Mapping[str, Site],
     own: Mapping[str, Pipeline],
-    summaries: dict[str, dict[int, Summary]],
+    found: dict[str, dict[int, dict[Pass[Any], Any]]],
     cuts: Mapping[str, Cut],
-    honour_skips: bool,
 ) -> None:
-    index, round = step
-    totals: dict[str, Tensor] = {}
-    stage = own[names[0]].stages[index]
-    before = summaries[names[0]].get(index, {})
-    if honour_skips and all(stage.skips(sites[n].key, round, before) for n in names):
-        return
-    for name in names:
-        fixed = stage.scope is Scope.MODEL and cuts[name] is not whole
+    """Take all looks of tensors' passes together."""
+    looks = dict(asked)
+    while looks:
+        total, again = fold(_seen(index, looks, sites, own, found, cuts)), {}
+        for name, look in looks.items():
+            result = look.end(total)
+            if isinstance(result, Pass):
+                again[name] = result
+            else:
+                found[name].setdefault(index, {})[asked[name]] = result
+        looks = again
+
+
+def _seen(
+    index: int,
+    looks: Mapping[str, Pass[Any]],
+    sites: Mapping[str, Site],
+    own: Mapping[str, Pipeline],
+    found: Mapping[str, Mapping[int, Any]],
+    cuts: Mapping[str, Cut],
+) -> Iterator[State]:
+    """What a look at every block gives, one by one."""
+    for name, look in looks.items():
+        fixed = look.scope is Scope.MODEL and cuts[name] is not whole
         for low, high in (CANONICAL if fixed else cuts[name])(sites[name].key.rows):
-            with torch.no_grad():  # summaries are constants to a gradient
-                found = own[name].measure(step, block(sites[name], low, high), summaries[name])
-            for key, value in found.items():
-                if isinstance(value, Rows):
-                    totals[key] = torch.cat([totals[key], value.values], -1) if key in totals else value.values
-                else:
-                    totals[key] = totals[key] + value if key in totals else value
-    digest = stage.digest(totals, round, before)
-    for name in names:
-        summaries[name][index] = digest
+            with torch.no_grad():  # what is measured is a constant to a gradient
+                yield look.see(own[name].site_for(index, block(sites[name], low, high), found[name]))
 
 
-def _merge(pipeline: Pipeline, site: Site, cut: Cut, summaries: Mapping[int, Summary]) -> Tensor:
+def _merge(pipeline: Pipeline, site: Site, cut: Cut, found: Mapping[int, Any]) -> Tensor:
     if not site.key.shape:
-        return pipeline.merge(site, summaries)
-    return torch.cat([pipeline.merge(block(site, low, high), summaries) for low, high in cut(site.key.rows)])
+        return pipeline.merge(site, found)
+    return torch.cat([pipeline.merge(block(site, low, high), found) for low, high in cut(site.key.rows)])
 
 
 def merge(

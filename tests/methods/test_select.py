@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from driver import every, run, sites
+from driver import Given, every, run, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightsmith.core.method import Pipeline, Rows
+from weightsmith.core.keys import Key
+from weightsmith.core.method import Pipeline
+from weightsmith.core.pass_ import fold, measured
+from weightsmith.core.site import Site
 from weightsmith.methods.magnitude import Magnitude
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.ops import select
@@ -23,18 +26,12 @@ def by_sorting(values: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 
 def selected(stack: torch.Tensor, cuts: list[list[int]], step: int, whole: bool = False) -> list[torch.Tensor]:
-    summary: dict[str, torch.Tensor] = {}
-    for round in range(2 if whole else 3):
-        totals: dict[str, torch.Tensor] = {}
-        for low in range(0, stack.shape[1], step):
-            for name, value in select.measure(stack[:, low : low + step], summary, round).items():
-                if isinstance(value, Rows):
-                    totals[name] = torch.cat([totals[name], value.values], -1) if name in totals else value.values
-                else:
-                    totals[name] = totals.get(name, 0) + value
-        summary = select.digest(totals, round, summary, lambda n, total: cuts, whole)
-    blocks = [select.before(stack[:, low : low + step], summary, low) for low in range(0, stack.shape[1], step)]
-    return [torch.cat(found, 1) for found in zip(*blocks, strict=True)]
+    key = Key("w", tuple(stack.shape[1:]), "float32")
+    lows = range(0, stack.shape[1], step)
+    sites = [Site(key, stack[:, low : low + step], is_delta=True, start=low) for low in lows]
+    found = measured(Given(whole, tuple(map(tuple, cuts))), lambda look: fold(map(look.see, sites)))
+    blocks = [found.before(site.stack, site.start) for site in sites]
+    return [torch.cat(parts, 1) for parts in zip(*blocks, strict=True)]
 
 
 floats = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 3.5, -3.5, 1e-40, 1e-30, 65504.0, -3e38])

@@ -10,19 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.test_fused import result_of, stored_of
-from weightsmith.engine.execute import fold
+from methods.driver import Given
+from ops.test_fused import stored_of
+from weightsmith.core.keys import Key
+from weightsmith.core.pass_ import fold, measured
+from weightsmith.core.site import Site
+from weightsmith.kernels import cuts
+from weightsmith.kernels.cuts import tensor_cuts
 from weightsmith.kernels.stored import Stored
-from weightsmith.ops import cuts, select
-from weightsmith.ops.cuts import counted, tensor_cuts
 
 
-def by_torch(deltas: torch.Tensor, ranks: list[list[int]]) -> dict[str, np.ndarray]:
-    """The meaning: two rounds of `select`."""
-    summary: dict[str, object] = {}
-    for step in range(2):
-        summary = select.digest(fold([select.measure(deltas, summary, step)]), step, summary, lambda *_: ranks)
-    return {name: np.asarray(summary[f"select.{name}"]) for name in ("threshold", "quota", "ties")}
+def by_torch(deltas: torch.Tensor, ranks: list[list[int]]) -> np.ndarray:
+    """The meaning: the looks of `select.Cut`."""
+    site = Site(Key("w", tuple(deltas.shape[1:]), "float32"), deltas, is_delta=True)
+    found = measured(Given(False, tuple(map(tuple, ranks))), lambda look: fold([look.see(site)]))
+    return np.stack([found.threshold, found.quota, found.ties], -1)
 
 
 def made(seed: int, kind: str, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -65,10 +67,8 @@ def test_cuts_are_those_of_torch(
     ranks = [[round(share * rows * width) for share in of[:wanted]] for of in shares]
     edges = sorted({0, rows, *(at * rows // blocks for at in range(blocks))})
     with patch.object(cuts, "SAMPLE", sample):
-        steps = tensor_cuts(ranks, (rows, width), lambda a, b: stored[a:b], list(itertools.pairwise(edges)))
-        found = result_of(steps)
-    for name, value in by_torch(deltas_of(stored, dtype), ranks).items():
-        assert np.array_equal(found[f"select.{name}"], value), name
+        found = tensor_cuts(ranks, (rows, width), lambda a, b: stored[a:b], list(itertools.pairwise(edges)))
+    assert np.array_equal(found, by_torch(deltas_of(stored, dtype), ranks))
 
 
 def deltas_of(stored: Stored, dtype: str) -> torch.Tensor:
@@ -90,10 +90,9 @@ def test_any_number_of_cuts_takes_two_passes() -> None:
     for count in (2, 40):
         seen.clear()
         ranks = [[1 + 2000 * at for at in range(count)] * 2] * 2
-        found = result_of(tensor_cuts(ranks, (300, 300), read, blocks))
+        found = tensor_cuts(ranks, (300, 300), read, blocks)
         assert seen == blocks * 2
-        for name, value in by_torch(deltas_of(stored, "float32"), ranks).items():
-            assert np.array_equal(found[f"select.{name}"], value), name
+        assert np.array_equal(found, by_torch(deltas_of(stored, "float32"), ranks))
 
 
 def test_cells_add_up_to_all_entries() -> None:
@@ -101,10 +100,10 @@ def test_cells_add_up_to_all_entries() -> None:
     bits = deltas_of(stored, "float32").abs().view(torch.int32).flatten().numpy()
     cells, often = np.unique(bits >> 16, return_counts=True)
     first, second = (int(cell) for cell in cells[np.argsort(often)[-2:]])
-    found = result_of(counted([[first, second, -1, 1 << 15]], lambda a, b: stored[a:b], [(0, 20), (20, 50)]))
+    found = cuts._counted([[first, second, -1, 1 << 15]], lambda a, b: stored[a:b], [(0, 20), (20, 50)])
     for cell in (first, second):
         here = bits[bits >> 16 == cell] & 0xFFFF
         assert np.array_equal(found.low([cell])[0, 0], np.bincount(here, minlength=1 << 16))
     assert not found.low([-1]).any()
-    closed = result_of(counted([()], lambda a, b: stored[a:b], [(0, 50)])).high
+    closed = cuts._counted([()], lambda a, b: stored[a:b], [(0, 50)]).high
     assert np.array_equal(closed[0], np.bincount(bits >> 16, minlength=1 << 15))

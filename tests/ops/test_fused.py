@@ -6,9 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Generator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,20 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightsmith.core.kernel import SIGNATURES, STRIP, Program, WeightedSum
+from weightsmith.core.kernel import Program, WeightedSum
 from weightsmith.core.keys import Key
+from weightsmith.core.pass_ import Pass, fold, measured
 from weightsmith.core.site import Site
-from weightsmith.engine.execute import fold
 from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.kernels import native
+from weightsmith.kernels.cuts import tensor_cuts
+from weightsmith.kernels.merge import Merge, weighted_sum
+from weightsmith.kernels.record import SIGNATURES, STRIP
 from weightsmith.kernels.stored import READ, WRITTEN, Stored
 from weightsmith.methods.ties import Ties
-from weightsmith.ops import fused
 from weightsmith.ops.combine import apply_weighted_sum
-from weightsmith.ops.cuts import tensor_cuts
-from weightsmith.ops.fused import Merge
 
-T = TypeVar("T")
 DTYPES = tuple(READ)
 WORDS = {"bfloat16": ("u2", 0x7F80), "float16": ("u2", 0x7C00), "float32": ("u4", 0x7F800000)}
 WORDS |= {"float8_e4m3fn": ("u1", 0x78), "float8_e5m2": ("u1", 0x7C)}
@@ -77,7 +75,7 @@ def test_kernel_equals_torch(
     dtypes = dtypes[: len(weights) + 1]
     base, *inputs = [random_bits(rng, d, size) for d in dtypes]
     spec = WeightedSum(tuple(weights), divisor, scale if deltas else 1.0, deltas)
-    got, bad = fused.weighted_sum(spec, Stored(inputs, dtypes[1:], base, dtypes[0]), out)
+    got, bad = weighted_sum(spec, Stored(inputs, dtypes[1:], base, dtypes[0]), out)
     want = by_torch(spec, inputs, base, dtypes, out)
     finite = np.isfinite(bits_to_tensor(want.copy(), out).float().numpy())
     assert np.array_equal(got[finite], want[finite])
@@ -88,7 +86,7 @@ def test_kernel_equals_torch(
 def test_every_bf16_pattern_survives() -> None:
     """A weight of 1 gives each of the 65,536 patterns back (NaNs as one quiet NaN, as torch casts them)."""
     every = np.arange(1 << 16, dtype="u2")
-    got, bad = fused.weighted_sum(WeightedSum((1.0,)), Stored([every], ["bfloat16"]), "bfloat16")
+    got, bad = weighted_sum(WeightedSum((1.0,)), Stored([every], ["bfloat16"]), "bfloat16")
     nan = ((every & 0x7F80) == 0x7F80) & ((every & 0x7F) != 0)
     assert np.array_equal(got[~nan], every[~nan])
     assert bad == int(nan.sum()) + 2
@@ -96,7 +94,7 @@ def test_every_bf16_pattern_survives() -> None:
 
 def test_rounding_is_to_even() -> None:
     halfway = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], "u4")  # the last rounds up to Inf
-    got, bad = fused.weighted_sum(WeightedSum((1.0,)), Stored([halfway], ["float32"]), "bfloat16")
+    got, bad = weighted_sum(WeightedSum((1.0,)), Stored([halfway], ["float32"]), "bfloat16")
     assert got.tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80]
     assert bad == 1
 
@@ -105,7 +103,7 @@ def test_rounding_is_to_even() -> None:
 def test_every_short_pattern_is_read_as_torch_reads_it(dtype: str) -> None:
     width, _ = WORDS[dtype]
     every = np.arange(np.iinfo(width).max + 1, dtype=width)
-    got, _ = fused.weighted_sum(WeightedSum((1.0,)), Stored([every], [dtype]), "float32")
+    got, _ = weighted_sum(WeightedSum((1.0,)), Stored([every], [dtype]), "float32")
     want = bits_to_tensor(every.copy(), dtype).float().view(torch.uint32).numpy()
     nan = np.isnan(want.view("f4"))
     assert np.array_equal(got[~nan], want[~nan])
@@ -119,9 +117,7 @@ def test_every_half_is_written_as_torch_writes_it() -> None:
     midpoints = (halves + torch.roll(halves, -1)) / 2
     inf = torch.tensor(float("inf"))
     values = torch.cat([x for v in (halves, midpoints) for x in (v, torch.nextafter(v, inf), torch.nextafter(v, -inf))])
-    got, bad = fused.weighted_sum(
-        WeightedSum((1.0,)), Stored([values.view(torch.uint32).numpy()], ["float32"]), "float16"
-    )
+    got, bad = weighted_sum(WeightedSum((1.0,)), Stored([values.view(torch.uint32).numpy()], ["float32"]), "float16")
     want = values.half()
     assert np.array_equal(got, want.view(torch.uint16).numpy())
     assert bad == int((~want.isfinite()).sum())
@@ -136,19 +132,11 @@ def stored_of(values: torch.Tensor, dtypes: list[str]) -> Stored:
     return Stored(bits[1:], dtypes[1:], bits[0], dtypes[0])
 
 
-def result_of(steps: Generator[None, None, T]) -> T:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-
-
-def site_of(stored: Stored, summary: dict[str, object] | None = None, start: int = 0) -> Site:
+def site_of(stored: Stored, found: dict[Pass[Any], Any] | None = None, start: int = 0) -> Site:
     stack = torch.stack([bits_to_tensor(b, d).float() for b, d in zip(stored.experts, stored.dtypes, strict=True)])
     assert stored.base is not None
     base = bits_to_tensor(stored.base, stored.base_dtype).float()
-    return Site(Key("w", tuple(base.shape), "float32"), stack, base, summary=summary or {}, start=start)
+    return Site(Key("w", tuple(base.shape), "float32"), stack, base, found=found or {}, start=start)
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,43 +179,41 @@ def test_vote_equals_torch(
     spec = method.fused(len(densities))
     assert spec is not None
     program = Program(spec)
-    summary: dict[str, object] = {}
-    for step in range(method.rounds):
-        if not method.skips(Key("w", (rows, width), "float32"), step, summary):
-            summary = dict(method.digest(fold([method.measure(site_of(stored, summary), step)]), step, summary))
+    found: dict[Pass[Any], Any] = {}
+    for asked in method.passes(len(densities)):
+        found[asked] = measured(asked, lambda look: fold([look.see(site_of(stored, found))]))
     edges = sorted({0, rows, *(at * rows // blocks for at in range(blocks))})
     ranges = list(itertools.pairwise(edges))
-    ranks = method.cuts(len(densities), rows * width)
-    cuts = result_of(tensor_cuts(ranks, (rows, width), lambda a, b: stored[a:b], ranges)) if spec.trim else {}
-    for name in cuts:
-        assert np.array_equal(cuts[name], np.asarray(summary[name])), name
-    if "signs" in spec.steps:
-        signs = Merge(program, cuts)
-        assert sum(signs.add(stored[a:b], a * width) for a, b in ranges) == 0
-        cuts |= signs.result()
-        assert int(cuts["ties.signs"]) == int(summary["ties.signs"])  # type: ignore[call-overload]
-    vote = Merge(program, cuts)
+    if spec.cut is not None:
+        want = found[spec.cut]
+        cuts = tensor_cuts(spec.cut.ranks(rows * width), (rows, width), lambda a, b: stored[a:b], ranges)
+        assert np.array_equal(cuts, np.stack([want.threshold, want.quota, want.ties], -1))
+    if spec.signs is not None:
+        signs = Merge(program, {one: value for one, value in found.items() if one != spec.signs})
+        assert sum(signs.count_signs(stored[a:b], a * width) for a, b in ranges) == 0
+        assert int(signs.signs) == found[spec.signs]
+    vote = Merge(program, found)
     got = np.concatenate([vote.merge(stored[a:b], "float32", a * width)[0] for a, b in ranges])
-    want = method.merge(site_of(stored, summary)).view(torch.uint32).numpy()
+    want = method.merge(site_of(stored, found)).view(torch.uint32).numpy()
     assert np.array_equal(got.view("f4") + 0.0, want.view("f4") + 0.0)
 
 
 def test_a_wrong_guess_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", 64)
-    monkeypatch.setattr("weightsmith.ops.cuts.MARGIN", 0.0)
+    monkeypatch.setattr("weightsmith.kernels.cuts.SAMPLE", 64)
+    monkeypatch.setattr("weightsmith.kernels.cuts.MARGIN", 0.0)
     values = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
     values[1, ::64] *= 1e-3  # what the sample sees is unlike the rest
     stored = stored_of(values, ["float32", "float32"])
-    ranks = Ties(density=0.37, scope_="tensor").cuts(1, 4096 * 16)
+    ranks = [[int(0.37 * 4096 * 16)]]
     passes = []
 
     def read(start: int, stop: int) -> Stored:
         passes.append((start, stop))
         return stored[start:stop]
 
-    cuts = result_of(tensor_cuts(ranks, (4096, 16), read, [(0, 4096)]))
+    cuts = tensor_cuts(ranks, (4096, 16), read, [(0, 4096)])
     delta = (values[1] - values[0]).abs().flatten().sort(descending=True).values
-    assert cuts["select.threshold"].item() == int(delta[int(0.37 * delta.numel()) - 1].view(torch.int32))
+    assert cuts[0, 0, 0] == int(delta[int(0.37 * delta.numel()) - 1].view(torch.int32))
     assert passes.count((0, 4096)) > 1
 
 
@@ -256,7 +242,7 @@ def test_kept_code_that_is_damaged_or_not_ours_is_not_run(tmp_path: Path, monkey
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_KERNELS"])
 def test_everything_works_without_kernels(variable: str) -> None:
     code = (
-        "import torch, weightsmith; from weightsmith.ops import fused; assert not fused.available();"
+        "import torch, weightsmith; from weightsmith.kernels.merge import available; assert not available();"
         "a, b = ({'w': torch.tensor(v, dtype=torch.bfloat16)} for v in ([1.0, 3.0], [3.0, 5.0]));"
         "print(weightsmith.merge([a, b], 'linear')['w'].tolist())"
     )

@@ -15,15 +15,19 @@ from torch import Tensor
 
 import weightsmith
 from weightsmith.core.errors import NumericError
-from weightsmith.core.kernel import STRIP, Mix, Program
+from weightsmith.core.kernel import Drop, Look, Masses, Mix, Products, Program
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Pipeline, registry
+from weightsmith.core.pass_ import Pass, Rows, fold, measured
 from weightsmith.core.site import Site
-from weightsmith.engine.execute import fold
 from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.kernels.looks import Sight, backends
+from weightsmith.kernels.merge import Merge
+from weightsmith.kernels.record import STRIP
 from weightsmith.kernels.stored import WRITTEN, Stored
+from weightsmith.methods.karcher import Karcher
+from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.ops import noise
-from weightsmith.ops.fused import Masses, Merge, Products
 from weightsmith.ops.reduce import row_products, row_sizes, row_squares, row_sums
 from weightsmith.ops.rescale import l1_sums
 
@@ -137,16 +141,25 @@ def test_the_kernels_know_these(name: str) -> None:
     assert isinstance(pipeline_of(name).fused(3), Program)
 
 
-def measured(pipeline: Pipeline, site: Site) -> dict[int, dict[str, Any]]:
-    """What every stage finds over a tensor in one block, by torch."""
-    found: dict[int, dict[str, Any]] = {}
+def found_by_torch(pipeline: Pipeline, site: Site) -> dict[int, dict[Pass[Any], Any]]:
+    """What every stage measures over a tensor in one block."""
+    found: dict[int, dict[Pass[Any], Any]] = {}
     for index, stage in enumerate(pipeline.stages):
         found[index] = {}
-        for round in range(stage.rounds):
-            if not stage.skips(site.key, round, found[index]):
-                totals = fold([pipeline.measure((index, round), site, found)])
-                found[index] = dict(stage.digest(totals, round, found[index]))
+        for asked in stage.passes(site.count):
+            if asked.applies(site.key):
+                look = lambda one, i=index: fold([one.see(pipeline.site_for(i, site, found))])  # noqa: E731
+                found[index][asked] = measured(asked, look)
     return found
+
+
+def seen(look: Look, pipeline: Pipeline, stored: Stored, draws: np.ndarray | None = None, offset: int = 0) -> Any:
+    """What the kernels see in one block."""
+    program = pipeline.fused(len(stored.experts))
+    assert program is not None
+    ((backend, _),) = backends([Sight(look, program, len(stored.experts), {}, draws, Rows)])
+    assert backend.add(stored, offset) == 0
+    return backend.results()[0]
 
 
 @settings(max_examples=150, deadline=None)
@@ -174,12 +187,13 @@ def test_any_bits_give_what_torch_gives(
     base, *experts = [bits_to_tensor(bits.copy(), dtype).float() for bits, dtype in zip(patterns, dtypes, strict=True)]
     assume(bool((torch.stack(experts) - base).isfinite().all()))
     site = Site(Key("w", shape, out), torch.stack(experts), base, names=("e0", "e1", "e2"), seed=3)
-    summaries = measured(pipeline, site)
-    want = pipeline.merge(site, summaries).to(getattr(torch, out))
+    found = found_by_torch(pipeline, site)
+    want = pipeline.merge(site, found).to(getattr(torch, out))
     program = pipeline.fused(3)
     assert program is not None
-    salted = [noise.stream(3, "w", expert, "dare") for expert in site.names]
-    known = {k: np.asarray(v) for found in summaries.values() for k, v in found.items()}
+    shares = program.before.shares if isinstance(program.before, Drop) else (1.0,) * 3
+    salted = noise.draws(3, "w", site.names, "dare", shares)
+    known = {asked: value for results in found.values() for asked, value in results.items()}
     stored = Stored(patterns[1:], dtypes[1:], patterns[0], dtypes[0])
     got, bad = Merge(program, known, salted).merge(stored, out)
     result = bits_to_tensor(got.copy(), out)
@@ -253,19 +267,16 @@ def test_a_broken_input_is_found_where_it_is(method: Any, value: float, monkeypa
 @pytest.mark.parametrize("offset", [0, 1, 7, 8, 1000003])
 @pytest.mark.parametrize("share", [0.0001, 0.5, 1 - 2**-33, 1.0])
 def test_kernels_draw_the_noise_that_numpy_draws(offset: int, share: float) -> None:
-    """A stream per expert; `Masses` shows what is left of a task vector of ones."""
+    """A stream per expert; the masses show what is left of a task vector of ones."""
     rows, width = 5, STRIP + 3
     ones = np.full((rows, width), 0x3F80, "u2")
     stored = Stored([ones, ones], ["bfloat16"] * 2, np.zeros_like(ones), "bfloat16")
-    spec = registry("dare")(density=share).fused(2)
-    keys = [noise.stream(5, "w", expert, "dare") for expert in ("a", "b")]
-    found = Masses(spec, 2, {}, keys)  # type: ignore[arg-type]
-    assert found.add(stored, offset) == 0
-    totals = found.result()
+    draws = noise.draws(5, "w", ("a", "b"), "dare", (share, share))
+    totals = seen(Masses(), registry("dare")(density=share) | TaskArithmetic(), stored, draws, offset)
     for i, expert in enumerate(("a", "b")):
         kept = noise.bernoulli(5, "w", expert, "dare", offset, rows * width, share).reshape(rows, width)
-        assert np.array_equal(totals["l1.masked"].values[i], kept.sum(1))
-        assert np.array_equal(totals["l1.whole"].values[i], np.full(rows, width))
+        assert np.array_equal(totals["masked"].values[i], kept.sum(1))
+        assert np.array_equal(totals["whole"].values[i], np.full(rows, width))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 64, STRIP - 1, STRIP, 3 * STRIP + 5])
@@ -275,15 +286,14 @@ def test_sums_have_the_order_of_torch(width: int) -> None:
         torch.randn(4, width, generator=draw) * 10 ** torch.randint(-9, 9, (4, width), generator=draw) for _ in "ab"
     )
     stored = Stored([a.view(torch.uint32).numpy(), b.view(torch.uint32).numpy()], ["float32"] * 2)
-    products = Products(Mix())
-    products.add(stored, 0)
     want = torch.stack([row_sums(x.double() * y) for x, y in ((a, a), (a, b), (b, b))]).numpy()
-    assert np.array_equal(products.result()["gram.products"].values, want)
+    assert np.array_equal(seen(Products(Mix()), Pipeline((Karcher(),)), stored)["products"].values, want)
     assert np.array_equal(row_products([a, b]).numpy(), want)
     assert np.array_equal(row_squares(b).numpy(), want[2])
     assert np.array_equal(row_sizes(a).numpy(), row_sums(a.abs()).numpy())
-    spec = registry("dare")(density=1.0).fused(1)
-    masses = Masses(spec, 1, {}, [(0, 0)])  # type: ignore[arg-type]
-    masses.add(Stored(stored.experts[:1], ["float32"], stored.experts[1], "float32"), 0)
+    pair = Stored(stored.experts[:1], ["float32"], stored.experts[1], "float32")
+    masses = seen(
+        Masses(), registry("dare")(density=1.0) | TaskArithmetic(), pair, noise.draws(0, "", ("",), "", (1.0,))
+    )
     delta = (a - b)[None]
-    assert np.array_equal(masses.result()["l1.whole"].values, l1_sums(delta, delta)["l1.whole"].values.numpy())  # type: ignore[union-attr]
+    assert np.array_equal(masses["whole"].values, l1_sums(delta, delta)["whole"].values.numpy())  # type: ignore[union-attr]

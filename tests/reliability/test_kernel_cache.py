@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from weightsmith.core.kernel import F32
 from weightsmith.kernels import native
 from weightsmith.kernels.linked import address_of
+from weightsmith.kernels.record import F32
 
 
 @pytest.fixture(scope="module")

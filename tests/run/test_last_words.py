@@ -17,7 +17,6 @@ from weightsmith.cli.main import main
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
 from weightsmith.jobs.merge import run
-from weightsmith.ops import fused
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import loads
 
@@ -183,7 +182,7 @@ def test_ties_tells_the_share_that_is_left_where_trimming_bites_on_zeros(
     kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        monkeypatch.setattr(fused, "available", lambda: False)
+        monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     sparse = {n: t.clone() for n, t in BASE.items()}
     sparse[UP][0] += 1  # 8 of 424 weights
     models = {"a": moved(1), "sparse": sparse}

@@ -53,7 +53,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 4000)
     monkeypatch.setattr("weightsmith.core.task.KEPT", 110_000)
     for name, value in (("SAMPLE", 1200), ("PLACES", 4), ("MARGIN", 0.05), ("BINS", 1 << 24)):
-        monkeypatch.setattr(f"weightsmith.ops.cuts.{name}", value)
+        monkeypatch.setattr(f"weightsmith.kernels.cuts.{name}", value)
 
 
 def inputs_for(stages: list[Stage], count: int) -> Inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from weightsmith.cli.main import main
 from weightsmith.cli.show import size
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.engine.carry import Job, carry_out, carry_out_all
-from weightsmith.engine.execute import Steps
-from weightsmith.engine.execute import together as steps_together
-from weightsmith.engine.kept import Kept
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Bits, MemorySource
 from weightsmith.io.write.output import FolderSink
@@ -28,9 +25,9 @@ from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.sweep import plan_sweep, run_sweep
+from weightsmith.kernels.cuts import Cells
+from weightsmith.kernels.merge import Merge
 from weightsmith.methods.tsvm import Tsvm
-from weightsmith.ops.cuts import Cells
-from weightsmith.ops.fused import Merge
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.recipe.sweep import expand, load_variants
@@ -132,7 +129,7 @@ def test_cuts_of_all_variants_are_found_together(
     stage: str, small: int, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every variant has the bytes of its own run, and magnitudes are counted as often for three variants as for two."""
-    monkeypatch.setattr("weightsmith.ops.cuts.SAMPLE", small)
+    monkeypatch.setattr("weightsmith.kernels.cuts.SAMPLE", small)
     monkeypatch.setattr("weightsmith.core.task.KEPT", 5000)  # some tensors above it, some below
     calls = []
     add = Cells.add
@@ -155,8 +152,8 @@ def test_cuts_of_all_variants_are_found_together(
 def test_what_lambda_does_not_change_is_measured_once(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model-wide passes too, if what is known of the model is the same; where it differs they are not mixed up."""
     calls = []
-    add = Merge.add
-    monkeypatch.setattr(Merge, "add", lambda self, *given: (calls.append(given), add(self, *given))[1])
+    add = Merge.count_signs
+    monkeypatch.setattr(Merge, "count_signs", lambda self, *given: (calls.append(given), add(self, *given))[1])
     wanted = [recipe("ties", parameters={"lambda": value}) for value in (0.1, 0.5, 0.9)]
     expected = [alone(one, inputs) for one in wanted]
     each = len(calls) // 3
@@ -182,23 +179,6 @@ def test_a_decomposition_serves_all_factors(inputs: Inputs, monkeypatch: pytest.
     calls.clear()
     assert together(wanted, inputs) == expected
     assert len(calls) == 4 * each
-
-
-def test_who_asks_late_is_answered_in_a_group_of_its_own() -> None:
-    kept, groups = Kept(), []
-
-    def work(asked: Sequence[int]) -> Steps[list[int]]:
-        groups.append(list(asked))
-        yield
-        return [10 * one for one in asked]
-
-    def ask(one: int, late: int) -> Steps[int]:
-        for _ in range(late):
-            yield
-        return (yield from kept.jointly("?", one, work))
-
-    assert steps_together([ask(1, 0), ask(2, 0), ask(3, 2), ask(4, 0), ask(5, 2)]) == [10, 20, 30, 40, 50]
-    assert groups == [[1, 2, 4], [3, 5]]
 
 
 # --- folders -----------------------------------------------------------------------------------------

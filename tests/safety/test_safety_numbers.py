@@ -16,7 +16,7 @@ from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import DTYPES
 from weightsmith.io.read.source import holds_nonfinite, tensor_to_bits
 from weightsmith.jobs.api import merge
-from weightsmith.ops import fused
+from weightsmith.kernels.merge import available
 
 ROWS, COLUMNS = 300, 1000  # two blocks
 FLOATS = [d.name for d in DTYPES.values() if d.floating]
@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "torch":
         monkeypatch.setenv("WEIGHTSMITH_KERNELS", "0")
     else:
-        assert fused.available()
+        assert available()
     return str(request.param)
 
 
@@ -187,8 +187,8 @@ def test_statistics_too(value: float) -> None:
 
 def test_both_paths_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    for available in (True, False):
-        monkeypatch.setattr(fused, "available", lambda available=available: available)
+    for there in ("1", "0"):
+        monkeypatch.setenv("WEIGHTSMITH_KERNELS", there)
         models = [model(1), model(2)]
         models[1]["w"][np.array([40, 40, 250]), np.array([3, 9, 1])] = float("nan")
         with pytest.raises(NumericError) as error:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec, Rows
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Codec, Pass
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
 from weightsmith.ops.reduce import block_sizes
 
@@ -41,17 +42,8 @@ class Bitdelta(
     Size: d / 8 bytes per expert, and 4 per 65536 weights.
     """
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        deltas = site.deltas
-        sizes = torch.stack([block_sizes(delta) for delta in deltas]).cpu()
-        return {"bitdelta.sizes": sizes, "bitdelta.count": torch.tensor(deltas[0].numel())}
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        return {"bitdelta.factors": totals["bitdelta.sizes"] / totals["bitdelta.count"].clamp(min=1)}
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (FACTORS,)
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         run, packed = run_length(key.row_numel), (-(-key.numel // 8),)
@@ -65,7 +57,7 @@ class Bitdelta(
         found: dict[str, Tensor] = {}
         name, run = site.key.name, self.parts(site.key, ("",))[-1]
         low, high = run.rows(site.offset, site.offset + site.deltas[0].numel())
-        for expert, delta, factor in zip(site.names, site.deltas, site.summary["bitdelta.factors"], strict=True):
+        for expert, delta, factor in zip(site.names, site.deltas, site.result(FACTORS), strict=True):
             found[f"{name}::sign.{expert}"] = pack_bits(delta > 0)
             found[f"{name}::factor.{expert}"] = factor.float().expand(high - low)
         return found
@@ -76,3 +68,20 @@ class Bitdelta(
         plus = unpack_bits(parts["sign"], offset % 8, base.numel()).reshape(base.shape)
         factor = parts["factor"].reshape(-1)[0]
         return base + torch.where(plus, factor, -factor)
+
+
+@dataclass(frozen=True)
+class _Factors(Pass[Any]):
+    """mean |delta| of each expert: float64 [n]."""
+
+    def see(self, site: Site) -> State:
+        deltas = site.deltas
+        sizes = torch.stack([block_sizes(delta) for delta in deltas]).cpu()
+        return {"sizes": sizes, "count": torch.tensor(deltas[0].numel())}
+
+    def end(self, total: Mapping[str, Any]) -> Tensor:
+        found: Tensor = total["sizes"] / total["count"].clamp(min=1)
+        return found
+
+
+FACTORS = _Factors()

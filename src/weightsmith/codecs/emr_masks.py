@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.keys import DTYPES, Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec, Rows, Scope
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Codec, Pass, Scope
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
 from weightsmith.ops.reduce import pairwise_sum, row_sizes
 
@@ -39,28 +40,8 @@ class EmrMasks(
     Size, for d weights and n experts: d bytes_of(tau) + n d / 8, and 4 bytes per 65536 weights and expert.
     """
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        tau, deltas = _split(site)
-        sign, size = tau.sign(), tau.abs()
-        largest = torch.finfo(tau.dtype).max
-        sums = []
-        for delta in deltas:
-            agreeing = (delta * sign).sign().relu()  # 1 or 0
-            kept = torch.minimum(size, agreeing * largest)  # a tenth of the time of `torch.where`
-            sums.append(pairwise_sum(torch.stack([row_sizes(delta), row_sizes(kept)])))
-        return {"emr.sizes": torch.stack(sums).cpu()}
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        own, kept = torch.as_tensor(totals["emr.sizes"]).unbind(-1)
-        return {"emr.factors": torch.where(kept > 0, own / torch.where(kept > 0, kept, 1.0), 0.0)}
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (FACTORS,)
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         # Task vectors are smaller than the smallest 8-bit floats.
@@ -80,7 +61,7 @@ class EmrMasks(
         made = {f"{site.key.name}::tau": tau}
         sign = tau.sign()
         masks = (delta * sign > 0 for delta in deltas)  # a sign is 1, 0 or -1, so that no product vanishes
-        found = zip(site.origin.names, masks, site.summary["emr.factors"], strict=True)
+        found = zip(site.origin.names, masks, site.result(FACTORS), strict=True)
         run = self.parts(site.key, ("",))[-1]
         low, high = run.rows(site.offset, site.offset + tau.numel())
         for expert, mask, factor in found:
@@ -93,6 +74,29 @@ class EmrMasks(
             return base
         mask = unpack_bits(parts["mask"], offset % 8, base.numel()).reshape(base.shape)
         return base + torch.where(mask, parts["tau"], 0.0) * parts["factor"].reshape(-1)[0]
+
+
+@dataclass(frozen=True)
+class _Factors(Pass[Any]):
+    """f_t of each expert: float64 [n]."""
+
+    def see(self, site: Site) -> State:
+        tau, deltas = _split(site)
+        sign, size = tau.sign(), tau.abs()
+        largest = torch.finfo(tau.dtype).max
+        sums = []
+        for delta in deltas:
+            agreeing = (delta * sign).sign().relu()  # 1 or 0
+            kept = torch.minimum(size, agreeing * largest)  # a tenth of the time of `torch.where`
+            sums.append(pairwise_sum(torch.stack([row_sizes(delta), row_sizes(kept)])))
+        return {"sizes": torch.stack(sums).cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> Tensor:
+        own, kept = torch.as_tensor(total["sizes"]).unbind(-1)
+        return torch.where(kept > 0, own / torch.where(kept > 0, kept, 1.0), 0.0)
+
+
+FACTORS = _Factors(scope=Scope.MODEL)
 
 
 def _split(site: Site) -> tuple[Tensor, Tensor]:

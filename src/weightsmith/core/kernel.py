@@ -1,51 +1,34 @@
-"""What the fused kernels can do, as values: a stage says which one gives its bytes (`Stage.fused`)."""
+"""What the kernels can do, as values: a stage says how its bytes are made (`Stage.fused`), a pass how it looks.
+
+Plain descriptions.  `kernels/` has a backend for each; passes in them (`Any` here) are the keys of their results.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 __all__ = [
-    "BF16",
-    "E4M3",
-    "E5M2",
-    "F16",
-    "F32",
-    "HIGH",
-    "LOW",
-    "SIGNATURES",
-    "STRIP",
     "Agreement",
+    "Balance",
     "Drop",
     "Fused",
+    "Look",
+    "Masses",
     "Mix",
+    "Products",
     "Program",
-    "TrimmedVote",
+    "Ranked",
+    "Vote",
     "WeightedSum",
     "Window",
+    "Within",
+    "sign_of_zero",
 ]
 
-BF16, F32, F16, E4M3, E5M2 = range(5)
-"""How the kernels are told what an array of stored bits holds."""
 
-STRIP = 1 << 11
-"""Entries that a kernel works on at once: a few float32 copies of them stay in a core's own cache."""
-
-HIGH, LOW = 1 << 15, 1 << 16
-"""Magnitudes have 31 bits, counted in two rounds: by the upper 15, then by the lower 16 within one value of these."""
-
-SIGNATURES = {
-    "weighted_sum": "iiiiiiffiiiii",
-    "magnitudes": "iiiiiii",
-    "count_between": "iiiiiiiiii",
-    "count_cells": "iiiiiiii",
-    "masked_merge": "iiiiiiiiiiiiiififfiifiiiii",
-    "row_masses": "iiiiiiiiiiiiiiiii",
-    "row_products": "iiiiiiiiiii",
-    "row_sizes": "iiiiiii",
-}
-"""Kernel -> its arguments: i is a 64-bit integer (or an address), f a float32.  All return a 64-bit integer."""
+# --- merges --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,31 +45,41 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
-class TrimmedVote:
-    """TIES: trim each task vector at its cut, weigh, elect a sign by mass, combine what agrees; base + scale * x.
+class Vote:
+    """TIES: trim each task vector, weigh, elect a sign by mass, combine what agrees; base + scale * x.
 
-    trim    whether anything is trimmed at all, at the first of the stage's `cuts`
-    steps   what each measuring round finds out: 'high', 'low', 'ties' (as in `ops.select`), 'signs'
-    zero    whether an even vote counts as plus ('plus'), as the majority of all signs, or its opposite
+    cut     pass that finds the cuts to trim at, or None
+    signs   pass that adds up all elected signs, or None
+    zero    sign of an even vote: 'plus', that of `signs` ('majority'), or its opposite
     mean    divide by the sum of the agreeing weights
     """
 
     weights: tuple[float, ...]
     scale: float
-    trim: bool
-    steps: tuple[str, ...]
+    cut: Any
+    signs: Any
     zero: str
     mean: bool
 
 
+def sign_of_zero(rule: str, signs: Any) -> float:
+    """The sign of an even vote: plus, or that of the sum of all elected signs (a sum of 0: plus), or its opposite."""
+    if rule == "plus" or int(signs) == 0:
+        return 1.0
+    majority = 1.0 if int(signs) > 0 else -1.0
+    return majority if rule == "majority" else -majority
+
+
 @dataclass(frozen=True)
 class Mix:
-    """`sum_i shares[i] * input_i`, added in order in float32, by shares that the inputs' inner products tell.
+    """`sum_i shares[i] * input_i`, added in order in float32.
 
+    shares  pass that finds them from the inputs' inner products
     ends    the base, if there is one, is the first of the inputs
     deltas  with a base, input_i is expert_i - base and the base is added to the sum
     """
 
+    shares: Any = None
     ends: bool = False
     deltas: bool = False
 
@@ -95,24 +88,27 @@ class Mix:
 class Drop:
     """A filter: keep an entry of task vector i with probability shares[i], by the noise of `ops.noise`.
 
-    salt    of the noise
-    rescale what the survivors are scaled by: '' nothing, 'expectation' 1 / share, 'l1' what measuring finds
+    salt     of the noise
+    factors  pass that finds what the survivors are multiplied by, or None
+    divide   whether they are divided by their share
     """
 
     shares: tuple[float, ...]
     salt: str
-    rescale: str
+    factors: Any = None
+    divide: bool = False
 
 
 @dataclass(frozen=True)
 class Window:
-    """A filter: keep what lies, by falling |delta| over the tensor, in front of the last of the stage's `cuts`.
+    """A filter: keep the entries that come before the last of the cuts, by falling |delta| over the tensor.
 
-    Of two cuts the first drops what lies in front of it.  rescale: '' or 'l1', as of `Drop`.
+    cut      pass that finds the cuts; of two, what comes before the first is dropped
+    factors  as of `Drop`
     """
 
-    rescale: str
-    trim: ClassVar[bool] = True
+    cut: Any
+    factors: Any = None
 
 
 @dataclass(frozen=True)
@@ -124,29 +120,29 @@ class Agreement:
     scale: float
 
 
-Fused = WeightedSum | TrimmedVote | Mix | Drop | Window | Agreement
+Fused = WeightedSum | Vote | Mix | Drop | Window | Agreement
 """What a stage may say of itself."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the kernels do in one pass: at most one filter of task vectors, one way to combine, one filter of that."""
+    """What the kernels do in one go: at most one filter of task vectors, one way to combine, one filter of that."""
 
-    combine: WeightedSum | TrimmedVote | Mix
+    combine: WeightedSum | Vote | Mix
     before: Drop | Window | None = None
     after: Agreement | None = None
 
     @classmethod
     def of(cls, specs: Sequence[Fused | None]) -> Program | None:
         """The program of a pipeline's stages in order, or None if the kernels have none for it."""
-        combining = [s for s in specs if isinstance(s, (WeightedSum, TrimmedVote, Mix))]
+        combining = [s for s in specs if isinstance(s, (WeightedSum, Vote, Mix))]
         before = [s for s in specs if isinstance(s, (Drop, Window))]
         after = [s for s in specs if isinstance(s, Agreement)]
         if len(combining) != 1 or len(before) > 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
             return None
         combine = combining[0]
         plain = isinstance(combine, Mix) or (isinstance(combine, WeightedSum) and not combine.deltas)
-        trims = isinstance(combine, TrimmedVote) and combine.trim
+        trims = isinstance(combine, Vote) and combine.cut is not None
         if (plain and (before or after)) or (trims and before):
             return None
         return cls(combine, before[0] if before else None, after[0] if after else None)
@@ -154,10 +150,48 @@ class Program:
     @property
     def masks(self) -> bool:
         """Whether it is more than a weighted sum of the inputs."""
-        return self.before is not None or self.after is not None or isinstance(self.combine, TrimmedVote)
+        return self.before is not None or self.after is not None or isinstance(self.combine, Vote)
 
     @property
     def wants_base(self) -> bool:
         """Whether it reads the base, if there is one."""
         combine = self.combine
-        return isinstance(combine, TrimmedVote) or combine.deltas or (isinstance(combine, Mix) and combine.ends)
+        return isinstance(combine, Vote) or combine.deltas or (isinstance(combine, Mix) and combine.ends)
+
+
+# --- looks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Cuts by magnitude: ranks(total) gives for each expert how many of the largest come before each of its cuts."""
+
+    cut: Any
+
+
+@dataclass(frozen=True)
+class Within:
+    """Counts of the lower bits of magnitudes, for each expert within one value of the upper bits."""
+
+    cells: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Masses:
+    """Per row sum |delta|, before and after the program's filter."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products, row by row, of all pairs of what is mixed."""
+
+    mix: Mix
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The sum of all signs that the program elects."""
+
+
+Look = Ranked | Within | Masses | Products | Balance
+"""What a pass may say of itself."""

@@ -12,19 +12,20 @@ import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.kernel import Fused, Program
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number, plain_number
-from weightsmith.core.site import Group, Site, Summary
+from weightsmith.core.pass_ import Found, Pass, Rows, Scope
+from weightsmith.core.site import Group, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASE", "Codec", "Each", "Filter", "Grain", "Method", "Parameter", "Pipeline", "Rows", "Scope", "Stage",
-           "Traits", "choice", "flag", "integer", "number", "registered", "registry"]  # fmt: skip
+__all__ = ["BASE", "Codec", "Each", "Filter", "Found", "Grain", "Method", "Parameter", "Pass", "Pipeline", "Rows",
+           "Scope", "Stage", "Traits", "choice", "flag", "integer", "number", "registered", "registry"]  # fmt: skip
 
 BASE = "base"
 """In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
@@ -36,19 +37,6 @@ class Grain(Enum):
     ELEMENT = "element"  # any block of rows will do
     TENSOR = "tensor"  # the whole tensor
     GROUP = "group"  # several whole tensors that belong together
-
-
-class Scope(Enum):
-    """Over what a measured summary is taken."""
-
-    TENSOR = "tensor"
-    MODEL = "model"
-
-
-class Rows(NamedTuple):
-    """Returned by `measure` for a value with one entry per row on its last axis: blocks are joined, not added."""
-
-    values: Any  # a tensor or an array
 
 
 @dataclass(frozen=True)
@@ -138,46 +126,13 @@ class Stage:
         """May depend on parameters; `traits.grain` is the default."""
         return self.traits.grain
 
-    @property
-    def rounds(self) -> int:
-        """How many measuring passes come before `merge` or `apply`."""
-        return 0
-
-    @property
-    def scope(self) -> Scope:
-        """Over what the measuring passes are summed up: each tensor by itself, or the whole model."""
-        return Scope.TENSOR
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        """Observe one block.  The engine adds equal names up over all blocks, in a fixed order.
-
-        Return integer counts or float64 sums, new ones: the engine adds to them.
-        `site.summary` holds what earlier rounds' `digest` returned.
-        """
-        raise NotImplementedError(f"{self.name} declares {self.rounds} rounds but no measure()")
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        """Turn the totals of one round into what the next round, and `merge`, read as `site.summary`."""
-        return {**summary, **totals}
-
-    def question(self, round: int) -> Any:
-        """What a measuring pass depends on besides the site; stages with equal answers measure the same.
-
-        The variants of a sweep share such passes.  Default: all parameters.
-        """
-        return self, round
-
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        """True if this measuring pass finds nothing on `key`: left out (digest included) or not, the bytes agree."""
-        return False
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        """What must be measured before `merge` or `apply`, in order; `merge` finds it by `Site.result`."""
+        return ()
 
     def fused(self, count: int) -> Fused | None:
-        """How the kernels of `ops.fused` get the same bytes straight from the stored inputs, if they can."""
+        """How the kernels get the same bytes straight from the stored inputs, if they can."""
         return None
-
-    def cuts(self, count: int, total: int) -> Sequence[Sequence[int]]:
-        """For each expert, behind how many of the `total` largest entries its cuts lie (see `ops.select`)."""
-        return [[]] * count
 
     def check(self, count: int, has_base: bool) -> str | None:
         """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
@@ -207,7 +162,11 @@ class Stage:
         """
         return self
 
-    def notes(self, summary: Summary) -> dict[str, Any]:
+    def figures(self, found: Found) -> dict[str, float]:
+        """What `says` is to be told of the passes' results, as `Site.tell` does of what a merge finds on the way."""
+        return {}
+
+    def notes(self, found: Found) -> dict[str, Any]:
         """What a later run may want to know of this one: plain values for weightsmith.json, the same for every tensor.
 
         A run whose first model is this one's output finds them in `informed` under notes["earlier"][name].
@@ -333,40 +292,41 @@ class Pipeline:
         order = [Grain.ELEMENT, Grain.TENSOR, Grain.GROUP]
         return max((s.grain for s in self.stages), key=order.index)
 
-    @property
-    def steps(self) -> tuple[tuple[int, int], ...]:
-        """(stage index, round) of every measuring pass, in order."""
-        return tuple((i, r) for i, s in enumerate(self.stages) for r in range(s.rounds))
+    def passes(self, count: int) -> tuple[tuple[int, Pass[Any]], ...]:
+        """(stage index, pass) of all that is measured, in order; filters after the method see one task vector."""
+        found: list[tuple[int, Pass[Any]]] = []
+        for i, stage in enumerate(self.stages):
+            found += [(i, one) for one in stage.passes(count)]
+            count = 1 if isinstance(stage, Method) else count
+        return tuple(found)
 
-    def site_for(self, index: int, site: Site, summaries: Mapping[int, Summary]) -> Site:
+    def rounds(self, count: int) -> int:
+        """How often these passes look at the inputs, at most."""
+        return sum(one.rounds for _, one in self.passes(count))
+
+    def site_for(self, index: int, site: Site, found: Mapping[int, Found]) -> Site:
         """The site as stage `index` sees it: the stages before have done their work."""
         if self.stages[index].traits.alone:
-            return replace(site, origin=site, summary=summaries.get(index, {}))
+            return replace(site, origin=site, found=found.get(index, {}))
         for i, stage in enumerate(self.stages[:index]):
-            here = site.with_summary(summaries.get(i, {}))
+            here = site.with_found(found.get(i, {}))
             site = stage.apply(here) if isinstance(stage, Filter) else _merged_delta(stage, here)
-        return site.with_summary(summaries.get(index, {}))
+        return site.with_found(found.get(index, {}))
 
-    def measure(self, step: tuple[int, int], site: Site, summaries: Mapping[int, Summary]) -> dict[str, Tensor | Rows]:
-        """Run one stage's measuring pass on a block."""
-        index, round = step
-        return self.stages[index].measure(self.site_for(index, site, summaries), round)
-
-    def merge(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> Tensor:
-        """Run all stages on a block.  `summaries`: stage index -> digest of its rounds."""
-        known = summaries or {}
+    def merge(self, site: Site, found: Mapping[int, Found] | None = None) -> Tensor:
+        """Run all stages on a block.  found: stage index -> results of its passes."""
         last = len(self.stages) - 1
-        here = self.site_for(last, site, known)
+        here = self.site_for(last, site, found or {})
         final = self.stages[last]
         if isinstance(final, Method):
             return final.merge(here)
         assert isinstance(final, Filter)
         return final.apply(here).experts[0]
 
-    def encode(self, site: Site, summaries: Mapping[int, Summary] | None = None) -> dict[str, Tensor]:
+    def encode(self, site: Site, found: Mapping[int, Found] | None = None) -> dict[str, Tensor]:
         """Run all stages on a block, the last of which is a codec: stored name -> rows."""
         assert self.codec is not None
-        return self.codec.encode(self.site_for(len(self.stages) - 1, site, summaries or {}))
+        return self.codec.encode(self.site_for(len(self.stages) - 1, site, found or {}))
 
 
 def _merged_delta(stage: Stage, site: Site) -> Site:

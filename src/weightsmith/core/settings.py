@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.units import parse_size
 
-__all__ = ["DEFAULT", "Progress", "Settings"]
+__all__ = ["DEFAULT", "Progress", "Settings", "cores"]
 
 Progress = Callable[[int, int], None]
 """Takes (done, in all), from any thread."""
@@ -92,3 +93,8 @@ class Settings:
 
 
 DEFAULT = Settings()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

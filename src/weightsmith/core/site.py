@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
+from weightsmith.core.pass_ import Found, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +19,9 @@ def _alone(question: Any, make: Callable[[], Tensor]) -> Tensor:
     return make()
 
 
-__all__ = ["Group", "Site", "Summary"]
+__all__ = ["Group", "Site"]
 
-Summary = Mapping[str, Any]
-"""Small arrays (tensors, or numpy arrays where no tensor was needed to make them), by name."""
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Site:
     start     first row of the block within the tensor
     depth     0 (first block of the stack) to 1 (last); None outside the blocks
     stats     statistic -> one tensor per expert: row blocks if shaped like the parameter, else whole
-    summary   what `measure` and `digest` found out in the rounds before
+    found     results of the stage's passes so far, see `result`
     seed      of the recipe; noise is keyed by (seed, tensor name, expert) and flat position
     origin    the site before the pipeline's first stage, for stages that compare with it
     each      the task vectors, read anew whenever one is asked for, for methods that look at one at a time
@@ -58,7 +58,7 @@ class Site:
     start: int = 0
     depth: float | None = None
     stats: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    summary: Summary = field(default_factory=dict)
+    found: Found = field(default_factory=dict)
     seed: int = 0
     origin: Site | None = None
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -109,8 +109,13 @@ class Site:
         """The same site with other task vectors; the first such edit is remembered as `origin`."""
         return replace(self, stack=deltas, is_delta=True, origin=self.origin or self, factors=(), each=())
 
-    def with_summary(self, summary: Summary) -> Site:
-        return replace(self, summary=summary)
+    def with_found(self, found: Found) -> Site:
+        return replace(self, found=found)
+
+    def result(self, asked: Pass[R]) -> R:
+        """What a pass of this stage has found."""
+        found: R = self.found[asked]
+        return found
 
     def at_zero(self) -> Site:
         """The same task vectors around a base of zeros: what a method returns here is its merged task vector."""
@@ -125,7 +130,7 @@ class Site:
     def tell(self, what: str, figure: float) -> None:
         """Keep a figure, the largest of a name, for what the run says at its end (`Stage.says`).  No result uses it.
 
-        A method that kernels may carry out has no site then: its `digest` puts figures into summary["told"].
+        A method that kernels may carry out has no site then: it has `Stage.figures`.
         """
         self.told[what] = max(figure, self.told.get(what, figure))
 

@@ -119,11 +119,11 @@ def parts(key: Key, spans: Iterable[int] = ()) -> list[tuple[int, int]]:
     return [(low, min(low + step, key.rows)) for low in range(0, key.rows, step)]
 
 
-def cuttable(pipeline: Pipeline | None) -> bool:
-    """Whether parts of a tensor may be separate tasks: no stage needs the whole tensor or a summary of it."""
+def cuttable(pipeline: Pipeline | None, count: int) -> bool:
+    """Whether parts of a tensor may be separate tasks: no stage needs the whole tensor or a measure of it."""
     if pipeline is None:
         return True
-    return pipeline.grain is Grain.ELEMENT and all(s.rounds == 0 or s.scope is Scope.MODEL for s in pipeline.stages)
+    return pipeline.grain is Grain.ELEMENT and all(p.scope is Scope.MODEL for _, p in pipeline.passes(count))
 
 
 def keeps_rows(key: Key, inputs: int) -> bool:

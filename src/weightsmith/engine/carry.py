@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
-from weightsmith.core.method import Pipeline, Rows, Scope
 from weightsmith.core.task import Task, Way, blocks
-from weightsmith.engine.context import Context, Summaries
+from weightsmith.engine.context import Context
 from weightsmith.engine.devices.device import Do, Fit, Lanes, at_home
 from weightsmith.engine.devices.place import Place
-from weightsmith.engine.execute import Steps, fold, measuring, together, working
-from weightsmith.engine.kept import Kept
+from weightsmith.engine.execute import Variant, execute
+from weightsmith.engine.model import Bundle, measure_models, side_by_side
 from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.write.sink import Sink
 from weightsmith.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "Job",
@@ -33,8 +28,6 @@ __all__ = [
     "carry_out_all",
     "context_of",
     "refuse_unequal",
-    "side_by_side",
-    "summarise",
 ]
 
 
@@ -91,7 +84,7 @@ def carry_out_all(
         )
     lanes = None if fit is None else Lanes(fit)
     do: Do = at_home if lanes is None else lanes.do
-    meter = _Meter([job.plan for job in jobs], progress)
+    meter = _Meter(jobs, progress)
     if not workers.remote:
         contexts = [replace(context, progress=meter.add) for context in contexts]
     try:
@@ -106,13 +99,13 @@ def carry_out_all(
             meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
             # What was measured belongs to all tensors, so it is measured again on resume.
             tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
-            measured = summarise_all(tasks, contexts, workers, do)
-            contexts = [replace(c, summaries=found) for c, found in zip(contexts, measured, strict=True)]
+            measured = measure_models(tasks, contexts, workers, do)
+            contexts = [replace(c, found=found) for c, found in zip(contexts, measured, strict=True)]
             bundles = side_by_side(todo)
             sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
-            execute = partial(_execute, contexts=contexts, sinks=sinks, do=do)
+            work = partial(_execute, contexts=contexts, sinks=sinks, do=do)
             batches = _by_file(bundles, jobs) if workers.remote else [[bundle] for bundle in bundles]
-            for batch, results in zip(batches, workers.map(execute, batches), strict=True):
+            for batch, results in zip(batches, workers.map(work, batches), strict=True):
                 for bundle, found in zip(batch, results, strict=True):
                     for (i, task), record in zip(bundle, found, strict=True):
                         records[i][task.id] = record
@@ -130,19 +123,6 @@ def carry_out_all(
         if lanes is not None:
             lanes.close()
     return [{task.id: done[task.id] for task in job.plan.tasks} for job, done in zip(jobs, records, strict=True)]
-
-
-Bundle = tuple[tuple[int, Task], ...]
-"""Tasks of several jobs (by number) over the same rows."""
-
-
-def side_by_side(tasks: Sequence[Sequence[Task]]) -> list[Bundle]:
-    """Bring the tasks of all jobs that have the same id together, in the order of the first job."""
-    found: dict[str, list[tuple[int, Task]]] = {}
-    for i, of_job in enumerate(tasks):
-        for task in of_job:
-            found.setdefault(task.id, []).append((i, task))
-    return [tuple(bundle) for bundle in found.values()]
 
 
 def _by_file(bundles: Sequence[Bundle], jobs: Sequence[Job]) -> list[list[Bundle]]:
@@ -172,8 +152,7 @@ def _execute(
 
 def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
     def work(place: Place) -> list[dict[str, Any]]:
-        kept = Kept(shared=len(bundle) > 1)
-        return together([working(t, replace(contexts[i], kept=kept, place=place), sinks[i]) for i, t in bundle])
+        return execute([Variant(task, replace(contexts[i], place=place), sinks[i]) for i, task in bundle])
 
     found: list[dict[str, Any]] = do([task for _, task in bundle], work)
     for (i, task), record in zip(bundle, found, strict=True):
@@ -184,89 +163,6 @@ def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Si
 def context_of(plan: Plan, inputs: Inputs) -> Context:
     """The parts of a context that follow from the plan."""
     return Context(inputs=inputs, seed=plan.recipe.seed, nonfinite=plan.recipe.nonfinite)
-
-
-@dataclass
-class _Pass:
-    """One measuring pass of a model-wide stage over all its tensors, and what it has found so far."""
-
-    members: Sequence[Task]
-    step: tuple[int, int]
-    known: Mapping[Pipeline, Summaries]
-    total: dict[str, Any] = field(default_factory=dict)
-
-    def observe(self, task: Task, context: Context) -> Steps[dict[str, Tensor | Rows]]:
-        assert task.pipeline is not None
-        return measuring(task, self.step, context, self.known[task.pipeline])
-
-    def add(self, found: Mapping[str, Tensor | Rows]) -> None:
-        if any(isinstance(value, Rows) for value in found.values()):
-            name = self.members[0].pipeline.name if self.members[0].pipeline else ""
-            raise TypeError(f"{name}: per-row values have no meaning over the whole model")
-        self.total = fold([self.total, found])
-
-
-def summarise(tasks: Iterable[Task], context: Context, runner: Runner) -> Mapping[Pipeline, Summaries]:
-    """Run the measuring passes of model-wide stages.
-
-    Tensors whose pipelines have the same model-wide stages are measured together even if parameters differ between
-    them (a ramp over depth, say) or the stages around (vectors beside the matrices of a spectral method, say): "the
-    largest 20% of all changes" means all of them.
-    """
-    return summarise_all([tasks], [context], runner)[0]
-
-
-def summarise_all(
-    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner, do: Do = at_home
-) -> list[Mapping[Pipeline, Summaries]]:
-    """`summarise` for several jobs, whose n-th passes go on side by side."""
-    summaries: list[dict[Pipeline, dict[int, Mapping[str, Any]]]] = [{} for _ in tasks]
-    for passes in zip_longest(*map(_passes, tasks, summaries)):
-        bundles = side_by_side([() if one is None else one.members for one in passes])
-        # The totals so far stay here: only what a pass reads goes along with the function.
-        asked = [one and replace(one, members=one.members[:1], total={}) for one in passes]
-        observe = partial(_observe, passes=asked, contexts=contexts, do=do)
-        for bundle, found in zip(bundles, runner.map(observe, bundles), strict=True):
-            for (i, _), one in zip(bundle, found, strict=True):
-                passes[i].add(one)
-    return list(summaries)
-
-
-def _observe(
-    bundle: Bundle, passes: Sequence[_Pass | None], contexts: Sequence[Context], do: Do
-) -> list[dict[str, Tensor | Rows]]:
-    def work(place: Place) -> list[dict[str, Tensor | Rows]]:
-        kept = Kept(shared=len(bundle) > 1)
-        asked = [(passes[i], task, replace(contexts[i], kept=kept, place=place)) for i, task in bundle]
-        return together([one.observe(task, context) for one, task, context in asked if one is not None])
-
-    found: list[dict[str, Tensor | Rows]] = do([task for _, task in bundle], work)
-    return found
-
-
-def _passes(tasks: Iterable[Task], summaries: dict[Pipeline, dict[int, Mapping[str, Any]]]) -> Iterator[_Pass]:
-    """Every measuring pass in turn; its total has to be there when the next one is asked for."""
-    families: dict[tuple[Any, ...], list[Task]] = {}
-    for task in tasks:
-        stages = task.pipeline.stages if task.pipeline is not None else ()
-        wide = tuple(type(s) if s.scope is Scope.MODEL and s.rounds else None for s in stages)
-        if task.pipeline is not None and any(wide):
-            families.setdefault((*wide, task.pipeline.steps), []).append(task)
-    for members in families.values():
-        pipelines = list(dict.fromkeys(t.pipeline for t in members if t.pipeline is not None))
-        for pipeline in pipelines:
-            summaries[pipeline] = {}
-        for step in pipelines[0].steps:
-            index, round = step
-            if pipelines[0].stages[index].scope is not Scope.MODEL:
-                continue
-            one = _Pass(members, step, {p: dict(summaries[p]) for p in pipelines})
-            yield one
-            if not one.total:
-                continue  # every tensor let this pass out
-            for pipeline in pipelines:
-                digest = pipeline.stages[index].digest(one.total, round, summaries[pipeline].get(index, {}))
-                summaries[pipeline][index] = digest
 
 
 def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
@@ -293,12 +189,10 @@ def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
 class _Meter:
     """Counts bytes of output and of measured rows, for a progress bar."""
 
-    def __init__(self, plans: Iterable[Plan], progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, jobs: Iterable[Job], progress: Callable[[int, int], None] | None) -> None:
         self._progress = progress
         self._done = 0
-        self._total = sum(
-            t.nbytes * (1 + (len(t.pipeline.steps) if t.pipeline else 0)) for plan in plans for t in plan.tasks
-        )
+        self._total = sum(t.nbytes * (1 + _looks(t, job.inputs)) for job in jobs for t in job.plan.tasks)
 
     def add(self, nbytes: int) -> None:
         # Threads may interleave here; a lost update only makes the bar lag.
@@ -312,3 +206,7 @@ class _Meter:
     def close(self) -> None:
         if self._progress:
             self._progress(self._total, self._total)
+
+
+def _looks(task: Task, inputs: Inputs) -> int:
+    return task.pipeline.rounds(len(inputs.experts)) if task.pipeline is not None else 0

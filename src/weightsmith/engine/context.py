@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.core.method import Pipeline
-from weightsmith.core.site import Summary
+from weightsmith.core.method import Found, Pipeline
 from weightsmith.core.task import Task
 from weightsmith.engine.devices.place import CPU, Place
-from weightsmith.engine.kept import Kept
 from weightsmith.inputs.opened import Inputs
 
-__all__ = ["Context", "Summaries", "share"]
+__all__ = ["Context", "Results", "share"]
 
-Summaries = Mapping[int, Summary]
+Results = Mapping[int, Found]
+"""Stage index -> results of its passes."""
 
 
 def _nothing(count: int) -> None:
@@ -25,10 +24,9 @@ def _nothing(count: int) -> None:
 class Context:
     """What all tasks of a run share.  Picklable if the sources and the sink are.
 
-    summaries    pipeline -> stage index -> summary, from the model-wide measuring passes
+    found        pipeline -> results of its passes over the whole model
     place        where the arithmetic happens; replaced for every task, or group of tasks
     block        elements per block of a merge, default as the place says; does not change a byte of the result
-    kept         what has been read and will be wanted again; replaced for every task, or group of tasks
     """
 
     inputs: Inputs
@@ -36,8 +34,7 @@ class Context:
     place: Place = CPU
     nonfinite: str = "refuse"
     block: int | None = None
-    summaries: Mapping[Pipeline, Summaries] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)
+    found: Mapping[Pipeline, Results] = field(default_factory=dict)
     progress: Callable[[int], None] = _nothing
 
     @property

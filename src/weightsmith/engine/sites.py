@@ -2,55 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Pipeline
 from weightsmith.core.site import Site
 from weightsmith.core.task import Task, one_by_one, takes_deltas
 from weightsmith.engine.context import Context
-from weightsmith.engine.kept import Values
 from weightsmith.engine.numeric import refuse_bad
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["site_of"]
+__all__ = ["Reader"]
 
 
-def site_of(key: Key, task: Task, context: Context, start: int, stop: int) -> Site:
-    """Rows start..stop of every input as float32 (float64 where an input is), and what else a method may see."""
-    whole, deltas = stop - start == key.rows, takes_deltas(task.pipeline)
-    factored = whole and _may_factor(task.pipeline)
-    lazily = whole and one_by_one(task.pipeline) and not context.kept.shared
-    which = (id(context.inputs), factored, deltas, lazily, context.nonfinite == "allow")
-    stack, base, factors = context.kept.values(
-        (key.name, start, stop), which, lambda: _values(key, context, start, stop, factored, deltas, lazily)
-    )
-    each = _OneByOne(key, context, start, stop, base) if lazily and not factors and base is not None else ()
-    site = Site(
-        key=key,
-        stack=stack,
-        base=base,
-        is_delta=deltas and not factors,
-        each=each,
-        names=tuple(context.inputs.experts),
-        start=start,
-        depth=task.depth,
-        stats={stat: _stat(stat, key, start, stop, context) for stat in task.stats},
-        seed=context.seed,
-        factors=factors,
-    )
-    pipeline = task.pipeline
-    if context.kept.shared and pipeline is not None and len(pipeline.stages) == 1 and not pipeline.steps:
-        # Nothing but what the question says differs between variants that ask of the same rows.
-        place = id(context.inputs), key, start, stop, task.depth, context.seed, context.nonfinite
-        return replace(site, once=partial(context.kept.made, place))
-    return site
+Values = tuple["Tensor", "Tensor | None", tuple[tuple["Tensor", "Tensor"], ...]]
+"""Stack, base and factors of a site."""
+
+
+class Reader:
+    """Reads blocks as float tensors; the latest block is kept, for whoever else asks for it.
+
+    shared  several variants ask: worth keeping what one alone would read twice rather than hold
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self.shared = shared
+        self._block: tuple[str, int, int] | None = None
+        self._values: dict[Any, Values] = {}
+        self._made: dict[Any, Tensor] = {}
+
+    def site(self, key: Key, task: Task, context: Context, start: int, stop: int) -> Site:
+        """Rows start..stop of every input as float32 (float64 where an input is), and what else a method may see."""
+        if self._block != (key.name, start, stop):
+            self._values.clear()
+            self._made.clear()
+            self._block = (key.name, start, stop)
+        pipeline = task.pipeline
+        whole, deltas = stop - start == key.rows, takes_deltas(pipeline)
+        factored = whole and pipeline is not None and pipeline.used[0].traits.factored
+        lazily = whole and one_by_one(pipeline) and not self.shared
+        which = factored, deltas, lazily
+        if which not in self._values:
+            self._values[which] = _values(key, context, start, stop, *which)
+        stack, base, factors = self._values[which]
+        site = Site(
+            key=key,
+            stack=stack,
+            base=base,
+            is_delta=deltas and not factors,
+            each=_OneByOne(key, context, start, stop, base) if lazily and not factors and base is not None else (),
+            names=tuple(context.inputs.experts),
+            start=start,
+            depth=task.depth,
+            stats={stat: _stat(stat, key, start, stop, context) for stat in task.stats},
+            seed=context.seed,
+            factors=factors,
+        )
+        if self.shared and pipeline is not None and len(pipeline.stages) == 1:
+            return replace(site, once=self._once)
+        return site
+
+    def _once(self, question: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What the first variant that asked this of the block has made."""
+        if question not in self._made:
+            self._made[question] = make()
+        return self._made[question]
 
 
 def _values(key: Key, context: Context, start: int, stop: int, factored: bool, deltas: bool, lazily: bool) -> Values:
@@ -104,11 +124,6 @@ class _OneByOne(Sequence["Tensor"]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))
-
-
-def _may_factor(pipeline: Pipeline | None) -> bool:
-    """Whether the first stage takes task vectors as products."""
-    return pipeline is not None and pipeline.used[0].traits.factored
 
 
 def _factors(key: Key, context: Context, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:

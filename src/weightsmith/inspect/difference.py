@@ -12,11 +12,11 @@ import numpy as np
 
 from weightsmith.core.keys import Key, layer_of, role_of
 from weightsmith.core.lazy import torch
+from weightsmith.core.settings import cores
 from weightsmith.core.task import blocks
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.io.read.source import Source, bits_to_tensor
 from weightsmith.ops.reduce import pairwise_sum, row_sums
-from weightsmith.plan.room import cores
 
 if TYPE_CHECKING:
     from torch import Tensor

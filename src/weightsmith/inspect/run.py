@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,23 +11,18 @@ import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.keys import Key, layer_of
-from weightsmith.core.method import Grain, Pipeline, Rows
+from weightsmith.core.pass_ import fold
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.core.task import Task, Way
 from weightsmith.engine.context import Context
-from weightsmith.engine.devices.accelerator import accelerator_of
-from weightsmith.engine.devices.place import CPU, Plain
-from weightsmith.engine.execute import fold, measure
-from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
+from weightsmith.engine.stream import each_tensor, looking, observe
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.advice import Advice, advise
 from weightsmith.inspect.facts import Measures, measures, outvoted_by_chance
 from weightsmith.inspect.spectra import Spectrum, small_enough, spectral_totals
-from weightsmith.inspect.survey import Survey
+from weightsmith.inspect.survey import survey
 from weightsmith.io.read.vocabulary import difference
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.ops.spectral import Svd
-from weightsmith.plan.room import cores
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["SIDE", "Inspection", "inspect"]
@@ -88,28 +82,10 @@ def inspect(
     Raises PlanError if an input cannot be opened, there is no base, or nothing in it can be compared.
     """
     settings = settings.but(**options)
-    progress = settings.progress
     inputs = sources if sources is not None else open_inputs(recipe)
     keys, left_out = _comparable(inputs)
-    for _, source in inputs.models:
-        source.prepare()
-    wanted = accelerator_of(settings.device)
-    place = CPU if wanted is None else Plain(wanted.devices()[0])
-    context = Context(inputs=inputs, place=place, nonfinite=recipe.nonfinite)
-    importlib.import_module("torch")  # once, before threads race for it
-    workers = settings.threads or cores()
-    # The largest first: none of them is then left over at the end for one thread alone.
-    order = sorted(keys, key=lambda key: -key.numel)
-    found: dict[str, Totals] = {}
-    done, total = 0, sum(key.numel for key in keys)
-    with one_thread_each():
-        runner = ThreadRunner(workers) if workers > 1 else SerialRunner()
-        one = partial(_totals, context=context, side=spectra)
-        for key, totals in zip(order, runner.map(one, order), strict=True):
-            found[key.name] = totals
-            done += key.numel
-            if progress is not None:
-                progress(done, total)
+    context = looking(inputs, settings, nonfinite=recipe.nonfinite)
+    found = each_tensor(keys, partial(_totals, context=context, side=spectra), settings)
     inputs.fingerprints()  # refuses inputs that were changed meanwhile
     names = tuple(inputs.experts)
     model = _together(found[key.name] for key in keys)
@@ -226,15 +202,10 @@ def _together(totals: Iterable[Totals]) -> Measures:
 
 def _totals(key: Key, context: Context, side: int) -> Totals:
     """All sums over one tensor."""
-    stage = Survey()
-    task = _task(key, stage)
-    summary: Totals = {}
-    for round in range(stage.rounds):
-        passed = measure(task, (0, round), context, {0: summary})
-        if passed:  # else this pass has nothing to say
-            plain = {name: value.values if isinstance(value, Rows) else value for name, value in passed.items()}
-            summary = stage.digest(plain, round, summary)
-    found = {name: np.asarray(value) for name, value in summary.items() if not name.startswith("select.")}
+    passes = survey(len(context.inputs.experts))
+    overall, _, largest = passes
+    results = observe(key, passes, context)
+    found = {name: np.asarray(value) for one in (overall, largest) for name, value in results[one].items()}
     found |= {"tensors": np.asarray(1), "entries": np.asarray(key.numel)}
     found["chance"] = np.asarray(outvoted_by_chance(found, key.numel))
     return {**found, **_spectra(key, context)} if small_enough(key, side) else found
@@ -242,17 +213,12 @@ def _totals(key: Key, context: Context, side: int) -> Totals:
 
 def _spectra(key: Key, context: Context) -> Totals:
     """Spectral sums over one matrix; each expert is read by itself, so that one matrix at a time is in memory."""
-    lead = min(key.shape) // len(context.inputs.experts)
+    lead, spectrum = min(key.shape) // len(context.inputs.experts), Spectrum()
     triplets = []
     for name, source in context.inputs.experts.items():
         alone = replace(context, inputs=Inputs(context.inputs.base, {name: source}))
-        found: Any = measure(_task(key, Spectrum()), (0, 0), alone, {})
-        if not found:
+        found: Svd | None = observe(key, (spectrum,), alone)[spectrum]
+        if found is None:
             return {}
-        triplets.append(Svd(found["u"][:, :lead].clone(), found["s"], found["v"][:, :lead].clone()))
+        triplets.append(Svd(found.u[:, :lead].clone(), found.s, found.v[:, :lead].clone()))
     return spectral_totals(triplets, key.shape)
-
-
-def _task(key: Key, stage: Survey | Spectrum) -> Task:
-    way = Way.ROWS if stage.grain is Grain.ELEMENT else Way.WHOLE
-    return Task(id=key.name, keys=(key,), pipeline=Pipeline((stage,)), stop=key.rows, way=way)

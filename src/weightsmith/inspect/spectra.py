@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, Traits
+from weightsmith.core.pass_ import Pass, State
 from weightsmith.ops.spectral import Svd, matrices, svd_of
 
 if TYPE_CHECKING:
@@ -40,29 +40,25 @@ def small_enough(key: Key, side: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Spectrum(Method):
-    """One pass over one whole matrix of one expert: all singular triplets above rounding noise, 'u', 's', 'v' of `Svd`.
+class Spectrum(Pass["Svd | None"]):
+    """All singular triplets above rounding noise of the one expert's matrix; None where it holds NaN or Inf.
 
-    An adapter's task vector stays a product.  Nothing is returned of a matrix with NaN or Inf.
+    An adapter's task vector stays a product.
     """
 
-    traits: ClassVar[Traits] = Traits("spectrum", needs=(BASE,), grain=Grain.TENSOR, factored=True, scratch=12.0)
+    whole: ClassVar[bool] = True
+    factored: ClassVar[bool] = True
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+    def see(self, site: Site) -> State:
         (matrix,) = matrices(site)
         sides = matrix if isinstance(matrix, tuple) else (matrix,)
         if not all(bool(torch.isfinite(side).all()) for side in sides):
             return {}
         found = svd_of(matrix, min(site.block_shape))
         return {name: value.cpu() for name, value in found._asdict().items()}
+
+    def end(self, total: Mapping[str, Any]) -> Svd | None:
+        return Svd(**total) if total else None
 
 
 def effective_rank(s: Tensor) -> float:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Rows, Scope, Traits
-from weightsmith.ops import select
+from weightsmith.core.pass_ import Pass, State
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import block_sizes, block_sums
+from weightsmith.ops.select import Cut, keep_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weightsmith.core.keys import Key
-    from weightsmith.core.site import Site, Summary
+    from weightsmith.core.site import Site
 
-__all__ = ["PEAK", "SIGMAS", "TOP", "Survey"]
+__all__ = ["PEAK", "SIGMAS", "TOP", "Largest", "Overall", "Tops", "survey"]
 
 TOP = 0.2
 """Share of a tensor's entries in a top mask: the largest magnitudes, as `ties` keeps them by default."""
@@ -28,8 +28,18 @@ SIGMAS = 6.0
 
 
 @dataclass(frozen=True)
-class Survey(Method):
-    """Four measuring passes over a tensor; the last summary holds, for n experts with task vectors tau_1 .. tau_n:
+class Tops(Cut):
+    """Two cuts per task vector: after the top mask and after the peak."""
+
+    count: int = 1
+
+    def ranks(self, total: int) -> list[list[int]]:
+        return [[keep_share(total, TOP), keep_share(total, PEAK)]] * self.count
+
+
+@dataclass(frozen=True)
+class Overall(Pass[dict[str, Any]]):
+    """Over all entries, for n experts with task vectors tau_1 .. tau_n:
 
     gram        [n+1, n+1] float64, inner products of base, tau_1, .., tau_n
     mass        [n] float64, sum |tau_i|
@@ -37,44 +47,52 @@ class Survey(Method):
     zeros       [n] int, entries that are exactly zero
     shared      int, entries that at least two experts changed
     clash       int, entries that one expert raised and another lowered
-    masks       [n, n] int, entries in both top masks: the int(TOP m) largest of m magnitudes of each, at least one,
-                equals by lower flat index (`ops.select`), without zeros
-    outliers    [n] int, entries with |tau_i| > SIGMAS rms_i, rms_i over this tensor
-    peak        [n] float64, sum of squares of the int(PEAK m) largest, at least one
 
     The integers are the same for every way to cut a tensor.  The sums are over blocks of a fixed size (the engine's),
     so that no setting changes them; another cut would, by rounding in float64.
     """
 
-    traits: ClassVar[Traits] = Traits("inspect", needs=(BASE,), scratch=8.0, histograms=2)
+    def see(self, site: Site) -> State:
+        return _all(site, site.deltas)
 
-    @property
-    def rounds(self) -> int:
-        return select.ROUNDS + 1
+    def end(self, total: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(total)
 
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL  # the engine's public measuring pass; here every tensor is digested by itself
 
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return round == 2 and select.settled(summary)
+@dataclass(frozen=True)
+class Largest(Pass[dict[str, Any]]):
+    """Of the entries that are large within their tensor:
 
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
+    masks       [n, n] int, entries in both top masks: the int(TOP m) largest of m magnitudes of each, at least one,
+                equals by lower flat index (`ops.select`), without zeros
+    outliers    [n] int, entries with |tau_i| > SIGMAS rms_i, rms_i over this tensor
+    peak        [n] float64, sum of squares of the int(PEAK m) largest, at least one
+    """
+
+    tops: Tops
+    overall: Overall
+
+    def see(self, site: Site) -> State:
         deltas = site.deltas
-        if round == select.ROUNDS:
-            return _largest(site, deltas)
-        found = select.measure(deltas, site.summary, round)
-        return {**found, **_all(site, deltas)} if round == 0 else found
+        top, peak = site.result(self.tops).before(deltas, site.start)
+        masks = (top & (deltas != 0)).reshape(site.count, -1).double()  # float64 counts exactly up to 2^53
+        rms = (site.result(self.overall)["gram"].diagonal()[1:] / site.key.numel).sqrt().tolist()
+        large = [(d.abs() > SIGMAS * r).sum() for d, r in zip(deltas, rms, strict=True)]
+        squares = [block_sums((d.double() * p).square()) for d, p in zip(deltas, peak, strict=True)]
+        return {
+            "masks": (masks @ masks.T).long().cpu(),
+            "outliers": torch.stack(large).cpu(),
+            "peak": torch.stack(squares).cpu(),
+        }
 
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        own = {name: value for name, value in totals.items() if not name.startswith("select.")}
-        if round < select.ROUNDS:
-            summary = select.digest(totals, round, summary, _cuts)
-        return {**summary, **own}
+    def end(self, total: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(total)
 
 
-def _cuts(count: int, total: int) -> list[list[int]]:
-    return [[select.keep_share(total, TOP), select.keep_share(total, PEAK)]] * count
+def survey(count: int) -> tuple[Overall, Tops, Largest]:
+    """All passes, for a number of experts."""
+    tops, overall = Tops(count=count), Overall()
+    return overall, tops, Largest(tops, overall)
 
 
 def _all(site: Site, deltas: Tensor) -> dict[str, Tensor]:
@@ -90,16 +108,4 @@ def _all(site: Site, deltas: Tensor) -> dict[str, Tensor]:
         "zeros": (~moved).sum(1).cpu(),
         "shared": (moved.sum(0, dtype=torch.int32) >= 2).sum().cpu(),
         "clash": ((raised > 0) & (lowered > 0)).sum().cpu(),
-    }
-
-
-def _largest(site: Site, deltas: Tensor) -> dict[str, Tensor | Rows]:
-    """Counts of the entries that are large within their tensor."""
-    top, peak = select.before(deltas, site.summary, site.start)
-    masks = (top & (deltas != 0)).reshape(site.count, -1).double()  # float64 counts exactly up to 2^53
-    rms = (site.summary["gram"].diagonal()[1:] / site.key.numel).sqrt().tolist()
-    return {
-        "masks": (masks @ masks.T).long().cpu(),
-        "outliers": torch.stack([(d.abs() > SIGMAS * r).sum() for d, r in zip(deltas, rms, strict=True)]).cpu(),
-        "peak": torch.stack([block_sums((d.double() * p).square()) for d, p in zip(deltas, peak, strict=True)]).cpu(),
     }

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from weightsmith.core.keys import DTYPES, Key
+from weightsmith.core.settings import cores
 from weightsmith.core.task import Task
-from weightsmith.engine.carry import context_of, refuse_unequal, summarise
+from weightsmith.engine.carry import context_of, refuse_unequal
 from weightsmith.engine.context import Context
-from weightsmith.engine.execute import execute
+from weightsmith.engine.execute import Variant, execute
+from weightsmith.engine.model import measure_model
 from weightsmith.engine.runner import SerialRunner
 from weightsmith.inputs import opened
 from weightsmith.inputs.opened import Inputs
@@ -26,7 +28,6 @@ from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Bits, Cost, Source
 from weightsmith.io.write.sink import Sink
 from weightsmith.plan.plan import Plan, make_plan
-from weightsmith.plan.room import cores
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["RecipeSource", "open_inputs"]
@@ -114,7 +115,7 @@ class RecipeSource(Source):
                     self._done.move_to_end(task.id)
                     return self._done[task.id]
             sink = _PartSink(task)
-            execute(task, self._ready(), sink)
+            execute([Variant(task, self._ready(), sink)])
             with self._lock:
                 self._done[task.id] = sink.arrays
                 while len(self._done) > KEEP + cores():  # every thread reads a part of its own
@@ -126,8 +127,8 @@ class RecipeSource(Source):
             if self._context is None:
                 refuse_unequal((task, self._inputs) for task in self._plan.tasks)
                 context = context_of(self._plan, self._inputs)
-                found = summarise(self._plan.tasks, context, SerialRunner())
-                self._context = Context(**{**context.__dict__, "summaries": found})
+                found = measure_model(self._plan.tasks, context, SerialRunner())
+                self._context = replace(context, found=found)
             return self._context
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from weightsmith.core.errors import PlanError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
-from weightsmith.engine.carry import Bundle, side_by_side
 from weightsmith.engine.devices.device import Work
+from weightsmith.engine.model import Bundle, side_by_side
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import allocated, gigabytes, writing
@@ -167,7 +167,8 @@ def _peak(work: Work) -> int:
     tasks, experts = work.tasks, len(work.inputs.experts)
     held = max((4 * t.key.numel * (experts - 1) for t in tasks[1:] if one_by_one(t.pipeline)), default=0)
     state = [
-        0 if t.pipeline is None or not t.pipeline.steps else experts * (_STATE + 8 * (t.stop - t.start)) for t in tasks
+        0 if t.pipeline is None or not t.pipeline.passes(experts) else experts * (_STATE + 8 * (t.stop - t.start))
+        for t in tasks
     ]
     return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1])
 

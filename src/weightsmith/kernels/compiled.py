@@ -1,4 +1,4 @@
-"""The kernels behind `ops.fused`, as numba compiles them; `kernels.native` keeps the machine code.
+"""The kernels, as numba compiles them; `kernels.native` keeps the machine code.
 
 Every kernel takes addresses and sizes and works through its block in strips of STRIP entries: an input's strip is
 decoded to float32, used, and overwritten by the next one's, so that all of it stays in a core's own cache.
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from weightsmith.core.kernel import HIGH, STRIP
 from weightsmith.kernels.loops import (
     EXPONENT,
     I8,
@@ -31,6 +30,7 @@ from weightsmith.kernels.loops import (
     subtract,
     trim,
 )
+from weightsmith.kernels.record import HIGH, MERGE, STRIP
 from weightsmith.kernels.sums import row_products, row_sizes
 
 __all__ = ["KERNELS"]
@@ -219,15 +219,19 @@ def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: 
         tau[j] = tau[j] if votes[j] >= k else np.float32(0)
 
 
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _job(record: Any) -> Any:
+    """The record at an address."""
+    return carray(pointer(record), (1,), MERGE)[0]
+
+
 @exported
-def masked_merge(
-    inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, cuts: Any, sides: Any, seen: Any,
-    draws: Any, start: Any, factors: Any, shares: Any, vote: Any, zero: Any, mean: Any, divisor: Any, scale: Any,
-    agree: Any, k: Any, after: Any, out: Any, out_kind: Any, signs: Any, size: Any, scratch: Any,
-) -> Any:  # fmt: skip
+def masked_merge(record: Any) -> Any:
     """Mask task vectors, weigh and combine them; returns how many inputs and results are NaN or Inf.
 
-    cuts     [sides, 3, count] int64: threshold, quota, ties; what lies behind the first cut or in front of the second
+    The record's fields (`MERGE`):
+
+    cuts     [sides, 3, count] int64: threshold, quota, ties; what comes after the first cut or before the second
              becomes zero.  seen [sides, count]: equals met so far, brought up to date
     draws    [count, 3] int64 or 0: the noise of each expert, whose first number here is the `start`-th
     factors  [count] float32 or 0: the survivors are multiplied by them; shares, likewise: divided by them
@@ -237,14 +241,19 @@ def masked_merge(
     signs    [1] int64 gains the sum of the elected signs.  With `out` 0 that is all that is done.
     scratch  (count + 4) STRIP float32
     """
-    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
-    weight = carray(pointer(weights), (count,), np.float32)
-    cut = carray(pointer(cuts), (sides, 3, count), np.int64)
-    met = carray(pointer(seen), (sides, count), np.int64)
-    draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
+    job = _job(record)
+    count, size, sides, start, scratch = job.count, job.size, job.sides, job.start, job.scratch
+    base, base_kind, out, out_kind = job.base, job.base_kind, job.out, job.out_kind
+    factors, shares, agree, k = job.factors, job.shares, job.agree, job.k
+    vote, mean, zero, divisor, scale, after = job.vote, job.mean, job.zero, job.divisor, job.scale, job.after
+    address, kind = carray(pointer(job.inputs), (count,), np.int64), carray(pointer(job.kinds), (count,), np.int64)
+    weight = carray(pointer(job.weights), (count,), np.float32)
+    cut = carray(pointer(job.cuts), (sides, 3, count), np.int64)
+    met = carray(pointer(job.seen), (sides, count), np.int64)
+    draw = carray(pointer(job.draws), (count if job.draws else 0, 3), np.int64)
     factor, share = carray(pointer(factors), (count,), np.float32), carray(pointer(shares), (count,), np.float32)
     strict = carray(pointer(agree), (count,), np.float32)
-    majority = carray(pointer(signs), (1,), np.int64)
+    majority = carray(pointer(job.signs), (1,), np.int64)
     room = scratch + 4 * STRIP * (count + 2)
     bad = 0
     for low in range(0, size, STRIP):
@@ -320,18 +329,26 @@ def _sizes(values: Any, out: Any) -> None:
 
 
 @exported
-def row_masses(
-    address: Any, kind: Any, base: Any, base_kind: Any, expert: Any, count: Any, cuts: Any, sides: Any, seen: Any,
-    draws: Any, start: Any, whole: Any, left: Any, rows: Any, width: Any, scratch: Any, wide: Any,
-) -> Any:  # fmt: skip
+def row_masses(record: Any, expert: Any, whole: Any, left: Any, rows: Any, width: Any, wide: Any) -> Any:
     """Per row sum |delta|, and of what the filters leave of it; returns how many entries are NaN or Inf.
 
-    cuts, seen, draws, start as in `masked_merge`, of which those of `expert` are used; whole, left [rows] float64;
-    scratch 4 STRIP float32, wide [2, width] float64.
+    record  inputs, base, cuts, seen, draws, start as of `masked_merge`; scratch 4 STRIP float32
+    expert  whose task vector; whole, left [rows] float64; wide [2, width] float64
     """
-    cut = carray(pointer(cuts), (sides, 3, count), np.int64)
-    met = carray(pointer(seen), (sides, count), np.int64)
-    draw = carray(pointer(draws), (count if draws else 0, 3), np.int64)
+    job = _job(record)
+    count, sides, start, scratch, base, base_kind = (
+        job.count,
+        job.sides,
+        job.start,
+        job.scratch,
+        job.base,
+        job.base_kind,
+    )
+    address = carray(pointer(job.inputs), (count,), np.int64)[expert]
+    kind = carray(pointer(job.kinds), (count,), np.int64)[expert]
+    cut = carray(pointer(job.cuts), (sides, 3, count), np.int64)
+    met = carray(pointer(job.seen), (sides, count), np.int64)
+    draw = carray(pointer(job.draws), (count if job.draws else 0, 3), np.int64)
     everything, some = carray(pointer(whole), (rows,), np.float64), carray(pointer(left), (rows,), np.float64)
     room = scratch + 4 * STRIP * 2
     before, after = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)

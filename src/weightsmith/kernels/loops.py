@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from weightsmith.core.kernel import BF16, E4M3, F16, F32, SIGNATURES, STRIP
+from weightsmith.kernels.record import BF16, E4M3, F16, F32, SIGNATURES, STRIP
 
 __all__ = [
     "EXPONENT",

@@ -21,14 +21,14 @@ from typing import Any
 
 import xxhash
 
-from weightsmith.core.kernel import SIGNATURES
 from weightsmith.kernels.linked import address_of
+from weightsmith.kernels.record import SIGNATURES
 
 __all__ = ["cache_folder", "kernels"]
 
 _ARGUMENTS: Mapping[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 Kernels = Mapping[str, Callable[..., int]]
-_SOURCES = [Path(__file__).parent / name for name in ("compiled.py", "loops.py", "sums.py", "../core/kernel.py")]
+_SOURCES = [Path(__file__).parent / name for name in ("compiled.py", "loops.py", "sums.py", "record.py")]
 
 
 announce: Callable[[str], None] = lambda text: None  # noqa: E731

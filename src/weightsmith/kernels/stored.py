@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weightsmith.core.kernel import BF16, E4M3, E5M2, F16, F32, STRIP
 from weightsmith.kernels import native
+from weightsmith.kernels.record import BF16, E4M3, E5M2, F16, F32, STRIP
 
 __all__ = [
     "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "joined", "kernel",
@@ -69,7 +69,7 @@ def joined(pieces: Sequence[Stored], expert: int) -> Stored:
 
 
 def kernel(name: str) -> Callable[..., int]:
-    """A kernel that `ops.fused.available` has promised."""
+    """A kernel that `merge.available` has promised."""
     found = native.kernels()
     assert found is not None
     return found[name]

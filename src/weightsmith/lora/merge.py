@@ -9,8 +9,8 @@ from typing import Any
 from weightsmith.core.errors import PlanError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
+from weightsmith.core.pass_ import Found, Pass, fold, measured
 from weightsmith.core.site import Site
-from weightsmith.engine.execute import fold
 from weightsmith.io.read.lora import Adapter, Module
 from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.read.updates import Experts, Product
@@ -154,17 +154,19 @@ def _limit(adapters: Adapters) -> int:
 def _in_shared_basis(
     adapters: Adapters, modules: Sequence[str], method: SharedBasis, seed: int
 ) -> Iterator[tuple[str, list[Made]]]:
-    """KnOTS: its thresholds are over all modules, so each round reads them all once."""
-    summary: Mapping[str, Any] = {}
-    for round in range(method.rounds):
-        sites = (site for module in modules for site in _sites(adapters, module, summary, seed))
-        totals = fold(method.measure(site, round) for site in sites)
-        summary = method.digest(totals, round, summary)
+    """KnOTS: its thresholds are over all modules, so each look reads them all once."""
+    found: dict[Pass[Any], Any] = {}
+
+    def look(one: Pass[Any]) -> Mapping[str, Any]:
+        return fold(one.see(site) for module in modules for site in _sites(adapters, module, found, seed))
+
+    for asked in method.passes(len(adapters)):
+        found[asked] = measured(asked, look)
     for module in modules:
-        yield module, [method.combine(site) for site in _sites(adapters, module, summary, seed)]
+        yield module, [method.combine(site) for site in _sites(adapters, module, found, seed)]
 
 
-def _sites(adapters: Adapters, module: str, summary: Mapping[str, Any], seed: int) -> Iterator[Site]:
+def _sites(adapters: Adapters, module: str, results: Found, seed: int) -> Iterator[Site]:
     """One module as the engine shows low-rank experts to methods: factors with the scale in them, no full matrix."""
     found = [a.factors(module) if module in a.modules else None for a in adapters.values()]
     scales = [a.modules[module].scale if module in a.modules else 0.0 for a in adapters.values()]
@@ -178,7 +180,7 @@ def _sites(adapters: Adapters, module: str, summary: Mapping[str, Any], seed: in
         )
         key = Key(f"{module}.weight" if len(first) == 1 else f"{module}.{i}.weight", shape, "float32")
         stack = torch.empty(len(factors), *shape, device="meta")
-        yield Site(key, stack, is_delta=True, names=tuple(adapters), summary=summary, seed=seed, factors=factors)
+        yield Site(key, stack, is_delta=True, names=tuple(adapters), found=results, seed=seed, factors=factors)
 
 
 def _one(adapters: Adapters, module: str) -> Module:

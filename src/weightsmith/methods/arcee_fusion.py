@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Method, Rows
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import order
+from weightsmith.core.method import Method, Pass, Rows
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
+from weightsmith.ops.order import Order
 from weightsmith.ops.reduce import pairwise_sum
 
 if TYPE_CHECKING:
@@ -37,32 +38,42 @@ class ArceeFusion(
     million entries of larger tensors, at random).  In a vector the divergence is one common factor and is left out.
     """
 
-    @property
-    def rounds(self) -> int:
-        return 1 + order.ROUNDS
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return DIVERGENCE, IMPORTANCE
 
     def check(self, count: int, has_base: bool) -> str | None:
         return None if has_base else "needs a base model; add base to the recipe"
 
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return round == 0 and len(key.shape) < 2
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        if round:
-            return order.measure(_importance(site)[None], site.summary, round - 1)
-        return {"arcee.divergence": Rows(_divergence(site).cpu())} if len(site.key.shape) > 1 else {}
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if round == 0:
-            return {**totals}
-        found = order.digest(totals, round - 1, summary, lambda m: [int(q * (m - 1)) for q in (0.25, 0.5, 0.75)])
-        return {**summary, **found}
-
     def merge(self, site: Site) -> Tensor:
-        first, median, third = site.summary["order.values"][0].tolist()
+        first, median, third = site.result(IMPORTANCE)[0].tolist()
         kept = _importance(site) >= median + 1.5 * (third - first)
         assert site.base is not None
         return site.base + torch.where(kept, site.deltas[0], 0.0)
+
+
+@dataclass(frozen=True)
+class _Divergence(Pass[Any]):
+    """KL divergence of the slices along the last axis: float64 [slices per row, rows]."""
+
+    def applies(self, key: Key) -> bool:
+        return len(key.shape) > 1
+
+    def see(self, site: Site) -> State:
+        return {"divergence": Rows(_divergence(site).cpu())}
+
+
+@dataclass(frozen=True)
+class _Importance(Order):
+    """First quartile, median and third quartile of the importances."""
+
+    def values(self, site: Site) -> Tensor:
+        return _importance(site)[None]
+
+    def ranks(self, total: int) -> list[int]:
+        return [int(q * (total - 1)) for q in (0.25, 0.5, 0.75)]
+
+
+DIVERGENCE, IMPORTANCE = _Divergence(), _Importance()
 
 
 def _importance(site: Site) -> Tensor:
@@ -70,7 +81,7 @@ def _importance(site: Site) -> Tensor:
     size = site.deltas[0].detach().abs()
     if len(site.key.shape) < 2:
         return size.float()
-    rows = torch.as_tensor(site.summary["arcee.divergence"])[..., site.start : site.start + size.shape[0]]
+    rows = torch.as_tensor(site.result(DIVERGENCE))[..., site.start : site.start + size.shape[0]]
     divergence = rows.T.reshape(size.shape[:-1]).to(size.device)
     return (size * divergence.unsqueeze(-1)).float()
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.kernel import Window
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Filter, Rows, choice, flag, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
-from weightsmith.ops.combine import per_expert, spread
-from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.core.method import BASE, Each, Pass, choice, flag, number
+from weightsmith.core.site import Site
+from weightsmith.ops.combine import spread
+from weightsmith.ops.rescale import L1, Masking
+from weightsmith.ops.select import Cut, leading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ __all__ = ["Breadcrumbs"]
 
 @dataclass(frozen=True)
 class Breadcrumbs(
-    Filter,
+    Masking,
     name="breadcrumbs",
     needs=(BASE,),
     paper="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024), arXiv:2312.06795",
@@ -52,9 +52,8 @@ class Breadcrumbs(
     remove_first: bool = flag(True, "row: drop the largest before counting those kept")
     rescale: bool = flag(False, "keep each tensor's L1 norm")
 
-    @property
-    def rounds(self) -> int:
-        return select.ROUNDS + self.rescale
+    def masking(self, count: int) -> tuple[Pass[Any], ...]:
+        return (self._tails(count),)
 
     def remark(self, count: int) -> str | None:
         """Of rows, whose window may fall off the end; that of a tensor is moved instead."""
@@ -66,61 +65,56 @@ class Breadcrumbs(
 
     def remark_on(self, key: Key, count: int) -> str | None:
         total = key.numel if self.scope_ == "tensor" else key.shape[-1] if key.shape else 0
-        if not (key.shape and total) or all(first < last for first, last in self.cuts(count, total)):
+        if not (key.shape and total) or all(first < last for first, last in self._tails(count).ranks(total)):
             return None
         return f"with these shares no entry of only {total} survives, so nothing changes there"
 
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        if round < select.ROUNDS and not self._ranks_tensor(key):
-            return True
-        return round == 2 and select.settled(summary)
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        if round == select.ROUNDS:
-            return l1_sums(site.deltas, self._masked(site))
-        return select.measure(site.deltas, site.summary, round) if self._ranks_tensor(site.key) else {}
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        if round == select.ROUNDS:
-            return {**summary, **l1_factors(totals)}
-        return select.digest(totals, round, summary, self.cuts) if totals else {**summary}
-
     def fused(self, count: int) -> Window | None:
-        return Window("l1" if self.rescale else "") if self.scope_ == "tensor" else None
+        return Window(self._tails(count), L1(self) if self.rescale else None) if self.scope_ == "tensor" else None
 
-    def apply(self, site: Site) -> Site:
-        masked = self._masked(site)
-        if self.rescale:
-            masked = masked * per_expert(site.summary["l1.factors"], masked)
-        return site.with_deltas(masked)
+    def masked(self, site: Site) -> Tensor:
+        deltas, tails = site.deltas, self._tails(site.count)
+        if not site.key.shape:
+            return deltas
+        if tails.applies(site.key):
+            first, last = site.result(tails).before(deltas, site.start)
+        else:
+            ranks = tails.ranks(site.key.shape[-1])
+            first, last = (
+                torch.stack([leading(d, r[side]) for d, r in zip(deltas, ranks, strict=True)]) for side in (0, 1)
+            )
+        return torch.where(last & ~first, deltas, 0.0)
 
-    def _ranks_tensor(self, key: Key) -> bool:
-        """Whether the ranking is over the whole tensor, and so needs the measuring rounds."""
-        return len(key.shape) == 1 or (self.scope_ == "tensor" and len(key.shape) > 0)
+    def _tails(self, count: int) -> _Tails:
+        shares = zip(spread(self.density, count), spread(self.remove_top, count), strict=False)
+        return _Tails(shares=tuple(shares), by_row=self.scope_ == "row", first=self.remove_first)
+
+
+@dataclass(frozen=True)
+class _Tails(Cut):
+    """Two cuts per task vector: the survivors lie after the first and before the second.
+
+    shares  (density, remove_top) of each
+    by_row  rank each row by itself: then only a vector, which is one row, is measured
+    first   drop the largest before counting those kept
+    """
+
+    shares: tuple[tuple[float, float], ...] = ()
+    by_row: bool = False
+    first: bool = True
+
+    def applies(self, key: Key) -> bool:
+        return len(key.shape) == 1 or (not self.by_row and len(key.shape) > 0)
+
+    def ranks(self, total: int) -> list[list[int]]:
+        return [self._window(total, *share) for share in self.shares]
 
     def _window(self, total: int, density: float, remove_top: float) -> list[int]:
         """The survivors, as [first, last) in the ranking."""
         kept, dropped = int(total * density), int(total * remove_top)
-        if self.scope_ == "tensor":
-            if density >= 1:
-                return [0, total]
-            tail = max(0, total - kept - dropped)  # smallest entries dropped
-            return [total - tail - kept, total - tail]
-        return [dropped, dropped + kept] if self.remove_first else [min(dropped, kept), kept]
-
-    def cuts(self, count: int, total: int) -> list[list[int]]:
-        shares = zip(spread(self.density, count), spread(self.remove_top, count), strict=True)
-        return [self._window(total, *share) for share in shares]
-
-    def _masked(self, site: Site) -> Tensor:
-        deltas = site.deltas
-        if not site.key.shape:
-            return deltas
-        if self._ranks_tensor(site.key):
-            first, last = select.before(deltas, site.summary, site.start)
-        else:
-            cuts = self.cuts(site.count, site.key.shape[-1])
-            first, last = (
-                torch.stack([select.leading(d, c[side]) for d, c in zip(deltas, cuts, strict=True)]) for side in (0, 1)
-            )
-        return torch.where(last & ~first, deltas, 0.0)
+        if self.by_row:
+            return [dropped, dropped + kept] if self.first else [min(dropped, kept), kept]
+        if density >= 1:
+            return [0, total]
+        tail = max(0, total - kept - dropped)  # smallest entries dropped
+        return [total - tail - kept, total - tail]

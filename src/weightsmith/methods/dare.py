@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import Drop
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Filter, Rows, choice, flag, number
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Each, choice, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import per_expert, spread
 from weightsmith.ops.noise import keep_masks
-from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.ops.rescale import L1, Masking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ __all__ = ["Dare"]
 
 @dataclass(frozen=True)
 class Dare(
-    Filter,
+    Masking,
     name="dare",
     needs=(BASE,),
     paper="Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099",
@@ -47,26 +47,18 @@ class Dare(
     )
 
     @property
-    def rounds(self) -> int:
-        return 1 if self.rescale and self.rescale_rule == "l1" else 0
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        deltas = site.deltas
-        return l1_sums(deltas, self._masked(site, deltas))
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        return l1_factors(totals)
+    def keeps_l1(self) -> bool:
+        return self.rescale and self.rescale_rule == "l1"
 
     def fused(self, count: int) -> Drop:
-        return Drop(spread(self.density, count), self.name, self.rescale_rule if self.rescale else "")
+        factors = L1(self) if self.keeps_l1 else None
+        return Drop(spread(self.density, count), self.name, factors, self.rescale and factors is None)
 
     def apply(self, site: Site) -> Site:
-        masked = self._masked(site, site.deltas)
-        if self.rounds:
-            masked = masked * per_expert(site.summary["l1.factors"], masked)
-        elif self.rescale:
-            masked = masked / per_expert(site.spread(self.density), masked)
-        return site.with_deltas(masked)
+        if self.keeps_l1 or not self.rescale:
+            return super().apply(site)
+        masked = self.masked(site)
+        return site.with_deltas(masked / per_expert(site.spread(self.density), masked))
 
-    def _masked(self, site: Site, deltas: Tensor) -> Tensor:
-        return torch.where(keep_masks(site, site.spread(self.density), self.name), deltas, 0.0)
+    def masked(self, site: Site) -> Tensor:
+        return torch.where(keep_masks(site, site.spread(self.density), self.name), site.deltas, 0.0)

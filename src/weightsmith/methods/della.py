@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Filter, Rows, choice, flag, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops.combine import per_expert, spread
+from weightsmith.core.method import BASE, Each, Pass, Rows, choice, flag, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
+from weightsmith.ops.combine import spread
 from weightsmith.ops.noise import keep_masks
-from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.ops.rescale import Masking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,7 @@ __all__ = ["Della"]
 
 @dataclass(frozen=True)
 class Della(
-    Filter,
+    Masking,
     name="della",
     needs=(BASE,),
     paper="DELLA-Merging (Deep et al., 2024), arXiv:2406.11617",
@@ -49,8 +51,11 @@ class Della(
     )
 
     @property
-    def rounds(self) -> int:
-        return 1 + (self.rescale and self.rescale_rule == "l1")
+    def keeps_l1(self) -> bool:
+        return self.rescale and self.rescale_rule == "l1"
+
+    def masking(self, count: int) -> tuple[Pass[Any], ...]:
+        return (VECTOR_RANKS,)
 
     def check(self, count: int, has_base: bool) -> str | None:
         for density, epsilon in zip(spread(self.density, count), spread(self.epsilon, count), strict=True):
@@ -61,43 +66,46 @@ class Della(
                 )
         return None
 
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return round == 0 and len(key.shape) != 1
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        if round == 0:  # a vector may come in pieces, but its ranks need all of it; vectors are small
-            return {"della.sizes": Rows(site.deltas.detach().abs().cpu())} if len(site.key.shape) == 1 else {}
-        return l1_sums(site.deltas, self._masked(site)[0])
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if round == 0:
-            return {"della.ranks": _ranks(torch.as_tensor(totals["della.sizes"]))} if totals else {}
-        return {**summary, **l1_factors(totals)}
-
     def apply(self, site: Site) -> Site:
-        masked, shares = self._masked(site)
-        if "l1.factors" in site.summary:
-            masked = masked * per_expert(site.summary["l1.factors"], masked)
-        elif self.rescale:
-            masked = torch.stack([d / p for d, p in zip(masked, shares, strict=True)])
-        return site.with_deltas(masked)
+        if self.keeps_l1 or not self.rescale:
+            return super().apply(site)
+        kept = zip(self.masked(site), self._probabilities(site, site.deltas), strict=True)
+        return site.with_deltas(torch.stack([delta / p for delta, p in kept]))
 
-    def _masked(self, site: Site) -> tuple[Tensor, list[float | Tensor]]:
-        """The task vectors after dropping, and the probabilities."""
+    def masked(self, site: Site) -> Tensor:
         deltas = site.deltas
-        shares = [self._shares(site, i, delta) for i, delta in enumerate(deltas)]
-        return torch.where(keep_masks(site, shares, self.name), deltas, 0.0), shares
+        return torch.where(keep_masks(site, self._probabilities(site, deltas), self.name), deltas, 0.0)
+
+    def _probabilities(self, site: Site, deltas: Tensor) -> list[float | Tensor]:
+        return [self._shares(site, i, delta) for i, delta in enumerate(deltas)]
 
     def _shares(self, site: Site, index: int, delta: Tensor) -> float | Tensor:
         density, epsilon = site.spread(self.density)[index], site.spread(self.epsilon)[index]
         if density >= 1 or not site.key.shape:
             return density
         if len(site.key.shape) == 1:
-            ranks = site.summary["della.ranks"][index, site.start : site.start + delta.shape[0]].to(delta.device)
+            ranks = site.result(VECTOR_RANKS)[index, site.start : site.start + delta.shape[0]].to(delta.device)
         else:
             ranks = _ranks(delta.detach().abs().transpose(1, -1)).transpose(1, -1)
         shares: Tensor = (density - epsilon + 2 * epsilon * ranks).to(delta.dtype)
         return shares
+
+
+@dataclass(frozen=True)
+class _VectorRanks(Pass["Tensor"]):
+    """The ranks of a vector's entries: a vector may come in pieces, but its ranks need all of it; vectors are small."""
+
+    def applies(self, key: Key) -> bool:
+        return len(key.shape) == 1
+
+    def see(self, site: Site) -> State:
+        return {"sizes": Rows(site.deltas.detach().abs().cpu())}
+
+    def end(self, total: Mapping[str, Any]) -> Tensor:
+        return _ranks(torch.as_tensor(total["sizes"]))
+
+
+VECTOR_RANKS = _VectorRanks()
 
 
 def _ranks(sizes: Tensor) -> Tensor:

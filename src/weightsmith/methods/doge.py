@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import some
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, flag, integer, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
+from weightsmith.core.method import BASE, Grain, Method, Pass, Scope, flag, integer, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.descent import adam
 from weightsmith.ops.interference import frobenius
 from weightsmith.ops.reduce import pairwise_sum
+from weightsmith.ops.select import Largest
 from weightsmith.ops.spectral import top_svd
 
 if TYPE_CHECKING:
@@ -72,22 +72,11 @@ class Doge(
     def leaves_out(self, key: Key, count: int) -> str:
         return "" if self.embeddings or key.role not in ("embed", "head") else "embeddings and output layers"
 
-    @property
-    def rounds(self) -> int:
-        return 0 if self.density == 1 else 2
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (self._cut(count),) if self.density < 1 else ()
 
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return select.measure(site.deltas, site.summary, round)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return select.digest(totals, round, summary, self._cuts, whole=True)
-
-    def _cuts(self, count: int, total: int) -> list[list[int]]:
-        return [[min(int(total * self.density) + 1, total)]] * count
+    def _cut(self, count: int) -> Largest:
+        return Largest(True, (self.density,) * count, scope=Scope.MODEL)
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
@@ -96,8 +85,8 @@ class Doge(
         with torch.no_grad():
             correction = self._correction(deltas.detach(), factors)
         corrected = deltas + correction.to(deltas.dtype)
-        if self.rounds:
-            (kept,) = select.before(deltas, site.summary, site.start)
+        if self.density < 1:
+            (kept,) = site.result(self._cut(site.count)).before(deltas, site.start)
             corrected = torch.where(kept, corrected, 0.0)
         merged = weighted_sum(corrected, factors)
         site.tell("doge.free", float(min(site.block_shape) < self.subspace))

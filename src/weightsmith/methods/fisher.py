@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import NumericError
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Each, Method, Rows, Scope, choice, flag, number
+from weightsmith.core.method import Each, Method, Pass, Scope, choice, flag, number
+from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.ops.reduce import block_squares
@@ -44,22 +46,14 @@ class Fisher(
     floor: float = number(1e-6, "least Fisher information", low=0)
     floor_mode: str = choice("add", "how the floor is applied", "add", "max", "max_target")
 
-    @property
-    def rounds(self) -> int:
-        return 1 if self.normalize else 0
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (NORMS,) if self.normalize else ()
 
     def check(self, count: int, has_base: bool) -> str | None:
         return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
 
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {"fisher.squares": torch.stack([block_squares(f) for f in _fishers(site)]).cpu()}
-
     def merge(self, site: Site) -> Tensor:
-        fishers = site.stats["fisher"] if self.rounds else _fishers(site)  # measuring has looked at them
+        fishers = site.stats["fisher"] if self.normalize else _fishers(site)  # measuring has looked at them
         shares = [self._floored(f, i) * a for i, (f, a) in enumerate(zip(fishers, self._factors(site), strict=True))]
         total = weighted_sum(shares)
         if total.numel() and not bool(total.amin() > 0):
@@ -73,7 +67,7 @@ class Fisher(
     def _factors(self, site: Site) -> list[float]:
         weights = spread(self.weight, site.count)
         if self.normalize:
-            norms = site.summary["fisher.squares"].sqrt().tolist()
+            norms = site.result(NORMS)
             weights = tuple(
                 w / (n + self.floor) if n + self.floor > 0 else 0.0 for w, n in zip(weights, norms, strict=True)
             )
@@ -86,6 +80,21 @@ class Fisher(
         if self.floor_mode == "max" or index == 0:
             return fisher.clamp(min=self.floor)
         return fisher
+
+
+@dataclass(frozen=True)
+class _Norms(Pass[list[float]]):
+    """The L2 norm of each model's Fisher information."""
+
+    def see(self, site: Site) -> State:
+        return {"squares": torch.stack([block_squares(f) for f in _fishers(site)]).cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> list[float]:
+        found: list[float] = total["squares"].sqrt().tolist()
+        return found
+
+
+NORMS = _Norms(scope=Scope.MODEL)
 
 
 def _fishers(site: Site) -> tuple[Tensor, ...]:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
-from weightsmith.core.method import Each, Method, Rows, integer, number
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import Each, integer, number
 from weightsmith.ops import gram
 from weightsmith.ops.combine import spread, unusable_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.ops.gram import Mixture
 
 __all__ = ["Karcher"]
-
-MIX = Mix()
 
 
 @dataclass(frozen=True)
 class Karcher(
-    Method,
+    Mixture,
     name="karcher",
     paper="Riemannian center of mass (Karcher, 1977); as in mergekit",
     symmetric=True,
@@ -44,34 +39,16 @@ class Karcher(
     nearly parallel tensors is noise of 3e-4, and drops tensors shorter than `tol`.
     """
 
+    mix: ClassVar[Mix] = Mix()
+
     max_iter: int = integer(10, "most steps", low=0)
     tol: float = number(1e-5, "length of a step, or angle, in radians, that counts as none", above=0)
     weight: Each = number(1.0, "weight of each model", low=0, each=True)
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), True)
 
-    def question(self, round: int) -> Any:
-        return MIX
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return gram.measure(MIX, site)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        return {"mix.shares": self._shares(gram.products(totals))}
-
-    def fused(self, count: int) -> Mix:
-        return MIX
-
-    def merge(self, site: Site) -> Tensor:
-        return gram.mixed(MIX, site)
-
-    def _shares(self, products: np.ndarray) -> np.ndarray:
-        """The result as a combination of the x_i, from their inner products: [n, n] -> [n]."""
+    def shares(self, products: np.ndarray) -> np.ndarray:
         weights, norms = np.array(spread(self.weight, len(products))), np.sqrt(products.diagonal())
         used = np.where(norms > 0, weights, 0.0)
         if not used.any():

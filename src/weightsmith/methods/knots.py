@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Grain, Method, Rows, Scope, choice, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
+from weightsmith.core.method import BASE, Each, Grain, Method, Pass, Scope, choice, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, disjoint, elect_sign, spread, weigh, weighted_sum
 from weightsmith.ops.noise import keep_masks
+from weightsmith.ops.select import Largest
 from weightsmith.ops.spectral import Matrix, left_basis, matrices
 
 if TYPE_CHECKING:
@@ -65,19 +65,8 @@ class Knots(
     drop: float = number(0.0, "share of coordinates dropped at random, the rest rescaled", low=0, below=1)
     shared: str = choice("left", "side of the shared basis: of the outputs or the inputs", "left", "right")
 
-    @property
-    def rounds(self) -> int:
-        return 0 if set(spread(self.density, 1)) == {1} else 2
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return select.measure(self._coordinates(site)[1], site.summary, round)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        return select.digest(totals, round, summary, self._cuts, whole=True)
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return () if self._cut(count) is None else (self._cut(count),)  # type: ignore[return-value]
 
     def merge(self, site: Site) -> Tensor:
         left, right = self.merged(site)
@@ -86,15 +75,15 @@ class Knots(
 
     def merged(self, site: Site) -> tuple[Tensor, Tensor]:
         """The merged task vector as a product: left [rows, k], right [k, columns], float64; needs no base."""
-        basis, coordinates = self._coordinates(site)
-        if self.rounds:
-            (kept,) = select.before(coordinates, site.summary)
+        basis, coordinates = self.coordinates(site)
+        if (cut := self._cut(site.count)) is not None:
+            (kept,) = site.result(cut).before(coordinates)
             coordinates = torch.where(kept, coordinates, 0.0)
         votes = weigh(coordinates, site.spread(self.scaling))
         merged = self._combined(coordinates, votes).to(basis.dtype)
         return (basis, merged) if self.shared == "left" else (merged.T, basis.T)
 
-    def _coordinates(self, site: Site) -> tuple[Tensor, Tensor]:
+    def coordinates(self, site: Site) -> tuple[Tensor, Tensor]:
         """U [m, k] in float64, and Z [n, k, columns] in the dtype of the task vectors."""
         found = matrices(site) if self.shared == "left" else [_turned(m) for m in matrices(site)]
         basis = left_basis(found)
@@ -104,8 +93,10 @@ class Knots(
             z = torch.where(kept, z / (1 - self.drop), 0.0)
         return basis, z
 
-    def _cuts(self, count: int, total: int) -> list[list[int]]:
-        return [[total if d == 1 else min(int(total * d) + 1, total)] for d in spread(self.density, count)]
+    def _cut(self, count: int) -> _Coordinates | None:
+        densities = spread(self.density, count)
+        basis = replace(self, density=1.0, scaling=1.0)  # what the coordinates do not depend on, as by default
+        return None if set(densities) == {1} else _Coordinates(True, densities, basis, scope=Scope.MODEL)
 
     def _combined(self, coordinates: Tensor, votes: Tensor) -> Tensor:
         ones = (1.0,) * votes.shape[0]
@@ -116,6 +107,20 @@ class Knots(
             return torch.where(plus >= -minus, plus, minus)
         added = weighted_sum(votes)
         return added / (votes != 0).sum(0).clamp(min=1) if self.aggregate == "mean" else added
+
+
+@dataclass(frozen=True)
+class _Coordinates(Largest):
+    """Cuts among the coordinates in the shared basis."""
+
+    knots: Knots = None  # type: ignore[assignment]
+
+    @property
+    def viewed(self) -> Knots:
+        return self.knots
+
+    def values(self, site: Site) -> Tensor:
+        return self.knots.coordinates(site)[1]
 
 
 def _turned(matrix: Matrix) -> Matrix:

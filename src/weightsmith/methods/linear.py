@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import WeightedSum
-from weightsmith.core.method import Each, Method, flag, number
-from weightsmith.core.site import Site
-from weightsmith.ops.combine import apply_weighted_sum, normaliser, shares_remark, spread, unusable_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import Each, flag, number
+from weightsmith.ops.combine import Summed, normaliser, shares_remark, spread, unusable_weights
 
 __all__ = ["Linear"]
 
 
 @dataclass(frozen=True)
 class Linear(
-    Method,
+    Summed,
     name="linear",
     aliases=("average", "uniform_soup"),
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
@@ -45,6 +40,3 @@ class Linear(
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
         return WeightedSum(weights, divisor=normaliser(weights, self.normalize))
-
-    def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.fused(site.count), site)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Filter, Rows, Scope, choice, number
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Filter, Pass, Scope, choice, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import block_sizes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Lines"]
 
@@ -60,37 +59,36 @@ class Lines(
                         "head keeps its change")  # fmt: skip
         return "; ".join(said) or None
 
-    @property
-    def rounds(self) -> int:
-        return 1 if self.alpha == "auto" else 0
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        raw = _before_all(site).deltas
-        return {
-            "lines.raw": block_sizes(weighted_sum(raw)).cpu(),
-            "lines.merged": block_sizes(site.deltas[0]).cpu(),
-        }
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        merged = totals["lines.merged"]
-        # Nothing merged, nothing to scale.
-        return {"lines.ratio": torch.where(merged > 0, totals["lines.raw"] / merged.clamp(min=1e-300), 0.0)}
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (RATIO,) if self.alpha == "auto" else ()
 
     def apply(self, site: Site) -> Site:
         return site.with_deltas(site.deltas * self._factor(site))
 
     def _factor(self, site: Site) -> float:
         count = _before_all(site).count
-        alpha = float(site.summary["lines.ratio"]) / count if isinstance(self.alpha, str) else float(self.alpha)
+        alpha = site.result(RATIO) / count if isinstance(self.alpha, str) else float(self.alpha)
         beta = float(self.beta) if not isinstance(self.beta, str) else 1 - alpha if count == 1 else 0.5
         depth = site.depth
         if depth is None and self.outside == "depth":
             depth = {"embed": 0.0, "norm": 1.0, "head": 1.0}.get(site.key.role)
         return alpha if depth is None else alpha + beta * depth
+
+
+@dataclass(frozen=True)
+class _Ratio(Pass[float]):
+    """|sum_i delta_i|_1 / |tau|_1; 0 where nothing is merged."""
+
+    def see(self, site: Site) -> State:
+        raw = _before_all(site).deltas
+        return {"raw": block_sizes(weighted_sum(raw)).cpu(), "merged": block_sizes(site.deltas[0]).cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> float:
+        merged = total["merged"]
+        return float(torch.where(merged > 0, total["raw"] / merged.clamp(min=1e-300), 0.0))
+
+
+RATIO = _Ratio(scope=Scope.MODEL)
 
 
 def _before_all(site: Site) -> Site:

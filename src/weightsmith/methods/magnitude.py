@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.kernel import Window
-from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Filter, Rows, flag, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
-from weightsmith.ops.combine import per_expert, spread
-from weightsmith.ops.rescale import l1_factors, l1_sums
+from weightsmith.core.method import BASE, Each, Pass, flag, number
+from weightsmith.core.site import Site
+from weightsmith.ops.combine import spread
+from weightsmith.ops.rescale import L1, Masking
+from weightsmith.ops.select import Largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +21,7 @@ __all__ = ["Magnitude"]
 
 @dataclass(frozen=True)
 class Magnitude(
-    Filter,
+    Masking,
     name="magnitude",
     needs=(BASE,),
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708, its trim step per tensor",
@@ -41,36 +40,16 @@ class Magnitude(
     density: Each = number(0.5, "share of each tensor's entries kept", above=0, high=1, each=True)
     rescale: bool = flag(False, "keep each tensor's L1 norm")
 
-    @property
-    def rounds(self) -> int:
-        return select.ROUNDS + self.rescale
-
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return round == 2 and select.settled(summary)
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        if round < select.ROUNDS:
-            return select.measure(site.deltas, site.summary, round)
-        return l1_sums(site.deltas, self._masked(site))
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Tensor]:
-        if round < select.ROUNDS:
-            return select.digest(totals, round, summary, self.cuts)
-        return {**summary, **l1_factors(totals)}
+    def masking(self, count: int) -> tuple[Pass[Any], ...]:
+        return (self._cut(count),)
 
     def fused(self, count: int) -> Window:
-        return Window("l1" if self.rescale else "")
+        return Window(self._cut(count), L1(self) if self.rescale else None)
 
-    def apply(self, site: Site) -> Site:
-        masked = self._masked(site)
-        if self.rescale:
-            masked = masked * per_expert(site.summary["l1.factors"], masked)
-        return site.with_deltas(masked)
-
-    def cuts(self, count: int, total: int) -> list[list[int]]:
-        return [[select.keep_share(total, d)] for d in spread(self.density, count)]
-
-    def _masked(self, site: Site) -> Tensor:
+    def masked(self, site: Site) -> Tensor:
         deltas = site.deltas
-        (kept,) = select.before(deltas, site.summary, site.start)
+        (kept,) = site.result(self._cut(site.count)).before(deltas, site.start)
         return torch.where(kept, deltas, 0.0)
+
+    def _cut(self, count: int) -> Largest:
+        return Largest(densities=spread(self.density, count))

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Rows, flag
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import gram
+from weightsmith.core.method import BASE, flag
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import mean
+from weightsmith.ops.gram import Mixture, cosines, last_axis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ModelStock"]
 
-MIX = Mix(deltas=True)
-
 
 @dataclass(frozen=True)
 class ModelStock(
-    Method,
+    Mixture,
     name="model_stock",
     needs=(BASE,),
     paper="Model Stock (Jang et al., ECCV 2024), arXiv:2403.19522",
@@ -45,50 +43,38 @@ class ModelStock(
     zeros stands at a right angle to the others.  Orthogonal task vectors give the base.
     """
 
+    mix: ClassVar[Mix] = Mix(deltas=True)
+
     filter_wise: bool = flag(False, "one angle per row of the last axis instead of one per tensor")
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return self._sliced(key)
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {} if self._sliced(site.key) else gram.measure(MIX, site)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if not totals:
-            return {}
-        found = gram.cosines(gram.products(totals))
+    def shares(self, products: np.ndarray) -> np.ndarray:
+        found = cosines(products)
         ratio = _ratio(found[np.triu_indices(len(found), 1)])
-        return {"mix.shares": np.full(len(found), ratio / len(found))}
+        return np.full(len(found), ratio / len(found))
 
     def fused(self, count: int) -> Mix | None:
-        return None if self.filter_wise else MIX
+        return None if self.filter_wise else super().fused(count)
 
-    def merge(self, site: Site) -> Tensor:
-        if not self._sliced(site.key):
-            return gram.mixed(MIX, site)
+    def by_slice(self, site: Site) -> Tensor:
         assert site.base is not None
         deltas = site.deltas
         return site.base + mean(deltas) * self._by_slice(deltas).to(deltas.dtype)
 
-    def _sliced(self, key: Key) -> bool:
+    def sliced(self, key: Key) -> bool:
         return self.filter_wise and len(key.shape) > 1
 
     def _by_slice(self, deltas: Tensor) -> Tensor:
         """t for every slice: [n, *rows, m] -> [*rows, 1]."""
         with torch.no_grad():
             n, wide = deltas.shape[0], deltas.double()
-            norms = [gram.last_axis(d, d).sqrt() for d in wide]
-            cosines = []
+            norms = [last_axis(d, d).sqrt() for d in wide]
+            angles = []
             for i in range(n):
                 for j in range(i + 1, n):
                     lengths = norms[i] * norms[j]
-                    inner = gram.last_axis(wide[i], wide[j]) / torch.where(lengths > 0, lengths, 1.0)
-                    cosines.append(inner.clamp(-1, 1))
-            ratios: Tensor = _ratio(torch.stack(cosines)).unsqueeze(-1)
+                    inner = last_axis(wide[i], wide[j]) / torch.where(lengths > 0, lengths, 1.0)
+                    angles.append(inner.clamp(-1, 1))
+            ratios: Tensor = _ratio(torch.stack(angles)).unsqueeze(-1)
             return ratios
 
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
-from weightsmith.core.method import Each, Method, Rows, flag, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import gram
+from weightsmith.core.method import Each, flag, number
 from weightsmith.ops.combine import shares_remark, spread, unusable_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.ops.gram import Mixture
 
 __all__ = ["Multislerp"]
 
-MIX = Mix(deltas=True)
 
 NOISE = 1e-7
 """Length of a sum of unit vectors below which its direction is rounding noise of float32 inputs."""
@@ -27,7 +22,7 @@ NOISE = 1e-7
 
 @dataclass(frozen=True)
 class Multislerp(
-    Method,
+    Mixture,
     name="multislerp",
     paper="Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit",
     symmetric=True,
@@ -45,13 +40,11 @@ class Multislerp(
     One model comes back as it is.
     """
 
+    mix: ClassVar[Mix] = Mix(deltas=True)
+
     weight: Each = number(1.0, "weight of each model", each=True)
     normalize: bool = flag(True, "divide the weights by their sum (normalize_weights)")
     eps: float = number(1e-8, "what is added to lengths, and the shortest sum that has a direction", low=0)
-
-    @property
-    def rounds(self) -> int:
-        return 1
 
     def check(self, count: int, has_base: bool) -> str | None:
         return unusable_weights(spread(self.weight, count), self.normalize)
@@ -59,25 +52,9 @@ class Multislerp(
     def remark(self, count: int) -> str | None:
         return shares_remark(spread(self.weight, count), self.normalize)
 
-    def question(self, round: int) -> Any:
-        return MIX
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return gram.measure(MIX, site)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        return {"mix.shares": np.array(self._shares(gram.products(totals)))}
-
-    def fused(self, count: int) -> Mix:
-        return MIX
-
-    def merge(self, site: Site) -> Tensor:
-        return gram.mixed(MIX, site)
-
-    def _shares(self, products: np.ndarray) -> list[float]:
-        """The result as a combination of the x_i, from their inner products [n, n]."""
+    def shares(self, products: np.ndarray) -> np.ndarray:
         if len(products) == 1:
-            return [1.0]
+            return np.ones(1)
         weights = list(spread(self.weight, len(products)))
         if self.normalize:
             weights = [w / sum(weights) for w in weights]
@@ -86,6 +63,6 @@ class Multislerp(
         along = np.array(shares)
         length = math.sqrt(max(float(along @ products @ along), 0.0))
         if length < self.eps or length <= NOISE * sum(map(abs, weights)):
-            return weights
+            return np.array(weights)
         reach = sum(w * norm for w, norm in zip(weights, norms, strict=True)) * math.cos(self.eps)
-        return [share / length * reach for share in shares]
+        return np.array([share / length * reach for share in shares])

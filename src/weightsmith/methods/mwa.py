@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Method, Stage, choice, number
-from weightsmith.core.site import Site
-from weightsmith.ops.combine import apply_weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import Stage, choice, number
+from weightsmith.ops.combine import Summed
 
 __all__ = ["Mwa"]
 
 
 @dataclass(frozen=True)
 class Mwa(
-    Method,
+    Summed,
     name="mwa",
     paper="Metrics-Weighted Averaging (Yu and Choi, 2025), arXiv:2504.18580",
     symmetric=True,
@@ -88,9 +84,6 @@ class Mwa(
     def fused(self, count: int) -> WeightedSum:
         weights = self._weights(self._values(count))
         return WeightedSum(weights, divisor=sum(weights))
-
-    def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.fused(site.count), site)
 
     @property
     def _reads(self) -> bool:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Each, Grain, Method, Rows, flag, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import gram
+from weightsmith.core.method import Each, Grain, flag, number
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
+from weightsmith.ops.gram import Mixture, arc_shares, last_axis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Nuslerp"]
 
-MIX = Mix(deltas=True)
-
 
 @dataclass(frozen=True)
 class Nuslerp(
-    Method,
+    Mixture,
     name="nuslerp",
     paper="Animating rotation with quaternion curves (Shoemake, 1985); as mergekit's nuslerp",
     symmetric=True,
@@ -45,6 +43,8 @@ class Nuslerp(
     float64 and at any scale (mergekit gives vectors shorter than 1e-7 no direction).
     """
 
+    mix: ClassVar[Mix] = Mix(deltas=True)
+
     weight: Each = number(1.0, "weight of each of the two models", each=True)
     flatten: bool = flag(True, "one angle per tensor")
     row_wise: bool = flag(False, "without flatten: slices along the first axis (mergekit's word for columns)")
@@ -53,43 +53,28 @@ class Nuslerp(
     def grain(self) -> Grain:
         return Grain.TENSOR if self.row_wise and not self.flatten else Grain.ELEMENT
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return self._sliced(key)
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return {} if self._sliced(site.key) else gram.measure(MIX, site)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if not totals:
-            return {}
-        (aa, ab), (_, bb) = gram.products(totals)
-        return {"mix.shares": np.array(gram.arc_shares(aa, bb, ab, self._place))}
+    def shares(self, products: np.ndarray) -> np.ndarray:
+        (aa, ab), (_, bb) = products
+        return np.array(arc_shares(aa, bb, ab, self._place))
 
     def fused(self, count: int) -> Mix | None:
-        return MIX if self.flatten else None
+        return super().fused(count) if self.flatten else None
 
-    def merge(self, site: Site) -> Tensor:
-        return self._by_slice(site) if self._sliced(site.key) else gram.mixed(MIX, site)
-
-    def _by_slice(self, site: Site) -> Tensor:
+    def by_slice(self, site: Site) -> Tensor:
         a, b = site.experts if site.base is None else site.deltas
         aa, bb, ab = (self._along(x.detach(), y.detach()) for x, y in ((a, a), (b, b), (a, b)))
-        first, second = (share.to(a.dtype) for share in gram.arc_shares(aa, bb, ab, self._place))
+        first, second = (share.to(a.dtype) for share in arc_shares(aa, bb, ab, self._place))
         merged: Tensor = a * first + b * second
         return merged if site.base is None else site.base + merged
 
-    def _sliced(self, key: Key) -> bool:
+    def sliced(self, key: Key) -> bool:
         return not self.flatten and len(key.shape) > 1
 
     def _along(self, a: Tensor, b: Tensor) -> Tensor:
         if self.row_wise:
-            across: Tensor = gram.last_axis(a.transpose(0, -1), b.transpose(0, -1)).unsqueeze(-1).transpose(0, -1)
+            across: Tensor = last_axis(a.transpose(0, -1), b.transpose(0, -1)).unsqueeze(-1).transpose(0, -1)
             return across
-        along: Tensor = gram.last_axis(a, b).unsqueeze(-1)
+        along: Tensor = last_axis(a, b).unsqueeze(-1)
         return along
 
     @property

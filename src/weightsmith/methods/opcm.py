@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Rows, Scope, Stage, number
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import BASE, Found, Grain, Method, Pass, Scope, Stage, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.leading import LARGE, eigh, gram
 from weightsmith.ops.reduce import block_squares, block_sums
 from weightsmith.ops.spectral import NOISE, Svd, top_svd
@@ -56,13 +57,8 @@ class Opcm(
         "auto", "scale of that earlier merge, from its weightsmith.json", above=0, options=("auto",)
     )
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (_Norms(self, scope=Scope.MODEL),)
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """With what the first model's run noted, where that was this method."""
@@ -73,28 +69,8 @@ class Opcm(
             lambda_=earlier.get("lambda", 1.0) if self.lambda_ == "auto" else self.lambda_,
         )
 
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        squares: list[Tensor] = []
-
-        def seen() -> Iterator[Tensor]:
-            for delta in site.tasks:
-                squares.append(block_squares(delta))
-                yield delta
-
-        total = self._accumulated(site, seen(), norm=True)
-        return {
-            "opcm.squares": torch.stack(squares).cpu(),
-            "opcm.total": block_sums(total.square()).cpu(),
-        }
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        norms = totals["opcm.squares"].sqrt()
-        weights = torch.ones_like(norms)
-        weights[0] = self._start[0]
-        wanted, found = (norms * weights).sum() / weights.sum(), totals["opcm.total"].sqrt()
-        factor = wanted / found if found > 0 else torch.zeros_like(found)
-        told = {f"opcm.norm.{i}": float(norm) for i, norm in enumerate(norms)}
-        return {"opcm.factor": factor, "opcm.merged": weights.sum(), "told": told}
+    def figures(self, found: Found) -> dict[str, float]:
+        return {f"opcm.norm.{i}": norm for one in found.values() for i, norm in enumerate(one.norms)}
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         first = next(iter(told.values()))
@@ -102,28 +78,60 @@ class Opcm(
             if first[f"opcm.norm.{i}"] == 0:
                 yield f"{name} is equal to the base: its norm of 0 lowers the mean that the result is scaled to"
 
-    def notes(self, summary: Summary) -> dict[str, Any]:
-        factor = float(summary.get("opcm.factor", 0))
-        return {"merged": int(summary["opcm.merged"]), "lambda": 1 / factor} if factor > 0 else {}
+    def notes(self, found: Found) -> dict[str, Any]:
+        norms = next(iter(found.values()), None)
+        return {} if norms is None or norms.factor <= 0 else {"merged": norms.merged, "lambda": 1 / norms.factor}
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
-        factor = float(site.summary["opcm.factor"])
-        return site.base + (self._accumulated(site, site.tasks) * factor).to(site.base.dtype)
+        factor = site.result(_Norms(self, scope=Scope.MODEL)).factor
+        return site.base + (self.accumulated(site, site.tasks) * factor).to(site.base.dtype)
 
     @property
-    def _start(self) -> tuple[int, float]:
+    def start(self) -> tuple[int, float]:
         """(models, lambda) of the first model."""
         return tuple(1 if value == "auto" else value for value in (self.merged, self.lambda_))  # type: ignore[return-value]
 
-    def _accumulated(self, site: Site, tasks: Iterable[Tensor], norm: bool = False) -> Tensor:
+    def accumulated(self, site: Site, tasks: Iterable[Tensor], norm: bool = False) -> Tensor:
         """A over all models, float64.  `norm`: wanted for its norm alone."""
         others = iter(tasks)
-        total: Tensor = next(others).double() * self._start[1]
+        total: Tensor = next(others).double() * self.start[1]
         projected = total.ndim == 2 and site.key.role != "embed"
         for delta in others:
             total = total + (_cleaned(delta, total, self.alpha, norm) if projected else delta.double())
         return total
+
+
+class _Scale(NamedTuple):
+    """Norms of the task vectors over the model, the factor that gives the merged one their mean, models merged."""
+
+    norms: tuple[float, ...]
+    factor: float
+    merged: int
+
+
+@dataclass(frozen=True)
+class _Norms(Pass[_Scale]):
+    method: Opcm
+
+    def see(self, site: Site) -> State:
+        squares: list[Tensor] = []
+
+        def seen() -> Iterator[Tensor]:
+            for delta in site.tasks:
+                squares.append(block_squares(delta))
+                yield delta
+
+        total = self.method.accumulated(site, seen(), norm=True)
+        return {"squares": torch.stack(squares).cpu(), "total": block_sums(total.square()).cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> _Scale:
+        norms = total["squares"].sqrt()
+        weights = torch.ones_like(norms)
+        weights[0] = self.method.start[0]
+        wanted, found = (norms * weights).sum() / weights.sum(), total["total"].sqrt()
+        factor = wanted / found if found > 0 else torch.zeros_like(found)
+        return _Scale(tuple(norms.tolist()), float(factor), int(weights.sum()))
 
 
 def _cleaned(delta: Tensor, merged: Tensor, alpha: float, norm: bool) -> Tensor:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import WeightedSum
-from weightsmith.core.method import Method, number
-from weightsmith.core.site import Site
-from weightsmith.ops.combine import apply_weighted_sum
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import number
+from weightsmith.ops.combine import Summed
 
 __all__ = ["Passthrough"]
 
 
 @dataclass(frozen=True)
 class Passthrough(
-    Method,
+    Summed,
     name="passthrough",
     paper="as in mergekit",
     symmetric=True,
@@ -37,6 +32,3 @@ class Passthrough(
 
     def fused(self, count: int) -> WeightedSum:
         return WeightedSum((float(self.scale),))
-
-    def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.fused(site.count), site)

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Method, Rows, Scope, choice, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import order
+from weightsmith.core.method import BASE, Each, Method, Pass, Rows, Scope, choice, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
+from weightsmith.ops.order import Order
 from weightsmith.ops.reduce import pairwise_sum, row_sums
 
 if TYPE_CHECKING:
@@ -56,45 +59,14 @@ class Pcb(
     lambda_: Each = number(1.0, "factor of each task vector behind the scores", each=True)
     scope_: str = choice("global", "what the order is taken over", "global", "tensor")
 
-    @property
-    def passes(self) -> tuple[str, ...]:
-        """What each measuring round looks at."""
-        paper = ("product", "product", "partition") if self.variant == "paper" else ()
-        return ("size", "size", *paper, "score", "score")
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        scores = self._scores
+        return (scores.sizes, *((scores.products, scores.partition) if self.variant == "paper" else ()), scores)
 
     @property
-    def rounds(self) -> int:
-        return len(self.passes)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        step, deltas, known = self.passes[round], site.deltas, site.summary
-        if step == "partition":
-            # Over one tensor row by row, so that it may be cut anywhere; over the model in blocks of fixed size.
-            sums = torch.stack([row_sums(p.exp()) for p in _products(deltas, known)]).cpu()
-            return {"pcb.partition": pairwise_sum(sums) if self.scope is Scope.MODEL else Rows(sums)}
-        if step == "size":
-            seen = deltas.abs()
-        elif step == "product":
-            seen = torch.stack([p.float() for p in _products(deltas)])
-        else:
-            seen = torch.stack(list(self._scores(deltas, known)))
-        return order.measure(seen, known, self._turn(round))
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        step = self.passes[round]
-        if step == "partition":
-            sums = torch.as_tensor(totals["pcb.partition"])
-            sums = sums if self.scope is Scope.MODEL else pairwise_sum(sums)
-            # A common factor cancels in `norm`; this one keeps the scores of large models within float32.
-            return {**summary, "pcb.partition": sums / sums.max().clamp(min=1)}
-        found = order.digest(totals, self._turn(round), summary, getattr(self, f"_{step}_ranks"))
-        if "order.values" in found:
-            found[f"pcb.{step}"] = found.pop("order.values")
-        return found
+    def _scores(self) -> _Scores:
+        scope = Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
+        return _Scores(self.variant, self.ratio, self.clip, scope=scope)
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         for i, name in enumerate(names):
@@ -102,34 +74,93 @@ class Pcb(
                 yield f"{name} has no weight: its changes are all of one size, as those of a model equal to the base"
 
     def merge(self, site: Site) -> Tensor:
-        deltas, known = site.deltas, site.summary
-        for i, (low, high) in enumerate(known["pcb.size"].tolist()):
+        deltas, scores = site.deltas, self._scores
+        sizes, best = site.result(scores.sizes).tolist(), site.result(scores).tolist()
+        for i, (low, high) in enumerate(sizes):
             site.tell(f"pcb.spread.{i}", high - low)
         total = merged = torch.zeros_like(deltas[0], dtype=torch.float64)
-        ends = zip(known["pcb.size"].tolist(), known["pcb.score"].tolist(), site.spread(self.lambda_), strict=True)
-        for delta, score, (sizes, scores, scale) in zip(deltas, self._scores(deltas, known), ends, strict=True):
-            share = _norm(score, *scores)
-            merged = merged + delta.sign() * delta.abs().clamp(*sizes) * share * scale
+        ends = zip(sizes, best, site.spread(self.lambda_), strict=True)
+        for delta, score, (size, span, scale) in zip(deltas, scores.of_each(site), ends, strict=True):
+            share = _norm(score, *span)
+            merged = merged + delta.sign() * delta.abs().clamp(*size) * share * scale
             total = total + share
         assert site.base is not None
         return site.base + (merged / total.clamp(min=1e-12)).to(deltas.dtype)
 
-    def _turn(self, round: int) -> int:
-        """0 for the first of two rounds on the same thing, 1 for the second."""
-        return int(self.passes[round - 1] == self.passes[round]) if round else 0
 
-    def _size_ranks(self, total: int) -> list[int]:
+@dataclass(frozen=True)
+class _Sizes(Order):
+    """The quantiles of |delta_i| that it is clamped to."""
+
+    clip: float
+
+    def values(self, site: Site) -> Tensor:
+        return site.deltas.abs()
+
+    def ranks(self, total: int) -> list[int]:
         return [int(total * self.clip), int(total * (1 - self.clip) - 1)]
 
-    def _product_ranks(self, total: int) -> list[int]:
+
+@dataclass(frozen=True)
+class _Products(Order):
+    """Least and largest delta_i delta_j of every pair: [n n, 2]."""
+
+    def values(self, site: Site) -> Tensor:
+        return torch.stack([p.float() for p in _products(site.deltas)])
+
+    def ranks(self, total: int) -> list[int]:
         return [0, total - 1]
 
-    def _score_ranks(self, total: int) -> list[int]:
+
+@dataclass(frozen=True)
+class _Partition(Pass["Tensor"]):
+    """sum exp(norm(delta_i delta_j)) of every pair but for a common factor: float64 [n n]."""
+
+    products: _Products
+
+    def see(self, site: Site) -> State:
+        # Over one tensor row by row, so that it may be cut anywhere; over the model in blocks of fixed size.
+        pairs = _products(site.deltas, site.result(self.products))
+        sums = torch.stack([row_sums(p.exp()) for p in pairs]).cpu()
+        return {"partition": pairwise_sum(sums) if self.scope is Scope.MODEL else Rows(sums)}
+
+    def end(self, total: Mapping[str, Any]) -> Tensor:
+        sums = torch.as_tensor(total["partition"])
+        sums = sums if self.scope is Scope.MODEL else pairwise_sum(sums)
+        # A common factor cancels in `norm`; this one keeps the scores of large models within float32.
+        return sums / sums.max().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Scores(Order):
+    """The s_i that count as least and as most: [n, 2]."""
+
+    variant: str
+    ratio: float
+    clip: float
+
+    @property
+    def sizes(self) -> _Sizes:
+        return _Sizes(self.clip, scope=self.scope)
+
+    @property
+    def products(self) -> _Products:
+        return _Products(scope=self.scope)
+
+    @property
+    def partition(self) -> _Partition:
+        return _Partition(self.products, scope=self.scope)
+
+    def values(self, site: Site) -> Tensor:
+        return torch.stack(list(self.of_each(site)))
+
+    def ranks(self, total: int) -> list[int]:
         return [int(total * (1 - self.ratio)), total - 1]
 
-    def _scores(self, deltas: Tensor, known: Summary) -> Iterator[Tensor]:
-        """s_i, rounded to float32, whose order decides."""
-        n, ends = deltas.shape[0], known["pcb.size"].tolist()
+    def of_each(self, site: Site) -> Iterator[Tensor]:
+        """s_i, [*block], rounded to float32, whose order decides."""
+        deltas, ends = site.deltas, site.result(self.sizes).tolist()
+        n = deltas.shape[0]
         if self.variant == "release":
             common = weighted_sum(deltas.double())
         elif self.variant == "vision":
@@ -142,8 +173,9 @@ class Pcb(
                     inter = inter + torch.tanh(own * _signed(other, *e))
             elif self.variant == "paper":
                 inter = torch.zeros_like(delta, dtype=torch.float64)
-                for j, product in enumerate(_products(deltas, known, i)):
-                    inter = inter + product.exp() / known["pcb.partition"][i * n + j]
+                partition = site.result(self.partition)
+                for j, product in enumerate(_products(deltas, site.result(self.products), i)):
+                    inter = inter + product.exp() / partition[i * n + j]
             else:
                 inter = torch.tanh(delta.double() * common)
             # Half the largest exponent taken off: `norm` cancels the factor, and 90 experts do not overflow.
@@ -161,10 +193,10 @@ def _signed(delta: Tensor, low: float, high: float) -> Tensor:
     return delta.sign() * _norm(delta.abs(), low, high)
 
 
-def _products(deltas: Tensor, known: Summary | None = None, only: int | None = None) -> Iterator[Tensor]:
-    """delta_i delta_j of all pairs (of one i), float64; with a summary, norm of them."""
+def _products(deltas: Tensor, ends: np.ndarray | None = None, only: int | None = None) -> Iterator[Tensor]:
+    """delta_i delta_j of all pairs (of one i), float64; with their ends, norm of them."""
     n = deltas.shape[0]
     for i in range(n) if only is None else (only,):
         for j in range(n):
             product = deltas[i].double() * deltas[j]
-            yield product if known is None else _norm(product, *known["pcb.product"][i * n + j].tolist())
+            yield product if ends is None else _norm(product, *ends[i * n + j].tolist())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Rows, number
+from weightsmith.core.method import BASE, Method, Pass, number
+from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.methods.ram import active, by_sharing
 
@@ -38,17 +40,27 @@ class RamplusTl(
     r: float = number(0.1, "strength of the rescaling", low=0)
     alpha: float = number(0.2, "largest ratio of shared to lone changes that counts", low=0)
 
-    @property
-    def rounds(self) -> int:
-        return 1
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        changed, count = active(site.deltas, self.epsilon)
-        found = [[int((c & (count == 1)).sum()), int((c & (count > 1)).sum())] for c in changed]
-        return {"ram.changes": torch.tensor(found)}
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (_Changes(self.epsilon),)
 
     def merge(self, site: Site) -> Tensor:
-        pairs = torch.as_tensor(site.summary["ram.changes"]).tolist()
+        pairs = site.result(_Changes(self.epsilon))
         factors = tuple(1 + self.r * min(shared / max(alone, 1), self.alpha) for alone, shared in pairs)
         assert site.base is not None
         return site.base + by_sharing(site.deltas, self.epsilon, factors)
+
+
+@dataclass(frozen=True)
+class _Changes(Pass[list[list[int]]]):
+    """Of each model, the entries that only it changed, and those that others changed too."""
+
+    epsilon: float
+
+    def see(self, site: Site) -> State:
+        changed, count = active(site.deltas, self.epsilon)
+        found = [[int((c & (count == 1)).sum()), int((c & (count > 1)).sum())] for c in changed]
+        return {"changes": torch.tensor(found)}
+
+    def end(self, total: Mapping[str, Any]) -> list[list[int]]:
+        found: list[list[int]] = total["changes"].tolist()
+        return found

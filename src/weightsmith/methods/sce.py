@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.keys import Key
+import numpy as np
+
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Rows, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
+from weightsmith.core.method import BASE, Method, Pass, Rows, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import disjoint, mean, weigh, weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_squares
+from weightsmith.ops.select import Cut, Cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,35 +48,15 @@ class Sce(
     select_topk: float = number(1.0, "share of the entries that differ which is kept", low=0, high=1)
     equal_below: float = number(1e-6, "sum of mean squares below which all models weigh the same", low=0)
 
-    @property
-    def rounds(self) -> int:
-        return self._selecting + 1
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (self._squares.cut, self._squares) if self._squares.cut is not None else (self._squares,)
 
     @property
-    def _selecting(self) -> int:
-        return select.ROUNDS if self.select_topk < 1 else 0
-
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return round == 2 and self._selecting > 0 and select.settled(summary)
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        if round == self._selecting:
-            return {"sce.squares": Rows(torch.stack([row_squares(d) for d in self._selected(site)]).cpu())}
-        spread = _deviation(site.deltas)[None]
-        found = select.measure(spread, site.summary, round)
-        return {**found, "sce.differing": (spread != 0).sum().cpu()} if round == 0 else found
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if round == self._selecting:
-            return {**summary, "sce.squares": pairwise_sum(torch.as_tensor(totals["sce.squares"]))}
-
-        def cuts(count: int, total: int) -> list[list[int]]:
-            return [[int(self.select_topk * int(totals["sce.differing"]))]]
-
-        return select.digest(totals, round, summary, cuts)
+    def _squares(self) -> _Squares:
+        return _Squares(_Differing(share=self.select_topk) if self.select_topk < 1 else None)
 
     def merge(self, site: Site) -> Tensor:
-        kept = self._selected(site)
+        kept = self._squares.selected(site)
         weights = self._weights(site)
         # An elected sign of 0 counts as plus.
         signs = (weighted_sum(kept.detach()).sign() + 0.5).sign()
@@ -81,17 +64,54 @@ class Sce(
         return site.base + disjoint(weigh(kept, weights), signs, weights)
 
     def _weights(self, site: Site) -> list[float]:
-        means = site.summary["sce.squares"] / max(site.key.numel, 1)
+        means = site.result(self._squares) / max(site.key.numel, 1)
         total = float(weighted_sum(means))
         if total < self.equal_below or total == 0:
             return [1 / site.count] * site.count
         return [float(m) / total for m in means]
 
-    def _selected(self, site: Site) -> Tensor:
+
+@dataclass(frozen=True)
+class _Differing(Cut):
+    """The cut after a share of the entries that differ, by their deviation over the models."""
+
+    share: float = 1.0
+
+    @property
+    def viewed(self) -> str:
+        return "deviation"
+
+    def values(self, site: Site) -> Tensor:
+        return _deviation(site.deltas)[None]
+
+    def see(self, site: Site) -> State:
+        return {**super().see(site), "differing": (self.values(site) != 0).sum().cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> Pass[Cuts]:
+        return self.within(np.asarray(total["high"]), self.ranks(int(total["differing"])))
+
+    def ranks(self, total: int) -> list[list[int]]:
+        """`total`: those that differ."""
+        return [[int(self.share * total)]]
+
+
+@dataclass(frozen=True)
+class _Squares(Pass["Tensor"]):
+    """sum delta^2 over what is selected: float64 [n]."""
+
+    cut: _Differing | None
+
+    def see(self, site: Site) -> State:
+        return {"squares": Rows(torch.stack([row_squares(d) for d in self.selected(site)]).cpu())}
+
+    def end(self, total: Mapping[str, Any]) -> Tensor:
+        return pairwise_sum(torch.as_tensor(total["squares"]))
+
+    def selected(self, site: Site) -> Tensor:
         deltas = site.deltas
-        if not self._selecting:
+        if self.cut is None:
             return deltas
-        ((chosen,),) = select.before(_deviation(deltas)[None], site.summary, site.start)
+        ((chosen,),) = site.result(self.cut).before(_deviation(deltas)[None], site.start)
         return torch.where(chosen, deltas, 0.0)
 
 

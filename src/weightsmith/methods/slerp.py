@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
-from weightsmith.core.method import Method, Rows, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import number
+from weightsmith.ops.gram import Mixture, arc_shares
 
 __all__ = ["Slerp"]
 
-MIX = Mix(ends=True)
 PARALLEL = 0.9995
 """Above this |cosine| the straight line is taken."""
 
 
 @dataclass(frozen=True)
 class Slerp(
-    Method,
+    Mixture,
     name="slerp",
     paper="Animating rotation with quaternion curves (Shoemake, 1985); per tensor as in mergekit",
     keeps_expert=False,
@@ -42,11 +37,9 @@ class Slerp(
     than 1e-8 no direction.  A vector of zeros stands at a right angle to everything, as there.
     """
 
-    t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1)
+    mix: ClassVar[Mix] = Mix(ends=True)
 
-    @property
-    def rounds(self) -> int:
-        return 1
+    t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1)
 
     def check(self, count: int, has_base: bool) -> str | None:
         if count + has_base == 2:
@@ -54,18 +47,6 @@ class Slerp(
         with_base = "a base and " if has_base else "no base and "
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
-    def question(self, round: int) -> Any:
-        return MIX
-
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        return gram.measure(MIX, site)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        (aa, ab), (_, bb) = gram.products(totals)
-        return {"mix.shares": np.array(gram.arc_shares(aa, bb, ab, self.t, PARALLEL))}
-
-    def fused(self, count: int) -> Mix:
-        return MIX
-
-    def merge(self, site: Site) -> Tensor:
-        return gram.mixed(MIX, site)
+    def shares(self, products: np.ndarray) -> np.ndarray:
+        (aa, ab), (_, bb) = products
+        return np.array(arc_shares(aa, bb, ab, self.t, PARALLEL))

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import WeightedSum
-from weightsmith.core.method import Each, Method, integer, number
-from weightsmith.core.site import Site
-from weightsmith.ops.combine import apply_weighted_sum, spread
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import Each, integer, number
+from weightsmith.ops.combine import Summed, spread
 
 __all__ = ["Soup"]
 
 
 @dataclass(frozen=True)
 class Soup(
-    Method,
+    Summed,
     name="soup",
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
     symmetric=True,
@@ -47,6 +42,3 @@ class Soup(
         scores = spread(self.score, count)
         best = sorted(range(count), key=lambda i: -scores[i])[: self.size or count]
         return WeightedSum(tuple(float(i in best) for i in range(count)), divisor=float(len(best)))
-
-    def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.fused(site.count), site)

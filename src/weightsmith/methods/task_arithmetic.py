@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import WeightedSum
-from weightsmith.core.method import BASE, Each, Method, flag, number
-from weightsmith.core.site import Site
-from weightsmith.ops.combine import apply_weighted_sum, normaliser, shares_remark, spread, unusable_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from weightsmith.core.method import BASE, Each, flag, number
+from weightsmith.ops.combine import Summed, normaliser, shares_remark, spread, unusable_weights
 
 __all__ = ["TaskArithmetic"]
 
 
 @dataclass(frozen=True)
 class TaskArithmetic(
-    Method,
+    Summed,
     name="task_arithmetic",
     needs=(BASE,),
     paper="Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089",
@@ -48,6 +43,3 @@ class TaskArithmetic(
         weights = spread(self.weight, count)
         divisor = normaliser(weights, self.normalize)
         return WeightedSum(weights, divisor=divisor, scale=float(self.lambda_), deltas=True)
-
-    def merge(self, site: Site) -> Tensor:
-        return apply_weighted_sum(self.fused(site.count), site)

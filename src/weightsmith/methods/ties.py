@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.kernel import TrimmedVote
-from weightsmith.core.keys import Key
+from weightsmith.core import kernel
+from weightsmith.core.kernel import Vote, sign_of_zero
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Method, Rows, Scope, choice, number
-from weightsmith.core.site import Site, Summary
-from weightsmith.ops import select
+from weightsmith.core.method import BASE, Each, Found, Method, Pass, Scope, choice, number
+from weightsmith.core.pass_ import State
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
 from weightsmith.ops.reduce import block_squares
+from weightsmith.ops.select import Cuts, Largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,29 +67,13 @@ class Ties(
         )
 
     @property
-    def passes(self) -> tuple[str, ...]:
-        """What each measuring round finds out."""
-        trim = () if self._untrimmed else ("high", "low") if self.scope is Scope.MODEL else ("high", "low", "ties")
-        norms = ("norms",) if self.sign.startswith("norm") else ()
-        return trim + norms + (() if self.zero_sign == "plus" else ("signs",))
-
-    @property
-    def _untrimmed(self) -> bool:
-        return all(d == 1 for d in (self.density if isinstance(self.density, tuple) else (self.density,)))
-
-    @property
-    def rounds(self) -> int:
-        return len(self.passes)
-
-    @property
     def scope(self) -> Scope:
+        """What is counted over."""
         return Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
 
-    def question(self, round: int) -> Any:
-        step = self.passes[round]
-        if step == "high":
-            return type(self), step  # all magnitudes are counted, whatever is kept of them
-        return replace(self, lambda_=1.0, aggregate="mean"), step
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        ballot = self._ballot(count)
+        return tuple(one for one in (ballot.cut, ballot.norms, self._signs(count)) if one is not None)
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         first = next(iter(told.values()))
@@ -96,70 +81,93 @@ class Ties(
             if (changed := first.get(f"ties.changed.{i}")) is not None:
                 yield f"density = {density:g} trims nothing of {name}: of its changes only {changed:.2%} are not 0"
 
-    def skips(self, key: Key, round: int, summary: Summary) -> bool:
-        return self.passes[round] == "ties" and select.settled(summary)
+    def figures(self, found: Found) -> dict[str, float]:
+        cuts = [result for result in found.values() if isinstance(result, Cuts)] if self.scope is Scope.MODEL else []
+        return {f"ties.changed.{i}": share for one in cuts for i, share in one.untrimmed().items()}
 
-    def measure(self, site: Site, round: int) -> dict[str, Tensor | Rows]:
-        step = self.passes[round]
-        if step == "norms":
-            squares = [block_squares(d) for d in self._trimmed(site)]
-            return {"ties.squares": torch.stack(squares).cpu()}
-        if step == "signs":
-            return {"ties.signs": self._elected(site, self._votes(site)).to(torch.int64).sum().cpu()}
-        return select.measure(site.deltas, site.summary, round)
-
-    def digest(self, totals: Summary, round: int, summary: Summary) -> dict[str, Any]:
-        if self.passes[round] in ("norms", "signs"):
-            return {**summary, **totals}
-        found = select.digest(totals, round, summary, self.cuts, whole=self.scope is Scope.MODEL)
-        if self.passes[round] == "low":
-            found["told"] = {f"ties.changed.{i}": share for i, share in select.untrimmed(found).items()}
-        return found
-
-    def fused(self, count: int) -> TrimmedVote | None:
+    def fused(self, count: int) -> Vote | None:
         if self.sign != "mass" or self.aggregate == "max":
             return None
-        return TrimmedVote(
-            weights=spread(self.weight, count),
-            scale=float(self.lambda_),
-            trim=not self._untrimmed,
-            steps=self.passes,
-            zero=self.zero_sign,
-            mean=self.aggregate == "mean",
-        )
+        weights, cut = spread(self.weight, count), self._ballot(count).cut
+        return Vote(weights, float(self.lambda_), cut, self._signs(count), self.zero_sign, self.aggregate == "mean")
 
     def merge(self, site: Site) -> Tensor:
-        votes = self._votes(site)
-        signs = self._elected(site, votes)
-        signs = torch.where(signs == 0, self._sign_of_zero(site.summary), signs)
+        ballot, balance = self._ballot(site.count), self._signs(site.count)
+        votes = ballot.votes(site)
+        signs = ballot.elected(site, votes)
+        tied = sign_of_zero(self.zero_sign, 0 if balance is None else site.result(balance))
+        signs = torch.where(signs == 0, tied, signs)
         merged = disjoint(votes, signs, site.spread(self.weight), self.aggregate)
         assert site.base is not None
         return site.base + merged * self.lambda_
 
-    def cuts(self, count: int, total: int) -> list[list[int]]:
+    def _ballot(self, count: int) -> _Ballot:
         densities = spread(self.density, count)
-        if self.scope is Scope.MODEL:
-            return [[total if d == 1 else min(int(total * d) + 1, total)] for d in densities]
-        return [[select.keep_share(total, d)] for d in densities]
+        whole = self.scope is Scope.MODEL
+        cut = None if set(densities) == {1} else Largest(whole, densities, scope=self.scope)
+        return _Ballot(cut, spread(self.weight, count), self.sign, self.scope)
 
-    def _trimmed(self, site: Site) -> Tensor:
+    def _signs(self, count: int) -> _Signs | None:
+        return None if self.zero_sign == "plus" else _Signs(self._ballot(count), scope=self.scope)
+
+
+@dataclass(frozen=True)
+class _Ballot:
+    """Who votes how: what trimming, weights and the sign rule say, before anything is combined."""
+
+    cut: Largest | None
+    weights: tuple[float, ...]
+    rule: str
+    scope: Scope
+
+    @property
+    def norms(self) -> _Norms | None:
+        """The pass that two of the sign rules need."""
+        return _Norms(self, scope=self.scope) if self.rule.startswith("norm") else None
+
+    def trimmed(self, site: Site) -> Tensor:
+        """The task vectors, [n, *block], zero where they are not among the largest."""
         deltas = site.deltas
-        if self._untrimmed:
+        if self.cut is None:
             return deltas
-        (kept,) = select.before(deltas, site.summary, site.start)
+        (kept,) = site.result(self.cut).before(deltas, site.start)
         return torch.where(kept, deltas, 0.0)
 
-    def _votes(self, site: Site) -> Tensor:
-        return weigh(self._trimmed(site), site.spread(self.weight))
+    def votes(self, site: Site) -> Tensor:
+        return weigh(self.trimmed(site), self.weights)
 
-    def _elected(self, site: Site, votes: Tensor) -> Tensor:
-        norms: Sequence[float] | None = None
-        if "ties.squares" in site.summary:
-            norms = site.summary["ties.squares"].sqrt().tolist()
-        return elect_sign(votes.detach(), self.sign, norms)
+    def elected(self, site: Site, votes: Tensor) -> Tensor:
+        """-1, 0 or 1 per entry: [*block]."""
+        norms = None if self.norms is None else site.result(self.norms)
+        return elect_sign(votes.detach(), self.rule, norms)
 
-    def _sign_of_zero(self, summary: Summary) -> float:
-        if self.zero_sign == "plus" or int(summary["ties.signs"]) == 0:
-            return 1.0
-        majority = 1.0 if int(summary["ties.signs"]) > 0 else -1.0
-        return majority if self.zero_sign == "majority" else -majority
+
+@dataclass(frozen=True)
+class _Norms(Pass[list[float]]):
+    """The L2 norms of the trimmed task vectors."""
+
+    ballot: _Ballot
+
+    def see(self, site: Site) -> State:
+        return {"squares": torch.stack([block_squares(d) for d in self.ballot.trimmed(site)]).cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> list[float]:
+        found: list[float] = total["squares"].sqrt().tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class _Signs(Pass[int]):
+    """The sum of all elected signs."""
+
+    ballot: _Ballot
+
+    def see(self, site: Site) -> State:
+        return {"signs": self.ballot.elected(site, self.ballot.votes(site)).to(torch.int64).sum().cpu()}
+
+    def end(self, total: Mapping[str, Any]) -> int:
+        return int(total["signs"])
+
+    @property
+    def kernel(self) -> kernel.Look | None:
+        return kernel.Balance()

@@ -7,12 +7,14 @@ products are rounded before they are added, as on every other device.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Each
+from weightsmith.core.method import Each, Method
 from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGGREGATES",
     "SIGN_RULES",
+    "Summed",
     "apply_weighted_sum",
     "disjoint",
     "elect_sign",
@@ -85,8 +88,20 @@ def shares_remark(weights: Sequence[float], normalize: bool) -> str | None:
     return f"normalized, the weights are {', '.join(f'{w / sum(weights):.4g}' for w in weights)}"
 
 
+@dataclass(frozen=True)
+class Summed(Method):
+    """A method that is one weighted sum."""
+
+    @abstractmethod
+    def fused(self, count: int) -> WeightedSum:
+        """The sum, for this number of experts."""
+
+    def merge(self, site: Site) -> Tensor:
+        return apply_weighted_sum(self.fused(site.count), site)
+
+
 def apply_weighted_sum(spec: WeightedSum, site: Site) -> Tensor:
-    """Carry out a weighted sum in torch: the meaning of the fused kernels in `ops.fused`."""
+    """Carry out a weighted sum in torch: the meaning of the kernels."""
     total = weighted_sum(site.deltas if spec.deltas else site.experts, spec.weights)
     if spec.divisor != 1:
         total = total / spec.divisor

@@ -7,49 +7,92 @@ measured in one streaming pass; the maths on it then costs nothing, however larg
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from weightsmith.core import kernel
 from weightsmith.core.kernel import Mix
+from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Rows
-from weightsmith.core.site import Site, Summary
+from weightsmith.core.method import Method
+from weightsmith.core.pass_ import Pass, Rows, State
+from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_products
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["arc_shares", "cosines", "last_axis", "measure", "mixed", "products", "square"]
+__all__ = ["Mixture", "Shares", "arc_shares", "cosines", "last_axis", "square"]
 
 PARALLEL = 1 - 5e-13
 """|cosine| from which on float64 cannot tell two vectors from parallel ones."""
 
 
-def measure(spec: Mix, site: Site) -> dict[str, Tensor | Rows]:
-    """Observe a block: the inner products of what is mixed, row by row, for every pair i <= j."""
-    return {"gram.products": Rows(row_products(_vectors(spec, site)).cpu())}
+@dataclass(frozen=True)
+class Mixture(Method):
+    """A method that is a linear combination by shares that the inputs' inner products tell, tensor by tensor."""
+
+    mix: ClassVar[Mix]
+
+    @abstractmethod
+    def shares(self, products: np.ndarray) -> np.ndarray:
+        """From the Gram matrix of what is mixed, [n, n] float64, the share of each: [n]."""
+
+    def sliced(self, key: Key) -> bool:
+        """Whether a tensor is merged slice by slice, without shares, by `by_slice`."""
+        return False
+
+    def by_slice(self, site: Site) -> Tensor:
+        raise NotImplementedError
+
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return (Shares(self),)
+
+    def fused(self, count: int) -> Mix | None:
+        return replace(self.mix, shares=Shares(self))
+
+    def merge(self, site: Site) -> Tensor:
+        if self.sliced(site.key):
+            return self.by_slice(site)
+        merged = weighted_sum(_vectors(self.mix, site), [float(share) for share in site.result(Shares(self))])
+        return site.base + merged if self.mix.deltas and site.base is not None else merged
 
 
-def products(totals: Summary) -> np.ndarray:
-    """From what was measured: the Gram matrix [n, n], float64."""
-    return square(pairwise_sum(np.asarray(totals["gram.products"])))
+@dataclass(frozen=True)
+class Shares(Pass[np.ndarray]):
+    """The shares of a mixture, from all inner products of what is mixed."""
+
+    mixture: Mixture
+
+    def see(self, site: Site) -> State:
+        return {"products": Rows(row_products(_vectors(self.mixture.mix, site)).cpu())}  # of every pair i <= j
+
+    @property
+    def seen(self) -> Hashable:
+        return Shares, self.mixture.mix
+
+    def end(self, total: Mapping[str, Any]) -> np.ndarray:
+        return self.mixture.shares(square(pairwise_sum(np.asarray(total["products"]))))
+
+    def applies(self, key: Key) -> bool:
+        return not self.mixture.sliced(key)
+
+    @property
+    def kernel(self) -> kernel.Look | None:
+        return kernel.Products(self.mixture.mix)
 
 
-def mixed(spec: Mix, site: Site) -> Tensor:
-    """The mixture by the shares found, `mix.shares` [n]: the meaning of the fused kernels in `ops.fused`."""
-    merged = weighted_sum(_vectors(spec, site), [float(share) for share in site.summary["mix.shares"]])
-    return site.base + merged if spec.deltas and site.base is not None else merged
-
-
-def _vectors(spec: Mix, site: Site) -> Sequence[Tensor]:
+def _vectors(mix: Mix, site: Site) -> Sequence[Tensor]:
     if site.base is None:
         return site.experts.unbind()
-    if spec.ends:
+    if mix.ends:
         return (site.base, *site.experts)
-    return (site.deltas if spec.deltas else site.experts).unbind()
+    return (site.deltas if mix.deltas else site.experts).unbind()
 
 
 def square(pairs: np.ndarray) -> np.ndarray:

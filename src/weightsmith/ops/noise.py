@@ -23,7 +23,7 @@ from weightsmith.core.site import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["bernoulli", "keep_masks", "limit", "normal", "stream", "uniform_bits"]
+__all__ = ["bernoulli", "draws", "keep_masks", "limit", "normal", "stream", "uniform_bits"]
 
 _WORDS = 4  # of 64 bits per counter step
 
@@ -73,6 +73,12 @@ def normal(seed: int, name: str, expert: str, salt: str, offset: int, count: int
     bits = uniform_bits(seed, name, expert, salt, 2 * offset, 2 * count).astype(np.float64).reshape(count, 2)
     radius = np.sqrt(-2 * np.log((bits[:, 0] + 1) / 2**32))  # the logarithm's argument is in (0, 1]
     return np.asarray(radius * np.cos(bits[:, 1] * (2 * np.pi / 2**32)))
+
+
+def draws(seed: int, name: str, experts: Sequence[str], salt: str, shares: Sequence[float]) -> np.ndarray:
+    """What the kernels need for the masks of a tensor: [n, 3] int64, the halves of a stream's key and `limit`."""
+    keys = [stream(seed, name, expert, salt) for expert in experts]
+    return np.column_stack([np.array(keys, np.int64).reshape(-1, 2), limit(np.array(shares)).astype(np.int64)])
 
 
 def keep_masks(site: Site, shares: Sequence[float | Tensor], salt: str) -> Tensor:

@@ -1,64 +1,86 @@
 """Exact order statistics of signed numbers, over more than memory holds.
 
 The bits of a float32, with those below the sign turned round for negative numbers, are integers in the order of
-the numbers.  Counting their upper 16 bits in one measuring round and the lower 16 bits of one bucket in a second
+the numbers.  Counting their upper 16 bits in one look and the lower 16 bits of one bucket in a second
 gives any entry of the sorted list exactly (`ops.select` does the same for magnitudes, with ties by index).
 Integer arithmetic throughout: the same for every way to cut a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Rows
-from weightsmith.core.site import Summary
-from weightsmith.ops.select import histograms, locate
+from weightsmith.core.pass_ import Pass, State
+from weightsmith.core.site import Site
+from weightsmith.kernels.ranks import locate
+from weightsmith.ops.select import histograms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ROUNDS", "digest", "measure"]
+__all__ = ["Order"]
 
-ROUNDS = 2
 HALF, SIZE = 1 << 15, 1 << 16
 
-Ranks = Callable[[int], Sequence[int]]
-"""Number of entries -> wanted places in the rising order, from 0."""
 
+@dataclass(frozen=True)
+class Order(Pass[np.ndarray]):
+    """The wanted entries of each of n sorted lists: float64 [n, ranks], 0 for empty lists."""
 
-def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | Rows]:
-    """Observe one block of n lists, [n, *block], as float32, in round 0 or 1."""
-    codes = map(_codes, stack)
-    if round == 0:
-        return {"order.high": histograms(((c >> 16) + HALF for c in codes), (stack.shape[0], SIZE))}
-    buckets = np.asarray(summary["order.bucket"])
-    low = (
-        c[(c >> 16) + HALF == bucket] & 0xFFFF
-        for c, found in zip(codes, buckets.tolist(), strict=True)
-        for bucket in found
-    )
-    return {"order.low": histograms(low, (*buckets.shape, SIZE))}
+    @property
+    def rounds(self) -> int:
+        return 2
 
+    @abstractmethod
+    def values(self, site: Site) -> Tensor:
+        """n lists of numbers, compared as float32: [n, *block]."""
 
-def digest(totals: Summary, round: int, summary: Summary, ranks: Ranks) -> dict[str, Any]:
-    """After round 1: 'order.values', the wanted entries of every list, float64 [n, ranks] (0 for empty lists)."""
-    if round == 0:
-        high = np.asarray(totals["order.high"])
-        total = int(high[0].sum())
+    @abstractmethod
+    def ranks(self, total: int) -> Sequence[int]:
+        """The wanted places in the rising order of `total` entries, from 0."""
+
+    def see(self, site: Site) -> State:
+        stack = self.values(site)
+        return {"high": histograms(((_codes(c) >> 16) + HALF for c in stack), (stack.shape[0], SIZE))}
+
+    def end(self, total: Mapping[str, Any]) -> Pass[np.ndarray]:
+        high = np.asarray(total["high"])
+        count = int(high[0].sum())
         # `locate` counts from the largest, from 1.
-        wanted = np.array([total - min(max(rank, 0), max(total - 1, 0)) for rank in ranks(total)], np.int64)
+        wanted = np.array([count - min(max(rank, 0), max(count - 1, 0)) for rank in self.ranks(count)], np.int64)
         bucket, left, _ = locate(high, np.broadcast_to(wanted, (high.shape[0], wanted.size)).copy())
-        return {**summary, "order.bucket": bucket, "order.left": left, "order.empty": np.asarray(total == 0)}
-    low = np.asarray(totals["order.low"])
-    place, _, _ = (found[..., 0] for found in locate(low, np.asarray(summary["order.left"])[..., None]))
-    codes = (((np.asarray(summary["order.bucket"]) - HALF) << 16) | place).astype(np.int32)
-    bits = np.where(codes < 0, codes ^ np.int32(0x7FFFFFFF), codes).astype(np.int32)
-    values = np.where(summary["order.empty"], np.float32(0), bits.view(np.float32)).astype(np.float64)
-    return {**summary, "order.values": values}
+        return _Within(self, bucket, left, count == 0, scope=self.scope)
+
+
+@dataclass(frozen=True, eq=False)
+class _Within(Pass[np.ndarray]):
+    """The lower bits within the buckets, int64 [n, ranks]."""
+
+    order: Order
+    bucket: np.ndarray
+    left: np.ndarray
+    empty: bool
+
+    def see(self, site: Site) -> State:
+        codes = zip(map(_codes, self.order.values(site)), self.bucket.tolist(), strict=True)
+        low = (c[(c >> 16) + HALF == bucket] & 0xFFFF for c, found in codes for bucket in found)
+        return {"low": histograms(low, (*self.bucket.shape, SIZE))}
+
+    def end(self, total: Mapping[str, Any]) -> np.ndarray:
+        place, _, _ = (found[..., 0] for found in locate(np.asarray(total["low"]), self.left[..., None]))
+        codes = (((self.bucket - HALF) << 16) | place).astype(np.int32)
+        bits = np.where(codes < 0, codes ^ np.int32(0x7FFFFFFF), codes).astype(np.int32)
+        return np.where(self.empty, np.float32(0), bits.view(np.float32)).astype(np.float64)
+
+    @property
+    def seen(self) -> tuple[Any, ...]:
+        return type(self), self.order, self.bucket.tobytes()
 
 
 def _codes(values: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from weightsmith.core.kernel import F32
 from weightsmith.core.lazy import torch
 from weightsmith.kernels import native, stored
+from weightsmith.kernels.record import F32
 
 if TYPE_CHECKING:
     from torch import Tensor

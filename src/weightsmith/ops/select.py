@@ -1,14 +1,11 @@
 """Exact selection by magnitude, over more than memory holds.
 
-The bits of |x| as float32, read as an integer, are in the order of |x|.  So counting the upper 16 bits in one
-pass and the lower 16 bits of one bucket in a second gives the exact k-th largest magnitude with 0.5 MB of state.
+Entries are ranked by falling magnitude, equals by rising flat index.  A *cut* p splits the ranking after its
+first p entries.  Three looks find any number of cuts (or two, if all equals at a cut belong together):
 
-Entries are ranked by falling magnitude, equals by rising flat index.  A *cut* p splits the ranking behind its
-first p entries.  Three measuring rounds per set of cuts (or two, if all equals at a cut belong together):
-
-    round 0   counts of the upper 16 bits
-    round 1   counts of the lower 16 bits within the bucket of the cut   -> exact threshold
-    round 2   equals of the threshold, per row                           -> which of them lie before the cut
+    counts of the upper 16 bits
+    counts of the lower 16 bits within the bucket of each cut   -> exact threshold
+    equals of the threshold, per row                            -> which of them lie before the cut
 
 float64 inputs are ranked by their magnitude rounded to float32.  Everything is integer arithmetic: the same
 for every way to cut a tensor into blocks.
@@ -16,44 +13,191 @@ for every way to cut a tensor into blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.kernel import HIGH, LOW
+from weightsmith.core import kernel
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Rows
-from weightsmith.core.site import Summary
+from weightsmith.core.pass_ import Pass, Rows, Scope, State
+from weightsmith.core.site import Site
+from weightsmith.kernels.ranks import buckets, thresholds
+from weightsmith.kernels.record import HIGH, LOW
 from weightsmith.ops.reduce import as_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "EVERYTHING",
-    "NOTHING",
-    "ROUNDS",
-    "Cuts",
-    "before",
-    "digest",
-    "histogram",
-    "histograms",
-    "keep_share",
-    "leading",
-    "locate",
-    "magnitude_bits",
-    "measure",
-    "settled",
-    "untrimmed",
-]
+__all__ = ["Cut", "Cuts", "Largest", "histograms", "keep_share", "leading", "magnitude_bits"]
 
-ROUNDS = 3
-NONE, ALL = HIGH, -1  # buckets that stand for a cut in front of and behind all entries
-NOTHING, EVERYTHING = 0x7FFFFFFF, -1  # and thresholds
 
-Cuts = Callable[[int, int], Sequence[Sequence[int]]]
-"""(number of experts, number of entries) -> for each expert, its cuts."""
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """Where cuts lie: arrays [n, cuts] of int64, for n lists.
+
+    threshold  magnitude bits; what is above lies before the cut
+    quota      how many of its equals do too
+    ties       how many equals there are
+    total      entries of a list
+    earlier    equals in the rows before, [n, cuts, rows]; None where no cut splits equals
+    """
+
+    threshold: np.ndarray
+    quota: np.ndarray
+    ties: np.ndarray
+    total: int
+    earlier: np.ndarray | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether no cut splits equals."""
+        return bool((self.quota == self.ties).all())
+
+    def before(self, stack: Tensor, start: int = 0) -> list[Tensor]:
+        """For each cut, which entries of a block [n, *block] lie before it: a list of bool [n, *block].
+
+        `start` is the block's first row within the tensor.
+        """
+        threshold, quota, ties = (found.tolist() for found in (self.threshold, self.quota, self.ties))
+        masks = [torch.empty(stack.shape, dtype=torch.bool, device=stack.device) for _ in threshold[0]]
+        for i, bits in enumerate(map(magnitude_bits, stack)):
+            for cut, found in enumerate(masks):
+                least, wanted = threshold[i][cut], quota[i][cut]
+                if wanted == ties[i][cut]:
+                    found[i] = bits >= least if wanted else bits > least
+                else:
+                    assert self.earlier is not None
+                    equal = bits == least
+                    # The equal's number within the tensor: those of the rows before, and of this block so far.
+                    rank = int(self.earlier[i, cut, start]) + equal.reshape(-1).cumsum(0).reshape(bits.shape)
+                    found[i] = (bits > least) | (equal & (rank <= wanted))
+        return masks
+
+    def untrimmed(self) -> dict[int, float]:
+        """Share of entries that are not 0, of every list whose first cut lies among its zeros."""
+        firsts = zip(self.threshold[:, 0].tolist(), self.ties[:, 0].tolist(), strict=True)
+        return {i: 1 - zeros / self.total for i, (cut, zeros) in enumerate(firsts) if cut == 0}
+
+
+@dataclass(frozen=True)
+class Cut(Pass[Cuts]):
+    """Cuts of the experts' task vectors, or of other lists of numbers (override `values`, and `viewed` with it).
+
+    with_equals  equals at a cut all count as before it
+    """
+
+    with_equals: bool = False
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.with_equals else 3
+
+    @abstractmethod
+    def ranks(self, total: int) -> Sequence[Sequence[int]]:
+        """For each of n lists, how many of its `total` entries come before each of its cuts."""
+
+    def values(self, site: Site) -> Tensor:
+        """n lists of numbers: [n, *block]."""
+        return site.deltas
+
+    @property
+    def viewed(self) -> Hashable:
+        """What `values` depends on besides the site."""
+        return None
+
+    def see(self, site: Site) -> State:
+        stack = self.values(site)
+        return {"high": histograms((b >> 16 for b in map(magnitude_bits, stack)), (stack.shape[0], HIGH))}
+
+    @property
+    def seen(self) -> Hashable:
+        return Cut, self.viewed  # all magnitudes are counted, whatever is kept of them
+
+    def end(self, total: Mapping[str, Any]) -> Cuts | Pass[Cuts]:
+        high = np.asarray(total["high"])
+        return self.within(high, self.ranks(int(high[0].sum())))
+
+    def within(self, high: np.ndarray, ranks: Sequence[Sequence[int]]) -> Pass[Cuts]:
+        """The next look, after the counts of the upper bits."""
+        bucket, left = buckets(high, ranks)
+        return _Within(self, _tuples(bucket), _tuples(left), int(high[0].sum()), scope=self.scope)
+
+    @property
+    def kernel(self) -> kernel.Look | None:
+        return kernel.Ranked(self) if self.viewed is None else None
+
+
+@dataclass(frozen=True)
+class _Within(Pass[Cuts]):
+    """The lower bits within the buckets, [n, cuts] as tuples."""
+
+    cut: Cut
+    bucket: tuple[tuple[int, ...], ...]
+    left: tuple[tuple[int, ...], ...]
+    total: int
+
+    def see(self, site: Site) -> State:
+        bits = zip(map(magnitude_bits, self.cut.values(site)), self.bucket, strict=True)
+        low = (b[b >> 16 == bucket] & 0xFFFF for b, found in bits for bucket in found)
+        return {"low": histograms(low, (len(self.bucket), len(self.bucket[0]), LOW))}
+
+    @property
+    def seen(self) -> Hashable:
+        return _Within, self.cut.viewed, self.bucket
+
+    def end(self, total: Mapping[str, Any]) -> Cuts | Pass[Cuts]:
+        bucket, left = np.array(self.bucket, np.int64), np.array(self.left, np.int64)
+        found = Cuts(*thresholds(np.asarray(total["low"]), bucket, left, self.cut.with_equals), self.total)
+        # Over a model a row has no number; over one tensor only split equals have to be numbered.
+        return found if self.cut.with_equals or found.settled else _Equals(self.cut, found)
+
+    @property
+    def kernel(self) -> kernel.Look | None:
+        return kernel.Within(tuple(found[0] for found in self.bucket)) if self.cut.kernel is not None else None
+
+
+@dataclass(frozen=True)
+class _Equals(Pass[Cuts]):
+    """The equals at each cut, row by row."""
+
+    cut: Cut
+    found: Cuts
+
+    def see(self, site: Site) -> State:
+        bits = zip(map(magnitude_bits, self.cut.values(site)), self.found.threshold.tolist(), strict=True)
+        equal = [torch.stack([(as_rows(b) == t).sum(1) for t in thresholds]) for b, thresholds in bits]
+        return {"equal": Rows(torch.stack(equal).cpu())}
+
+    @property
+    def seen(self) -> Hashable:
+        return _Equals, self.cut.viewed, _tuples(self.found.threshold)
+
+    def end(self, total: Mapping[str, Any]) -> Cuts:
+        equal = np.asarray(total["equal"])
+        return replace(self.found, earlier=equal.cumsum(-1) - equal)
+
+
+@dataclass(frozen=True)
+class Largest(Cut):
+    """One cut per list, after the share of it that is kept.
+
+    Over a tensor exactly `keep_share` entries; over a model every entry at or above the (int(density d) + 1)-th
+    largest of all d.
+    """
+
+    densities: tuple[float, ...] = ()
+
+    def ranks(self, total: int) -> list[list[int]]:
+        if self.scope is Scope.TENSOR:
+            return [[keep_share(total, d)] for d in self.densities]
+        return [[total if d == 1 else min(int(total * d) + 1, total)] for d in self.densities]
+
+
+def _tuples(found: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, found.tolist()))
 
 
 def magnitude_bits(values: Tensor) -> Tensor:
@@ -61,109 +205,15 @@ def magnitude_bits(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
-def histogram(buckets: Tensor, size: int) -> Tensor:
-    """How often each of 0 .. size-1 occurs: int64 [size]."""
-    return torch.bincount(buckets.reshape(-1), minlength=size)
-
-
 def histograms(buckets: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The histograms of several lists, int64 [*shape] on the CPU, made one by one: those of 48 experts are large."""
+    """How often each of 0 .. shape[-1] - 1 occurs in several lists: int64 [*shape] on the CPU.
+
+    Made one by one: those of 48 experts are large.
+    """
     out = torch.empty(shape, dtype=torch.int64)
     for counts, found in zip(out.view(-1, shape[-1]), buckets, strict=True):
-        counts.copy_(histogram(found, shape[-1]))
+        counts.copy_(torch.bincount(found.reshape(-1), minlength=shape[-1]))
     return out
-
-
-def measure(stack: Tensor, summary: Summary, round: int) -> dict[str, Tensor | Rows]:
-    """Observe one block, [n, *block], in one of the three rounds."""
-    bits = map(magnitude_bits, stack)
-    if round == 0:
-        return {"select.high": histograms((b >> 16 for b in bits), (stack.shape[0], HIGH))}
-    if round == 1:
-        buckets = np.asarray(summary["select.bucket"])
-        low = (
-            b[b >> 16 == bucket] & 0xFFFF for b, found in zip(bits, buckets.tolist(), strict=True) for bucket in found
-        )
-        return {"select.low": histograms(low, (*buckets.shape, LOW))}
-    thresholds = summary["select.threshold"].tolist()
-    equal = [torch.stack([(as_rows(b) == t).sum(1) for t in found]) for b, found in zip(bits, thresholds, strict=True)]
-    return {"select.equal": Rows(torch.stack(equal).cpu())}
-
-
-def digest(totals: Summary, round: int, summary: Summary, cuts: Cuts, whole: bool = False) -> dict[str, Any]:
-    """Turn a round's totals (tensors or arrays) into the summary, arrays, that the next round and `before` read.
-
-    `whole`: equals at a cut all count as before it (then round 2 is not needed).
-    """
-    if round == 0:
-        return {**summary, **_find_buckets(np.asarray(totals["select.high"]), cuts)}
-    if round == 1:
-        return {**summary, **_find_thresholds(np.asarray(totals["select.low"]), summary, whole)}
-    equal = np.asarray(totals["select.equal"])
-    return {**summary, "select.earlier": equal.cumsum(-1) - equal}
-
-
-def _find_buckets(high: np.ndarray, cuts: Cuts) -> dict[str, Any]:
-    wanted = np.array(cuts(high.shape[0], int(high[0].sum())), np.int64)
-    total = high.sum(-1, keepdims=True)
-    bucket, left, _ = locate(high, wanted)
-    bucket = np.where(wanted <= 0, NONE, np.where(wanted >= total, ALL, bucket))
-    return {"select.bucket": bucket, "select.left": left, "select.total": np.broadcast_to(total, bucket.shape)}
-
-
-def _find_thresholds(low: np.ndarray, summary: Summary, whole: bool) -> dict[str, Any]:
-    bucket, left = np.asarray(summary["select.bucket"]), np.asarray(summary["select.left"])
-    place, quota, ties = (found[..., 0] for found in locate(low, left[..., None]))
-    inside = (bucket != NONE) & (bucket != ALL)
-    threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, NOTHING, EVERYTHING))
-    ties = np.where(inside, ties, 0)
-    quota = ties if whole else np.where(inside, quota, 0)
-    return {"select.threshold": threshold, "select.quota": quota, "select.ties": ties}
-
-
-def untrimmed(summary: Summary) -> dict[int, float]:
-    """Share of entries that are not 0, of every expert whose first cut lies among its zeros."""
-    found = (summary[f"select.{name}"][:, 0].tolist() for name in ("threshold", "ties", "total"))
-    return {i: 1 - zeros / total for i, (cut, zeros, total) in enumerate(zip(*found, strict=True)) if cut == 0}
-
-
-def locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bucket of the rank-th largest entry (from 1), its rank within, and the bucket's size.
-
-    counts: [*, buckets]; ranks: [*, r]; three times [*, r].
-    """
-    size = counts.shape[-1]
-    at_least = counts[..., ::-1].cumsum(-1).reshape(-1, size)  # [j]: entries in bucket size-1-j and above
-    wanted = np.maximum(ranks, 1).reshape(at_least.shape[0], -1)
-    j = np.stack([np.searchsorted(row, rank) for row, rank in zip(at_least, wanted, strict=True)])
-    j = np.minimum(j, size - 1)
-    inside = np.take_along_axis(counts.reshape(-1, size), size - 1 - j, -1)
-    before_it = np.take_along_axis(at_least, j, -1) - inside
-    return (size - 1 - j).reshape(ranks.shape), ranks - before_it.reshape(ranks.shape), inside.reshape(ranks.shape)
-
-
-def settled(summary: Summary) -> bool:
-    """Whether no cut splits equals, so that round 2 has nothing to say."""
-    return bool((summary["select.quota"] == summary["select.ties"]).all())
-
-
-def before(stack: Tensor, summary: Summary, start: int = 0) -> list[Tensor]:
-    """For each cut, which entries of a block lie before it: a list of bool [n, *block].
-
-    `start` is the block's first row within the tensor.
-    """
-    thresholds, quotas, ties = (summary[f"select.{k}"].tolist() for k in ("threshold", "quota", "ties"))
-    masks = [torch.empty(stack.shape, dtype=torch.bool, device=stack.device) for _ in thresholds[0]]
-    for i, b in enumerate(map(magnitude_bits, stack)):
-        for cut, found in enumerate(masks):
-            threshold, quota = thresholds[i][cut], quotas[i][cut]
-            if quota == ties[i][cut]:
-                found[i] = b >= threshold if quota else b > threshold
-            else:
-                equal = b == threshold
-                rank = int(summary["select.earlier"][i, cut, start]) + equal.reshape(-1).cumsum(0).reshape(b.shape)
-                found[i] = (b > threshold) | (equal & (rank <= quota))
-    return masks
 
 
 def keep_share(total: int, density: float) -> int:

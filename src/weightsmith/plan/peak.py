@@ -50,7 +50,7 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
     inputs = count + has_base
     block = min(rows, row_step(key, block_size(inputs)))
     kept = (rows if keeps_rows(key, inputs) else block) * stored
-    found = measured(pipeline, rows, inputs)
+    found = measured(pipeline, rows, count, lists=inputs)
     program = pipeline.fused(count)
     if program is not None and isinstance(program.combine, Mix):
         found += 4 * (inputs + 3) * key.row_numel  # a row of every input in float64
@@ -74,7 +74,9 @@ def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> 
     made = 6 * key.numel
     decomposed = 4 * joint * (key.rows + key.row_numel)
     holding = [stage for stage in pipeline.stages if stage.traits.joint] if pipeline is not None else []
-    copies = 5 if any(stage.rounds for stage in holding) else 3 if holding else 0  # halves; measuring them takes more
+    copies = (
+        5 if any(stage.passes(len(ranks)) for stage in holding) else 3 if holding else 0
+    )  # halves; measuring them takes more
     coordinates = copies * len(ranks) * joint * max(key.rows, key.row_numel) // 2
     return (made + decomposed + coordinates) * width
 
@@ -90,15 +92,17 @@ def scratch(pipeline: Pipeline, inputs: int, rows: int, columns: int, width: int
     return int(most) + between * matrix
 
 
-def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2) -> int:
+def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2, lists: int | None = None) -> int:
     """Peak bytes of what a measuring pass over `rows` rows of a tensor finds.
 
     sets   of histograms at once: a block's, and the sum so far; or that over the model too
+    lists  that are counted, by default the task vectors
     pairs  numbers row by row: as they come, joined, and half summed up
     """
-    found = [s.traits for s in pipeline.stages if s.rounds]
-    counts = HISTOGRAM * sets * count * max((t.histograms for t in found), default=0)
-    return counts + any(t.pairs for t in found) * 3 * 8 * rows * count * (count + 1) // 2
+    found = [s.traits for s in pipeline.stages if s.passes(count)]
+    lists = lists or count
+    counts = HISTOGRAM * sets * lists * max((t.histograms for t in found), default=0)
+    return counts + any(t.pairs for t in found) * 3 * 8 * rows * lists * (lists + 1) // 2
 
 
 def _spans(key: Key, pipeline: Pipeline) -> list[int]:

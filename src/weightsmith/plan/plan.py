@@ -140,7 +140,7 @@ def make_plan(
         keys=tuple(keys),
         tasks=tuple(tasks),
         coverage=tuple(_coverage(tasks)),
-        passes=max((len(t.pipeline.steps) for t in tasks if t.pipeline), default=0),
+        passes=max((t.pipeline.rounds(len(sources.experts)) for t in tasks if t.pipeline), default=0),
         room=room,
         free_bytes=free,
         problems=tuple(dict.fromkeys(problems)),

@@ -347,7 +347,7 @@ class Planner:
         codec = pipeline.codec if pipeline is not None else None
         encoded = codec.parts(key, tuple(self.inputs.experts)) if codec is not None else ()
         keys = tuple(part.key for part in encoded) or (stored or key,)
-        ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline) else [(0, key.rows)]
+        ranges = parts(key, [part.span for part in encoded]) if cuttable(pipeline, count) else [(0, key.rows)]
         extra = max((s.read_cost(key.name) for s in self.inputs.experts.values() if has(s, key.name)), default=0.0)
         ranks = product_ranks(key, pipeline, self.inputs)
         way = way_of(key, pipeline, self.inputs, kernels=self.kernels, nonfinite=self.recipe.nonfinite)

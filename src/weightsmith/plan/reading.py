@@ -7,13 +7,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
-from weightsmith.core.kernel import TrimmedVote, Window
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Grain, Pipeline, Scope, Stage
+from weightsmith.core.method import Grain, Pipeline, Scope
 from weightsmith.core.task import Task, Way, block_size, keeps_rows, one_by_one, row_step
 from weightsmith.inputs.opened import Inputs, product_ranks
-from weightsmith.ops.cuts import readings
-from weightsmith.ops.select import ROUNDS
+from weightsmith.kernels.cuts import readings
+from weightsmith.ops.select import Cut
 
 __all__ = ["all_bytes_read", "bytes_read"]
 
@@ -50,14 +49,15 @@ def bytes_read(task: Task, inputs: Inputs, beside: Sequence[Task] = ()) -> int:
         own: Callable[[int], float] = lambda stop: 0  # noqa: E731
     elif task.way is Way.KERNEL:
         others = [other.pipeline for other in beside if other.pipeline is not None]
-        own = partial(_kernel_passes, [pipeline, *others], key, len(inputs.experts))
+        own = partial(_kernel_looks, [pipeline, *others], key, len(inputs.experts))
     else:
-        own = partial(_own_passes, pipeline, key)
-    # A pass over the whole model finds nothing left of what was read, nor of what was measured on the tensor.
-    visits = [i for i, stage in enumerate(pipeline.stages) if stage.scope is Scope.MODEL
-              for round in range(stage.rounds) if not _skips(stage, key, round)] + [len(pipeline.stages)]  # fmt: skip
+        own = partial(_own_looks, pipeline, key, len(inputs.experts))
+    # A look over the whole model finds nothing left of what was read, nor of what was measured on the tensor.
+    visits = [i for i, one in pipeline.passes(len(inputs.experts)) if one.scope is Scope.MODEL and one.applies(key)
+              for _ in range(one.rounds)] + [len(pipeline.stages)]  # fmt: skip
     passes = sum(1 + own(stop) for stop in visits)
-    stats = _stat_bytes(task, inputs) * sum(1 + _own_passes(pipeline, key, stop) for stop in visits)
+    looks = sum(1 + _own_looks(pipeline, key, len(inputs.experts), stop) for stop in visits)
+    stats = _stat_bytes(task, inputs) * looks if task.stats else 0
     if one_by_one(pipeline) and not beside and base and not ranks:
         compared = pipeline.codec is not None  # what was stored with what there was, see `engine.lost`
         return round(base * passes + experts * (passes - 1 + pipeline.used[0].traits.streams + compared)) + stats
@@ -84,32 +84,25 @@ def _rows(task: Task, inputs: Inputs, name: str) -> int:
     return key.nbytes * (task.stop - task.start) // max(key.rows, 1)
 
 
-def _skips(stage: Stage, key: Key, round: int) -> bool:
-    try:
-        return stage.skips(key, round, {})
-    except KeyError:  # it depends on what the rounds before find
-        return False
+def _own_looks(pipeline: Pipeline, key: Key, count: int, stop: int) -> int:
+    """Looks at this tensor alone, of the stages before `stop`."""
+    own = [one for i, one in pipeline.passes(count) if i < stop and one.scope is Scope.TENSOR and one.applies(key)]
+    return sum(one.rounds for one in own)
 
 
-def _own_passes(pipeline: Pipeline, key: Key, stop: int) -> int:
-    """Measuring passes over this tensor alone, of the stages before `stop`."""
-    narrow = [stage for stage in pipeline.stages[:stop] if stage.scope is not Scope.MODEL]
-    return sum(not _skips(stage, key, round) for stage in narrow for round in range(stage.rounds))
+def _kernel_looks(pipelines: Sequence[Pipeline], key: Key, count: int, stop: int) -> float:
+    """The same by the kernels, which find the cuts over a tensor in fewer passes, of all variants at once.
 
-
-def _kernel_passes(pipelines: Sequence[Pipeline], key: Key, count: int, stop: int) -> float:
-    """The same by the kernels, which find the cuts of `count` experts in fewer passes, of all variants at once.
-
-    The passes are the first variant's.  See `fast.cuts`.
+    The other looks are the first variant's.
     """
-    first, own = pipelines[0].stages[0], _own_passes(pipelines[0], key, stop)
-    spec = first.fused(count)
-    if not stop or first.scope is Scope.MODEL or not isinstance(spec, (Window, TrimmedVote)) or not spec.trim:
-        return own
-    ranking = sum(step != "signs" for step in spec.steps) if isinstance(spec, TrimmedVote) else ROUNDS
-    wanted = [pipeline.stages[0].cuts(count, key.numel) for pipeline in pipelines]
+    looks = _own_looks(pipelines[0], key, count, stop)
+    cuts = [one for pipeline in pipelines for i, one in pipeline.passes(count)
+            if i < stop and isinstance(one, Cut) and one.scope is Scope.TENSOR]  # fmt: skip
+    if not cuts:
+        return looks
+    wanted = [cut.ranks(key.numel) for cut in cuts]
     ranks = [[rank for one in wanted for rank in one[i]] for i in range(count)]
-    return own - ranking + readings(ranks, (key.rows, key.row_numel))
+    return looks - cuts[0].rounds + readings(ranks, (key.rows, key.row_numel))
 
 
 def _stat_bytes(task: Task, inputs: Inputs) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.method import Stage
-from weightsmith.core.settings import Settings
+from weightsmith.core.settings import Settings, cores
 from weightsmith.core.task import Task, Way
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.devices.device import Fit, Work, fitted
@@ -16,7 +15,7 @@ from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.remote import HELD
 from weightsmith.io.url import Url, parse_url
 
-__all__ = ["Fit", "Machine", "Room", "cores", "resident"]
+__all__ = ["Fit", "Machine", "Room", "resident"]
 
 PYTHON, KERNELS, TORCH = 55_000_000, 55_000_000, 205_000_000
 """Bytes of a process with what every merge imports, and what the fused kernels and torch take besides (measured)."""
@@ -114,11 +113,6 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
     stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in _used(task)}
     libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
     return PYTHON + libraries + held + HELD * elsewhere
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _used(task: Task) -> tuple[Stage, ...]:

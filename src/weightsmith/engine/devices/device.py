@@ -112,8 +112,8 @@ class Work(NamedTuple):
         assert task.pipeline is not None
         if task.pipeline.grain is not Grain.ELEMENT:
             return task.peak
-        size = max(block, measured) if task.pipeline.steps else block
         count, has_base = len(self.inputs.experts), self.inputs.base is not None
+        size = max(block, measured) if task.pipeline.passes(count) else block
         return task_peak(task.key, task.stop - task.start, count, has_base, task.pipeline, size)
 
     def _unstaged(self, task: Task, block: int, stage: int) -> int:

@@ -1,20 +1,20 @@
 """Exact cuts by magnitude over a tensor or a model, counted by the kernels.
 
-The torch path in `ops.select` is the meaning; this finds the same in fewer passes and without torch.
+The torch form in `ops.select` is the meaning; this finds the same in fewer passes and without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from weightsmith.core.kernel import HIGH, LOW
+from weightsmith.kernels.ranks import EVERYTHING, NOTHING, buckets, locate, thresholds
+from weightsmith.kernels.record import HIGH, LOW
 from weightsmith.kernels.stored import READ, Stored, base_address, joined, kernel, scratch
-from weightsmith.ops.select import EVERYTHING, NOTHING, digest, locate
 
-__all__ = ["Cells", "counted", "readings", "tensor_cuts"]
+__all__ = ["Cells", "readings", "tensor_cuts"]
 
 SAMPLE, PLACES = 1 << 16, 64
 """Entries looked at for a first guess of a cut, and on how many places of a large tensor they lie."""
@@ -28,7 +28,6 @@ values come in steps, as the deltas of bf16 files do."""
 
 _ALL_BITS = 1 << 31
 _MOST = (1 << 32) - 1  # what a counter of a search can hold
-_FOUND = ("threshold", "quota", "ties")
 
 
 @dataclass
@@ -66,19 +65,20 @@ Read = Callable[[int, int], Stored]
 
 def tensor_cuts(
     ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
-) -> Generator[None, None, dict[str, np.ndarray]]:
-    """What `select.measure` and `select.digest` find for the cuts behind the ranks[i][c] largest |delta_i| of a tensor.
+) -> np.ndarray:
+    """Threshold, quota and ties (see `ranks.thresholds`) of the cuts after the ranks[i][c] largest |delta_i| of a
+    tensor: int64 [n, cuts, 3].
 
     Always exact.  One cut per expert is found near where a sample has it, mostly in one pass; several, those of a
-    sweep's variants among them, by two passes for all of them, see `Cells`.  Pauses after every block.
+    sweep's variants among them, by two passes for all of them, see `Cells`.
 
     shape  (rows, entries per row) of the tensor
     """
     if shape[0] * shape[1] <= SAMPLE:
         return _sorted(ranks, read(0, shape[0]))
     if _guesses(ranks, shape):
-        return (yield from _one_each(ranks, shape, read, blocks))
-    return (yield from _several(ranks, read, blocks))
+        return _one_each(ranks, shape, read, blocks)
+    return _several(ranks, read, blocks)
 
 
 def readings(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> float:
@@ -94,9 +94,9 @@ def _guesses(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> bool:
     return max(len(set(wanted)) for wanted in ranks) == 1 and shape[0] * shape[1] <= _MOST
 
 
-def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> dict[str, np.ndarray]:
+def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> np.ndarray:
     """The cuts of a small tensor."""
-    found = np.zeros((len(ranks), len(ranks[0]), len(_FOUND)), np.int64)
+    found = np.zeros((len(ranks), len(ranks[0]), 3), np.int64)
     for i, wanted in enumerate(ranks):
         rising = np.sort(_magnitudes(stored, i))
         for at, rank in enumerate(wanted):
@@ -106,32 +106,23 @@ def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> dict[str, np.ndar
                 found[i, at] = threshold, rank - (rising.size - behind), behind - first
             else:
                 found[i, at, 0] = NOTHING if rank <= 0 else EVERYTHING
-    return _named(found)
+    return found
 
 
-def _named(found: np.ndarray) -> dict[str, np.ndarray]:
-    return {f"select.{name}": found[..., at] for at, name in enumerate(_FOUND)}
-
-
-def _several(
-    ranks: Sequence[Sequence[int]], read: Read, blocks: Sequence[tuple[int, int]]
-) -> Generator[None, None, dict[str, np.ndarray]]:
-    cells = yield from counted([()] * len(ranks), read, blocks)
-    summary = digest({"select.high": cells.high}, 0, {}, lambda *_: ranks)
-    buckets = summary["select.bucket"]
-    del cells  # the next ones are as large
-    cells = yield from counted(buckets.tolist(), read, blocks)
-    found = np.zeros((*buckets.shape, len(_FOUND)), np.int64)
-    for i, cut in np.ndindex(*buckets.shape):  # not all at once: their counters are copied several times
-        known = {name: value[i : i + 1, cut : cut + 1] for name, value in summary.items()}
-        one = digest({"select.low": cells.within(i, buckets[i, cut])[None, None]}, 1, known, lambda *_: ranks)
-        found[i, cut] = [one[f"select.{name}"].item() for name in _FOUND]
-    return _named(found)
+def _several(ranks: Sequence[Sequence[int]], read: Read, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
+    bucket, left = buckets(_counted([()] * len(ranks), read, blocks).high, ranks)
+    cells = _counted(bucket.tolist(), read, blocks)
+    found = np.zeros((*bucket.shape, 3), np.int64)
+    for i, cut in np.ndindex(*bucket.shape):  # not all at once: their counters are copied several times
+        low = cells.within(i, int(bucket[i, cut]))[None, None]
+        one = thresholds(low, bucket[i : i + 1, cut : cut + 1], left[i : i + 1, cut : cut + 1])
+        found[i, cut] = [value.item() for value in one]
+    return found
 
 
 def _one_each(
     ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
-) -> Generator[None, None, dict[str, np.ndarray]]:
+) -> np.ndarray:
     """A sample says about where a cut lies; one pass counts what lies above and, value by value, what lies near.
 
     If the cut is not there, or equal values are spread too widely, further passes narrow it down.
@@ -142,11 +133,7 @@ def _one_each(
         if search.rank <= 0 or search.rank >= rows * width:
             search.found = (NOTHING if search.rank <= 0 else EVERYTHING), 0, 0
     if not all(s.found for s in searches):
-        pieces = _sample(rows, width)
-        sampled = []
-        for piece in pieces:
-            sampled.append(read(*piece))
-            yield
+        sampled = [read(*piece) for piece in _sample(rows, width)]
         for i, search in enumerate(searches):
             if search.found is None:
                 _guess(search, _magnitudes(joined(sampled, i), 0), rows * width)
@@ -157,12 +144,10 @@ def _one_each(
             stored = read(*block)
             for at, (i, search) in enumerate(open_):
                 above[at] += _count_between(stored, i, search.low, search.shift, counts[at])
-            del stored
-            yield
+            del stored  # the next one is as large
         for at, (_, search) in enumerate(open_):
             search.digest(above[at], *counts[at])
-    found = np.array([[search.found] * len(wanted) for search, wanted in zip(searches, ranks, strict=True)], np.int64)
-    return _named(found)
+    return np.array([[search.found] * len(wanted) for search, wanted in zip(searches, ranks, strict=True)], np.int64)
 
 
 def _sample(rows: int, width: int) -> list[tuple[int, int]]:
@@ -214,11 +199,11 @@ class Cells:
 
     @property
     def high(self) -> np.ndarray:
-        """Where no cell is open, all counts: int64 [n, HIGH], as `select.digest` takes them."""
+        """Where no cell is open, all counts: int64 [n, HIGH], as `ranks` takes them."""
         return np.stack([counts[:HIGH] for counts in self._counts])
 
     def low(self, cells: Iterable[int]) -> np.ndarray:
-        """`within` one cell of every expert: int64 [n, 1, LOW], as `select.digest` takes them."""
+        """`within` one cell of every expert: int64 [n, 1, LOW], as `ranks` takes them."""
         return np.stack([self.within(i, cell) for i, cell in enumerate(cells)])[:, None]
 
     def within(self, expert: int, cell: int) -> np.ndarray:
@@ -227,14 +212,11 @@ class Cells:
         return np.zeros(LOW, np.int64) if place is None else self._counts[expert][place : place + LOW]
 
 
-def counted(
-    opened: Sequence[Iterable[int]], read: Read, blocks: Iterable[tuple[int, int]]
-) -> Generator[None, None, Cells]:
-    """`Cells` of all blocks; pauses after every block."""
+def _counted(opened: Sequence[Iterable[int]], read: Read, blocks: Iterable[tuple[int, int]]) -> Cells:
+    """`Cells` of all blocks."""
     cells = Cells(opened)
     for block in blocks:
         cells.add(read(*block))
-        yield
     return cells
 
 

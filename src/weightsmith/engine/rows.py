@@ -1,0 +1,44 @@
+"""Stored rows of a tensor, as the kernels read them."""
+
+from __future__ import annotations
+
+from weightsmith.core.keys import Key
+from weightsmith.core.task import keeps_rows, row_step
+from weightsmith.engine.context import Context
+from weightsmith.kernels.stored import Stored
+
+__all__ = ["StoredRows"]
+
+
+class StoredRows:
+    """Rows of every expert and of the base; blocks of tensors that are not large are kept, of others the latest."""
+
+    def __init__(self, key: Key, context: Context) -> None:
+        self.key, self._context = key, context
+        self.step = row_step(key, context.measured)
+        self.keeps = keeps_rows(key, len(context.inputs.models))
+        self._kept: dict[tuple[int, int], Stored] = {}
+
+    def __call__(self, start: int, stop: int) -> Stored:
+        # A merge may have smaller blocks than the passes before it: they are cut out of what is kept.
+        low = start - start % self.step
+        whole = low, min(low + self.step, self.key.rows)
+        kept = self._kept.get(whole)
+        if kept is not None and stop <= whole[1]:
+            return kept[start - low : stop - low] if (start, stop) != whole and self.key.shape else kept
+        found = self._read(start, stop)
+        if (start, stop) == whole:
+            if not self.keeps:
+                self._kept.clear()
+            self._kept[whole] = found
+        return found
+
+    def _read(self, start: int, stop: int) -> Stored:
+        inputs, name = self._context.inputs, self.key.name
+        base = None if inputs.base is None or inputs.base.computes(name) else inputs.base
+        return Stored(
+            experts=[source.bits(name, start, stop) for source in inputs.experts.values()],
+            dtypes=[source.key(name).dtype for source in inputs.experts.values()],
+            base=None if base is None else base.bits(name, start, stop),
+            base_dtype="" if base is None else base.key(name).dtype,
+        )

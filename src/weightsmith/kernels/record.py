@@ -1,0 +1,41 @@
+"""How Python and the machine code talk: numbers of dtypes, sizes, argument lists, and the record of a merge."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["BF16", "E4M3", "E5M2", "F16", "F32", "HIGH", "LOW", "MERGE", "SIGNATURES", "STRIP"]
+
+BF16, F32, F16, E4M3, E5M2 = range(5)
+"""How the kernels are told what an array of stored bits holds."""
+
+STRIP = 1 << 11
+"""Entries that a kernel works on at once: a few float32 copies of them stay in a core's own cache."""
+
+HIGH, LOW = 1 << 15, 1 << 16
+"""Magnitudes have 31 bits, counted in two rounds: by the upper 15, then by the lower 16 within one value of these."""
+
+_INTEGERS = (
+    # the block: addresses of the inputs' bits and their kinds [count], the base's, the result's; entries
+    "inputs", "kinds", "count", "base", "base_kind", "out", "out_kind", "size", "start",
+    # addresses, 0: none.  weights, factors, shares, agree: [count] float32; signs: [1] int64
+    # cuts: [sides, 3, count] int64; seen: [sides, count] int64; draws: [count, 3] int64
+    "weights", "cuts", "sides", "seen", "draws", "factors", "shares", "agree", "signs",
+    "vote", "mean", "k", "scratch",
+)  # fmt: skip
+_FLOATS = ("zero", "divisor", "scale", "after")
+
+MERGE = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float32) for name in _FLOATS])
+"""All that `masked_merge` is told, by name: see there for what each field means."""
+
+SIGNATURES = {
+    "weighted_sum": "iiiiiiffiiiii",
+    "magnitudes": "iiiiiii",
+    "count_between": "iiiiiiiiii",
+    "count_cells": "iiiiiiii",
+    "masked_merge": "i",
+    "row_masses": "iiiiiii",
+    "row_products": "iiiiiiiiiii",
+    "row_sizes": "iiiiiii",
+}
+"""Kernel -> its arguments: i is a 64-bit integer (or an address), f a float32.  All return a 64-bit integer."""
