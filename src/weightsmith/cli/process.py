@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
+from types import ModuleType
 
 __all__ = ["own_process"]
 
@@ -13,11 +15,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8  # of ma
 
 def own_process() -> None:
     """Make them."""
-    # pydantic would look for plug-ins among all installed packages, and run what it finds.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    _without_plugins()
     # Imports make a hundred thousand objects that stay: there is no garbage to look for among them.
     gc.set_threshold(100_000, 10, 10)
     _keep_freed_memory()
+
+
+def _without_plugins() -> None:
+    """Have pydantic look for no plug-ins: it would search all installed packages, and run what it finds.
+
+    The variable says so; its module that then finds none is a twentieth of a short run to import, and stays out.
+    """
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if os.environ["PYDANTIC_DISABLE_PLUGINS"] == "__all__":
+        loader = ModuleType("pydantic.plugin._loader")
+        loader.get_plugins = tuple  # type: ignore[attr-defined]
+        sys.modules.setdefault(loader.__name__, loader)
 
 
 def _keep_freed_memory() -> None:

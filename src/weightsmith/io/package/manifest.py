@@ -12,12 +12,13 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
+from weightsmith import __version__
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.io import system
@@ -88,7 +89,7 @@ def build_manifest(
     for key in keys:
         how.setdefault(made_by[key.name], []).append(key.name)
     manifest: dict[str, Any] = {
-        "weightsmith": metadata.version("weightsmith"),
+        "weightsmith": __version__,
         "kind": kind,
         "recipe": without_secrets(recipe),
         "inputs": inputs,
@@ -253,4 +254,16 @@ def _own_sum(manifest: Mapping[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()}
+    return {name: _version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    """The installed version, by the name of its dist-info folder: importlib.metadata is long to import."""
+    found = find_spec(package)
+    home = Path(found.origin).parents[1] if found is not None and found.origin is not None else Path()
+    named = [path.name.removesuffix(".dist-info") for path in home.glob(f"{package}-*.dist-info")]
+    if len(named) == 1:
+        return named[0].removeprefix(f"{package}-")
+    from importlib import metadata
+
+    return metadata.version(package)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import tarfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +93,9 @@ def left_out(extras: Sequence[str]) -> tuple[str, ...]:
 
 def _refuse_archives(file: File) -> None:
     """Refuse what torch would unpack first: tar files into a folder, compressed parts not at all when mapped."""
+    import tarfile
+    import zipfile
+
     with contextlib.suppress(tarfile.HeaderError):
         tarfile.TarInfo.frombuf(file.read(0, min(512, file.size)).tobytes(), "utf-8", "surrogateescape")
         raise SourceError(f"{file.path}: a tar archive (PyTorch before 0.1.2); load and save it again with a newer one")
@@ -171,6 +172,8 @@ def _gather(file: File, unsigned: np.dtype[Any], shape: tuple[int, ...], place: 
 
 
 def _load(path: Path) -> Any:
+    import zipfile
+
     try:
         # Checkpoints from before torch 1.6 are no zip files and cannot be mapped.
         mapped = system.call(zipfile.is_zipfile, path)
