@@ -19,12 +19,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from weightsmith.core.errors import RecipeError
 from weightsmith.lora.rules import METHODS, Averaged, Combine, SharedBasis, named
-from weightsmith.recipe.check import Checker, Slot, written
+from weightsmith.recipe.check import Checker
 from weightsmith.recipe.fields import Located, StageSpec, Values, WideDtype, WithParameters
 from weightsmith.recipe.fields import named as by_name
-from weightsmith.recipe.grammar import Fault, Grammar, Reading
+from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
 from weightsmith.recipe.load import read_file, read_text
 
 __all__ = ["AdapterRecipe", "AdapterRef", "load", "loads", "method_of"]
@@ -60,24 +59,14 @@ class AdapterRecipe(Grammar):
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
-        refs = tree.get("models")
-        own = {name: AdapterRef.own(ref) for name, ref in refs.items()} if isinstance(refs, Mapping) else {}
+        own = {name: AdapterRef.own(ref) for name, ref in mapping(tree.get("models")).items()}
         check = Checker(own, ramps=False)
-        slots = []
-        for name, inline, here, inside in written(tree.get("method"), ("method",)):
-            found = named(name)
-            if isinstance(found, str):
-                check.say(here, found)
-            slot = Slot(None if isinstance(found, str) else found, name, inline or {}, inside)
-            check.inside(slot)
-            slots.append(slot)
-        outer = tree.get("parameters")
-        check.outside(outer, ("parameters",), [slots])
-        for name, parameters in own.items():
-            check.outside(parameters, ("models", name), [slots], keys=tuple(AdapterRef.model_fields))
+        slots = check.slots(tree.get("method"), ("method",), named)
+        check.outside(tree.get("parameters"), ("parameters",), [slots])
+        check.with_models(own, [slots], tuple(AdapterRef.model_fields))
         yield from check.faults
         if not check.faults and own and slots:
-            method = _method(slots[0].name, {**(outer or {}), **slots[0].inline}, own)
+            method = _method(slots[0].name, {**mapping(tree.get("parameters")), **slots[0].inline}, own)
             if said := method.check(len(own), False):
                 yield Fault(("method",), said)
 
@@ -100,11 +89,8 @@ def method_of(recipe: AdapterRecipe) -> Method:
 
 def _method(name: str, parameters: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> Method:
     """The method called `name`; parameters that a model has of its own, or by its name, become lists in their order."""
-    cls = named(name)
-    if isinstance(cls, str):
-        raise RecipeError(cls)
     given: dict[str, Any] = {}
-    for spec in cls.parameters():
+    for spec in named(name).parameters():
         usual = parameters.get(spec.name, spec.default)
         apart = isinstance(usual, Mapping) or any(spec.name in mine for mine in own.values())
         if apart:

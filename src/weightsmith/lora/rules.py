@@ -266,12 +266,14 @@ _CLASSES: Mapping[str, type[Stage]] = {
 }
 
 
-def named(method: str) -> type[Stage] | str:
-    """The class that a method's parameters belong to, or what is wrong with the name."""
+def named(method: str) -> type[Stage]:
+    """The class that a method's parameters belong to; RecipeError for an unknown name."""
     if method in _CLASSES:
         return _CLASSES[method]
     try:
         registry(method)
     except RecipeError:
-        return f"unknown method {method!r} for adapters{did_you_mean(method, METHODS)}"
-    return f'{method} merges models, not adapters; run it with "weightsmith merge"{did_you_mean("", METHODS)}'
+        raise RecipeError(f"unknown method {method!r} for adapters{did_you_mean(method, METHODS)}") from None
+    raise RecipeError(
+        f'{method} merges models, not adapters; run it with "weightsmith merge"{did_you_mean("", METHODS)}'
+    )

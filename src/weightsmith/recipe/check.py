@@ -6,7 +6,7 @@ Works on values as written, so that all that is wrong comes out together, howeve
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,10 @@ from weightsmith.core.method import Codec, Method, Parameter, Pipeline, Stage, r
 from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.cases import is_cases
 from weightsmith.recipe.fields import Case, StageSpec
-from weightsmith.recipe.grammar import PYTHON, Fault, unknown
+from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, listing, mapping
 from weightsmith.recipe.reader import Location, plain_scalar, spell
 
-__all__ = ["KEEP", "Checker", "Slot", "claimants", "completed", "method_faults", "written"]
-
-KEEP = "keep"
-"""The one-word treatment of a rule that takes the base's tensor."""
+__all__ = ["Checker", "Slot", "claimants", "completed", "method_faults", "written"]
 
 
 # --- stages ----------------------------------------------------------------------------------------
@@ -44,28 +41,28 @@ class Slot:
     inside: Location = ()
     implied: bool = False
 
-    def parameter(self, name: str) -> Parameter | None:
-        specs = self.cls.parameters() if self.cls is not None else ()
-        return next((p for p in specs if p.name == name), None)
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return {} if self.cls is None else {p.name: p for p in self.cls.parameters()}
 
 
 def completed(slots: Sequence[Slot]) -> Sequence[Slot]:
     """Filters and codecs alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
     if any(slot.cls is not None and issubclass(slot.cls, Method) for slot in slots):
         return slots
-    behind = [s for s in slots if s.cls is not None and (s.cls.traits.after or issubclass(s.cls, Codec))]
-    before = [s for s in slots if s not in behind]
-    return [*before, Slot(registry("task_arithmetic"), "task_arithmetic", {}, implied=True), *behind]
+    after = [s for s in slots if s.cls is not None and (s.cls.traits.after or issubclass(s.cls, Codec))]
+    implied = Slot(registry("task_arithmetic"), "task_arithmetic", {}, implied=True)
+    return [*(s for s in slots if s not in after), implied, *after]
 
 
 def claimants(slots: Sequence[Slot], name: str) -> list[Slot]:
     """The stages that a parameter written outside them may go to: those that do not set it inside, if there are any."""
-    takers = [s for s in slots if s.parameter(name) is not None]
+    takers = [s for s in slots if name in s.parameters]
     takers = [s for s in takers if not s.implied] or takers  # the lambda of `consensus` is its own, not its sum's
     return [s for s in takers if name not in s.inline] or takers
 
 
-def written(method: Any, location: Location) -> Iterator[tuple[str, Any, Location, Location]]:
+def written(method: Any, location: Location = ("method",)) -> Iterator[tuple[str, Any, Location, Location]]:
     """Name, parameters, and the locations of both, of every stage that is written as one; others are faults by type."""
     listed = isinstance(method, (list, tuple))
     for i, stage in enumerate(method if listed else [method]):
@@ -76,10 +73,10 @@ def written(method: Any, location: Location) -> Iterator[tuple[str, Any, Locatio
             yield stage, {}, here, here
         elif isinstance(stage, Mapping) and "name" in stage:
             if isinstance(stage["name"], str):
-                yield stage["name"], stage.get("parameters"), here, (*here, "parameters")
+                yield stage["name"], mapping(stage.get("parameters")), here, (*here, "parameters")
         elif isinstance(stage, Mapping) and len(stage) == 1:
             ((name, parameters),) = stage.items()
-            yield name, parameters, here, (*here, name)
+            yield name, mapping(parameters), here, (*here, name)
 
 
 # --- checks ----------------------------------------------------------------------------------------
@@ -92,19 +89,16 @@ def method_faults(tree: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]],
     keys  what else may stand there
     """
     check = Checker(own)
-    main = check.stages(tree.get("method", ()), ("method",))
-    rules = [_parts(rule) for rule in _list(tree.get("rules"))]
-    replaced = [
-        main if rule.get("method") is None else check.stages(rule["method"], ("rules", i, "method"))
+    main = check.pipeline(tree.get("method", ()), ("method",))
+    rules = [dict(r) if isinstance(r, Grammar) else mapping(r) for r in listing(tree.get("rules"))]
+    of_rules = [
+        main if rule.get("method") is None else check.pipeline(rule["method"], ("rules", i, "method"))
         for i, rule in enumerate(rules)
     ]
-    groups = [main, *(group for group in replaced if group is not main)]
-    for slot in (slot for group in groups for slot in group):
-        check.inside(slot)
+    groups = [main, *(group for group in of_rules if group is not main)]
     check.outside(tree.get("parameters"), ("parameters",), groups)
-    for name, parameters in own.items():
-        check.outside(parameters, ("models", name), groups, keys=tuple(keys))
-    for i, (rule, group) in enumerate(zip(rules, replaced, strict=True)):
+    check.with_models(own, groups, tuple(keys))
+    for i, (rule, group) in enumerate(zip(rules, of_rules, strict=True)):
         check.outside(rule.get("parameters"), ("rules", i, "parameters"), [group], replaces=True)
     return check.faults
 
@@ -116,48 +110,58 @@ class Checker:
     ramps   a list is a ramp over depth; else it is one value per model
     """
 
-    def __init__(self, models: Collection[str], *, ramps: bool = True) -> None:
-        self.models, self.ramps = models, ramps
+    def __init__(self, models: Iterable[str], *, ramps: bool = True) -> None:
+        self.models, self.ramps = tuple(models), ramps
         self.faults: list[Fault] = []
 
-    def say(self, location: Location, text: str, form: str = "said") -> None:
-        self.faults.append(Fault(location, text, form))
+    def say(self, location: Location, text: str, form: str = "said", hint: str = "") -> None:
+        self.faults.append(Fault(location, text, form, hint))
 
-    def stages(self, method: Any, location: Location) -> list[Slot]:
-        """The stages of a pipeline; it has one method, filters and codecs alone are put around task arithmetic."""
-        slots: list[Slot] = []
+    def slots(self, method: Any, location: Location, look_up: Callable[[str], type[Stage]]) -> list[Slot]:
+        """The stages as written, with what is inside them checked."""
+        slots = []
         for name, parameters, here, inside in written(method, location):
-            for stage, own in expand(name, parameters if isinstance(parameters, Mapping) else {}):
+            for stage, own in expand(name, parameters) if look_up is registry else [(name, parameters)]:
                 cls = None
                 try:
-                    cls = registry(stage)
+                    cls = look_up(stage)
                 except RecipeError as error:
                     self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})")
                 slots.append(Slot(cls, stage, own, inside))
-        if not slots or any(slot.cls is None for slot in slots):
-            return slots
         for slot in slots:
-            if slot.cls is not None and slot.cls.traits.alone and len(slots) > 1:
-                self.say(location, f"{slot.name} stores the models' own changes; it takes no other stage beside it")
-                return slots
-        slots = list(completed(slots))
+            self.inside(slot)
+        return slots
+
+    def pipeline(self, method: Any, location: Location) -> Sequence[Slot]:
+        """The stages of a pipeline, completed, if they are known and go together."""
+        slots = self.slots(method, location, registry)
+        classes = [slot.cls for slot in slots if slot.cls is not None]
+        if not slots or len(classes) < len(slots):
+            return slots
+        if alone := next((cls.traits.name for cls in classes if cls.traits.alone and len(slots) > 1), None):
+            self.say(location, f"{alone} stores the models' own changes; it takes no other stage beside it")
+            return slots
+        whole = completed(slots)
         try:
-            _ = Pipeline(tuple(slot.cls() for slot in slots if slot.cls is not None)).method
+            _ = Pipeline(tuple(slot.cls() for slot in whole if slot.cls is not None)).method
         except RecipeError as error:
             self.say(location, f"{spell(location)}: {error}")
-        return slots
+        return whole
 
     def inside(self, slot: Slot) -> None:
         """Check the parameters written inside a stage."""
-        if slot.cls is None:
-            return
-        known = [p.name for p in slot.cls.parameters()]
-        for name, value in slot.inline.items():
-            here, spec = (*slot.inside, name), slot.parameter(name)
-            if spec is None:
-                self.unknown(here, known, [slot])
+        for name, value in slot.inline.items() if slot.cls is not None else ():
+            if name in slot.parameters:
+                self.value(slot.parameters[name], value, (*slot.inside, name), slot.name)
             else:
-                self.value(spec, value, here, slot.name)
+                self.unknown((*slot.inside, name), slot.parameters, [slot])
+
+    def with_models(
+        self, own: Mapping[str, Mapping[str, Any]], groups: Sequence[Sequence[Slot]], keys: Sequence[str]
+    ) -> None:
+        """Check the parameters that stand with a model, beside the keys that are no parameters."""
+        for model, values in own.items():
+            self.outside(values, ("models", model), groups, keys=keys)
 
     def outside(
         self,
@@ -168,17 +172,11 @@ class Checker:
         keys: Sequence[str] | None = None,
         replaces: bool = False,
     ) -> None:
-        """Check parameters written outside the stages.
-
-        keys      they stand with a model, beside these keys
-        replaces  they replace what is written inside the stages, as those of a rule do
-        """
-        if not isinstance(values, Mapping):
-            return  # absent, or a fault by type
+        """Check parameters written outside the stages; those of a rule replace what is written inside."""
         slots = [slot for group in groups for slot in group]
-        known = {p.name: p for slot in slots if slot.cls is not None for p in slot.cls.parameters()}
+        known = {name: p for slot in slots for name, p in slot.parameters.items()}
         offered = [p.name for p in known.values() if p.each or keys is None] + list(keys or ())
-        for name, value in values.items():
+        for name, value in mapping(values).items():
             here = (*location, name)
             if name not in known:
                 # An unknown method may have any parameter, but hardly one that looks like a misspelt other.
@@ -187,19 +185,13 @@ class Checker:
                     self.unknown(here, offered, slots)
                 continue
             for slot in self.takers(name, groups, here, replaces=replaces):
-                spec = slot.parameter(name)
-                assert spec is not None
-                if keys is None:
-                    self.value(spec, value, here, slot.name)
-                elif not spec.each:
-                    self.say(
-                        here,
-                        f"{slot.name} takes one {name} for all models; move it from {spell(location)} to parameters",
-                    )
-                elif isinstance(value, Mapping):
+                if keys is not None and not slot.parameters[name].each:
+                    where = spell(location)
+                    self.say(here, f"{slot.name} takes one {name} for all models; move it from {where} to parameters")
+                elif keys is not None and isinstance(value, Mapping):
                     self.say(here, "is for this model alone; it takes a number, not a mapping", "value")
                 else:
-                    self.value(spec, value, here, slot.name)
+                    self.value(slot.parameters[name], value, here, slot.name)
 
     def takers(self, name: str, groups: Sequence[Sequence[Slot]], here: Location, *, replaces: bool) -> list[Slot]:
         """The stages that a value from outside goes to: in each pipeline the one that does not set it inside."""
@@ -214,90 +206,71 @@ class Checker:
                 return []
             found |= {s.cls: s for s in rivals or (claims if replaces else [])}
         if not found:
-            owner = next(s.name for group in groups for s in group if s.parameter(name) is not None)
+            owner = next(s.name for group in groups for s in group if name in s.parameters)
             again = spell(here[:-1])
             self.say(here, f"{name!r} is set inside the stage {owner!r} and again in {again}; keep one of them")
         return list(found.values())
 
-    def unknown(self, location: Location, known: Sequence[str], slots: Iterable[Slot]) -> None:
-        if known:
-            self.faults.append(unknown(location, known))
-        else:
-            names = ", ".join(dict.fromkeys(slot.name for slot in slots))
-            self.faults.append(
-                Fault(location, f"unknown key {location[-1]!r}", "unknown", f"; {names} takes no parameters")
-            )
+    def unknown(self, location: Location, known: Iterable[str], slots: Iterable[Slot]) -> None:
+        key = str(location[-1])
+        nothing = f"; {', '.join(dict.fromkeys(slot.name for slot in slots))} takes no parameters"
+        self.say(location, f"unknown key {key!r}", "unknown", did_you_mean(key, known) or nothing)
 
     # -- values
 
     def value(self, spec: Parameter, value: Any, location: Location, who: str, *, nested: bool = False) -> None:
         """One value, a ramp over depth, cases by tensor, or one of these per model."""
         if self.ramps and is_cases(value):
-            self.cases(spec, value, location, who, nested=nested)
+            for i, case in enumerate(value):
+                self.case(spec, case, (*location, i), who, nested=nested, last=i + 1 == len(value))
+        elif isinstance(value, Mapping) and nested:
+            self.say(location, "takes a number or a list of numbers, not a mapping", "value")
+        elif isinstance(value, Mapping) and not spec.each:
+            self.say(location, f"{who} takes one {spec.name} for all models, not one per model")
         elif isinstance(value, Mapping):
-            if nested:
-                self.say(location, "takes a number or a list of numbers, not a mapping", "value")
-            elif not spec.each:
-                self.say(location, f"{who} takes one {spec.name} for all models, not one per model")
-            else:
-                self.per_model(spec, value, location, who)
+            for name, one in value.items():
+                if name in self.models:
+                    self.value(spec, one, (*location, name), who, nested=True)
+                else:
+                    hint = did_you_mean(str(name), self.models)
+                    self.say((*location, name), f"unknown model {name!r}", "unknown", hint)
+        elif isinstance(value, (list, tuple)) and self.ramps:
+            self.ramp(spec, value, location, who)
         elif isinstance(value, (list, tuple)):
-            self.ramp(spec, value, location, who) if self.ramps else self.each(spec, value, location, who)
-        elif text := spec.check(value):
+            if len(value) != len(self.models):
+                self.say(location, f"{who}: {spec.name} has {len(value)} values for {len(self.models)} models")
+            for i, one in enumerate(value):
+                self.one(spec, one, (*location, i), who)
+        else:
+            self.one(spec, value, location, who)
+
+    def one(self, spec: Parameter, value: Any, location: Location, who: str) -> None:
+        if text := spec.check(value):
             self.say(location, f"{who}: {text}")
 
-    def per_model(self, spec: Parameter, values: Mapping[str, Any], location: Location, who: str) -> None:
-        for name, value in values.items():
-            here = (*location, name)
-            if name not in self.models:
-                hint = did_you_mean(str(name), self.models)
-                self.faults.append(Fault(here, f"unknown model {name!r}", "unknown", hint))
-            else:
-                self.value(spec, value, here, who, nested=True)
-
-    def cases(self, spec: Parameter, cases: Sequence[Any], location: Location, who: str, *, nested: bool) -> None:
-        for i, case in enumerate(cases):
-            here = (*location, i)
-            if not isinstance(case, Mapping):
-                if i + 1 < len(cases):
-                    self.say(here, "is for every tensor, so that the cases behind it never count; put it last", "value")
-                value, inside = case, here
-            else:
-                value, inside = case.get("value"), (*here, "value")
-                try:
-                    Case.model_validate(case)
-                except ValidationError as error:
-                    faults = [Fault.caught(detail, Case, PYTHON) for detail in error.errors(include_url=False)]
-                    self.faults += [fault._replace(location=(*here, *fault.location)) for fault in faults]
-            if value is not None:
-                self.value(spec, value, inside, who, nested=nested)
+    def case(self, spec: Parameter, case: Any, location: Location, who: str, *, nested: bool, last: bool) -> None:
+        value, inside = case, location
+        if isinstance(case, Mapping):
+            value, inside = case.get("value"), (*location, "value")
+            try:
+                Case.model_validate(case)
+            except ValidationError as error:
+                faults = [Fault.caught(detail, Case, PYTHON) for detail in error.errors(include_url=False)]
+                self.faults += [fault._replace(location=(*location, *fault.location)) for fault in faults]
+        elif not last:
+            self.say(location, "is for every tensor, so that the cases behind it never count; put it last", "value")
+        if value is not None:
+            self.value(spec, value, inside, who, nested=nested)
 
     def ramp(self, spec: Parameter, points: Sequence[Any], location: Location, who: str) -> None:
+        about = f"{who}: {spec.name}"
         if spec.kind != "number":
-            self.say(
-                location, f"{who}: {spec.name} takes one value ({spec.range}), not a list; lists of numbers are ramps"
-            )
-        elif not points:
-            self.say(location, f"{who}: {spec.name} is an empty list; a ramp needs at least one number")
-        for i, point in enumerate(points if spec.kind == "number" else ()):
+            self.say(location, f"{about} takes one value ({spec.range}), not a list; lists of numbers are ramps")
+            return
+        if not points:
+            self.say(location, f"{about} is an empty list; a ramp needs at least one number")
+        for i, point in enumerate(points):
             if isinstance(point, str) and isinstance(plain_scalar(point), str):
-                self.say((*location, i), f"{who}: {spec.name} holds {point!r}; a ramp over depth takes numbers only")
-            elif text := spec.check(point):
-                self.say((*location, i), f"{who}: {text}")
-
-    def each(self, spec: Parameter, values: Sequence[Any], location: Location, who: str) -> None:
-        """One value per model, in their order."""
-        if len(values) != len(self.models):
-            self.say(location, f"{who}: {spec.name} has {len(values)} values for {len(self.models)} models")
-        for i, value in enumerate(values):
-            if text := spec.check(value):
-                self.say((*location, i), f"{who}: {text}")
-
-
-def _parts(rule: Any) -> Mapping[str, Any]:
-    """A rule's method and parameters, as written or as a model."""
-    return rule if isinstance(rule, Mapping) else {k: getattr(rule, k, None) for k in ("method", "parameters")}
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else ()
+                self.say((*location, i), f"{about} holds {point!r}; a ramp over depth takes numbers only")
+            else:
+                self.one(spec, point, (*location, i), who)

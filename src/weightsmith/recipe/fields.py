@@ -9,11 +9,13 @@ from weightsmith.core.errors import did_you_mean
 from weightsmith.core.keys import DTYPES, RULE_ROLES
 from weightsmith.core.parameter import plain_number
 from weightsmith.recipe.aliases import expand
-from weightsmith.recipe.grammar import PYTHON, Grammar, Reading, kind_of
+from weightsmith.recipe.grammar import PYTHON, Grammar, Reading, kind_of, mapping
 from weightsmith.recipe.reader import Location
 
 __all__ = ["OUTSIDE", "BlockRange", "Case", "Located", "Selector", "StageSpec", "Stages", "Values", "Words", "plain"]
 
+KEEP = "keep"
+"""The one-word treatment of a rule that takes the base's tensor."""
 OUTSIDE = "outside"
 """As `layers`: the tensors outside the blocks (embeddings, final norm, head)."""
 
@@ -147,7 +149,7 @@ class WithParameters(Grammar):
         """The parameters that stand with a model, as written."""
         if isinstance(ref, WithParameters):
             return ref.parameters
-        return {k: v for k, v in ref.items() if k not in cls.model_fields} if isinstance(ref, Mapping) else {}
+        return {k: v for k, v in mapping(ref).items() if k not in cls.model_fields}
 
 
 class StageSpec(Grammar):

@@ -23,7 +23,7 @@ from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.recipe.files import exists, expanded
 from weightsmith.recipe.reader import Document, Location, plain_scalar, spell
 
-__all__ = ["PYTHON", "Fault", "Grammar", "Reading", "build", "kind_of", "unknown"]
+__all__ = ["PYTHON", "Fault", "Grammar", "Reading", "build", "kind_of", "listing", "mapping", "unknown"]
 
 G = TypeVar("G", bound="Grammar")
 
@@ -110,6 +110,16 @@ def unknown(location: Location, known: Iterable[str], more: str = "") -> Fault:
     """An unknown key, with the nearest known one."""
     key = str(location[-1])
     return Fault(location, f"unknown key {key!r}", "unknown", did_you_mean(key, known) + more)
+
+
+def mapping(value: Any) -> Mapping[Any, Any]:
+    """The value if it is a mapping, else an empty one: that it is none is a fault of its own."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def listing(value: Any) -> Sequence[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def kind_of(value: Any) -> str:

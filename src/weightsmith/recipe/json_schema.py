@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from weightsmith.core.method import Filter, Method, Parameter, Stage, registered
+from weightsmith.core.method import Parameter, Stage, registered
 from weightsmith.recipe.fields import Case
 from weightsmith.recipe.schema import ModelRef, Module, Modules, Recipe, Rule, Slices
 
@@ -26,21 +26,15 @@ def schema(plugins: bool = True) -> dict[str, Any]:
         if plugins or cls.__module__.startswith(("weightsmith.methods.", "weightsmith.codecs."))
     }
     models = [(kind, "validation") for kind in (Recipe, ModelRef, Slices, Modules, Module, Rule, Case)]
-    defs = models_json_schema(models, schema_generator=_Untitled)[1]["$defs"]  # type: ignore[arg-type]
-    defs = {name: _with_short_forms(made) for name, made in defs.items()}
-    merging = {n: cls for n, cls in stages.items() if issubclass(cls, (Filter, Method))}
-    for owner, name, form in (
-        ("ModelRef", "model", {"anyOf": [{"type": "string"}, *_COMPOSED]}),
-        ("Recipe", "method", _ref("method")),
-        ("Rule", "method", _ref("method")),
-        ("Recipe", "parameters", _ref("parameters")),
-        ("Rule", "parameters", _ref("parameters")),
-    ):
-        was = defs[owner]["properties"][name]
-        defs[owner]["properties"][name] = form | {k: v for k, v in was.items() if k == "description"}
-    defs["ModelRef"]["properties"] |= _joined(stages, per_model=False)
+    defs = _with_short_forms(models_json_schema(models, schema_generator=_Untitled)[1]["$defs"])  # type: ignore[arg-type]
+    defs["ModelRef"]["properties"]["model"]["anyOf"] = [{"type": "string"}, *_COMPOSED]
+    for owner in ("Recipe", "Rule"):
+        for name in ("method", "parameters"):
+            about = defs[owner]["properties"][name].get("description", "of the method")
+            defs[owner]["properties"][name] = _ref(name) | {"description": about}
+    defs["ModelRef"]["properties"] |= _parameters(stages, each=True)
     defs |= {
-        "parameters": {"type": "object", "properties": _joined(merging, per_model=True)},
+        "parameters": {"type": "object", "properties": _parameters(stages)},
         "method": {"anyOf": [_ref("StageSpec"), {"type": "array", "items": _ref("StageSpec"), "minItems": 1}]},
         "StageSpec": _stage(stages),
         **{f"{n} parameters": _stage_parameters(cls) for n, cls in stages.items()},
@@ -65,11 +59,12 @@ class _Untitled(GenerateJsonSchema):
         return made | {"description": _summary(schema["cls"])}
 
 
-def _ref(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/$defs/{name.replace(' ', '%20')}"}
+def _ref(*path: str) -> dict[str, Any]:
+    return {"$ref": "/".join(["#/$defs", *path]).replace(" ", "%20")}
 
 
 _COMPOSED = [_ref(name) for name in ("Recipe", "Slices", "Modules")]
+_SHORT = [_ref("ModelRef"), _ref("Tokenizer")]
 
 
 def _with_short_forms(made: Any) -> Any:
@@ -79,10 +74,10 @@ def _with_short_forms(made: Any) -> Any:
     if not isinstance(made, dict):
         return made
     made = {key: _with_short_forms(one) for key, one in made.items() if key != "examples"}
-    if made.get("$ref") in (_ref("ModelRef")["$ref"], _ref("Tokenizer")["$ref"]):
-        forms = [{"type": "string"}, {"$ref": made.pop("$ref")}]
-        return made | {"anyOf": [*forms, *(_COMPOSED if "ModelRef" in forms[1]["$ref"] else [])]}
-    return made
+    ref = {"$ref": made.pop("$ref")} if "$ref" in made else None
+    if ref in _SHORT:
+        return made | {"anyOf": [{"type": "string"}, ref, *(_COMPOSED if ref == _SHORT[0] else [])]}
+    return made | (ref or {})
 
 
 def _summary(cls: type) -> str:
@@ -100,6 +95,16 @@ def _stage(stages: Mapping[str, type[Stage]]) -> dict[str, Any]:
     return {"anyOf": [{"enum": list(stages)}, {"type": "string"}, whole]}
 
 
+def _parameters(stages: Mapping[str, type[Stage]], *, each: bool = False) -> dict[str, Any]:
+    """Every parameter of every method; one name may mean different ranges, any of which is valid."""
+    owners: dict[str, list[str]] = {}
+    for name, cls in stages.items():
+        for spec in cls.parameters():
+            if spec.each or not each:
+                owners.setdefault(spec.name, []).append(f"{name} parameters")
+    return {n: {"anyOf": [_ref(owner, "properties", n) for owner in found]} for n, found in sorted(owners.items())}
+
+
 def _stage_parameters(cls: type[Stage]) -> dict[str, Any]:
     return {
         "type": "object",
@@ -109,13 +114,12 @@ def _stage_parameters(cls: type[Stage]) -> dict[str, Any]:
     }
 
 
-def _parameter(spec: Parameter, *, per_model: bool = True) -> dict[str, Any]:
+def _parameter(spec: Parameter) -> dict[str, Any]:
     """One parameter: a value, a ramp over depth, or (where experts may differ) a mapping from model names, or cases."""
-    one = _value(spec)
-    forms = [one]
+    forms = [_value(spec)]
     if spec.kind == "number":
         forms.append({"type": "array", "items": _number(spec), "minItems": 1})
-    if spec.each and per_model:
+    if spec.each:
         forms.append({"type": "object", "additionalProperties": {"anyOf": list(forms)}})
     forms.append({"type": "array", "items": {"anyOf": [_ref("Case"), *forms, {"type": "null"}]}})
     described: dict[str, Any] = {"description": f"{spec.help}; {spec.range}"}
@@ -125,10 +129,8 @@ def _parameter(spec: Parameter, *, per_model: bool = True) -> dict[str, Any]:
 
 
 def _value(spec: Parameter) -> dict[str, Any]:
-    if spec.kind == "flag":
-        return {"type": "boolean"}
-    if spec.kind == "choice":
-        return {"enum": list(spec.options)}
+    if spec.kind in ("flag", "choice"):
+        return {"enum": list(spec.options)} if spec.options else {"type": "boolean"}
     number = _number(spec)
     return {"anyOf": [number, {"enum": list(spec.options)}]} if spec.options else number
 
@@ -140,15 +142,3 @@ def _number(spec: Parameter) -> dict[str, Any]:
     if spec.high != float("inf"):
         found["exclusiveMaximum" if spec.high_open else "maximum"] = spec.high
     return found
-
-
-def _joined(stages: Mapping[str, type[Stage]], *, per_model: bool) -> dict[str, Any]:
-    """Every parameter of every method; one name may mean different ranges, any of which is valid."""
-    forms: dict[str, list[dict[str, Any]]] = {}
-    for name, cls in stages.items():
-        for spec in cls.parameters():
-            if spec.each or per_model:
-                form = _parameter(spec, per_model=per_model)
-                form["description"] = f"{name}: {form['description']}"
-                forms.setdefault(spec.name, []).append(form)
-    return {n: f[0] if len(f) == 1 else {"anyOf": f} for n, f in sorted(forms.items())}

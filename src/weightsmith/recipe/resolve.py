@@ -9,8 +9,8 @@ from typing import Any
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Parameter, Pipeline, Stage, registry
 from weightsmith.recipe.cases import MISSING, applies, choose
-from weightsmith.recipe.check import KEEP, Slot, claimants, completed
-from weightsmith.recipe.fields import StageSpec
+from weightsmith.recipe.check import Slot, claimants, completed
+from weightsmith.recipe.fields import KEEP, StageSpec
 from weightsmith.recipe.schema import Recipe, Rule
 
 __all__ = ["Resolver", "ramp"]

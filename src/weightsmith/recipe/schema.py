@@ -9,8 +9,9 @@ from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.units import parse_size
 from weightsmith.io.read.folder import INDEX
-from weightsmith.recipe.check import KEEP, method_faults, written
+from weightsmith.recipe.check import method_faults, written
 from weightsmith.recipe.fields import (
+    KEEP,
     OUTSIDE,
     BlockRange,
     Dtype,
@@ -26,7 +27,7 @@ from weightsmith.recipe.fields import (
     named,
 )
 from weightsmith.recipe.files import SUFFIXES, exists
-from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, kind_of, unknown
+from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, kind_of, listing, mapping, unknown
 from weightsmith.recipe.reader import Document, Location, spell
 
 __all__ = [
@@ -109,7 +110,7 @@ class Slices(Grammar):
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
-        for i, ref in enumerate(tree.get("slices") or ()):
+        for i, ref in enumerate(listing(tree.get("slices"))):
             yield from ModelRef.without_parameters(ref, ("slices", i), "parameters belong to the models of a recipe")
 
 
@@ -232,12 +233,11 @@ class Recipe(Grammar):
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
-        models = tree.get("models")
-        refs = models if isinstance(models, Mapping) else {}
+        refs = mapping(tree.get("models"))
         yield from method_faults(tree, {name: ModelRef.own(ref) for name, ref in refs.items()}, ModelRef.model_fields)
         yield from ModelRef.without_parameters(tree.get("base"), ("base",), "parameters are for the models")
         if not reading.python:
-            if KEEP in [name for name, *_ in written(tree.get("method", ()), ())]:
+            if any(name == KEEP for name, *_ in written(tree.get("method"))):
                 text = "method 'keep' takes the base's tensor; it is for rules, not for the whole recipe"
                 yield Fault(("method",), text)
             yield from _wrong_models(tree.get("base"), refs, reading)
@@ -246,8 +246,7 @@ class Recipe(Grammar):
 
 def _named(tree: Mapping[str, Any]) -> list[str]:
     """What a tokenizer may be called after."""
-    models = tree.get("models")
-    return [*(["base"] if tree.get("base") is not None else []), *(models if isinstance(models, Mapping) else ())]
+    return [*(["base"] if tree.get("base") is not None else []), *mapping(tree.get("models"))]
 
 
 def _with_located_tokenizer(tree: Mapping[str, Any], reading: Reading) -> Mapping[str, Any]:
