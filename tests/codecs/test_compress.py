@@ -317,9 +317,9 @@ def test_a_rule_may_share_a_merged_tensor(there: Path) -> None:
 def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that stops after some tensors is finished by the next, to the same bytes."""
     compress(recipe(there), there / "whole", threads=1)
-    from weightsmith.engine import execute
+    from weightsmith.engine.sites import Reader
 
-    real, calls = execute.site_of, []
+    real, calls = Reader.site, []
 
     def failing(*args):
         calls.append(args)
@@ -328,7 +328,7 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "site_of", failing)
+        patch.setattr(Reader, "site", failing)
         with pytest.raises(KeyboardInterrupt):
             squeeze(there)
     assert not (there / "small").exists()

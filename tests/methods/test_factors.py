@@ -15,7 +15,7 @@ from kit import noise
 from test_conformance import Peak
 from weightsmith.core.errors import NumericError
 from weightsmith.core.method import registry
-from weightsmith.engine import execute
+from weightsmith.engine.sites import Reader
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
@@ -65,16 +65,16 @@ def test_the_result_is_that_of_the_full_models(base: Source, experts: dict[str, 
 
 def seen(monkeypatch: pytest.MonkeyPatch, experts: dict[str, Source], method: object, base: Source) -> set[str]:
     """Whether the engine gave the weight's task vectors as factors, with no data beside them, or dense."""
-    found, original = set(), execute.site_of
+    found, original = set(), Reader.site
 
-    def watched(key, *rest):
-        site = original(key, *rest)
+    def watched(self, key, *rest):
+        site = original(self, key, *rest)
         if key.name == WEIGHT:
             assert not (site.factors and (site.each or site.stack.device.type != "meta"))
             found.add("factors" if site.factors else "dense")
         return site
 
-    monkeypatch.setattr(execute, "site_of", watched)
+    monkeypatch.setattr(Reader, "site", watched)
     weightsmith.merge(experts, method, base)
     return found
 

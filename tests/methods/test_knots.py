@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize("shared", ["left", "right"])
 @BOTH
 def test_coordinates_hold_the_task_vectors(shared):
     site = sites({f"e{i}": {"w": c} for i, c in enumerate(CHANGES)}, {"w": torch.zeros(10, 12)})["w"]
-    basis, z = Knots(shared=shared)._coordinates(site)
+    basis, z = Knots(shared=shared).coordinates(site)
     assert basis.shape[1] == 6, "the sum of the ranks"
     for change, own in zip(CHANGES, z, strict=True):
         product = basis.float() @ own

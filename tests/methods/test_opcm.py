@@ -217,5 +217,5 @@ def test_notes_hold_for_their_base_only(there: Path) -> None:
 
 
 def test_auto_is_one_model():
-    assert Opcm()._start == (1, 1.0)
+    assert Opcm().start == (1, 1.0)
     assert Opcm().informed(None, {"earlier": {"opcm": {"merged": 3, "lambda": 1.7}}}) == Opcm(merged=3, lambda_=1.7)  # type: ignore[arg-type]
