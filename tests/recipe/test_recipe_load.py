@@ -7,9 +7,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from weightsmith.core.errors import RecipeError
+from weightsmith.methods.ties import Ties
 from weightsmith.recipe.load import load, loads
 from weightsmith.recipe.schema import ModelRef, Output, Recipe, Rule, StageSpec
 
@@ -136,6 +139,9 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: linear\nrules: [{match: x, method: keep, parameters: {weight: 1}}]", r"unknown key 'weight' in rules\[0\]\.parameters; keep takes no parameters$"),
         (TWO + "method: ties\nparameters: 3", r"r\.yaml:4:\d+: parameters should be a mapping of parameters, is 3$"),
         (TWO + "method: ties\nparameters: {density: 30}", r"r\.yaml:4:\d+: ties: density = 30 is outside \(0, 1\]; write 30% as 0\.3$"),
+        (TWO + "method: ties\nparameters: {weight: '0.5'}", r"r\.yaml:4:14: ties: weight = '0\.5' is a text; write 0\.5 without quotes$"),
+        (TWO + "method: ties\nseed: '3'", r"seed should be a whole number, is \"3\"; write 3 without quotes$"),
+        (TWO + "method: ties\nnonfinite: alow", r"did you mean 'allow'\?$"),
         (TWO + "method: ties\nparameters: {density: .nan}", r"ties: density = nan is outside \(0, 1\]$"),
         (TWO + "method: ties\nparameters: {density: null}", r"ties: density = None is outside \(0, 1\]$"),
         (TWO + "method: ties\nparameters: {density: yes}", r"ties: density = 'yes' is outside \(0, 1\]$"),
@@ -233,6 +239,21 @@ def test_an_unknown_method_does_not_make_its_parameters_unknown() -> None:
     with pytest.raises(RecipeError) as caught:
         loads(TWO + "method: my_own\nparameters: {temperature: 3}")
     assert "temperature" not in str(caught.value)
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
+def test_scalars_of_numpy_and_torch_are_numbers(half: object) -> None:
+    tree = {
+        "base": "b",
+        "models": {"a": {"model": "x", "weight": half}, "c": "y"},
+        "method": {"ties": {"density": half}},
+    }
+    recipe = Recipe.model_validate(tree)
+    assert recipe.models["a"].parameters == {"weight": 0.5}
+    assert recipe.method[0].parameters == {"density": 0.5}
+    assert Ties(density=half) == Ties(density=0.5)
+    with pytest.raises(RecipeError, match="unknown method 'tie'; did you mean 'ties'"):
+        Recipe.model_validate({**tree, "method": "tie"})
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -114,10 +114,10 @@ BOMB = "a0: &a0 [1,2,3,4,5,6,7,8,9]\n" + "".join(
     ],
 )
 def test_refused(text: str, message: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(RecipeError, match=message):
         read(text, "r")
-    assert time.perf_counter() - began < 5, "hostile text must be refused at once"
+    assert time.process_time() - began < 5, "hostile text must be refused at once"
 
 
 def test_depth_is_counted_not_guessed() -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.method import Codec, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.core.parameter import plain_number
 from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.cases import is_cases
 from weightsmith.recipe.fields import Case, StageSpec
@@ -245,7 +246,7 @@ class Checker:
             self.one(spec, value, location, who)
 
     def one(self, spec: Parameter, value: Any, location: Location, who: str) -> None:
-        if text := spec.check(value):
+        if text := spec.check(plain_number(value)):
             self.say(location, f"{who}: {text}")
 
     def case(self, spec: Parameter, case: Any, location: Location, who: str, *, nested: bool, last: bool) -> None:
