@@ -85,7 +85,7 @@ def pairs(matrix: Matrix) -> list[float]:
 
 
 def measures(totals: Mapping[str, Any]) -> Measures:
-    """The figures that follow from totals of `Survey`, and of `spectral_totals`, with 'tensors' and 'entries'."""
+    """The figures that follow from totals of `survey`, and of `spectral_totals`, with 'tensors' and 'entries'."""
     found = {name: np.asarray(value) for name, value in totals.items()}
     gram, masks, entries = found["gram"], found["masks"], int(found["entries"])
     norms = np.sqrt(gram.diagonal())
