@@ -17,7 +17,7 @@ from torch import Tensor
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.open import open_source
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import MemorySource, Source
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -204,3 +204,88 @@ def test_live_logits(case: str, tmp_path: Path) -> None:
     assert len(shown.keys) == len(source.keys) + own_head
     if "tied" in case:
         assert json.loads(config_of(shown) or "")["tie_word_embeddings"] is not own_head
+
+
+# --- modules of torch --------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x)[0]
+
+
+class Convolutions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 6, 3, padding=1)
+        self.point = torch.nn.Conv2d(6, 6, 1)
+        self.line = torch.nn.Conv1d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.point(self.conv(x)).flatten(2))
+
+
+class Flat(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(12, 8)
+        self.up, self.down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.embed(x)))
+
+
+IMAGE = torch.linspace(-1, 1, 4 * 5 * 5).reshape(1, 4, 5, 5)
+LORA = {"r": 2, "lora_alpha": 6}
+MODULES: dict[str, tuple[type[torch.nn.Module], Tensor, peft.PeftConfig]] = {
+    "attention": (Attention, torch.linspace(-1, 1, 48).reshape(2, 3, 8), peft.LoraConfig(**LORA, target_modules=["attn"])),
+    "convolutions": (Convolutions, IMAGE, peft.LoraConfig(**LORA, target_modules=["conv", "point", "line"])),
+    "DoRA of convolutions": (
+        Convolutions, IMAGE, peft.LoraConfig(**LORA, use_dora=True, target_modules=["conv", "point"])
+    ),
+    "LoHa": (Flat, TOKENS[:, :5] % 12, peft.LoHaConfig(r=2, alpha=6, target_modules=["up", "down"])),
+    "LoHa of convolutions": (Convolutions, IMAGE, peft.LoHaConfig(r=2, alpha=6, target_modules=["conv", "point"])),
+    "LoHa with cores": (
+        Convolutions, IMAGE, peft.LoHaConfig(r=2, alpha=6, use_effective_conv2d=True, target_modules=["conv"])
+    ),
+    "LoKr": (Flat, TOKENS % 12, peft.LoKrConfig(r=2, alpha=6, target_modules=["up", "down"])),
+    "LoKr, both low": (
+        Flat, TOKENS % 12, peft.LoKrConfig(r=1, alpha=6, decompose_both=True, decompose_factor=4, target_modules=["up"])
+    ),
+    "LoKr, whole": (Flat, TOKENS % 12, peft.LoKrConfig(r=64, alpha=6, target_modules=["up", "down"])),
+    "LoKr of convolutions": (Convolutions, IMAGE, peft.LoKrConfig(r=1, alpha=6, target_modules=["conv"])),
+    "LoKr with cores": (
+        Convolutions, IMAGE, peft.LoKrConfig(r=1, alpha=6, use_effective_conv2d=True, target_modules=["conv"])
+    ),
+    "tokens alone": (Flat, TOKENS % 12, peft.TrainableTokensConfig(token_indices=[4, 1], target_modules=["embed"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_live_outputs_of_modules(case: str, tmp_path: Path) -> None:
+    make, given, config = MODULES[case]
+    torch.manual_seed(0)
+    base = make().eval()
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        want = model(given)
+        model.save_pretrained(tmp_path)
+        shown = open_source(tmp_path, base=MemorySource(base.state_dict(), "base"))
+        got = make().eval()
+        got.load_state_dict({name: shown.read(name) for name in shown.keys})
+        assert float((base(given) - want).abs().max()) > 0.01
+        torch.testing.assert_close(got(given), want, rtol=1e-5, atol=1e-5)
+    for name in shown.keys:
+        if len(shown.key(name).shape) == 2 and (pair := shown.factors(name, shown.base)) is not None:
+            delta = shown.read(name) - base.state_dict()[name]
+            torch.testing.assert_close(pair[0] @ pair[1], delta, rtol=1e-4, atol=1e-5)
+        whole = shown.read(name)
+        for row in range(shown.key(name).rows):
+            assert torch.equal(shown.read(name, row, row + 1), whole[row : row + 1])

@@ -140,7 +140,22 @@ def _layer(found: Changes, adapter: Adapter, base: Source, targets: Targets, mod
         raise SourceError(
             f"{adapter.label}: {weight.name!r} in {base} is {weight.dtype} (quantised?); give the full model"
         )
-    return _checked(adapter, base, Layer(module, weight))
+    return _checked(adapter, base, Layer(_attention(found, targets, module, weight), weight))
+
+
+def _attention(found: Changes, targets: Targets, module: Module, weight: Key) -> Module:
+    """The output projection of torch's MultiheadAttention as a running peft model has it (as of peft 0.21.2)."""
+    attention = weight.name.removesuffix(".out_proj.weight")
+    if attention == weight.name or f"{attention}.in_proj_weight" not in targets.base.keys:
+        return module
+    if ".base_layer." in module.name:
+        found.says.append(f"{attention}.out_proj: its change counts twice, as it does in a running peft model")
+        return replace(module, scale=2 * module.scale)
+    found.says.append(
+        f"{attention}.out_proj is adapted without its in_proj: merged as peft merges it, but it has no effect in a running "
+        "peft model"
+    )
+    return module
 
 
 def _checked(adapter: Adapter, base: Source, layer: Layer) -> Layer:
