@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from weightsmith.core.errors import WeightsmithError, did_you_mean
+from weightsmith.core.errors import WeightsmithError, did_you_mean, some
 from weightsmith.core.keys import Key
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.package.companions import tokenizer_files
+from weightsmith.io import system
+from weightsmith.io.package.companions import tokenizer_files, tokenizer_home, trained_modules
 from weightsmith.io.package.template import AUTO, CHATML, most_common_template, template_of
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.peft import adapter_in
+from weightsmith.io.read.small import read_json
+from weightsmith.io.read.source import Origin, Source
 from weightsmith.io.read.vocabulary import difference
 from weightsmith.recipe.schema import Recipe
 from weightsmith.tokens.view import VocabularyView
-from weightsmith.tokens.vocabulary import LOGITS_BIAS, vocabulary_of
+from weightsmith.tokens.vocabulary import LOGITS_BIAS, read_tokens, vocabulary_of
 
 __all__ = [
     "chat_template",
     "is_of_tokens",
+    "modules_beside",
     "rows_problem",
     "tokenizer_folder",
     "tokenizer_problems",
     "vocabulary_problems",
+    "what_is_lost",
 ]
+
+_LIMIT = 16_000_000
 
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
@@ -36,7 +44,7 @@ def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
     if recipe.tokenizer is None or recipe.tokenizer.source == "union":
         return None
     named = dict(inputs.models).get(recipe.tokenizer.source)
-    return named.origin.folder if named is not None else Path(recipe.tokenizer.source)
+    return tokenizer_home(named.origin) if named is not None else Path(recipe.tokenizer.source)
 
 
 def vocabulary_problems(
@@ -47,7 +55,7 @@ def vocabulary_problems(
         return  # a view of every model in one vocabulary
     for name, source in experts.items() if merged else ():
         try:
-            found = difference(reference.origin.folder, source.origin.folder) if source is not reference else None
+            found = difference(_home(reference, merged), _home(source, merged)) if source is not reference else None
         except WeightsmithError as error:
             yield f"{name}: {error}"
             continue
@@ -59,6 +67,13 @@ def vocabulary_problems(
             )
 
 
+def _home(source: Source, merged: Iterable[str]) -> Path | None:
+    """The folder whose tokenizer numbers these rows: an adapter's own only where it trained some of them."""
+    adapter = adapter_in(source)
+    untouched = adapter is not None and not any(name in adapter.changed for name in merged)
+    return source.origin.folder if untouched else tokenizer_home(source.origin)
+
+
 def rows_problem(models: Mapping[str, Source]) -> str:
     """What to say of two models with unlike numbers of tokens, once for all of their tensors: why, and the ways out."""
     (label, first), (other, second) = models.items()
@@ -68,7 +83,12 @@ def rows_problem(models: Mapping[str, Source]) -> str:
     ]  # fmt: skip
     name = next((n for n in names if not n.endswith(LOGITS_BIAS)), names[0])
     rows = [source.key(name).shape[-1 if name.endswith(LOGITS_BIAS) else 0] for source in (first, second)]
+    adapter = adapter_in(second)
     choices = [f"keep the {label}'s rows (exclude: {json.dumps(names)})", f"leave {other} out"]
+    if adapter is not None:
+        choices.append(
+            "merge it alone into its base (models: {x: {model: BASE, adapter: ADAPTER}}, method: passthrough)"
+        )
     if not any(n.endswith(LOGITS_BIAS) for n in names):
         choices.insert(0, "give the models one vocabulary (tokenizer: union, or a model's name)")
     return (
@@ -122,8 +142,7 @@ def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
         return wanted
     named = dict(inputs.models)
     if wanted in named:
-        folder = named[wanted].origin.folder
-        found = template_of(folder) if folder is not None else None
+        found = own_template(named[wanted].origin)
     elif wanted == AUTO:
         found = most_common_template(_folders(inputs))
     elif wanted == "chatml":
@@ -137,6 +156,82 @@ def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
     if found is None and wanted != AUTO:
         raise WeightsmithError(f"chat_template: {wanted} has no chat template; name another model")
     return found
+
+
+def own_template(origin: Origin) -> str | None:
+    """A source's chat template: an adapter's own, else its base's."""
+    folders = (origin.checkpoint, origin.folder)
+    return next((text for folder in folders if folder is not None and (text := template_of(folder))), None)
+
+
+def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[str]:
+    """What lies beside the models and will not be in the result, or comes from one of them: a line each."""
+    if not inputs.models:
+        return
+    reference = inputs.models[0][1].origin
+    home = tokenizer_folder(recipe, inputs) or reference.folder
+    template = chat_template(recipe, inputs) or (template_of(home) if home is not None else None)
+    ending = _ending(home)
+    for name, source in inputs.experts.items():
+        theirs, last = own_template(source.origin), _ending(tokenizer_home(source.origin))
+        if theirs and theirs.strip() != (template or "").strip():
+            state = "another" if template else "none"
+            yield f"{name} has a chat template, the result will have {state} (chat_template: {name} takes it)"
+        if last and ending and last != ending:
+            yield f"{name} ends with {last!r}, the result's tokenizer with {ending!r} (tokenizer: {name} takes its)"
+    yield from modules_beside(inputs)[1]
+    if recipe.tokenizer is not None and ending and reference.numbering is None:
+        yield from _unlike_ending(ending, home, reference)
+
+
+def modules_beside(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
+    """Files of Sentence-Transformers modules that were trained beside an adapter, and what to say of them."""
+    files: dict[str, Path] = {}
+    says: list[str] = []
+    taken = ""
+    for name, source in inputs.experts.items():
+        own = trained_modules(source.origin)
+        unlike = [
+            file
+            for file, folder in own.items()
+            if not _equal(folder / file, (files.get(file) or source.origin.folder or folder) / file)
+        ]
+        if taken and unlike:
+            says.append(f"{some(unlike)}: taken from {taken}, which was trained with them; those of {name} are dropped")
+        elif own and unlike:
+            files, taken = own, name
+            says.append(f"{some(unlike)}: taken from {name} as trained there, whatever its weight")
+    return files, says
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and system.read_file(one) == system.read_file(other)
+
+
+def _unlike_ending(ending: str, home: Path | None, reference: Origin) -> Iterator[str]:
+    """Where the tokenizer that was chosen ends a text with a token that generation does not stop at."""
+    tokens = read_tokens(home) if home is not None else None
+    number = None if tokens is None else tokens.ids.get(ending)
+    for file in ("generation_config.json", "config.json"):
+        found = _small(reference.folder, file).get("eos_token_id")
+        stops = found if isinstance(found, list) else [found]
+        if found is not None:
+            if number is not None and number not in stops:
+                yield f"the tokenizer ends with {ending!r} ({number}), {file} stops at {found}: set eos_token_id there"
+            return
+
+
+def _ending(folder: Path | None) -> str | None:
+    """The token that a folder's tokenizer ends a text with."""
+    found = _small(folder, "tokenizer_config.json").get("eos_token")
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
+
+
+def _small(folder: Path | None, file: str) -> dict[str, Any]:
+    path = None if folder is None else folder / file
+    found = read_json(path, _LIMIT) if path is not None and path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _folders(inputs: Inputs) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from weightsmith import __version__
-from weightsmith.inputs.vocabulary import chat_template, tokenizer_folder
+from weightsmith.inputs.vocabulary import chat_template, modules_beside, tokenizer_folder
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, Citation, model_card
 from weightsmith.io.package.companions import Copied, copy_companions
@@ -33,6 +33,7 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
             dtype=changed,
             config=origin.config,
             tokenizer=tokenizer_folder(recipe, job.inputs),
+            modules=modules_beside(job.inputs)[0],
         )
     template = chat_template(recipe, job.inputs)
     if origin.folder is not None and origin.numbering is not None:

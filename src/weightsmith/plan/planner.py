@@ -12,7 +12,13 @@ from weightsmith.core.method import BASE, Grain, Pipeline, Stage
 from weightsmith.core.symmetry import groups
 from weightsmith.core.task import Task, Way, cuttable, parts
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
-from weightsmith.inputs.vocabulary import is_of_tokens, rows_problem, tokenizer_problems, vocabulary_problems
+from weightsmith.inputs.vocabulary import (
+    is_of_tokens,
+    rows_problem,
+    tokenizer_problems,
+    vocabulary_problems,
+    what_is_lost,
+)
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
 from weightsmith.io.read.source import Source
@@ -65,7 +71,8 @@ class Planner:
             return []
         self._extra_tensors()
         self.notes += what_inputs_say(self.inputs)
-        self.problems += tokenizer_problems(self.recipe, self.inputs)
+        self.problems += (unfit := list(tokenizer_problems(self.recipe, self.inputs)))
+        self.notes += what_is_lost(self.recipe, self.inputs) if not unfit and not self.encode else ()
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
         left = 0

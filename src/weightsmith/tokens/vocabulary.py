@@ -12,7 +12,7 @@ from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import layer_of
-from weightsmith.io.package.companions import tokenizer_files
+from weightsmith.io.package.companions import tokenizer_files, tokenizer_home
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.small import read_json, read_small
 from weightsmith.io.read.source import Source
@@ -82,7 +82,8 @@ def vocabulary_of(source: Source) -> Vocabulary | None:
     if origin.numbering is not None:
         found: Vocabulary = origin.numbering.new
         return found
-    return None if origin.folder is None or not origin.folder.is_dir() else read_tokens(origin.folder)
+    home = tokenizer_home(origin)
+    return None if home is None or not home.is_dir() else read_tokens(home)
 
 
 def unite(vocabularies: Iterable[tuple[Vocabulary, int]]) -> Vocabulary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -15,9 +15,10 @@ from weightsmith.io import system
 from weightsmith.io.disk import write_file
 from weightsmith.io.read.folder import is_inside
 from weightsmith.io.read.small import read_json
+from weightsmith.io.read.source import Origin
 
-__all__ = ["TOKENIZER_FILES", "Copied", "companions", "copy_companions", "left_behind", "module_weights",
-           "tokenizer_files", "with_dtype"]  # fmt: skip
+__all__ = ["TOKENIZER_FILES", "Copied", "beside_adapter", "companions", "copy_companions", "left_behind",
+           "module_weights", "tokenizer_files", "tokenizer_home", "trained_modules", "with_dtype"]  # fmt: skip
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -41,7 +42,11 @@ _LEFT: tuple[tuple[str, str], ...] = (
     ("openvino*.xml", "weights"),
     *((f"*.{kind}", "pickle: runs code when loaded") for kind in ("pkl", "pickle", "joblib")),
 )
+_NO_VOCABULARY = ("_config.json", "_map.json", "added_tokens.json", ".jinja")
+"""Ends of names of tokenizer files that hold no vocabulary of their own."""
 _CODE = "code: not copied unless allowed"
+_MODULES = "modules.json"
+_MODULE = re.compile(r"\d+_\w+/[^/]+\.(json|safetensors)")
 _MODULES_LIMIT = 1_000_000  # bytes of modules.json
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".bat")
 _DTYPE_FIELD = re.compile(r'(?P<head>"(?:torch_dtype|dtype)"\s*:\s*")(?P<torch>torch\.)?(?P<name>\w+)"')
@@ -81,6 +86,30 @@ def tokenizer_files(folder: Path) -> list[str]:
     return [name for path in companions(folder, ()) if _is_tokenizer(name := path.as_posix())]
 
 
+def tokenizer_home(origin: Origin) -> Path | None:
+    """The folder of a source's tokenizer: where it was trained, if that has one, else the model's."""
+    own = origin.checkpoint
+    if own is not None and any(not name.endswith(_NO_VOCABULARY) for name in tokenizer_files(own)):
+        return own
+    return origin.folder
+
+
+def beside_adapter(names: Iterable[str]) -> list[str]:
+    """Which of the names in an adapter's folder belong to its tokenizer, or to modules that were trained with it."""
+    return [name for name in names if _is_tokenizer(name) or name == _MODULES or _MODULE.fullmatch(name)]
+
+
+def trained_modules(origin: Origin) -> dict[str, Path]:
+    """Files of Sentence-Transformers modules that lie beside an adapter: name -> its folder."""
+    own = origin.checkpoint
+    if own is None or own == origin.folder or not (own / _MODULES).is_file():
+        return {}
+    folders = _module_folders(own)
+    names = [name for name in sorted(_walk(own)) if str(PurePosixPath(name).parent) in folders and is_inside(own, name)]
+    weights = any(_is_module_weight(name, folders) for name in names)
+    return dict.fromkeys((_MODULES, *names), own) if weights else {}
+
+
 def module_weights(folder: Path, names: Iterable[str]) -> frozenset[str]:
     """Which of some names are weights of Sentence-Transformers modules, as modules.json in the folder lists them."""
     modules = _module_folders(folder)
@@ -95,6 +124,7 @@ def copy_companions(
     dtype: str | None = None,
     config: str | None = None,
     tokenizer: Path | None = None,
+    modules: Mapping[str, Path] | None = None,
     code: bool = False,
 ) -> Copied:
     """Copy the companions of `folder` into `target` and say what has become of each file.
@@ -103,6 +133,7 @@ def copy_companions(
                nothing else in any file changes
     config     what config.json says instead, where the merge has other blocks than the input
     tokenizer  another model's folder, whose tokenizer files go along instead of this one's
+    modules    name -> folder, for files of modules that come from elsewhere
     """
     files = {path.as_posix(): folder for path in companions(folder, weight_files, code=code)}
     left = left_behind(folder, weight_files, code=code)
@@ -114,14 +145,16 @@ def copy_companions(
         left |= dict.fromkeys(own, "the tokenizer comes from another model")
         files = {name: place for name, place in files.items() if name not in left} | dict.fromkeys(theirs, tokenizer)
         left = {name: reason for name, reason in left.items() if name not in files}
+    files |= modules or {}
+    left = {name: reason for name, reason in left.items() if name not in files}
     for name, place in files.items():
         blocks = _blocks(place / name)
         if name == "config.json" and (config is not None or dtype is not None):
             text = config if config is not None else b"".join(blocks).decode(errors="surrogateescape")
             blocks = iter([(with_dtype(text, dtype) if dtype else text).encode(errors="surrogateescape")])
         write_file(target / name, blocks)
-    modules = _module_folders(folder)
-    weights = tuple(name for name in files if _is_module_weight(name, modules))
+    known = _module_folders(folder)
+    weights = tuple(name for name in files if _is_module_weight(name, known))
     return Copied(tuple(sorted(files)), weights, dict(sorted(left.items())))
 
 
@@ -182,7 +215,7 @@ def _is_tokenizer(name: str) -> bool:
 
 def _module_folders(folder: Path) -> frozenset[str]:
     """Sub folders that `modules.json` of Sentence-Transformers names as parts of the model."""
-    path = folder / "modules.json"
+    path = folder / _MODULES
     if not path.is_file():
         return frozenset()
     try:

@@ -152,8 +152,8 @@ def _attention(found: Changes, targets: Targets, module: Module, weight: Key) ->
         found.says.append(f"{attention}.out_proj: its change counts twice, as it does in a running peft model")
         return replace(module, scale=2 * module.scale)
     found.says.append(
-        f"{attention}.out_proj is adapted without its in_proj: merged as peft merges it, but it has no effect in a running "
-        "peft model"
+        f"{attention}.out_proj is adapted without its in_proj: merged as peft merges it, though it has no effect in a "
+        "running peft model"
     )
     return module
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from weightsmith.core.errors import SourceError, public
 from weightsmith.io.disk import write_file
+from weightsmith.io.package.companions import beside_adapter
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
 from weightsmith.io.read.safetensors import Header, parse_header, parse_length
@@ -241,7 +242,8 @@ def open_hub(
         return _open_adapter(folder, base, ref) if (folder / ADAPTER_CONFIG).exists() else _labelled(folder, ref)
     if ADAPTER_CONFIG in repo.sizes:
         # Adapters are small, and their meaning is in the config: fetch both at once.
-        paths = [repo.fetch(file) for file in repo.sizes if file.startswith("adapter_") and "/" not in file]
+        names = [file for file in repo.sizes if file.startswith("adapter_") and "/" not in file]
+        paths = [repo.fetch(file) for file in (*names, *beside_adapter(repo.sizes))]
         repo.note_revision()
         return _open_adapter(paths[0].parent, base, ref)
     return HubSource(repo, ref)

@@ -24,13 +24,14 @@ from weightsmith.io.read.headed import headed_config
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.lora import Adapter, read_peft
 from weightsmith.io.read.source import Block, LowRank, Origin, Source
+from weightsmith.io.read.trained_on import other_base
 from weightsmith.io.read.untied import grown_config, untied_config
 from weightsmith.io.read.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AdapterSource"]
+__all__ = ["AdapterSource", "adapter_in"]
 
 
 class AdapterSource(View):
@@ -48,7 +49,8 @@ class AdapterSource(View):
         self.base = base = laid_out_for(base, (*self.adapter.modules, *self.adapter.whole))
         self._file = self.adapter.file
         found = fitted(self.adapter, base)
-        own = Origin(self.adapter.label, locations=(self.path, *self._file.origin.locations), remarks=tuple(found.says))
+        remarks = (*found.says, *filter(None, [other_base(self.adapter.config, base.origin)]))
+        own = Origin(self.adapter.label, locations=(self.path, *self._file.origin.locations), remarks=remarks)
         super().__init__(base, self._file, origin=base.origin.beside(own, label=f"{own.label} on {base}"))
         self._changes, self.untied = found.tensors, found.untied
         gone = found.dropped.union(found.untied)
@@ -216,6 +218,13 @@ class AdapterSource(View):
 
         columns: Tensor = self._cache.get(("norms", name), norms)
         return (magnitude / columns.to(chunk.dtype)).reshape(1, -1, *rest)
+
+
+def adapter_in(source: Source) -> AdapterSource | None:
+    """The adapter that a source shows, through whatever views; None for a model."""
+    while isinstance(source, View) and not isinstance(source, AdapterSource):
+        source = source.source
+    return source if isinstance(source, AdapterSource) else None
 
 
 class _Recent:

@@ -18,7 +18,7 @@ import numpy as np
 from weightsmith.core.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import write_file, writing
-from weightsmith.io.package.companions import module_weights
+from weightsmith.io.package.companions import beside_adapter, module_weights
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index
@@ -137,7 +137,8 @@ def _open_adapter(url: Url, names: Mapping[str, int | None], base: Source | None
     if weights not in names:
         raise SourceError(f"{url}: has {ADAPTER_CONFIG} but no {weights}; download it first")
     folder = _copies(url)
-    _fetch(url, folder, [ADAPTER_CONFIG, *(name for name in _AT_ONCE if name in names)])
+    small = (name for name in _AT_ONCE if name in names)
+    _fetch(url, folder, dict.fromkeys((ADAPTER_CONFIG, *small, *beside_adapter(names))))
     from weightsmith.io.read.lora import read_peft
     from weightsmith.io.read.peft import AdapterSource
 
