@@ -11,14 +11,8 @@ from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, Pipeline, Stage
 from weightsmith.core.symmetry import groups
 from weightsmith.core.task import Task, Way, cuttable, parts
+from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
-from weightsmith.inputs.vocabulary import (
-    is_of_tokens,
-    rows_problem,
-    tokenizer_problems,
-    vocabulary_problems,
-    what_is_lost,
-)
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
 from weightsmith.io.read.source import Source
@@ -71,8 +65,8 @@ class Planner:
             return []
         self._extra_tensors()
         self.notes += what_inputs_say(self.inputs)
-        self.problems += (unfit := list(tokenizer_problems(self.recipe, self.inputs)))
-        self.notes += what_is_lost(self.recipe, self.inputs) if not unfit and not self.encode else ()
+        self.problems += (unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs)))
+        self.notes += vocabulary.what_is_lost(self.recipe, self.inputs) if not unfit and not self.encode else ()
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
         left = 0
@@ -270,11 +264,11 @@ class Planner:
 
     def _shape_problem(self, key: Key, other: Key, name: str) -> None:
         a, b = list(key.shape), list(other.shape)
-        if is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
+        if vocabulary.is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
             assert self.reference is not None
             models = {self._reference_label(): self.reference, name: self.inputs.experts[name]}
             if not any(text.startswith("tokenizer:") for text in self.inputs.problems):  # that is the one to solve
-                self._once(rows_problem(models))
+                self._once(vocabulary.rows_problem(models))
         else:
             self.problems.append(
                 f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}; "
@@ -342,7 +336,9 @@ class Planner:
             for name, (pipeline, _, _) in self._treatment.items()
             if pipeline is not None and self.reference.keys[name].role in ("embed", "head")
         ]
-        self.problems += vocabulary_problems(self.reference, self._reference_label(), self.inputs.experts, merged)
+        self.problems += vocabulary.vocabulary_problems(
+            self.reference, self._reference_label(), self.inputs.experts, merged
+        )
 
     # -- cutting
 
