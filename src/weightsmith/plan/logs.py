@@ -1,16 +1,17 @@
-"""What the trainer logged for the checkpoints that are merged, for methods that ask for it."""
+"""What inputs say of themselves for methods that ask: logs of trainers, notes of statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.trainer import logged, step_of
 
-__all__ = ["KINDS", "TrainerLogs"]
+__all__ = ["KINDS", "TrainerLogs", "common_notes"]
 
 KINDS = ("steps", "loss", "loss since", "eval_loss", "eval_loss since")
 """The step; the last loss logged up to it; the mean of those logged since the checkpoint before."""
@@ -57,3 +58,9 @@ class TrainerLogs(Mapping[str, tuple[Callable[[], float], ...]]):
         """The step of the checkpoint before, 0 if there is none."""
         here = step_of(self._folder(name))
         return max((step for other in self._experts if (step := step_of(self._folder(other))) < here), default=0)
+
+
+def common_notes(sources: Iterable[Source]) -> dict[str, Any]:
+    """What the statistics of all models say alike about themselves."""
+    first, *others = [dict(source.origin.metadata) for source in sources]
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}

@@ -18,7 +18,7 @@ from weightsmith.io.read.layers import miscounted
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.untied import is_output_layer
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
-from weightsmith.plan.logs import TrainerLogs
+from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
 from weightsmith.plan.remarks import TensorRemarks, what_inputs_say
 from weightsmith.plan.way import way_of
@@ -52,7 +52,7 @@ class Planner:
         self._complained, self._compared = set[str](), set[str]()
         self._remarks = TensorRemarks()
         self._notes_on: dict[str, Mapping[str, Any]] = {
-            stat: _common_notes(found.values()) for stat, found in inputs.stats.items()
+            stat: common_notes(found.values()) for stat, found in inputs.stats.items()
         }
         self._notes_on["earlier"], remarks = earlier_notes(inputs)
         self._notes_on["logged"] = TrainerLogs(inputs.experts)
@@ -411,12 +411,6 @@ class Planner:
         found = [source for stat in pipeline.statistics for source in self.inputs.stats.get(stat, {}).values()]
         sizes = [source.key(key.name).numel for source in found if work and has(source, key.name)]
         return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
-
-
-def _common_notes(sources: Iterable[Source]) -> dict[str, Any]:
-    """What the statistics of all models say alike about themselves."""
-    first, *others = [dict(source.origin.metadata) for source in sources]
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def _is_keep(pipeline: Pipeline) -> bool:
