@@ -22,6 +22,7 @@ from .recipes import (
     FAMILIES,
     LLAMA,
     MERGEKIT,
+    MERGEKIT_MOE,
     MIXTURES,
     RECIPES,
     SWEEPS,
@@ -74,12 +75,17 @@ def cases(root: Root) -> Iterator[Case]:
             adapters = adapters.replace(", weight: 0.7", "")
         text = f"{adapters}method: {method}"
         yield written(f"lora merge: {method} {more}".strip(), "lora merge", f"{text}\nparameters: {{{more}}}\nseed: 5")
+    kept = "models: {a: lora/kept0, b: lora/kept1}\nmethod: "
+    yield written("lora merge: modules in full", "lora merge", f"{kept}{{linear: {{saved: average}}}}")
+    yield written("lora merge: of one", "lora merge", "models: {a: {model: lora/a1, weight: 0.5}}\nmethod: svd")
     yield from _adapters(root)
     for name, (more,) in MIXTURES.items():
         yield written(f"moe: {name}", "moe", f"base: dense/base\n{more}{EXPERTS}", *one)
+    yield written("moe: config of mergekit", "moe", MERGEKIT_MOE, *one)
     for words in TRANSPLANTS:
         yield Case(f"transplant: {' '.join(words)}", _told(root, _transplant(root, words)), False)
     yield written("soup: best two", "soup", LLAMA + "method: average", "--scores", "scores.json", "--size", "2", *one)
+    yield Case("recipe: opcm in two runs", _two_runs(root))
     yield Case("soup: greedy", _greedy(root))
     yield Case("python: merge to a folder", _python(root))
 
@@ -128,6 +134,19 @@ def _transplant(root: Root, words: Sequence[str]) -> Callable[[Path], None]:
         models = root() / "words/x", root() / "words/donor"
         how = ("--method", method, *others, "--threads", "1", "--quiet")
         command("tokenizer", "transplant", *models, folder / "out", *how)
+
+    return make
+
+
+def _two_runs(root: Root) -> Callable[[Path], list[Part]]:
+    """A merge whose first model is what an earlier run made, and wrote about in weightsmith.json."""
+
+    def make(folder: Path) -> list[Part]:
+        first = "base: dense/base\nmodels: {e0: dense/e0, e1: dense/e1}\nmethod: opcm"
+        command("merge", _recipe(root, first), folder / "first", "--threads", "1", "--quiet")
+        second = f"base: dense/base\nmodels: {{first: {folder / 'first'}, e2: dense/e2}}\nmethod: opcm"
+        command("merge", _recipe(root, second), folder / "second", "--threads", "1", "--quiet")
+        return _parts(root, folder)
 
     return make
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .models import AWKWARD, BFLOAT16, FLOAT32, LLAMA, MIXED, VARIED, Model, bell, family, fisher, gram, tensor
 
@@ -41,10 +42,10 @@ def write(folder: Path, state: Model, **config: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}, indent=1))
 
 
-def adapter(folder: Path, rank: int, seed: int, **config: Any) -> None:
-    """A LoRA adapter of 'dense/base'."""
+def adapter(folder: Path, rank: int, seed: int, kept: Mapping[str, Tensor] | None = None, **config: Any) -> None:
+    """A LoRA adapter of 'dense/base'; kept: tensors that it has in full."""
     folder.mkdir(parents=True)
-    tensors: Model = {}
+    tensors: Model = {f"base_model.model.{name}": value for name, value in (kept or {}).items()}
     for module, (rows, columns) in {
         "model.layers.0.self_attn.q_proj": (8, 8),
         "model.layers.1.mlp.up_proj": (12, 8),
@@ -107,12 +108,15 @@ def make(root: Path) -> None:
     for at, (rank, more) in enumerate(((2, {}), (3, {"lora_alpha": 3, "use_rslora": True}), (2, {}), (2, {}), (1, {}))):
         adapter(root / "lora" / f"a{at}", rank, at, **more)
     _formats(root / "formats", base, experts)
+    for at, seed in (("kept0", 7), ("kept1", 8)):
+        more = {"lm_head.weight": tensor(bell((13, 8), at)), "model.norm.weight": tensor(bell((8,), at, "norm"))}
+        adapter(root / "lora" / at, 2, seed, more, modules_to_save=["lm_head", "norm"])
     seeing = {f"language_model.{name}": shape for name, shape in dense(3).items()}
     seeing |= {f"vision_tower.blocks.{i}.w": (3, 5) for i in range(2)} | {"projector.w": (2,)}
     start, tuned = family(2, seeing)
     for name, state in {"base": start, **tuned}.items():
         write(root / "sees" / name, state, text_config={"num_hidden_layers": 3}, vision_config={"depth": 2})
-    _runs(root / "run")
+    _runs(root / "run", tuned)
     listed = [f"w{i}" for i in range(20)]
     words(root / "words" / "base", ["<s>", "</s>", *listed], 8, 0)
     words(root / "words" / "x", ["<s>", "</s>", *listed, "green", "blue"], 8, 1)
@@ -150,11 +154,16 @@ def _formats(root: Path, base: Model, experts: Mapping[str, Model]) -> None:
     write(root / "fp8", scaled, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
 
 
-def _runs(root: Path) -> None:
-    """Checkpoints of adapters with what the trainer logged."""
+def _runs(root: Path, models: Mapping[str, Model]) -> None:
+    """Checkpoints of adapters, and of models, with what the trainer logged."""
     losses = (2.0, 1.25, 1.5)
     for at in range(len(losses)):
         folder = root / f"checkpoint-{100 * (at + 1)}"
         adapter(folder, 2, 10 + at)
         log = [{"step": 100 * (i + 1), "loss": loss, "epoch": i + 1} for i, loss in enumerate(losses[: at + 1])]
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 100 * (at + 1), "log_history": log}))
+        state = json.dumps({"global_step": 100 * (at + 1), "log_history": log})
+        (folder / "trainer_state.json").write_text(state)
+        if at < len(models):
+            full = root.with_name("trained") / folder.name
+            write(full, list(models.values())[at])
+            (full / "trainer_state.json").write_text(state)

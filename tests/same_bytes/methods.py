@@ -55,6 +55,8 @@ def models(kind: str) -> tuple[Model, dict[str, Model]]:
             return family(12, SMALL, BFLOAT16)
         case "large":  # more rows than a block has, more entries than the kernels sample
             return family(3, {"model.layers.0.mlp.up_proj.weight": (523, 521)}, BFLOAT16)
+        case "wide":
+            return family(2, {"model.layers.0.mlp.up_proj.weight": (272, 300)})
         case "odd_dtypes":
             wide = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bfloat16)
             return family(2, LLAMA, wide)
@@ -110,7 +112,8 @@ GIVEN: Mapping[str, Parameters] = {
 
 VARIANTS: Mapping[str, tuple[Parameters, ...]] = {
     "aswudi": (
-        {"rule": "cumulative", "share": 0.8}, {"rule": "stable_rank"}, {"time": 30.0, "init": "mean"}, {"scaling": 0.5},
+        {"rule": "cumulative", "share": 0.8}, {"rule": "stable_rank"}, {"rule": "entropy"}, {"rule": "participation"},
+        {"rule": "gavish_donoho"}, {"rule": "none", "init": "zero"}, {"time": 30.0, "init": "mean"}, {"scaling": 0.5},
         {"min_rank": 3, "min_eigenvalue": 0.01},
     ),
     "breadcrumbs": (
@@ -193,6 +196,7 @@ VARIANTS: Mapping[str, tuple[Parameters, ...]] = {
     "ties": (
         {"density": 1.0}, {"density": 0.5, "scope": "tensor"}, {"density": ODD}, {"density": ODD, "scope": "tensor"},
         {"weight": ODD, "lambda": 0.7}, {"sign": "count"}, {"sign": "count", "zero_sign": "minority"},
+        {"sign": "normmass"}, {"sign": "normfrac", "scope": "tensor"},
         {"zero_sign": "minority", "density": 1.0}, {"zero_sign": "plus", "scope": "tensor"}, {"aggregate": "sum"},
         {"aggregate": "max"}, {"aggregate": "sum", "sign": "count", "density": 0.7, "scope": "tensor"},
         {"weight": each(1.0, -0.5, 2.0), "aggregate": "sum"}, {"density": 0.001}, {"density": RAMP, "scope": "tensor"},
@@ -235,6 +239,11 @@ LARGE: tuple[Any, ...] = (
     ({"breadcrumbs": {"scope": "row"}}, "task_arithmetic"), ("dare", "ties"), ("dare", "linear"),
     ({"dare": {"rescale_rule": "l1"}}, "task_arithmetic"), ("della", "ties"), ("ties", "consensus"),
 )  # fmt: skip
+
+WIDE: tuple[Any, ...] = (
+    "tsvm", "iso_c", {"iso_c": {"solver": "iterate"}}, "iso_cts", "r_tsvm", "knots", "opcm", {"wudi": {"iters": 2}},
+)  # fmt: skip
+"""Decompositions that are made in float32, or in part, where a matrix is large."""
 
 # --- pipelines ------------------------------------------------------------------------------------
 
@@ -311,6 +320,8 @@ def cases() -> Iterator[Case]:
     for method in LARGE:
         listed = list(method) if isinstance(method, tuple) else method
         yield _case(f"large {_words(method)}", "large", listed, statistics=_need(method))
+    for method in WIDE:
+        yield _case(f"wide {_words(method)}", "wide", method, plain=False)
     for name, (kind, method, options) in OPTIONS.items():
         yield _case(f"option {name}", kind, list(method) if isinstance(method, tuple) else method, **options)
 

@@ -70,9 +70,10 @@ def digest(parts: Iterable[Part]) -> str:
 _COUNT = 4
 
 
-def sketch(parts: Iterable[Part]) -> list[float]:
+def sketch(parts: Iterable[Part], signed: bool = True) -> list[float]:
     """Root mean square of the numbers, and four of their sums under fixed signs: near for outputs that are near.
 
+    signed: False for factors, which a decomposition may return with either sign: sizes alone count then.
     Tensors beyond float16's range are left out: next to them nothing else would count.
     """
     sums, squares, count = np.zeros(_COUNT), 0.0, 0
@@ -82,6 +83,7 @@ def sketch(parts: Iterable[Part]) -> list[float]:
         values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).double().numpy()
         if not np.isfinite(values).all() or np.abs(values).max() > 65504:
             continue
+        values = values if signed else np.abs(values)
         signs = np.random.Generator(np.random.PCG64(list(name.encode()))).random((_COUNT, values.size)) < 0.5
         sums += np.where(signs, values, -values).sum(1)
         squares += float((values * values).sum())

@@ -59,6 +59,12 @@ RECIPES: Mapping[str, str] = {
     "adapter on another model": (
         "base: dense/base\nmodels: {e0: {model: dense/e0, adapter: lora/a0}, e1: dense/e1}\nmethod: task_arithmetic"
     ),
+    "log of the trainer": (
+        "models: {a: trained/checkpoint-100, b: trained/checkpoint-200}\nmethod: {mwa: {penalty: 2}}"
+    ),
+    "log of the trainer, since": (
+        "models: {a: trained/checkpoint-100, b: trained/checkpoint-200}\nmethod: {mwa: {smooth: since, rule: softmax}}"
+    ),
     "slices": (
         "models:\n  tall:\n    slices:\n"
         "      - {model: dense/e0, layers: [0, 2]}\n      - {model: dense/e1, layers: [1, 3]}\n"
@@ -265,13 +271,23 @@ MIXTURES: Mapping[str, tuple[str, ...]] = {
     "glm4_moe": ("router: random\narchitecture: glm4_moe\nshared: {always: dense/base}",),
     "qwen": ("router: cheap_embed\narchitecture: qwen\nshared: {always: {model: dense/base, prompts: [[7, 8]]}}",),
 }
+MERGEKIT_MOE = """
+base_model: dense/base
+gate_mode: cheap_embed
+experts_per_token: 1
+dtype: bfloat16
+experts:
+  - {source_model: dense/e0, positive_prompts: [[2, 3], [4]], negative_prompts: [[6]]}
+  - {source_model: dense/e1, positive_prompts: [[7, 8]], noise_scale: 0.1, residual_scale: 0.5}
+"""
 EXPERTS = (
     "\nexperts:\n  e0: {model: dense/e0, prompts: [[2, 3, 4], [5]], avoid: [[6]]}\n"
     "  e1: {model: dense/e1, prompts: [[7, 8]], noise: 0.1, residual: 0.5}\n"
 )
 
 TRANSPLANTS = (
-    ("omp", "--k", "3"), ("common_interpolation", "--k", "3"),
+    ("omp", "--k", "3"), ("omp", "--k", "3", "--magikarp"), ("mean", "--prefix-match", "yes", "--byte-match", "yes"),
+    ("common_interpolation", "--k", "3"),
     ("common_interpolation", "--k", "3", "--metric", "cosine", "--weights", "barycentric"),
     ("common_interpolation", "--k", "3", "--weights", "least_squares"), ("subword",), ("subword", "--subword", "sum"),
     ("mean",), ("zero",), ("randn", "--seed", "3"), ("john_hewitt",), ("landmark_pca",), ("stb", "--k", "3"),
