@@ -172,7 +172,8 @@ def _checked(adapter: Adapter, base: Source, layer: Layer) -> Layer:
             f"is {list(weight.shape)}"
         )
     lengths = 0 if module.magnitude is None else prod(adapter.file.key(module.magnitude).shape)
-    outputs, inputs = module.update.shape[0], prod(module.update.shape[1:])
+    full = module.update.shape if len(module.update.shape) == len(weight.shape) else weight.shape
+    outputs, inputs = full[0], full[1]  # of a convolution: whatever its kernel
     if module.magnitude is not None and lengths != (inputs if module.inward else outputs):
         raise SourceError(
             f"{adapter.label}: {module.magnitude!r} is {list(adapter.file.key(module.magnitude).shape)}, "

@@ -280,7 +280,7 @@ class Kronecker(Update):
 
     def pieces(self, file: Source) -> list[Factors]:
         (b1, a1), (b2, a2) = self.one.factors(file), self.two.factors(file)
-        return [Factors(torch.kron(b1, b2), torch.kron(a1, a2))]
+        return [Factors(_kron(b1, b2), _kron(a1, a2))]
 
 
 @dataclass(frozen=True)
@@ -308,6 +308,12 @@ class Full(Update):
 
     def pieces(self, file: Source) -> list[Factors]:
         return [self.diff.factors(file)]
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """As torch.kron, which takes no factor that is a view."""
+    size = (one.shape[0] * two.shape[0], one.shape[1] * two.shape[1])
+    return (one[:, None, :, None] * two[None, :, None, :]).reshape(size)
 
 
 def assembled(update: Update, found: Sequence[Factors]) -> Factors:
