@@ -211,9 +211,9 @@ def test_results_are_not_overwritten_unasked(llama: Path, tmp_path: Path) -> Non
     assert sorted(p.name for p in out.iterdir()) == ["fisher.safetensors", "gram.safetensors"]
     with pytest.raises(OutputError, match=r"gram\.safetensors exists"):
         observe(llama, ["abcd"], ["gram"], out)
-    assert StatsSource(out / "gram.safetensors").notes["rows"] == 3
+    assert StatsSource(out / "gram.safetensors").origin.metadata["rows"] == 3
     observe(llama, ["abcd"], ["gram"], out, overwrite=True)
-    assert StatsSource(out / "gram.safetensors").notes["rows"] == 4
+    assert StatsSource(out / "gram.safetensors").origin.metadata["rows"] == 4
 
 
 def test_the_story_of_a_statistic(llama: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_story_of_a_statistic(llama: Path, tmp_path: Path) -> None:
     out = observe(
         llama, tmp_path / "a.txt", ["gram"], tmp_path / "o", length=4, batch=2, progress=lambda *a: seen.append(a)
     )
-    story = StatsSource(out / "gram.safetensors").notes
+    story = StatsSource(out / "gram.safetensors").origin.metadata
     assert (story["model"], story["data"]) == (str(llama), str(tmp_path / "a.txt"))
     assert (story["kind"], story["length"], story["examples"], story["rows"]) == ("causal-lm", 4, 3, 10)
     assert story["version"]

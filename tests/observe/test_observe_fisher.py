@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 def fisher_of(model: nn.Module, data: list, out: Path, **options: object) -> tuple[dict[str, torch.Tensor], dict]:
     observe(model, data, ["fisher"], out, overwrite=True, **options)  # type: ignore[arg-type]
     path = out / "fisher.safetensors"
-    return load_file(path), StatsSource(path).notes
+    return load_file(path), StatsSource(path).origin.metadata
 
 
 class Logistic(nn.Module):
@@ -135,7 +135,7 @@ def test_vit_from_a_folder_with_arrays(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "d.npz", x=rng.integers(0, 256, (9, 8, 8), dtype=np.uint8), y=np.arange(9) % 3)
     out = observe(folder, tmp_path / "d.npz", ["fisher"], tmp_path / "out", examples=4)
-    found, story = load_file(out / "fisher.safetensors"), StatsSource(out / "fisher.safetensors").notes
+    found, story = load_file(out / "fisher.safetensors"), StatsSource(out / "fisher.safetensors").origin.metadata
     assert (story["kind"], story["fisher"], story["examples"]) == ("image-classification", "exact", 4)
     stored = load_file(folder / "model.safetensors")  # whose names are not those of the module's parameters
     assert {name: f.shape for name, f in found.items()} == {name: t.shape for name, t in stored.items()}

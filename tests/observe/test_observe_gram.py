@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 def collected(out: Path, stat: str = "gram") -> tuple[dict[str, torch.Tensor], dict]:
     path = out / f"{stat}.safetensors"
-    return load_file(path), StatsSource(path).notes
+    return load_file(path), StatsSource(path).origin.metadata
 
 
 def inputs_of(model: nn.Module, layer: str, rows: list[list[int]]) -> torch.Tensor:

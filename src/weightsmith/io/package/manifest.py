@@ -261,7 +261,8 @@ def _version(package: str) -> str:
     """The installed version, by the name of its dist-info folder: importlib.metadata is long to import."""
     found = find_spec(package)
     home = Path(found.origin).parents[1] if found is not None and found.origin is not None else Path()
-    named = [path.name.removesuffix(".dist-info") for path in home.glob(f"{package}-*.dist-info")]
+    folders = system.call(list, home.glob(f"{package}-*.dist-info"))
+    named = [path.name.removesuffix(".dist-info") for path in folders]
     if len(named) == 1:
         return named[0].removeprefix(f"{package}-")
     from importlib import metadata

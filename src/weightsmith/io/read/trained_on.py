@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.io.read.small import short
+from weightsmith.io.read.small import read_small, short
 from weightsmith.io.read.source import Origin
 
 __all__ = ["other_base"]
@@ -57,4 +57,6 @@ def _is(revision: str, commit: str, base: Origin) -> bool:
         return commit.startswith(revision)
     assert base.folder is not None
     noted = base.folder.parent.parent / "refs" / revision
-    return base.label.endswith(f"@{revision}") or (noted.is_file() and noted.read_text().strip() == commit)
+    return base.label.endswith(f"@{revision}") or (
+        noted.is_file() and read_small(noted, 1000).strip() == commit.encode()
+    )
