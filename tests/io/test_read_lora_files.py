@@ -28,8 +28,8 @@ RULES = {
     "kohya-no-alpha": "no alpha in it: scale 1",
     "kohya-some-alphas": "3 modules have no alpha (lora_unet_down_blocks_0_resnets_0_conv1): the most common one "
     "of the file counts there, as in diffusers' loader for Stable Diffusion",
-    "kohya-flux": "2 modules have no alpha (lora_unet_double_blocks_0_img_mod_lin): scale 1 there, as in diffusers' Flux"
-    " loader",
+    "kohya-flux": "2 modules have no alpha (lora_unet_double_blocks_0_img_mod_lin): scale 1 there, as in "
+    "diffusers' Flux loader",
 }
 
 
