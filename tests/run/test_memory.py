@@ -97,7 +97,7 @@ def test_a_budget_is_kept_or_refused_with_the_least_that_works(name: str, tmp_pa
     shapes = {MATRIX: (512, 512), MATRIX.replace("up", "down"): (512, 512)}
     free = planned(tmp_path / "m", name, shapes, 3, threads=2)
     assert free.problems == ()
-    least = free.task_bytes
+    least = free.room.task_bytes
     tight = planned(tmp_path / "m", name, shapes, 3, threads=2, memory=least)
     assert (tight.problems, tight.threads) == ((), 1)
     assert tight.peak_bytes <= least
