@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weightsmith.io.read.experts import laid_out_like
+from lora.families import (
+    TOKENS,
+    Maker,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite_moe,
+    llama,
+    made,
+    mixtral,
+    neox,
+    outputs,
+    qwen_moe,
+    qwen_vl,
+    swin,
+    tied,
+    vision_to_text,
+    vit,
+)
+from weightsmith.io.architectures import CONV1D_NAMES, RENAMED
+from weightsmith.io.read.experts import laid_out_like, packed_like_memory
 from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
 
@@ -23,86 +44,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
     import transformers as tf
-
-Maker = Callable[[], torch.nn.Module]
-TOKENS = torch.arange(1, 13).reshape(2, 6)
-PIXELS = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
-TEXT = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "intermediate_size": 24, "head_dim": 8, "tie_word_embeddings": False}  # fmt: skip
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
-          "patch_size": 4}  # fmt: skip
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-
-
-def llama(**more: Any) -> torch.nn.Module:
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, **more}))
-
-
-def tied() -> torch.nn.Module:
-    return llama(tie_word_embeddings=True)
-
-
-def gemma3() -> torch.nn.Module:
-    text = {**TEXT, "tie_word_embeddings": True}
-    return tf.Gemma3ForConditionalGeneration(
-        tf.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
-    )
-
-
-def qwen_vl() -> torch.nn.Module:
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
-              "out_hidden_size": 16, "fullatt_block_indexes": [0]}  # fmt: skip
-    ids = {f"{name}_token_id": 40 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
-    config = tf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_scaling": MROPE}, vision_config=vision, **ids)
-    return tf.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def vit() -> torch.nn.Module:
-    return tf.ViTForImageClassification(tf.ViTConfig(**VISION))
-
-
-def swin() -> torch.nn.Module:
-    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
-    return tf.SwinForImageClassification(tf.SwinConfig(**sizes))
-
-
-def neox() -> torch.nn.Module:
-    sizes = {name: TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
-    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(num_hidden_layers=1, **sizes))
-
-
-def vision_to_text() -> torch.nn.Module:
-    """Linear layers in the encoder, Conv1D in the decoder, square ones in both."""
-    text = tf.GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True, is_decoder=True,
-                         bos_token_id=1, eos_token_id=2)  # fmt: skip
-    both = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**VISION), text)
-    return tf.VisionEncoderDecoderModel(both)
-
-
-def gpt2() -> torch.nn.Module:
-    return tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-    )
-
-
-def mixtral(inner: int = 12) -> torch.nn.Module:
-    return tf.MixtralForCausalLM(tf.MixtralConfig(**{**TEXT, "intermediate_size": inner}, num_local_experts=3))
-
-
-def qwen_moe() -> torch.nn.Module:
-    more = {"moe_intermediate_size": 16, "num_experts": 3, "num_experts_per_tok": 2}
-    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**TEXT, **more))
-
-
-def gpt_oss(inner: int = 12) -> torch.nn.Module:
-    more = {"num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
-    return tf.GptOssForCausalLM(tf.GptOssConfig(**{**TEXT, "intermediate_size": inner}, **more))
-
-
-def granite_moe() -> torch.nn.Module:
-    sizes = {name: value for name, value in TEXT.items() if name != "head_dim"}
-    return tf.GraniteMoeForCausalLM(tf.GraniteMoeConfig(**sizes, num_local_experts=3))
-
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
@@ -147,17 +88,6 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def outputs(model: torch.nn.Module) -> Tensor:
-    given: dict[str, Tensor] = {"input_ids": TOKENS}
-    if model.config.model_type in ("vit", "swin"):
-        given = {"pixel_values": PIXELS}
-    elif model.config.is_encoder_decoder:
-        given = {"pixel_values": PIXELS.expand(2, -1, -1, -1), "decoder_input_ids": TOKENS}
-    with torch.no_grad():
-        found: Tensor = model(**given).logits
-    return found
-
-
 def trained(folder: Path, base: torch.nn.Module, config: peft.PeftConfig) -> Tensor:
     """Save a random adapter of `base`; return what the running model computes."""
     with warnings.catch_warnings():
@@ -181,15 +111,6 @@ def stored(folder: Path, source: Source) -> Path:
     return folder
 
 
-def made(make: Maker, folder: Path) -> torch.nn.Module:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = make().eval()
-        base.save_pretrained(folder)
-    return base
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_live_logits(case: str, tmp_path: Path) -> None:
     make, config = CASES[case]
@@ -204,6 +125,28 @@ def test_live_logits(case: str, tmp_path: Path) -> None:
     assert len(shown.keys) == len(source.keys) + own_head
     if "tied" in case:
         assert json.loads(config_of(shown) or "")["tie_word_embeddings"] is not own_head
+
+
+def test_what_is_stated_of_architectures_is_what_transformers_does(tmp_path: Path) -> None:
+    """Names in memory, layers stored [in, out], output layers: the tables against shells of the models."""
+    for i, make in enumerate((llama, gpt2, gemma3, qwen_vl, vit, neox, mixtral, vision_to_text)):
+        made(make, tmp_path / str(i))
+        stated = Modules(packed_like_memory(open_source(tmp_path / str(i))))
+        shell = stated.shell
+        assert shell is not None
+        assert stated.output_layer == shell.output_layer
+        assert stated.config["model_type"] in RENAMED or make is vision_to_text
+        for name in packed_like_memory(open_source(tmp_path / str(i))).keys:
+            assert stated.in_memory(name) == shell.renamed(name)
+            kind = shell.kind(shell.renamed(name).removesuffix(".weight"))
+            if kind in ("linear", "conv1d"):
+                assert stated.flipped(name.removesuffix(".weight")) is (kind == "conv1d")
+    models = Path(tf.__file__).parent / "models"
+    texts = {path: path.read_text() for path in models.glob("*/modeling_*.py")}
+    found = {path.parent.name: re.findall(r"self\.(\w+) = Conv1D\(", text) for path, text in texts.items()}
+    found = {name: words for name, words in found.items() if words}
+    assert set(found) == {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai"}, "CONV1D lacks some"
+    assert {word for words in found.values() for word in words} <= CONV1D_NAMES
 
 
 # --- modules of torch --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from peft_models import adapter, gpt2, llama, loaded, logits, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
+from lora import families
 from weightsmith import lora
 from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError
 from weightsmith.io.package.manifest import verify_folder
+from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.read.open import open_source
 
@@ -121,7 +126,9 @@ def test_a_whole_fine_tune_comes_back_through_peft(tmp_path: Path, kind: str) ->
     with quiet():
         base.save_pretrained(tmp_path / "base")
         tuned.save_pretrained(tmp_path / "tuned")
-    result = lora.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", embeddings="embeddings" in kind)
+    result = lora.extract(
+        tmp_path / "tuned", tmp_path / "base", tmp_path / "out", whole_embeddings="embeddings" not in kind
+    )
     assert result.worst < 1e-5
     assert verify_folder(result.out) == []
     assert torch.allclose(logits(loaded(make, {"x": result.out})), logits(tuned), atol=2e-5)
@@ -132,6 +139,61 @@ def test_a_whole_fine_tune_comes_back_through_peft(tmp_path: Path, kind: str) ->
     config = json.loads((result.out / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] == (kind == "gpt2")
     assert config["task_type"] == "CAUSAL_LM"
+    assert result.tried.startswith("tried: peft ")
+
+
+def speech() -> torch.nn.Module:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 8}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_source_positions": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=48, max_target_positions=16, **sizes, **tokens))
+
+
+def t5() -> torch.nn.Module:
+    sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+FAMILIES: dict[str, tuple[Any, str | None]] = {
+    "Qwen2.5-VL": (families.qwen_vl, None),
+    "Gemma 3": (families.gemma3, None),
+    "ViT": (families.vit, None),
+    "Swin, by transformers": (families.swin, None),
+    "GPT-NeoX": (families.neox, "CAUSAL_LM"),
+    "Linear and Conv1D": (families.vision_to_text, None),
+    "Mixtral": (families.mixtral, "CAUSAL_LM"),
+    "Qwen3-MoE": (families.qwen_moe, "CAUSAL_LM"),
+    "GPT-OSS": (families.gpt_oss, "CAUSAL_LM"),
+    "Whisper": (speech, None),
+    "T5": (t5, "SEQ_2_SEQ_LM"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_applies_what_was_extracted(tmp_path: Path, family: str) -> None:
+    """Every matrix changed, by names in memory, square and fused ones too: peft computes what the fine-tune does."""
+    make, task = FAMILIES[family]
+    base = families.made(make, tmp_path / "base")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad(), quiet():
+        for name, tensor in tuned.named_parameters():
+            kept = ("embed_tokens", "shared", "relative", "wte", "mm_input", "in_proj")
+            if tensor.ndim > 1 and name.endswith(("weight", "_proj")) and not any(word in name for word in kept):
+                tensor += 0.1 * torch.randn_like(tensor)
+        tuned.save_pretrained(tmp_path / "tuned")
+    result = lora.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out")
+    assert result.tried.startswith("tried: peft "), result.warnings
+    config = json.loads((result.out / "adapter_config.json").read_text())
+    assert config["task_type"] == task
+    with quiet():
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(base), result.out).eval()
+    assert float((families.outputs(tuned) - families.outputs(base)).abs().max()) > 0.01
+    got = families.outputs(wrapped.base_model.model)
+    torch.testing.assert_close(got, families.outputs(tuned), rtol=1e-4, atol=1e-4)
+    back = open_source(result.out, base=open_source(tmp_path / "base"))
+    want = packed_like_memory(open_source(tmp_path / "tuned"))
+    for name in want.keys:
+        torch.testing.assert_close(packed_like_memory(back).read(name), want.read(name), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_baked_into_its_base_comes_back(tmp_path: Path) -> None:
@@ -175,7 +237,7 @@ def test_what_is_no_matrix_is_kept_or_left_out(tmp_path: Path) -> None:
 def test_a_longer_vocabulary_is_kept_in_full(tmp_path: Path) -> None:
     grown = {"model.embed_tokens.weight": (noise(10, 4), noise(12, 4))}
     tuned, base = pair(tmp_path, noise(24, 16), **grown)
-    result = lora.extract(tuned, base, tmp_path / "out", embeddings=True)
+    result = lora.extract(tuned, base, tmp_path / "out")
     assert result.saved == ("model.embed_tokens",)
     assert "12 rows, the base 10" in result.warnings[0]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from weightsmith.cli.options import Json, Overwrite, Quiet, RecipeFile, Sets
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table, warn
 from weightsmith.cli.words import Parameter, Verbs
+from weightsmith.core.errors import some
 
 if TYPE_CHECKING:
     from weightsmith.lora import Written
@@ -55,7 +56,7 @@ def extract(
     max_rank: Annotated[int, Parameter(help="Largest rank that an energy may ask for.", show_default=True)] = 128,
     epsilon: Annotated[float, Parameter(help="Leave out singular values up to this.")] = 0.0,
     uniform: Annotated[bool, Parameter(help="One rank for all modules, for programs without rank_pattern.")] = False,
-    embeddings: Annotated[bool, Parameter(help="Changed embeddings as LoRA too, instead of in full.")] = False,
+    whole_embeddings: Annotated[bool, Parameter(help="Changed embeddings in full, instead of as LoRA.")] = False,
     skip: Annotated[bool, Parameter(help="Leave out changes that are no matrices (norms, biases).")] = False,
     include: Annotated[tuple[str, ...], Parameter(help="Only tensors that this glob matches; may be repeated.")] = (),
     exclude: Annotated[tuple[str, ...], Parameter(help="No tensors that this glob matches; may be repeated.")] = (),
@@ -77,7 +78,7 @@ def extract(
             max_rank=max_rank,
             epsilon=epsilon,
             uniform=uniform,
-            embeddings=embeddings,
+            whole_embeddings=whole_embeddings,
             skip=skip,
             include=include,
             exclude=exclude,
@@ -168,8 +169,12 @@ def _show(result: Written, *, json: bool, quiet: bool) -> None:
         f"wrote {result.out}: {len(result.modules)} modules of rank up to {result.rank}, {size(result.nbytes)}, "
         f"{duration(result.seconds)}; largest error of a module {result.worst:.2g}"
     )
-    if result.saved:
-        say(f"kept in full: {', '.join(result.saved[:5])}" + (", ..." if len(result.saved) > 5 else ""))
+    if result.sizes:
+        largest = sorted(result.sizes.items(), key=lambda item: -item[1])
+        shown = [f"{name.removeprefix('base_model.model.')} ({size(nbytes)})" for name, nbytes in largest]
+        say(f"kept in full, {size(sum(result.sizes.values()))}: {some(shown, 5)}")
+    if result.tried:
+        say(result.tried)
     say(f'next: peft.PeftModel.from_pretrained(model, "{result.out}")')
 
 

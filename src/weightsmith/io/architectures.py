@@ -77,6 +77,13 @@ MASKED_HEADS: Mapping[str, str] = {
 }  # fmt: skip
 """model_type -> the output layer of its class for masked tokens."""
 
+TEXT_TO_TEXT = frozenset(
+    ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5", "m2m_100",
+     "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers",
+     "t5", "t5gemma", "umt5")
+)  # fmt: skip
+"""The model types that take text and generate text, from an encoder and a decoder."""
+
 TIED = "tie_word_embeddings"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,11 +10,14 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from weightsmith.core.errors import PlanError, SourceError, some
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
+from weightsmith.io.architectures import EMBEDDINGS
 from weightsmith.io.read.source import Source
 
-__all__ = ["Changes", "find_changes"]
+__all__ = ["Changes", "find_changes", "holds_experts", "is_embedding"]
+
+_FUSED = re.compile(r"\.experts\.(gate_up_proj|up_proj|down_proj)$")
 
 _STEP = 1 << 22  # elements compared at once
 
@@ -22,7 +26,7 @@ _STEP = 1 << 22  # elements compared at once
 class Changes:
     """What becomes of each changed tensor.
 
-    low     module -> its weight, for matrices that become factors
+    low     module -> its weight, for matrices that become factors; fused experts under the parameter's own name
     saved   module -> its weight and bias, kept in full (modules_to_save)
     biases  changed biases of modules in `low`
     lost    changed tensors that an adapter cannot hold -> why
@@ -51,20 +55,20 @@ class Changes:
 
 
 def find_changes(
-    tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str], embeddings: bool
+    tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str], whole_embeddings: bool
 ) -> Changes:
-    """Compare two models, tensor by tensor.  `embeddings`: those become factors too, if they are not longer now.
+    """Compare two models, tensor by tensor.  `whole_embeddings`: those are kept in full, as they are if longer now.
 
     Raises SourceError where `origin` is not what `tuned` was made from.
     """
-    fates = {key.name: _fate(key, tuned, origin, embeddings) for key in _changed(tuned, origin, include, exclude)}
+    fates = {key.name: _fate(key, tuned, origin, whole_embeddings) for key in _changed(tuned, origin, include, exclude)}
     notes = [note for _, note in fates.values() if note]
     gone = [name for name in origin.keys if name not in tuned.keys and name not in tuned.aliases]
     if gone:
         notes.append(f"{len(gone)} tensors of {origin} are not in {tuned} ({gone[0]}, ...)")
 
     def having(fate: str) -> Iterator[tuple[str, Key]]:
-        return ((name.rpartition(".")[0], tuned.keys[name]) for name, (found, _) in fates.items() if found == fate)
+        return ((_module(name), tuned.keys[name]) for name, (found, _) in fates.items() if found == fate)
 
     full = dict.fromkeys(module for module, _ in having("saved"))
     return Changes(
@@ -74,6 +78,31 @@ def find_changes(
         lost={key.name: _unfit(key) for _, key in having("lost")},
         notes=notes,
     )
+
+
+def is_embedding(key: Key) -> bool:
+    """Whether a matrix is the weight of an embedding of tokens, which its module's own name tells."""
+    return len(key.shape) == 2 and _own(key) in EMBEDDINGS
+
+
+def _is_other_embedding(key: Key) -> bool:
+    """Whether it is one of positions or types: models look such up in ways of their own, which factors would miss."""
+    return role_of(_own(key)) == "embed" and _own(key) not in EMBEDDINGS
+
+
+def _own(key: Key) -> str:
+    """The last name of a tensor's module."""
+    return key.name.removesuffix(".weight").rpartition(".")[2]
+
+
+def holds_experts(key: Key) -> bool:
+    """Whether a tensor holds all experts of a module."""
+    return len(key.shape) == 3 and _FUSED.search(key.name) is not None
+
+
+def _module(name: str) -> str:
+    """The module that a tensor belongs to; fused experts are a module of their own."""
+    return name if _FUSED.search(name) else name.rpartition(".")[0]
 
 
 def _parts(module: str) -> tuple[str, str]:
@@ -115,10 +144,12 @@ def _unfit(key: Key) -> str:
     module, _, leaf = key.name.rpartition(".")
     if not key.floating:
         return f"its dtype is {key.dtype}"
-    return "" if module and leaf in ("weight", "bias") else "it is no weight or bias of a module"
+    return (
+        "" if holds_experts(key) or (module and leaf in ("weight", "bias")) else "it is no weight or bias of a module"
+    )
 
 
-def _fate(key: Key, tuned: Source, origin: Source, embeddings: bool) -> tuple[str, str]:
+def _fate(key: Key, tuned: Source, origin: Source, whole_embeddings: bool) -> tuple[str, str]:
     """What becomes of a changed tensor (low, saved, bias, lost), and a note or ''."""
     known = origin.keys.get(origin.aliases.get(key.name, key.name))
     if _unfit(key):
@@ -134,9 +165,12 @@ def _fate(key: Key, tuned: Source, origin: Source, embeddings: bool) -> tuple[st
             f"{key.name} has {key.shape[0]} rows, the base {known.shape[0]}: kept in full; resize the base's "
             f"embeddings to {key.shape[0]} rows before you load the adapter"
         )
+    if holds_experts(key):
+        return "low", ""
     module, _, leaf = key.name.rpartition(".")
     weight = tuned.keys.get(f"{module}.weight")
-    matrix = weight is not None and len(weight.shape) == 2 and (embeddings or weight.role != "embed")
+    matrix = weight is not None and len(weight.shape) == 2 and not _is_other_embedding(weight)
+    matrix = matrix and not (whole_embeddings and weight is not None and is_embedding(weight))
     if not matrix:
         return "saved", ""
     return ("low" if leaf == "weight" else "bias"), ""

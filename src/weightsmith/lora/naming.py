@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from weightsmith.core.keys import Key
+from weightsmith.io.architectures import TEXT_TO_TEXT
 from weightsmith.io.read.lora import PREFIX, Module, parameter_name
 from weightsmith.io.read.updates import Experts
 
-__all__ = ["TARGETING", "config_of", "keys_of", "stored_name"]
+__all__ = ["TARGETING", "config_of", "keys_of", "stored_name", "task_of"]
 
 _TAKEN = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "revision",
           "task_type")  # fmt: skip
 TARGETING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+
+
+_TASKS = (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"),
+          ("ForTokenClassification", "TOKEN_CLS"), ("ForQuestionAnswering", "QUESTION_ANS"))  # fmt: skip
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """peft's task type for a model's class; None where none fits: peft then calls the model as it is.
+
+    SEQ_2_SEQ_LM is for models from text to text alone: its wrapper passes `input_ids`, which those that hear or see
+    (Whisper) do not take.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if config.get("model_type") in TEXT_TO_TEXT and name.endswith(("ForConditionalGeneration", "MTModel")):
+        return "SEQ_2_SEQ_LM"
+    return next((task for ending, task in _TASKS if name.endswith(ending)), None)
 
 
 def stored_name(module: str, part: str, embedding: bool = False) -> str:
@@ -38,6 +56,7 @@ def config_of(
     like: Mapping[str, Any],
     *,
     modules: Mapping[str, Module] | None = None,
+    parameters: Collection[str] = (),
     targets: Any = None,
     saved: Iterable[str] = (),
     scale: Mapping[str, float] | None = None,
@@ -47,6 +66,7 @@ def config_of(
     ranks    module -> rank; r is the largest, the others go to rank_pattern
     like     fields to take over from another configuration (task type, base, bias, orientation)
     modules  what is known of them, where some adapt parameters that are no module's `weight`
+    parameters  modules of other classes than peft adapts, whose weight is then named as a parameter
     targets  target_modules; default: the modules' full names, which match nothing else
     saved    modules_to_save
     scale    module -> alpha / r; 1 where it is not given
@@ -57,7 +77,8 @@ def config_of(
     taken = _TAKEN if targets is None else (*_TAKEN, *TARGETING)
     known = modules or {}
     called = {name: parameter_name(name, known[name].parameter) if name in known else name for name in ranks}
-    fused = [name for name in ranks if name in known and isinstance(known[name].update, Experts)]
+    called |= {name: f"{name}.weight" for name in parameters if name in called}
+    fused = [n for n in ranks if n in parameters or (n in known and isinstance(known[n].update, Experts))]
     plain = sorted(called[name] for name in ranks if name not in fused)
     chosen = {"target_modules": plain or None, "target_parameters": sorted(called[n] for n in fused) or None}
     return {

@@ -59,13 +59,19 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished adapter: where, its modules, what the user should look at, and the bytes of its tensors."""
+    """A finished adapter: where, its modules, what the user should look at, and the bytes of its tensors.
+
+    sizes  bytes of each tensor that is kept in full
+    tried  how it fared when peft loaded it; '' where that was not tried
+    """
 
     out: Path
     seconds: float
     nbytes: int
     modules: tuple[ModuleReport, ...]
     saved: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    tried: str = ""
     warnings: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -116,6 +122,7 @@ class Writer:
         self._places: list[int] = []
         self._made_by: dict[str, str] = {}
         self._reports: list[ModuleReport] = []
+        self._whole: set[str] = set()
         ground = next(folder for folder in self.out.parents if folder.is_dir())
         with writing(ground):
             self._spool: IO[bytes] = system.call(tempfile.TemporaryFile, dir=ground)
@@ -134,7 +141,7 @@ class Writer:
         self,
         module: Module,
         found: Sequence[Factors],
-        wanted: Sequence[Factors | Tensor],
+        wanted: Iterable[Factors | Tensor],
         *,
         dtype: str,
         energy: float = 1.0,
@@ -166,6 +173,7 @@ class Writer:
     def add_whole(self, name: str, value: Tensor, dtype: str, how: str) -> None:
         """Store a tensor in full, under the name that peft gives it."""
         key = Key(name, tuple(value.shape), dtype)
+        self._whole.add(name)
         self._put(key, encode(value, key, 0), how)
 
     def _put(self, key: Key, bits: np.ndarray, how: str) -> np.ndarray:
@@ -216,6 +224,7 @@ class Writer:
             nbytes=sum(key.nbytes for key in self._keys),
             modules=tuple(self._reports),
             saved=tuple(saved),
+            sizes={key.name: key.nbytes for key in self._keys if key.name in self._whole},
             warnings=tuple(warnings),
             weights=weights or {},
         )
@@ -259,7 +268,7 @@ def _rounded(value: Tensor, dtype: str) -> Tensor:
     return bits_to_tensor(encode(value, key, 0), dtype).reshape(value.shape)
 
 
-def _error(stored: Sequence[Factors], wanted: Sequence[Factors | Tensor]) -> float:
+def _error(stored: Sequence[Factors], wanted: Iterable[Factors | Tensor]) -> float:
     """|what was wanted - what is stored| / |what was wanted|, over all pieces."""
     missed, whole = 0.0, 0.0
     for found, target in zip(stored, wanted, strict=True):

@@ -22,7 +22,7 @@ from weightsmith.io.architectures import EXPERT_WORDS, MIXTRAL_MODULE
 from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
 
-__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like"]
+__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like", "packed_like_memory"]
 
 _ONE = re.compile(r"(?P<module>.+)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _ALL = re.compile(r"(?P<module>.+)\.experts\.(?P<part>gate_up_proj|down_proj)")
@@ -40,6 +40,11 @@ def laid_out_like(source: Source, reference: Source) -> Source:
     if mine == "packed":
         return _unpacked(source, mixtral=theirs == "mixtral") or source
     return source
+
+
+def packed_like_memory(source: Source) -> Source:
+    """The source, or a view of it with all experts of a module in one tensor, as transformers 5 has them in memory."""
+    return (_packed(source) or source) if _layout(source) in ("mixtral", "") else source
 
 
 def laid_out_for(source: Source, names: Iterable[str]) -> Source:

@@ -37,7 +37,7 @@ from weightsmith.ops.lowrank import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PREFIX", "Adapter", "Module", "TokenRows", "parameter_name", "read_peft"]
+__all__ = ["ORDER", "PREFIX", "Adapter", "Module", "TokenRows", "parameter_name", "read_peft"]
 
 PREFIX = "base_model.model."
 
@@ -55,7 +55,7 @@ _KINDS = {
     "token_adapter.trainable_tokens_delta": "rows",
     "trainable_tokens_delta": "rows",
 }
-_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
+ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 """The order in which modules of fused experts declare their parameters: peft wraps the first innermost."""
 
 
@@ -227,13 +227,13 @@ def _fused(config: Mapping[str, Any], modules: Iterable[str], label: str) -> dic
         wanted = {leaf for parent, leaf in targets if leaf != "weight" and _is_parent(parent, root)}
         if not wanted:
             continue
-        strange = sorted(wanted - {*_ORDER})
+        strange = sorted(wanted - {*ORDER})
         if len(wanted) != len(names) or (strange and len(wanted) > 1):
             raise SourceError(
                 f"{label}: {root!r} has {len(names)} adapted parameters, target_parameters in {CONFIG} names "
                 f"{', '.join(sorted(wanted))}: which is which cannot be told"
             )
-        order = sorted(wanted, key=lambda leaf: _ORDER.index(leaf) if leaf in _ORDER else 0)
+        order = sorted(wanted, key=lambda leaf: ORDER.index(leaf) if leaf in ORDER else 0)
         found |= dict(zip(sorted(names, key=len, reverse=True), order, strict=True))
     return found
 
@@ -280,9 +280,18 @@ def _module(
     grouped = len(a.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]
     if a.shape[0] != b.shape[1] and not grouped:
         raise SourceError(f"{label}: {name!r} has rank {a.shape[0]} in A and {b.shape[1]} in B")
-    rank = rank_of(config, name, a.shape[0], label)
-    scale = scale_of(config, name, rank)
+    called = _called(config, name)
+    rank = rank_of(config, called, a.shape[0], label)
+    scale = scale_of(config, called, rank)
     return Module(name, update, scale, magnitude=parts.get("magnitude"), bias=parts.get("bias"), bias_scale=scale)
+
+
+def _called(config: Mapping[str, Any], name: str) -> str:
+    """What the patterns for ranks and alphas are matched against: modules whose weight is targeted have it named."""
+    targets = [str(target).rpartition(".")[::2] for target in config.get("target_parameters") or ()]
+    root = _plain(name)
+    named = any(leaf == "weight" and parent and _is_parent(parent, root) for parent, leaf in targets)
+    return f"{root}.weight" if named else name
 
 
 def _experts(config: Mapping[str, Any], label: str, name: str, a: Key, b: Key, parameter: str) -> Module:

@@ -42,6 +42,7 @@ class Modules:
         self._source = source
         self._names = (*source.keys, *source.aliases)
         self._here = frozenset(self._names)
+        self._keys = source.keys
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -88,11 +89,11 @@ class Modules:
         rules = RENAMED.get(str(self.config.get("model_type")))
         if rules is not None:
             return lambda name: _by_rules(rules, name)
-        shell = self._shell
+        shell = self.shell
         return shell.renamed if shell is not None else lambda name: name
 
     @cached_property
-    def _shell(self) -> Shell | None:
+    def shell(self) -> Shell | None:
         return shell_of(json.dumps(self.config, sort_keys=True)) if self.config else None
 
     def in_files(self, name: str) -> str:
@@ -100,7 +101,7 @@ class Modules:
         kind = str(self.config.get("model_type"))
         for new, old in HEADS_IN_FILES.get(kind, {}).items() if kind in RENAMED else ():
             name = old + name[len(new) :] if name.startswith(f"{new}.") else name
-        return name if kind in RENAMED or self._shell is None else self._shell.saved(name)
+        return name if kind in RENAMED or self.shell is None else self.shell.saved(name)
 
     # --- classes ---
 
@@ -131,14 +132,17 @@ class Modules:
             return "lm_head"
         if name.endswith(("ForMaskedLM", "ForPreTraining")) and kind in MASKED_HEADS:
             return MASKED_HEADS[kind]
-        if kind in RENAMED or self._shell is None:
+        if kind in RENAMED or self.shell is None:
             return None
-        return self._shell.output_layer
+        return self.shell.output_layer
 
     @property
     def ties(self) -> bool:
-        """Whether config.json says that the output layer's weight is the embedding's."""
-        return self.config.get(TIED) is True
+        """Whether the output layer's weight is the embedding's: config.json says so, of the model or of a part of it,
+        and the files have no other."""
+        scopes = (self.config, *(value for value in self.config.values() if isinstance(value, dict)))
+        said = any(scope.get(TIED) is True for scope in scopes)
+        return said and self.output_layer is not None and self.stored(f"{self.output_layer}.weight") not in self._keys
 
 
 def _by_rules(rules: Rules, name: str) -> str:

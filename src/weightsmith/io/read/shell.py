@@ -12,7 +12,7 @@ from typing import Any
 
 from weightsmith.core.lazy import torch
 
-__all__ = ["Shell", "shell_of"]
+__all__ = ["Shell", "made", "quiet", "shell_of"]
 
 
 class Shell:
@@ -44,6 +44,22 @@ class Shell:
         for renaming in [entry.reverse_transform() for entry in reversed(self._renamings)]:
             name, _ = renaming.rename_source_key(name)
         return name
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor of this name in memory."""
+        return name in self._state
+
+    def kind(self, module: str) -> str:
+        """'linear' [out, in], 'conv1d' [in, out], 'embedding', 'other', or '' where there is no module of this name."""
+        try:
+            found = self.model.get_submodule(module)
+        except AttributeError:
+            return ""
+        if isinstance(found, torch.nn.Embedding):
+            return "embedding"
+        if type(found).__name__ == "Conv1D":
+            return "conv1d"
+        return "linear" if isinstance(found, torch.nn.Linear) else "other"
 
     @property
     def output_layer(self) -> str | None:

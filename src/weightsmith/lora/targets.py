@@ -1,0 +1,161 @@
+"""What an extracted adapter calls its modules, and which way round their weights are: as the model is in memory.
+
+transformers renames while it loads, and peft knows names in memory only.  With transformers at hand it is asked, by an
+empty shell of the model; else what `io.architectures` states counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from weightsmith.core.errors import PlanError
+from weightsmith.core.keys import Key
+from weightsmith.io.read.lora import ORDER, Module
+from weightsmith.io.read.modules import Modules
+from weightsmith.io.read.orientation import kind_of
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.updates import Experts, Product, Update
+from weightsmith.lora.changes import Changes, holds_experts, is_embedding
+from weightsmith.lora.naming import stored_name
+
+__all__ = ["Target", "Targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor that becomes factors; `flip`: it is stored [in, out]."""
+
+    key: Key
+    module: Module
+    flip: bool
+
+
+class Targets:
+    """All that goes into the adapter, under its names in memory.
+
+    low         what becomes factors
+    whole       name -> key of what is kept in full
+    saved       modules_to_save
+    parameters  modules in `low` of a class that peft adapts by their parameter only (routers)
+    """
+
+    def __init__(self, chosen: Changes, tuned: Source, origin: Source, fan_in_fan_out: bool | None) -> None:
+        self._chosen, self._tuned, self._origin = chosen, tuned, origin
+        self._given = fan_in_fan_out
+        self._modules = Modules(origin)
+        self.config: Mapping[str, Any] = self._modules.config
+        self.shell = self._modules.shell if find_spec("peft") is not None else None
+        self._biased = self._orientation_of_biases()
+        self.parameters: set[str] = set()
+        self._wrapped = self._fused_modules()
+        self.low = [self._target(module, key) for module, key in chosen.low.items()]
+        self.whole = {self.called(key.name): key for keys in chosen.saved.values() for key in keys}
+        saved = dict.fromkeys(name.rpartition(".")[0] for name in self.whole)
+        for key in chosen.biases:  # a bias of an adapted module lies beneath peft's wrapper
+            module, _, leaf = self.called(key.name).rpartition(".")
+            self.whole[f"{module}.base_layer.{leaf}"] = key
+        if (head := self._tied_head()) is not None:
+            self.whole[f"{self._modules.output_layer}.weight"] = head
+            saved[str(self._modules.output_layer)] = None
+        self.saved = tuple(saved)
+        self.head = self._modules.output_layer
+
+    def called(self, name: str) -> str:
+        """A tensor's name in memory."""
+        found = self.shell.renamed(name) if self.shell is not None else self._modules.in_memory(name)
+        if self.shell is not None and not self.shell.has(found):
+            raise PlanError([
+                f"{name} changed, but has no counterpart in a {type(self.shell.model).__name__} (transformers splits "
+                f"or joins it when it loads): leave it out with --exclude {name}"
+            ])  # fmt: skip
+        return found
+
+    @property
+    def tied_factors(self) -> bool:
+        """Whether an embedding that the output layer shares becomes factors."""
+        return self._ties and any(target.module.embedding for target in self.low)
+
+    # --- factors ---
+
+    def _target(self, module: str, key: Key) -> Target:
+        if holds_experts(key):
+            count, *matrix = key.shape
+            flip = bool(self._modules.experts_flipped)
+            outputs, inputs = reversed(matrix) if flip else matrix
+            update: Update = Experts("", "", (0, inputs), (outputs, 0), count)
+            parameter = self.called(key.name).rpartition(".")[2]
+            return Target(key, Module(self._wrapped[key.name], update, 1.0, parameter), flip)
+        name = self.called(key.name).removesuffix(".weight")
+        kind = self.shell.kind(name) if self.shell is not None else ""
+        embedding = kind == "embedding" if kind else is_embedding(key)
+        flip = embedding or self._flipped(module, key, kind)
+        if kind == "other":
+            self.parameters.add(name)
+        outputs, inputs = reversed(key.shape) if flip else key.shape
+        a, b = (stored_name(name, part, embedding) for part in "AB")
+        return Target(key, Module(name, Product(a, b, (0, inputs), (outputs, 0)), 1.0), flip)
+
+    def _fused_modules(self) -> dict[str, str]:
+        """Parameter of fused experts -> the wrapper that peft keeps its factors under: the first is the innermost."""
+        roots: dict[str, list[tuple[int, str]]] = {}
+        for key in self._chosen.low.values():
+            if holds_experts(key):
+                root, _, leaf = self.called(key.name).rpartition(".")
+                roots.setdefault(root, []).append((ORDER.index(leaf), key.name))
+        found = {}
+        for root, own in roots.items():
+            for depth, (_, name) in enumerate(sorted(own, reverse=True)):
+                found[name] = root + ".base_layer" * depth
+        return found
+
+    def _flipped(self, module: str, key: Key, kind: str) -> bool:
+        """Whether a linear layer stores its weight [in, out]: by its class, else as the biases of its kind say."""
+        if self._given is not None:
+            return self._given
+        if kind in ("linear", "conv1d", "other"):
+            return kind == "conv1d"
+        known = self._biased.get(kind_of(key.name)) or self._modules.flipped(module)
+        if known is None:
+            raise PlanError([
+                f"nothing tells whether {key.name} is stored [out, in] or [in, out]: put the base's config.json (with "
+                "its model_type) beside its weights, or pass fan_in_fan_out"
+            ])  # fmt: skip
+        return known
+
+    def _orientation_of_biases(self) -> dict[tuple[str, str], bool]:
+        """Kind of layer -> whether it is stored [in, out]: a bias is as long as there are outputs."""
+        found: dict[tuple[str, str], bool] = {}
+        for key in self._origin.keys.values():
+            bias = self._origin.keys.get(f"{key.name.removesuffix('.weight')}.bias")
+            matrix = bias is not None and len(key.shape) == 2 and key.shape[0] != key.shape[1]
+            if matrix and bias is not None and bias.shape in (key.shape[:1], key.shape[1:]):
+                found.setdefault(kind_of(key.name), bias.shape == key.shape[1:])
+        return found
+
+    # --- what the output layer shares ---
+
+    @property
+    def _ties(self) -> bool:
+        return self._modules.ties or any("head" in alias for alias in self._origin.aliases)
+
+    def _tied_head(self) -> Key | None:
+        """The embedding, kept in full, that the output layer shares: peft unties what it wraps, so that is kept too."""
+        scopes = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+        sizes = {scope["vocab_size"] for scope in scopes if isinstance(scope.get("vocab_size"), int)}
+        sizes = sizes or {key.rows for key in self._origin.keys.values() if key.role == "embed"}
+        whole = [key for keys in self._chosen.saved.values() for key in keys if key.role == "embed"]
+        every = [key for key in (*whole, *(t.key for t in self.low if t.module.embedding)) if len(key.shape) == 2]
+        tokens = [key for key in every if key.shape[0] in sizes or self._origin.key(key.name).shape[0] in sizes]
+        if not self._ties or not tokens:
+            return None
+        shared = max(tokens, key=lambda key: key.shape[0])  # positions are embedded too
+        if self.config.get("is_encoder_decoder"):
+            raise PlanError([
+                f"{shared.name} changed and is shared by several layers, which an adapter would untie; leave it out "
+                f"with --exclude {shared.name}"
+            ])  # fmt: skip
+        layer = self._modules.output_layer
+        return shared if shared in whole and layer is not None and f"{layer}.weight" not in self.whole else None
