@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 PEAKS = Path(__file__).with_name("peaks.py")
 BELOW, NEAR = 0.95, 1.25
 """Bounds of predicted / measured: the measured peak of a process moves by some percent with its allocator's mood."""
+LLVMLITE = 57_000_000
+"""What every process held when the bound on growth was set; without it the growth allowed stays the same in bytes."""
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -120,7 +122,7 @@ def test_elementwise_plans_are_flat_in_sizes_experts_and_layers(name: str, tmp_p
     assert planned(tmp_path / "deep", name, layers, 3, threads=1).peak_bytes < 1.25 * small.peak_bytes
     for experts in (12, 48):
         many = planned(tmp_path / "deep", name, layers, experts, threads=1)
-        assert many.peak_bytes < 1.6 * small.peak_bytes, experts
+        assert many.peak_bytes + LLVMLITE < 1.6 * (small.peak_bytes + LLVMLITE), experts
 
 
 # --- whole processes ---------------------------------------------------------------------------------

@@ -99,9 +99,10 @@ def _adapters(root: Root) -> Iterator[Case]:
         return _told(root, make)
 
     base = ("@dense/e0", "--base", "@dense/base")
-    yield Case("lora extract: rank", told("extract", *base, "--rank", "3", "--embeddings", "--skip"))
-    yield Case("lora extract: energy", told("extract", *base, "--energy", "0.8", "--skip"))
-    yield Case("lora extract: uniform", told("extract", *base, "--energy", "0.6", "--uniform", "--dtype", "bfloat16"))
+    yield Case("lora extract: rank", told("extract", *base, "--rank", "3", "--skip"))
+    yield Case("lora extract: energy", told("extract", *base, "--energy", "0.8", "--whole-embeddings", "--skip"))
+    uniform = ("--energy", "0.6", "--uniform", "--whole-embeddings", "--dtype", "bfloat16")
+    yield Case("lora extract: uniform", told("extract", *base, *uniform))
     yield Case(
         "lora extract: include", told("extract", *base, "--rank", "2", "--include", "*mlp*", "--exclude", "*.1.*")
     )
