@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from goldens.adapters import ADAPTERS, NOT_YET, Case, cases, folders
+from goldens.forms import FORMS, Form
+from goldens.mergekit import METHODS
+from weightsmith.recipe import mergekit_methods
 
 CASES = cases()
 
@@ -16,8 +19,20 @@ def test_every_case_is_run_or_listed():
     assert not set(ADAPTERS) & set(NOT_YET), "built methods must leave the table of those that are not yet"
     for folder in folders():
         assert any(folder.glob("*.safetensors")), f"no golden cases in {folder}"
-    unused = set(ADAPTERS) - {c.method for c in CASES}
-    assert not unused, f"adapters that no case uses: {sorted(unused)}"
+    unused = set(ADAPTERS) - {c.method for c in CASES} - {f.method for f in FORMS}
+    assert not unused, f"adapters that no case and no form uses: {sorted(unused)}"
+    assert set(METHODS) == set(mergekit_methods.METHODS), "every one of mergekit's methods has an adapter"
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, id=f.label) for f in FORMS])
+def test_form(form: Form):
+    """What the reference code spells in another way, against its formula written out."""
+    got, expected = ADAPTERS[form.method](form), form.expected
+    assert set(got) == set(expected)
+    for name, want in expected.items():
+        torch.testing.assert_close(
+            got[name].double(), want, rtol=1e-4, atol=form.atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.path.stem) for c in CASES if c.method in ADAPTERS])

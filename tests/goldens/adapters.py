@@ -129,16 +129,16 @@ def breadcrumbs(case: Case) -> State:
 
 
 def lines(case: Case) -> State:
-    """`merge`: 'task-arithmetic sum' or 'ties(density=0.2,sign=mass,...)'; `alpha`: a number or 'auto: ...'."""
+    """`merge`: 'task-arithmetic sum' or 'ties(density=0.2,sign=mass,...)'; `alpha`, `beta`: a number or 'auto: ...'."""
     p = case.params
     inner = re.fullmatch(r"ties\((.*)\)", str(p.get("merge", "")))
     if inner:
         found = dict(pair.split("=") for pair in inner[1].split(","))
         merger = _ties({k: float(v) if k == "density" else v for k, v in found.items()})
     else:
-        merger = _stage("task_arithmetic", {})
-    alpha = "auto" if isinstance(p["alpha"], str) else p["alpha"]
-    return merge(case.experts, merger | _stage("lines", {"alpha": alpha, "beta": p["beta"]}), base=case.base)
+        merger = _stage("task_arithmetic", {"lambda": 1.0})
+    scales = {n: "auto" if str(p[n]).startswith("auto") else float(p[n]) for n in ("alpha", "beta") if n in p}
+    return merge(case.experts, merger | _stage("lines", scales), base=case.base)
 
 
 def tsvm(case: Case) -> State:
@@ -152,13 +152,14 @@ def isotropic(case: Case) -> State:
 
 
 def knots(case: Case) -> State:
-    """`topK` in percent; `merging_type` and the sign rules in the authors' words."""
-    p = case.params
+    """`topK` in percent; `merging_type` and the sign rules in the authors' words; `tv` keeps every sign."""
+    p = {"topK": 100, "scaling": 1.0, "merging_type": "mean", **case.params}
+    rule = str(p.get("merge_method", p.get("merge", case.method.removeprefix("knots_"))))
     words = {"sum_of_values": "mass", "sum_of_signs": "count"}
     given = {
         "density": p["topK"] / 100 if p["topK"] > 1 else p["topK"],
         "scaling": _number_or_tuple(p["scaling"]),
-        "rule": "mean" if p.get("merge_method", p.get("merge")) in ("tv", "mean") else "ties",
+        "rule": "mean" if rule in ("tv", "mean") else "ties",
         "sign": words[p.get("sign_resolve_mode", "sum_of_values")],
         "aggregate": p["merging_type"],
         "shared": "left" if p.get("concat_across_output", True) else "right",
@@ -252,20 +253,28 @@ def optmerge(case: Case) -> State:
 
 
 def spectral_wudi(case: Case) -> State:
-    """swudi and aswudi: the head gets the mean; `filter` none is time inf, `cumvar_x` the rule cumulative."""
-    p = dict(case.params)
+    """swudi and aswudi: the head gets the mean; a filter of none is time inf, `cumvar_x` the rule cumulative, and
+    None stands for no cut, or no end."""
+    whole = {"truncate_rank_ratio": 1.0, "exp_time": "inf", "auto_rank_method": "none", "max_rank_ratio": 1.0}
+    p = {n: whole[n] if v is None and n in whole else v for n, v in case.params.items()}
     names = {
-        **{"exp_time": "time", "truncate_rank_ratio": "rank_ratio", "init_mode": "init", "scaling": "scaling"},
-        **{"min_eigenvalue": "min_eigenvalue", "min_rank": "min_rank", "auto_rank_method": "rule"},
+        **{"exp_time": "time", "truncate_rank_ratio": "rank_ratio", "init_mode": "init", "init": "init"},
+        **{"scaling": "scaling", "scaling_coefficient": "scaling", "min_eigenvalue": "min_eigenvalue"},
+        **{"min_rank": "min_rank", "auto_rank_method": "rule", "auto_rank": "rule"},
     }
     given = {ours: p[theirs] for theirs, ours in names.items() if theirs in p}
-    if "filter" in p and p["filter"] == "none":
+    scaling = given.setdefault("scaling", 1.0)
+    if case.method == "swudi":
+        given.setdefault("rank_ratio", 0.65)  # the authors' own default
+    filtered = p.get("filter_type", p.get("filter", "exponential" if case.method == "swudi" else "none"))
+    if filtered == "none":
         given["time"] = "inf"
     if found := re.fullmatch(r"cumvar_(.+)", str(given.get("rule"))):
         given |= {"rule": "cumulative", "share": float(found[1])}
-    head = {"role": "head", "method": {"task_arithmetic": {"normalize": True, "lambda": p["scaling"]}}}
+    assert p.get("max_rank_ratio", 1.0) == p.get("rank_scale", 1.0) == 1.0, "limits of the rank that are not mapped"
+    head = {"role": "head", "method": {"task_arithmetic": {"normalize": True, "lambda": scaling}}}
     stage = _stage(case.method, given)
-    return merge(case.experts, stage, base=case.base, rules=[head], exclude=_matching(case, p["exclude"]))
+    return merge(case.experts, stage, base=case.base, rules=[head], exclude=_matching(case, p.get("exclude", [])))
 
 
 def pcb(case: Case) -> State:
@@ -325,6 +334,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "lines": lines,
     "tsvm": tsvm,
     "knots_ties": knots,
+    "knots_tv": knots,
     "opcm": opcm,
     "iso_c": isotropic,
     "tsv_compress": tsvc,

@@ -125,7 +125,7 @@ def _slerp(inputs: Sequence[str], base: str | None, one: One, shared: One) -> Ca
 
 
 def _deltas(sparsify: str | None, consensus: bool, normalize: bool, rescale: bool) -> Callable[..., Call]:
-    """The family of task_arithmetic, ties, dare and breadcrumbs."""
+    """The family of task_arithmetic, ties, dare, della and breadcrumbs."""
 
     def call(inputs: Sequence[str], base: str | None, one: One, shared: One) -> Call:
         experts = tuple(m for m in inputs if m != base)
@@ -136,6 +136,9 @@ def _deltas(sparsify: str | None, consensus: bool, normalize: bool, rescale: boo
         stages: list[tuple[str, tuple[tuple[str, Any], ...]]] = []
         if sparsify == "dare":
             stages.append(("dare", (("density", densities), ("rescale", again), ("rescale_rule", "l1"))))
+        elif sparsify == "della":
+            spans = tuple(float(one("epsilon", m, 0.15)) for m in experts)
+            stages.append(("della", (("density", densities), ("epsilon", spans), ("rescale", again))))
         elif sparsify == "magnitude":
             stages.append(("magnitude", (("density", densities), ("rescale", again))))
         elif sparsify == "breadcrumbs":
@@ -178,6 +181,8 @@ METHODS: Mapping[str, Callable[..., Call]] = {
     "ties": _deltas("magnitude", True, True, False),
     "dare_linear": _deltas("dare", False, False, True),
     "dare_ties": _deltas("dare", True, False, True),
+    "della": _deltas("della", True, True, True),
+    "della_linear": _deltas("della", False, False, True),
     "breadcrumbs": _deltas("breadcrumbs", False, False, False),
     "breadcrumbs_ties": _deltas("breadcrumbs", True, False, False),
     "arcee_fusion": _plain("arcee_fusion", {}),

@@ -113,12 +113,20 @@ def test_weights_come_before_the_vote_and_divide_the_mean():
     assert got.tolist() == [2.0, 6.0]
 
 
-def test_a_mean_of_negative_weights_is_refused():
-    problem = Ties(weight=(1.0, -0.9)).check(2, True)
-    assert problem is not None
-    assert problem.startswith("weight -0.9 (model 2 of 2) loses its sign where aggregate mean divides by the weights")
-    assert Ties(weight=(1.0, -0.9), aggregate="sum").check(2, True) is None
-    assert Ties(weight=(1.0, 0.0)).check(2, True) is None
+def test_a_negative_weight_keeps_its_sign_in_the_divisor_of_the_mean():
+    """mergekit 0.1.5: sum w delta / sum w over what agrees, 0 counts as 1."""
+    experts = {"a": {"w": torch.tensor([1.0, 2.0, 3.0, 1.0])}, "b": {"w": torch.tensor([4.0, -2.0, -1.0, -1.0])}}
+    base = {"w": torch.zeros(4)}
+    got = merge(experts, "ties", base=base, density=1.0, zero_sign="plus", weight=(1.0, -0.5))["w"]
+    # Votes: 1 - 2 (only b agrees: -2 / -0.5), 2 + 1, 3 + 0.5 (both: / 0.5), 1 + 0.5.
+    assert got.tolist() == [4.0, 6.0, 7.0, 3.0]
+    got = merge(experts, "ties", base=base, density=1.0, zero_sign="plus", weight=(1.0, -1.0))["w"]
+    assert got.tolist() == [4.0, 4.0, 4.0, 2.0]
+    remark = Ties(weight=(1.0, -0.9)).remark(2)
+    assert remark is not None
+    assert remark.startswith("weight -0.9 (model 2 of 2): with aggregate mean the divisor is the sum of the weights")
+    assert Ties(weight=(1.0, -0.9), aggregate="sum").remark(2) is None
+    assert Ties(weight=(1.0, 0.0)).remark(2) is None
 
 
 def test_each_expert_has_its_own_density_and_names_do_not_matter():

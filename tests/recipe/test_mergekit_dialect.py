@@ -353,15 +353,20 @@ def test_weights_that_cancel_are_refused(models: Path) -> None:
         )
 
 
-def test_negative_weights_that_normalizing_would_turn_around_are_refused(models: Path) -> None:
+def test_negative_weights_are_normalized_as_mergekit_does_it_or_refused(models: Path) -> None:
+    """ties divides by the agreeing weights, signs and all; a sum of all weights below 0 would turn every sign."""
     two = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -0.9}}]\nbase_model: base\n"
-    with pytest.raises(PlanError, match=r"ties: weight -0\.9 \(model 2 of 2\) loses its sign .*normalize: false"):
-        run(two + "merge_method: ties", models)
-    assert run(two + "merge_method: ties\nparameters: {normalize: false}", models)
+    merged, name = run(two + "merge_method: ties\ndtype: float32", models), "lm_head.weight"
+    base, a, b = (small(i)[name] for i in range(3))
+    votes, weights = torch.stack([a - base, -0.9 * (b - base)]), torch.tensor([1.0, -0.9]).view(2, 1, 1)
+    agrees = votes.sign() == torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    divisor = (weights * agrees).sum(0)
+    torch.testing.assert_close(merged[name], base + (votes * agrees).sum(0) / torch.where(divisor == 0, 1.0, divisor))
+    assert run(two + "merge_method: ties\nparameters: {normalize: false}", models, "plain")
     one = "models: [{model: a, parameters: {weight: -1}}]\nbase_model: base\nmerge_method: task_arithmetic\n"
     with pytest.raises(PlanError, match="weights -1 sum to -1: normalizing turns all their signs around"):
         run(one + "parameters: {normalize: true}", models)
-    merged, name = run(one, models), "lm_head.weight"
+    merged = run(one, models, "one")
     torch.testing.assert_close(merged[name], 2 * small(0)[name] - small(1)[name])
 
 

@@ -45,8 +45,9 @@ class Ties(
     3. Among the v_i of the elected sign: mean (sum v_i / sum w_i), sum, or max.  Result: base + lambda merged.
 
     mergekit's `ties` is scope tensor, zero_sign plus, with aggregate mean for its `normalize: true`, sum for
-    false.  Weights other than 1 do not occur in the paper.  Norms of normfrac and normmass are those of the
-    trimmed task vectors over the scope (not verified against the authors' numbers); a norm of 0 has no voice.
+    false.  Weights other than 1 do not occur in the paper; negative ones keep their sign in the divisor, as in
+    mergekit.  Norms of normfrac and normmass are those of the trimmed task vectors over the scope (not verified
+    against the authors' numbers); a norm of 0 has no voice.
     """
 
     density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
@@ -57,13 +58,15 @@ class Ties(
     zero_sign: str = choice("majority", "sign where the vote is tied", "majority", "minority", "plus")
     aggregate: str = choice("mean", "how agreeing changes are combined", *AGGREGATES)
 
-    def check(self, count: int, has_base: bool) -> str | None:
+    def remark(self, count: int) -> str | None:
         weights = spread(self.weight, count)
         if self.aggregate != "mean" or min(weights) >= 0:
             return None
         return (
-            f"weight {min(weights):g} (model {weights.index(min(weights)) + 1} of {count}) loses its sign where "
-            "aggregate mean divides by the weights that agree; set aggregate: sum (mergekit: normalize: false)"
+            f"weight {min(weights):g} (model {weights.index(min(weights)) + 1} of {count}): with aggregate mean the "
+            "divisor is the sum of the weights that agree, as in mergekit: where only this one does, its change counts "
+            "with its sign turned back, and where the sum is near 0 the change grows; aggregate: sum (mergekit: "
+            "normalize: false) divides by nothing"
         )
 
     @property
