@@ -68,7 +68,7 @@ def test_a_folder_gives_its_experts_back(name: str, tmp_path: Path) -> None:
     method, most = METHODS[name]
     models = {n: {"model": str(tmp_path / n)} for n in EXPERTS}
     recipe = Recipe.model_validate({"base": str(tmp_path / "base"), "models": models, "method": tuple(method)})
-    storage = compress(recipe, tmp_path / "packed").storage
+    storage = compress(recipe, tmp_path / "packed", accept_loss=True).storage
     assert storage is not None
     assert storage.stored < sum(t.numel() for t in BASE.values()) * 4 * most
     (tmp_path / "e2" / "model.safetensors").unlink()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kit
 from goldens.encoded import encoded
-from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceError
+from weightsmith.core.errors import NotKept, OutputError, PlanError, RecipeError, SourceError
 from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.open import open_source
 from weightsmith.jobs.compress import compress, restore
@@ -216,7 +216,7 @@ def test_one_value_far_inside_a_tensor_is_noticed(tmp_path: Path) -> None:
     write(tmp_path / "base", base)
     for i, name in enumerate(NAMES):
         write(tmp_path / name, {"w": base["w"] + i + 1})
-    squeeze(tmp_path)
+    squeeze(tmp_path, "bitdelta")
     base["w"][3999, 2] = 1
     write(tmp_path / "other", base)
     with pytest.raises(SourceError, match="the values of w differ"):
@@ -229,6 +229,73 @@ def test_a_recipe_with_another_base_still_decodes_with_the_right_one(there: Path
     view = open_source(there / "small", base=other, expert="math")
     plain = open_source(there / "small", expert="math")
     assert torch.equal(view.read("norm.weight"), plain.read("norm.weight"))
+
+
+# --- what is lost ----------------------------------------------------------------------------------
+
+
+def lossy(there: Path, second: float, method: object, out: str = "small", **options: object) -> Result:
+    """Two experts, the second moved the other way and `second` times as far."""
+    base = {"w": torch.zeros(5000, 4)}
+    if not (there / "b").exists():
+        write(there / "b", base)
+        moved = {"w": tensors(1, 1.0)["embed_tokens.weight"].repeat(100, 1)[:, :4].repeat(2, 1)[:5000].clone()}
+        write(there / "one", moved)
+        write(there / "two", {"w": -second * moved["w"]})
+    tree = {
+        "base": str(there / "b"),
+        "models": {"one": str(there / "one"), "two": str(there / "two")},
+        "method": method,
+    }
+    return compress(Recipe.model_validate(tree), there / out, threads=1, **options)
+
+
+def test_what_is_worse_than_nothing_is_not_kept(there: Path) -> None:
+    """tau = -2 delta; at lambda 0.1 the first mask takes all, and |tau - delta| = 3 |delta|."""
+    masks = {"tall_masks": {"lambda": 0.1}}
+    with pytest.raises(NotKept) as refused:
+        lossy(there, 3.0, masks)
+    assert str(refused.value) == (
+        "nothing is kept: storing nothing (the bare base) loses 100% of a model's change, but here would be lost: "
+        "300.0% of one's; set the lambda of tall_masks to 1, which never loses more, and tune it from there; or take "
+        "another codec (exact loses nothing, bitdelta never more than storing nothing); or make one model of all with "
+        "the filter consensus; or pass --accept-loss (Python: accept_loss=True) if only your own scores count"
+    )
+    assert not [path for path in there.iterdir() if path.name.startswith("small")], "nor anything to resume"
+    kept = lossy(there, 3.0, masks, accept_loss=True).storage
+    assert kept is not None
+    assert kept.error == {"one": 3.0, "two": pytest.approx(1 / 3, rel=1e-3)}
+    assert kept.worst == {"one": ("w", 3.0), "two": ("w", kept.error["two"])}
+
+
+def test_a_mask_at_lambda_one_never_loses_more_than_nothing(there: Path) -> None:
+    found = lossy(there, 3.0, {"tall_masks": {"lambda": 1}}).storage
+    assert found is not None
+    assert found.error == {"one": 1.0, "two": pytest.approx(1 / 3, rel=1e-3)}
+
+
+def test_that_no_space_is_saved_is_said(there: Path) -> None:
+    text = "no space is saved: the models themselves take no more, and lose nothing"
+    assert text in lossy(there, 3.0, "exact").warnings
+    assert text not in lossy(there, 3.0, "bitdelta", "bits").warnings
+
+
+def test_losses_of_blocks_add_up(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what `exact` stores beside another codec counts as a change, not as a weight."""
+    whole = squeeze(there, "tall_masks", rules=[{"match": "embed*", "method": "exact"}]).storage
+    monkeypatch.setattr("weightsmith.core.task.PART_BYTES", 64)
+    parts = compress(recipe(there, rules=[{"match": "embed*", "method": "exact"}]), there / "parts", threads=1).storage
+    assert whole is not None
+    assert parts is not None
+    assert parts.error == pytest.approx(whole.error, rel=1e-3)
+    assert parts.worst == whole.worst
+    back = {name: state(restore(there / "small", name, there / "out" / name).out) for name in NAMES}
+    base = state(there / "base")
+    for name in NAMES:
+        want = state(there / name)
+        missed = sum(float((back[name][n] - want[n]).square().sum()) for n in SHAPES)
+        change = sum(float((want[n] - base[n]).square().sum()) for n in SHAPES)
+        assert whole.error[name] == pytest.approx((missed / change) ** 0.5, rel=1e-3)
 
 
 # --- names, shapes and tensors that only some have -------------------------------------------------

@@ -118,7 +118,7 @@ def _compressed(root: Root, name: str, text: str, method: str, kind: str) -> Ite
     experts = ("a0", "a1") if kind == "lora" else ("e0", "e1", "e2") if method == name else ("e1",)
 
     def make(folder: Path) -> list[Part]:
-        command("compress", _recipe(root, text), folder / "packed", "--threads", "1", "--quiet")
+        command("compress", _recipe(root, text), folder / "packed", "--threads", "1", "--quiet", "--accept-loss")
         for expert in experts:
             command("restore", folder / "packed", folder / expert, "--expert", expert, "--threads", "1", "--quiet")
         if name == "tall_masks":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from weightsmith.cli.merge import summary
 from weightsmith.cli.options import DEFAULTS, Json, Out, Plugins, Quiet, RecipeFile, Run, Sets, read_recipe
 from weightsmith.cli.show import progress_bar
+from weightsmith.cli.words import Parameter
 
 __all__ = ["compress"]
 
@@ -21,6 +23,9 @@ def compress(
     json: Json = False,
     quiet: Quiet = False,
     plugin: Plugins = (),
+    accept_loss: Annotated[
+        bool, Parameter(help="Keep the result even if models come back worse than the bare base.")
+    ] = False,
 ) -> None:
     """Store all models of a recipe in little more space than one; its method ends in a codec."""
     from weightsmith.jobs.compress import compress as run
@@ -28,7 +33,7 @@ def compress(
     files: list[Path] = []
     made = read_recipe(recipe, set_, plugin, files)
     with progress_bar("compressing", quiet=quiet or json) as progress:
-        result = run(made, out, settings, files=files, progress=progress)
+        result = run(made, out, settings, accept_loss=accept_loss, files=files, progress=progress)
     summary(
         result, json=json, quiet=quiet, next_step=f'"weightsmith restore {out} OUT --expert NAME" gets one model back'
     )

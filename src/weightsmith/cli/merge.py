@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from weightsmith.cli.options import DEFAULTS, Json, Plugins, Quiet, RecipeFile, Run, Sweeps, read_variants
-from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, warn
+from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, table, warn
 from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
-    from weightsmith.jobs.job import Result
+    from weightsmith.jobs.job import Result, Storage
     from weightsmith.jobs.sweep import SweepResult
 
 __all__ = ["merge", "summary"]
@@ -124,9 +124,14 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
                 f"{who} in {size(kept.stored)}{beside}: "
                 f"{kept.ratio:.0%} of the {size(kept.experts)} that {taken} in full"
             )
-            if kept.worst is not None:
-                tensor, name, most = kept.worst
-                of = "changes" if kept.base else "weights"
-                each = ", ".join(f"{who} {share:.2%}" for who, share in kept.error.items())
-                say(f"error of the {of}, relative norm: {each}; at most {most:.2%} ({tensor} of {name})")
+            _losses(kept)
         say(f"next: {next_step}")
+
+
+def _losses(kept: Storage) -> None:
+    """What comes back of every model."""
+    of = "of its change; the bare base: 100%" if kept.base else "of its weights"
+    rows = [
+        (name, f"{lost:.2%}", f"{kept.worst[name][1]:.2%}", kept.worst[name][0]) for name, lost in kept.error.items()
+    ]
+    table(f"what each model loses, {of} (relative norm)", ["model", "in all", "at worst", "in"], rows, right=(1, 2))

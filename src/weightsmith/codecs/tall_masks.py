@@ -61,6 +61,13 @@ class TallMasks(
     def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
         return base + _masked(parts["tau"], _unpacked(parts, base, offset))
 
+    def advice(self) -> str:
+        # At lambda >= 1 a weight is selected only if |tau - delta| < |delta|.
+        at_most = max(self.lambda_) if isinstance(self.lambda_, tuple) else self.lambda_
+        return (
+            "" if at_most >= 1 else "set the lambda of tall_masks to 1, which never loses more, and tune it from there"
+        )
+
 
 def consensus_of(
     experts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int, k: int, scale: float

@@ -6,6 +6,7 @@
     ├── PlanError             recipe and inputs do not go together; carries all problems at once
     ├── NumericError          NaN, Inf or overflow, with tensor, model and place
     ├── OutputError           the output folder cannot be written, resumed or verified
+    │   └── NotKept           what was made is not worth keeping; nothing of it is left
     └── MissingExtra          an optional package is needed; the text holds the pip command
 
 A text says what, where, which value, and what to do about it.
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "MissingExtra",
+    "NotKept",
     "NumericError",
     "OutputError",
     "PlanError",
@@ -110,6 +112,10 @@ class NumericError(WeightsmithError):
 
 class OutputError(WeightsmithError):
     """The output folder is in the way, in use, damaged, or belongs to another recipe."""
+
+
+class NotKept(OutputError):
+    """What was made turned out to be of no use: nothing of it is left, not even to resume."""
 
 
 class MissingExtra(WeightsmithError):

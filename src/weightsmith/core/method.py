@@ -226,6 +226,10 @@ class Codec(Stage):
         """
         raise NotImplementedError
 
+    def advice(self) -> str:
+        """What to change where more is lost than by storing nothing; '' if only another codec helps."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Pipeline:

@@ -14,12 +14,12 @@ import numpy as np
 
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Grain, Pipeline
+from weightsmith.core.method import Pipeline
 from weightsmith.core.site import Group, Site
 from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context
 from weightsmith.engine.hashes import Hashes
-from weightsmith.engine.lost import squares_lost
+from weightsmith.engine.lost import added, squares_lost
 from weightsmith.engine.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.engine.passes import Chain, Target, draws_of, measure, program_of, ranges, refuse_bad_inputs
 from weightsmith.engine.rows import StoredRows
@@ -174,7 +174,7 @@ def _torch(variants: Sequence[Variant]) -> None:
 def _encode(variant: Variant, site: Site, found: Mapping[int, Any]) -> None:
     """The parts that a codec makes of a tensor; every block gives the rows that stand for it.
 
-    What codecs of whole tensors lose is noted; the others work at the speed of copying.
+    What they lose is noted.
     """
     task, context, codec = variant.task, variant.context, variant.pipeline.codec
     assert codec is not None
@@ -190,8 +190,9 @@ def _encode(variant: Variant, site: Site, found: Mapping[int, Any]) -> None:
             refuse_bad_result(part.key, low, rows, context)
         stored[part.key.name] = cast(rows, part.key, low)
         del rows, made[part.key.name]
-    if codec.grain is Grain.TENSOR:
-        variant.lost = squares_lost(task, codec, site, stored)
+    if site.stack[0].numel():
+        here = squares_lost(task, codec, site, stored)
+        variant.lost = here if variant.lost is None else added([variant.lost, here])
     for part in task.encoded:
         low, _ = part.rows(site.offset, site.offset + site.stack[0].numel())
         _fetch(variant, stored.pop(part.key.name), part.key, low)

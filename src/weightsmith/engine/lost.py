@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
@@ -15,27 +15,40 @@ from weightsmith.ops.reduce import block_squares
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Squares", "errors", "squares_lost"]
+__all__ = ["Squares", "added", "errors", "squares_lost"]
 
 Squares = Mapping[str, tuple[float, float]]
 """Expert -> squared Frobenius norms: of what is lost, and of what there was."""
 
 
 def squares_lost(task: Task, codec: Codec, site: Site, stored: Mapping[str, Tensor]) -> Squares:
-    """Of one whole tensor: |x' - x|^2 and |x|^2 per expert, float64.
+    """Of one block: |x' - x|^2 and |x|^2 per expert, float64.
 
-    x is the task vector, or the weight itself where the codec needs no base; x' is decoded from `stored` (part's full
-    name -> tensor as it is written).  One expert at a time.
+    x is the task vector, or the weight itself where there is no base; x' is decoded from `stored` (part's full name ->
+    the rows that stand for the block, as they are written).  So 1 is what is lost by storing nothing.
     """
     like = site.base if site.base is not None else site.stack[0]
     zeros = torch.zeros(site.block_shape, dtype=like.dtype, device=like.device)
+    changes = BASE in codec.traits.needs
     found = {}
-    for expert, wanted in zip(site.names, _wanted(site, codec), strict=True):
+    for i, expert in enumerate(site.names):
         own = {p.name: stored[p.key.name] for p in task.encoded if p.expert in ("", expert)}
         parts = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in own.items()}
-        missed = codec.decode(parts, zeros, 0) - wanted
-        found[expert] = (_square(missed), _square(wanted))
+        change = _change(site, i)
+        wanted = change if changes or site.base is None else site.experts[i]
+        missed = codec.decode(parts, zeros, site.offset) - wanted
+        found[expert] = (_square(missed), _square(change))
     return found
+
+
+def added(found: Iterable[Squares]) -> Squares:
+    """The squares of several blocks together."""
+    total: dict[str, tuple[float, float]] = {}
+    for squares in found:
+        for expert, (missed, there) in squares.items():
+            before = total.get(expert, (0.0, 0.0))
+            total[expert] = before[0] + missed, before[1] + there
+    return total
 
 
 def errors(lost: Mapping[str, Squares]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -45,13 +58,12 @@ def errors(lost: Mapping[str, Squares]) -> tuple[dict[str, float], dict[str, dic
     return total, {name: {e: _share([pair]) for e, pair in squares.items()} for name, squares in lost.items()}
 
 
-def _wanted(site: Site, codec: Codec) -> Iterator[Tensor]:
-    if BASE not in codec.traits.needs:
-        yield from site.experts
-    elif site.factors:
-        yield from (left @ right for left, right in site.factors)
-    else:
-        yield from site.tasks
+def _change(site: Site, index: int) -> Tensor:
+    """What one expert has beyond the base; all of it where there is no base."""
+    if site.factors:
+        left, right = site.factors[index]
+        return left @ right
+    return site.tasks[index] if site.base is not None or site.is_delta else site.stack[index]
 
 
 def _square(tensor: Tensor) -> float:
@@ -59,6 +71,6 @@ def _square(tensor: Tensor) -> float:
 
 
 def _share(pairs: Iterable[Any]) -> float:
-    """Four digits; 0 where there is nothing to lose."""
+    """Four digits; where there was nothing 0, or 1 if something is there now."""
     missed, there = map(math.fsum, zip(*pairs, strict=True))
-    return float(f"{math.sqrt(missed / there):.4g}") if there else 0.0
+    return float(f"{math.sqrt(missed / there):.4g}") if there else float(missed > 0)

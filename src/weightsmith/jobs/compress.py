@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.core.errors import NotKept, PlanError, RecipeError
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.engine.lost import errors
+from weightsmith.core.task import Task
+from weightsmith.engine.lost import added, errors
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
@@ -28,7 +30,13 @@ __all__ = ["compress", "restore"]
 
 
 def compress(
-    recipe: Recipe, out: Path, settings: Settings = DEFAULT, *, sources: Inputs | None = None, **options: Any
+    recipe: Recipe,
+    out: Path,
+    settings: Settings = DEFAULT,
+    *,
+    sources: Inputs | None = None,
+    accept_loss: bool = False,
+    **options: Any,
 ) -> Result:
     """Write the experts of a recipe whose method ends in a codec (`tall_masks`) into the folder `out`.
 
@@ -36,14 +44,20 @@ def compress(
     Tensors that `exclude` or a rule keeps stay in the base.  Tensors that only experts have are stored whole for
     each of them, if excluded.  The folder appears complete or not at all; options change single settings.
 
-    Raises PlanError with every problem before anything is written.  `Result.storage` says what it saves.
+    `Result.storage` says what is saved, and what of each expert's change is lost.
+
+    Raises PlanError with every problem before anything is written; and, with nothing left of what was, where an expert
+    would come back further from itself than the bare base is, unless `accept_loss`.
     """
     settings = settings.but(**options)
     inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
     plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False, encode=True)
-    job = replace(Job.of(inputs, plan, _package), weights=WEIGHTS)
+    job = replace(Job.of(inputs, plan, partial(_package, accept_loss=accept_loss)), weights=WEIGHTS)
     made = job.run(out, settings)
-    return replace(made, storage=_storage(job, read_manifest(made.out)["codec"]))
+    storage = _storage(job, read_manifest(made.out)["codec"])
+    idle = storage.base + storage.stored >= storage.experts
+    warnings = ["no space is saved: the models themselves take no more, and lose nothing"] if idle else []
+    return replace(made, storage=storage, warnings=(*made.warnings, *warnings))
 
 
 def restore(
@@ -92,7 +106,7 @@ def restore(
     return run(recipe, out, settings, sources=inputs)
 
 
-def _package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
+def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Iterable[Path]:
     """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
     plan, inputs = job.plan, job.inputs
     (_, reference), *_ = inputs.models
@@ -102,11 +116,33 @@ def _package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
         written = [folder / name for name in copied.files]
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
-    lost = {task.key.name: found for task in plan.tasks if (found := records[task.id].get("lost"))}
-    if lost:
-        about["error"], about["errors"] = errors(lost)
+    found: dict[str, list[Any]] = {}
+    for task in plan.tasks:
+        if lost := records[task.id].get("lost"):
+            found.setdefault(task.key.name, []).append(lost)
+    about["error"], about["errors"] = errors({name: added(pieces) for name, pieces in found.items()})
+    if not accept_loss:
+        _refuse_worse_than_nothing(plan.tasks, about["error"])
     more = {"seed": plan.recipe.seed, "codec": about, "device": plan.device or None}
     return [*written, job.manifest(folder, records, "codec", treatments(plan), **more)]
+
+
+def _refuse_worse_than_nothing(tasks: Iterable[Task], error: Mapping[str, float]) -> None:
+    """NotKept where an expert would come back further from itself than the base is."""
+    worse = [f"{lost:.1%} of {name}'s" for name, lost in error.items() if lost > 1]
+    if worse:
+        codecs = dict.fromkeys(task.pipeline.codec for task in tasks if task.pipeline is not None)
+        advice = dict.fromkeys(text for codec in codecs if codec is not None and (text := codec.advice()))
+        raise NotKept(
+            f"nothing is kept: storing nothing (the bare base) loses 100% of a model's change, but here would be lost: "
+            f"{', '.join(worse)}; {'; or '.join([*advice, _OTHERS])}"
+        )
+
+
+_OTHERS = (
+    "take another codec (exact loses nothing, bitdelta never more than storing nothing); or make one model of "
+    "all with the filter consensus; or pass --accept-loss (Python: accept_loss=True) if only your own scores count"
+)
 
 
 def _path(ref: ModelRef | None) -> str:
@@ -119,8 +155,7 @@ def _path(ref: ModelRef | None) -> str:
 
 def _storage(job: Job, noted: Mapping[str, Any]) -> Storage:
     """Of a finished job, with what weightsmith.json notes under `codec`."""
-    errors_of = noted.get("errors", {})
-    found = [(name, expert, error) for name, own in errors_of.items() for expert, error in own.items()]
+    found = [(expert, name, error) for name, own in noted.get("errors", {}).items() for expert, error in own.items()]
     size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in job.inputs.models}
     return Storage(
         base=size.pop("base", 0),
@@ -128,5 +163,5 @@ def _storage(job: Job, noted: Mapping[str, Any]) -> Storage:
         experts=sum(size.values()),
         count=len(job.inputs.experts),
         error=noted.get("error", {}),
-        worst=max(found, key=lambda one: one[2], default=None),
+        worst={expert: (name, error) for expert, name, error in sorted(found, key=lambda one: one[2])},
     )

@@ -45,9 +45,9 @@ Packager = Callable[["Job", Records, Path], Iterable[Path]]
 class Storage:
     """Bytes of tensors: the compressed folder and the base that it needs, against the experts in full.
 
-    error   expert -> relative Frobenius error of its change (of its weights, where there is no base), over all tensors
-            stored by codecs of whole tensors
-    worst   (tensor, expert, error) of the largest one; None if nothing was measured
+    error   expert -> relative Frobenius error of its change (of its weights, where there is no base) over all tensors
+            that are stored: 0 is the expert, 1 is the bare base
+    worst   expert -> the tensor whose error is largest, and that
     """
 
     base: int
@@ -55,7 +55,7 @@ class Storage:
     experts: int
     count: int
     error: Mapping[str, float] = field(default_factory=dict)
-    worst: tuple[str, str, float] | None = None
+    worst: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -253,7 +253,7 @@ def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> lis
     try:
         for job, sink, found in zip(jobs.values(), sinks, records, strict=True):
             sink.finish(partial(job.package, job, found))
-    except BaseException:  # the one has let go of its folder; so must those that wait for their turn
+    except BaseException:  # the one has let go of its place; so must those that wait for their turn
         for sink in sinks:
             sink.abort()
         raise

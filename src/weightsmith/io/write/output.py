@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import OutputError
+from weightsmith.core.errors import NotKept, OutputError
 from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.disk import (
@@ -140,8 +140,8 @@ class FolderSink(Sink):
         try:
             with writing(self.partial):
                 self._complete(self._journal, extra_files)
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self.abort(keep=not isinstance(error, NotKept))
             raise
         self._working = False
         self.abort()  # nothing is left to keep: closes what is open, and drops the lock
@@ -168,8 +168,8 @@ class FolderSink(Sink):
                 f"{self.out} is complete, but {left} could not be removed ({error.strerror}); remove it yourself"
             ) from error
 
-    def abort(self) -> None:
-        """Close everything.  What can be resumed stays; a work folder with no finished task in it goes."""
+    def abort(self, keep: bool = True) -> None:
+        """Close everything.  What can be resumed stays (if `keep`); a work folder with no finished task in it goes."""
         for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):  # what had to be on the disk was flushed before
                 os.close(descriptor)
@@ -177,7 +177,7 @@ class FolderSink(Sink):
         if self._journal is not None:
             self._journal.close()
         finished = self._journal.count if self._journal is not None else len(self._completed)
-        if self._working and not finished:
+        if self._working and not (finished and keep):
             with contextlib.suppress(OSError):  # the next run can live with it, and there is an error to report already
                 _discard(self.partial)
         self._working, self._journal = False, None

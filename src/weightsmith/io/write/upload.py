@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import OutputError
+from weightsmith.core.errors import NotKept, OutputError
 from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.disk import gigabytes, remove, write_file, writing
@@ -149,6 +149,9 @@ class UrlSink(Sink):
                     self._refuse_incomplete()
                 put(self.out / name, path)
             clear_marks(self.out)
+        except NotKept:
+            delete(self.out, sorted(stored_at(self.out, OutputError), key=lambda name: name != MANIFEST))
+            raise
         finally:
             self.abort()
         return self.out
