@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from goldens import adapter_cases, mergekit, surgery, tiny_llama
+from goldens import adapter_cases, alignment, mergekit, surgery, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
@@ -35,8 +35,6 @@ NOT_YET: Mapping[str, str] = {
     "mc-smoe": "mixture-of-experts compression",
     "ota": "optimization trajectories",
     "ota+ffg": "optimization trajectories",
-    "pleas": "permutation alignment",
-    "weight-matching": "permutation alignment",
 }
 """Methods that are not built yet, and the piece of work that brings each."""
 
@@ -353,6 +351,8 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "moe-build": moe_build,
     "lora-tools": lora_tools,
     "tokenizer-surgery": tokenizer_surgery,
+    "weight-matching": alignment.weight_matching,
+    "pleas": alignment.pleas,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

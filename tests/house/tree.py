@@ -29,7 +29,7 @@ LAYERS = (
     ("plan",),
     ("engine",),
     ("jobs",),
-    ("inspect", "lora", "moe", "observe", "study"),
+    ("align", "inspect", "lora", "moe", "observe", "study"),
     ("cli",),
     ("__init__", "__main__"),
 )

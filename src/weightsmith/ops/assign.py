@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from weightsmith.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["best_pairing", "similarity"]
+__all__ = ["assigned", "best_pairing", "similarity"]
 
 
 def similarity(reference: Sequence[Tensor], moving: Sequence[Tensor]) -> Tensor:
@@ -26,15 +28,19 @@ def similarity(reference: Sequence[Tensor], moving: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def best_pairing(profit: Tensor, tol: float = 1e-12) -> Tensor:
+def assigned(profit: np.ndarray, tol: float = 1e-12) -> np.ndarray:
     """The permutation with the largest sum profit[i, order[i]]; the identity unless another gains more than `tol`.
 
-    profit: [units, units], finite.  `tol` is relative to the largest entry.  Hungarian algorithm of SciPy, O(units^3).
+    profit: [units, units] float64, finite.  `tol` is relative to the largest entry.  Hungarian algorithm of SciPy,
+    O(units^3).
     """
     from scipy.optimize import linear_sum_assignment
 
-    identity = torch.arange(profit.shape[0])
-    _, columns = linear_sum_assignment(profit.cpu().numpy(), maximize=True)
-    order = torch.as_tensor(columns)
-    gain = profit.cpu()[identity, order].sum() - profit.diagonal().cpu().sum()
-    return order if float(gain) > tol * max(float(profit.abs().max()), 1e-300) else identity
+    _, order = linear_sum_assignment(profit, maximize=True)
+    gain = profit[np.arange(len(order)), order].sum() - profit.diagonal().sum()
+    return order if gain > tol * max(float(np.abs(profit).max()), 1e-300) else np.arange(len(order))
+
+
+def best_pairing(profit: Tensor, tol: float = 1e-12) -> Tensor:
+    """`assigned` of a tensor."""
+    return torch.from_numpy(assigned(profit.cpu().numpy(), tol))

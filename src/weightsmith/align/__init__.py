@@ -1,0 +1,1 @@
+"""How networks lie to each other: permutations of units, barriers, partial merging."""

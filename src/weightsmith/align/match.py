@@ -1,0 +1,218 @@
+"""Weight matching: permute one model's units onto another's, group after group (Git Re-Basin, arXiv:2209.04836).
+
+The objective is sum_t <A_t, pi(B_t)> over all tensors t that a group moves; its largest value has the smallest
+||A - pi(B)||, as permutations keep norms.  It is bilinear in the groups, so each one given the others is a linear
+assignment, and a sweep over all of them never lowers it (coordinate ascent, with local optima: see `restarts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsmith.core.errors import NumericError
+from weightsmith.core.lazy import torch
+from weightsmith.core.symmetry import Orders, SymmetryGroup, composed, identity, indices, moved, permute, units
+from weightsmith.ops.assign import assigned, similarity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["STATISTICS", "Matched", "coupled", "match", "objective", "profits", "walk"]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Endings of names of tensors that move with their units and do not count in the objective."""
+
+State = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A permutation of the moving model.
+
+    orders  of every group, see `core.symmetry.Orders`
+    before  the objective over all tensors that the groups move, with every unit where it was
+    after   and where the orders put it
+    steps   the objective after each accepted step, of the best start
+    """
+
+    orders: Orders
+    before: float
+    after: float
+    steps: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the models lay as well before: no unit has moved."""
+        return all((order == np.arange(order.shape[-1])).all() for order in self.orders.values())
+
+
+def match(
+    groups: Sequence[SymmetryGroup],
+    reference: State,
+    moving: State,
+    *,
+    seed: int = 0,
+    restarts: int = 1,
+    max_iter: int = 100,
+    tol: float = 1e-12,
+    start: Orders | None = None,
+    normalize: bool = False,
+    skip: Sequence[str] = STATISTICS,
+) -> Matched:
+    """Find how to permute `moving` onto `reference`; both: tensor name -> tensor, at least those of the groups.
+
+    seed       of the order of the groups in every sweep; each of the `restarts` draws another, the best one is kept
+    max_iter   sweeps over all groups
+    tol        a step counts if it raises the objective by more than max(tol, 1e-9 |objective of its group|)
+    start      orders to begin with (default: units as they are)
+    normalize  divide the term of each tensor by its norms in both models
+    skip       endings of names of tensors that move but do not count
+
+    Profits are summed in float64.  A group of nested ones (heads) is solved in two levels: for each pair of units the
+    groups inside, whose optimum is the pair's profit.  That is exact where a unit holds one group, else an ascent.
+    Raises NumericError for NaN and Inf, with the tensor's name.
+    """
+    names = [name for group in groups for name in group.names]
+    for label, state in (("reference", reference), ("moving model", moving)):
+        for name in names:
+            if not bool(torch.isfinite(state[name]).all()):
+                raise NumericError(f"{name} of the {label} holds NaN or Inf; nothing can be matched with it")
+    a = {name: _counted(name, reference[name], moving[name], normalize, skip) for name in names}
+    b = {name: moving[name].double() for name in names}
+    best: Matched | None = None
+    for again in range(max(restarts, 1)):
+        orders, steps = _ascent(groups, a, b, np.random.default_rng([seed, again]), max_iter, tol, start or {})
+        found = Matched(orders, objective(a, b), steps[-1], tuple(steps))
+        if best is None or found.after > best.after:
+            best = found
+    assert best is not None
+    return best
+
+
+def objective(a: State, b: State, names: Iterable[str] | None = None) -> float:
+    """Sum over tensors of <A_t, B_t>, in float64."""
+    return sum(float((a[n].double() * b[n].double()).sum()) for n in (a if names is None else names))
+
+
+def walk(groups: Sequence[SymmetryGroup]) -> Iterator[list[SymmetryGroup]]:
+    """The groups in sets that have no tensor in common: each can be matched by itself."""
+    left = list(groups)
+    while left:
+        found, names = [left.pop(0)], set()
+        for group in found:  # grows while it is walked through
+            names |= set(group.names)
+            near = [other for other in left if names & set(other.names)]
+            found += near
+            left = [other for other in left if other not in near]
+        yield sorted(found, key=groups.index)
+
+
+def coupled(group: SymmetryGroup) -> bool:
+    """Whether a tensor has the group on two axes: its objective is then not linear in the permutation."""
+    return len({(a.name, a.axis) for a in group.axes}) > len({a.name for a in group.axes})
+
+
+def profits(group: SymmetryGroup, reference: State, moving: State, orders: Orders, others: Sequence[SymmetryGroup]) -> (
+    np.ndarray
+):  # fmt: skip
+    """[units, units] float64: what unit j of the moving model gains at place i while the other groups stay in `orders`.
+
+    For a group without groups inside.
+    """
+    rest = [other for other in others if other.name != group.name]
+    shapes = {name: moving[name].shape for other in rest for name in other.names}
+    places = indices(rest, orders, shapes)
+    b = {name: moved(moving[name], places.get(name, {})) for name in group.names}
+    return _profit(group, reference, b)
+
+
+# --- one ascent ------------------------------------------------------------------------------------
+
+
+def _counted(name: str, a: Tensor, b: Tensor, normalize: bool, skip: Sequence[str]) -> Tensor:
+    """The reference's tensor as it counts in the objective."""
+    a = a.double()
+    if name.rpartition(".")[2] in skip:
+        return torch.zeros_like(a)
+    size = float(a.norm() * b.double().norm()) if normalize else 1.0
+    return a / size if size else a
+
+
+def _ascent(
+    groups: Sequence[SymmetryGroup],
+    a: State,
+    b: State,
+    draw: np.random.Generator | None,
+    max_iter: int,
+    tol: float,
+    start: Orders,
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Orders, and the objective at the start and after each step.  draw: None takes the groups as they come."""
+    orders: dict[str, np.ndarray] = {}
+    for group in groups:
+        orders |= {**identity(group), **{n: start[n] for n in identity(group) if n in start}}
+    places = indices(groups, orders, {name: t.shape for name, t in b.items()})
+    now = {name: moved(t, places.get(name, {})) for name, t in b.items()}
+    near = {g.name: [o.name for o in groups if o is not g and set(o.names) & set(g.names)] for g in groups}
+    open_ = {group.name for group in groups}  # whose best order may have changed since it was last found
+    steps = [objective(a, now)]
+    for _ in range(max_iter):
+        if not open_:
+            break
+        for index in range(len(groups)) if draw is None else draw.permutation(len(groups)):
+            group = groups[index]
+            if group.name not in open_:
+                continue
+            open_.discard(group.name)
+            before = objective(a, now, group.names)
+            then, gain = _nested(group, a, now, tol) if group.inside else _flat(group, a, now)
+            if gain <= (least := max(tol, 1e-9 * abs(before))):
+                continue
+            new = permute(now, group, then)
+            if coupled(group):
+                gain = objective(a, new, group.names) - before
+                if gain <= least:
+                    continue
+                open_.add(group.name)
+            now |= new
+            orders |= composed(group, orders, then)
+            steps.append(steps[-1] + gain)
+            open_.update(near[group.name])
+    return orders, steps
+
+
+def _profit(group: SymmetryGroup, a: State, b: State) -> np.ndarray:
+    sides = [[units(state[x.name], x, group.size) for x in group.axes] for state in (a, b)]
+    found: np.ndarray = similarity(*sides).cpu().numpy()
+    return found
+
+
+def _flat(group: SymmetryGroup, a: State, b: State) -> tuple[Orders, float]:
+    """The best order of a group, from where its units are now, and what it gains."""
+    profit = _profit(group, a, b)
+    order = assigned(profit)
+    return {group.name: order}, float(profit[np.arange(group.size), order].sum() - profit.diagonal().sum())
+
+
+def _nested(group: SymmetryGroup, a: State, b: State, tol: float) -> tuple[Orders, float]:
+    """The same of a group with groups inside: their optimum is what a pair of units gains."""
+    left, right = ([units(state[x.name], x, group.size) for x in group.axes] for state in (a, b))
+    profit = np.empty((group.size, group.size))
+    found: dict[tuple[int, int], Orders] = {}
+    for i in range(group.size):
+        here = {str(k): unit[i] for k, unit in enumerate(left)}
+        for j in range(group.size):
+            there = {str(k): unit[j] for k, unit in enumerate(right)}
+            found[i, j], steps = _ascent(group.inside, here, there, None, 20, tol, {})
+            profit[i, j] = steps[-1]
+    order = assigned(profit)
+    inner = {
+        group.inner(small): np.stack([found[i, int(j)][small.name] for i, j in enumerate(order)])
+        for small in group.inside
+    }
+    before = sum(float((x * y).sum()) for x, y in zip(left, right, strict=True))
+    return {group.name: order, **inner}, float(profit[np.arange(group.size), order].sum()) - before
