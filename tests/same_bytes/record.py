@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -127,8 +128,21 @@ def machine() -> list[str]:
     import numpy
     import torch
 
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return [names[0] if names else platform.processor(), f"torch {torch.__version__}", f"numpy {numpy.__version__}"]
+    told = dict(_pair(line) for line in reversed(_lines("/proc/cpuinfo")))  # of the first processor
+    # One name stands for processors of several generations: the libraries choose their code by the instructions.
+    kind = " ".join(told.get(key, "?") for key in ("cpu family", "model", "stepping"))
+    instructions = hashlib.sha256(told.get("flags", "").encode()).hexdigest()[:8]
+    return [
+        told.get("model name", platform.processor()),
+        f"kind {kind}, instructions {instructions}",
+        f"torch {torch.__version__}",
+        f"numpy {numpy.__version__}",
+    ]
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()
 
 
 def _lines(file: str) -> list[str]:
