@@ -68,6 +68,7 @@ def pages() -> dict[str, str]:
         "cli.md": _cli_page(),
         "errors.md": _errors_page(),
         "python.md": _python_page(),
+        "train.md": _train_page(),
         "layers.md": _layers_page(),
         "advice.md": _advice_page(),
     }
@@ -454,6 +455,21 @@ def _python_page() -> str:
         lines += ["", f"## {title}"]
         for name, thing in members:
             lines += ["", *_directive("py:class" if isinstance(thing, type) else "py:function", name, thing)]
+    return "\n".join(lines)
+
+
+_TRAIN = ("optim",)
+"""Modules of `weightsmith.train`, in the order of the page."""
+
+
+def _train_page() -> str:
+    lines = ["# Parts for training", "", "Plain torch, for any training loop; see [](../../howto/train.md)."]
+    for name in _TRAIN:
+        module = importlib.import_module(f"weightsmith.train.{name}")
+        lines += ["", f"## weightsmith.train.{name}", "", markdown((module.__doc__ or "").partition("\n")[0])]
+        for thing in (getattr(module, public) for public in module.__all__):
+            kind = "py:class" if isinstance(thing, type) else "py:function"
+            lines += ["", *_directive(kind, f"weightsmith.train.{name}.{thing.__name__}", thing)]
     return "\n".join(lines)
 
 

@@ -22,13 +22,13 @@ from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
+from weightsmith.train.optim import DCTAdamW
 
 State = dict[str, Tensor]
 
 NOT_YET: Mapping[str, str] = {
     "adamerging++ composition": "learned coefficients",
     "codiemb losses": "training losses",
-    "dct_adamw": "low-rank optimizers",
     "expert-merging composition": "learned coefficients",
     "fw-merging (hard)": "Frank-Wolfe merging",
     "map quadratic surrogate": "Pareto search",
@@ -326,6 +326,31 @@ def tokenizer_surgery(case: Case) -> State:
     return surgery.embeddings(case.seed, case.params) | surgery.pursuit(case.expected, case.params["omp_k"])
 
 
+def dct_adamw(case: Case) -> State:
+    """`params` in the authors' words; gradient of step s: task vector s, in turn.  Their FFT path ranks by norm 1."""
+    p = case.params
+    by_fft = p.get("sim_type", "matmul") == "makhoul"
+    norm = p.get("ell_norm", 1)
+    named = {
+        "proj": "basis",
+        **{n: n for n in ("lr", "weight_decay", "betas", "eps", "rank")},
+        **{"update_proj_gap": "interval", "rotate_subspace": "rotate", "max_shape": "max_size"},
+    }
+    given = {ours: _number_or_tuple(p[theirs]) for theirs, ours in named.items() if theirs in p}
+    given["basis"] = "random" if p.get("proj") == "rqr" else "dct2" if by_fft else "dct3"
+    given["norm"] = norm if not by_fft or norm == -1 else 1
+    given["error_feedback"] = (p.get("q_ef") or True) if p.get("use_ef") else False
+    start = {name: tensor.double() for name, tensor in case.base.items()}
+    weights = {name: torch.nn.Parameter(start[name].clone()) for name in case.expected}
+    optimizer = DCTAdamW(weights.values(), **given)
+    experts = list(case.experts.values())
+    for step in range(p["steps"]):
+        for name, weight in weights.items():
+            weight.grad = experts[step % len(experts)][name].double() - start[name]
+        optimizer.step()
+    return {name: weight.detach().float() for name, weight in weights.items()}
+
+
 ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "ties": ties,
     "breadcrumbs": breadcrumbs,
@@ -337,6 +362,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "iso_c": isotropic,
     "tsv_compress": tsvc,
     "fwsvd": fwsvd,
+    "dct_adamw": dct_adamw,
     "iso_cts": isotropic,
     "fisher": fisher,
     "regmean": regmean,

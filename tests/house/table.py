@@ -33,7 +33,7 @@ LINES = {
     "plan": 950,
     "engine": 2100,
     "jobs": 800,
-    **dict.fromkeys(("lora", "moe", "tokens", "inspect", "observe", "study"), 1500),
+    **dict.fromkeys(("lora", "moe", "tokens", "inspect", "observe", "study", "train"), 1500),
 }
 """Part -> lines of source it is to have at most."""
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("plan",),
     ("engine",),
     ("jobs",),
-    ("align", "inspect", "lora", "moe", "observe", "study"),
+    ("align", "inspect", "lora", "moe", "observe", "study", "train"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -1,0 +1,147 @@
+"""Muon on chosen columns of a cosine basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.train.optim.bases import Kind, basis
+from weightsmith.train.optim.groups import (
+    adamw,
+    check_group,
+    gradient,
+    is_projected,
+    matrix,
+    projector_of,
+    reload,
+    run_closure,
+)
+from weightsmith.train.optim.projector import tall
+
+__all__ = ["Trion", "newton_schulz"]
+
+SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "original": lambda out, into: sqrt(max(1.0, out / into)),
+    "match_rms_adamw": lambda out, into: 0.2 * sqrt(max(out, into)),
+    "dion": lambda out, into: sqrt(out / into),
+    "none": lambda out, into: 1.0,
+}
+"""Length of the update of a matrix [out, in]; the authors call them kj, kimi, dion and none."""
+
+
+class Trion(Optimizer):
+    """Trion (Modoranu et al., arXiv 2505.17967): the low-rank momentum, orthogonalised.
+
+    For a matrix parameter with the gradient G, transposed where it is wide, so [n, N] with n >= N:
+
+        M <- M + G;  S = M Q;  I = the `rank` columns of S of largest norm;  m = S_I
+        M <- M - (1 - momentum) m Q_I^T
+        p <- p (1 - lr weight_decay) - lr scale NewtonSchulz(m) Q_I^T
+
+    lr, momentum, weight_decay   of matrices
+    rank             kept directions, 1 .. N; None makes a group plain AdamW
+    scale            "original", "match_rms_adamw", "dion" or "none", see `SCALES`
+    basis, norm, fft   how directions are chosen, see `Projector`
+    adam_lr, betas, eps   plain AdamW for vectors, for matrices with a side of at least `max_size`, and for groups with
+                     rank None
+
+    The published code does not run as it is (names are missing), so no reference output stands behind this class; its
+    formulae do, and it uses one basis for wide and tall matrices where that code transposes it for wide ones.
+    The momentum is full-size float32 (float64 for float64 parameters); gradients are only read.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None,
+        scale: Literal["original", "match_rms_adamw", "dion", "none"] = "original",
+        basis: Kind = "dct3",
+        norm: int = 1,
+        fft: bool = True,
+        max_size: int = 32000,
+        adam_lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+    ) -> None:
+        options: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "scale": scale,
+        }
+        options |= {"basis": basis, "norm": norm, "fft": fft, "max_size": max_size}
+        super().__init__(params, {**options, "adam_lr": adam_lr, "betas": betas, "eps": eps})
+        self._bases: dict[tuple[Any, ...], Tensor] = {}  # keeps the shared bases alive
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["scale"] not in SCALES:
+            raise RecipeError(f"unknown scale {group['scale']!r}{did_you_mean(str(group['scale']), SCALES)}")
+        if not 0 <= group["momentum"] < 1:
+            raise RecipeError(f"momentum must be in [0, 1), got {group['momentum']!r}")
+        check_group(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        reload(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` returns, which is called first and with gradients enabled."""
+        loss = run_closure(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] = state.get("step", torch.zeros(())) + 1
+                    projected = is_projected(p.shape, group)
+                    lr = float(group["lr"] if projected else group["adam_lr"])
+                    if group["weight_decay"]:
+                        p.mul_(1 - lr * group["weight_decay"])
+                    if projected:
+                        self._orthogonal(p, state, group, lr)
+                    else:
+                        adamw(p, state, group, lr)
+        return loss
+
+    def _orthogonal(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any], lr: float) -> None:
+        projector, rows = projector_of(group), tall(matrix(gradient(p)))  # [n, N]
+        key = (projector.basis, rows.shape[1], rows.dtype, rows.device)
+        if key not in self._bases:
+            self._bases[key] = basis(*key)
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        kept = state["momentum"].add_(rows)
+        low, columns = projector.choose(kept)
+        kept.sub_(projector.up(low, columns, rows.shape[1]), alpha=1 - group["momentum"])
+        update = projector.up(newton_schulz(low), columns, rows.shape[1])
+        flat = matrix(p)
+        out, into = flat.shape
+        p.add_((update if out >= into else update.T).reshape(p.shape), alpha=-lr * SCALES[group["scale"]](out, into))
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Bring the singular values of a matrix [n, k] near 1 (0.7 to 1.2), in bfloat16 as Muon does: its dtype, [n, k].
+
+    X <- a X + (b X X^T + c (X X^T)^2) X with (3.4445, -4.7750, 2.0315), from X / |X| (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.T.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found: Tensor = x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return found.to(matrix.dtype)
