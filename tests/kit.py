@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightsmith.core.method import Stage, registered
+from weightsmith.core.problem import Problem
 
-__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of", "state"]
+__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of", "state", "texts"]
 
 GIVEN: Mapping[str, Mapping[str, Any]] = {"mwa": {"value": 2.0}}
 """Parameters whose default is read from files, which small models do not have: method -> name -> value."""
@@ -48,3 +49,8 @@ def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         a[n].dtype == b[n].dtype and torch.equal(a[n].view(bits[a[n].itemsize]), b[n].view(bits[b[n].itemsize]))
         for n in a
     )
+
+
+def texts(problems: Iterable[Problem]) -> list[str]:
+    """What problems and warnings say."""
+    return [problem.text for problem in problems]

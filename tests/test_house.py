@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from house.table import LONGEST, best, rows
 from house.tree import METHODS_MAY, ROOT, House, length, part
+from house.words import FOREIGN, decided_by_words
 
 HOUSE = House(ROOT / "src")
 
@@ -60,6 +62,29 @@ def test_figures_are_measured() -> None:
     found = {row.key: row.now for row in rows(HOUSE)}
     for key in ("way", "frames", "files", "traits", "hooks", "header", "merge", "names_method", "lines_core"):
         assert found[key] > 0, key
+
+
+def test_no_decision_hangs_on_words() -> None:
+    found = {module: list(decided_by_words(tree)) for module, tree in HOUSE.trees.items()}
+    wrong = {module: places for module, places in found.items() if places and module not in FOREIGN}
+    assert not wrong, "give the problem a code and ask for that"
+    assert all(found[module] for module in FOREIGN), "nothing is asked there any more; take it from the list"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "try: f()\nexcept E as error:\n  if 'base' in str(error): pass",
+        "try: f()\nexcept E as error:\n  text = str(error)\n  g = text.startswith('tokenizer:')",
+        "any(text.startswith('tokenizer:') for text in inputs.problems)",
+        "hint = did_you_mean(a, b)\nmore = hint if 'did' in hint else ''",
+        "if 'equal everywhere' in task.reason: pass",
+        "def f(plan):\n  return [re.search('base', w.text) for w in plan.warnings]",
+        "if problem.text == 'no base': pass",
+    ],
+)
+def test_decisions_by_words_are_found(code: str) -> None:
+    assert list(decided_by_words(ast.parse(code)))
 
 
 HEAVY = ("torch", "transformers", "peft", "plotly", "scipy", "numba", "huggingface_hub", "ray", "sklearn")

@@ -14,6 +14,7 @@ from torch import Tensor
 import kit
 import weightsmith
 from goldens.encoded import encoded, recipe_of
+from kit import texts
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import registry
 from weightsmith.inputs.opened import Inputs
@@ -199,9 +200,9 @@ def test_k_above_the_number_of_experts(models):
 def test_one_expert_and_k_2_is_the_base_and_says_so(models):
     base, experts = models
     one = {"e0": experts["e0"]}
-    notes = planned("consensus", base, one).notes
-    assert notes == ("consensus: k = 2 with 1 model selects nothing: the result is the base",)
-    assert planned("consensus", base, experts).notes == ()
+    notes = texts(planned("consensus", base, one).warnings)
+    assert notes == ["consensus: k = 2 with 1 model selects nothing: the result is the base"]
+    assert planned("consensus", base, experts).warnings == ()
     merged = weightsmith.merge(one, "consensus", base)
     assert all(torch.equal(merged[n], base[n]) for n in base)
 

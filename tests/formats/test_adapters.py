@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weightsmith as ws
+from kit import texts
 from tokens.test_one_vocabulary import tokenizer_at
 from weightsmith.core.errors import PlanError
 
@@ -75,7 +76,9 @@ def test_a_trained_classifier_on_a_language_model(tied: bool, tmp_path: Path) ->
     classifier.config.pad_token_id = 0
     want = trained(tmp_path / "adapter", classifier, task_type="SEQ_CLS")
     result = merged(tmp_path, {"a": "adapter"})
-    assert any("trained score.weight, which the base lacks: the result is a classifier" in w for w in result.warnings)
+    assert any(
+        "trained score.weight, which the base lacks: the result is a classifier" in w for w in texts(result.warnings)
+    )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["architectures"], len(config["id2label"])) == (["LlamaForSequenceClassification"], 5)
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
@@ -117,7 +120,7 @@ def test_an_adapters_own_tokenizer_and_template(tmp_path: Path) -> None:
     settings = tmp_path / "adapter/tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "<|end|>"}))
     (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages }}")
-    lost = merged(tmp_path, {"a": "adapter"}).warnings
+    lost = texts(merged(tmp_path, {"a": "adapter"}).warnings)
     assert any("a has a chat template, the result will have none (chat_template: a takes it)" in text for text in lost)
     assert any("a ends with '<|end|>', the result's tokenizer with '</s>' (tokenizer: a takes its)" in t for t in lost)
     assert not (tmp_path / "out/chat_template.jinja").exists()
@@ -125,7 +128,8 @@ def test_an_adapters_own_tokenizer_and_template(tmp_path: Path) -> None:
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
     assert any(
-        "ends with '<|end|>' (6), generation_config.json stops at 1: set eos_token_id" in t for t in result.warnings
+        "ends with '<|end|>' (6), generation_config.json stops at 1: set eos_token_id" in t
+        for t in texts(result.warnings)
     )
     merged(tmp_path, {"a": "adapter"}, chat_template="a")
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
@@ -153,13 +157,12 @@ def test_modules_trained_beside_an_adapter_are_taken(tmp_path: Path) -> None:
     dense = load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"]
     assert bool((dense == 7.0).all())
     text = "2_Dense/model.safetensors: taken from a as trained there, whatever its weight"
-    assert text in result.warnings
+    assert text in texts(result.warnings)
     made = json.loads((tmp_path / "out/weightsmith.json").read_text())
     assert made["companions"]["modules"] == ["2_Dense/model.safetensors"]
     result = merged(tmp_path, {"a": "a", "b": "b"})
-    assert (
-        "2_Dense/model.safetensors: taken from a, which was trained with them; those of b are dropped"
-        in result.warnings
+    assert "2_Dense/model.safetensors: taken from a, which was trained with them; those of b are dropped" in texts(
+        result.warnings
     )
 
 
@@ -169,8 +172,8 @@ def test_an_adapter_that_names_another_base(tmp_path: Path) -> None:
     path = tmp_path / "a/adapter_config.json"
     for said, found in (("org/quite-another", True), ("org/Base", False), (str(tmp_path / "base"), False), ("", False)):
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": said}))
-        texts = merged(tmp_path, {"a": "a"}).warnings
-        assert any("says it was trained on 'org/quite-another', and is put on" in text for text in texts) is found
+        said = texts(merged(tmp_path, {"a": "a"}).warnings)
+        assert any("says it was trained on 'org/quite-another', and is put on" in text for text in said) is found
 
 
 def test_patterns_that_match_one_module_twice(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_patterns_that_match_one_module_twice(tmp_path: Path) -> None:
     path = tmp_path / "a/adapter_config.json"
     patterns = {"layers.0.self_attn.q_proj": 2, "q_proj": 8}
     path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": patterns}))
-    (text,) = (w for w in merged(tmp_path, {"a": "a"}).warnings if "matched by" in w)
+    (text,) = (w for w in texts(merged(tmp_path, {"a": "a"}).warnings) if "matched by" in w)
     assert text.startswith(
         "a: model.layers.0.self_attn.q_proj: matched by alpha_pattern 'layers.0.self_attn.q_proj' (scale 0.5)"
     )

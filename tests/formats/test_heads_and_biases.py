@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
+from kit import texts
 from tokens.test_one_vocabulary import tokenizer_at
 from weightsmith.core.errors import PlanError
 
@@ -49,7 +50,7 @@ def test_a_tied_head_is_untied_where_another_model_has_its_own(first: str, secon
     torch.testing.assert_close(
         after[EMBED], before[first][EMBED] + 0.25 * (before[second][EMBED] - before[first][EMBED])
     )
-    assert any(f"tied to {EMBED}, {HEAD} becomes a tensor of its own" in text for text in result.warnings)
+    assert any(f"tied to {EMBED}, {HEAD} becomes a tensor of its own" in text for text in texts(result.warnings))
     folders = {name: tmp_path / name for name in (first, second)}
     in_memory = ws.merge({second: folders[second]}, "task_arithmetic", folders[first], lambda_=0.25)
     assert in_memory.keys() == after.keys()

@@ -13,6 +13,7 @@ from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, VOCAB, tensors, wri
 from safetensors.torch import load_file, save_file
 
 import weightsmith as ws
+from kit import texts
 from safety.readers import gguf_seeds
 from weightsmith.core.errors import MissingExtra, SourceError
 from weightsmith.io.read.gguf import GgufSource
@@ -100,7 +101,7 @@ def test_a_merge_with_a_folder_loads_in_transformers(dtype: str, tmp_path: Path)
     tree["models"] = {name: str(tmp_path / "two.gguf") for name in ("one", "two")}
     alone = ws.Recipe.model_validate(tree).run(tmp_path / "alone")
     assert not (tmp_path / "alone/config.json").exists()
-    assert any("one is a GGUF file, so the result has no config.json" in text for text in alone.warnings)
+    assert any("one is a GGUF file, so the result has no config.json" in text for text in texts(alone.warnings))
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:

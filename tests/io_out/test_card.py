@@ -136,4 +136,4 @@ def test_licence_problems(stated, texts):
 
     problems = licence_problems(stated)
     assert len(problems) == len(texts), problems
-    assert all(re.search(text, problem) for text, problem in zip(texts, problems, strict=True))
+    assert all(re.search(text, problem.text) for text, problem in zip(texts, problems, strict=True))

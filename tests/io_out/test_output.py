@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kit import texts
 from weightsmith.core.errors import OutputError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.io.read.source import tensor_to_bits
@@ -435,7 +436,7 @@ def check(out: Path, *inputs: Path, overwrite: bool = False, resume: bool = Fals
     before = sorted(out.parent.rglob("*")) if out.parent.exists() else None
     problems = check_output(out, inputs, overwrite, resume, needed)
     assert before == (sorted(out.parent.rglob("*")) if out.parent.exists() else None)  # creates nothing
-    return problems
+    return texts(problems)
 
 
 def test_check_output_finds_nothing_wrong(tmp_path):
@@ -490,7 +491,7 @@ def test_check_output_counts_the_space_of_the_interrupted_run(job, out, monkeypa
 def test_check_output_on_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     assert "is a file, so" in check(tmp_path / "file/out")[0]
-    assert "is a mount point" in check_output(Path("/proc"), (), True, False, 0)[0]
+    assert "is a mount point" in check_output(Path("/proc"), (), True, False, 0)[0].text
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert check(tmp_path / "a/out") == [f"{tmp_path} is not writable; choose another folder"]
 

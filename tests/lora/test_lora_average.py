@@ -11,6 +11,7 @@ import torch
 from peft_models import adapter, deltas, llama, loaded, quiet
 from safetensors.torch import load_file
 
+from kit import texts
 from weightsmith import lora
 from weightsmith.core.errors import PlanError, RecipeError, SourceError, WeightsmithError
 from weightsmith.io.read.trainer import checkpoints, logged, select
@@ -186,7 +187,7 @@ def test_a_checkpoint_that_is_listed_twice(run: Path, tmp_path: Path) -> None:
         with pytest.raises(PlanError, match=r"b is the same checkpoint as a \(.*best_model\); leave one out"):
             lora.merge({"a": here, "b": there}, method, tmp_path / "out")
     made = lora.merge({"a": here, "b": there}, "cat", tmp_path / "out", saved="average")
-    assert made.warnings[0] == "b is the same adapter as a: the two count twice"
+    assert made.warnings[0].text == "b is the same adapter as a: the two count twice"
 
 
 def test_adapters_of_unlike_runs(run: Path, tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_adapters_of_unlike_runs(run: Path, tmp_path: Path) -> None:
             lora.merge({"a": first, "b": path}, "mwa", tmp_path / "out", value=(1.0, 2.0))
     same = adapter(tmp_path / "same", llama, 1, r=3, lora_alpha=6, target_modules=["q_proj"])
     result = lora.merge({"a": first, "b": same}, "mwa", tmp_path / "out", value=(1.0, 2.0))
-    assert any("mean something within one run only" in text for text in result.warnings)
+    assert any("mean something within one run only" in text for text in texts(result.warnings))
     with pytest.raises(RecipeError, match="mwa by score needs the value of each checkpoint"):
         lora.merge({"a": first, "b": same}, "mwa", tmp_path / "no", metric="score")
     with pytest.raises(RecipeError, match="rank with space: product only"):

@@ -12,6 +12,7 @@ from peft_models import Maker, adapter, deltas, gpt2, llama, loaded, logits, qui
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kit import texts
 from weightsmith import lora
 from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.lora_files import read_adapter
@@ -180,7 +181,7 @@ def test_modules_kept_in_full(tmp_path: Path) -> None:
     one, two = (adapter(tmp_path / f"a{i}", llama, i, **config) for i in (1, 2))
     plain = adapter(tmp_path / "plain", llama, 3, r=2, target_modules=["q_proj"])
     result = lora.merge({"one": one, "plain": plain}, "svd", tmp_path / "copied", weight=(0.3, 1.0))
-    assert any("copied, whatever the weights" in text for text in result.warnings)
+    assert any("copied, whatever the weights" in text for text in texts(result.warnings))
     model = loaded(llama, {"x": tmp_path / "copied"})
     saved = loaded(llama, {"x": one})
     name = "base_model.model.model.norm.modules_to_save.x.weight"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kit
+from kit import texts
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.methods.opcm import Opcm
@@ -212,7 +213,7 @@ def test_notes_hold_for_their_base_only(there: Path) -> None:
         (there / name).mkdir()
         save_file(tensors, there / name / "model.safetensors", metadata=metadata)
         wanted = recipe(there, "early", "e2", base=name)
-        notes = make_plan(wanted, sources=open_inputs(wanted)).notes
+        notes = texts(make_plan(wanted, sources=open_inputs(wanted)).warnings)
         assert "early was made by opcm on another base; it counts as a model like any other" in notes, name
 
 

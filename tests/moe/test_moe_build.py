@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kit import texts
 from moe.dense_models import moved, saved
 from weightsmith.core.errors import PlanError
 from weightsmith.moe import router
@@ -204,7 +205,7 @@ def test_deepseek_has_its_names_and_shared_experts_side_by_side(llama: dict[str,
     made = recipe(llama["base"], models, router="cheap_embed", shared=shared, architecture="deepseek")
     result = build(made, tmp_path / "out")
     out = result.out
-    assert any("transformers has no class for DeepseekForCausalLM" in text for text in result.warnings)
+    assert any("transformers has no class for DeepseekForCausalLM" in text for text in texts(result.warnings))
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["DeepseekForCausalLM"]
     assert config["n_shared_experts"] == 2
@@ -311,7 +312,7 @@ def test_condition_numbers_and_drift_are_told(llama: dict[str, Path], tmp_path: 
     base = load_file(llama["base"] / "model.safetensors")
     rows = {n: base["model.embed_tokens.weight"][list(e.prompts[0])].sum(0) for n, e in made.experts.items()}
     matrix = torch.stack([r / r.norm() for r in rows.values()])
-    told = [w for w in build(made, tmp_path / "out").warnings if "condition" in w]
+    told = [w for w in texts(build(made, tmp_path / "out").warnings) if "condition" in w]
     assert router.condition(matrix) > router.ILL_CONDITIONED
     assert len(told) == 1
     assert f"{router.condition(matrix):.3g}" in told[0]

@@ -117,7 +117,7 @@ def test_the_verb(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (folder / "out").exists()
     assert main([*words, "--set", "output.dtype=bfloat16", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert [w.split()[0] for w in said["warnings"] if "moved more outside its MLPs" in w] == ["code"]
+    assert [w["text"].split()[0] for w in said["warnings"] if "moved more outside its MLPs" in w["text"]] == ["code"]
     tensors = load_file(folder / "out/model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert sum(t.numel() for t in tensors.values()) == planned["parameters"]

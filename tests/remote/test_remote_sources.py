@@ -86,7 +86,7 @@ def test_secrets_of_addresses_are_never_shown() -> None:
     secret = Url("https", "me:pass@host/folder", "?sig=abc&token=def")
     error = SourceError(f"{secret.full}: no")
     problems = PlanError([secret.full, "b"]).problems
-    for shown in (str(secret), repr(secret), str(secret / "x"), str(secret.location), str(error), *problems):
+    for shown in (str(secret), repr(secret), str(secret / "x"), str(secret.location), str(error), *map(str, problems)):
         assert "pass" not in shown
         assert "abc" not in shown
     assert (secret / "x").full == "https://me:pass@host/folder/x?sig=abc&token=def"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith
+from kit import texts
 from weightsmith.core.errors import NumericError, OutputError, PlanError, WeightsmithError
 from weightsmith.core.method import Pipeline
 from weightsmith.engine.devices import device as device_module
@@ -206,11 +207,11 @@ def test_what_no_device_has_room_for_is_done_on_the_cpu(models: Path) -> None:
     tight = Late(memory=int((peaks[-2] + 2 * STAGES[-1]) / SHARE) + 2)  # the embedding does not fit, all others do
     plan = planned(wanted, device=tight)
     assert plan.fit is not None
-    assert plan.notes == (plan.fit.note,)
-    assert "no room on cpu:0 and cpu:1 and cpu:2 and will be done on the CPU (the first: " in plan.notes[0]
+    assert texts(plan.warnings) == [plan.fit.note]
+    assert "no room on cpu:0 and cpu:1 and cpu:2 and will be done on the CPU (the first: " in plan.warnings[0].text
     assert plan.fit.on_cpu == {"model.embed_tokens.weight:0"}
     far = run(wanted, models / "far", device=tight)
-    assert far.warnings == plan.notes
+    assert far.warnings == plan.warnings
     assert ("in", "[48, 40]") in tight.seen
     assert ("in", "[90, 40]") not in tight.seen
     assert (far.out / "model.safetensors").read_bytes() == (near / "model.safetensors").read_bytes()

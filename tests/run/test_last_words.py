@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kit
+from kit import texts
 from weightsmith.cli.main import main
+from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
 from weightsmith.jobs.merge import run
@@ -49,7 +51,7 @@ def inputs(models: dict[str, State], base: State = BASE) -> Inputs:
 
 
 def said(tmp_path: Path, method: Any, models: dict[str, State], base: State = BASE, **more: Any) -> list[str]:
-    return list(run(recipe(method, models, **more), tmp_path / "out", sources=inputs(models, base)).warnings)
+    return texts(run(recipe(method, models, **more), tmp_path / "out", sources=inputs(models, base)).warnings)
 
 
 def merged(tmp_path: Path) -> State:
@@ -106,9 +108,10 @@ def test_doge_merges_the_body_and_leaves_embeddings_and_head(wanted: bool, tmp_p
 
 @pytest.mark.parametrize("method", ["tsvm", "r_tsvm", "doge", "ties", "pcb", "opcm", "widen", "dare", "consensus"])
 def test_where_no_model_can_be_opened_that_is_the_problem(method: str) -> None:
-    nothing = Inputs(MemorySource(BASE, "base"), {}, problems=("a: does not exist",))
+    problem = Problem(Code.INPUT, "a", "a: does not exist")
+    nothing = Inputs(MemorySource(BASE, "base"), {}, problems=(problem,))
     found = make_plan(recipe(method, "a"), sources=nothing, strict=False).problems
-    assert found == ("a: does not exist",)
+    assert found == (problem,)
 
 
 # --- models that are the base ----------------------------------------------------------------------

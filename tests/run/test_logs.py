@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightsmith
+from kit import texts
 from weightsmith.core.errors import PlanError
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
@@ -60,7 +61,7 @@ def test_losses_come_from_the_log(training: Path) -> None:
 def test_the_plan_says_the_weights(training: Path) -> None:
     models = {f"c{step}": str(training / f"checkpoint-{step}") for step in (100, 200)}
     recipe = Recipe.model_validate({"models": models, "method": "mwa"})
-    assert "mwa: weights 0.2, 0.8" in make_plan(recipe, sources=open_inputs(recipe)).notes
+    assert "mwa: weights 0.2, 0.8" in texts(make_plan(recipe, sources=open_inputs(recipe)).warnings)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json"):
         (training / "checkpoint-100" / name).write_text("{}")
     run(recipe, training / "out")

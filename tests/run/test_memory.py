@@ -104,7 +104,7 @@ def test_a_budget_is_kept_or_refused_with_the_least_that_works(name: str, tmp_pa
     assert (tight.problems, tight.threads) == ((), 1)
     assert tight.peak_bytes <= least
     (text,) = planned(tmp_path / "m", name, shapes, 3, threads=2, memory=least // 2).problems
-    (said,) = re.findall(r"--memory \d+ MB is too little: \S+ alone needs ([\d,]+) MB", text)
+    (said,) = re.findall(r"--memory \d+ MB is too little: \S+ alone needs ([\d,]+) MB", text.text)
     assert (
         planned(tmp_path / "m", name, shapes, 3, threads=2, memory=int(said.replace(",", "")) * 1_000_000).problems
         == ()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kit import texts
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
 from weightsmith.jobs.nested import open_inputs
@@ -25,7 +26,7 @@ SHAPES = {
 def notes(method: Any, count: int = 3, strict: bool = True) -> list[str]:
     sources = {n: MemorySource({k: torch.zeros(s) for k, s in SHAPES.items()}, n) for n in ["base", *"abc"[:count]]}
     recipe = Recipe.model_validate({"base": "base", "models": {n: n for n in "abc"[:count]}, "method": method})
-    return list(make_plan(recipe, sources=Inputs(sources.pop("base"), sources), strict=strict).notes)
+    return texts(make_plan(recipe, sources=Inputs(sources.pop("base"), sources), strict=strict).warnings)
 
 
 def lines(count: int = 3, **parameters: Any) -> list[str]:
@@ -108,7 +109,8 @@ def test_adapters_of_unlike_modules_and_bases(tmp_path: Path) -> None:
         models = {n: {"model": str(tmp_path / "base"), "adapter": adapters[n]} for n in names}
         tree = {"base": str(tmp_path / "base"), "models": models, "method": "knots"}
         recipe = Recipe.model_validate(tree)
-        return [note.replace(str(tmp_path), "") for note in make_plan(recipe, sources=open_inputs(recipe)).notes]
+        made = make_plan(recipe, sources=open_inputs(recipe))
+        return [note.replace(str(tmp_path), "") for note in texts(made.warnings)]
 
     own = "{}: says it was trained on 'org/{}', and is put on /base: make sure that these are the same model"
     assert said("all") == [own.format("all", "one")]
@@ -131,4 +133,4 @@ def depth_plan(folder: Path, config: dict[str, Any]) -> list[str]:
         (folder / name / "config.json").write_text(json.dumps(config))
     tree = {"base": str(folder / "base"), "models": {"a": str(folder / "a")}, "method": ["task_arithmetic", "lines"]}
     recipe = Recipe.model_validate(tree)
-    return list(make_plan(recipe, sources=open_inputs(recipe), strict=False).problems)
+    return texts(make_plan(recipe, sources=open_inputs(recipe), strict=False).problems)

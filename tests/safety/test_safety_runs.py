@@ -19,6 +19,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from kit import texts
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError, PlanError, SourceError
 from weightsmith.inputs.opened import Inputs
@@ -354,7 +355,7 @@ def account(inputs: Inputs, wanted: Recipe) -> tuple[set[str], set[str]]:
     everything = {name for _, source in inputs.models for name in (*source.keys, *source.aliases)}
     spoken = {key.name for task in plan.tasks for key in task.keys}
     spoken |= {alias for alias, name in inputs.models[0][1].aliases.items() if name in spoken}
-    said = "\n".join((*plan.problems, *plan.notes))
+    said = "\n".join(texts((*plan.problems, *plan.warnings)))
     spoken |= {name for name in everything if name in said}
     assert all(task.pipeline is not None or task.reason for task in plan.tasks)
     return everything, spoken
@@ -449,7 +450,7 @@ def test_what_is_no_tensor_in_a_checkpoint_is_named(tmp_path: Path) -> None:
         loads(json.dumps({"models": {"a": str(tmp_path / "a.pt")}, "method": "linear"})),
         sources=Inputs(None, {"a": open_source(tmp_path / "a.pt")}),
     )
-    assert plan.notes == ("a: entries that are no tensors are left out: epoch, optimizer",)
+    assert texts(plan.warnings) == ["a: entries that are no tensors are left out: epoch, optimizer"]
 
 
 def test_tied_names_are_in_the_file(tmp_path: Path) -> None:
@@ -636,7 +637,7 @@ def test_licences_that_do_not_go_together_are_warned_of(job: Any, models: Path) 
     (models / "b" / "README.md").write_text("---\nlicense: llama3\n---\n")
     (models / "base" / "README.md").write_text("---\nlicense: gemma\n---\n")
     result = job(recipe(models), models / "out")
-    said = "\n".join(result.warnings)
+    said = "\n".join(texts(result.warnings))
     assert "a (cc-by-nc-4.0) may not be used commercially" in said
     assert "base (gemma), b (llama3) are community licences" in said
     assert read_manifest(result.out)["licences"] == {"base": "gemma", "a": "cc-by-nc-4.0", "b": "llama3"}

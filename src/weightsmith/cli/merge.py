@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from weightsmith.cli.options import DEFAULTS, Json, Plugins, Quiet, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import duration, files_in, progress_bar, say, show_json, size, table, warn
 from weightsmith.cli.words import Parameter
+from weightsmith.core.problem import Code, Problem, told
 
 if TYPE_CHECKING:
     from weightsmith.jobs.job import Result, Storage
@@ -50,7 +51,7 @@ def merge(
     if len(variants) > 1:
         _summary_of_all(swept, json=json, quiet=quiet)
         return 0
-    result = replace(result, warnings=(*result.warnings, *cheap_check(result.out)))
+    result = replace(result, warnings=(*result.warnings, *told(Code.CHECK, cheap_check(result.out))))
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
     return 0
 
@@ -59,7 +60,9 @@ def _summary_of_all(swept: SweepResult, *, json: bool, quiet: bool) -> None:
     """Say what a sweep has made, a line for each variant."""
     from weightsmith.observe.consistency import cheap_check
 
-    warnings = {name: (*found.warnings, *cheap_check(found.out)) for name, found in swept.variants.items()}
+    warnings = {
+        name: (*found.warnings, *told(Code.CHECK, cheap_check(found.out))) for name, found in swept.variants.items()
+    }
     if json:
         made = {name: files_in(found.out) for name, found in swept.variants.items()}
         show_json({
@@ -74,12 +77,12 @@ def _summary_of_all(swept: SweepResult, *, json: bool, quiet: bool) -> None:
             "peak_bytes": swept.peak_bytes,
         })  # fmt: skip
         return
-    texts: dict[str, list[str]] = {}
+    texts: dict[Problem, list[str]] = {}
     for name, said in warnings.items():
         for text in said:
             texts.setdefault(text, []).append(name)
     for text, names in texts.items():
-        warn(text if len(names) == len(warnings) else f"{', '.join(names)}: {text}")
+        warn(text if len(names) == len(warnings) else text.of(", ".join(names)))
     if quiet:
         return
     for found in swept.variants.values():

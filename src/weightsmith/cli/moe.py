@@ -64,7 +64,7 @@ def _preview(draft: Draft, json: bool) -> None:
             "active_parameters": draft.active,
             "bytes": draft.nbytes,
             "base_bytes": draft.dense_bytes,
-            "notes": draft.notes,
+            "warnings": draft.warnings,
         })  # fmt: skip
         return
     rows = [
@@ -72,6 +72,6 @@ def _preview(draft: Draft, json: bool) -> None:
         for name, expert in {**recipe.experts, **recipe.shared}.items()
     ]
     table("Experts", ["name", "role", "model", "prompts", "avoid"], rows, right=(3, 4))
-    for text in draft.notes:
+    for text in draft.warnings:
         warn(text)
     say(_sizes(draft))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from weightsmith.cli.options import DEFAULTS, Json, Plugins, RecipeFile, Run, Sweeps, read_variants
 from weightsmith.cli.show import roughly, say, show_json, size, table
 from weightsmith.cli.words import Parameter
+from weightsmith.core.problem import Problem
 from weightsmith.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _preview_all(variants: Mapping[str, Recipe], out: Path, settings: Settings, 
     say(f"writes:   {size(made.write_bytes)} in {len(made.plans)} folders in {made.out}")
     say(f"reads:    {size(made.read_bytes)} for all of them together")
     say(_memory(made.room))
-    for note in dict.fromkeys(note for plan in made.plans.values() for note in plan.notes):
+    for note in dict.fromkeys(note for plan in made.plans.values() for note in plan.warnings):
         say(f"note:     {note}")
     _problems(made.problems)
     return 2 if made.problems else 0
@@ -93,7 +94,7 @@ def _facts(made: Plan) -> dict[str, Any]:
         "free_bytes": made.free_bytes,
         "threads": made.room.threads,
         "device": made.device or "cpu",
-        "notes": made.notes,
+        "warnings": made.warnings,
         "problems": made.problems,
     }
 
@@ -145,7 +146,7 @@ def _show(made: Plan) -> None:
     say(f"time:     {time}")
     if made.free_bytes is not None:
         say(f"disk:     {size(made.free_bytes)} free")
-    for note in made.notes:
+    for note in made.warnings:
         say(f"note:     {note}")
     _problems(made.problems)
 
@@ -154,7 +155,7 @@ def _memory(room: Room) -> str:
     return f"memory:   {size(room.peak_bytes)} at most, with {room.threads} thread{'s' if room.threads != 1 else ''}"
 
 
-def _problems(problems: Sequence[str]) -> None:
+def _problems(problems: Sequence[Problem]) -> None:
     if problems:
         say(f"\n{len(problems)} problem{'s' if len(problems) != 1 else ''}:")
         for problem in problems:

@@ -29,7 +29,7 @@ def say(text: str = "") -> None:
     sys.stdout.write(printable(text) + "\n")
 
 
-def warn(text: str) -> None:
+def warn(text: object) -> None:
     sys.stderr.write(f"warning: {printable(text)}\n")
 
 

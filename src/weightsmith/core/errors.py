@@ -2,7 +2,7 @@
 
     WeightsmithError          exit code 2, one line, no traceback
     ├── RecipeError           the recipe says something that cannot be meant; carries all problems at once
-    ├── SourceError           an input cannot be read, or lies about itself
+    ├── SourceError           an input cannot be read, or lies about itself; NoBaseError: without its base
     ├── PlanError             recipe and inputs do not go together; carries all problems at once
     ├── NumericError          NaN, Inf or overflow, with tensor, model and place
     ├── OutputError           the output folder cannot be written, resumed or verified
@@ -15,11 +15,14 @@ A text says what, where, which value, and what to do about it.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from weightsmith.core.problem import Code, Problem, public, told
 
 __all__ = [
     "MissingExtra",
+    "NoBaseError",
     "NotKept",
     "NumericError",
     "OutputError",
@@ -28,25 +31,11 @@ __all__ = [
     "SourceError",
     "WeightsmithError",
     "did_you_mean",
+    "nearest",
     "problems_of",
     "public",
     "some",
 ]
-
-
-_SECRETS = (
-    (re.compile(r"hf_\w{6,}"), "hf_***"),  # access tokens
-    (re.compile(r"(?i)\bbearer\s+\S+"), "Bearer ***"),
-    (re.compile(r"(\w:/{1,2})[^/\s@'\"]+@"), r"\1***@"),  # names and passwords in addresses
-    (re.compile(r"(\w://?[^\s?'\"]+)\?[^\s'\")]+"), r"\1?***"),  # signatures of links that are good for an hour
-)
-
-
-def public(text: str) -> str:
-    """A text without what lets others in: tokens, and the user, password and query of every address in it."""
-    for secret, shown in _SECRETS:
-        text = secret.sub(shown, text)
-    return text
 
 
 class WeightsmithError(Exception):
@@ -57,7 +46,9 @@ class WeightsmithError(Exception):
     """
 
     code = 2
-    problems: tuple[str, ...] = ()
+    kind: ClassVar[Code] = Code.OTHER
+    """Of problems that are given as mere texts."""
+    problems: tuple[Problem, ...] = ()
     """Every one of several, where the error carries more than its text."""
 
     def __init__(self, text: str = "") -> None:
@@ -68,50 +59,66 @@ class WeightsmithError(Exception):
 _MOST = 50  # problems shown of one recipe
 
 
-def _listed(problems: Sequence[str], most: int | None = None) -> str:
+def _listed(problems: Sequence[Problem], most: int | None = None) -> str:
     """One problem as it is, several as a list under their number."""
     if len(problems) == 1:
-        return problems[0]
+        return problems[0].text
     more = len(problems) - len(problems[:most])
-    lines = [*problems[:most], *([f"and {more} more"] if more else [])]
+    lines = [*(problem.text for problem in problems[:most]), *([f"and {more} more"] if more else [])]
     return "\n".join([f"{len(problems)} problems:", *(f"  - {line}" for line in lines)])
 
 
 class RecipeError(WeightsmithError):
     """The recipe is wrong in itself (unknown key, value out of range, contradictory parts).
 
-    `problems` holds every one of them, a line each; of very many the text shows the first.
+    `problems` holds every one of them; of very many the text shows the first.
     """
 
-    def __init__(self, *problems: str) -> None:
-        self.problems = tuple(map(public, problems))
+    kind = Code.RECIPE
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = tuple(problem.public() for problem in told(self.kind, problems))
         super().__init__(_listed(self.problems, _MOST))
 
-    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[Problem, ...]]:
         return RecipeError, self.problems
 
 
 class SourceError(WeightsmithError):
     """An input is missing, truncated, hostile or of an unknown kind."""
 
+    kind = Code.INPUT
+
+
+class NoBaseError(SourceError):
+    """An input is nothing without a base model, and none is there."""
+
+    kind = Code.NO_BASE
+
 
 class PlanError(WeightsmithError):
-    """Recipe and inputs do not fit.  `problems` holds every one of them, a line each."""
+    """Recipe and inputs do not fit.  `problems` holds every one of them."""
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(map(public, problems))
+    kind = Code.FIT
+
+    def __init__(self, problems: Iterable[Problem | str]) -> None:
+        self.problems = tuple(problem.public() for problem in told(self.kind, problems))
         super().__init__(_listed(self.problems))
 
-    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[Problem, ...]]]:
         return PlanError, (self.problems,)
 
 
 class NumericError(WeightsmithError):
     """A value that is not a finite number was found, or would be written."""
 
+    kind = Code.NUMBER
+
 
 class OutputError(WeightsmithError):
     """The output folder is in the way, in use, damaged, or belongs to another recipe."""
+
+    kind = Code.OUTPUT
 
 
 class NotKept(OutputError):
@@ -120,6 +127,8 @@ class NotKept(OutputError):
 
 class MissingExtra(WeightsmithError):
     """An optional package is not installed.  `extra` is weightsmith's, or '' where the package goes by itself."""
+
+    kind = Code.EXTRA
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package, self.extra, self.purpose = package, extra, purpose
@@ -130,9 +139,9 @@ class MissingExtra(WeightsmithError):
         return MissingExtra, (self.package, self.extra, self.purpose)
 
 
-def problems_of(error: WeightsmithError) -> tuple[str, ...]:
+def problems_of(error: WeightsmithError) -> tuple[Problem, ...]:
     """What an error complains of, one by one."""
-    return error.problems or (str(error),)
+    return error.problems or (Problem(error.kind, "", str(error)),)
 
 
 _LONGEST = 200  # characters; comparing takes time in the square of the length
@@ -143,11 +152,14 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return '; did you mean X?' for the nearest option; '' if none is near."""
+    likely = [k for k in options if len(k) <= _LONGEST] if len(word) <= _LONGEST else []
+    near = difflib.get_close_matches(word, likely, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return '; did you mean X?' for the nearest option, else '; known: A, B, C'."""
     known = list(options)
-    likely = [k for k in known if len(k) <= _LONGEST] if len(word) <= _LONGEST else []
-    near = difflib.get_close_matches(word, likely, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
+    return nearest(word, known) or (f"; known: {', '.join(sorted(known))}" if known else "")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
+from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context
 from weightsmith.engine.devices.device import Do, Fit, Lanes, at_home
@@ -167,7 +168,7 @@ def context_of(plan: Plan, inputs: Inputs) -> Context:
 
 def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
     """Integer and bool tensors are copied only if every input holds the same; checked before anything is written."""
-    problems = []
+    problems = Problems()
     for task, inputs in tasks:
         key = task.key
         if not task.compared:
@@ -177,13 +178,18 @@ def refuse_unequal(tasks: Iterable[tuple[Task, Inputs]]) -> None:
             here = first.bits(key.name, start, stop)
             for name, source in others:
                 if not np.array_equal(here, source.bits(key.name, start, stop)):
-                    problems.append(
-                        f"{key.name} ({key.dtype}) differs between {first_name} and {name} and cannot be averaged; "
-                        f'to keep the one of {first_name} add it to "exclude"'
-                    )
+                    text = partial(_unequal, key.dtype, first_name, name)
+                    problems.share(Code.UNEQUAL, key.name, (key.dtype, first_name, name), text)
                     break
     if problems:
-        raise PlanError(dict.fromkeys(problems))
+        raise PlanError(problems)
+
+
+def _unequal(dtype: str, first: str, other: str, tensors: Tensors) -> str:
+    return (
+        f"{tensors} ({dtype}) {tensors['differs|differ']} between {first} and {other} and cannot be averaged; "
+        f'to keep {tensors["the one|those"]} of {first} add {tensors["it|them"]} to "exclude"'
+    )
 
 
 class _Meter:

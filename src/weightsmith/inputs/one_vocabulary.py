@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.core.errors import WeightsmithError, problems_of
+from weightsmith.core.problem import Code, Problem
 from weightsmith.io.read.source import Source
 from weightsmith.recipe.schema import Tokenizer
 from weightsmith.tokens.layout import lay_out, read_rule
@@ -23,7 +24,9 @@ from weightsmith.tokens.vocabulary import (
 __all__ = ["in_one_vocabulary"]
 
 
-def in_one_vocabulary(wanted: Tokenizer | None, models: Mapping[str, Source]) -> tuple[Mapping[str, Source], list[str]]:
+def in_one_vocabulary(
+    wanted: Tokenizer | None, models: Mapping[str, Source]
+) -> tuple[Mapping[str, Source], list[Problem]]:
     """The models in one vocabulary, and what is wrong; the base, if there is one, is the model 'base'.
 
     Models whose vocabularies and rows are alike stay as they are, unless a rule changes a row.
@@ -33,7 +36,7 @@ def in_one_vocabulary(wanted: Tokenizer | None, models: Mapping[str, Source]) ->
     try:
         return _renumbered(wanted, models), []
     except WeightsmithError as error:
-        return models, [f"tokenizer: {line}" for line in problems_of(error)]
+        return models, [Problem(Code.TOKENIZER, one.where, f"tokenizer: {one.text}") for one in problems_of(error)]
 
 
 def _renumbered(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, Source]:

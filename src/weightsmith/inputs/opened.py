@@ -14,6 +14,7 @@ from weightsmith.core.errors import OutputError, PlanError, SourceError, Weights
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Pipeline
+from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.io.read.experts import laid_out_like
@@ -43,7 +44,7 @@ class Inputs:
     base: Source | None
     experts: Mapping[str, Source]
     stats: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
     full: bool = False
     """Whether fingerprints hold a hash of all bytes of every file; taking it reads all of them once."""
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False, compare=False)
@@ -100,7 +101,7 @@ def open_inputs(
     """
     opener = _Opener(nested)
     given = given or {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     base: Source | None = given.get("base")
     if base is None and recipe.base is not None:
         base = opener.open(recipe.base, None, "base", problems, keep)
@@ -114,25 +115,27 @@ def open_inputs(
             for stat, found in open_stats(ref.stats).items():
                 stats.setdefault(stat, {})[name] = found
         except WeightsmithError as error:
-            problems.append(f"{name}: {error}")
+            problems += [one.of(name) for one in problems_of(error)]
     first = base if base is not None else next(iter(experts.values()), None)
     if first is not None:
         experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     if not recipe.models:
-        problems.append("the recipe names no models; add at least one under 'models:'")
+        problems.append(
+            Problem(Code.NO_MODELS, "models", "the recipe names no models; add at least one under 'models:'")
+        )
     if problems:
         return Inputs(base, experts, stats, tuple(problems))
     try:
         whole = headed({**({} if base is None else {"base": base}), **experts})
     except SourceError as error:
-        return Inputs(base, experts, stats, (str(error),))
+        return Inputs(base, experts, stats, problems_of(error))
     whole = untied(whole, lambda name: _matches(name, recipe.exclude))
     models, problems = in_one_vocabulary(recipe.tokenizer, whole)
     shown = {name: source for name, source in models.items() if base is None or name != "base"}
     return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
 
 
-def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
+def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[Problem]]:
     """What the run that made the first model noted for later ones (stage -> notes), and what there is to say about it.
 
     Notes hold for the base of that run: without the same base there are none.
@@ -145,11 +148,12 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     try:
         made = read_manifest(folder)
     except OutputError as error:
-        return {}, [f"{name}: {error}; it counts as a model like any other"]
+        return {}, [Problem(Code.EARLIER, name, f"{name}: {error}; it counts as a model like any other")]
     notes: dict[str, Any] = made.get("notes", {})
     now = {} if inputs.base is None else inputs.base.fingerprint()
     if notes and _without_times(made["inputs"].get("base", {})) != _without_times(now):
-        return {}, [f"{name} was made by {', '.join(notes)} on another base; it counts as a model like any other"]
+        text = f"{name} was made by {', '.join(notes)} on another base; it counts as a model like any other"
+        return {}, [Problem(Code.EARLIER, name, text)]
     return notes, []
 
 
@@ -176,13 +180,13 @@ class _Opener:
     nested: Nested
 
     def open(
-        self, ref: ModelRef, base: Source | None, name: str, problems: list[str], keep: Keep | None
+        self, ref: ModelRef, base: Source | None, name: str, problems: list[Problem], keep: Keep | None
     ) -> Source | None:
         """The model, or None with what is wrong added to `problems`."""
         try:
             return self.model(ref, base, name, keep)
         except WeightsmithError as error:
-            problems += [f"{name}: {line}" for line in problems_of(error)]
+            problems += [one.of(name) for one in problems_of(error)]
             return None
 
     def model(self, ref: ModelRef, base: Source | None, name: str, keep: Keep | None) -> Source:

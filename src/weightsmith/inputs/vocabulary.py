@@ -9,6 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import WeightsmithError, did_you_mean, some
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.package.companions import tokenizer_files, tokenizer_home, trained_modules
@@ -49,7 +50,7 @@ def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
 
 def vocabulary_problems(
     reference: Source, label: str, experts: Mapping[str, Source], merged: list[str]
-) -> Iterable[str]:
+) -> Iterable[Problem]:
     """Rows of merged embeddings must stand for the same tokens in every model."""
     if isinstance(reference, VocabularyView):
         return  # a view of every model in one vocabulary
@@ -57,14 +58,15 @@ def vocabulary_problems(
         try:
             found = difference(_home(reference, merged), _home(source, merged)) if source is not reference else None
         except WeightsmithError as error:
-            yield f"{name}: {error}"
+            yield Problem(Code.VOCABULARY, name, f"{name}: {error}")
             continue
         if found:
-            yield (
+            text = (
                 f"unlike vocabularies in {label} and {name}: {found}; either give the models one vocabulary "
                 f"(tokenizer: union, or a model's name), or keep the {label}'s rows "
                 f"(exclude: {json.dumps(merged)}), or leave {name} out"
             )
+            yield Problem(Code.VOCABULARY, name, text)
 
 
 def _home(source: Source, merged: Iterable[str]) -> Path | None:
@@ -74,7 +76,7 @@ def _home(source: Source, merged: Iterable[str]) -> Path | None:
     return source.origin.folder if untouched else tokenizer_home(source.origin)
 
 
-def rows_problem(models: Mapping[str, Source]) -> str:
+def rows_problem(models: Mapping[str, Source]) -> Problem:
     """What to say of two models with unlike numbers of tokens, once for all of their tensors: why, and the ways out."""
     (label, first), (other, second) = models.items()
     names = [
@@ -91,10 +93,11 @@ def rows_problem(models: Mapping[str, Source]) -> str:
         )
     if not any(n.endswith(LOGITS_BIAS) for n in names):
         choices.insert(0, "give the models one vocabulary (tokenizer: union, or a model's name)")
-    return (
+    text = (
         f"unlike vocabularies: {name} has {rows[0]} rows in {label} and {rows[1]} in {other}"
         f"{_further(rows, (first, second))}; either {', or '.join(choices)}"
     )
+    return Problem(Code.VOCABULARY, other, text)
 
 
 def is_of_tokens(key: Key) -> bool:
@@ -118,21 +121,23 @@ def _further(rows: Sequence[int], models: Sequence[Source]) -> str:
     return f" (of the {count} further rows {len(tokens)} are tokens, the first {tokens[0]!r})"
 
 
-def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[str]:
+def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[Problem]:
     """What is wrong with `tokenizer` and `chat_template`; better known now than after the merge."""
     if (wanted := recipe.tokenizer) is not None:
         named = dict(inputs.models)
         if wanted.source != "union" and wanted.source not in named and not Path(wanted.source).is_dir():
-            yield f"tokenizer: {wanted.source!r} is neither a folder nor a model{did_you_mean(wanted.source, named)}"
+            text = f"tokenizer: {wanted.source!r} is neither a folder nor a model{did_you_mean(wanted.source, named)}"
+            yield Problem(Code.TOKENIZER, "tokenizer", text)
             return
         folder = tokenizer_folder(recipe, inputs)
         if wanted.source != "union" and (folder is None or not tokenizer_files(folder)):
             where = folder if folder is not None else wanted.source
-            yield f"tokenizer: {where} holds no tokenizer files; name another model or folder"
+            text = f"tokenizer: {where} holds no tokenizer files; name another model or folder"
+            yield Problem(Code.TOKENIZER, "tokenizer", text)
     try:
         chat_template(recipe, inputs)
     except WeightsmithError as error:
-        yield str(error)
+        yield Problem(Code.TEMPLATE, "chat_template", str(error))
 
 
 def chat_template(recipe: Recipe, inputs: Inputs) -> str | None:
@@ -164,8 +169,8 @@ def own_template(origin: Origin) -> str | None:
     return next((text for folder in folders if folder is not None and (text := template_of(folder))), None)
 
 
-def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[str]:
-    """What lies beside the models and will not be in the result, or comes from one of them: a line each."""
+def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
+    """What lies beside the models and will not be in the result, or comes from one of them."""
     if not inputs.models:
         return
     reference = inputs.models[0][1].origin
@@ -176,12 +181,14 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[str]:
         theirs, last = own_template(source.origin), _ending(tokenizer_home(source.origin))
         if theirs and theirs.strip() != (template or "").strip():
             state = "another" if template else "none"
-            yield f"{name} has a chat template, the result will have {state} (chat_template: {name} takes it)"
+            text = f"{name} has a chat template, the result will have {state} (chat_template: {name} takes it)"
+            yield Problem(Code.TEMPLATE, name, text)
         if last and ending and last != ending:
-            yield f"{name} ends with {last!r}, the result's tokenizer with {ending!r} (tokenizer: {name} takes its)"
-    yield from modules_beside(inputs)[1]
+            text = f"{name} ends with {last!r}, the result's tokenizer with {ending!r} (tokenizer: {name} takes its)"
+            yield Problem(Code.TOKENIZER, name, text)
+    yield from told(Code.COMPANION, modules_beside(inputs)[1])
     if recipe.tokenizer is not None and ending and reference.numbering is None:
-        yield from _unlike_ending(ending, home, reference)
+        yield from told(Code.TOKENIZER, list(_unlike_ending(ending, home, reference)), "tokenizer")
 
 
 def modules_beside(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:

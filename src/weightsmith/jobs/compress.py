@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import NotKept, PlanError, RecipeError
+from weightsmith.core.problem import Code, Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import Task
 from weightsmith.engine.lost import added, errors
@@ -56,7 +57,8 @@ def compress(
     made = job.run(out, settings)
     storage = _storage(job, read_manifest(made.out)["codec"])
     idle = storage.base + storage.stored >= storage.experts
-    warnings = ["no space is saved: the models themselves take no more, and lose nothing"] if idle else []
+    text = "no space is saved: the models themselves take no more, and lose nothing"
+    warnings = [Problem(Code.CODEC, "method", text)] if idle else []
     return replace(made, storage=storage, warnings=(*made.warnings, *warnings))
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
+from weightsmith.core.problem import Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.units import parse_size
 from weightsmith.engine import carry
 from weightsmith.engine.cluster import ray_runner
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inputs.vocabulary import tokenizer_folder
-from weightsmith.io.package.card import licence_problems, licences
+from weightsmith.io.package.card import UNKNOWN, licence_problems, licences
 from weightsmith.io.package.manifest import MANIFEST, build_manifest, read_manifest, write_manifest
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, destination, without_secrets
@@ -67,7 +68,7 @@ class Storage:
 class Result:
     """What a run did.
 
-    warnings  things the user should look at, a line each
+    warnings  things the user should look at
     storage   of a compression
     complete  the run to resume had got through: nothing was done
     """
@@ -77,7 +78,7 @@ class Result:
     read_bytes: int
     write_bytes: int
     peak_bytes: int
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
     storage: Storage | None = None
     complete: bool = False
 
@@ -101,7 +102,7 @@ class Job:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parents: Mapping[str, Source] = field(default_factory=dict)
     identify: Callable[[], Mapping[str, Any]] = dict
-    ready: Callable[[], Iterable[str]] = tuple
+    ready: Callable[[], Iterable[Problem]] = tuple
 
     @classmethod
     def of(cls, inputs: Inputs, plan: Plan, package: Packager) -> Job:
@@ -118,7 +119,7 @@ class Job:
         """
         began = time.perf_counter()
         if settings.resume and self.finished(out):
-            return self.result(out, time.perf_counter() - began, self.plan.notes, complete=True)
+            return self.result(out, time.perf_counter() - began, self.plan.warnings, complete=True)
         if problems := [*self.plan.problems, *self.obstacles(out, settings)]:
             raise PlanError(problems)
         (warnings,) = carried_out({out: self}, self.plan.room, settings)
@@ -133,13 +134,13 @@ class Job:
         _, reference = self.inputs.models[0]
         return merged | {alias: merged[name] for alias, name in reference.aliases.items() if name in merged}
 
-    def prepare(self) -> Iterable[str]:
+    def prepare(self) -> Iterable[Problem]:
         """Fetch what is missing here, and make what is needed of it; return warnings."""
         for _, source in self.inputs.models:
             source.prepare()
         return self.ready()
 
-    def obstacles(self, out: Path, settings: Settings) -> list[str]:
+    def obstacles(self, out: Path, settings: Settings) -> list[Problem]:
         """What stands in the way of writing to `out`."""
         staged = min(self.plan.write_bytes, AT_ONCE * parse_size(self.plan.recipe.output.shard_size))
         return check_output(
@@ -221,10 +222,10 @@ class Job:
         )
         return write_manifest(folder, noted | {name: value for name, value in more.items() if value is not None})
 
-    def result(self, out: Path, seconds: float, warnings: Iterable[str], complete: bool = False) -> Result:
+    def result(self, out: Path, seconds: float, warnings: Iterable[Problem], complete: bool = False) -> Result:
         """What there is to say about a finished run."""
         stated = self.licences()  # nothing is said where no model states any
-        of_licences = licence_problems(stated) if set(stated.values()) != {"unknown"} else []
+        of_licences = licence_problems(stated) if set(stated.values()) != {UNKNOWN} else []
         return Result(
             out=destination(out),
             seconds=seconds,
@@ -236,12 +237,12 @@ class Job:
         )
 
 
-def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> list[list[str]]:
+def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> list[list[Problem]]:
     """Carry out jobs side by side, each into its folder; return the warnings of each.
 
     Every block that several of them read is read once.
     """
-    warnings = [[*job.plan.notes, *job.prepare()] for job in jobs.values()]
+    warnings = [[*job.plan.warnings, *job.prepare()] for job in jobs.values()]
     sinks = [job.sink(out, settings) for out, job in jobs.items()]
     for said, job, sink in zip(warnings, jobs.values(), sinks, strict=True):
         said += what_models_say(job.plan.tasks, job.inputs, sink.identity["inputs"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError
+from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
 from weightsmith.engine.devices.device import Work
@@ -49,7 +50,7 @@ class Sweep:
     jobs: Mapping[str, Job]
     done: frozenset[str]
     room: Room
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     read_bytes: int
 
     @property
@@ -101,16 +102,18 @@ def plan_sweep(
     return Sweep(absolute(out), jobs, done, room, tuple(problems), read)
 
 
-def _problems(jobs: Mapping[str, Job], done: Collection[str], out: Path, settings: Settings) -> list[str]:
+def _problems(jobs: Mapping[str, Job], done: Collection[str], out: Path, settings: Settings) -> Problems:
     """What is wrong with single variants, those who have it named, or with all of them together."""
-    found: dict[str, list[str]] = {}
+    found: dict[Problem, list[str]] = {}
     for name, job in jobs.items():
         more = [] if name in done else job.obstacles(out / name, settings)
-        for text in (*job.plan.problems, *more):
-            found.setdefault(text, []).append(name)
-    if found:
-        return [text if len(names) == len(jobs) else f"{', '.join(names)}: {text}" for text, names in found.items()]
-    return _obstacles(out, {name: job.plan for name, job in jobs.items() if name not in done})
+        for problem in (*job.plan.problems, *more):
+            found.setdefault(problem, []).append(name)
+    problems = Problems()
+    problems.add(*(one if len(names) == len(jobs) else one.of(", ".join(names)) for one, names in found.items()))
+    if not found:
+        problems.add(*_obstacles(out, {name: job.plan for name, job in jobs.items() if name not in done}))
+    return problems
 
 
 def run_sweep(
@@ -137,7 +140,7 @@ def run_sweep(
     found = dict(zip(left, carried_out(left, sweep.room, settings), strict=True)) if left else {}
     seconds = time.perf_counter() - began
     variants = {
-        name: job.result(out / name, seconds, found.get(out / name, job.plan.notes), complete=name in sweep.done)
+        name: job.result(out / name, seconds, found.get(out / name, job.plan.warnings), complete=name in sweep.done)
         for name, job in sweep.jobs.items()
     }
     return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.room.peak_bytes)
@@ -173,11 +176,13 @@ def _peak(work: Work) -> int:
     return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1])
 
 
-def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[str]:
+def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[Problem]:
     """What speaks against all variants together."""
     out = absolute(out)
     if (out / MANIFEST).exists() or (out / "config.json").exists():
-        return [f"{out} is a model; the variants need a folder of their own to stand in"]
+        return [
+            Problem(Code.OUTPUT, str(out), f"{out} is a model; the variants need a folder of their own to stand in")
+        ]
     need = sum(plan.write_bytes for plan in plans.values())
     with writing(out):
         ground = next(folder for folder in (out, *out.parents) if folder.exists())
@@ -185,7 +190,5 @@ def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[str]:
         free = system.call(shutil.disk_usage, ground).free + sum(map(allocated, begun))
     if need <= free:
         return []
-    return [
-        f"{len(plans)} variants need {gigabytes(need)} in {out}, but {gigabytes(free)} are free on its disk; "
-        "free some space or sweep over fewer values"
-    ]
+    text = f"{len(plans)} variants need {gigabytes(need)} in {out}, but {gigabytes(free)} are free on its disk; "
+    return [Problem(Code.DISK, str(out), text + "free some space or sweep over fewer values")]

@@ -67,7 +67,7 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
         settings = settings.but(device=manifest.get("device", "cpu"))
         plan = make_plan(recipe, settings, sources=inputs, encode=manifest["kind"] == "codec")
     except WeightsmithError as error:
-        return [f"the recipe cannot be run again: {line}" for line in problems_of(error)]
+        return [f"the recipe cannot be run again: {problem}" for problem in problems_of(error)]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
     return differences(Job.of(inputs, plan, package), out, manifest, settings)

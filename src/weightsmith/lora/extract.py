@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import NumericError, PlanError, RecipeError
 from weightsmith.core.keys import DTYPES
 from weightsmith.core.lazy import torch
+from weightsmith.core.problem import Code, told
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.lora import PREFIX
 from weightsmith.io.read.open import open_source
@@ -125,7 +126,7 @@ def extract(
         config = config_of(writer.ranks, like, modules=modules, parameters=targets.parameters, saved=targets.saved)
         result = writer.finish(config, about, saved=targets.saved, warnings=notes)
     said, failed = tried(result, targets)
-    return replace(result, tried=said, warnings=(*result.warnings, *failed))
+    return replace(result, tried=said, warnings=(*result.warnings, *told(Code.ADAPTER, failed)))
 
 
 def check_rank(rank: int | None, energy: float | None, max_rank: int) -> None:

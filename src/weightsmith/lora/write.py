@@ -20,6 +20,7 @@ from weightsmith import __version__
 from weightsmith.core.errors import NumericError, PlanError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.engine.numeric import encode
 from weightsmith.io import system
 from weightsmith.io.disk import write_file, writing
@@ -72,7 +73,7 @@ class Written:
     saved: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     tried: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Problem, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -225,7 +226,7 @@ class Writer:
             modules=tuple(self._reports),
             saved=tuple(saved),
             sizes={key.name: key.nbytes for key in self._keys if key.name in self._whole},
-            warnings=tuple(warnings),
+            warnings=tuple(told(Code.ADAPTER, warnings)),
             weights=weights or {},
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.core.lazy import torch
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.runner import one_thread_each
 from weightsmith.inputs.opened import Inputs
@@ -101,14 +102,14 @@ def _job(made: Draft, settings: Settings, out: Path | None = None, *, drift: boo
     here = settings.but(device="cpu")  # bytes are copied; only prompts are work for a device
     plan = make_plan(recipe, here, sources=inputs, out=out, strict=out is None)
 
-    def ready() -> list[str]:
+    def ready() -> list[Problem]:
         made.source.made |= made_routers(made, settings.device)
         moved = drifts(made, settings.threads) if drift else []
-        return [*conditions(made), *(text for found in moved if (text := _told(found)))]
+        return list(told(Code.FOUND, [*conditions(made), *(text for found in moved if (text := _told(found)))]))
 
     return Job(
         inputs,
-        replace(plan, notes=(*made.notes, *plan.notes)),
+        replace(plan, warnings=(*made.warnings, *plan.warnings)),
         partial(_package, made),
         recipe=made.recipe.model_dump(mode="json", exclude_defaults=True),
         parents=made.source.sources,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.core.errors import SourceError, WeightsmithError, problems_of
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.small import parse_json
@@ -31,7 +32,7 @@ class Draft:
     source   its tensors; the routers are still to be made
     routers  the router tensors' names, layer by layer; `gates` those of the shared expert
     config   text of config.json
-    notes    what the user should look at, a line each
+    warnings what the user should look at
     active   parameters that one token goes through
     """
 
@@ -44,7 +45,7 @@ class Draft:
     hidden: int
     vocabulary: int
     config: str
-    notes: tuple[str, ...]
+    warnings: tuple[Problem, ...]
 
     @property
     def base(self) -> Source:
@@ -68,20 +69,25 @@ class Draft:
         return self.numel - idle
 
 
-def draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> tuple[Draft | None, list[str]]:
+def draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> tuple[Draft | None, list[Problem]]:
     """Open the models and lay the mixture out, or say everything that stands in the way.
 
     `given` holds sources that are at hand already, by name; 'base' for the base.
     """
-    problems: list[str] = _asked(recipe)
-    sources = _opened(recipe, given or {}, problems)
+    made, problems = _drafted(recipe, given or {})
+    return made, list(told(Code.FIT, problems))
+
+
+def _drafted(recipe: MoeRecipe, given: Mapping[str, Source]) -> tuple[Draft | None, Sequence[Problem | str]]:
+    problems = _asked(recipe)
+    sources = _opened(recipe, given, problems)
     if "base" not in sources or len(sources) != 1 + len(recipe.experts) + len(recipe.shared):
         return None, problems
     base = sources["base"]
     try:
         config = _config(base)
     except WeightsmithError as error:
-        return None, [*problems, str(error)]
+        return None, [*problems, *problems_of(error)]
     blocks = _blocks(base, "base", problems)
     if not blocks:
         return None, problems
@@ -109,14 +115,14 @@ def draft(recipe: MoeRecipe, given: Mapping[str, Source] | None = None) -> tuple
         hidden=embedding.shape[1],
         vocabulary=embedding.shape[0],
         config=config_json(config, layout, facts, recipe.output.dtype),
-        notes=tuple(_notes(layout, facts, config)),
+        warnings=tuple(told(Code.SOURCE, _notes(layout, facts, config), "base")),
     )
     return made, []
 
 
-def _asked(recipe: MoeRecipe) -> list[str]:
+def _asked(recipe: MoeRecipe) -> list[Problem | str]:
     """What is wrong with the recipe whatever the models are."""
-    problems = []
+    problems: list[Problem | str] = []
     count = len(recipe.experts)
     if recipe.experts_per_token > count:
         problems.append(f"experts_per_token = {recipe.experts_per_token}, but the recipe names {count}")
@@ -137,14 +143,14 @@ def _asked(recipe: MoeRecipe) -> list[str]:
     return problems
 
 
-def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[str]) -> dict[str, Source]:
+def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[Problem | str]) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     wanted = {"base": recipe.base} | {n: e.model for n, e in (*recipe.experts.items(), *recipe.shared.items())}
     for name, ref in wanted.items():
         try:
             sources[name] = given.get(name) or open_source(ref, base=sources.get("base"))
         except WeightsmithError as error:
-            problems.append(f"{name}: {error}")
+            problems += [one.of(name) for one in problems_of(error)]
     return sources
 
 
@@ -158,7 +164,7 @@ def _config(base: Source) -> dict[str, Any]:
     return config
 
 
-def _blocks(source: Source, who: str, problems: list[str]) -> dict[str, str]:
+def _blocks(source: Source, who: str, problems: list[Problem | str]) -> dict[str, str]:
     """Block -> 'block.mlp' for every block with a gated MLP as Llama has it; anything else in an MLP is a problem."""
     parts: dict[str, set[str]] = {}
     for name in source.keys:
@@ -185,7 +191,9 @@ def _blocks(source: Source, who: str, problems: list[str]) -> dict[str, str]:
     return {block: f"{block}.mlp" for block in parts}
 
 
-def _check_expert(name: str, source: Source, base: Source, blocks: Mapping[str, str], problems: list[str]) -> None:
+def _check_expert(
+    name: str, source: Source, base: Source, blocks: Mapping[str, str], problems: list[Problem | str]
+) -> None:
     own = _blocks(source, name, problems)
     if not own:
         return
@@ -214,8 +222,8 @@ def _unlike_sizes(experts: Mapping[str, Expert], sources: Mapping[str, Source], 
             if tensor in sources[name].keys:
                 sizes.setdefault(sources[name].key(tensor).rows, name)
     if len(sizes) > 1:
-        told = ", ".join(f"{size} ({name})" for size, name in sizes.items())
-        return [f"MLPs of unlike sizes: {told}; all experts of a mixture have one size"]
+        found = ", ".join(f"{size} ({name})" for size, name in sizes.items())
+        return [f"MLPs of unlike sizes: {found}; all experts of a mixture have one size"]
     return []
 
 

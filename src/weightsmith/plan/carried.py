@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 
@@ -27,7 +28,7 @@ def carried_reason(inputs: Inputs, name: str, owner: str, label: str) -> str:
     return f"not in {label}; {owner} is the first that has it, {', '.join(others)} dropped"
 
 
-def ownerless(inputs: Inputs, names: Iterable[str], label: str) -> Iterator[str]:
+def ownerless(inputs: Inputs, names: Iterable[str], label: str) -> Iterator[Problem]:
     """A problem for the tensors that several models have and others lack: whose is meant, nobody said."""
     shared: dict[tuple[str, ...], list[str]] = {}
     for name in names:
@@ -36,7 +37,8 @@ def ownerless(inputs: Inputs, names: Iterable[str], label: str) -> Iterator[str]
     for found, tensors in shared.items():
         lacking = dict.fromkeys([label, *(name for name in inputs.experts if name not in found)])
         what = f"{tensors[0]} and {len(tensors) - 1} more are" if len(tensors) > 1 else f"{tensors[0]} is"
-        yield (
+        text = (
             f"{what} in {', '.join(found)} but not in {', '.join(lacking)}: give them other names in all models but "
             f'one, or take those of {found[0]} with "extra: first"'
         )
+        yield Problem(Code.SURPLUS, tensors[0], text)

@@ -11,6 +11,7 @@ from typing import Any
 
 from weightsmith.core.errors import PlanError
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
@@ -62,8 +63,8 @@ class Plan:
     passes: int
     room: Room
     free_bytes: int | None
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
     depth: Mapping[str, float] = field(default_factory=dict)
     nested_seconds: float = 0.0
     """Of the inputs that are merges themselves, computed as they are read."""
@@ -125,15 +126,15 @@ def make_plan(
     planner = Planner(recipe, sources, encode=encode, kernels=machine.accelerator is None and kernels_there())
     tasks = planner.tasks()
     keys = planner.output_keys(tasks)
-    problems = [*sources.problems, *planner.problems]
-    notes = list(planner.notes)
+    problems, warnings = Problems(), list(planner.warnings)
+    problems.add(*sources.problems, *planner.problems)
     free = None
     if out is not None:
         free = _free_bytes(out)
     work = [((task,), sources) for task in tasks]
     room = machine.room(work, [task.peak for task in tasks], resident(tasks, sources), problems)
     if room.fit is not None and room.fit.note:
-        notes.append(room.fit.note)
+        warnings.append(Problem(Code.DEVICE, "device", room.fit.note))
     plan = Plan(
         recipe=recipe,
         inputs=tuple(_info(sources)),
@@ -143,8 +144,8 @@ def make_plan(
         passes=max((t.pipeline.rounds(len(sources.experts)) for t in tasks if t.pipeline), default=0),
         room=room,
         free_bytes=free,
-        problems=tuple(dict.fromkeys(problems)),
-        notes=tuple(notes),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
         depth=planner.depth,
         nested_seconds=sum(source.origin.cost.seconds for _, source in sources.models),
         read_bytes=0 if problems else all_bytes_read(tasks, sources),

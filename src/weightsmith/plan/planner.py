@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
-from weightsmith.core.errors import WeightsmithError, did_you_mean, problems_of
+from weightsmith.core.errors import WeightsmithError, problems_of, some
 from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, Pipeline, Stage
+from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.symmetry import groups
 from weightsmith.core.task import Task, Way, cuttable, parts
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
-from weightsmith.io.read.source import Source
-from weightsmith.io.read.untied import is_output_layer
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
+from weightsmith.plan.fitting import Fitting
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
-from weightsmith.plan.remarks import TensorRemarks, what_inputs_say
+from weightsmith.plan.remarks import what_inputs_say
 from weightsmith.plan.way import way_of
+from weightsmith.recipe.cases import NoValueError
 from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 
@@ -38,35 +39,35 @@ class Planner:
 
     def __init__(self, recipe: Recipe, inputs: Inputs, *, encode: bool = False, kernels: bool = False) -> None:
         self.recipe, self.inputs, self.encode, self.kernels = recipe, inputs, encode, kernels
-        self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.problems, self.warnings = Problems(), Problems()
         self.reference = inputs.base if inputs.base is not None else next(iter(inputs.experts.values()), None)
         self.names = list(self.reference.keys) if self.reference is not None else []
         self.depth = depths(self.names)
         try:
             self.resolver: Resolver | None = Resolver(recipe)
         except WeightsmithError as error:
-            self.problems += problems_of(error)
+            self.problems.add(*problems_of(error))
             self.resolver = None
         self._treatment: dict[str, tuple[Pipeline | None, str, str]] = {}
-        self._complained, self._compared = set[str](), set[str]()
-        self._remarks = TensorRemarks()
+        self._compared = set[str]()
         self._notes_on: dict[str, Mapping[str, Any]] = {
             stat: common_notes(found.values()) for stat, found in inputs.stats.items()
         }
         self._notes_on["earlier"], remarks = earlier_notes(inputs)
         self._notes_on["logged"] = TrainerLogs(inputs.experts)
-        self.notes += remarks
+        self.warnings.add(*remarks)
 
     # -- what becomes of each tensor
 
     def tasks(self) -> list[Task]:
         if self.resolver is None or self.reference is None:
             return []
-        self._extra_tensors()
-        self.notes += what_inputs_say(self.inputs)
-        self.problems += (unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs)))
-        self.notes += vocabulary.what_is_lost(self.recipe, self.inputs) if not unfit and not self.encode else ()
+        self.fitting = Fitting(self.inputs, self.reference, self.problems)
+        self.fitting.extra_tensors(self._keeps)
+        self.warnings.add(*what_inputs_say(self.inputs))
+        self.problems.add(*(unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs))))
+        if not unfit and not self.encode:
+            self.warnings.add(*vocabulary.what_is_lost(self.recipe, self.inputs))
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
         left = 0
@@ -84,29 +85,28 @@ class Planner:
             else:
                 out += self._cut(self._output(key), pipeline, source, reason)
         self._check_vocabularies()
-        self.notes += self._remarks.lines()
         if not self.encode and self.recipe.extra == "refuse":  # compressed, each model keeps its own
-            self.problems += ownerless(self.inputs, self._carried, self._reference_label())
+            self.problems.add(*ownerless(self.inputs, self.fitting.carried, self.fitting.label))
         for pipeline, keys in groups.items():
             out += self._grouped(pipeline, keys)
-        for name, first in self._carried.items():
+        for name, first in self.fitting.carried.items():
             for owner in owners(self.inputs, name) if self.encode else (first,):
                 key = self._output(self.inputs.experts[owner].key(name))
                 stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
                 reason = f"only in {owner}, kept from there"
                 if not self.encode:
-                    reason = carried_reason(self.inputs, name, owner, self._reference_label())
+                    reason = carried_reason(self.inputs, name, owner, self.fitting.label)
                 out += self._cut(key, None, owner, reason, stored)
         if left:
-            self.notes.append(
-                f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
-            )
+            text = f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
+            self.warnings.say(Code.DROPPED, "", text)
         if self.encode and self.inputs.base is None and len(self.inputs.experts) > 1:
-            self.problems.append(
-                "without a base one model is compressed by itself: add 'base:', or leave the others out"
-            )
+            text = "without a base one model is compressed by itself: add 'base:', or leave the others out"
+            self.problems.say(Code.NO_BASE, "base", text)
         if self.encode and not self.problems and not any(t.pipeline and t.pipeline.codec for t in out):
-            self.problems.append("nothing is compressed: end 'method' with a codec such as tall_masks")
+            self.problems.say(
+                Code.CODEC, "method", "nothing is compressed: end 'method' with a codec such as tall_masks"
+            )
         return out
 
     def output_keys(self, tasks: Iterable[Task]) -> list[Key]:
@@ -121,28 +121,26 @@ class Planner:
 
     def _treat(self, key: Key) -> tuple[Pipeline | None, str, str] | None:
         """(pipeline or None for a copy, whose copy, reason); None if a problem was noted."""
-        assert self.resolver is not None
-        try:
-            pipeline = self.resolver(key, self.depth.get(key.name))
-        except WeightsmithError as error:
-            self._once(str(error))
+        pipeline = self._resolved(key, self.depth.get(key.name))
+        if pipeline is None:
             return None
         if _is_keep(pipeline):
-            return None, self._reference_name(), "kept by rule or exclude"
-        here = self._sources_with(key)
-        if not key.numel and here is not None:
-            return None, self._reference_name(), "empty"
+            return None, self.fitting.name, "kept by rule or exclude"
+        here = self.fitting.everywhere(key)
+        if not key.numel and here:
+            return None, self.fitting.name, "empty"
         if not key.floating:
             self._compared.add(key.name)
-            return None, self._reference_name(), f"{key.dtype}, must be equal everywhere"
-        if here is None:
+            return None, self.fitting.name, f"{key.dtype}, must be equal everywhere"
+        if not here:
             return None
         replaced = self._in_domain(key, pipeline)
         if replaced is None:
             return None
         pipeline, reason = replaced
         if BASE in pipeline.needs and self.inputs.base is None:
-            self._once(f"{pipeline.name} needs a base model: add 'base:' to the recipe")
+            text = f"{pipeline.name} needs a base model: add 'base:' to the recipe"
+            self.problems.say(Code.NO_BASE, "base", text)
             return None
         if pipeline.codec is not None and not self._may_encode(pipeline):
             return None
@@ -151,12 +149,15 @@ class Planner:
         try:
             informed = tuple(stage.informed(key, self._notes_on) for stage in pipeline.stages)
         except WeightsmithError as error:
-            self._once(f"{pipeline.name}: {error}")
+            self.problems.add(*(one.of(pipeline.name) for one in problems_of(error)))
             return None
         for before, stage in zip(pipeline.stages, informed, strict=True):
             if stage != before:
                 self._check_stage(stage)
-        self._remarks.add(key, informed, len(self.inputs.experts))
+        for stage in informed:
+            if remark := stage.remark_on(key, len(self.inputs.experts)):
+                words = f"{stage.name}: {remark}"
+                self.warnings.share(Code.STAGE, key.name, words, partial(_remark, words))
         return Pipeline(informed), "", reason
 
     @cached_property
@@ -165,11 +166,12 @@ class Planner:
 
     def _may_encode(self, pipeline: Pipeline) -> bool:
         if not self.encode:
-            self._once(f"{pipeline.name} keeps every model instead of making one; use weightsmith compress")
+            text = f"{pipeline.name} keeps every model instead of making one; use weightsmith compress"
         elif pipeline.grain is Grain.GROUP:
-            self._once(f"{pipeline.name}: {pipeline.method.name} merges groups of tensors, which a codec cannot follow")
+            text = f"{pipeline.name}: {pipeline.method.name} merges groups of tensors, which a codec cannot follow"
         else:
             return True
+        self.problems.say(Code.CODEC, "method", text)
         return False
 
     def _check_stage(self, stage: Stage) -> None:
@@ -178,24 +180,25 @@ class Planner:
             return  # that no model is there is the problem
         traits = stage.traits
         if traits.by_depth and not self.depth:
-            self._once(
-                f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
-            )
+            text = f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
+            self.problems.say(Code.DEPTH, traits.name, text)
         elif traits.by_depth and self._miscounted:
-            self._once(f"{traits.name} works by depth, but {self._miscounted}; correct the one or the other")
-        if text := stage.check(count, self.inputs.base is not None):
-            self._once(f"{traits.name}: {text}")
+            text = f"{traits.name} works by depth, but {self._miscounted}; correct the one or the other"
+            self.problems.say(Code.DEPTH, traits.name, text)
+        if wrong := stage.check(count, self.inputs.base is not None):
+            self.problems.say(Code.STAGE, traits.name, f"{traits.name}: {wrong}")
         elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):
             wanted = f"{traits.min_count}" if traits.min_count == traits.max_count else f"at least {traits.min_count}"
             if traits.max_count is not None and traits.min_count != traits.max_count:
                 wanted = f"{traits.min_count} to {traits.max_count}"
-            self._once(f"{traits.name} takes {wanted} models, the recipe has {count}")
-        if text := stage.remark(count):
-            self.notes += [note for note in [f"{traits.name}: {text}"] if note not in self.notes]
+            self.problems.say(Code.COUNT, traits.name, f"{traits.name} takes {wanted} models, the recipe has {count}")
+        if remark := stage.remark(count):
+            self.warnings.say(Code.STAGE, traits.name, f"{traits.name}: {remark}")
         for parameter in stage.parameters():
             value = getattr(stage, parameter.field)
             if parameter.each and isinstance(value, tuple) and len(value) != count:
-                self._once(f"{traits.name}: {parameter.name} has {len(value)} values for {count} models")
+                text = f"{traits.name}: {parameter.name} has {len(value)} values for {count} models"
+                self.problems.say(Code.COUNT, traits.name, text)
 
     def _in_domain(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline, str] | None:
         """The pipeline, or what its method falls back to where it does not apply."""
@@ -203,131 +206,55 @@ class Planner:
         for stage in pipeline.stages:
             why = self._outside(key, stage)
             if why:
+                kind, code, text = why
                 other = stage.elsewhere()
                 if other is None:
-                    self._once(why[1])
+                    self.problems.share(code, key.name, (stage.name, kind), text)
                     return None
-                reason = f"{stage.name} does not cover {why[0]}"
+                reason = f"{stage.name} does not cover {kind}"
                 stages.append(other)
             else:
                 stages.append(stage)
         return (Pipeline(tuple(stages)), reason) if reason else (pipeline, "")
 
-    def _outside(self, key: Key, stage: Stage) -> tuple[str, str] | None:
-        """(short reason, problem text) if this stage cannot work on this tensor."""
+    def _outside(self, key: Key, stage: Stage) -> tuple[str, Code, Callable[[Tensors], str]] | None:
+        """(short reason, code and text of a problem) if this stage cannot work on this tensor."""
         low_high = stage.traits.domain
         if low_high is not None and not low_high[0] <= len(key.shape) <= low_high[1]:
-            return f"{len(key.shape)}-D tensors", f"{stage.name} cannot merge {key.name} of shape {list(key.shape)}"
+            return f"{len(key.shape)}-D tensors", Code.OUTSIDE, partial(_of_shape, stage.name, key.shape)
         if self.inputs.experts and (kind := stage.leaves_out(key, len(self.inputs.experts))):
-            return kind, f"{stage.name} cannot merge {key.name}: it leaves out {kind}"
+            return kind, Code.OUTSIDE, partial(_left_out, stage.name, kind)
         for stat in stage.traits.needs:
             if stat == BASE:
                 continue
             found = self.inputs.stats.get(stat, {})
             if without := [n for n in self.inputs.experts if n not in found]:
                 # Never a fallback: the user forgot the data that the method is named for.
-                self._once(
+                text = (
                     f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "
                     f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to it'
                 )
+                self.problems.say(Code.STATISTIC, stage.name, text)
                 continue
             if missing := [n for n, s in found.items() if not has(s, key.name)]:
-                text = f"{stage.name} needs the statistic {stat!r} of {key.name}, missing for {', '.join(missing)}"
-                return f"tensors without {stat!r}", text
+                return f"tensors without {stat!r}", Code.STATISTIC, partial(_no_statistic, stage.name, stat, missing)
         return None
 
-    # -- fitting the inputs together
-
-    def _sources_with(self, key: Key) -> list[Source] | None:
-        """Every input's source if all hold this tensor in this shape; else a problem is noted."""
-        fine = True
-        for name, source in self.inputs.experts.items():
-            if not has(source, key.name):
-                tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
-                self.problems.append(
-                    f"{key.name} is missing in {name} ({source})"
-                    + ("; it may be tied to the embedding there" if tied else "")
-                    + f'; to keep it from {self._reference_name() or "the base"} add it to "exclude"'
-                )
-                fine = False
-                continue
-            other = source.key(key.name)
-            if other.shape != key.shape:
-                self._shape_problem(key, other, name)
-                fine = False
-            elif other.floating != key.floating:
-                self.problems.append(
-                    f"{key.name} is {key.dtype} in {self._reference_label()} but {other.dtype} in {name}"
-                )
-                fine = False
-        return list(self.inputs.experts.values()) if fine else None
-
-    def _shape_problem(self, key: Key, other: Key, name: str) -> None:
-        a, b = list(key.shape), list(other.shape)
-        if vocabulary.is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
-            assert self.reference is not None
-            models = {self._reference_label(): self.reference, name: self.inputs.experts[name]}
-            if not any(text.startswith("tokenizer:") for text in self.inputs.problems):  # that is the one to solve
-                self._once(vocabulary.rows_problem(models))
-        else:
-            self.problems.append(
-                f"{key.name} has shape {a} in {self._reference_label()} but {b} in {name}; "
-                f'to keep the one of {self._reference_label()} add it to "exclude"'
-            )
-
-    def _extra_tensors(self) -> None:
-        """Tensors that the reference lacks: carried over where a rule keeps them, else refused."""
-        assert self.resolver is not None
-        assert self.reference is not None
-        self._carried: dict[str, str] = {}
-        for name, source in self.inputs.experts.items():
-            if source is self.reference:
-                continue
-            for key in source.keys.values():
-                there, tied = has(self.reference, key.name), key.name in self.reference.aliases
-                if there and not tied:
-                    continue  # of a large model nearly all, and asking what becomes of a tensor takes time
-                kept = key.name in self._carried or self._keeps(key)
-                if not kept and not there and is_output_layer(source, key):
-                    self.problems.append(
-                        f"{key.name} is a tensor of its own in {name}, but {self._reference_label()} has none, or uses "
-                        f"its embedding in another way; leave {name} out"
-                    )
-                    continue
-                if tied and not kept:
-                    self.problems.append(
-                        f"{key.name} is tied to {self.reference.aliases[key.name]} in {self._reference_label()} but a "
-                        f'tensor of its own in {name}; to leave it tied add it to "exclude"'
-                    )
-                if there:
-                    continue
-                if kept:
-                    self._carried.setdefault(key.name, name)
-                    continue
-                hint = did_you_mean(key.name, self.reference.keys) if len(self.names) < 5000 else ""
-                self.problems.append(
-                    f"{key.name} is in {name} but not in {self._reference_label()}; to carry it over unchanged "
-                    f'add it to "exclude"' + (hint if "did you" in hint else "")
-                )
-
     def _keeps(self, key: Key) -> bool:
+        pipeline = self._resolved(key, None)
+        return pipeline is not None and _is_keep(pipeline)
+
+    def _resolved(self, key: Key, depth: float | None) -> Pipeline | None:
+        """What the recipe says about a tensor; None if that was noted as a problem."""
+        assert self.resolver is not None
         try:
-            return self.resolver is not None and _is_keep(self.resolver(key, None))
+            return self.resolver(key, depth)
+        except NoValueError as error:
+            text = partial(_no_value, error.parameter)
+            self.problems.share(Code.UNMATCHED, key.name, error.parameter, text)
         except WeightsmithError as error:
-            self._once(str(error))
-            return False
-
-    def _reference_name(self) -> str:
-        """'' for the base, else the first expert's name."""
-        return "" if self.inputs.base is not None else next(iter(self.inputs.experts), "")
-
-    def _reference_label(self) -> str:
-        return self._reference_name() or "base"
-
-    def _once(self, text: str) -> None:
-        if text and text not in self._complained:
-            self._complained.add(text)
-            self.problems.append(text)
+            self.problems.add(*problems_of(error))
+        return None
 
     def _check_vocabularies(self) -> None:
         assert self.reference is not None
@@ -336,8 +263,8 @@ class Planner:
             for name, (pipeline, _, _) in self._treatment.items()
             if pipeline is not None and self.reference.keys[name].role in ("embed", "head")
         ]
-        self.problems += vocabulary.vocabulary_problems(
-            self.reference, self._reference_label(), self.inputs.experts, merged
+        self.problems.add(
+            *vocabulary.vocabulary_problems(self.reference, self.fitting.label, self.inputs.experts, merged)
         )
 
     # -- cutting
@@ -398,7 +325,7 @@ class Planner:
         other = pipeline.method.elsewhere()
         for key in rest.values():
             if other is None:
-                self.problems.append(f"{pipeline.name} covers no group that {key.name} belongs to")
+                self.problems.share(Code.OUTSIDE, key.name, pipeline.name, partial(_in_no_group, pipeline.name))
                 continue
             swapped = Pipeline(tuple(other if s is pipeline.method else s for s in pipeline.stages))
             yield from self._cut(self._output(key), swapped, "", f"in no {pipeline.method.traits.group} group")
@@ -411,6 +338,32 @@ class Planner:
         found = [source for stat in pipeline.statistics for source in self.inputs.stats.get(stat, {}).values()]
         sizes = [source.key(key.name).numel for source in found if work and has(source, key.name)]
         return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
+
+
+def _no_value(parameter: str, tensors: Tensors) -> str:
+    return str(NoValueError(parameter, tensors))
+
+
+def _remark(words: str, tensors: Tensors) -> str:
+    return f"{words}: {some(tensors.names, 1)}"
+
+
+def _of_shape(stage: str, shape: tuple[int, ...], tensors: Tensors) -> str:
+    if len(tensors.names) > 1:
+        return f"{stage} cannot merge {tensors}, which have {len(shape)} dimensions"
+    return f"{stage} cannot merge {tensors} of shape {list(shape)}"
+
+
+def _left_out(stage: str, kind: str, tensors: Tensors) -> str:
+    return f"{stage} cannot merge {tensors}: it leaves out {kind}"
+
+
+def _no_statistic(stage: str, stat: str, models: Sequence[str], tensors: Tensors) -> str:
+    return f"{stage} needs the statistic {stat!r} of {tensors}, missing for {', '.join(models)}"
+
+
+def _in_no_group(name: str, tensors: Tensors) -> str:
+    return f"{name} covers no group that {tensors} {tensors['belongs|belong']} to"
 
 
 def _is_keep(pipeline: Pipeline) -> bool:

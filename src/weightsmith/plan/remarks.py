@@ -7,42 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import some
-from weightsmith.core.keys import Key
 from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Stage
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 
-__all__ = ["TensorRemarks", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
+__all__ = ["large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
 
 
-class TensorRemarks:
-    """What stages say of single tensors, gathered to a line per text."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, list[str]] = {}
-
-    def add(self, key: Key, stages: Iterable[Stage], count: int) -> None:
-        for stage in stages:
-            if text := stage.remark_on(key, count):
-                self._tensors.setdefault(f"{stage.name}: {text}", []).append(key.name)
-
-    def lines(self) -> Iterator[str]:
-        """The text, the first tensor it holds for, and how many more there are."""
-        for text, names in self._tensors.items():
-            yield f"{text}: {some(names, 1)}"
-
-
-def what_inputs_say(inputs: Inputs) -> Iterator[str]:
-    """A line each: no config.json to lend, heads that are untied, entries of pickles that are no tensors, adapters
+def what_inputs_say(inputs: Inputs) -> Iterator[Problem]:
+    """Warnings: no config.json to lend, heads that are untied, entries of pickles that are no tensors, adapters
     that are unlike."""
-    yield from _unlike_adapters({n: s for n, s in inputs.experts.items() if is_a(s, "io.read.peft", "AdapterSource")})
+    adapters = {n: s for n, s in inputs.experts.items() if is_a(s, "io.read.peft", "AdapterSource")}
+    yield from told(Code.ADAPTER, list(_unlike_adapters(adapters)))
     for i, (name, source) in enumerate(inputs.models):
         if i == 0 and source.origin.lacks:
-            yield f"{name} {source.origin.lacks}"
-        yield from (f"{name}: {remark}" for remark in source.origin.remarks)
+            yield Problem(Code.SOURCE, name, f"{name} {source.origin.lacks}")
+        yield from (Problem(Code.SOURCE, name, f"{name}: {remark}") for remark in source.origin.remarks)
 
 
 def _unlike_adapters(adapters: Mapping[str, Any]) -> Iterator[str]:
@@ -63,7 +46,7 @@ def _unlike_adapters(adapters: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     """What the stages of a finished run say about it; records: task id -> what `engine.execute` returned."""
     told: dict[type[Stage], tuple[Stage, dict[str, dict[str, float]]]] = {}
     for task in tasks:
@@ -73,12 +56,12 @@ def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Seq
             so_far = by_tensor.setdefault(task.key.name, {})
             so_far |= {what: max(figure, so_far.get(what, figure)) for what, figure in found.items()}
     for stage, by_tensor in told.values():
-        yield from (f"{stage.name}: {text}" for text in stage.says(by_tensor, names))
+        yield from (Problem(Code.FOUND, stage.name, f"{stage.name}: {text}") for text in stage.says(by_tensor, names))
 
 
 def what_models_say(
     tasks: Iterable[Task], inputs: Inputs, fingerprints: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
     yield from twins({name: fingerprints[name] for name, _ in inputs.models if name in fingerprints})
     yield from large_changes(tasks, inputs)
@@ -92,7 +75,7 @@ RATIO, LARGE = 0.05, 0.01
 changes of fine-tuned models are within 0.002; those of models that were pre-trained further, about 0.03, fail)."""
 
 
-def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[str]:
+def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
     """A line for every expert that has changed too much for a stage of the plan, as a sample of its weights says."""
     stages = {task.key.name: stage.name for task in tasks if task.pipeline is not None
               for stage in task.pipeline.stages if stage.traits.small}  # fmt: skip
@@ -106,10 +89,11 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[str]:
             continue
         ratio, quantile = float(delta.mean() / max(base.mean(), 1e-30)), float(np.quantile(delta, 0.99))
         if ratio > RATIO or quantile > LARGE:
-            yield (
+            text = (
                 f"{expert} has changed much for {stages[names[0]]}: by {ratio:.2g} of the base's weights on average, "
                 f"1% of them by more than {quantile:.2g} (in a sample); raise density, or trim with ties"
             )
+            yield Problem(Code.CHANGE, expert, text)
 
 
 def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
@@ -135,8 +119,8 @@ def _numbers(source: Source, name: str, start: int, stop: int) -> np.ndarray:
     return bits.view(dtype).astype(np.float64)
 
 
-def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for every model that, as far as size, header and samples of its files say, is another one of them.
+def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """A warning for every model that, as far as size, header and samples of its files say, is another one of them.
 
     A task vector of zeros is no error, but it draws means, norms and softmaxes towards the base.
     """
@@ -150,4 +134,5 @@ def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if other == name:
             continue
         what = "its task vector is zero" if other == "base" else "the two count twice"
-        yield f"{name} seems to hold the weights of {other} (size, header and samples of its files agree): {what}"
+        text = f"{name} seems to hold the weights of {other} (size, header and samples of its files agree): {what}"
+        yield Problem(Code.TWIN, name, text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.method import Stage
+from weightsmith.core.problem import Code, Problems
 from weightsmith.core.settings import Settings, cores
 from weightsmith.core.task import Task, Way
 from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
@@ -55,7 +56,7 @@ class Machine:
         work: Sequence[tuple[tuple[Task, ...], Inputs]],
         peaks: Sequence[int],
         loaded: int,
-        problems: list[str],
+        problems: Problems,
     ) -> Room:
         """Fewer threads, or lanes of devices, than asked for are used to keep the bound on memory.
 
@@ -77,7 +78,7 @@ class Machine:
 
 
 def _on_cpu(
-    tasks: Sequence[tuple[int, str]], threads: int | None, memory: int | None, problems: list[str], loaded: int
+    tasks: Sequence[tuple[int, str]], threads: int | None, memory: int | None, problems: Problems, loaded: int
 ) -> tuple[int, int]:
     """Thread count and predicted peak: as many threads as asked for (or cores), fewer if memory is short.
 
@@ -91,7 +92,8 @@ def _on_cpu(
             return workers, peak
     _, largest = max(tasks)
     least = math.ceil(peak / 1e6)
-    problems.append(f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {least:,} MB")
+    text = f"--memory {(memory or 0) / 1e6:,.0f} MB is too little: {largest} alone needs {least:,} MB"
+    problems.say(Code.MEMORY, "memory", text)
     return 1, peak
 
 

@@ -16,12 +16,25 @@ from typing import Any
 
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.keys import Key, plays
+from weightsmith.core.problem import Code, Problem, Tensors
 from weightsmith.recipe.fields import OUTSIDE
 
-__all__ = ["MISSING", "applies", "choose", "is_cases"]
+__all__ = ["MISSING", "NoValueError", "applies", "choose", "is_cases"]
 
 MISSING = object()
 """What `choose` returns where nothing is said about a tensor."""
+
+
+class NoValueError(RecipeError):
+    """A case says that no tensor may get as far as one did."""
+
+    def __init__(self, parameter: str, tensors: Tensors) -> None:
+        self.parameter, self.tensors = parameter, tensors
+        rest = f"add a case for {tensors['it|them']}, or a value for the rest"
+        super().__init__(Problem(Code.UNMATCHED, tensors.names[0], f"{parameter} has no value for {tensors}; {rest}"))
+
+    def __reduce__(self) -> tuple[type[NoValueError], tuple[str, Tensors]]:  # type: ignore[override]
+        return NoValueError, (self.parameter, self.tensors)
 
 
 def is_cases(value: Any) -> bool:
@@ -48,9 +61,7 @@ def choose(value: Any, key: Key, model: str | None, parameter: str) -> Any:
     if is_cases(value):
         for case in value:
             if case is None or (isinstance(case, Mapping) and case.get("value") is None and _meets(case, key)):
-                raise RecipeError(
-                    f"{parameter} has no value for {key.name}; add a case for it, or a value for the rest"
-                )
+                raise NoValueError(parameter, Tensors([key.name]))
             if not isinstance(case, Mapping):
                 return case
             if _meets(case, key):

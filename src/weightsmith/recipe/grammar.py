@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 from pydantic_core import PydanticCustomError
 
 from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.problem import Code, Problem
 from weightsmith.recipe.files import exists, expanded
 from weightsmith.recipe.reader import Document, Location, plain_scalar, spell
 
@@ -55,6 +56,11 @@ class Fault(NamedTuple):
             return [f"{here}{joint}{self.text}{self.hint}"]
         return [f"{self.text}{self.hint}"]
 
+    def problems(self, root: str) -> list[Problem]:
+        """The lines as problems at their location."""
+        code = _CODES.get(self.form, Code.RECIPE)
+        return [Problem(code, spell(self.location, root), line) for line in self.lines(root)]
+
     def raised(self) -> Any:
         """The fault as a line of a ValidationError."""
         error = PydanticCustomError(self.form, "{text}{hint}", {"text": self.text, "hint": self.hint})
@@ -86,6 +92,8 @@ class Fault(NamedTuple):
             location, f"{wanted}, is {json.dumps(given, default=repr)[:80]}", "value", _hint(kind, given, context)
         )
 
+
+_CODES = {"value": Code.VALUE, "lacking": Code.LACKING, "unknown": Code.UNKNOWN}
 
 _WANTED = {
     "string_type": "should be a text",
@@ -217,7 +225,7 @@ class Grammar(BaseModel):
         if not faults:
             return made
         if info.context is None and cls.ROOT:
-            raise RecipeError(*_distinct(line for fault in faults for line in fault.lines(cls.ROOT)))
+            raise RecipeError(*dict.fromkeys(one for fault in faults for one in fault.problems(cls.ROOT)))
         raise ValidationError.from_exception_data(cls.__name__, [fault.raised() for fault in faults])
 
 
@@ -243,10 +251,8 @@ def build(kind: type[G], document: Document, reading: Reading) -> G:
         return kind.model_validate(document.tree, context=reading)
     except ValidationError as error:
         faults = [Fault.caught(detail, kind, reading) for detail in error.errors(include_url=False)]
-    placed = [(document.at(fault.location), line) for fault in faults for line in fault.lines(kind.ROOT)]
+    placed = [(document.at(fault.location), one) for fault in faults for one in fault.problems(kind.ROOT)]
     placed.sort(key=lambda one: (not one[0].line, one[0].line, one[0].column))  # the command line's last
-    raise RecipeError(*_distinct(f"{position}: {line}" for position, line in placed)) from None
-
-
-def _distinct(lines: Iterable[str]) -> Iterable[str]:
-    return dict.fromkeys(lines)
+    raise RecipeError(
+        *dict.fromkeys(Problem(one.code, str(place), f"{place}: {one.text}") for place, one in placed)
+    ) from None

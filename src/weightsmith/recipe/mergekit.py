@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from weightsmith.core.errors import RecipeError
+from weightsmith.core.problem import Problem
 from weightsmith.recipe.grammar import build
 from weightsmith.recipe.mergekit_modules import globs_of
 from weightsmith.recipe.mergekit_schema import Config, Dialect, Part, Reference, Slice, reference
@@ -26,7 +27,7 @@ def translate(documents: Sequence[Document]) -> Document:
 
     Raises RecipeError with every problem, a line each.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     configs: list[tuple[Document, Config]] = []
     for document in documents:
         if not isinstance(document.tree, Mapping) or "merge_method" not in document.tree:

@@ -61,7 +61,7 @@ def _model(value: Any, info: ValidationInfo) -> Any:
     try:
         return reading.nested(reading.located(value))
     except RecipeError as error:
-        raise Fault((), "\n".join(error.problems), "nested").error() from None
+        raise Fault((), "\n".join(map(str, error.problems)), "nested").error() from None
 
 
 class ModelRef(WithParameters):

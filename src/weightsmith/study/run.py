@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
+from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean, problems_of
 from weightsmith.core.keys import depths
 from weightsmith.core.lazy import torch
+from weightsmith.core.problem import Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
@@ -65,7 +66,7 @@ class Bench:
         """Open the inputs, reading headers only; PlanError if any cannot be opened."""
         inputs = open_inputs(study.recipe)
         if inputs.problems:
-            raise PlanError([f"{study.file}: {problem}" for problem in inputs.problems])
+            raise PlanError([problem.of(str(study.file)) for problem in inputs.problems])
         return cls(study, scorer, inputs, ledger, room, **options)
 
     # -- trained models
@@ -114,12 +115,12 @@ class Bench:
         """The recipe of a candidate."""
         return self.study.recipe.model_copy(update={"method": candidate.stages})
 
-    def problems(self, candidate: Candidate) -> tuple[str, ...]:
+    def problems(self, candidate: Candidate) -> tuple[Problem, ...]:
         """What stands in the way of a merge, from headers alone."""
         try:
             plan = make_plan(self.recipe(candidate), self.settings, sources=self.inputs, strict=False)
         except WeightsmithError as error:
-            return (str(error),)
+            return problems_of(error)
         return plan.problems
 
     def merged(self, candidate: Candidate, split: str) -> Measured:
@@ -229,14 +230,14 @@ def chosen_methods(benches: Sequence[Bench], wanted: Sequence[str]) -> tuple[Met
         methods = {label: methods[label] for label in wanted}
     problems = {label: found for label in methods if (found := _problems(benches, methods[label]))}
     if problems and (wanted or named is not None):
-        raise PlanError([f"{label}: {text}" for label, found in problems.items() for text in found])
-    left_out |= {label: found[0] for label, found in problems.items()}
+        raise PlanError([problem.of(label) for label, found in problems.items() for problem in found])
+    left_out |= {label: found[0].text for label, found in problems.items()}
     return {label: made for label, made in methods.items() if label not in problems}, left_out
 
 
-def _problems(benches: Sequence[Bench], made: Sequence[Candidate]) -> list[str]:
+def _problems(benches: Sequence[Bench], made: Sequence[Candidate]) -> list[Problem]:
     """Of the first candidate: the others differ in numbers only, whose ranges were checked."""
-    return list(dict.fromkeys(text for bench in benches for text in bench.problems(made[0])))
+    return list(dict.fromkeys(problem for bench in benches for problem in bench.problems(made[0])))
 
 
 # --- the choice ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.method import Grain
+from weightsmith.core.problem import Code, Problems
 from weightsmith.core.task import Task, block_size
 from weightsmith.engine.devices.accelerator import Accelerator
 from weightsmith.engine.devices.place import CPU, Lane, Place
@@ -144,7 +145,7 @@ def fitted(
     memory: int | None,
     threads: int | None,
     loaded: int,
-    problems: list[str],
+    problems: Problems,
 ) -> tuple[Fit, int]:
     """Lanes, blocks and buffers for some work, and the host's predicted peak in bytes.
 
@@ -184,9 +185,11 @@ def fitted(
         if (budget is None or fit.device_bytes <= budget) and (memory is None or peak <= memory):
             return fit, peak
     fit, peak = tried(1, blocks[-1], STAGES[-1])
-    problems.append(
+    problems.say(
+        Code.MEMORY,
+        "memory",
         f"--memory {(memory or 0) / 1e6:,.0f} MB is too little for {accelerator.kind}: one lane on each device needs "
-        f"{peak / 1e6:,.0f} MB of the host's memory"
+        f"{peak / 1e6:,.0f} MB of the host's memory",
     )
     return fit, peak
 

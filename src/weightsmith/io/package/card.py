@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import SourceError
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.io import system
 from weightsmith.io.read.folder import is_inside
 from weightsmith.io.url import without_secrets
 
-__all__ = ["CardModel", "Citation", "licence_problems", "licences", "model_card"]
+__all__ = ["UNKNOWN", "CardModel", "Citation", "licence_problems", "licences", "model_card"]
 
 UNKNOWN = "unknown"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -99,8 +100,8 @@ def licences(inputs: Mapping[str, Path | None]) -> dict[str, str]:
     return {name: _licence(folder) for name, folder in inputs.items()}
 
 
-def licence_problems(licences: Mapping[str, str]) -> list[str]:
-    """What a publisher of the merge should look at, a line each: terms that bind all of it, or do not go together."""
+def licence_problems(licences: Mapping[str, str]) -> list[Problem]:
+    """What a publisher of the merge should look at: terms that bind all of it, or do not go together."""
     problems = []
     named = {name: text for name, text in licences.items() if text != UNKNOWN}
     if len(set(licences.values())) > 1:
@@ -117,7 +118,7 @@ def licence_problems(licences: Mapping[str, str]) -> list[str]:
     if missing:
         whom = "its author" if len(missing) == 1 else "their authors"
         problems.append(f"no licence is stated by {', '.join(missing)}; ask {whom} before you publish the merge")
-    return problems
+    return list(told(Code.LICENCE, problems, "licence"))
 
 
 def _licence(folder: Path | None) -> str:
@@ -193,7 +194,7 @@ def _licence_fields(licences: Mapping[str, str]) -> dict[str, str]:
 
 
 def _notes(licences: Mapping[str, str]) -> list[str]:
-    texts = licence_problems(licences)
+    texts = [str(problem) for problem in licence_problems(licences)]
     if len(set(licences.values())) > 1:
         texts.insert(0, "the parts have different licences (see the table); the merge is bound by all of them")
     return ["## Licence\n\n" + "\n".join(f"- {text}" for text in texts) + "\n"] if texts else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import SourceError
+from weightsmith.core.errors import NoBaseError, SourceError
 from weightsmith.core.keys import good_name
 from weightsmith.core.lazy import torch
 from weightsmith.io import system
@@ -143,7 +143,7 @@ def _adapter(asked: Asked) -> Source:
     from weightsmith.io.read.peft import AdapterSource
 
     if asked.base is None:
-        raise SourceError(f"{asked}: a LoRA adapter, which needs a base model; give one under `base`")
+        raise NoBaseError(f"{asked}: a LoRA adapter, which needs a base model; give one under `base`")
     return AdapterSource(asked.ref, asked.base)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from weightsmith.core.errors import SourceError, did_you_mean
+from weightsmith.core.errors import SourceError, nearest
 from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.changes import Change, Changes
@@ -81,8 +81,7 @@ class Targets:
 
     def _unknown(self, stored: str, target: str) -> SourceError:
         label, base = self.adapter.label, self.base.origin.label
-        hint = did_you_mean(target, self.base.keys)
-        hint = hint if hint.startswith("; did") else ""  # the whole list of a model's tensors helps nobody
+        hint = nearest(target, self.base.keys)
         return SourceError(f"{label}: {stored!r} belongs to {target!r}, which {base} lacks{hint}")
 
     # --- output layers that share the embedding's weight ---

@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from weightsmith.core.errors import NotKept, OutputError
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.io import system
 from weightsmith.io.disk import (
     WriteOut,
@@ -188,7 +189,7 @@ class FolderSink(Sink):
     def _check(self, need: int) -> None:
         problems = check_output(self.out, (), self._overwrite, self._resume, need, locked=self._lock.held)
         if problems:
-            raise OutputError("; ".join(problems))
+            raise OutputError("; ".join(map(str, problems)))
 
     def _create(self) -> None:
         self._working = True
@@ -265,8 +266,8 @@ def check_output(
     *,
     locked: bool = False,
     local_bytes: int | None = None,
-) -> list[str]:
-    """Return everything that stands in the way of writing `needed_bytes` to the folder `out`, a line each.
+) -> list[Problem]:
+    """Return everything that stands in the way of writing `needed_bytes` to the folder `out`.
 
     inputs are the folders and files that are read.  `locked`: the caller holds the folder's lock.  Creates nothing.
     `local_bytes`: how many of them are on this machine's disk at once where `out` is a URL (default: all).
@@ -278,11 +279,12 @@ def check_output(
     given = dict.fromkeys(absolute(path) for path in inputs if not isinstance(parse_url(path), Url))
     roots = [path for path in given if not any(parent in given for parent in path.parents)]
     with writing(out):
-        problems = [text for path in roots if (text := _overlap(out, path))]
-        return problems + _obstacles(out, overwrite, resume, needed_bytes, locked)
+        texts = [text for path in roots if (text := _overlap(out, path))]
+        texts += _obstacles(out, overwrite, resume, locked)
+        return [*told(Code.OUTPUT, texts, str(out)), *_no_place(out, needed_bytes)]
 
 
-def _obstacles(out: Path, overwrite: bool, resume: bool, needed_bytes: int, locked: bool) -> list[str]:
+def _obstacles(out: Path, overwrite: bool, resume: bool, locked: bool) -> list[str]:
     partial = _partial(out)
     problems = []
     if out.exists() and not out.is_dir():
@@ -301,20 +303,22 @@ def _obstacles(out: Path, overwrite: bool, resume: bool, needed_bytes: int, lock
         problems.append(
             f"{partial}: a previous run was interrupted; pass --resume to continue it or --overwrite to start anew"
         )
+    return problems
 
-    ground = next(folder for folder in out.parents if folder.exists())
+
+def _no_place(out: Path, needed_bytes: int) -> Iterator[Problem]:
+    """What is wrong with the folder that `out` is to be made in, and its disk."""
+    ground, partial = next(folder for folder in out.parents if folder.exists()), _partial(out)
     if not ground.is_dir():
-        problems.append(f"{ground} is a file, so {out} cannot be made inside it; choose another folder")
+        text = f"{ground} is a file, so {out} cannot be made inside it; choose another folder"
+        yield Problem(Code.OUTPUT, str(out), text)
     elif not os.access(ground, os.W_OK | os.X_OK):
-        problems.append(f"{ground} is not writable; choose another folder")
+        yield Problem(Code.OUTPUT, str(out), f"{ground} is not writable; choose another folder")
     else:
         free = system.call(shutil.disk_usage, ground).free + (allocated(partial) if _is_ours(partial) else 0)
         if needed_bytes > free:
-            problems.append(
-                f"{out} needs {gigabytes(needed_bytes)}, but {gigabytes(free)} are free on its disk; "
-                "free some space or choose another folder"
-            )
-    return problems
+            text = f"{out} needs {gigabytes(needed_bytes)}, but {gigabytes(free)} are free on its disk; "
+            yield Problem(Code.DISK, str(out), text + "free some space or choose another folder")
 
 
 def tidy(out: Path) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 
 from weightsmith.core.errors import NotKept, OutputError
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problem, told
 from weightsmith.io import system
 from weightsmith.io.disk import gigabytes, remove, write_file, writing
 from weightsmith.io.package.manifest import MANIFEST
@@ -86,7 +87,7 @@ class UrlSink(Sink):
         self._lock.acquire()
         try:
             if problems := check_url(self.out, (), self._overwrite, self._resume, locked=True):
-                raise OutputError("; ".join(problems))
+                raise OutputError("; ".join(map(str, problems)))
             names = stored_at(self.out, OutputError)
             with writing(self.home):
                 remove(self.home)
@@ -198,8 +199,8 @@ class UrlSink(Sink):
 
 def check_url(
     out: Url, inputs: Iterable[Path], overwrite: bool, resume: bool, need: int = 0, *, locked: bool = False
-) -> list[str]:
-    """What stands in the way of writing to a URL, a line each; `need`: bytes of this machine's disk.
+) -> list[Problem]:
+    """What stands in the way of writing to a URL; `need`: bytes of this machine's disk.
 
     See `output.check_output`.  Raises OutputError where the store gives no answer.
     """
@@ -223,13 +224,13 @@ def check_url(
             )
     elif names and not overwrite:
         problems.append(f"{out} exists and is not empty; choose another folder or pass --overwrite")
+    found = list(told(Code.OUTPUT, problems, str(out)))
     free = system.call(shutil.disk_usage, home.parent).free
     if need > free:
-        problems.append(
-            f"{out} needs {gigabytes(need)} here to put its files together, but {gigabytes(free)} are free in "
-            f"{home.parent}; choose a smaller output.shard_size, or set TMPDIR"
-        )
-    return problems
+        text = f"{out} needs {gigabytes(need)} here to put its files together, but {gigabytes(free)} are free in "
+        more = f"{home.parent}; choose a smaller output.shard_size, or set TMPDIR"
+        found.append(Problem(Code.DISK, str(home.parent), text + more))
+    return found
 
 
 def clear_marks(out: Url) -> None:

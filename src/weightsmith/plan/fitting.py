@@ -1,0 +1,128 @@
+"""Whether the models have the same tensors, in the same shapes; what is wrong where they have not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from weightsmith.core.errors import nearest
+from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code, Problems, Tensors
+from weightsmith.inputs import vocabulary
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import is_output_layer
+from weightsmith.plan.carried import has
+
+__all__ = ["Fitting"]
+
+_COMPARED = 5000
+"""Names up to which the nearest one is looked for: that takes time in their number."""
+
+
+class Fitting:
+    """Compares the experts' tensors with those of the base, or of the first expert; notes problems.
+
+    carried   tensors that the reference lacks and a rule keeps -> the first expert that has each
+    label     how the reference is called
+    """
+
+    def __init__(self, inputs: Inputs, reference: Source, problems: Problems) -> None:
+        self.inputs, self.reference, self.problems = inputs, reference, problems
+        self.name = "" if inputs.base is not None else next(iter(inputs.experts), "")
+        self.label = self.name or "base"
+        self.carried: dict[str, str] = {}
+
+    def everywhere(self, key: Key) -> bool:
+        """Whether all experts hold this tensor in this shape; else a problem is noted."""
+        fits = [self._fits(key, name, source) for name, source in self.inputs.experts.items()]  # all their problems
+        return all(fits)
+
+    def _fits(self, key: Key, name: str, source: Source) -> bool:
+        if not has(source, key.name):
+            tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
+            text = partial(self._missing, name, source, tied)
+            self.problems.share(Code.MISSING, key.name, (name, tied), text)
+            return False
+        other = source.key(key.name)
+        if other.shape != key.shape:
+            self._shape(key, other, name)
+        elif other.floating != key.floating:
+            text = partial(self._dtype, key.dtype, other.dtype, name)
+            self.problems.share(Code.DTYPE, key.name, (name, key.dtype, other.dtype), text)
+        else:
+            return True
+        return False
+
+    def extra_tensors(self, keeps: Callable[[Key], bool]) -> None:
+        """Tensors that the reference lacks: carried over where a rule keeps them, else refused."""
+        for name, source in self.inputs.experts.items():
+            for key in source.keys.values() if source is not self.reference else ():
+                there, tied = has(self.reference, key.name), key.name in self.reference.aliases
+                if there and not tied:
+                    continue  # of a large model nearly all, and asking what becomes of a tensor takes time
+                kept = key.name in self.carried or keeps(key)
+                if not kept and not there and is_output_layer(source, key):
+                    text = f"{key.name} is a tensor of its own in {name}, but {self.label} has none, or uses "
+                    self.problems.say(Code.TIED, key.name, text + f"its embedding in another way; leave {name} out")
+                elif not kept and tied:
+                    text = f"{key.name} is tied to {self.reference.aliases[key.name]} in {self.label} but a "
+                    more = f'tensor of its own in {name}; to leave it tied add it to "exclude"'
+                    self.problems.say(Code.TIED, key.name, text + more)
+                elif not there and kept:
+                    self.carried.setdefault(key.name, name)
+                elif not there:
+                    self.problems.share(Code.SURPLUS, key.name, name, partial(self._surplus, name))
+
+    # -- texts
+
+    def _missing(self, name: str, source: Source, tied: bool, tensors: Tensors) -> str:
+        it = tensors["it|them"]
+        why = "; it may be tied to the embedding there" if tied else _renamed(tensors.names, source)
+        keep = f'; to keep {it} from {self.name or "the base"} add {it} to "exclude"'
+        return f"{tensors} {tensors['is|are']} missing in {name} ({source}){why}{keep}"
+
+    def _dtype(self, here: str, there: str, name: str, tensors: Tensors) -> str:
+        return f"{tensors} {tensors['is|are']} {here} in {self.label} but {there} in {name}"
+
+    def _surplus(self, name: str, tensors: Tensors) -> str:
+        hint = ""
+        if len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
+            hint = nearest(tensors.names[0], self.reference.keys)
+        it = tensors["it|them"]
+        return (
+            f"{tensors} {tensors['is|are']} in {name} but not in {self.label}; to carry {it} over unchanged "
+            f'add {it} to "exclude"{hint}'
+        )
+
+    def _shape(self, key: Key, other: Key, name: str) -> None:
+        a, b = list(key.shape), list(other.shape)
+        if vocabulary.is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
+            models = {self.label: self.reference, name: self.inputs.experts[name]}
+            if not any(problem.code is Code.TOKENIZER for problem in self.inputs.problems):  # the one to solve
+                self.problems.add(vocabulary.rows_problem(models))
+            return
+
+        def text(tensors: Tensors) -> str:
+            what = f"{tensors} has shape {a} in {self.label} but {b} in {name}"
+            if len(tensors.names) > 1:
+                what = f"{tensors} have other shapes in {self.label} than in {name} (the first: {a} and {b})"
+            return f'{what}; to keep {tensors["the one|those"]} of {self.label} add {tensors["it|them"]} to "exclude"'
+
+        self.problems.share(Code.SHAPE, key.name, name, text)
+
+
+def _renamed(names: Sequence[str], source: Source) -> str:
+    """What to say of several missing tensors that are there under another prefix; '' if they are not."""
+    first = names[0]
+    longer = next((known for known in source.keys if known.endswith(f".{first}")), None)
+    if len(names) > 1 and longer is not None:
+        prefix = longer[: -len(first)]
+        if all(prefix + name in source.keys for name in names):
+            return f"; their names begin with {prefix!r} there"
+    shorter = next((known for known in source.keys if first.endswith(f".{known}")), None)
+    if len(names) > 1 and shorter is not None:
+        prefix = first[: -len(shorter)]
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in source.keys for name in names):
+            return f"; their names lack {prefix!r} there"
+    return ""
