@@ -458,7 +458,7 @@ def _python_page() -> str:
     return "\n".join(lines)
 
 
-_TRAIN = ("optim",)
+_TRAIN = ("optim", "embed")
 """Modules of `weightsmith.train`, in the order of the page."""
 
 

@@ -22,13 +22,13 @@ from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
+from weightsmith.train import embed
 from weightsmith.train.optim import DCTAdamW
 
 State = dict[str, Tensor]
 
 NOT_YET: Mapping[str, str] = {
     "adamerging++ composition": "learned coefficients",
-    "codiemb losses": "training losses",
     "expert-merging composition": "learned coefficients",
     "fw-merging (hard)": "Frank-Wolfe merging",
     "map quadratic surrogate": "Pareto search",
@@ -351,6 +351,26 @@ def dct_adamw(case: Case) -> State:
     return {name: weight.detach().float() for name, weight in weights.items()}
 
 
+def codiemb_losses(case: Case) -> State:
+    """Each loss and its gradient with respect to similarities or queries; the inputs lie in the file itself."""
+    p, given = case.params, case.expected
+    out = {name: given[name] for name in ("query", "passages", "similarity", "label")}
+
+    def add(name: str, inner: str, at: str, loss: Callable[[Tensor], Tensor]) -> None:
+        point = given[at].clone().requires_grad_()
+        value = loss(point)
+        value.backward()
+        assert point.grad is not None
+        out.update({name: value.detach().reshape(1), f"{name}_{inner}": point.grad})
+
+    groups = given["passages"].unflatten(0, (len(given["query"]), -1))
+    add("ir", "query_grad", "query", lambda q: embed.info_nce(q, groups, p["positives"], p["ir_temperature"]))
+    add("pearson", "grad", "similarity", lambda s: embed.pearson(s, given["label"]))
+    add("rank_kl", "grad", "similarity", lambda s: embed.rank_kl(s, given["label"], p["sts_temperature"]))
+    add("pro", "grad", "similarity", lambda s: embed.pro(s, given["label"], p["sts_temperature"]))
+    return out
+
+
 ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "ties": ties,
     "breadcrumbs": breadcrumbs,
@@ -363,6 +383,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "tsv_compress": tsvc,
     "fwsvd": fwsvd,
     "dct_adamw": dct_adamw,
+    "codiemb losses": codiemb_losses,
     "iso_cts": isotropic,
     "fisher": fisher,
     "regmean": regmean,
