@@ -143,3 +143,98 @@ def test_plain_models_are_left_alone_and_odd_scales_refused(tmp_path: Path) -> N
     lone = {NAME: bits, f"{NAME}_scale_inv": torch.ones(1, 1), "other.weight": bits.clone()}
     with pytest.raises(SourceError, match=r"other\.weight is in 8 bits without the scale"):
         open_source(folder(tmp_path / "lone", lone, FP8))
+
+
+MODULE = NAME.removesuffix(".weight")
+
+
+@pytest.mark.parametrize("scale", ["scale", "qscale_weight", "scale_weight"])
+def test_scales_have_other_names_too(scale: str, tmp_path: Path) -> None:
+    """transformers 5.24 loads the first two for any model; the third is ComfyUI's."""
+    torch.manual_seed(0)
+    stored, scales, exact = quantised(torch.randn(130, 140))
+    tensors = {NAME: stored, f"{MODULE}.{scale}": scales, f"{MODULE}.qscale_act": torch.tensor(2.0)}
+    norm = {"model.norm.scale": torch.ones(4)}  # no scale of a weight
+    source = open_source(folder(tmp_path / "m", {**tensors, **norm}, FP8))
+    assert set(source.keys) == {NAME, *norm}
+    assert torch.equal(source.read(NAME), exact)
+
+
+def test_single_files_of_comfyui(tmp_path: Path) -> None:
+    """One scale per weight; the markers go, and no config.json says the dtype: the neighbours do."""
+    torch.manual_seed(0)
+    stored, bias = torch.randn(6, 4).to(torch.float8_e4m3fn), torch.ones(6, dtype=torch.float16)
+    rest = {f"{MODULE}.bias": bias}
+    old = {NAME: stored, f"{MODULE}.scale_weight": torch.tensor([0.5]), f"{MODULE}.scale_input": torch.tensor([3.0])}
+    save_file({**old, **rest, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "old.safetensors")
+    note = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    new = {NAME: stored, f"{NAME}_scale": torch.tensor(0.5), f"{MODULE}.comfy_quant": note}
+    save_file({**new, **rest}, tmp_path / "new.safetensors")
+    for name in ("old", "new"):
+        source = open_source(tmp_path / f"{name}.safetensors")
+        assert set(source.keys) == {NAME, f"{MODULE}.bias"}
+        assert source.key(NAME).dtype == "float16"
+        assert torch.equal(source.read(NAME), stored.float() / 2)
+    blocks = {**new, f"{NAME}_scale": torch.full((6, 1), 127, dtype=torch.uint8)}
+    save_file(blocks, tmp_path / "blocks.safetensors")
+    with pytest.raises(SourceError, match=r"quantised weights \(ComfyUI, scales of blocks: .*weight_scale\)"):
+        open_source(tmp_path / "blocks.safetensors")
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_mxfp8_has_exponents_for_32_entries_each(width: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stored = torch.randn(5, width).to(torch.float8_e4m3fn)
+    exponents = torch.randint(100, 140, (5, width // 32), dtype=torch.uint8)
+    exponents[0, 0], exponents[1, 0] = 0, 250
+    exact = stored.double() * (2.0 ** (exponents.double() - 127)).repeat_interleave(32, 1)
+    tensors = {NAME: stored, f"{NAME}_scale": exponents}
+    source = open_source(folder(tmp_path / "m", tensors, {"quant_method": "compressed-tensors", "format": "mxfp8"}))
+    assert torch.equal(source.read(NAME), exact.float())
+    assert torch.equal(source.read(NAME, 2, 4), exact[2:4].float())
+
+
+CODES = torch.ones(16, 64, dtype=torch.int8)
+ROWS = torch.ones(16, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        ({"l.weight": CODES, "l.weight_scale": ROWS}, "int8 with scales: l.weight, l.weight_scale"),
+        ({"l._weight_qdata": CODES, "l._weight_scale": ROWS}, "torchao: l._weight_qdata"),
+        ({"l._weight_qdata": CODES.to(torch.float8_e4m3fn), "l._weight_scale": ROWS}, "torchao: l._weight_qdata"),
+        ({"l.weight": CODES.to(torch.uint32), "l.scales": ROWS, "l.biases": ROWS + 1}, "MLX: l.weight, l.scales"),
+        ({"l.weight": CODES.to(torch.uint32), "l.scales": ROWS.to(torch.uint8)}, "MLX: l.weight, l.scales"),
+    ],
+    ids=["w8a8", "torchao-int8", "torchao-float8", "mlx", "mlx-mxfp4"],
+)
+@pytest.mark.parametrize("config", [None, {"quant_method": "compressed-tensors", "format": "int-quantized"}])
+def test_integers_with_scales_are_quantised_whatever_the_config_says(
+    tensors: dict[str, torch.Tensor], kind: str, config: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    made = folder(tmp_path / "m", tensors, config)
+    for ref in (made, made / "model.safetensors"):
+        with pytest.raises(SourceError) as caught:
+            open_source(ref)
+        assert f"quantised weights ({kind}) cannot be merged; merge the models it was" in str(caught.value)
+
+
+def test_unknown_scales_are_refused(tmp_path: Path) -> None:
+    bits = torch.ones(6, 4).to(torch.float8_e4m3fn)
+    for i, scale in enumerate((f"{MODULE}.new_scales", f"{NAME}_rescale", f"{NAME}.my_scale")):
+        made = folder(tmp_path / f"m{i}", {NAME: bits, scale: torch.ones(6, 1)}, None)
+        with pytest.raises(
+            SourceError, match=rf"\(8-bit floats: {NAME}\) with a scale that is not known here, {scale}"
+        ):
+            open_source(made)
+
+
+def test_other_integers_and_scales_are_no_codes(tmp_path: Path) -> None:
+    """Swin's tables of positions beside a learned scale; a norm of 8 bits whose weight is called scale."""
+    tensors = {
+        "attn.relative_position_index": torch.ones(9, 9, dtype=torch.int64),
+        "attn.logit_scale": torch.ones(3, 1, 1),
+        "norm.scale": torch.ones(4).to(torch.float8_e4m3fn),
+    }
+    assert set(open_source(folder(tmp_path / "m", tensors, None)).keys) == set(tensors)
