@@ -52,10 +52,11 @@ def permuted(value: np.ndarray, heads: int) -> np.ndarray:
     return value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
-def write(path: Path, state: dict[str, torch.Tensor], arch: str = "llama", dtype: str = "F32") -> Path:
+def write(path: Path, state: dict[str, torch.Tensor], arch: str = "llama", dtype: str = "F32", split: int = 0) -> Path:
+    """Write a file, or with `split` one for every so many tensors: path-00001-of-00003.gguf, ..."""
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=split)
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)

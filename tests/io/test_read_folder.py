@@ -174,3 +174,29 @@ def test_a_hub_cache(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(other / "beef")
     refuse(snapshot, "a link that leaves the folder")
+
+
+def test_an_index_beside_the_one_file_that_it_names(tmp_path: Path) -> None:
+    """As every folder of mlx-lm has it."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    write_index(tmp_path, {"w": "model.safetensors"})
+    source = FolderSource(tmp_path)
+    assert source.read("w").tolist() == [1, 1]
+    assert source.origin.files == ("model.safetensors",)
+
+
+def test_a_shard_that_supersedes_tensors_of_others(sharded: Path) -> None:
+    """transformers 5.24 reads the shards in the order of their names, one over the other."""
+    over = "model-overlay-00001.safetensors"
+    save_file({"b": torch.ones(3, 2, dtype=torch.float16), "c": torch.zeros(4)}, sharded / over)
+    write_index(sharded, {"a": ONE, "b": over, "c": over})
+    source = FolderSource(sharded)
+    assert source.key("b").dtype == "float16"
+    assert source.read("b").tolist() == [[1, 1]] * 3
+    assert source.read("a").tolist() == [1, 1]
+    assert source.origin.remarks == (f"b: taken from {over}, not from {ONE}, as the index says",)
+    write_index(sharded, {"a": ONE, "b": ONE, "c": over})
+    refuse(sharded, f"'b' is stored twice, in {ONE} and {over}")
+    (sharded / over).rename(sharded / "amendment.safetensors")  # which transformers would read first
+    write_index(sharded, {"a": ONE, "b": "amendment.safetensors", "c": TWO})
+    refuse(sharded, f"'b' is stored twice, in amendment.safetensors and {ONE}")

@@ -156,3 +156,29 @@ def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r"pip install 'weightsmith\[gguf\]'"):
         open_source(path)
+
+
+def test_any_part_of_a_split_model_stands_for_all(tmp_path: Path) -> None:
+    """Split by the gguf package itself; the metadata are in the first part alone."""
+    state = tensors()
+    write(tmp_path / "m.gguf", state, split=8)
+    first, *others = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(others) == 2
+    for part in (first, others[-1]):
+        source = pickle.loads(pickle.dumps(open_source(part)))
+        assert set(source.keys) == set(state)
+        assert all(torch.equal(source.read(name), value) for name, value in state.items())
+        assert set(source.fingerprint()["files"]) == {path.name for path in (first, *others)}
+    renamed = first.rename(tmp_path / "model.gguf")
+    with pytest.raises(SourceError, match=r"one of 3 parts of a model, but its name does not end in -00001-of-00003"):
+        open_source(renamed)
+    renamed.rename(first)
+    others[0].unlink()
+    with pytest.raises(SourceError, match=rf"one of 3 parts of a model, of which {others[0].name} is not there"):
+        open_source(first)
+    write(tmp_path / "other.gguf", {name: state[name] for name in list(state)[:11]}, split=10)
+    short = sorted(tmp_path.glob("other-*.gguf"))[-1]
+    write(tmp_path / "third.gguf", state, split=8)
+    (tmp_path / "third-00003-of-00003.gguf").write_bytes(short.read_bytes())
+    with pytest.raises(SourceError, match=r"split\.tensors\.count = \d+, but the 3 parts hold \d+ tensors"):
+        open_source(tmp_path / "third-00001-of-00003.gguf")

@@ -122,6 +122,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "adapters": lambda: [ADAPTERS, b"models: [a, b]\nmethod: {knots: {density: 0.5}}\nweights: {a: 1}\n"],
     "stats": stats_seeds,
     "quantised": lambda: [json.dumps({"quantization_config": QUANTISED}).encode()],
+    "shard": lambda: [json.dumps({"w": {"saved_offsets": [0, 0]}, "s": {"saved_offsets": []}}).encode()],
 }  # fmt: skip
 
 
@@ -325,6 +326,25 @@ def reads_quantised(place: Path) -> Callable[[bytes], None]:
         (place / "config.json").write_bytes(data)
         source = open_source(place)
         assert source.read("m.weight").shape == (4, 3)
+
+    return read
+
+
+def reads_shard(place: Path) -> Callable[[bytes], None]:
+    import torch
+    from safetensors.torch import save_file
+
+    from weightsmith.io.read.sharded import ShardedSource
+
+    tensors, path = (
+        {"w": torch.ones(3, 2), "s": torch.tensor(1.0)},
+        place / "shard-00001-model-00001-of-00001.safetensors",
+    )
+
+    def read(data: bytes) -> None:
+        save_file(tensors, path, {"DCP_SHARDING_INFO": data.decode("utf-8", "replace")})
+        source = ShardedSource(place)
+        assert source.read("w").shape == (3, 2)
 
     return read
 

@@ -18,7 +18,7 @@ from weightsmith.io.read.small import parse_json, read_small, short
 from weightsmith.io.read.source import Bits, Origin, Source
 
 __all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
-           "parse_index"]  # fmt: skip
+           "parse_index", "refuse_stale"]  # fmt: skip
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = "pytorch_model.bin"
@@ -29,26 +29,30 @@ _MAX_INDEX = 100_000_000
 def choose_weights(names: Iterable[str], label: str) -> str:
     """Return which of a folder's file names is the model: a weight file or a shard index.
 
-    Order: a single safetensors file, an index of them, a lone *.safetensors, then PyTorch pickles.
+    Order: an index of safetensors files, a single one, a lone *.safetensors, then PyTorch pickles.  Beside a single
+    file an index has to name that file (`refuse_stale`).
     Errors: none is there; two could be meant (then neither is guessed).
     """
     present = set(names)
     for single in (*_SINGLE, _PICKLED):
-        if single in present and single + INDEX in present:
-            raise SourceError(
-                f"{label}: has both {single} and {single}{INDEX}; remove the stale one, or give the path of one"
-            )
         if single == _PICKLED:
             lone = sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_"))
             if len(lone) == 1:
                 return lone[0]
             if lone:
                 raise SourceError(f"{label}: {len(lone)} safetensors files and no index ({some(lone)}); give one file")
-        for name in (single, single + INDEX):
+        for name in (single + INDEX, single):
             if name in present:
                 return name
     wanted = [name for single in (*_SINGLE, _PICKLED) for name in (single, single + INDEX)]
     raise SourceError(f"{label}: no model here; looked for {', '.join(wanted)} and a single *.safetensors")
+
+
+def refuse_stale(chosen: str, named: Mapping[str, str], present: Iterable[str], label: str) -> None:
+    """Raise where a chosen index lies beside a single file that it does not name; mlx-lm writes one that does."""
+    single = chosen.removesuffix(INDEX)
+    if single in present and set(named.values()) != {single}:
+        raise SourceError(f"{label}: has both {single} and {chosen}; remove the stale one, or give the path of one")
 
 
 def parse_index(raw: bytes, label: str) -> dict[str, str]:
@@ -99,11 +103,22 @@ class Listed(Protocol):
 
 
 class Catalogue(NamedTuple):
-    """All tensors of a model: their keys, the tied names, and the shard that holds each."""
+    """All tensors of a model: their keys, the tied names, the shard that holds each, and those that another shard
+    holds in another state, which does not count."""
 
     keys: dict[str, Key]
     aliases: dict[str, str]
     shard_of: dict[str, str]
+    superseded: dict[str, str]
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a plan says about shards that supersede others."""
+        names = list(self.superseded)
+        if not names:
+            return ()
+        first = names[0]
+        where = f"taken from {self.shard_of[first]}, not from {self.superseded[first]}, as the index says"
+        return (f"{some(names)}: {where}",)
 
 
 def check_present(named: Mapping[str, str], present: Iterable[str], label: str) -> None:
@@ -115,13 +130,22 @@ def check_present(named: Mapping[str, str], present: Iterable[str], label: str) 
 
 
 def join(shards: Mapping[str, Listed], label: str, named: Mapping[str, str] | None = None) -> Catalogue:
-    """Put the shards' contents together; each tensor must be stored once, and in the shard that the index says."""
-    found = Catalogue({}, {}, {})
-    for shard, part in shards.items():
+    """Put the shards' contents together; each tensor in the shard that the index says.
+
+    A tensor may be stored twice where index and transformers agree on the one that counts: the shard that the index
+    names is the last of them by name (which is how transformers reads them, one over the other).
+    """
+    found = Catalogue({}, {}, {}, {})
+    for shard in sorted(shards):
+        part = shards[shard]
         for name in (*part.keys, *part.aliases):
             if name in found.shard_of:
-                raise SourceError(f"{label}: {name!r} is stored twice, in {found.shard_of[name]} and {shard}")
+                if named is None or named.get(name) != shard:
+                    raise SourceError(f"{label}: {name!r} is stored twice, in {found.shard_of[name]} and {shard}")
+                found.superseded[name] = found.shard_of[name]
             found.shard_of[name] = shard
+            found.keys.pop(name, None)
+            found.aliases.pop(name, None)
         found.keys.update(part.keys)
         found.aliases.update(part.aliases)
     if named is None:
@@ -149,11 +173,11 @@ class FolderSource(Source):
             folder, chosen = path, choose_weights(_listing(path), label)
         self._parts: dict[str, SafetensorsSource | PickleSource]
         if chosen.endswith(INDEX):
-            catalogue = self._open_shards(folder / chosen)
+            catalogue = self._open_shards(folder / chosen, path == folder)
         else:
             self._parts = {chosen: _open(inside(folder, chosen))}
             catalogue = join(self._parts, label)
-        self.keys, self.aliases, self._shard_of = catalogue
+        self.keys, self.aliases, self._shard_of, _ = catalogue
         files = [part.path for part in self._parts.values()]  # the hub's cache links elsewhere
         extras = [extra for part in self._parts.values() if isinstance(part, PickleSource) for extra in part.extras]
         self.origin = Origin(
@@ -162,7 +186,7 @@ class FolderSource(Source):
             files=tuple(self._parts),
             locations=(folder, path, *files),
             checkpoint=folder,
-            remarks=left_out(extras),
+            remarks=(*left_out(extras), *catalogue.remarks()),
         )
 
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
@@ -175,9 +199,13 @@ class FolderSource(Source):
             files.update(part.fingerprint()["files"])
         return {"files": files}
 
-    def _open_shards(self, index: Path) -> Catalogue:
+    def _open_shards(self, index: Path, found: bool) -> Catalogue:
+        """`found`: the folder was given, and nobody said that the index is meant."""
         named = parse_index(read_small(inside(index.parent, index.name), _MAX_INDEX), str(index))
-        check_present(named, _listing(index.parent), str(index))
+        present = _listing(index.parent)
+        if found:
+            refuse_stale(index.name, named, present, str(index.parent))
+        check_present(named, present, str(index))
         self._parts = {shard: _open(inside(index.parent, shard)) for shard in sorted(set(named.values()))}
         return join(self._parts, str(index), named)
 

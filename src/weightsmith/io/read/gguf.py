@@ -1,14 +1,18 @@
-"""GGUF files of llama.cpp in F32, F16 or BF16, under the names and in the order that Hugging Face gives the tensors."""
+"""GGUF files of llama.cpp in F32, F16 or BF16, under the names and in the order that Hugging Face gives the tensors.
+
+A model may be split (`model-00001-of-00003.gguf`, by llama-gguf-split): any of its files stands for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from weightsmith.core.errors import MissingExtra, SourceError
+from weightsmith.core.errors import MissingExtra, SourceError, some
 from weightsmith.core.keys import DTYPES, Key, good_name
 from weightsmith.io.read.files import File
 from weightsmith.io.read.small import short
@@ -35,6 +39,8 @@ _LACKS = (
 )
 _LEFT = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tables that follow from config.json."""
+_COUNT, _TOTAL = "split.count", "split.tensors.count"
+_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 class _Stored(NamedTuple):
@@ -43,32 +49,42 @@ class _Stored(NamedTuple):
     key: Key
     offset: int
     heads: int  # of which the rows are to be put back in order; 0: they are
+    part: int = 0  # the file that holds it
 
 
 class GgufSource(Source):
-    """One GGUF file.  It has no config.json or tokenizer files: these come from another model of the merge."""
+    """One GGUF model, in one file or in several.
+
+    It has no config.json or tokenizer files: these come from another model of the merge.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.origin = Origin(str(path), locations=(self.path,), lacks=_LACKS)
-        self._file = File(self.path)
-        self._tensors = _tensors_of(self.path, self._file.size)
+        found = _read(self.path)
+        paths = _parts(self.path, found.fields)
+        headers = [found if part == self.path else _read(part) for part in paths]
+        self._files = [File(part) for part in paths]
+        self._tensors = _joined(paths, headers, [file.size for file in self._files])
+        self.origin = Origin(str(path), locations=tuple(paths), lacks=_LACKS)
         self.keys = {name: stored.key for name, stored in self._tensors.items()}
 
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
-        key, offset, heads = self._tensors[self.key(name).name]
+        key, offset, heads, part = self._tensors[self.key(name).name]
         width = DTYPES[key.dtype].itemsize
         pitch = key.row_numel * width
         first, last, _ = slice(low, high).indices(key.rows)
         begin, end = (first, last) if not heads else _span(first, last, key.rows // heads)
         rows = max(end - begin, 0)
-        data = self._file.read(offset + begin * pitch, rows * pitch, repr(name)).view(f"u{width}")
+        data = self._files[part].read(offset + begin * pitch, rows * pitch, repr(name)).view(f"u{width}")
         found = data.reshape((rows, *key.shape[1:]) if key.shape else ())
         return Bits(found[_order(np.arange(first, last), key.rows // heads) - begin] if heads else found, key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
-        self._file.refuse_changed()
-        return {"files": {self.path.name: {"size": self._file.size, **self._file.stamp()}}}
+        files: dict[str, Any] = {}
+        for file in self._files:
+            file.refuse_changed()
+            files[Path(file.path).name] = {"size": file.size, **file.stamp()}
+        return {"files": files}
 
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:
@@ -86,22 +102,56 @@ def _order(rows: np.ndarray, size: int) -> np.ndarray:
 # --- the header ------------------------------------------------------------------------------------
 
 
-def _tensors_of(path: Path, size: int) -> dict[str, _Stored]:
-    found = _read(path)
-    arch = _text(found.fields, "general.architecture")
+def _parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
+    """All files of the model that a file is a part of, in order."""
+    count = _number(fields, _COUNT, path, 0, least=0)  # llama-gguf-split --merge leaves 0
+    if count <= 1:
+        return [path]
+    named = _SPLIT.fullmatch(path.name)
+    if named is None or int(named["count"]) != count:
+        raise SourceError(
+            f"{path}: one of {count} parts of a model, but its name does not end in -00001-of-{count:05}.gguf, so the "
+            "others cannot be found; give it its name back"
+        )
+    paths = [path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise SourceError(f"{path}: one of {count} parts of a model, of which {some(missing)} is not there")
+    return paths
+
+
+def _joined(paths: Sequence[Path], headers: Sequence[Any], sizes: Sequence[int]) -> dict[str, _Stored]:
+    """The tensors of all parts; the first one says what the model is."""
+    first, fields = paths[0], headers[0].fields
+    total = sum(len(header.tensors) for header in headers)
+    if (noted := _number(fields, _TOTAL, first, total)) != total:
+        raise SourceError(f"{first}: {_TOTAL} = {noted}, but the {len(paths)} parts hold {total} tensors")
+    stored: dict[str, _Stored] = {}
+    for part, (path, header, size) in enumerate(zip(paths, headers, sizes, strict=True)):
+        for name, found in _tensors_of(path, size, fields, header.tensors, total).items():
+            if name in stored:
+                raise SourceError(f"{path}: {short(name)} is in another part too")
+            stored[name] = found._replace(part=part)
+    return stored
+
+
+def _tensors_of(
+    path: Path, size: int, fields: Mapping[str, Any], tensors: Sequence[Any], total: int
+) -> dict[str, _Stored]:
+    """The tensors of one file; fields: the metadata of the model; total: how many tensors that has."""
+    arch = _text(fields, "general.architecture")
     if arch not in _KNOWN:
         raise SourceError(
             f"{path}: GGUF of architecture {short(arch)}, whose tensors cannot be mapped back; known: "
             f"{', '.join(sorted(_KNOWN))}; give the Hugging Face folder that it was converted from"
         )
-    blocks = _number(found.fields, f"{arch}.block_count", path)
-    if blocks > len(found.tensors):  # the table of names grows with it
-        raise SourceError(f"{path}: {arch}.block_count = {blocks}, but the file has {len(found.tensors)} tensors")
+    blocks = _number(fields, f"{arch}.block_count", path)
+    if blocks > total:  # the table of names grows with it
+        raise SourceError(f"{path}: {arch}.block_count = {blocks}, but the file has {total} tensors")
     names = _names(arch, blocks)
-    heads = _number(found.fields, f"{arch}.attention.head_count", path)
-    shared = _number(found.fields, f"{arch}.attention.head_count_kv", path, heads)
+    heads = _number(fields, f"{arch}.attention.head_count", path)
+    shared = _number(fields, f"{arch}.attention.head_count_kv", path, heads)
     stored: dict[str, _Stored] = {}
-    for tensor in found.tensors:
+    for tensor in tensors:
         if tensor.name in _LEFT:
             continue
         stem, _, kind = tensor.name.rpartition(".")
@@ -202,7 +252,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return "" if field is None else str(bytes(field.parts[-1]), "utf-8", "replace")
 
 
-def _number(fields: Mapping[str, Any], name: str, path: Path, default: int | None = None) -> int:
+def _number(fields: Mapping[str, Any], name: str, path: Path, default: int | None = None, least: int = 1) -> int:
     field = fields.get(name)
     if field is None and default is not None:
         return default
@@ -210,6 +260,6 @@ def _number(fields: Mapping[str, Any], name: str, path: Path, default: int | Non
         value = int(field.parts[-1][0])  # type: ignore[union-attr]  # an absent field is an error, told below
     except (AttributeError, IndexError, TypeError, ValueError):
         raise SourceError(f"{path}: no {name} in the file") from None
-    if not 0 < value <= 100_000:
+    if not least <= value <= 100_000:
         raise SourceError(f"{path}: {name} = {value}, which no model has")
     return value

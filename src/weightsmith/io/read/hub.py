@@ -18,7 +18,15 @@ from weightsmith.core.errors import SourceError, public
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.companions import beside_adapter
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
-from weightsmith.io.read.folder import INDEX, FolderSource, check_present, choose_weights, join, parse_index
+from weightsmith.io.read.folder import (
+    INDEX,
+    FolderSource,
+    check_present,
+    choose_weights,
+    join,
+    parse_index,
+    refuse_stale,
+)
 from weightsmith.io.read.safetensors import Header, parse_header, parse_length
 from weightsmith.io.read.source import Bits, Cost, Origin, Source
 from weightsmith.io.system import read_file
@@ -162,11 +170,13 @@ class HubSource(Source):
         self._weights = [chosen]
         if chosen.endswith(INDEX):
             named = parse_index(read_file(repo.fetch(chosen)), f"{repo.name}/{chosen}")
+            refuse_stale(chosen, named, repo.sizes, label)
             check_present(named, repo.sizes, f"{repo.name}/{chosen}")
             self._weights = sorted(set(named.values()))
         with ThreadPoolExecutor(_WORKERS) as pool:
             headers = dict(zip(self._weights, pool.map(repo.header, self._weights), strict=True))
-        self.keys, self.aliases, _ = join(headers, label, named)
+        catalogue = join(headers, label, named)
+        self.keys, self.aliases = catalogue.keys, catalogue.aliases
         self._headers = {name: header.digest for name, header in headers.items()}
         configs = [repo.fetch(name) for name in _CONFIGS if name in repo.sizes]
         folder = configs[0].parent if configs else None
@@ -176,6 +186,7 @@ class HubSource(Source):
             folder,
             files=tuple(self._weights),
             locations=() if folder is None else (folder,),
+            remarks=catalogue.remarks(),
             cost=Cost(download=missing),
         )
 

@@ -147,6 +147,30 @@ def _adapter(asked: Asked) -> Source:
     return AdapterSource(asked.ref, asked.base)
 
 
+def _folder_model(asked: Asked) -> Source:
+    source = FolderSource(asked.ref)
+    if (asked.ref / "sharded").is_dir():
+        from weightsmith.io.read.sharded import with_lost_scalars
+
+        return with_lost_scalars(source)
+    return source
+
+
+def _shards(asked: Asked) -> Source:
+    from weightsmith.io.read.sharded import ShardedSource
+
+    return ShardedSource(asked.ref)
+
+
+def _safetensors(asked: Asked) -> Source:
+    source = SafetensorsSource(asked.ref)
+    if any(word.startswith("DCP_") for word in source.header.metadata):
+        from weightsmith.io.read.sharded import refuse_shard
+
+        return refuse_shard(source)
+    return source
+
+
 def _gguf(asked: Asked) -> Source:
     from weightsmith.io.read.gguf import GgufSource
 
@@ -167,6 +191,14 @@ def _folder(ref: Any) -> bool:
     return isinstance(ref, Path) and ref.is_dir()
 
 
+def _sharded(ref: Any) -> bool:
+    """Whether a folder holds the shards of a distributed checkpoint, and no model put together of them."""
+    if not _folder(ref):
+        return False
+    names = [path.name for path in ref.glob("*.safetensors*")]
+    return bool(names) and all(name.startswith("shard-") and "-model-" in name for name in names)
+
+
 def _file(ref: Any, *endings: str) -> bool:
     return isinstance(ref, Path) and ref.exists() and ref.name.endswith(endings)
 
@@ -178,9 +210,10 @@ FORMATS: tuple[Format, ...] = (
     Format("model on the hub", lambda ref: isinstance(ref, str), _hub, raw=True),
     Format("compressed folder", lambda ref: _folder(ref) and folder_kind(ref) == "codec", _compressed, several=True),
     Format("adapter folder", lambda ref: _folder(ref) and (ref / ADAPTER_CONFIG).exists(), _adapter),
-    Format("model folder", _folder, lambda asked: FolderSource(asked.ref), raw=True),
+    Format("shards of a distributed checkpoint", _sharded, _shards, raw=True),
+    Format("model folder", _folder, _folder_model, raw=True),
     Format("shard index", lambda ref: _file(ref, INDEX), lambda asked: FolderSource(asked.ref), raw=True),
-    Format("safetensors", lambda ref: _file(ref, ".safetensors"), lambda asked: SafetensorsSource(asked.ref), raw=True),
+    Format("safetensors", lambda ref: _file(ref, ".safetensors"), _safetensors, raw=True),
     Format("GGUF", lambda ref: _file(ref, ".gguf"), _gguf),
     Format("PyTorch checkpoint", lambda ref: _file(ref, *PICKLES), _pickle, raw=True),
 )
@@ -217,7 +250,14 @@ def _quantised(source: Source, asked: Asked) -> Source:
     return unquantised(source)
 
 
-CONTENTS: tuple[Callable[[Source, Asked], Source], ...] = (_lora_file, _quantised)
+def _tied(source: Source, asked: Asked) -> Source:
+    """A tied pair as one tensor, however often it is stored."""
+    from weightsmith.io.read.tied import once
+
+    return once(source)
+
+
+CONTENTS: tuple[Callable[[Source, Asked], Source], ...] = (_lora_file, _quantised, _tied)
 """Each gives the source itself where it is none of its kind."""
 
 

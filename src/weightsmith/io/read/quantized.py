@@ -144,8 +144,8 @@ def _refuse_unknown(source: Source, companions: Mapping[str, list[str]], pairs: 
         unknown = [scale for scale in scales if scale != pairs.get(name) and not scale.endswith(_OF_ACTIVATIONS)]
         if unknown:
             raise SourceError(
-                f"{source}: quantised weights (8-bit floats: {name}) with a scale that is not known here, {unknown[0]}, "
-                f"cannot be merged; {_WAY_OUT}"
+                f"{source}: quantised weights (8-bit floats: {name}) with a scale that is not known here, "
+                f"{unknown[0]}, cannot be merged; {_WAY_OUT}"
             )
 
 

@@ -21,7 +21,7 @@ from weightsmith.io.disk import write_file, writing
 from weightsmith.io.package.companions import beside_adapter, module_weights
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
-from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index
+from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index, refuse_stale
 from weightsmith.io.read.hub import OTHER
 from weightsmith.io.read.remote import RemoteFile
 from weightsmith.io.read.safetensors import SafetensorsSource
@@ -63,14 +63,18 @@ class RemoteSource(Source):
         if chosen.endswith(INDEX):
             raw = _small(url / chosen, _MAX_INDEX)
             named = parse_index(raw, str(url / chosen))
+            if not label.endswith(INDEX):  # else it is the index that was asked for
+                refuse_stale(chosen, named, names, label)
             shards = sorted(set(named.values()))
             if not url.is_http:  # whose listings may not be whole; a missing shard is found by its header
                 check_present(named, names, str(url / chosen))
         with ThreadPoolExecutor(_WORKERS) as pool:
             opened = pool.map(lambda shard: SafetensorsSource(RemoteFile(url / shard)), shards)
             self._parts = dict(zip(shards, opened, strict=True))
-        self.keys, self.aliases, self._shard_of = join(self._parts, str(url / chosen), named)
-        self.origin = Origin(label, self.folder, tuple(shards), locations=(url.location, self.folder))
+        catalogue = join(self._parts, str(url / chosen), named)
+        self.keys, self.aliases, self._shard_of, _ = catalogue
+        locations = (url.location, self.folder)
+        self.origin = Origin(label, self.folder, tuple(shards), locations=locations, remarks=catalogue.remarks())
         _fetch(url, self.folder, [name for name in _AT_ONCE if name in names])
 
     @property
