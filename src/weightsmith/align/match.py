@@ -65,7 +65,8 @@ def match(
 ) -> Matched:
     """Find how to permute `moving` onto `reference`; both: tensor name -> tensor, at least those of the groups.
 
-    seed       of the order of the groups in every sweep; each of the `restarts` draws another, the best one is kept
+    seed       of the order of the groups in every sweep; each of the `restarts` draws another, the best one is kept.
+               The first sweep of the first takes them as given: what is tied to inputs or outputs should come first
     max_iter   sweeps over all groups
     tol        a step counts if it raises the objective by more than max(tol, 1e-9 |objective of its group|)
     start      orders to begin with (default: units as they are)
@@ -85,7 +86,8 @@ def match(
     b = {name: moving[name].double() for name in names}
     best: Matched | None = None
     for again in range(max(restarts, 1)):
-        orders, steps = _ascent(groups, a, b, np.random.default_rng([seed, again]), max_iter, tol, start or {})
+        draw = np.random.default_rng([seed, again])
+        orders, steps = _ascent(groups, a, b, draw, max_iter, tol, start or {}, as_given=again == 0)
         found = Matched(orders, objective(a, b), steps[-1], tuple(steps))
         if best is None or found.after > best.after:
             best = found
@@ -150,8 +152,9 @@ def _ascent(
     max_iter: int,
     tol: float,
     start: Orders,
+    as_given: bool = False,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Orders, and the objective at the start and after each step.  draw: None takes the groups as they come."""
+    """Orders, and the objective at the start and after each step.  draw: None takes the groups as given."""
     orders: dict[str, np.ndarray] = {}
     for group in groups:
         orders |= {**identity(group), **{n: start[n] for n in identity(group) if n in start}}
@@ -160,10 +163,11 @@ def _ascent(
     near = {g.name: [o.name for o in groups if o is not g and set(o.names) & set(g.names)] for g in groups}
     open_ = {group.name for group in groups}  # whose best order may have changed since it was last found
     steps = [objective(a, now)]
-    for _ in range(max_iter):
+    for sweep in range(max_iter):
         if not open_:
             break
-        for index in range(len(groups)) if draw is None else draw.permutation(len(groups)):
+        given = draw is None or (as_given and sweep == 0)
+        for index in range(len(groups)) if draw is None or given else draw.permutation(len(groups)):
             group = groups[index]
             if group.name not in open_:
                 continue

@@ -3,6 +3,7 @@
     io.read.modules   names in memory and in files, orientation, output layers
     io.read.layers    fields that count and describe layers
     io.read.experts   experts in one tensor or in many
+    align             which outputs of fused experts belong together
     observe           sizes that follow from no field
 
 Roles of tensors by their names (query, norm, head) are needed by methods too and stand in `core.keys`; what it takes to
@@ -67,6 +68,8 @@ PLAIN_LINEAR = frozenset(("gpt_bigcode", "gpt_neo", "idefics", "qwen", "starcode
 """The model types that give these names to ordinary linear layers."""
 FLIPPED_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe"))
 """The model types whose files hold fused experts [experts, in, out]."""
+INTERLEAVED_EXPERTS = frozenset(("gpt_oss",))
+"""The model types whose fused experts have the outputs of gate and up in turns, not one behind the other."""
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration")
 """Endings of the classes whose output layer is called lm_head in memory."""

@@ -1,0 +1,272 @@
+"""The proof of a layout: random permutations of a small model of the same architecture leave its outputs as they are.
+
+Roles and shapes are a guess.  So transformers builds the model's class from its config.json with narrower layers and
+as few blocks as show every kind of tensor, all numbers random; the same `layout` is found in its files, permuted at
+random, and both models run in float64.  A group whose permutation changes any output is frozen, wherever its kind
+stands in the full model, and says by how much.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from weightsmith.align.layout import Layout, layout
+from weightsmith.core.errors import MissingExtra, SourceError
+from weightsmith.core.keys import layer_of
+from weightsmith.core.symmetry import SymmetryGroup, identity, permute
+from weightsmith.io.read.experts import packed_like_memory
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.layers import config_of, cut_config
+from weightsmith.io.read.shell import quiet
+from weightsmith.io.read.small import parse_json
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.views import block_counts
+
+__all__ = ["TOLERANCE", "proved", "small_config"]
+
+TOLERANCE = 1e-8
+"""Largest change of an output, in float64, relative to the largest output (or to 1)."""
+
+_HEAD = 8  # entries of a head in the small model
+_TOKENS = 12
+_VOCABULARY = 91
+_WIDTHS = re.compile(
+    r"(hidden_size|n_embd|d_model|dim|n_inner|d_ff|d_kv|head_dim|rotary_dim|word_embed_proj_dim|hidden_dim"
+    r"|(\w+_)?(intermediate_size|ffn_dim|head_dim))"
+)
+"""Fields of config.json that count entries of a layer; all are divided by the same number."""
+_LARGEST = 60_000_000  # parameters of a model that is built for a proof
+
+
+def proved(source: Source) -> Layout:
+    """The layout of a model with every group proved that is left in it; others are frozen, with the reason.
+
+    Raises SourceError where no model can be built to prove it on, MissingExtra without transformers.
+    """
+    full = layout(source)
+    text = config_of(source)
+    if text is None:
+        raise SourceError(f"{source}: no config.json, so nothing proves that a permutation keeps what it computes")
+    with tempfile.TemporaryDirectory(prefix="weightsmith-proof-") as name, _doubles():
+        broken, seen = _tried(_Small(small_config(source, text), Path(name), str(source)))
+    groups = []
+    frozen = dict(full.frozen)
+    for group in full.groups:
+        kind = _kind(group)
+        if kind in broken:
+            frozen[group.name] = broken[kind]
+        elif kind not in seen:
+            frozen[group.name] = "no block like it is in the small model that proves the others"
+        else:
+            groups.append(group)
+    return Layout(tuple(groups), frozen)
+
+
+def _tried(small: _Small) -> tuple[dict[str, str], set[str]]:
+    """Kinds of groups that change an output, with the reason, and all kinds there are."""
+    groups = layout(small.source).groups
+    broken: dict[str, str] = {}
+    if groups and small.change(groups) > TOLERANCE:
+        for group in groups:
+            if (found := small.change([group])) > TOLERANCE:
+                broken[_kind(group)] = f"a permutation changes the outputs (by {found:.1g} of the largest)"
+    return broken, {_kind(group) for group in groups}
+
+
+def _kind(group: SymmetryGroup) -> str:
+    """What groups of different blocks have in common: names without numbers, also of all that they hold."""
+    inside = [small.name for small in group.inside]
+    return " ".join(_pattern(name) for name in (group.name, *inside, *sorted(set(map(_pattern, group.names)))))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+# --- the small model -------------------------------------------------------------------------------
+
+
+def small_config(source: Source, text: str) -> dict[str, Any]:
+    """config.json of a narrow model with as few blocks as show every kind of tensor."""
+    counts = block_counts(source)
+    cuts = {stack: (count, 0, min(count, _shown(source, stack, count))) for stack, count in counts.items()}
+    cuts = {stack: cut for stack, cut in cuts.items() if cut[2] < cut[0]}
+    label = f"{source}: config.json"
+    with suppress(SourceError):  # of blocks that it does not count there are as many as before
+        text = cut_config(text, cuts, label) if cuts else text
+    config = parse_json(text.encode(), label)
+    for scope in (config, *(v for v in config.values() if isinstance(v, dict))):
+        _narrow(scope)
+    found: dict[str, Any] = config
+    return found
+
+
+def _shown(source: Source, stack: str, count: int) -> int:
+    """How many blocks show every kind of tensor of a stack; at least two."""
+    kinds: dict[str, int] = {}
+    for name in source.keys:
+        if (place := layer_of(name)) is not None and place[0] == stack:
+            kind = _pattern(name)
+            kinds[kind] = min(kinds.get(kind, count), place[1])
+    return max(2, 1 + max(kinds.values(), default=0))
+
+
+def _narrow(scope: dict[str, Any]) -> None:
+    """Divide the widths of a configuration so that heads have 8 entries, and take a small vocabulary."""
+    heads = next((scope[n] for n in ("num_attention_heads", "n_head", "num_heads") if isinstance(scope.get(n), int)), 0)
+    width = next((scope[n] for n in ("hidden_size", "n_embd", "d_model") if isinstance(scope.get(n), int)), 0)
+    head = scope.get("head_dim") or scope.get("d_kv") or (width // heads if heads else 0)
+    factor = head // _HEAD if isinstance(head, int) and head % _HEAD == 0 and head else 1
+    widths = [n for n, v in scope.items() if _WIDTHS.fullmatch(n) and isinstance(v, int) and not isinstance(v, bool)]
+    if factor > 1 and all(scope[name] % factor == 0 for name in widths):
+        scope.update({name: scope[name] // factor for name in widths})
+    if isinstance(scope.get("vocab_size"), int):
+        scope["vocab_size"] = min(scope["vocab_size"], _VOCABULARY)
+        for name in [n for n in scope if n.endswith("token_id") and scope[n] is not None]:
+            scope[name] = 0 if name.startswith("pad") else 1
+
+
+class _Small:
+    """A small model in a folder, which is read anew after each permutation of its tensors."""
+
+    def __init__(self, config: dict[str, Any], folder: Path, label: str) -> None:
+        self.folder, self.label = folder, label
+        with self._explained():
+            model = _built(config)
+            model.save_pretrained(folder)
+        self.source = packed_like_memory(FolderSource(folder))
+        self.tensors = {name: _random(name, key.shape, i) for i, (name, key) in enumerate(self.source.keys.items())}
+        self.model_class = type(model)
+        self.expected = self._outputs(self.tensors)
+
+    def change(self, groups: Any) -> float:
+        """Largest change of an output by random permutations of some groups, relative to the largest output."""
+        draw = np.random.default_rng(len(groups))
+        tensors = self.tensors
+        for group in groups:
+            tensors = {**tensors, **permute(tensors, group, _drawn(group, draw))}
+        found = self._outputs(tensors)
+        if not bool(torch.isfinite(found).all()):
+            return float("inf")
+        return float((found - self.expected).abs().max()) / max(1.0, float(self.expected.abs().max()))
+
+    def _outputs(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        for file in self.folder.glob("*.safetensors*"):
+            file.unlink()
+        save_file({n: t.contiguous() for n, t in tensors.items()}, self.folder / "model.safetensors", {"format": "pt"})
+        with self._explained():
+            model = self.model_class.from_pretrained(self.folder, dtype=torch.float64, local_files_only=True)
+            if hasattr(model, "set_experts_implementation"):
+                model.set_experts_implementation("eager")  # the faster ones take no float64
+            with torch.no_grad():
+                return _run(model.eval())
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Whatever a library says against it is why there is no proof."""
+        try:
+            import transformers
+        except ModuleNotFoundError:
+            raise MissingExtra("transformers", "models", "proving a permutation") from None
+        try:
+            with quiet(transformers), _no_bars(transformers.utils.logging):
+                yield
+        except Exception as error:
+            if isinstance(error, SourceError):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SourceError(f"{self.label}: no small model can be built to prove permutations on: {said}") from error
+
+
+@contextmanager
+def _no_bars(logging: Any) -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _built(config: dict[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures") or []
+    kind = config.get("model_type")
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if cls is None or kind not in transformers.CONFIG_MAPPING:
+        raise SourceError(f"transformers knows no {names[0] if names else 'architecture'} of the type {kind!r}")
+    made = transformers.CONFIG_MAPPING[kind].from_dict(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(made).parameters())
+    if size > _LARGEST:
+        raise SourceError(f"{json.dumps(kind)}: the smallest model of its kind still has {size:,} parameters")
+    return cls(made)
+
+
+def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Random numbers of a size that keeps a network alive; no norm or bias is at the neutral value of a fresh model."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=draw, dtype=torch.float64)
+    if len(shape) < 2:
+        return 0.3 * numbers if name.endswith(("bias", "mean")) else 1 + 0.3 * numbers
+    return numbers / math.sqrt(shape[-1])
+
+
+def _drawn(group: SymmetryGroup, draw: np.random.Generator) -> dict[str, np.ndarray]:
+    return {name: draw.permuted(order, axis=-1) for name, order in identity(group).items()}
+
+
+def _run(model: Any) -> Tensor:
+    """The outputs of a model for random inputs: [whatever], float64."""
+    draw = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        shape = (2, getattr(config, "num_channels", 3), size, size)
+        out = model(pixel_values=torch.randn(shape, generator=draw, dtype=torch.float64))
+    else:
+        ids = torch.randint(2, config.get_text_config().vocab_size, (2, _TOKENS), generator=draw)
+        decoder = {"decoder_input_ids": ids.flip(1)} if getattr(config, "is_encoder_decoder", False) else {}
+        out = model(input_ids=ids, **decoder)
+    logits = getattr(out, "logits", None)
+    found: Tensor = out[0] if logits is None else logits
+    return found
+
+
+# --- float64 all the way ---------------------------------------------------------------------------
+
+
+class _Doubles(TorchFunctionMode):
+    """Keeps float64 where a model asks for float32 in between, as norms and softmaxes do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        swapped = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*swapped, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def _doubles() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_default_dtype(before)
