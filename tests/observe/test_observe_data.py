@@ -128,7 +128,7 @@ def test_image_files_need_pillow_or_are_read(tmp_path: Path) -> None:
         ("a.jsonl", "[1]", r"line 1: list instead of an object"),
         ("a.jsonl", '{"txt": "a"}', r"line 1: no known text field among txt; name it with field="),
         ("a.jsonl", "\n", r"a\.jsonl: no example in it"),
-        ("a.npz", "junk", r"data for image-classification, but .* is for causal-lm"),
+        ("a.npz", "junk", r"image or sound data, but .* reads text"),
         ("a.txt", "", r"a\.txt: no example in it"),
     ],
 )
@@ -187,8 +187,8 @@ def test_bad_models(tmp_path: Path) -> None:
         observe(tmp_path, ["abc"], ["gram"], tmp_path / "out")
     with pytest.raises(SourceError, match=r"Sequential.*pass kind="):
         observe(nn.Sequential(nn.Linear(2, 2)), [[1.0, 2.0]], ["gram"], tmp_path / "out")
-    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
-    with pytest.raises(SourceError, match=r"'BertModel'.*pass kind="):
+    (tmp_path / "config.json").write_text('{"architectures": ["StrangeModel"], "model_type": "bert"}')
+    with pytest.raises(SourceError, match=r"'StrangeModel'.*pass kind="):
         observe(tmp_path, ["abc"], ["gram"], tmp_path / "out")
     (tmp_path / "config.json").write_text('{"architectures": ["XForCausalLM"], "model_type": "unheard_of"}')
     with pytest.raises(SourceError, match="transformers cannot load it"):

@@ -159,7 +159,7 @@ def test_experts_stacked_in_the_module_are_cut_as_in_the_file(tmp_path: Path) ->
 def test_many_classes_are_sampled_and_exact_is_refused_for_text(tmp_path: Path) -> None:
     images = list(torch.randn(2, 1, 8, 8))
     assert fisher_of(tiny_vit(classes=11), images, tmp_path)[1]["fisher"] == "sampled"
-    with pytest.raises(WeightsmithError, match="would take 256 backward passes per position of a language model"):
+    with pytest.raises(WeightsmithError, match="would take 256 backward passes per position of a causal-lm"):
         fisher_of(tiny_llama(), token_rows(), tmp_path, fisher="exact")
 
 

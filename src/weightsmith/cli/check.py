@@ -23,7 +23,7 @@ def check(
     trust_remote_code: Annotated[bool, Parameter(help="Let the checkpoint's own python code run.")] = False,
     json: Json = False,
 ) -> int:
-    """Load a result, run it, and compare its perplexity with its parents'."""
+    """Load a result, run it, and compare its perplexity (or else its outputs) with its parents'."""
     from weightsmith.observe.check import check as look
 
     report = look(
@@ -42,6 +42,18 @@ def _show(report: dict[str, Any]) -> None:
         for name, found in report["models"].items()
         if "perplexity" in found
     ]
+    alike = [
+        (
+            name,
+            f"{found['cosine']:.4f}",
+            f"{found['lowest']:.4f}",
+            f"{found['agreement']:.1%}" if "agreement" in found else "-",
+        )
+        for name, found in report["models"].items()
+        if "cosine" in found
+    ]
+    title = "Outputs beside those of the parents, on the same inputs"
+    table(title, ("model", "mean cosine", "lowest", "same answer"), alike, right=(1, 2, 3))
     table("Perplexity", ("model", "per token", "bits per byte", "tokens"), rows, right=(1, 2, 3))
     for name, reason in report["missing"].items():
         say(f"note: {name} is not compared: {reason}")

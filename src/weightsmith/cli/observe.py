@@ -22,7 +22,12 @@ def observe(
     examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
     batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
     length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 512,
-    kind: Annotated[str, Parameter(help="causal-lm, image-classification or auto.", show_default=True)] = "auto",
+    kind: Annotated[
+        str,
+        Parameter(
+            help="causal-lm, encoder, image-classification, ...; default: as config.json says.", show_default=True
+        ),
+    ] = "auto",
     fisher: Annotated[
         Literal["auto", "exact", "sampled", "empirical"], Parameter(help="How labels are taken.")
     ] = "auto",

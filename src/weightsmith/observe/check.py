@@ -14,11 +14,13 @@ from weightsmith.core.lazy import torch
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.observe.consistency import cheap_check
+from weightsmith.observe.kinds import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from weightsmith.observe.model import LoadedModel
+    from weightsmith.observe.probe import Found
 
 __all__ = ["cheap_check", "check", "perplexity", "recorded_parents", "sample_text"]
 
@@ -36,10 +38,11 @@ def check(
 ) -> dict[str, Any]:
     """Load a result with transformers, run it, and report as plain values:
 
-    path, kind   'causal-lm', 'image-classification', or 'tensors' for a state dict without config.json
+    path, kind   see `kinds.KINDS`, or 'tensors' for what no model could be built of
     ok, finite   ok: finite, and no problems
     problems     what makes the model unusable;  warnings: what `cheap_check` says;  notes: what was not checked
-    models       name ('merged' and each parent) -> {'perplexity' per token, 'bits_per_byte', 'tokens'}
+    models       name ('merged' and each parent) -> {'perplexity' per token, 'bits_per_byte', 'tokens'} of a language
+                 model; of others, for each parent: how alike its outputs are, see `probe.compared`
     missing      parent -> why it is not compared
 
     parents   name -> model; default: those of the recipe in OUT/weightsmith.json
@@ -60,16 +63,25 @@ def check(
         return report
     prose = sample_text() if text is None else _read_text(Path(text))
     report["warnings"] = cheap_check(folder)
+    from weightsmith.observe.kinds import UnknownKind
+
     try:
         found = _run(folder, report, prose, length, device, trust_remote_code)
+    except UnknownKind as error:
+        _check_tensors(folder, report)
+        report["notes"].insert(0, error.why)
+        report["ok"] = report["finite"]
+        return report
     except SourceError as error:
         _check_tensors(folder, report)
         report["problems"].insert(0, str(error))
         return report
-    if found:
+    known, report["missing"] = recorded_parents(folder) if parents is None else (parents, {})
+    if isinstance(found, dict) and found:
         report["models"]["merged"] = found
-        known, report["missing"] = recorded_parents(folder) if parents is None else (parents, {})
         _compare(known, report, prose, length, device, trust_remote_code)
+    elif not isinstance(found, dict):
+        _compare_outputs(known, report, found, prose, device, trust_remote_code)
     report["ok"] = report["finite"] and not report["problems"]
     return report
 
@@ -120,30 +132,35 @@ def perplexity(loaded: LoadedModel, text: str, length: int = 512) -> dict[str, f
 
 def _run(
     folder: Path, report: dict[str, Any], prose: str, length: int, device: str, trust_remote_code: bool
-) -> dict[str, float]:
-    """Run the result; returns a language model's figures, which are empty where it has no tokenizer."""
+) -> dict[str, float] | Found:
+    """Run the result; returns a language model's figures, which are empty where it has no tokenizer, or the outputs."""
     from weightsmith.observe.model import load_model
+    from weightsmith.observe.probe import buffer_problems, probe
 
     loaded = load_model(folder, device=device, trust_remote_code=trust_remote_code)
     report["kind"] = loaded.kind
-    found: dict[str, float] = {}
+    report["problems"] += buffer_problems(loaded)
+    found: dict[str, float] | Found = {}
     if loaded.kind == "causal-lm":
         try:
-            found = perplexity(loaded, prose, length)
-            report["finite"] = found.pop("finite")
+            figures = perplexity(loaded, prose, length)
+            report["finite"] = bool(figures.pop("finite"))
+            found = figures
         except SourceError as error:  # no tokenizer: the logits can be looked at all the same
             report["notes"].append(f"no perplexity: {error}")
             report["finite"] = _finite(loaded, torch.arange(min(getattr(loaded.config, "vocab_size", 1), 64))[None])
     else:
-        size, channels = getattr(loaded.config, "image_size", None), getattr(loaded.config, "num_channels", 3)
-        if isinstance(size, int):
-            noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-            report["finite"] = _finite(loaded, noise)
-            report["notes"].append("an image classifier: run on noise; no score is compared")
-        else:
-            report["notes"].append("config.json states no image_size, so no image was run; only loading was checked")
+        try:
+            found = probe(loaded, prose)
+        except SourceError as error:
+            report["notes"].append(f"not run: {error}")
+            report["problems"] += _nonfinite_tensors(folder)
+            return {}
+        report["finite"] = found.finite
+        report["notes"] += [*found.notes, f"run on {found.inputs}: that tells whether it works, not how well"]
     if not report["finite"]:
-        report["problems"] += [f"{folder}: NaN or Inf in the logits", *_nonfinite_tensors(folder)]
+        what = "logits" if KINDS[loaded.kind].classes else "output"
+        report["problems"] += [f"{folder}: NaN or Inf in the {what}", *_nonfinite_tensors(folder)]
     return found
 
 
@@ -171,6 +188,30 @@ def _compare(
             continue
         values.pop("finite")
         report["models"][name] = values
+
+
+def _compare_outputs(
+    parents: Mapping[str, str | Path],
+    report: dict[str, Any],
+    found: Found,
+    prose: str,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    """What the parents give for the same inputs, one in memory at a time."""
+    from weightsmith.observe.model import load_model
+    from weightsmith.observe.probe import compared, probe
+
+    for name, path in parents.items():
+        try:
+            other = probe(load_model(path, device=device, trust_remote_code=trust_remote_code), prose, found)
+        except WeightsmithError as error:
+            report["missing"][name] = str(error)
+            continue
+        if (alike := compared(found, other)) is None:
+            report["missing"][name] = "its outputs have another shape"
+        else:
+            report["models"][name] = alike
 
 
 def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, str]]:

@@ -17,6 +17,7 @@ from weightsmith.observe.files import stat_path, write_statistic
 from weightsmith.observe.fisher import MODES, choose_mode
 from weightsmith.observe.fisher import fisher as take_fisher
 from weightsmith.observe.gram import gram as take_gram
+from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import load_model
 
 __all__ = ["STATISTICS", "observe"]
@@ -54,8 +55,9 @@ def observe(
     stats       'gram': inputs of each linear layer, X^T X / rows, [d_in, d_in], under the weight's name;
                 'fisher': diagonal Fisher information, shaped like each parameter.  Both float32.
     examples    how many to use; length: tokens per example; batch: examples per forward pass (gram)
-    kind        'causal-lm', 'image-classification', or 'auto': from the configuration's architectures
-    fisher      'exact', 'sampled', 'empirical', or 'auto': exact up to 10 classes, else sampled
+    kind        see `kinds.KINDS`, or 'auto': from the configuration's architectures
+    fisher      'exact', 'sampled', 'empirical', or 'auto': exact up to 10 classes, else sampled; of kinds that give
+                probabilities
     skip_first  gram: leave out the first token of each text
     share       gram: one matrix for layers with the same input
     layers      blocks [start, end) only; tensors outside the blocks go with the range that starts at 0
@@ -71,7 +73,11 @@ def observe(
                 f"{stat_path(folder, stat)} exists; choose another folder, or overwrite it with --overwrite"
             )
     loaded = load_model(model, kind=kind, device=device, trust_remote_code=trust_remote_code)
-    if skip_first and loaded.kind != "causal-lm":
+    if loaded.kind == "seq2seq-lm":
+        raise WeightsmithError(
+            f"{loaded.label}: nothing can be observed of an encoder with a decoder: its data would be pairs of texts"
+        )
+    if skip_first and "text" not in KINDS[loaded.kind].reads:
         raise WeightsmithError(f"skip_first is for texts; {loaded.label} is for {loaded.kind}")
     if "fisher" in wanted:
         choose_mode(fisher, loaded.kind, getattr(loaded.config, "vocab_size", 0))  # refuse before reading data

@@ -7,7 +7,7 @@ import itertools
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
+from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, TextCoder, text_coder
 
 __all__ = ["Batch", "Example", "batches", "read_examples"]
@@ -65,9 +66,9 @@ def read_examples(
     """At most `examples` of the data: the first ones of an iterable, a seeded choice (in file order) of a file.
 
     Files: .txt (cut into blocks of `length` tokens), .jsonl (`field`, or text / question + answer / ...; cut to
-    `length`), .npz (images `field`, `x` or `x_train`, labels `y` or `y_train`), a folder of .txt or of images.
-    An iterable gives texts, token ids, tensors, (input, label) pairs, or mappings with input_ids or
-    pixel_values and, if wanted, labels; one example each, without a batch axis.
+    `length`; for a classifier of texts also `label`), .npz (images or sounds `field`, `x` or `x_train`, labels `y` or
+    `y_train`), a folder of .txt or of images.  An iterable gives texts, token ids, tensors, (input, label) pairs, or
+    mappings with input_ids, pixel_values or input_values and, if wanted, labels: one example each, no batch axis.
     """
     length = loaded.clip_length(length)
     if isinstance(data, (str, Path)):
@@ -77,7 +78,7 @@ def read_examples(
         coder: list[TextCoder] = []  # made for the first text, if there is one
         found = []
         for item in itertools.islice(data, examples):
-            if isinstance(item, str) and not coder:
+            if isinstance(item[0] if isinstance(item, tuple) and item else item, str) and not coder:
                 coder.append(text_coder(loaded, trust_remote_code=trust_remote_code))
             found.append(_example_of(item, loaded.kind, length, coder[0] if coder else None))
     if not found:
@@ -106,34 +107,46 @@ def _example_of(item: Any, kind: str, length: int, coder: TextCoder | None) -> E
     label = None
     if isinstance(item, str):
         assert coder is not None
-        return _token_example(coder.prefix + tuple(coder.encode(item)), length)
+        return _token_example(coder.example(item, length), length)
+    labelled = kind in _LABELLED
+    text = KINDS[kind].reads == "text"
     if isinstance(item, Mapping):
-        name = "input_ids" if kind == "causal-lm" else "pixel_values"
-        if name not in item:
-            raise SourceError(f"an example for {kind} needs {name!r}; it has {', '.join(map(str, item))}")
+        names = {"text": ("input_ids",), "image": ("pixel_values",), "sound": ("input_values", "input_features")}
+        wanted = names.get(KINDS[kind].reads, ("input_ids", "pixel_values"))
+        name = next((name for name in wanted if name in item), None)
+        if name is None:
+            which = " or ".join(map(repr, wanted))
+            raise SourceError(f"an example for {kind} needs {which}; it has {', '.join(map(str, item))}")
+        text = name == "input_ids"
         keep = item.get("attention_mask")
         inputs = torch.as_tensor(item[name])
         if keep is not None:
             inputs = inputs[torch.as_tensor(keep).bool()]
-        label = item.get("labels") if kind == "image-classification" else None
-    elif isinstance(item, tuple) and len(item) == 2 and kind == "image-classification":
+        label = item.get("labels") if labelled else None
+    elif isinstance(item, tuple) and len(item) == 2 and labelled:
+        if isinstance(item[0], str):
+            return replace(_example_of(item[0], kind, length, coder), label=int(item[1]))
         inputs, label = torch.as_tensor(item[0]), item[1]
     else:
         inputs = torch.as_tensor(item)
-    if kind == "causal-lm":
+        text = text or (KINDS[kind].reads == "text or image" and not inputs.is_floating_point())
+    if text:
         if inputs.ndim != 1 or inputs.is_floating_point():
             raise SourceError(
-                f"an example for causal-lm is a list of token ids, without a batch axis; got {inputs.dtype} of shape "
+                f"an example for {kind} is a list of token ids, without a batch axis; got {inputs.dtype} of shape "
                 f"{tuple(inputs.shape)}"
             )
-        return _token_example(inputs.tolist(), length)
+        return _token_example(inputs.tolist(), length, None if label is None else int(label))
     return Example(inputs, None if label is None else int(label))
 
 
-def _token_example(ids: Sequence[int], length: int) -> Example:
+_LABELLED = ("image-classification", "sequence-classification")
+
+
+def _token_example(ids: Sequence[int], length: int, label: int | None = None) -> Example:
     if not ids:
         raise SourceError("an empty text among the examples; leave it out")
-    return Example(torch.tensor(ids[:length], dtype=torch.int64))
+    return Example(torch.tensor(ids[:length], dtype=torch.int64), label)
 
 
 def _label(data: Any) -> str:
@@ -159,11 +172,14 @@ class _Reader:
         texts = [p for p in files if p.suffix == ".txt"]
         images = [p for p in files if p.suffix.lower() in _IMAGE_ENDINGS]
         suffix = ".txt" if texts else "image" if images else path.suffix
-        wanted = "image-classification" if suffix in ("image", ".npz") else "causal-lm"
         if suffix not in (".txt", ".jsonl", ".npz", "image"):
             raise SourceError(f"{path}: unknown kind of data; use .txt, .jsonl, .npz, or a folder of .txt or images")
-        if wanted != self.loaded.kind:
-            raise SourceError(f"{path}: data for {wanted}, but {self.loaded.label} is for {self.loaded.kind}")
+        given = {"image": ("image",), ".npz": ("image", "sound")}.get(suffix, ("text",))
+        reads = KINDS[self.loaded.kind].reads
+        if not any(one in reads for one in given):
+            raise SourceError(
+                f"{path}: {' or '.join(given)} data, but {self.loaded.label} ({self.loaded.kind}) reads {reads}"
+            )
         if suffix == ".npz":
             return self._arrays(path)
         if suffix == "image":
@@ -172,7 +188,8 @@ class _Reader:
         if suffix == ".txt":
             return self._blocks(texts, coder)
         lines = list(self._lines(path))
-        return [_token_example([*coder.prefix, *coder.encode(lines[i])], self.length) for i in self._choice(len(lines))]
+        chosen = [lines[i] for i in self._choice(len(lines))]
+        return [_token_example(coder.example(text, self.length), self.length, label) for text, label in chosen]
 
     def _choice(self, count: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -181,12 +198,15 @@ class _Reader:
 
     def _blocks(self, paths: Sequence[Path], coder: TextCoder) -> list[Example]:
         """Each file as one run of tokens, cut into blocks; the last one of a file may be shorter."""
-        size = max(1, self.length - len(coder.prefix))
+        size = max(1, self.length - len(coder.prefix) - len(coder.suffix))
         runs = [coder.encode(_read_text(path)) for path in paths]
         blocks = [ids[i : i + size] for ids in runs for i in range(0, len(ids), size)]
-        return [_token_example([*coder.prefix, *blocks[i]], self.length) for i in self._choice(len(blocks))]
+        return [
+            _token_example([*coder.prefix, *blocks[i], *coder.suffix], self.length) for i in self._choice(len(blocks))
+        ]
 
-    def _lines(self, path: Path) -> Iterator[str]:
+    def _lines(self, path: Path) -> Iterator[tuple[str, int | None]]:
+        """Texts and, for a classifier of texts, their labels."""
         for number, line in enumerate(_read_text(path).splitlines(), 1):
             if not line.strip():
                 continue
@@ -196,7 +216,8 @@ class _Reader:
                 raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise SourceError(f"{path}, line {number}: {type(row).__name__} instead of an object")
-            yield self._text_of(row, f"{path}, line {number}")
+            label = row.get("label") if self.loaded.kind in _LABELLED else None
+            yield self._text_of(row, f"{path}, line {number}"), label if isinstance(label, int) else None
 
     def _text_of(self, row: Mapping[str, Any], place: str) -> str:
         options = ((self.field,),) if self.field else _TEXT_FIELDS

@@ -17,6 +17,7 @@ from torch import Tensor
 from weightsmith.core.errors import NumericError, WeightsmithError, did_you_mean
 from weightsmith.observe.data import Example
 from weightsmith.observe.files import Statistic
+from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.memory import available_memory, size_text
 from weightsmith.observe.model import LoadedModel, resting
 
@@ -33,13 +34,20 @@ def choose_mode(mode: str, kind: str, classes: int) -> str:
     """'auto': exact for up to 10 classes, sampled for more and for language models."""
     if mode not in ("auto", *MODES):
         raise WeightsmithError(f"fisher = {mode!r} is not known{did_you_mean(mode, ('auto', *MODES))}")
-    if mode == "exact" and kind == "causal-lm":
+    about = KINDS.get(kind)
+    if about is not None and not about.classes:
+        able = ", ".join(name for name, other in KINDS.items() if other.classes)
+        raise WeightsmithError(f"fisher needs a model that gives probabilities ({able}), not {kind}; gram does not")
+    tokens = about is not None and about.tokens
+    if mode == "exact" and tokens:
         raise WeightsmithError(
-            f"fisher = 'exact' would take {classes} backward passes per position of a language model; use 'sampled'"
+            f"fisher = 'exact' would take {classes} backward passes per position of a {kind}; use 'sampled'"
         )
+    if mode == "empirical" and kind == "token-classification":
+        raise WeightsmithError("fisher = 'empirical' is not for token-classification; use 'sampled'")
     if mode != "auto":
         return mode
-    return "exact" if kind != "causal-lm" and classes <= _MOST_CLASSES else "sampled"
+    return "exact" if not tokens and classes <= _MOST_CLASSES else "sampled"
 
 
 def fisher(
@@ -86,7 +94,7 @@ def fisher(
             raise NumericError(f"{name}: NaN or Inf in the gradients; the model or the data is damaged")
     tensors, lost = loaded.names.convert(means)
     skipped |= dict.fromkeys(lost, "the checkpoint has no such tensor")
-    tokens = sum(e.inputs.numel() for e in examples) if loaded.kind == "causal-lm" else len(examples)
+    tokens = sum(e.inputs.numel() for e in examples) if KINDS[loaded.kind].tokens else len(examples)
     return Statistic(tensors=tensors, rows=tokens, skipped=skipped), chosen
 
 

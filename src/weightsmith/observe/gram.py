@@ -54,8 +54,8 @@ def gram(
         done = 0
         with sums.hooked():
             for part in batches(examples, batch):
-                sums.begin(part, skip_first, tokens=loaded.kind == "causal-lm")
-                loaded.logits(part.inputs, part.mask)
+                sums.begin(part, skip_first, tokens=not part.inputs.is_floating_point())
+                loaded.run(part.inputs, part.mask)
                 sums.end()
                 done += part.inputs.shape[0]
                 if progress is not None:
@@ -164,7 +164,7 @@ def _trace(loaded: LoadedModel, layers: Mapping[str, nn.Module], example: Exampl
     """The inputs' numbers in each layer's runs on one example; layers in the order of their first run."""
     calls: dict[str, list[int]] = {}
     with _hooked(layers, lambda name, x, number: calls.setdefault(name, []).append(number)):
-        loaded.logits(example.inputs[None])
+        loaded.run(example.inputs[None])
     return {name: tuple(numbers) for name, numbers in calls.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.hub import looks_like_hub_id, open_hub
+from weightsmith.observe.kinds import KINDS, class_of, kind_of
 from weightsmith.observe.names import Naming
 
-__all__ = ["KINDS", "LoadedModel", "TextCoder", "folder_coder", "load_model", "pick_device", "resting", "text_coder"]
+__all__ = ["LoadedModel", "TextCoder", "folder_coder", "load_model", "pick_device", "resting", "text_coder"]
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "causal-lm": ("ForCausalLM", "LMHeadModel"),
-    "image-classification": ("ForImageClassification",),
-}
-"""What can be observed -> endings of the architectures' names."""
+SENTENCES = "modules.json"
+"""What marks a folder of sentence-transformers."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -33,7 +31,7 @@ class LoadedModel:
     """A model in float32, with what is known of its files.
 
     module   the network, on its device
-    kind     'causal-lm' or 'image-classification'
+    kind     see `kinds.KINDS`
     label    how messages call it
     folder   where its config and tokenizer lie, or None
     names    what the checkpoint calls its parameters
@@ -54,27 +52,55 @@ class LoadedModel:
     def device(self) -> torch.device:
         return next(iter(self.module.parameters())).device
 
-    def logits(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the model.
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that is about text."""
+        inner = getattr(self.config, "get_text_config", None)
+        return self.config if inner is None else inner()
 
-        inputs: [batch, tokens] int64 or [batch, ...] images; mask: [batch, tokens] bool, False at padding.
-        Returns [batch, tokens, vocabulary] or [batch, classes].
+    def run(self, inputs: Tensor, mask: Tensor | None = None) -> Any:
+        """Run the model; returns what it returns.
+
+        inputs: [batch, tokens] int64, or [batch, ...] images or sound; mask: [batch, tokens] bool, False at padding.
+        A decoder beside an encoder gets the first tokens of the same text.
         """
         inputs = inputs.to(self.device)
         if self.config is None:
-            out = self.module(inputs)
-        elif self.kind == "causal-lm":
-            attention = None if mask is None else mask.to(self.device, torch.int64)
-            out = self.module(input_ids=inputs, attention_mask=attention, use_cache=False)
-        else:
-            out = self.module(pixel_values=inputs)
+            return self.module(inputs)
+        module: Any = self.module
+        attention = None if mask is None else mask.to(self.device, torch.int64)
+        if inputs.is_floating_point():
+            if hasattr(module, "get_image_features"):
+                return _embedding(module.get_image_features(pixel_values=inputs))
+            name = "pixel_values" if KINDS[self.kind].reads == "image" else module.main_input_name
+            return module(**{name: inputs}, **self._decoder(inputs[:, :0].long()))
+        if self.kind != "causal-lm" and hasattr(module, "get_text_features"):
+            return _embedding(module.get_text_features(input_ids=inputs, attention_mask=attention))
+        more: dict[str, Any] = {"use_cache": False} if self.kind == "causal-lm" else self._decoder(inputs)
+        return module(input_ids=inputs, attention_mask=attention, **more)
+
+    def logits(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[batch, tokens, vocabulary], [batch, tokens, classes] or [batch, classes], of kinds that give them."""
+        out = self.run(inputs, mask)
         logits: Tensor = getattr(out, "logits", out)
         return logits
 
+    def _decoder(self, inputs: Tensor) -> dict[str, Tensor]:
+        if not getattr(self.config, "is_encoder_decoder", False):
+            return {}
+        ids = (getattr(self.config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+        start = torch.full((len(inputs), 1), next((i for i in ids if isinstance(i, int)), 0), device=self.device)
+        return {"decoder_input_ids": torch.cat([start, inputs[:, :15].reshape(len(inputs), -1)], 1)}
+
     def clip_length(self, length: int) -> int:
         """The wanted number of tokens, or the longest the model has positions for."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        return min(length, positions) if isinstance(positions, int) and positions > 0 else length
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions < 1:
+            return length
+        tables = (m for n, m in self.module.named_modules() if n.endswith("position_embeddings"))
+        # RoBERTa and its like number positions from behind the padding's.
+        used = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+        return min(length, positions - used)
 
 
 def load_model(
@@ -96,13 +122,24 @@ def load_model(
         if not any(True for _ in model.parameters()):
             raise SourceError(f"{label}: the module has no parameters to observe")
         names = [*(getattr(getattr(model, "config", None), "architectures", None) or ()), label]
-        return LoadedModel(model, _kind_of(kind, names, label), label, Naming(model))
+        chosen = kind_of(names, label, type(model)) if kind == "auto" else kind
+        return LoadedModel(model, chosen, label, Naming(model))
     folder, label = _folder_of(model), str(model)
     config = _read_config(folder, label)
-    chosen = _kind_of(kind, config.get("architectures") or [], label)
-    module = _from_pretrained(folder, label, chosen, trust_remote_code)
+    architectures = config.get("architectures") or []
+    if kind == "auto":
+        _transformers()
+        kind = kind_of(architectures, label)
+        if kind == "causal-lm" and (folder / SENTENCES).is_file():
+            kind = "encoder"
+    module = _from_pretrained(folder, label, kind, architectures, trust_remote_code)
     module = module.eval().to(pick_device(device))
-    return LoadedModel(module, chosen, label, Naming(module, FolderSource(folder)), folder)
+    return LoadedModel(module, kind, label, Naming(module, FolderSource(folder)), folder)
+
+
+def _embedding(out: Any) -> Any:
+    """What a tower of CLIP gives: a tensor, or since transformers 5 an output that holds it."""
+    return getattr(out, "pooler_output", out)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -135,16 +172,23 @@ def resting(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TextCoder:
-    """Text to token ids: `encode` adds no special tokens, `prefix` is what the model expects first (BOS)."""
+    """Text to token ids: `encode` adds no special tokens, `prefix` is what the model expects first (BOS, CLS)."""
 
     tokenizer: Any = None  # None: the bytes are the tokens
     prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    """And what it expects last (SEP); none for language models, which go on."""
 
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             return list(text.encode())
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def example(self, text: str, length: int) -> list[int]:
+        """A text with all that the model expects around it, cut to `length` tokens."""
+        room = max(length - len(self.prefix) - len(self.suffix), 0)
+        return [*self.prefix, *self.encode(text)[:room], *self.suffix][:length]
 
     def bytes_of(self, ids: list[int]) -> int:
         """Length in UTF-8 bytes of the text that `ids` stand for."""
@@ -153,12 +197,12 @@ class TextCoder:
 
 def text_coder(loaded: LoadedModel, *, trust_remote_code: bool = False) -> TextCoder:
     """The folder's own tokenizer; without one, and with a vocabulary of 256, bytes."""
-    vocabulary = getattr(loaded.config, "vocab_size", None)
-    return folder_coder(loaded.folder, loaded.label, vocabulary, trust_remote_code=trust_remote_code)
+    vocabulary, goes_on = getattr(loaded.text_config, "vocab_size", None), loaded.kind == "causal-lm"
+    return folder_coder(loaded.folder, loaded.label, vocabulary, goes_on=goes_on, trust_remote_code=trust_remote_code)
 
 
 def folder_coder(
-    folder: Path | None, label: str, vocabulary: int | None, *, trust_remote_code: bool = False
+    folder: Path | None, label: str, vocabulary: int | None, *, goes_on: bool = True, trust_remote_code: bool = False
 ) -> TextCoder:
     """A folder's tokenizer, without its model; without tokenizer files, and with a vocabulary of 256, bytes."""
     if folder is not None and any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -167,6 +211,8 @@ def folder_coder(
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+        if not goes_on:
+            return TextCoder(tokenizer, *_around(tokenizer))
         first = tokenizer.encode("")[:1]
         return TextCoder(tokenizer, tuple(first) if first == [tokenizer.bos_token_id] else ())
     if vocabulary == 256:
@@ -175,6 +221,15 @@ def folder_coder(
         f"{label}: no tokenizer files beside a vocabulary of {vocabulary}; "
         "copy the model's tokenizer into its folder, or give token ids instead of text"
     )
+
+
+def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer puts before and behind a text."""
+    bare, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()
 
 
 # --- transformers ----------------------------------------------------------------------------------
@@ -251,25 +306,20 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
     return config
 
 
-def _kind_of(kind: str, architectures: list[str], label: str) -> str:
-    if kind != "auto":
-        return kind
-    for name in architectures:
-        for found, endings in KINDS.items():
-            if name.endswith(endings):
-                return found
-    says = f"architectures = {architectures} say" if architectures else "no architectures in config.json: nothing says"
-    raise SourceError(f"{label}: {says} neither of {', '.join(KINDS)}; pass kind= to choose")
+_AUTO = {"causal-lm": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
 
 
-def _from_pretrained(folder: Path, label: str, kind: str, trust_remote_code: bool) -> nn.Module:
+def _from_pretrained(
+    folder: Path, label: str, kind: str, architectures: list[str], trust_remote_code: bool
+) -> nn.Module:
     transformers = _transformers()
-    factory = {
-        "causal-lm": "AutoModelForCausalLM",
-        "image-classification": "AutoModelForImageClassification",
-    }[kind]
+    named: Any = next((made for name in architectures if (made := class_of(name))), None)
+    fits = named is not None and (kind not in _AUTO or kind_of([], label, named) == kind)
+    if (folder / SENTENCES).is_file() and kind == "encoder":
+        fits = False  # the hidden states, without the head of a language model
+    factory: Any = named if fits else getattr(transformers, _AUTO.get(kind, "AutoModel"))
     with _quiet(transformers), _load_errors(label, "transformers cannot load it"):
-        module, info = getattr(transformers, factory).from_pretrained(
+        module, info = factory.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,  # None would ask on the terminal
@@ -277,7 +327,10 @@ def _from_pretrained(folder: Path, label: str, kind: str, trust_remote_code: boo
             dtype=torch.float32,
         )
     for problem in ("missing_keys", "mismatched_keys"):
-        if found := sorted(str(key) for key in info.get(problem) or ()):
+        found = sorted(str(key) for key in info.get(problem) or ())
+        if kind in ("encoder", "image-encoder", "masked-lm"):  # what pools is often left out, and is not used here
+            found = [key for key in found if "pooler" not in key.split(".")]
+        if found:
             raise SourceError(
                 f"{label}: {len(found)} tensors have no fitting weights in the checkpoint and would be random "
                 f"({problem}: {', '.join(found[:3])}); the file does not hold this model for {kind}"

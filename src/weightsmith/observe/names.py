@@ -26,6 +26,11 @@ class Naming:
         self._prefix = getattr(module, "base_model_prefix", "") + "."
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
 
+    @property
+    def source(self) -> Source | None:
+        """The checkpoint, if there is one."""
+        return self._source
+
     def name(self, *names: str) -> str | None:
         """The one stored tensor that holds a parameter (known under several names if tied), or None."""
         if self._source is None:
