@@ -458,7 +458,7 @@ def _python_page() -> str:
     return "\n".join(lines)
 
 
-_TRAIN = ("optim", "embed")
+_TRAIN = ("optim", "svfit", "embed")
 """Modules of `weightsmith.train`, in the order of the page."""
 
 
@@ -467,7 +467,7 @@ def _train_page() -> str:
     for name in _TRAIN:
         module = importlib.import_module(f"weightsmith.train.{name}")
         lines += ["", f"## weightsmith.train.{name}", "", markdown((module.__doc__ or "").partition("\n")[0])]
-        for thing in (getattr(module, public) for public in module.__all__):
+        for thing in filter(callable, (getattr(module, public) for public in module.__all__)):
             kind = "py:class" if isinstance(thing, type) else "py:function"
             lines += ["", *_directive(kind, f"weightsmith.train.{name}.{thing.__name__}", thing)]
     return "\n".join(lines)

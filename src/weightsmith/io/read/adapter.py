@@ -26,19 +26,25 @@ HINTS = ("lora", "hada_w", "lokr_w", ".diff", "_norm")
 """One of these is in every name that makes a file an adapter: most names of models are told by that at once."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-FIELDS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "TRAINABLE_TOKENS": ""}
+FIELDS: Mapping[str, str] = {
+    "LORA": "lora_alpha",
+    "LOHA": "alpha",
+    "LOKR": "alpha",
+    "SVFIT": "",
+    "TRAINABLE_TOKENS": "",
+}
 """peft_type -> the field that its scale comes from; '' where there is none."""
 
 # What may stand in adapter_config.json without changing what the stored tensors mean.
 # fmt: off
 _HARMLESS = frozenset(
     (
-        "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "decompose_both",
-        "decompose_factor", "eva_config", "exclude_modules", "inference_mode", "init_weights", "layers_pattern",
-        "layers_to_transform", "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config",
-        "megatron_core", "module_dropout", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-        "rank_dropout", "rank_dropout_scale", "revision", "runtime_config", "target_modules", "task_type",
-        "use_effective_conv2d",
+        "auto_mapping", "base_model_name_or_path", "base_weights", "bias", "corda_config", "decompose_both",
+        "decompose_factor", "energy", "eva_config", "exclude_modules", "inference_mode", "init_weights",
+        "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config",
+        "megatron_config", "megatron_core", "module_dropout", "modules_to_save", "parametrize", "peft_type",
+        "peft_version", "qalora_group_size", "rank_dropout", "rank_dropout_scale", "revision", "runtime_config",
+        "svfit_dropout", "target_modules", "task_type", "use_effective_conv2d",
     )
 )
 _USED = frozenset(
@@ -61,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: not a JSON object")
     kind = str(config.get("peft_type"))
     if kind not in FIELDS:
-        known = "LORA (with rsLoRA and DoRA), LOHA, LOKR and TRAINABLE_TOKENS"
+        known = "LORA (with rsLoRA and DoRA), LOHA, LOKR, SVFIT and TRAINABLE_TOKENS"
         raise SourceError(f"{path}: peft_type {short(config.get('peft_type'))} is not supported, only {known}")
     for field, value in config.items():
         if value and field not in _HARMLESS | _USED:

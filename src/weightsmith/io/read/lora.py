@@ -19,6 +19,7 @@ import xxhash
 from weightsmith.core.errors import NumericError, SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
+from weightsmith.io.read import svfit
 from weightsmith.io.read.adapter import (
     CONFIG,
     ambiguous,
@@ -43,7 +44,8 @@ PREFIX = "base_model.model."
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    rf"|token_adapter\.trainable_tokens_delta|(?<!token_adapter\.)trainable_tokens_delta|{'|'.join(PARTS)})"
+    r"|token_adapter\.trainable_tokens_delta|(?<!token_adapter\.)trainable_tokens_delta"
+    rf"|{'|'.join((*PARTS, *svfit.PARTS))})"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?P<leaf>\.weight|\.bias)?"
 )
 _KINDS = {
@@ -258,6 +260,8 @@ def _module(
     config: Mapping[str, Any], file: Source, label: str, name: str, parts: Mapping[str, str], fused: str
 ) -> Module:
     """Check that a module's parts are all there and fit each other and the configuration."""
+    if config["peft_type"] == "SVFIT":
+        return Module(name, svfit.singular(config, file, label, name, parts), 1.0)
     if config["peft_type"] in ("LOHA", "LOKR"):
         update, rank, full = lycoris_update(parts, file, f"{label}: {name!r}")
         rank = rank_of(config, name, rank, label) if not full else config.get("r", 8)

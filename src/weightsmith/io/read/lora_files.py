@@ -25,6 +25,7 @@ from weightsmith.io.read.pickle import PickleSource
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, short
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.svfit import Singular
 from weightsmith.io.read.updates import Product
 from weightsmith.io.url import Url, parse_url
 
@@ -66,7 +67,11 @@ def read_adapter(path: str | Path) -> Adapter:
     place = local_copy(url) if isinstance(url, Url) else (url or Path(path).expanduser())
     label = str(url or path)
     if (place / CONFIG).is_file():
-        return read_peft(place, label=label)
+        adapter = read_peft(place, label=label)
+        for module in adapter.modules.values():
+            if isinstance(module.update, Singular):
+                module.update.needs_vectors(adapter.file)
+        return adapter
     if place.is_dir() or place.suffix in (".safetensors", ".bin", ".pt"):
         source = _opened(place)
         if source is not None and lora_kind(source.keys) is not None:

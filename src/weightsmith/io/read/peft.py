@@ -24,6 +24,7 @@ from weightsmith.io.read.headed import headed_config
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.lora import Adapter, read_peft
 from weightsmith.io.read.source import Block, LowRank, Origin, Source
+from weightsmith.io.read.svfit import Singular, SpectralSource
 from weightsmith.io.read.trained_on import other_base
 from weightsmith.io.read.untied import grown_config, untied_config
 from weightsmith.io.read.views import View
@@ -53,6 +54,7 @@ class AdapterSource(View):
         own = Origin(self.adapter.label, locations=(self.path, *self._file.origin.locations), remarks=remarks)
         super().__init__(base, self._file, origin=base.origin.beside(own, label=f"{own.label} on {base}"))
         self._changes, self.untied = found.tensors, found.untied
+        self._file = _with_vectors(self._file, base, found)
         gone = found.dropped.union(found.untied)
         self.aliases = {alias: name for alias, name in base.aliases.items() if alias not in gone}
         kept = (key for key in base.keys.values() if key.name not in found.dropped)
@@ -134,6 +136,8 @@ class AdapterSource(View):
         if change.update is None:
             return cost
         stored = sum(self._file.key(part).numel for part in change.update.stored)
+        if self._file.computes(change.update.stored[0]):  # an SVD in float64
+            cost += 12.0
         return cost + 1.0 + stored / max(key.numel, 1) + change.update.chunk / max(key.rows, change.update.chunk)
 
     def factors(self, name: str, base: Source) -> LowRank | None:
@@ -218,6 +222,16 @@ class AdapterSource(View):
 
         columns: Tensor = self._cache.get(("norms", name), norms)
         return (magnitude / columns.to(chunk.dtype)).reshape(1, -1, *rest)
+
+
+def _with_vectors(file: Source, base: Source, found: Changes) -> Source:
+    """The adapter's file, with singular vectors from the base where SVFit left them out."""
+    missing = {
+        change.update.u: (name, change.flip, change.update)
+        for name, change in found.tensors.items()
+        if isinstance(change.update, Singular) and change.update.u not in file.keys
+    }
+    return SpectralSource(file, base, missing) if missing else file
 
 
 def adapter_in(source: Source) -> AdapterSource | None:
