@@ -107,9 +107,11 @@ def _cut(cut: Cut) -> Cut:
     return every(1 << 30) if cut is whole else cut
 
 
-def run(pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole) -> dict[str, Tensor]:
-    """Measure and merge every site."""
-    own = {n: Pipeline(tuple(covered(s, site) for s in pipeline.stages)) for n, site in sites.items()}
+def run(
+    pipeline: Pipeline, sites: Mapping[str, Site], cut: Cut = whole, opened: Callable[[Stage], Stage] = lambda s: s
+) -> dict[str, Tensor]:
+    """Measure and merge every site; opened: what becomes of a stage last."""
+    own = {n: Pipeline(tuple(opened(covered(s, site)) for s in pipeline.stages)) for n, site in sites.items()}
     # A model-wide sum must not depend on `cut`, so `whole` may not mean one block there either.
     cuts = {n: _cut(cut) if own[n].grain is Grain.ELEMENT else whole for n in own}
     found: dict[str, dict[int, dict[Pass[Any], Any]]] = {n: {} for n in own}

@@ -98,7 +98,8 @@ class Stage:
         problems = []
         for spec in self.parameters():
             given = getattr(self, spec.field)
-            value = tuple(map(plain_number, given)) if isinstance(given, (list, tuple)) else plain_number(given)
+            several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 1
+            value = tuple(map(plain_number, given)) if several else plain_number(given)
             if value is not given:
                 object.__setattr__(self, spec.field, value)
             if text := spec.check(value):

@@ -5,14 +5,22 @@ Recipe, command line, docs and report all read the same ones.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightsmith.core.errors import did_you_mean
 
-__all__ = ["Each", "Parameter", "choice", "flag", "integer", "number", "plain_number"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Each", "Parameter", "Traced", "blend", "choice", "flag", "integer", "is_tensor", "number", "opened",
+           "plain_number", "traced"]  # fmt: skip
+
+S = TypeVar("S")
 
 Each = float | tuple[float, ...]
 """A parameter that is one number for all experts, or one number per expert."""
@@ -33,6 +41,7 @@ class Parameter:
     high_open: bool = False
     options: tuple[str, ...] = ()  # the words allowed (for a number: besides numbers)
     each: bool = False  # may differ between experts
+    smooth: bool = False  # the merge has a derivative with respect to it: it may be a tensor that requires grad
 
     @property
     def range(self) -> str:
@@ -64,6 +73,11 @@ class Parameter:
             good = good and not math.isnan(value) and not math.isinf(value)
             good = good and (value > self.low if self.low_open else value >= self.low)
             good = good and (value < self.high if self.high_open else value <= self.high)
+        if good and isinstance(value, Traced) and not self.smooth:
+            return (
+                f"{self.name} is a tensor that requires grad, but the merge has no derivative with respect to it; "
+                f"give a number, and try several in a sweep"
+            )
         if good:
             return None
         hint = ""
@@ -83,11 +97,70 @@ def _short(value: float) -> str:
 def plain_number(value: Any) -> Any:
     """The Python number that a scalar of NumPy, or an array or tensor without dimensions, holds; else the value.
 
-    A tensor whose gradient is wanted stays one.
+    Of a tensor that requires grad it is `Traced`.
     """
-    if getattr(value, "shape", None) != () or getattr(value, "requires_grad", False) or not hasattr(value, "item"):
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
         return value
-    return value.item()
+    return Traced(value) if getattr(value, "requires_grad", False) else value.item()
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor; torch need not be loaded to tell."""
+    return hasattr(value, "requires_grad")
+
+
+class Traced(float):
+    """The number in a tensor that requires grad, and the tensor itself.
+
+    Plans and merges see a float; the gradient pass takes the tensor.  Equal only to what holds the same tensor: two
+    coefficients that start at 0.3 are two.  Pickled, it is a plain number.
+    """
+
+    __slots__ = ("tensor",)
+    tensor: Tensor
+
+    def __new__(cls, tensor: Tensor) -> Traced:
+        made = super().__new__(cls, tensor.item())
+        made.tensor = tensor
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traced) and other.tensor is self.tensor
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(id(self.tensor))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+
+def traced(stage: Any) -> tuple[Any, ...]:
+    """The traced numbers among a stage's parameters; of an `opened` stage the tensors."""
+    given = (getattr(stage, spec.field) for spec in stage.parameters() if spec.smooth)
+    values = (value for one in given for value in (one if isinstance(one, tuple) else (one,)))
+    return tuple(value for value in values if isinstance(value, Traced) or is_tensor(value))
+
+
+def opened(stage: S, tensors: Callable[[Any], Any]) -> S:
+    """The same stage, whose parameters are what `tensors` makes of them; unchecked, for the gradient pass."""
+    made = copy.copy(stage)
+    for spec in stage.parameters() if traced(stage) else ():  # type: ignore[attr-defined]
+        given = getattr(stage, spec.field)
+        object.__setattr__(made, spec.field, tuple(map(tensors, given)) if isinstance(given, tuple) else tensors(given))
+    return made
+
+
+def blend(left: Any, right: Any, share: float) -> float:
+    """left (1 - share) + right share; of traced numbers a traced one."""
+    if share == 0:
+        return left if isinstance(left, Traced) else float(left)
+    if isinstance(left, Traced) or isinstance(right, Traced):
+        left, right = (v.tensor if isinstance(v, Traced) else v for v in (left, right))
+        return Traced(left * (1 - share) + right * share)
+    return float(left * (1 - share) + right * share)
 
 
 def _is_number(text: str) -> bool:
@@ -107,9 +180,13 @@ def number(
     below: float | None = None,
     options: tuple[str, ...] = (),
     each: bool = False,
+    smooth: bool = False,
     kind: str = "number",
 ) -> Any:
-    """A float field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
+    """A float field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
+
+    smooth  the merge has a derivative with respect to it, and its methods take a tensor in its place
+    """
     spec = Parameter(
         kind=kind,
         default=default,
@@ -120,6 +197,7 @@ def number(
         high_open=below is not None,
         options=options,
         each=each,
+        smooth=smooth,
     )
     return dataclasses.field(default=default, metadata={"parameter": spec})
 

@@ -140,7 +140,7 @@ class Site:
             if len(value) != self.count:
                 raise ValueError(f"{len(value)} values for {self.count} experts")
             return value
-        return (float(value),) * self.count
+        return (float(value) if isinstance(value, (int, float)) else value,) * self.count
 
 
 @dataclass(frozen=True, eq=False)

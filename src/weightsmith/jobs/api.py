@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import Pipeline, Stage
 from weightsmith.core.settings import DEFAULT
+from weightsmith.engine.gradient import attached
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.jobs.merge import merge_job
@@ -60,6 +61,10 @@ def merge(
     options     fields of `Settings` (memory, threads, device, progress, resume, ...), and parameters of the method as
                 in a recipe (`density=0.3`, `weight={"math": 0.5}`; lambda is written lambda_)
 
+    A parameter may be a tensor that requires grad, where the method has a derivative with respect to it
+    (`weight`, `lambda`, `scaling`, ...).  Tensors returned as a dict then have its gradient: backward reads the models
+    once more, block by block (`engine.gradient`).  What is written to `out` takes its number.
+
     Raises PlanError (all problems at once), RecipeError, SourceError or NumericError.
     """
     settings, parameters = DEFAULT.taken_from(options)
@@ -86,7 +91,7 @@ def merge(
         return job.run(Path(out), settings).out
     if job.plan.problems:
         raise PlanError(job.plan.problems)
-    return job.tensors(settings)
+    return attached(job.plan, inputs, job.tensors(settings), job.plan.threads)
 
 
 def _specs(method: MethodLike, names: tuple[str, ...]) -> list[StageSpec]:
@@ -114,7 +119,7 @@ def _by_name(value: Any, names: tuple[str, ...], parameter: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """A tuple could mean one value per model or a ramp over depth: refuse the doubt."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) or getattr(value, "ndim", 0) == 1:
         raise RecipeError(
             f"{value!r}: write one value per model as a dict ({{'math': 0.5}}), a ramp over depth as a list"
         )

@@ -57,7 +57,7 @@ class Aswudi(
     time: float | str = number("inf", "time of the gradient flow", low=0, options=("inf",))
     init: str = choice("sum", "where M starts", *STARTS)
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
-    scaling: float = number(1.0, "factor of the merged task vector")
+    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def elsewhere(self) -> Stage:
         return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})

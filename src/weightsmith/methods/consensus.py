@@ -38,7 +38,7 @@ class Consensus(
     """
 
     k: int = integer(2, "how many task masks must select a weight", low=0)
-    lambda_: float = number(1.0, "scale of the filtered task vector")
+    lambda_: float = number(1.0, "scale of the filtered task vector", smooth=True)
     tall_mask_lambda: Each = number(0.4, "strictness of the task masks; larger is sparser", low=0, each=True)
 
     def check(self, count: int, has_base: bool) -> str | None:

@@ -32,7 +32,7 @@ class Emr(
     out of it by a mask and a factor.
     """
 
-    lambda_: float = number(1.0, "factor of the elected task vector; 1 in front of emr_masks")
+    lambda_: float = number(1.0, "factor of the elected task vector; 1 in front of emr_masks", smooth=True)
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas

@@ -41,7 +41,7 @@ class Fisher(
     A floor above the typical F turns the result into the plain mean; language models' Fishers go down to 1e-20.
     """
 
-    weight: Each = number(1.0, "factor of each model's Fisher", low=0, each=True)
+    weight: Each = number(1.0, "factor of each model's Fisher", low=0, each=True, smooth=True)
     normalize: bool = flag(True, "divide by the norm of each model's Fisher")
     floor: float = number(1e-6, "least Fisher information", low=0)
     floor_mode: str = choice("add", "how the floor is applied", "add", "max", "max_target")
@@ -62,7 +62,8 @@ class Fisher(
                 f"set floor above 0 (1e-6)"
             )
         # Divided first: products of tiny Fishers and tiny weights would vanish.
-        return weighted_sum(site.experts, [share.div_(total) for share in shares]).to(site.stack.dtype)
+        divided = [share / total if total.requires_grad else share.div_(total) for share in shares]
+        return weighted_sum(site.experts, divided).to(site.stack.dtype)
 
     def _factors(self, site: Site) -> list[float]:
         weights = spread(self.weight, site.count)

@@ -51,7 +51,7 @@ class IsoC(
             cannot tell noise from signal: rank_tol has no effect on dense task vectors
     """
 
-    scaling: float = number(1.0, "factor of the flattened task vector")
+    scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
     rank_tol: float = number(1e-6, "relative singular values up to which a component is left out", low=0, below=1)
     solver: str = choice("eigh", "how the singular directions are found", "eigh", "iterate")
 

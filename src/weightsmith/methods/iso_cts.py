@@ -50,7 +50,7 @@ class IsoCts(
     Better than iso_c from about 14 models on.
     """
 
-    scaling: float = number(1.0, "factor of the flattened task vector")
+    scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
     common_space_fraction: float = number(0.8, "share of directions taken from the common space", low=0, high=1)
 
     def elsewhere(self) -> Stage:

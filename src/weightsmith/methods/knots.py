@@ -58,7 +58,7 @@ class Knots(
     """
 
     density: Each = number(1.0, "share of each task's coordinates kept", above=0, high=1, each=True)
-    scaling: Each = number(1.0, "factor of each task's coordinates", low=0, each=True)
+    scaling: Each = number(1.0, "factor of each task's coordinates", low=0, each=True, smooth=True)
     rule: str = choice("ties", "what is kept of the coordinates", "ties", "mean")
     sign: str = choice("mass", "how signs are elected", "mass", "count")
     aggregate: str = choice("mean", "how the kept coordinates are combined", *AGGREGATES)

@@ -28,7 +28,7 @@ class Linear(
     `linear`).  The base takes no part: list it among the models to include it.
     """
 
-    weight: Each = number(1.0, "share of each model", each=True)
+    weight: Each = number(1.0, "share of each model", each=True, smooth=True)
     normalize: bool = flag(True, "divide by the sum of the weights")
 
     def check(self, count: int, has_base: bool) -> str | None:

@@ -44,8 +44,8 @@ class Lines(
     A stack of one block counts as the last.  Encoder and decoder have a depth each.
     """
 
-    alpha: float | str = number("auto", "scale of the first block", low=0, options=("auto",))
-    beta: float | str = number("auto", "what the last block gets on top of alpha", options=("auto",))
+    alpha: float | str = number("auto", "scale of the first block", low=0, options=("auto",), smooth=True)
+    beta: float | str = number("auto", "what the last block gets on top of alpha", options=("auto",), smooth=True)
     outside: str = choice("alpha", "scale of tensors outside the blocks", "alpha", "depth")
 
     def remark(self, count: int) -> str | None:
@@ -67,8 +67,8 @@ class Lines(
 
     def _factor(self, site: Site) -> float:
         count = _before_all(site).count
-        alpha = site.result(RATIO) / count if isinstance(self.alpha, str) else float(self.alpha)
-        beta = float(self.beta) if not isinstance(self.beta, str) else 1 - alpha if count == 1 else 0.5
+        alpha = site.result(RATIO) / count if isinstance(self.alpha, str) else 1.0 * self.alpha
+        beta = 1.0 * self.beta if not isinstance(self.beta, str) else 1 - alpha if count == 1 else 0.5
         depth = site.depth
         if depth is None and self.outside == "depth":
             depth = {"embed": 0.0, "norm": 1.0, "head": 1.0}.get(site.key.role)

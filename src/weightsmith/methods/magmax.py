@@ -32,7 +32,7 @@ class Magmax(
     compared with the first base.
     """
 
-    lambda_: float = number(1.0, "factor of the merged task vector")
+    lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.method import Each, flag, number
+from weightsmith.core.parameter import is_tensor
 from weightsmith.ops.combine import shares_remark, spread, unusable_weights
-from weightsmith.ops.gram import Mixture
+from weightsmith.ops.gram import Mixture, vector
 
 __all__ = ["Multislerp"]
 
@@ -42,7 +43,7 @@ class Multislerp(
 
     mix: ClassVar[Mix] = Mix(deltas=True)
 
-    weight: Each = number(1.0, "weight of each model", each=True)
+    weight: Each = number(1.0, "weight of each model", each=True, smooth=True)
     normalize: bool = flag(True, "divide the weights by their sum (normalize_weights)")
     eps: float = number(1e-8, "what is added to lengths, and the shortest sum that has a direction", low=0)
 
@@ -52,17 +53,18 @@ class Multislerp(
     def remark(self, count: int) -> str | None:
         return shares_remark(spread(self.weight, count), self.normalize)
 
-    def shares(self, products: np.ndarray) -> np.ndarray:
+    def shares(self, products: Any) -> Any:
         if len(products) == 1:
             return np.ones(1)
         weights = list(spread(self.weight, len(products)))
         if self.normalize:
             weights = [w / sum(weights) for w in weights]
-        norms = np.sqrt(products.diagonal()).tolist()
+        norms = [math.sqrt(square) for square in products.diagonal().tolist()]
         shares = [w / (norm + self.eps) if norm > 0 else 0.0 for w, norm in zip(weights, norms, strict=True)]
-        along = np.array(shares)
-        length = math.sqrt(max(float(along @ products @ along), 0.0))
+        along = vector(shares)
+        square = along @ products @ along
+        length = square.clamp(min=0).sqrt() if is_tensor(square) else math.sqrt(max(float(square), 0.0))
         if length < self.eps or length <= NOISE * sum(map(abs, weights)):
-            return np.array(weights)
+            return vector(weights)
         reach = sum(w * norm for w, norm in zip(weights, norms, strict=True)) * math.cos(self.eps)
-        return np.array([share / length * reach for share in shares])
+        return vector([share / length * reach for share in shares])

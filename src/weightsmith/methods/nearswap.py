@@ -32,7 +32,7 @@ class Nearswap(
     and t both below 1e-6.
     """
 
-    t: float = number(0.01, "largest change of an entry (try a fraction of the typical |delta|)", low=0)
+    t: float = number(0.01, "largest change of an entry (try a fraction of the typical |delta|)", low=0, smooth=True)
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Each, Grain, flag, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
-from weightsmith.ops.gram import Mixture, arc_shares, last_axis
+from weightsmith.ops.gram import Mixture, arc_shares, last_axis, vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +43,7 @@ class Nuslerp(
 
     mix: ClassVar[Mix] = Mix(deltas=True)
 
-    weight: Each = number(1.0, "weight of each of the two models", each=True)
+    weight: Each = number(1.0, "weight of each of the two models", each=True, smooth=True)
     flatten: bool = flag(True, "one angle per tensor")
     row_wise: bool = flag(False, "without flatten: slices along the first axis (mergekit's word for columns)")
 
@@ -53,9 +51,9 @@ class Nuslerp(
     def grain(self) -> Grain:
         return Grain.TENSOR if self.row_wise and not self.flatten else Grain.ELEMENT
 
-    def shares(self, products: np.ndarray) -> np.ndarray:
+    def shares(self, products: Any) -> Any:
         (aa, ab), (_, bb) = products
-        return np.array(arc_shares(aa, bb, ab, self._place))
+        return vector(arc_shares(aa, bb, ab, self._place))
 
     def fused(self, count: int) -> Mix | None:
         return super().fused(count) if self.flatten else None

@@ -60,7 +60,7 @@ class Optmerge(
     iters: int = integer(300, "steps", low=0)
     lr: float | str = number("auto", "learning rate", above=0, options=("auto",))
     momentum: float = number(0.9, "share of its speed that SGD keeps per step", low=0, below=1)
-    scaling: float = number(1.0, "factor of the merged task vector")
+    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def elsewhere(self) -> Stage:
         return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})

@@ -28,7 +28,7 @@ class Passthrough(
     its input on).  The base takes no part.
     """
 
-    scale: float = number(1.0, "factor of the tensor")
+    scale: float = number(1.0, "factor of the tensor", smooth=True)
 
     def fused(self, count: int) -> WeightedSum:
-        return WeightedSum((float(self.scale),))
+        return WeightedSum((1.0 * self.scale,))

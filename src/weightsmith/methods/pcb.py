@@ -56,7 +56,7 @@ class Pcb(
     variant: str = choice("release", "how agreement is scored", "release", "es", "vision", "paper")
     ratio: float = number(0.1, "share of the entries of each task vector with a score above 0", above=0, high=1)
     clip: float = number(1e-4, "share of |delta| clamped at both ends", low=0, below=0.5)
-    lambda_: Each = number(1.0, "factor of each task vector behind the scores", each=True)
+    lambda_: Each = number(1.0, "factor of each task vector behind the scores", each=True, smooth=True)
     scope_: str = choice("global", "what the order is taken over", "global", "tensor")
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:

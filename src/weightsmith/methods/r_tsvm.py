@@ -58,7 +58,7 @@ class RTsvm(
     rank_min, get the plain mean.
     """
 
-    scaling: float = number(1.0, "factor of the merged task vector")
+    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
     outlier_sigma: float = number(3.0, "standard deviations above the mean that make an outlier", above=0)
     weighting: str = choice(
         "preserve", "tasks of many outliers get more or less weight", "preserve", "suppress", "none"

@@ -51,6 +51,6 @@ def by_sharing(deltas: Tensor, epsilon: float, alone: tuple[float, ...]) -> Tens
     changed, count = active(deltas, epsilon)
     total = torch.zeros_like(deltas[0])
     for delta, mine, factor in zip(deltas, changed, alone, strict=True):
-        own = delta if factor == 1 else torch.where(count == 1, delta * factor, delta)
+        own = delta if isinstance(factor, float) and factor == 1 else torch.where(count == 1, delta * factor, delta)
         total = total + torch.where(mine, own, 0.0)
     return total / count.clamp(min=1)

@@ -37,8 +37,8 @@ class RamplusTl(
     """
 
     epsilon: float = number(1e-5, "size up to which a change counts as none", low=0)
-    r: float = number(0.1, "strength of the rescaling", low=0)
-    alpha: float = number(0.2, "largest ratio of shared to lone changes that counts", low=0)
+    r: float = number(0.1, "strength of the rescaling", low=0, smooth=True)
+    alpha: float = number(0.2, "largest ratio of shared to lone changes that counts", low=0, smooth=True)
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (_Changes(self.epsilon),)

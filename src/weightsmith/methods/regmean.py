@@ -10,6 +10,7 @@ from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Grain, Method, Stage, flag, number, registry
+from weightsmith.core.parameter import is_tensor
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread, weighted_sum
 from weightsmith.ops.leading import LARGE
@@ -49,9 +50,11 @@ class Regmean(
     alpha < 1 make it regular (the authors' code inverts in float32 and returns noise).
     """
 
-    alpha: float = number(0.9, "factor of the Grams' off-diagonal entries (reduce_non_diagonal_ratio)", low=0, high=1)
-    weight: Each = number(1.0, "factor of each model's Gram", low=0, each=True)
-    ridge: float = number(0.0, "added to the diagonal of the sum, relative to its mean (try 1e-6)", low=0)
+    alpha: float = number(
+        0.9, "factor of the Grams' off-diagonal entries (reduce_non_diagonal_ratio)", low=0, high=1, smooth=True
+    )
+    weight: Each = number(1.0, "factor of each model's Gram", low=0, each=True, smooth=True)
+    ridge: float = number(0.0, "added to the diagonal of the sum, relative to its mean (try 1e-6)", low=0, smooth=True)
     transposed: bool = flag(False, "weights are stored [in, out], as GPT-2's Conv1D does")
 
     def check(self, count: int, has_base: bool) -> str | None:
@@ -82,7 +85,8 @@ class Regmean(
         for i, (expert, raw, weight) in enumerate(zip(experts, grams, weights, strict=True)):
             gram = raw.to(dtype) * self.alpha
             gram.diagonal().copy_(raw.diagonal() + dead)
-            total.add_(gram, alpha=weight)
+            # In place where the weight is a number.
+            total = total + gram * weight if is_tensor(weight) else total.add_(gram, alpha=weight)
             if i:
                 target = target + ((expert.to(dtype) - first.to(dtype)) @ gram) * weight
         if self.ridge:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
+from typing import Any, ClassVar
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.method import number
-from weightsmith.ops.gram import Mixture, arc_shares
+from weightsmith.ops.gram import Mixture, arc_shares, vector
 
 __all__ = ["Slerp"]
 
@@ -39,7 +37,7 @@ class Slerp(
 
     mix: ClassVar[Mix] = Mix(ends=True)
 
-    t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1)
+    t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1, smooth=True)
 
     def check(self, count: int, has_base: bool) -> str | None:
         if count + has_base == 2:
@@ -47,6 +45,6 @@ class Slerp(
         with_base = "a base and " if has_base else "no base and "
         return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
-    def shares(self, products: np.ndarray) -> np.ndarray:
+    def shares(self, products: Any) -> Any:
         (aa, ab), (_, bb) = products
-        return np.array(arc_shares(aa, bb, ab, self.t, PARALLEL))
+        return vector(arc_shares(aa, bb, ab, self.t, PARALLEL))

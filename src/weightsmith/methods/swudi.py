@@ -50,7 +50,7 @@ class Swudi(
     rank_ratio: float = number(0.65, "share of the eigenvalues that take part", above=0, high=1)
     init: str = choice("sum", "where M starts", *STARTS)
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
-    scaling: float = number(1.0, "factor of the merged task vector")
+    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def elsewhere(self) -> Stage:
         return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})

@@ -29,8 +29,8 @@ class TaskArithmetic(
     C, B and A make the analogy C + (B - A).  Always float32, also for bf16 models.
     """
 
-    weight: Each = number(1.0, "factor of each task vector", each=True)
-    lambda_: float = number(1.0, "factor of their sum")
+    weight: Each = number(1.0, "factor of each task vector", each=True, smooth=True)
+    lambda_: float = number(1.0, "factor of their sum", smooth=True)
     normalize: bool = flag(False, "divide by the sum of the weights")
 
     def check(self, count: int, has_base: bool) -> str | None:
@@ -42,4 +42,4 @@ class TaskArithmetic(
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
         divisor = normaliser(weights, self.normalize)
-        return WeightedSum(weights, divisor=divisor, scale=float(self.lambda_), deltas=True)
+        return WeightedSum(weights, divisor=divisor, scale=1.0 * self.lambda_, deltas=True)

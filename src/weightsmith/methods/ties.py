@@ -51,8 +51,8 @@ class Ties(
     """
 
     density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
-    weight: Each = number(1.0, "factor of each task vector, before the vote", each=True)
-    lambda_: float = number(1.0, "factor of the merged task vector")
+    weight: Each = number(1.0, "factor of each task vector, before the vote", each=True, smooth=True)
+    lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
     scope_: str = choice("global", "what the largest are counted over", "global", "tensor")
     sign: str = choice("mass", "how signs are elected", *SIGN_RULES)
     zero_sign: str = choice("majority", "sign where the vote is tied", "majority", "minority", "plus")

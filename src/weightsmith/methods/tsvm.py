@@ -59,7 +59,7 @@ class Tsvm(
              dimensions but the first are joined (kernels of a convolution)
     """
 
-    scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True)
+    scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True, smooth=True)
     rank_fraction: float | str = number(
         "auto",
         "share of singular triplets kept per model; auto: 1 / number of models",

@@ -49,7 +49,7 @@ class Wudi(
 
     iters: int = integer(300, "steps of Adam", low=0)
     lr: float = number(1e-5, "learning rate: about the most an entry moves per step", above=0)
-    scaling: float = number(1.0, "factor of the merged task vector")
+    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def elsewhere(self) -> Stage:
         return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Method
+from weightsmith.core.parameter import is_tensor
 from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def mean(stack: Tensor) -> Tensor:
 
 def spread(value: Each, count: int) -> tuple[float, ...]:
     """A parameter that is one number or one per expert, as one per expert."""
-    return value if isinstance(value, tuple) else (float(value),) * count
+    if isinstance(value, tuple):
+        return value
+    return (float(value) if isinstance(value, (int, float)) else value,) * count  # a tensor in the gradient pass
 
 
 def normaliser(weights: Sequence[float], normalize: bool) -> float:
@@ -113,13 +116,16 @@ def apply_weighted_sum(spec: WeightedSum, site: Site) -> Tensor:
 
 def per_expert(values: Tensor | Sequence[float], stack: Tensor) -> Tensor:
     """One number per expert, shaped and typed to multiply a stack: [n] -> [n, 1, ..., 1]."""
+    if not is_tensor(values) and any(map(is_tensor, values)):
+        values = torch.stack([torch.as_tensor(v, dtype=stack.dtype) for v in values])  # as_tensor would cut gradients
     found = torch.as_tensor(values, device=stack.device).to(stack.dtype)
     return found.reshape(-1, *([1] * (stack.ndim - 1)))
 
 
 def weigh(stack: Tensor, weights: Sequence[float]) -> Tensor:
     """w_i x_i: [n, *block]; the stack itself where all weights are 1."""
-    return stack if all(w == 1 for w in weights) else stack * per_expert(weights, stack)
+    ones = all(isinstance(w, (int, float)) and w == 1 for w in weights)  # a tensor of 1 still has a gradient
+    return stack if ones else stack * per_expert(weights, stack)
 
 
 def elect_sign(votes: Tensor, rule: str = "mass", norms: Sequence[float] | None = None) -> Tensor:
@@ -165,8 +171,10 @@ def disjoint(votes: Tensor, signs: Tensor, weights: Sequence[float], aggregate: 
         kept = (vote * signs).relu()  # a sign is 1, 0 or -1, so the product is exact
         total = torch.maximum(total, kept) if aggregate == "max" else total + kept
         if aggregate == "mean":
-            divisor.add_(kept.detach().sign(), alpha=weight)
+            agrees = kept.detach().sign()
+            # In place where the weight is a number: no gradient goes through the divisor then.
+            divisor = divisor + agrees * weight if is_tensor(weight) else divisor.add_(agrees, alpha=weight)
     merged = signs * total
     if aggregate == "mean":  # arithmetic with signs: a tenth of the time of `torch.where`
-        merged = merged / divisor.add_(1 - divisor.sign().abs())
+        merged = merged / divisor.add_(1 - divisor.detach().sign().abs())
     return merged if aggregate == "max" else merged + 0.0  # no zero has a sign

@@ -19,6 +19,7 @@ from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Method
+from weightsmith.core.parameter import is_tensor, traced
 from weightsmith.core.pass_ import Pass, Rows, State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
@@ -27,7 +28,7 @@ from weightsmith.ops.reduce import pairwise_sum, row_products
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mixture", "Shares", "arc_shares", "cosines", "last_axis", "square"]
+__all__ = ["Mixture", "Products", "Shares", "arc_shares", "cosines", "last_axis", "square", "vector"]
 
 PARALLEL = 1 - 5e-13
 """|cosine| from which on float64 cannot tell two vectors from parallel ones."""
@@ -40,8 +41,11 @@ class Mixture(Method):
     mix: ClassVar[Mix]
 
     @abstractmethod
-    def shares(self, products: np.ndarray) -> np.ndarray:
-        """From the Gram matrix of what is mixed, [n, n] float64, the share of each: [n]."""
+    def shares(self, products: Any) -> Any:
+        """From the Gram matrix of what is mixed, [n, n] float64, the share of each: [n].
+
+        An array; where a parameter is a tensor, in the gradient pass, a tensor of a tensor.
+        """
 
     def sliced(self, key: Key) -> bool:
         """Whether a tensor is merged slice by slice, without shares, by `by_slice`."""
@@ -51,7 +55,7 @@ class Mixture(Method):
         raise NotImplementedError
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
-        return (Shares(self),)
+        return (Shares(self), Products(self)) if traced(self) else (Shares(self),)
 
     def fused(self, count: int) -> Mix | None:
         return replace(self.mix, shares=Shares(self))
@@ -59,13 +63,16 @@ class Mixture(Method):
     def merge(self, site: Site) -> Tensor:
         if self.sliced(site.key):
             return self.by_slice(site)
-        merged = weighted_sum(_vectors(self.mix, site), [float(share) for share in site.result(Shares(self))])
+        shares: Any = [float(share) for share in site.result(Shares(self))]
+        if any(map(is_tensor, traced(self))):
+            shares = self.shares(torch.from_numpy(site.result(Products(self))))
+        merged = weighted_sum(_vectors(self.mix, site), shares)
         return site.base + merged if self.mix.deltas and site.base is not None else merged
 
 
 @dataclass(frozen=True)
-class Shares(Pass[np.ndarray]):
-    """The shares of a mixture, from all inner products of what is mixed."""
+class Products(Pass[np.ndarray]):
+    """All inner products of what a mixture mixes: [n, n] float64."""
 
     mixture: Mixture
 
@@ -77,7 +84,7 @@ class Shares(Pass[np.ndarray]):
         return Shares, self.mixture.mix
 
     def end(self, total: Mapping[str, Any]) -> np.ndarray:
-        return self.mixture.shares(square(pairwise_sum(np.asarray(total["products"]))))
+        return square(pairwise_sum(np.asarray(total["products"])))
 
     def applies(self, key: Key) -> bool:
         return not self.mixture.sliced(key)
@@ -87,12 +94,30 @@ class Shares(Pass[np.ndarray]):
         return kernel.Products(self.mixture.mix)
 
 
+@dataclass(frozen=True)
+class Shares(Products):
+    """The shares of a mixture, from all inner products of what is mixed."""
+
+    def end(self, total: Mapping[str, Any]) -> np.ndarray:
+        products = super().end(total)
+        if any(map(is_tensor, traced(self.mixture))):
+            return np.asarray(self.mixture.shares(torch.from_numpy(products)).detach())
+        return np.asarray(self.mixture.shares(products))
+
+
 def _vectors(mix: Mix, site: Site) -> Sequence[Tensor]:
     if site.base is None:
         return site.experts.unbind()
     if mix.ends:
         return (site.base, *site.experts)
     return (site.deltas if mix.deltas else site.experts).unbind()
+
+
+def vector(values: Sequence[Any]) -> Any:
+    """Numbers as an array, or as a tensor where one of them is a tensor: float64 [n]."""
+    if any(map(is_tensor, values)):
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
+    return np.array(values)
 
 
 def square(pairs: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Parameter, Pipeline, Stage, registry
+from weightsmith.core.parameter import blend
 from weightsmith.recipe.cases import MISSING, applies, choose
 from weightsmith.recipe.check import Slot, claimants, completed
 from weightsmith.recipe.fields import KEEP, StageSpec
@@ -22,11 +23,10 @@ _Stages = Sequence[tuple[type[Stage], _Asked]]
 def ramp(points: Sequence[float], depth: float) -> float:
     """Piecewise-linear value at depth 0..1 over equally spaced points."""
     if len(points) == 1:
-        return float(points[0])
+        return blend(points[0], points[0], 0)
     place = min(max(depth, 0.0), 1.0) * (len(points) - 1)
     left = min(int(place), len(points) - 2)
-    share = place - left
-    return float(points[left]) if share == 0 else float(points[left] * (1 - share) + points[left + 1] * share)
+    return blend(points[left], points[left + 1], place - left)
 
 
 class Resolver:
