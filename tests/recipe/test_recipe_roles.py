@@ -25,6 +25,18 @@ NAMES = {
     "thinker.audio_projector.weight": {"other", "connector"},
     "model.image_newline": {"other", "vision"},
     "model.layers.0.mlp.down_proj.weight": {"down"},
+    "bert.encoder.layer.0.attention.output.dense.weight": {"o"},
+    "bert.encoder.layer.0.attention.output.dense.bias": {"o", "bias"},
+    "encoder.layer.0.output.dense.weight": {"down"},
+    "encoder.layer.0.intermediate.dense.weight": {"up"},
+    "encoder.layer.0.attention.output.LayerNorm.weight": {"norm"},
+    "pooler.dense.weight": {"other"},
+    "cls.predictions.transform.dense.weight": {"other"},
+    "gpt_neox.layers.0.attention.dense.weight": {"o"},
+    "transformer.h.0.attn.c_proj.weight": {"o"},
+    "blocks.0.attn.proj.weight": {"o"},
+    "encoder.block.0.layer.0.SelfAttention.o.weight": {"o"},
+    "encoder.block.0.layer.1.DenseReluDense.wo.weight": {"down"},
 }
 
 
@@ -41,7 +53,8 @@ def test_parts_of_a_model_that_sees_are_kept_by_role() -> None:
     for expert in experts.values():
         expert["audio_tower.extra.weight"] = torch.full((2, 2), 7.0)
     kept = {"role": ["vision", "audio", "video", "connector", "embed", "bias"], "method": "keep"}
+    kept["optional"] = True  # there are no biases
     merged = weightsmith.merge(experts, "linear", base, rules=[kept], extra="first")
     changed = {name for name, tensor in merged.items() if float(tensor[0, 0]) == 2.0}
-    assert changed == {n for n in base if n.startswith("model.layers")}
+    assert changed == {n for n in base if not NAMES[n] & set(kept["role"])}
     assert torch.equal(merged["audio_tower.extra.weight"], torch.full((2, 2), 7.0))

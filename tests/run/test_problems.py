@@ -18,6 +18,7 @@ from weightsmith.core.errors import PlanError, RecipeError, SourceError, problem
 from weightsmith.core.problem import Code, Problem, Problems, Tensors
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.merge import preview
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.load import loads
 
@@ -89,3 +90,132 @@ def test_plan_prints_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said["code"] == "missing"
     assert said["where"] == next(iter(SHAPES))
     assert said["text"].startswith(f"{said['where']} is missing in a ")
+
+
+# --- a model that is missing --------------------------------------------------------------------------
+
+
+def on_disk(folder: Path, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> str:
+    folder.mkdir(parents=True)
+    save_file({k: noise(*s) for k, s in shapes.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def refused(tree: Mapping[str, Any]) -> list[Problem]:
+    return list(preview(loads(json.dumps(tree))).problems)
+
+
+def test_a_missing_base_causes_no_other_problem_and_hides_none(tmp_path: Path) -> None:
+    odd = {**dict(list(SHAPES.items())[1:]), "model.new": (2,)}
+    models = {"a": on_disk(tmp_path / "a"), "b": on_disk(tmp_path / "b", odd)}
+    adapter = {"model": str(tmp_path / "gone"), "adapter": str(tmp_path / "adapter")}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"")
+    tree = {
+        "base": str(tmp_path / "gone"),
+        "models": {**models, "c": str(tmp_path / "adapter"), "d": {**adapter, "stats": str(tmp_path / "none")}},
+        "method": [{"ties": {"density": 0.3}}],
+        "exclude": ["*up_porj*"],
+    }
+    found = refused(tree)
+    assert {p.code for p in found} == {Code.INPUT, Code.MISSING, Code.SURPLUS, Code.UNMATCHED}
+    assert [p.text.split(":")[0] for p in found if p.code is Code.INPUT] == ["base", "d", "d"]
+    assert not any("needs a base" in text for text in texts(found))
+
+
+@pytest.mark.parametrize("gone", ["base", "a", "both"])
+def test_methods_are_checked_without_the_models(gone: str, tmp_path: Path) -> None:
+    there = {name: on_disk(tmp_path / name) for name in ("base", "a") if gone not in (name, "both")}
+    place = {name: there.get(name, str(tmp_path / "gone" / name)) for name in ("base", "a")}
+    tree = {"base": place["base"], "models": {"a": place["a"]}, "method": "model_stock"}
+    found = refused(tree)
+    assert [p.code for p in found if p.code is not Code.INPUT] == [Code.COUNT]
+    assert sum(p.code is Code.INPUT for p in found) == (2 if gone == "both" else 1)
+    tree = {"models": {"a": place["a"]}, "method": "ties"}
+    assert any(p.code is Code.NO_BASE for p in refused(tree))
+
+
+def test_a_tokenizer_of_a_missing_model_is_no_problem_of_its_own(tmp_path: Path) -> None:
+    wide = {"model.embed_tokens.weight": (9, 4), **SHAPES}
+    narrow = {"model.embed_tokens.weight": (8, 4), **SHAPES}
+    models = {"a": on_disk(tmp_path / "a", wide), "b": on_disk(tmp_path / "b", narrow), "c": str(tmp_path / "gone")}
+    tree = {"models": models, "method": "average", "tokenizer": "c", "chat_template": "c"}
+    (only,) = refused(tree)
+    assert only.text.startswith("c: ")
+
+
+def test_statistics_that_cannot_be_opened_are_not_asked_for(tmp_path: Path) -> None:
+    models = {"a": {"model": on_disk(tmp_path / "a"), "stats": str(tmp_path / "none")}}
+    assert [p.code for p in refused({"models": models, "method": "fisher"})] == [Code.INPUT]
+
+
+# --- globs, roles and blocks that nothing meets -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"exclude": ["*up_porj*"]}, "exclude: no tensor matches '*up_porj*'; did you mean 'up_proj'?"),
+        (
+            {"exclude": ["model.layer.0.mlp.up_proj.weight"]},
+            "exclude: no tensor matches 'model.layer.0.mlp.up_proj.weight'; "
+            "did you mean 'model.layers.0.mlp.up_proj.weight'?",
+        ),
+        (
+            {"rules": [{"match": ["*up_proj*", "*attn*"], "method": "keep"}]},
+            "rules[0]: no tensor matches '*attn*'",
+        ),
+        (
+            {"rules": [{"role": "q", "method": "keep"}]},
+            "rules[0]: no tensor plays the role 'q'; there are up, down",
+        ),
+        (
+            {"rules": [{"layers": [3, 9], "method": "keep"}]},
+            "rules[0]: no tensor lies in the blocks [3, 9]; the last block is 2",
+        ),
+        (
+            {"rules": [{"role": ["q", "k"], "method": "keep"}]},
+            "rules[0]: no tensor plays the role 'q' or 'k'; there are up, down",
+        ),
+        (
+            {"rules": [{"role": "up", "match": "*down*", "method": "keep"}]},
+            "rules[0]: no tensor meets all of its conditions",
+        ),
+        (
+            {"parameters": {"weight": [{"match": "*mpl*", "value": 0.3}, 0.5]}},
+            "parameters.weight[0]: no tensor matches '*mpl*'; did you mean 'mlp'?",
+        ),
+    ],
+)
+def test_what_no_tensor_meets_is_a_problem(more: Mapping[str, Any], text: str) -> None:
+    models = {"a": SHAPES, "b": SHAPES}
+    (problem,) = planned(models, **more).problems
+    assert problem == Problem(Code.UNMATCHED, text.split(":")[0], text)
+
+
+def test_rules_for_other_models_are_optional() -> None:
+    rule = {"match": "*attn*", "method": "keep", "optional": True}
+    value = [{"role": "q", "value": 0.1, "optional": True}, 0.5]
+    plan = planned({"a": SHAPES, "b": SHAPES}, rules=[rule], parameters={"weight": value})
+    assert plan.problems == ()
+    assert [w.code for w in plan.warnings] == [Code.UNMATCHED] * 2
+
+
+def test_tied_names_and_carried_tensors_are_met() -> None:
+    source = MemorySource({**{k: noise(*s) for k, s in SHAPES.items()}, "x": noise(2)}, "a")
+    source.aliases = {"lm_head.weight": "x"}
+    recipe = loads(json.dumps({"models": {"a": "a"}, "method": "average", "exclude": ["lm_head.weight"]}))
+    assert make_plan(recipe, sources=Inputs(None, {"a": source}), strict=False).problems == ()
+
+
+def test_a_faulty_recipe_also_names_the_models_that_are_not_there(tmp_path: Path) -> None:
+    there, gone = on_disk(tmp_path / "there"), str(tmp_path / "their")
+    text = f"base: {gone}\nmodels: {{a: {there}, b: org/name, c: {{model: {gone}2}}}}\nmethod: tise\n"
+    with pytest.raises(RecipeError) as caught:
+        loads(text)
+    said = texts(caught.value.problems)
+    assert said[0] == f"recipe:1:1: base: {gone}: no such file or folder; did you mean {there!r}?"
+    assert f"c: {gone}2: no such file or folder" in said[1]
+    assert "tise" in said[2]
+    assert len(said) == 3

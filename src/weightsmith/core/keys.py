@@ -143,6 +143,13 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("up", r"up_proj|w3|wi_1|fc1|c_fc|wi|intermediate|dense_h_to_4h|lin1"),
     ("down", r"down_proj|w2|fc2|dense_4h_to_h|lin2"),
 )
+# Components that say it together with those before them: BERT and ViT, NeoX and Falcon, GPT-2, timm, T5.
+_CHAINS: tuple[tuple[str, str], ...] = (
+    ("o", r"(.*\.)?\w*att(n|ention)\w*\.(output\.)?(dense|c_proj|proj)"),
+    ("norm", r"(.*\.)?\d+\.(.*\.)?LayerNorm"),
+    ("down", r"(.*\.)?\d+\.output\.dense|(.*\.)?DenseReluDense\.wo"),
+)
+_CHAIN_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _CHAINS)
 _ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
 ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), "other")
 
@@ -170,6 +177,10 @@ def role_of(name: str) -> str:
 
     Components are read from the right, so `model.layers.0.self_attn.q_proj.bias` is 'q'.
     """
+    module = name.removesuffix(".weight").removesuffix(".bias")
+    for role, pattern in _CHAIN_PATTERNS:
+        if pattern.fullmatch(module):
+            return role
     for component in reversed(name.split(".")):
         if component in ("weight", "bias") or component.isdigit():
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ class Inputs:
     experts: Mapping[str, Source]
     stats: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    missing: frozenset[str] = frozenset()
+    """Models that could not be opened, and 'base': a problem each, and no reason for others."""
+    silent: frozenset[str] = frozenset()
+    """Models whose statistics could not be opened."""
+    partial: bool = False
+    """Whether the recipe may speak of tensors, or of models, that are not shown here."""
     full: bool = False
     """Whether fingerprints hold a hash of all bytes of every file; taking it reads all of them once."""
     _hashed: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False, compare=False)
@@ -53,6 +59,16 @@ class Inputs:
     def models(self) -> tuple[tuple[str, Source], ...]:
         """The base (named 'base') and the experts, in recipe order."""
         return (*((("base", self.base),) if self.base is not None else ()), *self.experts.items())
+
+    @property
+    def count(self) -> int:
+        """How many experts the recipe names."""
+        return len(self.experts) + len(self.missing - {"base"})
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the recipe names a base."""
+        return self.base is not None or "base" in self.missing
 
     def locations(self) -> tuple[Path, ...]:
         """Every folder and file that is read."""
@@ -99,40 +115,57 @@ def open_inputs(
     `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
     `keep` says by name which tensors of the inputs are there.
     """
-    opener = _Opener(nested)
-    given = given or {}
+    made = _opened(recipe, _Opener(nested), given or {}, keep)
+    try:
+        whole = headed(dict(made.models))
+    except SourceError as error:
+        return replace(made, problems=(*made.problems, *problems_of(error)))
+    models: Mapping[str, Source] = untied(whole, lambda name: _matches(name, recipe.exclude))
     problems: list[Problem] = []
+    if not made.missing:  # of those that are there alone, the vocabulary would be another
+        models, problems = in_one_vocabulary(recipe.tokenizer, models)
+    return replace(
+        made,
+        base=None if made.base is None else models["base"],
+        experts={name: models[name] for name in made.experts},
+        problems=(*made.problems, *problems),
+    )
+
+
+def _opened(recipe: Recipe, opener: _Opener, given: Mapping[str, Source], keep: Keep | None) -> Inputs:
+    """The models as they are, and the statistics."""
+    problems: list[Problem] = []
+    missing, silent = set[str](), set[str]()
     base: Source | None = given.get("base")
     if base is None and recipe.base is not None:
         base = opener.open(recipe.base, None, "base", problems, keep)
+        missing |= {"base"} if base is None else set()
     experts: dict[str, Source] = {}
     stats: dict[str, dict[str, Source]] = {}
     for name, ref in recipe.models.items():
-        source = given.get(name) or opener.open(ref, base, name, problems, keep)
-        if source is not None:
+        found: list[Problem] = []
+        source = given.get(name) or opener.open(ref, base, name, found, keep)
+        # Without the base no adapter can be opened: that is no problem of the adapter.
+        problems += [one for one in found if one.code is not Code.NO_BASE or "base" not in missing]
+        if source is None:
+            missing.add(name)
+        else:
             experts[name] = source
         try:
-            for stat, found in open_stats(ref.stats).items():
-                stats.setdefault(stat, {})[name] = found
+            for stat, measured in open_stats(ref.stats).items():
+                stats.setdefault(stat, {})[name] = measured
         except WeightsmithError as error:
+            silent.add(name)
             problems += [one.of(name) for one in problems_of(error)]
     first = base if base is not None else next(iter(experts.values()), None)
     if first is not None:
         experts = {name: laid_out_like(source, first) for name, source in experts.items()}
     if not recipe.models:
-        problems.append(
-            Problem(Code.NO_MODELS, "models", "the recipe names no models; add at least one under 'models:'")
-        )
-    if problems:
-        return Inputs(base, experts, stats, tuple(problems))
-    try:
-        whole = headed({**({} if base is None else {"base": base}), **experts})
-    except SourceError as error:
-        return Inputs(base, experts, stats, problems_of(error))
-    whole = untied(whole, lambda name: _matches(name, recipe.exclude))
-    models, problems = in_one_vocabulary(recipe.tokenizer, whole)
-    shown = {name: source for name, source in models.items() if base is None or name != "base"}
-    return Inputs(None if base is None else models["base"], shown, stats, tuple(problems))
+        text = "the recipe names no models; add at least one under 'models:'"
+        problems.append(Problem(Code.NO_MODELS, "models", text))
+    return Inputs(
+        base, experts, stats, tuple(problems), frozenset(missing), frozenset(silent), partial=keep is not None
+    )
 
 
 def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[Problem]]:

@@ -123,7 +123,7 @@ def _further(rows: Sequence[int], models: Sequence[Source]) -> str:
 
 def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[Problem]:
     """What is wrong with `tokenizer` and `chat_template`; better known now than after the merge."""
-    if (wanted := recipe.tokenizer) is not None:
+    if (wanted := recipe.tokenizer) is not None and wanted.source not in inputs.missing:
         named = dict(inputs.models)
         if wanted.source != "union" and wanted.source not in named and not Path(wanted.source).is_dir():
             text = f"tokenizer: {wanted.source!r} is neither a folder nor a model{did_you_mean(wanted.source, named)}"
@@ -134,6 +134,8 @@ def tokenizer_problems(recipe: Recipe, inputs: Inputs) -> Iterable[Problem]:
             where = folder if folder is not None else wanted.source
             text = f"tokenizer: {where} holds no tokenizer files; name another model or folder"
             yield Problem(Code.TOKENIZER, "tokenizer", text)
+    if recipe.chat_template in inputs.missing:
+        return
     try:
         chat_template(recipe, inputs)
     except WeightsmithError as error:

@@ -7,18 +7,20 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.url import absolute
 from weightsmith.jobs.api import merge
 from weightsmith.jobs.job import Job, Result
 from weightsmith.jobs.merge import merge_job, run
+from weightsmith.jobs.nested import open_inputs
 from weightsmith.ops.greedy import greedy
 from weightsmith.recipe.schema import Recipe
 
@@ -145,7 +147,7 @@ def soup(
                 part = _of(recipe, tried)
 
                 def measure() -> float:
-                    run(part, room / "merge", settings, overwrite=True, resume=False)
+                    run(part, room / "merge", settings, sources=_inputs(part), overwrite=True, resume=False)
                     return score(room / "merge")
 
                 told = [part.model_dump(mode="json", exclude_defaults=True), whole.identify()]
@@ -160,7 +162,7 @@ def soup(
             trials = tuple((tried, sign * value, kept) for tried, value, kept in _greedy(names, measured, given))
         members, reached = next((list(tried), value) for tried, value, kept in reversed(trials) if kept)
     chosen = _of(recipe, members)
-    result = run(chosen, out, settings)
+    result = run(chosen, out, settings, sources=_inputs(chosen))
     return FolderSoup(tuple(chosen.models), reached, trials, result)
 
 
@@ -169,7 +171,8 @@ def _check_plans(whole: Job, out: Path, settings: Settings, *, alone: bool) -> N
     problems = list(whole.plan.problems)
     if alone and not problems:
         recipe = whole.plan.recipe
-        problems += merge_job(_of(recipe, list(recipe.models)[:1]), settings, out).plan.problems
+        first = _of(recipe, list(recipe.models)[:1])
+        problems += merge_job(first, settings, out, _inputs(first)).plan.problems
     if problems := [*problems, *whole.obstacles(out, settings)]:
         raise PlanError(problems)
 
@@ -190,6 +193,11 @@ def _room(out: Path) -> Iterator[Path]:
 def _of(recipe: Recipe, members: Sequence[str]) -> Recipe:
     """The recipe with some of its models, in its own order."""
     return recipe.model_copy(update={"models": {n: ref for n, ref in recipe.models.items() if n in members}})
+
+
+def _inputs(part: Recipe) -> Inputs:
+    """What such a recipe reads.  That its globs may be for the tensors of models left out is no problem."""
+    return replace(open_inputs(part), partial=True)
 
 
 def _greedy(

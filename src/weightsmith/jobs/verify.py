@@ -63,7 +63,7 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
         made = inputs_of(recipe, manifest["inputs"].get("model"))
-        inputs = replace(made if made is not None else open_inputs(recipe), full=full)
+        inputs = replace(made if made is not None else open_inputs(recipe), full=full, partial=True)
         settings = settings.but(device=manifest.get("device", "cpu"))
         plan = make_plan(recipe, settings, sources=inputs, encode=manifest["kind"] == "codec")
     except WeightsmithError as error:

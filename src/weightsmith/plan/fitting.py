@@ -25,10 +25,11 @@ class Fitting:
 
     carried   tensors that the reference lacks and a rule keeps -> the first expert that has each
     label     how the reference is called
+    numbered  whether the models are in the vocabulary that they are merged in: else rows are not compared
     """
 
-    def __init__(self, inputs: Inputs, reference: Source, problems: Problems) -> None:
-        self.inputs, self.reference, self.problems = inputs, reference, problems
+    def __init__(self, inputs: Inputs, reference: Source, problems: Problems, *, numbered: bool = True) -> None:
+        self.inputs, self.reference, self.problems, self.numbered = inputs, reference, problems, numbered
         self.name = "" if inputs.base is not None else next(iter(inputs.experts), "")
         self.label = self.name or "base"
         self.carried: dict[str, str] = {}
@@ -99,7 +100,8 @@ class Fitting:
         a, b = list(key.shape), list(other.shape)
         if vocabulary.is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
             models = {self.label: self.reference, name: self.inputs.experts[name]}
-            if not any(problem.code is Code.TOKENIZER for problem in self.inputs.problems):  # the one to solve
+            unsolved = any(problem.code is Code.TOKENIZER for problem in self.inputs.problems)  # first that one
+            if self.numbered and not unsolved:
                 self.problems.add(vocabulary.rows_problem(models))
             return
 

@@ -21,6 +21,7 @@ from weightsmith.plan.fitting import Fitting
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
 from weightsmith.plan.remarks import what_inputs_say
+from weightsmith.plan.unmatched import Unmatched
 from weightsmith.plan.way import way_of
 from weightsmith.recipe.cases import NoValueError
 from weightsmith.recipe.resolve import Resolver
@@ -60,13 +61,18 @@ class Planner:
     # -- what becomes of each tensor
 
     def tasks(self) -> list[Task]:
-        if self.resolver is None or self.reference is None:
+        if self.resolver is None:
             return []
-        self.fitting = Fitting(self.inputs, self.reference, self.problems)
+        if self.reference is None:
+            self._check_without_tensors()
+            return []
+        numbered = self.recipe.tokenizer is None or not self.inputs.missing
+        self.fitting = Fitting(self.inputs, self.reference, self.problems, numbered=numbered)
+        self._check_selectors()
         self.fitting.extra_tensors(self._keeps)
         self.warnings.add(*what_inputs_say(self.inputs))
         self.problems.add(*(unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs))))
-        if not unfit and not self.encode:
+        if not unfit and not self.encode and not self.inputs.missing:
             self.warnings.add(*vocabulary.what_is_lost(self.recipe, self.inputs))
         out: list[Task] = []
         groups: dict[Pipeline, list[Key]] = {}
@@ -100,7 +106,7 @@ class Planner:
         if left:
             text = f"{left} tensors that a rule or exclude keeps are not stored: restored models get the base's"
             self.warnings.say(Code.DROPPED, "", text)
-        if self.encode and self.inputs.base is None and len(self.inputs.experts) > 1:
+        if self.encode and not self.inputs.has_base and self.inputs.count > 1:
             text = "without a base one model is compressed by itself: add 'base:', or leave the others out"
             self.problems.say(Code.NO_BASE, "base", text)
         if self.encode and not self.problems and not any(t.pipeline and t.pipeline.codec for t in out):
@@ -138,9 +144,7 @@ class Planner:
         if replaced is None:
             return None
         pipeline, reason = replaced
-        if BASE in pipeline.needs and self.inputs.base is None:
-            text = f"{pipeline.name} needs a base model: add 'base:' to the recipe"
-            self.problems.say(Code.NO_BASE, "base", text)
+        if not self._has_base(pipeline):
             return None
         if pipeline.codec is not None and not self._may_encode(pipeline):
             return None
@@ -160,6 +164,30 @@ class Planner:
                 self.warnings.share(Code.STAGE, key.name, words, partial(_remark, words))
         return Pipeline(informed), "", reason
 
+    def _has_base(self, pipeline: Pipeline) -> bool:
+        if BASE not in pipeline.needs or self.inputs.has_base:
+            return True
+        text = f"{pipeline.name} needs a base model: add 'base:' to the recipe"
+        self.problems.say(Code.NO_BASE, "base", text)
+        return False
+
+    def _check_without_tensors(self) -> None:
+        """What can be said of the recipe's method where no model could be opened."""
+        assert self.resolver is not None
+        try:
+            pipeline = self.resolver(Key("weight", (1, 1), "float32"), None)
+        except WeightsmithError:  # only some tensors have a value
+            return
+        for stage in pipeline.stages if self._has_base(pipeline) else ():
+            self._check_stage(stage)
+
+    def _check_selectors(self) -> None:
+        """Globs, roles and blocks of the recipe that no tensor meets."""
+        if self.inputs.partial:  # they may meet one that is not shown
+            return
+        for problem, optional in Unmatched.among(self.inputs).problems(self.recipe):
+            (self.warnings if optional else self.problems).add(problem)
+
     @cached_property
     def _miscounted(self) -> str | None:
         return miscounted(self.reference) if self.reference is not None else None
@@ -175,17 +203,17 @@ class Planner:
         return False
 
     def _check_stage(self, stage: Stage) -> None:
-        count = len(self.inputs.experts)
+        count = self.inputs.count
         if not count:
             return  # that no model is there is the problem
         traits = stage.traits
-        if traits.by_depth and not self.depth:
+        if traits.by_depth and not self.depth and self.names:
             text = f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
             self.problems.say(Code.DEPTH, traits.name, text)
         elif traits.by_depth and self._miscounted:
             text = f"{traits.name} works by depth, but {self._miscounted}; correct the one or the other"
             self.problems.say(Code.DEPTH, traits.name, text)
-        if wrong := stage.check(count, self.inputs.base is not None):
+        if wrong := stage.check(count, self.inputs.has_base):
             self.problems.say(Code.STAGE, traits.name, f"{traits.name}: {wrong}")
         elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):
             wanted = f"{traits.min_count}" if traits.min_count == traits.max_count else f"at least {traits.min_count}"
@@ -228,7 +256,7 @@ class Planner:
             if stat == BASE:
                 continue
             found = self.inputs.stats.get(stat, {})
-            if without := [n for n in self.inputs.experts if n not in found]:
+            if without := [n for n in self.inputs.experts if n not in found and n not in self.inputs.silent]:
                 # Never a fallback: the user forgot the data that the method is named for.
                 text = (
                     f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "

@@ -198,6 +198,7 @@ class Selector(Grammar):
     layers: Blocks | None = Field(
         default=None, description="blocks start..end, the end not included; or 'outside' the blocks"
     )
+    optional: bool = Field(default=False, description="that no tensor is meant is a warning, no problem")
 
 
 class Case(Selector):

@@ -197,6 +197,11 @@ class Grammar(BaseModel):
         return ()
 
     @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterable[Fault]:
+        """Inputs that do not exist: said with other faults only, else opening them says more."""
+        return ()
+
+    @classmethod
     def hint(cls, key: str, reading: Reading) -> str:
         """What to say of an unknown key."""
         return did_you_mean(key, cls.model_fields)
@@ -251,6 +256,7 @@ def build(kind: type[G], document: Document, reading: Reading) -> G:
         return kind.model_validate(document.tree, context=reading)
     except ValidationError as error:
         faults = [Fault.caught(detail, kind, reading) for detail in error.errors(include_url=False)]
+    faults += kind.not_there(mapping(document.tree), reading)
     placed = [(document.at(fault.location), one) for fault in faults for one in fault.problems(kind.ROOT)]
     placed.sort(key=lambda one: (not one[0].line, one[0].line, one[0].column))  # the command line's last
     raise RecipeError(

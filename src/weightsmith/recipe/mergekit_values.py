@@ -55,7 +55,9 @@ def native_value(name: str, setting: Setting, levels: Sequence[Level], window: W
             return rest[-1] if not cases and len(rest) == 1 else [*cases, *rest]
         match = _globs(filter, window, location)
         if match:
-            cases += _cases(setting, value, location, {"match": match[0] if len(match) == 1 else match})
+            # In a slice, the blocks of a filter may be those of another one.
+            more = {"optional": True} if window.start or _layer_number(filter) else {}
+            cases += _cases(setting, value, location, {"match": match[0] if len(match) == 1 else match, **more})
     if not cases:
         return None
     if setting.default is REQUIRED:

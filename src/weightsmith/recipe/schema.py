@@ -232,6 +232,15 @@ class Recipe(Grammar):
         return _with_located_tokenizer(given, reading) if isinstance(given, Mapping) else given, {}
 
     @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        from weightsmith.io.read.open import no_such  # loaded for faulty recipes only
+
+        for location, path in _paths(tree):
+            plainly = "/" in path and not path.lower().endswith(SUFFIXES)  # one word may stand for something else
+            if plainly and (text := no_such(reading.located(path))):
+                yield Fault(location, f"{location[-1]}: {text}")
+
+    @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
         refs = mapping(tree.get("models"))
         yield from method_faults(tree, {name: ModelRef.own(ref) for name, ref in refs.items()}, ModelRef.model_fields)
@@ -242,6 +251,16 @@ class Recipe(Grammar):
                 yield Fault(("method",), text)
             yield from _wrong_models(tree.get("base"), refs, reading)
             yield from _unknown_tokenizer(tree)
+
+
+def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Where the models of a recipe are said to be."""
+    refs: dict[Location, Any] = {("base",): tree.get("base")}
+    refs |= {("models", name): ref for name, ref in mapping(tree.get("models")).items()}
+    for location, ref in refs.items():
+        model = ref if is_composed(ref) or not isinstance(ref, Mapping) else ref.get("model")
+        if isinstance(model, str) and model.strip():
+            yield location, model
 
 
 def _named(tree: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import SourceError, public
+from weightsmith.core.errors import NoBaseError, SourceError, public
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.companions import beside_adapter
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
@@ -268,7 +268,7 @@ def _labelled(folder: Path, ref: str) -> Source:
 
 def _open_adapter(folder: Path, base: Source | None, ref: str) -> Source:
     if base is None:
-        raise SourceError(f"{ref}: a LoRA adapter, which needs a base model; give one under `base`")
+        raise NoBaseError(f"{ref}: a LoRA adapter, which needs a base model; give one under `base`")
     from weightsmith.io.read.peft import AdapterSource
 
     return AdapterSource(folder, base)

@@ -286,6 +286,15 @@ def _path_or_id(ref: str) -> Path | str:
     return path if there or not looks_like_hub_id(ref) else ref
 
 
+def no_such(ref: str) -> str:
+    """What to say of a path that is not there; '' for one that is, a URL and a hub id."""
+    try:
+        found = _located(ref)
+    except SourceError:
+        return ""  # opening it says why
+    return str(_unknown(found)) if isinstance(found, Path) and not found.exists() else ""
+
+
 def expanded(path: Path) -> Path:
     """The path with ~ resolved, where there is such a user."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import SourceError
+from weightsmith.core.errors import NoBaseError, SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import write_file, writing
 from weightsmith.io.package.companions import beside_adapter, module_weights
@@ -136,7 +136,7 @@ def local_copy(url: Url) -> Path:
 
 def _open_adapter(url: Url, names: Mapping[str, int | None], base: Source | None) -> Source:
     if base is None:
-        raise SourceError(f"{url}: a LoRA adapter, which needs a base model; give one under `base`")
+        raise NoBaseError(f"{url}: a LoRA adapter, which needs a base model; give one under `base`")
     weights = "adapter_model.safetensors"
     if weights not in names:
         raise SourceError(f"{url}: has {ADAPTER_CONFIG} but no {weights}; download it first")
