@@ -20,11 +20,13 @@ from torch import Tensor
 from bench.plain import PLAIN
 from bench.spectral import task_vectors, timed
 from bench.table import markdown
-from weightsmith.core.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.core import checks
+from weightsmith.core.method import BASE, Codec, Filter, GroupMethod, MergedFilter, Stage, StandaloneCodec, registered
 from weightsmith.engine.carry import carry_out
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.sink import MemorySink
+from weightsmith.plan.costs import costs_of
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
@@ -90,16 +92,15 @@ class Case:
 def case(cls: type[Stage], side: int, experts: int) -> Case:
     """A method with as many of the experts as it takes, the tensors it is for and the statistics it needs."""
     traits = cls.traits
-    counts = (c for c in (experts, 2, 1) if traits.min_count <= c <= (traits.max_count or c))
-    count = next(c for c in counts if cls().check(c, True) is None)
+    count = next(c for c in (experts, 2, 1) if cls().refusal(checks.Case(c)) is None)
     noise = torch.Generator().manual_seed(1)
-    names = ["up_proj", "down_proj"] if traits.group else ["w"]
+    names = ["up_proj", "down_proj"] if issubclass(cls, GroupMethod) else ["w"]
     base = {f"layers.0.mlp.{n}.weight": torch.randn(side, side, generator=noise) for n in names}
     rows = torch.randn(count, 2 * side, side, generator=noise)
     made = {"gram": lambda: rows.transpose(1, 2) @ rows / (2 * side), "fisher": rows[:, :side].square}
     stats = {name: made[name]() for name in traits.needs if name != BASE}
     stages = [traits.name]
-    if traits.after or (issubclass(cls, Codec) and not traits.alone):
+    if issubclass(cls, MergedFilter) or (issubclass(cls, Codec) and not issubclass(cls, StandaloneCodec)):
         stages = ["task_arithmetic", traits.name]
     elif issubclass(cls, Filter):
         stages = [traits.name, "task_arithmetic"]
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = ["-", "-", "-"]
         if plain is not None:
             cells[:2] = [_short(plain / one.unit), f"{plain / spent:.1f}"]
-            if options.large and not cls.traits.cubic:
+            if options.large and not costs_of(cls).cubic:
                 spent_large, plain_large = both(case(cls, options.large, options.experts), options.repeat)
                 assert plain_large is not None
                 cells[2] = f"{plain_large / spent_large:.1f}"

@@ -23,13 +23,16 @@ from pydantic import BaseModel
 import weightsmith
 from weightsmith import lora
 from weightsmith.cli import main as cli
-from weightsmith.core import errors, method, site
+from weightsmith.core import checks, errors, method, site
+from weightsmith.core.checks import Dims
+from weightsmith.core.costs import Costs
 from weightsmith.core.keys import DTYPES, ROLES, RULE_ROLES, role_of
 from weightsmith.inspect import advice
 from weightsmith.inspect.catalogue import by_purpose, cost_at_7b, describe
 from weightsmith.jobs.compress import compress, restore
 from weightsmith.jobs.job import Result
 from weightsmith.jobs.merge import run
+from weightsmith.plan.costs import costs_of
 from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.aliases import PIPELINES, spelled
 from weightsmith.recipe.json_schema import schema as json_schema
@@ -126,7 +129,7 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
     top = facts["max_models"]
     low = facts["min_models"]
     models = str(low) if top == low else f"{low} to {top}" if top else f"{low} or more"
-    domain = cls.traits.domain
+    domain = next((check for check in cls.traits.checks if isinstance(check, Dims)), None)
     rows = [
         ("kind", facts["kind"]),
         ("when", "; ".join(f"[{problem}](../../../choose.md#{_slug(problem)})" for problem in problems)),
@@ -138,8 +141,7 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
         ("sees at once", _GRAINS[facts["grain"]]),
         ("tensors", _dimensions(domain) if domain else "of any shape"),
         ("other tensors", f"are merged by {facts['otherwise']}" if facts["otherwise"] else ""),
-        ("order of the models", "does not matter" if facts["symmetric"] else "may matter"),
-        ("scratch memory", _scratch(cls.traits)),
+        ("scratch memory", _scratch(costs_of(cls))),
         ("cost at 7B", f"about {cost_at_7b(facts)}; see [](../../../benchmarks.md)"),
     ]
     title = f"{facts['name']} ({facts['kind']})"
@@ -160,12 +162,12 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
     return "\n".join(lines)
 
 
-def _scratch(traits: method.Traits) -> str:
+def _scratch(costs: Costs) -> str:
     """What a method takes beside its inputs, in words."""
-    found = {"all models' float32 blocks": traits.scratch, "one of them": traits.matrix}
-    found[f"a square matrix of {traits.side if traits.side != 'smaller' else 'the smaller side'}"] = traits.square
+    found = {"all models' float32 blocks": costs.scratch, "one of them": costs.matrix}
+    found[f"a square matrix of {costs.side if costs.side != 'smaller' else 'the smaller side'}"] = costs.square
     words = ", ".join(f"{value:g} of {what}" for what, value in found.items() if value)
-    counted = f"; histograms of half a megabyte for each model: {traits.histograms}" if traits.histograms else ""
+    counted = f"; histograms of half a megabyte for each model: {costs.histograms}" if costs.histograms else ""
     return (f"bytes per byte: {words}" if words else "none") + counted
 
 
@@ -173,8 +175,8 @@ def _needs(facts: Mapping[str, Any]) -> str:
     return ", ".join("a base model" if n == "base" else f"the statistic `{n}`" for n in facts["needs"])
 
 
-def _dimensions(domain: tuple[int, int]) -> str:
-    low, high = domain
+def _dimensions(domain: Dims) -> str:
+    low, high = domain.low, domain.high
     return f"with {low} dimensions" if low == high else f"with {low} to {high} dimensions"
 
 
@@ -435,6 +437,8 @@ _PYTHON: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("weightsmith.core.method.Pass.see", method.Pass.see),
         ("weightsmith.core.method.Pass.end", method.Pass.end),
         ("weightsmith.core.method.Stage.check", method.Stage.check),
+        ("weightsmith.core.checks.Case", checks.Case),
+        ("weightsmith.core.costs.Costs", Costs),
         ("weightsmith.core.site.Site", site.Site),
         ("weightsmith.core.method.number", method.number),
         ("weightsmith.core.method.integer", method.integer),

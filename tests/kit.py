@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightsmith.core.checks import Case, Level
 from weightsmith.core.method import Stage, registered
 from weightsmith.core.problem import Problem
 
-__all__ = ["GIVEN", "count_for", "noise", "same_bits", "stage_of", "state", "texts"]
+__all__ = ["GIVEN", "count_for", "noise", "refusal", "remarks", "same_bits", "stage_of", "state", "texts"]
 
 GIVEN: Mapping[str, Mapping[str, Any]] = {"mwa": {"value": 2.0}}
 """Parameters whose default is read from files, which small models do not have: method -> name -> value."""
@@ -35,11 +36,20 @@ def stage_of(name: str, **parameters: Any) -> Stage:
 
 def count_for(stage: Stage, wanted: int = 3) -> int:
     """The number of experts next to `wanted` that the stage takes beside a base."""
-    top = min(stage.traits.max_count or wanted, wanted)
-    for count in range(top, 0, -1):
-        if count >= stage.traits.min_count and stage.check(count, True) is None:
+    for count in (*range(wanted, 0, -1), wanted + 1):
+        if refusal(stage, count) is None:
             return count
     raise AssertionError(f"{stage.name} takes no number of experts up to {wanted}")
+
+
+def refusal(stage: Stage, count: int, has_base: bool = True) -> str | None:
+    """Why a stage cannot be used on so many experts."""
+    return stage.refusal(Case(count, has_base))
+
+
+def remarks(stage: Stage, count: int, has_base: bool = True) -> list[str]:
+    """What the user should know of using it on so many."""
+    return [text for level, text, _ in stage.verdicts(Case(count, has_base)) if level is Level.REMARK]
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

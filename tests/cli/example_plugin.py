@@ -8,7 +8,7 @@ from weightsmith.method import Method, number
 
 
 @dataclass(frozen=True)
-class Median(Method, name="median", symmetric=True, scratch=2.0):
+class Median(Method, name="median"):
     """Take the median of the experts, weight by weight.  stack: [n, *block]."""
 
     pull: float = number(0.0, "share of the mean that is mixed in", low=0, high=1)

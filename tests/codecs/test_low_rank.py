@@ -16,6 +16,7 @@ from torch import Tensor
 import kit
 import weightsmith
 from goldens.encoded import Encoded, encoded
+from kit import refusal, remarks
 from weightsmith.cli.main import main
 from weightsmith.codecs.fwsvd import Fwsvd
 from weightsmith.codecs.rmm import Rmm, balanced
@@ -373,8 +374,8 @@ def test_one_adapter_is_stored_as_it_is(center):
     (got,), _ = encode(codec, pairs()[:1])
     left, right = pairs()[0]
     assert close(got, left @ right)
-    assert codec.check(1, True) is None
-    assert codec.remark(1) == "one model shares nothing: its changes are only cut to rank 3"
+    assert refusal(codec, 1) is None
+    assert remarks(codec, 1) == ["one model shares nothing: its changes are only cut to rank 3"]
 
 
 def test_adapters_of_unlike_ranks_fill_up_with_zeros():
@@ -392,8 +393,8 @@ def test_balanced_factors():
 
 
 def test_a_basis_that_saves_nothing_is_refused():
-    assert "takes 142% of the room" in (Rmm(rank=RANK, basis=2).check(4, True) or "")
-    assert Rmm(rank=16, basis=2).check(8, True) is None
+    assert "takes 142% of the room" in (refusal(Rmm(rank=RANK, basis=2), 4) or "")
+    assert refusal(Rmm(rank=16, basis=2), 8) is None
     with pytest.raises(PlanError, match=r"rmm: basis = 3 of rank 2 for 4 models takes .* lower basis, or set level"):
         encoded({"rmm": {"rank": 2, "basis": 3}}, BASE, EXPERTS)
 

@@ -159,7 +159,7 @@ def _texts(house: House) -> Iterator[Row]:
     yield Row("verbs", "verbs of more than 60 lines", sum(length(path) > 60 for path in verbs), 0)
     longest = max(map(length, house.files))
     yield Row("longest", "longest file", longest, LONGEST)
-    schemas = tracked("src/*.json", "docs/*.json")
+    schemas = [path for path in tracked("src/*.json", "docs/*.json") if path.name != "costs.json"]  # that is measured
     yield Row("schema", "lines of generated JSON under version control", sum(map(length, schemas)), 0)
     yield Row("lines_tests", "lines of tests", sum(map(length, tracked("tests/*.py"))), 27_700, kept=False)
     words = sum(len(path.read_text().split()) for path in tracked("docs/*.md", "README.md"))
@@ -213,7 +213,12 @@ def _functions(node: ast.ClassDef | None) -> list[ast.FunctionDef]:
 def hooks(stage: ast.ClassDef | None) -> int:
     """Public methods of Stage that a subclass may define."""
     fixed = {"describe", "name", "parameters"}  # the same for all
-    return sum(not function.name.startswith("_") and function.name not in fixed for function in _functions(stage))
+
+    def final(function: ast.FunctionDef) -> bool:
+        return any(ast.unparse(decorator) == "final" for decorator in function.decorator_list)
+
+    public = [function for function in _functions(stage) if not function.name.startswith("_")]
+    return sum(function.name not in fixed and not final(function) for function in public)
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightsmith.core.checks import Case, Level
 from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, Pipeline, Scope, Stage, registry
 from weightsmith.core.pass_ import Pass, State, fold
@@ -94,9 +95,9 @@ def block(site: Site, low: int, high: int) -> Site:
 
 def covered(stage: Stage, site: Site) -> Stage:
     """The stage itself, or what it falls back to on this tensor."""
-    low, high = stage.traits.domain or (0, 99)
     missing = [n for n in stage.traits.needs if n != BASE and n not in site.stats]
-    if low <= len(site.key.shape) <= high and not missing and not stage.leaves_out(site.key, site.count):
+    verdicts = stage.verdicts(Case(site.count, site.base is not None, site.key))
+    if not missing and not any(verdict.level is Level.LEAVE for verdict in verdicts):
         return stage
     other = stage.elsewhere()
     assert other is not None, f"{stage.name} does not cover {site.key}"

@@ -7,7 +7,7 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.methods.arcee_fusion import ArceeFusion
 
 
@@ -42,4 +42,4 @@ def test_equal_changes_are_all_taken_and_numbers_too():
 
 
 def test_a_base_is_needed():
-    assert "base" in str(ArceeFusion().check(1, False))
+    assert "base" in str(refusal(ArceeFusion(), 1, has_base=False))

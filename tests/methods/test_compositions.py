@@ -12,7 +12,8 @@ from torch import Tensor
 
 import weightsmith
 from kit import noise
-from weightsmith.core.method import BASE, Filter, Method, Pipeline, Stage, registered
+from weightsmith.core.checks import Count
+from weightsmith.core.method import BASE, Filter, GroupMethod, Method, Pipeline, Stage, registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource
@@ -96,8 +97,9 @@ class TestBehind:
 
 def parametrised(cls: type[Stage]) -> bool:
     """Methods of task vectors that need nothing else and merge tensors one by one."""
-    traits = cls.traits
-    return issubclass(cls, Method) and traits.needs == (BASE,) and not traits.group and traits.max_count is None
+    counts = [check.high for check in cls.traits.checks if isinstance(check, Count)]
+    grouped = issubclass(cls, GroupMethod)
+    return issubclass(cls, Method) and cls.traits.needs == (BASE,) and not grouped and not any(counts)
 
 
 METHODS = [name for name, cls in registered().items() if parametrised(cls) and name != "keep"]

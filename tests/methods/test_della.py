@@ -9,7 +9,7 @@ import torch
 from driver import every, merge, whole
 from torch import Tensor
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.methods.della import Della, _rising
 
 
@@ -77,8 +77,8 @@ def test_density_one_and_rows_of_one_entry():
 
 @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.15), (0.9, 0.1), (0.05, 0.15)])
 def test_probabilities_outside_zero_and_one_are_refused(density, epsilon):
-    problem = Della(density=density, epsilon=epsilon).check(2, True)
+    problem = refusal(Della(density=density, epsilon=epsilon), 2)
     assert problem is not None
     assert f"density {density:g} with epsilon {epsilon:g}" in problem
-    assert Della(density=(0.5, 1.0), epsilon=(0.15, 0.4)).check(2, True) is None
-    assert Della(density=(0.5, density), epsilon=epsilon).check(2, True) is not None
+    assert refusal(Della(density=(0.5, 1.0), epsilon=(0.15, 0.4)), 2) is None
+    assert refusal(Della(density=(0.5, density), epsilon=epsilon), 2) is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import every, merge
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.fisher import Fisher
 
@@ -74,4 +74,4 @@ def test_bad_fishers_are_named():
     short = {m: {n: t[:3] for n, t in f.items()} for m, f in FISHERS.items()}
     with pytest.raises(NumericError, match=r"w: the Fisher information of e0 has shape \[3, 4\]"):
         merged(short)
-    assert Fisher(weight=0.0).check(2, False) == "all weights are 0; give one model a positive weight"
+    assert refusal(Fisher(weight=0.0), 2, has_base=False) == "all weights are 0; give one model a positive weight"

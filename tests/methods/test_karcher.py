@@ -9,7 +9,7 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.methods.karcher import Karcher
 
 X = [noise(5, 4, seed=i) for i in range(7)]
@@ -75,4 +75,4 @@ def test_opposite_directions_give_the_first():
 
 
 def test_weights_of_zero_are_refused():
-    assert "sum to zero" in str(Karcher(weight=0.0).check(2, False))
+    assert "sum to zero" in str(refusal(Karcher(weight=0.0), 2, has_base=False))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import build, merge, sites
 
-from kit import noise
+from kit import noise, refusal, remarks
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.methods.keep import Keep
 from weightsmith.methods.linear import Linear
@@ -56,22 +56,22 @@ def test_negation_and_analogy():
 
 @pytest.mark.parametrize("cls", [Linear, TaskArithmetic])
 def test_weights_that_sum_to_zero_cannot_be_normalized(cls):
-    assert cls(weight=(1.0, -1.0), normalize=False).check(2, True) is None
-    problem = cls(weight=(1.0, -1.0), normalize=True).check(2, True)
+    assert refusal(cls(weight=(1.0, -1.0), normalize=False), 2) is None
+    problem = refusal(cls(weight=(1.0, -1.0), normalize=True), 2)
     assert problem == "weights 1, -1 sum to zero, which cannot be normalized; set normalize: false"
-    assert cls(weight=0, normalize=True).check(3, True)
+    assert refusal(cls(weight=0, normalize=True), 3)
 
 
 @pytest.mark.parametrize("cls", [Linear, TaskArithmetic, Multislerp])
 def test_negative_weights_are_normalized_with_care(cls):
-    problem = cls(weight=(-1.0, -0.5), normalize=True).check(2, True)
+    problem = refusal(cls(weight=(-1.0, -0.5), normalize=True), 2)
     assert problem == "weights -1, -0.5 sum to -1.5: normalizing turns all their signs around; set normalize: false"
-    assert cls(weight=(-1.0, -0.5), normalize=False).check(2, True) is None
-    assert cls(weight=(1.0, -0.9), normalize=True).check(2, True) is None
-    assert cls(weight=(1.0, -0.9), normalize=True).remark(2) == "normalized, the weights are 10, -9"
-    assert cls(weight=(1.0, -0.9), normalize=False).remark(2) is None
-    assert cls(weight=(1.0, 0.0), normalize=True).remark(2) is None
-    assert cls(weight=(1.0, -1.0), normalize=True).remark(2) is None
+    assert refusal(cls(weight=(-1.0, -0.5), normalize=False), 2) is None
+    assert refusal(cls(weight=(1.0, -0.9), normalize=True), 2) is None
+    assert remarks(cls(weight=(1.0, -0.9), normalize=True), 2) == ["normalized, the weights are 10, -9"]
+    assert remarks(cls(weight=(1.0, -0.9), normalize=False), 2) == []
+    assert remarks(cls(weight=(1.0, 0.0), normalize=True), 2) == []
+    assert remarks(cls(weight=(1.0, -1.0), normalize=True), 2) == []
 
 
 def test_what_the_fused_kernels_are_told():

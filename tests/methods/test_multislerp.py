@@ -9,7 +9,7 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.methods.multislerp import Multislerp
 
 X = [noise(5, 4, seed=i) for i in range(10)]
@@ -72,8 +72,8 @@ def test_tiny_tensors_are_averaged():
 
 
 def test_weights_that_cancel_are_refused():
-    assert "sum to zero" in str(Multislerp(weight=(1.0, -1.0)).check(2, False))
-    assert Multislerp(weight=(1.0, -1.0), normalize=False).check(2, False) is None
+    assert "sum to zero" in str(refusal(Multislerp(weight=(1.0, -1.0)), 2, has_base=False))
+    assert refusal(Multislerp(weight=(1.0, -1.0), normalize=False), 2, has_base=False) is None
 
 
 def test_eps_counts_as_in_the_reference():

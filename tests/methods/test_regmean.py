@@ -6,7 +6,7 @@ import pytest
 import torch
 from driver import merge
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.regmean import Regmean
 
@@ -81,7 +81,7 @@ def test_the_residual_is_least():
 def test_weights_of_the_models():
     got = merged(WEIGHTS[:2], [gram(INPUTS[0]), gram(INPUTS[1])], weight=(1.0, 3.0))
     assert torch.allclose(got, merged(WEIGHTS[:2], [gram(INPUTS[0]), 3 * gram(INPUTS[1])]), atol=1e-6)
-    assert Regmean(weight=0.0).check(2, False)
+    assert refusal(Regmean(weight=0.0), 2, has_base=False)
 
 
 def test_layers_stored_the_other_way_round():

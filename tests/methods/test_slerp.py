@@ -8,6 +8,7 @@ import pytest
 import torch
 from driver import every, merge
 
+from kit import refusal
 from weightsmith.methods.slerp import Slerp
 
 A, B = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 5.0]])
@@ -46,7 +47,7 @@ def test_two_models_without_a_base_and_vectors_of_zeros():
     ("count", "has_base", "good"), [(1, True, True), (2, False, True), (2, True, False), (1, False, False)]
 )
 def test_the_number_of_models(count, has_base, good):
-    problem = Slerp().check(count, has_base)
+    problem = refusal(Slerp(), count, has_base=has_base)
     assert (problem is None) is good
     if problem:
         words = "a base and 2" if has_base else "no base and 1"

@@ -7,6 +7,7 @@ import torch
 from driver import every, merge
 from torch import Tensor
 
+from kit import refusal
 from weightsmith.core.method import registry
 from weightsmith.methods.mwa import Mwa
 from weightsmith.methods.soup import Soup
@@ -33,9 +34,9 @@ def test_the_best_few():
 
 
 def test_soups_that_cannot_be_chosen():
-    assert Soup(size=5).check(4, False) == "size = 5 is more than the 4 models"
-    assert "needs a score" in str(Soup(size=2).check(4, False))
-    assert Soup(size=2, score=(0.1, 0.2, 0.3, 0.4)).check(4, False) is None
+    assert refusal(Soup(size=5), 4, has_base=False) == "size = 5 is more than the 4 models"
+    assert "needs a score" in str(refusal(Soup(size=2), 4, has_base=False))
+    assert refusal(Soup(size=2, score=(0.1, 0.2, 0.3, 0.4)), 4, has_base=False) is None
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,8 @@ def test_no_penalty_is_the_mean_and_a_large_one_the_best(rule, metric):
 
 
 def test_values_that_the_power_rule_cannot_take():
-    assert "values above 0, not 0" in str(Mwa(value=(0.0, 1.0)).check(2, False))
-    assert "use rule softmax or rank" in str(Mwa(value=(-1.0, 1.0), metric="score").check(2, False))
-    assert Mwa(value=(0.0, 1.0), metric="score").check(2, False) is None
+    assert "values above 0, not 0" in str(refusal(Mwa(value=(0.0, 1.0)), 2, has_base=False))
+    assert "use rule softmax or rank" in str(refusal(Mwa(value=(-1.0, 1.0), metric="score"), 2, has_base=False))
+    assert refusal(Mwa(value=(0.0, 1.0), metric="score"), 2, has_base=False) is None
     assert torch.equal(run("mwa", 2, value=(0.0, 1.0), metric="score"), TENSORS[1])
-    assert Mwa(value=(-1.0, 1.0), rule="softmax").check(2, False) is None
+    assert refusal(Mwa(value=(-1.0, 1.0), rule="softmax"), 2, has_base=False) is None

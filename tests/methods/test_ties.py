@@ -9,7 +9,7 @@ import torch
 from driver import every, merge
 
 import weightsmith
-from kit import noise
+from kit import noise, remarks
 from weightsmith.methods.ties import Ties
 
 SHAPES = {"a": (7, 5), "b": (6,), "c": (4, 3, 2), "d": ()}
@@ -122,11 +122,10 @@ def test_a_negative_weight_keeps_its_sign_in_the_divisor_of_the_mean():
     assert got.tolist() == [4.0, 6.0, 7.0, 3.0]
     got = merge(experts, "ties", base=base, density=1.0, zero_sign="plus", weight=(1.0, -1.0))["w"]
     assert got.tolist() == [4.0, 4.0, 4.0, 2.0]
-    remark = Ties(weight=(1.0, -0.9)).remark(2)
-    assert remark is not None
+    (remark,) = remarks(Ties(weight=(1.0, -0.9)), 2)
     assert remark.startswith("weight -0.9 (model 2 of 2): with aggregate mean the divisor is the sum of the weights")
-    assert Ties(weight=(1.0, -0.9), aggregate="sum").remark(2) is None
-    assert Ties(weight=(1.0, 0.0)).remark(2) is None
+    assert remarks(Ties(weight=(1.0, -0.9), aggregate="sum"), 2) == []
+    assert remarks(Ties(weight=(1.0, 0.0)), 2) == []
 
 
 def test_each_expert_has_its_own_density_and_names_do_not_matter():

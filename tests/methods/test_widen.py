@@ -7,7 +7,7 @@ import torch
 from driver import merge
 from torch import Tensor
 
-from kit import noise
+from kit import noise, refusal
 from weightsmith.methods.widen import Widen, _changes
 
 
@@ -121,8 +121,8 @@ def test_columns_of_zeros():
 
 
 def test_a_base_is_needed():
-    assert "base" in str(Widen().check(2, False))
-    assert Widen().check(2, True) is None
+    assert "base" in str(refusal(Widen(), 2, has_base=False))
+    assert refusal(Widen(), 2) is None
 
 
 def test_what_zeros_have_changed_by():

@@ -14,6 +14,7 @@ from test_fused import DTYPES, random_bits
 from torch import Tensor
 
 import weightsmith
+from weightsmith.core.checks import Count
 from weightsmith.core.errors import NumericError
 from weightsmith.core.kernel import Drop, Look, Masses, Mix, Products, Program
 from weightsmith.core.keys import Key
@@ -241,7 +242,7 @@ MIXED: Mapping[str, dict[str, Any]] = {
 )
 def test_mixtures_equal_torch(method: str, dtype: str, with_base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base, *experts = models(3, dtype, "smooth")
-    count = registry(method).traits.max_count or 3
+    count = next((check.high for check in registry(method).traits.checks if isinstance(check, Count)), None) or 3
     given = base if with_base else None, experts[:count]
     assert Pipeline((registry(method)(**MIXED[method]),)).fused(count) is not None
     monkeypatch.setattr("weightsmith.core.task.BLOCK", 1 << 14)  # several blocks per tensor

@@ -158,7 +158,7 @@ def test_required_weights_may_be_covered_by_filters_or_are_missing(models: Path)
 def test_the_base_counts_where_mergekit_counts_it(models: Path) -> None:
     merged = run("models: [{model: a}]\nmerge_method: linear\nbase_model: base\nparameters: {weight: 1}", models)
     torch.testing.assert_close(merged["lm_head.weight"], (small(0)["lm_head.weight"] + small(1)["lm_head.weight"]) / 2)
-    with pytest.raises(PlanError, match="passthrough takes 1 models"):
+    with pytest.raises(PlanError, match="passthrough: takes 1 model"):
         run("models: [{model: a}]\nmerge_method: passthrough\nbase_model: base", models)
 
 
@@ -391,7 +391,7 @@ def test_invalid_configs_read_no_tensor(models: Path, monkeypatch: pytest.Monkey
         ("models: [{model: a}]\nmerge_method: slerp\nbase_model: b\nparameters: {t: 2}", "t = 2 is outside"),
         ("models: [{model: a}, {model: b}]\nmerge_method: slerp\nbase_model: base\nparameters: {t: 0}", "slerp"),
         ("models: [{model: a}]\nmerge_method: model_stock\nbase_model: base", "model_stock"),
-        ("models: [{model: a}, {model: b}]\nmerge_method: passthrough", "passthrough takes 1 model"),
+        ("models: [{model: a}, {model: b}]\nmerge_method: passthrough", "passthrough: takes 1 model"),
         (LINEAR.replace("weight: 1", "weight: 0"), "sum to zero"),
     ]:
         with pytest.raises((PlanError, RecipeError), match=message):

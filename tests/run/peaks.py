@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weightsmith.core.method import Codec, Filter, Grain, Stage, registered
+from weightsmith.core.checks import Case
+from weightsmith.core.method import Codec, Filter, Grain, MergedFilter, Stage, StandaloneCodec, registered
+from weightsmith.plan.costs import costs_of
 from weightsmith.recipe.schema import StageSpec
 
 STATISTICS = ("gram", "fisher")
@@ -131,7 +133,7 @@ def peak_of(folder: Path, stages: list[Stage], experts: int, threads: int = 1, f
     _, status = os.waitpid(child, 0)
     assert status == 0, [s.name for s in stages]
     before, measured = map(int, text.split())
-    imports = sum(s.traits.imports for s in stages)
+    imports = sum(costs_of(s).imports for s in stages)
     return Peak(plan.peak_bytes - resident(plan.tasks, inputs) + imports + before, measured, before)
 
 
@@ -153,16 +155,15 @@ def stages_for(name: str) -> list[Stage]:
     stage = stage_of(name)
     if isinstance(stage, Filter):
         plain = stage_of("task_arithmetic")
-        return [plain, stage] if stage.traits.after else [stage, plain]
-    if isinstance(stage, Codec) and not stage.traits.alone:
+        return [plain, stage] if isinstance(stage, MergedFilter) else [stage, plain]
+    if isinstance(stage, Codec) and not isinstance(stage, StandaloneCodec):
         return [stage_of("ties"), stage]
     return [stage]
 
 
 def count_for(name: str, most: int) -> int:
     stages = stages_for(name)
-    top = min((s.traits.max_count or most for s in stages), default=most)
-    return next(n for n in range(min(top, most), 0, -1) if all(s.check(n, True) is None for s in stages))
+    return next(n for n in (*range(most, 0, -1), most + 1) if all(s.refusal(Case(n)) is None for s in stages))
 
 
 def warm_up() -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from weightsmith.cli.show import roughly
-from weightsmith.core.method import Traits, registered
+from weightsmith.core.costs import Costs
+from weightsmith.core.method import registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.catalogue import cost_at_7b, describe
 from weightsmith.io.read.source import MemorySource
 from weightsmith.plan.cost import READ, START, WRITE, stage_seconds
+from weightsmith.plan.costs import UNKNOWN, costs_of
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
 
@@ -33,7 +35,7 @@ def calculating(plan: Plan) -> float:
 
 @pytest.mark.parametrize("name", registered())
 def test_every_method_declares_its_cost(name: str) -> None:
-    cost = registered()[name].traits.cost
+    cost = costs_of(registered()[name]).seconds
     assert cost is not None
     assert cost > 0 or name == "keep"
     assert "per model" in cost_at_7b(describe(registered()[name]))
@@ -44,12 +46,12 @@ def test_the_costs_are_those_of_the_published_table() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| ")][1:]
     assert {name for name, _ in rows} == registered().keys() - {"keep"}
     for name, measured in rows:
-        assert registered()[name].traits.cost == pytest.approx(float(measured), rel=0.1, abs=0.6), name
+        assert costs_of(registered()[name]).seconds == pytest.approx(float(measured), rel=0.1, abs=0.6), name
 
 
 def test_costs_add_up_over_stages_and_experts() -> None:
     one, w = registered(), torch.zeros(1000, 400)
-    dare, ties = one["dare"].traits.cost, one["ties"].traits.cost
+    dare, ties = costs_of(one["dare"]).seconds, costs_of(one["ties"]).seconds
     assert dare is not None
     assert ties is not None
     assert calculating(planned(["dare", "ties"], count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties))
@@ -57,7 +59,7 @@ def test_costs_add_up_over_stages_and_experts() -> None:
 
 
 def test_the_cost_of_decompositions_grows_with_the_smaller_side() -> None:
-    tsvm = registered()["tsvm"].traits.cost
+    tsvm = costs_of(registered()["tsvm"]).seconds
     assert tsvm is not None
     wanted = 2 * 2e-3 * tsvm * 1000 / 768
     assert calculating(planned("tsvm", w=torch.zeros(1000, 2000))) == pytest.approx(wanted)
@@ -71,9 +73,9 @@ def test_passes_read_again() -> None:
 
 
 def test_a_method_without_a_figure_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stage_seconds(Traits("plugin"), 1e9, 768) is None
+    assert stage_seconds(UNKNOWN, 1e9, 768) is None
     linear = registered()["linear"]
-    monkeypatch.setattr(linear, "traits", replace(linear.traits, cost=None))
+    monkeypatch.setattr(linear, "traits", replace(linear.traits, costs=Costs(scratch=0.5)))
     assert planned("linear", w=torch.zeros(3)).seconds is None
 
 

@@ -27,7 +27,7 @@ SMALL = {
 LARGE = {"model.layers.0.mlp.up_proj.weight": (300, 280)}
 """From 256 on spectral methods take other ways."""
 
-WHOLE = {n: cls for n, cls in STAGES.items() if cls.traits.grain is Grain.TENSOR}
+WHOLE = {n: cls for n, cls in STAGES.items() if cls.grain is Grain.TENSOR}
 
 
 @pytest.fixture(autouse=True)

@@ -106,4 +106,4 @@ def test_group_grain_keeps_the_function(inputs: Inputs) -> None:
 
 
 def test_group_grain_in_the_registry() -> None:
-    assert any(cls.traits.grain is Grain.GROUP for cls in registered().values())
+    assert any(cls.grain is Grain.GROUP for cls in registered().values())

@@ -151,7 +151,7 @@ def test_memory_is_obeyed_or_refused() -> None:
 
 def test_depth_needs_blocks() -> None:
     flat = {"w": torch.ones(3, 3)}
-    with pytest.raises(PlanError, match="lines works by depth, but no tensor's name holds a block number"):
+    with pytest.raises(PlanError, match="lines: works by depth, but no tensor's name holds a block number"):
         merge({"method": ["task_arithmetic", "lines"]}, base=flat, a={"w": torch.zeros(3, 3)})
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kit import count_for
 from run.peaks import methods, spec, stage_of
-from weightsmith.core.method import BASE, Codec, Filter, Stage, registered
+from weightsmith.core.method import BASE, Codec, Filter, MergedFilter, Stage, StandaloneCodec, registered
 from weightsmith.engine.carry import Job, carry_out, carry_out_all
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
@@ -76,7 +77,7 @@ def read_of(inputs: Inputs) -> int:
 def stages_of(name: str, **more: Any) -> list[Stage]:
     stage = stage_of(name, **more)
     plain = registered()["task_arithmetic"]()
-    if stage.traits.after or (isinstance(stage, Codec) and not stage.traits.alone):
+    if isinstance(stage, MergedFilter) or (isinstance(stage, Codec) and not isinstance(stage, StandaloneCodec)):
         return [plain, stage]
     return [stage, plain] if isinstance(stage, Filter) else [stage]
 
@@ -95,8 +96,7 @@ def planned_and_read(stages: list[Stage], count: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", methods())
 def test_every_method_reads_what_is_planned(name: str) -> None:
-    traits = registered()[name].traits
-    count = next(n for n in (3, 2, 1) if n <= (traits.max_count or n) and stage_of(name).check(n, True) is None)
+    count = count_for(stage_of(name))
     planned, read = planned_and_read(stages_of(name), count)
     assert planned == pytest.approx(read, rel=0.03)
 

@@ -80,7 +80,7 @@ def test_a_configuration_that_fits(counted: int | None, more: dict[str, int], tm
 )
 def test_depth_needs_a_configuration_that_agrees(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert depth_plan(tmp_path, config) == [
-        f"lines works by depth, but config.json says {said}, the weights hold 2 blocks in layers; "
+        f"lines: works by depth, but config.json says {said}, the weights hold 2 blocks in layers; "
         "correct the one or the other"
     ]
 

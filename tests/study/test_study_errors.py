@@ -127,7 +127,7 @@ def test_a_named_method_that_cannot_run_is_an_error(tmp_path: Path, capsys: Capt
     assert said.startswith("error: arc: ")
     make(tmp_path, text=HEAD)
     said = refused(capsys, tmp_path, "--evaluator", tmp_path / "score.py", "--methods", "slerp")
-    assert "it takes 2 models at most" in said
+    assert "it takes a base and one model, or two models" in said
 
 
 def test_a_folder_and_its_file_are_the_same_study(tmp_path: Path) -> None:

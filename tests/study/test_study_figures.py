@@ -105,7 +105,10 @@ def test_edges_of_a_grid() -> None:
 def test_every_method_is_offered_or_left_out_with_a_reason() -> None:
     grids, left_out = offered(8, ["gram", "fisher"], has_depth=True)
     assert {name for written in grids.values() for name, _ in written} | set(left_out) == set(registered())
-    assert left_out["slerp"] == "it takes 2 models at most"
+    assert left_out["slerp"] == (
+        "it takes a base and one model, or two models without a base; the recipe has a base and 8 models"
+    )
+    assert left_out["nuslerp"] == "it takes 2 models, not 8"
     assert "keeps every expert" in left_out["tall_masks"]
     without, why = offered(8, [], has_depth=False)
     assert set(grids) - set(without) == {"fisher", "regmean", "task_arithmetic | lines", "ties | lines"}

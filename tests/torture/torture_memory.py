@@ -10,6 +10,7 @@ from run.peaks import methods
 from run.test_memory import BELOW, ELEMENT, NEAR, far, measured, whole_process
 from weightsmith.core.method import registered
 from weightsmith.plan.cost import stage_seconds
+from weightsmith.plan.costs import costs_of
 
 SHAPES = [(2048, 2048, 3), (4096, 1024, 3), (1024, 4096, 3), (512, 512, 12), (512, 512, 48)]
 PARTS = 6
@@ -19,7 +20,7 @@ PARTS = 6
 def dealt(part: int) -> list[str]:
     """Methods of every cost, the dearest first, so that all parts take about as long."""
     known = registered()
-    by_cost = sorted(methods(), key=lambda name: -(stage_seconds(known[name].traits, 1e9, 2048) or 0.0))
+    by_cost = sorted(methods(), key=lambda name: -(stage_seconds(costs_of(known[name]), 1e9, 2048) or 0.0))
     return by_cost[part::PARTS]
 
 

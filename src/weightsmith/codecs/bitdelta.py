@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import dims
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec, Pass
+from weightsmith.core.method import BASE, Pass, StandaloneCodec
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.masks import pack_bits, run_length, unpack_bits
@@ -21,18 +22,7 @@ __all__ = ["Bitdelta"]
 
 
 @dataclass(frozen=True)
-class Bitdelta(
-    Codec,
-    name="bitdelta",
-    needs=(BASE,),
-    paper="BitDelta (Liu et al., NeurIPS 2024), arXiv:2402.10193",
-    domain=(2, 99),
-    otherwise="exact",
-    symmetric=True,
-    scratch=3.0,
-    cost=7.8,
-    alone=True,
-):
+class Bitdelta(StandaloneCodec, name="bitdelta", needs=(BASE,), checks=(dims(2, 99),), otherwise="exact"):
     """Store one bit per change and one factor per tensor.
 
     Rebuilt: base + a_t sign(delta_t), a_t = mean |delta_t| of the tensor.
@@ -41,6 +31,8 @@ class Bitdelta(
     blocks: vectors are stored as they are (`exact`), and so should embeddings and head be (a rule with method exact).
     Size: d / 8 bytes per expert, and 4 per 65536 weights.
     """
+
+    paper = "BitDelta (Liu et al., NeurIPS 2024), arXiv:2402.10193"
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (FACTORS,)

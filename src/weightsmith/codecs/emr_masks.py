@@ -22,15 +22,7 @@ __all__ = ["EmrMasks"]
 
 
 @dataclass(frozen=True)
-class EmrMasks(
-    Codec,
-    name="emr_masks",
-    needs=(BASE,),
-    paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461",
-    symmetric=True,
-    scratch=6.0,
-    cost=12.0,
-):
+class EmrMasks(Codec, name="emr_masks", needs=(BASE,)):
     """Store one task vector, and a mask and a factor per expert.
 
     Rebuilt: base + f_t m_t tau, tau made by the method before it.
@@ -39,6 +31,8 @@ class EmrMasks(
 
     Size, for d weights and n experts: d bytes_of(tau) + n d / 8, and 4 bytes per 65536 weights and expert.
     """
+
+    paper = "EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461"
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (FACTORS,)

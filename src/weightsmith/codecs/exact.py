@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.keys import Key, Part
-from weightsmith.core.method import Codec
+from weightsmith.core.method import StandaloneCodec
 from weightsmith.core.site import Site
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ __all__ = ["Exact"]
 
 
 @dataclass(frozen=True)
-class Exact(Codec, name="exact", symmetric=True, scratch=1.0, cost=2.0, alone=True):
+class Exact(StandaloneCodec, name="exact"):
     """Store each tensor as it is, for small tensors and heads beside another codec.
 
     What is stored has the output's dtype.

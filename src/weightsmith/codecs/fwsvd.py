@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.codecs.exact import Exact
+from weightsmith.core.checks import dims
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key, Part
-from weightsmith.core.method import Codec, Grain, choice, flag, number
+from weightsmith.core.method import StandaloneCodec, Whole, choice, flag, number
 from weightsmith.core.site import Site
 from weightsmith.ops.reduce import row_sums
 from weightsmith.ops.spectral import Svd, padded, top_svd
@@ -24,21 +25,7 @@ STEPS = 30
 
 
 @dataclass(frozen=True)
-class Fwsvd(
-    Codec,
-    name="fwsvd",
-    needs=("fisher",),
-    paper="Language model compression with weighted low-rank factorization (Hsu et al., ICLR 2022), arXiv:2207.00112",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="exact",
-    symmetric=True,
-    scratch=3.0,
-    square=2.0,
-    cost=270.0,
-    cubic=True,
-    alone=True,
-):
+class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dims(2),), otherwise="exact"):
     """Store each weight as a low-rank product, weighted by its Fisher information.
 
     The weight itself is stored, not its change.
@@ -53,6 +40,8 @@ class Fwsvd(
                X <- SVD_r(F W + (1 - F) X), F scaled to a maximum of 1 (Srebro and Jaakkola, ICML 2003)
     balanced   left = U_r sqrt(S_r) and right = diag(1 / sqrt a) V_r sqrt(S_r): the same product
     """
+
+    paper = "Language model compression with weighted low-rank factorization (Hsu et al., ICLR 2022), arXiv:2207.00112"
 
     rank: float | str = number("auto", "rank r; auto: from ratio", low=1, options=("auto",), kind="integer")
     ratio: float = number(0.5, "target share of parameters: r = floor(ratio m n / (m + n))", above=0, high=1)

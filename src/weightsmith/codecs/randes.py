@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec
+from weightsmith.core.method import BASE, StandaloneCodec
 from weightsmith.core.site import Site
 from weightsmith.ops.masks import run_length
 from weightsmith.ops.noise import uniform_bits
@@ -20,16 +20,7 @@ __all__ = ["Randes"]
 
 
 @dataclass(frozen=True)
-class Randes(
-    Codec,
-    name="randes",
-    needs=(BASE,),
-    paper="RanDeS: Randomized Delta Superposition (Zhou et al., 2025), arXiv:2505.11204; random signs only",
-    symmetric=True,
-    scratch=3.0,
-    cost=9.5,
-    alone=True,
-):
+class Randes(StandaloneCodec, name="randes", needs=(BASE,)):
     """Store one sum of all changes; the other experts' part of it acts as noise.
 
     S = sum_t p_t delta_t, p_t random signs, is stored once; expert t comes back as base + p_t S.
@@ -38,6 +29,8 @@ class Randes(
     expert and tensor, drawn by the recipe's seed and stored: 8 bytes per 65536 weights and expert beside S.
     The paper also shuffles layers among each other; this does not.
     """
+
+    paper = "RanDeS: Randomized Delta Superposition (Zhou et al., 2025), arXiv:2505.11204; random signs only"
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         run = run_length(key.row_numel)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import Case, Verdict, dims, refuse, remark
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec, Grain, choice, flag, integer
+from weightsmith.core.method import BASE, Factored, StandaloneCodec, choice, flag, integer
 from weightsmith.core.site import Site
 from weightsmith.ops.spectral import Matrix, matrices, padded, svd_of
 
@@ -19,23 +20,7 @@ __all__ = ["Rmm", "balanced"]
 
 
 @dataclass(frozen=True)
-class Rmm(
-    Codec,
-    name="rmm",
-    needs=(BASE,),
-    paper="Towards Reversible Model Merging For Low-rank Weights (2025), arXiv:2510.14163; our reconstruction",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="exact",
-    scratch=0.3,
-    matrix=1.6,
-    square=2.3,
-    cost=102.0,
-    cubic=True,
-    streams=1,
-    factored=True,
-    alone=True,
-):
+class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, checks=(dims(2),), otherwise="exact"):
     """Store low-rank changes in a basis that all experts share.
 
     n experts delta_i ~ L_i R_i^T of rank r take the room of p of them; any expert can be rebuilt.
@@ -52,24 +37,25 @@ class Rmm(
     Full models, and adapters of a higher rank, are truncated to rank r first.
     """
 
+    paper = "Towards Reversible Model Merging For Low-rank Weights (2025), arXiv:2510.14163; our reconstruction"
+
     rank: int = integer(16, "rank r of the factors", low=1)
     basis: int = integer(2, "basis vectors p", low=1)
     center: bool = flag(True, "subtract the mean first")
     level: str = choice("position", "what has a basis of its own", "position", "tensor")
     canonicalise: str = choice("procrustes", "in which coordinates factors are compared", "none", "svd", "procrustes")
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        r, p = self.rank, self._basis(self.rank, count)
+    def check(self, case: Case) -> Iterable[Verdict]:
+        if case.count == 1:
+            return remark(f"one model shares nothing: its changes are only cut to rank {self.rank}")
+        count, r, p = case.count, self.rank, self._basis(self.rank, case.count)
         size = (p * (r + count) + r * self.center) / (r * count) if self.level == "position" else (p + 1) / count
-        if count > 1 and size > 1:
-            return (
+        if size > 1:
+            return refuse(
                 f"basis = {self.basis} of rank {r} for {count} models takes {size:.0%} of the room of the models "
                 "themselves; lower basis, or set level: tensor"
             )
-        return None
-
-    def remark(self, count: int) -> str | None:
-        return f"one model shares nothing: its changes are only cut to rank {self.rank}" if count == 1 else None
+        return ()
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         rank = min(self.rank, *key.shape)

@@ -20,15 +20,7 @@ __all__ = ["TallMasks", "consensus_of"]
 
 
 @dataclass(frozen=True)
-class TallMasks(
-    Codec,
-    name="tall_masks",
-    needs=(BASE,),
-    paper="TALL-masks (Wang et al., ICML 2024), arXiv:2405.07813",
-    symmetric=True,
-    scratch=6.0,
-    cost=7.1,
-):
+class TallMasks(Codec, name="tall_masks", needs=(BASE,)):
     """Store one task vector for all, and a mask per expert.
 
     Rebuilt: base + m_t tau, tau the merged task vector.
@@ -41,6 +33,8 @@ class TallMasks(
     zero bits at its end, and the same bytes wherever the tensor is cut, because cuts fall on multiples of 8 weights.
     One tensor per expert, so that rebuilding an expert reads its own mask only.
     """
+
+    paper = "TALL-masks (Wang et al., ICML 2024), arXiv:2405.07813"
 
     lambda_: Each = number(0.4, "strictness of the masks; larger is sparser", low=0, each=True)
 

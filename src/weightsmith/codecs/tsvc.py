@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import dims
 from weightsmith.core.keys import Key, Part
-from weightsmith.core.method import BASE, Codec, Grain, number
+from weightsmith.core.method import BASE, Factored, StandaloneCodec, number
 from weightsmith.core.site import Site
 from weightsmith.ops.spectral import low_rank, matrices, padded, svd_of
 
@@ -18,24 +19,7 @@ __all__ = ["Tsvc"]
 
 
 @dataclass(frozen=True)
-class Tsvc(
-    Codec,
-    name="tsvc",
-    needs=(BASE,),
-    paper="TSV-Compress of Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="exact",
-    symmetric=True,
-    scratch=0.35,
-    matrix=1.8,
-    square=4.1,
-    cost=88.0,
-    cubic=True,
-    streams=1,
-    factored=True,
-    alone=True,
-):
+class Tsvc(Factored, StandaloneCodec, name="tsvc", needs=(BASE,), streams=1, checks=(dims(2),), otherwise="exact"):
     """Store the leading singular directions of every change.
 
     Kept: the k = floor(rank_fraction min(m, n)) leading triplets U, S, V of each task vector, at least one.
@@ -43,6 +27,8 @@ class Tsvc(
     sqrt(sum of dropped s^2 / sum of all s^2).  All other tensors are stored as they are (`exact`).  LoRA adapters on
     the recipe's base are decomposed from their factors.
     """
+
+    paper = "TSV-Compress of Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081"
 
     rank_fraction: float = number(0.1, "share of singular triplets kept", above=0, high=1)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.codecs.tsvc import kept_rank, low_rank_parts
+from weightsmith.core.checks import dims
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.keys import Key, Part
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Codec, Grain, choice, number
+from weightsmith.core.method import BASE, Codec, Whole, choice, number
 from weightsmith.core.site import Site
 from weightsmith.ops.noise import uniform_bits
 from weightsmith.ops.select import keep_share, leading
@@ -23,21 +24,7 @@ __all__ = ["Twin"]
 
 
 @dataclass(frozen=True)
-class Twin(
-    Codec,
-    name="twin",
-    needs=(BASE,),
-    paper="Twin-Merging (Lu et al., NeurIPS 2024), arXiv:2406.15479",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="exact",
-    symmetric=True,
-    scratch=0.1,
-    matrix=2.0,
-    square=5.0,
-    cost=101.0,
-    cubic=True,
-):
+class Twin(Whole, Codec, name="twin", needs=(BASE,), checks=(dims(2),), otherwise="exact"):
     """Store a shared change once, and what each expert has beyond it in compressed form.
 
     Stored: tau of the method before it, and of each expert v_t = delta_t - tau.
@@ -50,6 +37,8 @@ class Twin(
 
     tau has the output's dtype, and v_t is taken against tau as stored.
     """
+
+    paper = "Twin-Merging (Lu et al., NeurIPS 2024), arXiv:2406.15479"
 
     density: float = number(0.1, "share of each exclusive part kept (1 - mask_rate)", above=0, high=1)
     strategy: str = choice("svd", "how the exclusive parts are compressed", "svd", "magnitude", "random")

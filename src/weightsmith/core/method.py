@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
+from weightsmith.core.checks import Case, Check, Level, Verdict
+from weightsmith.core.costs import Costs
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.kernel import Fused, Program
 from weightsmith.core.keys import Key, Part
@@ -24,8 +26,9 @@ from weightsmith.core.site import Group, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASE", "Codec", "Each", "Filter", "Found", "Grain", "Method", "Parameter", "Pass", "Pipeline", "Rows",
-           "Scope", "Stage", "Traits", "choice", "flag", "integer", "number", "registered", "registry"]  # fmt: skip
+__all__ = ["BASE", "Codec", "Each", "Factored", "Filter", "Found", "Grain", "GroupMethod", "MergedFilter", "Method",
+           "Parameter", "Pass", "Pipeline", "Rows", "Scope", "Stage", "StandaloneCodec", "Traits", "Whole", "choice",
+           "flag", "integer", "number", "registered", "registry"]  # fmt: skip
 
 BASE = "base"
 """In `needs`: the method works on task vectors and reads nothing of the experts but `site.deltas`."""
@@ -41,37 +44,25 @@ class Grain(Enum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What a stage declares about itself."""
+    """What a stage declares in its header, besides its type (`Filter`, `Whole`, `Factored`, ...).
+
+    needs      BASE and names of statistics
+    checks     what is asked of the recipe and of every tensor, see `checks`
+    otherwise  what becomes of tensors that it does not cover or that lack a statistic: the name of a stage, which gets
+               the parameters that both have, or what makes one of this stage
+    streams    how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
+    paper      where the maths is from; a stage says it in its body
+    costs      of a plug-in: what it takes, see `plan.costs`
+    """
 
     name: str
-    paper: str = ""  # where the maths is from
-    needs: tuple[str, ...] = ()  # BASE and names of statistics
-    grain: Grain = Grain.ELEMENT
-    group: str = ""  # GROUP grain: the kind of group, see `symmetry`
-    symmetric: bool = False  # the order of the experts does not matter
-    keeps_expert: bool = True  # one expert at weight 1 gives that expert
-    min_count: int = 1  # number of experts
-    max_count: int | None = None
-    domain: tuple[int, int] | None = None  # inclusive range of tensor dimensions covered
-    otherwise: str = ""  # method for the tensors outside `domain` or without a statistic
-    scratch: float = 2.0  # peak extra bytes per byte of the float32 stack (experts and base)
-    matrix: float = 0.0  # and per byte of one expert's float32 block
-    square: float = 0.0  # and per byte of a square matrix of its `side`, float32
-    side: str = "smaller"  # or rows, columns, units (of a group)
-    solves: float = 0.0  # copies made at once, in float64, of a statistic with a shape of its own
-    histograms: int = 0  # of half a megabyte, counted for each expert in a measuring pass (`ops.select`, `ops.order`)
-    streams: int = 0  # how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
-    pairs: bool = False  # a measuring pass finds a float64 number per row for each pair of models (`ops.gram`)
-    imports: int = 0  # bytes of a process that libraries take which no other stage loads
-    cost: float | None = None  # processor seconds per 10^9 parameters and expert, see `plan.cost`
-    cubic: bool = False  # the cost grows with the smaller side of a matrix and is given for 768
-    by_depth: bool = False  # useless on a model whose names show no blocks
-    after: bool = False  # a filter for the merged task vector: it stands behind the method
-    factored: bool = False  # takes low-rank experts as `site.factors` where it comes first
-    joint: bool = False  # of factored experts, holds each one's coordinates in the space of all
-    alone: bool = False  # a codec of the experts' own task vectors: nothing may stand in front of it
-    small: bool = False  # holds for small changes only, see `plan.remarks.large_changes`
     aliases: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    otherwise: str | Callable[[Any], Stage] = ""
+    streams: int = 0
+    paper: str = ""
+    costs: Costs | None = None
 
 
 _registered: dict[str, type[Stage]] = {}
@@ -82,13 +73,16 @@ class Stage:
     """Common part of filters and methods.  Subclasses are frozen dataclasses whose fields are parameters."""
 
     traits: ClassVar[Traits]
+    paper: ClassVar[str] = ""
+    grain: ClassVar[Grain] = Grain.ELEMENT
 
     def __init_subclass__(cls, *, name: str = "", **declared: Any) -> None:
         super().__init_subclass__()
         if not name:
             return  # an abstract class: Filter, Method
-        declared.setdefault("paper", "")
-        cls.traits = Traits(name=name, **declared)
+        if unknown := [word for word in declared if word not in _DECLARED]:
+            raise RecipeError(f"{name}: unknown trait {unknown[0]!r}{did_you_mean(unknown[0], _DECLARED)}")
+        cls.traits = Traits(name, paper=cls.paper, **declared)
         known = _registered.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RecipeError(f"two methods are called {name!r}: {known.__module__} and {cls.__module__}")
@@ -122,10 +116,32 @@ class Stage:
         """The stage with every parameter, as a recipe would say it: 'ties(density=0.2, lambda=1.0, ...)'."""
         return f"{self.name}({', '.join(f'{p.name}={getattr(self, p.field)}' for p in self.parameters())})"
 
-    @property
-    def grain(self) -> Grain:
-        """May depend on parameters; `traits.grain` is the default."""
-        return self.traits.grain
+    @final
+    def verdicts(self, case: Case) -> Iterator[Verdict]:
+        """What the declared checks and its own find, in this order; nothing more of a tensor that it does not cover."""
+        for check in (*self.traits.checks, type(self).check):
+            for verdict in check(self, case):
+                yield verdict
+                if verdict.level is Level.LEAVE:
+                    return
+
+    @final
+    def refusal(self, case: Case) -> str | None:
+        """Why it cannot be used; None: it can."""
+        return next((text for level, text, _ in self.verdicts(case) if level is Level.REFUSE), None)
+
+    @final
+    def elsewhere(self) -> Stage | None:
+        """The stage for tensors that this one does not cover; None: such tensors are an error."""
+        other = self.traits.otherwise
+        if not isinstance(other, str):
+            return other(self)
+        if not other:
+            return None
+        cls, own = registry(other), {p.field for p in self.parameters()}
+        return cls(**{p.field: getattr(self, p.field) for p in cls.parameters() if p.field in own})
+
+    # -- what a stage may say besides; nothing by default
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         """What must be measured before `merge` or `apply`, in order; `merge` finds it by `Site.result`."""
@@ -135,24 +151,11 @@ class Stage:
         """How the kernels get the same bytes straight from the stored inputs, if they can."""
         return None
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        """Return what is wrong with using this stage on `count` experts, or None (asked at plan time)."""
-        return None
+    def check(self, case: Case) -> Iterable[Verdict]:
+        """Say what only this stage knows of a case: `refuse`, `remark`; of a tensor `remark_here`, `leave`.
 
-    def remark(self, count: int) -> str | None:
-        """Return what the user should know of using this stage on `count` experts, though it is allowed."""
-        return None
-
-    def remark_on(self, key: Key, count: int) -> str | None:
-        """The same of one tensor; the plan has one line for all tensors with equal texts."""
-        return None
-
-    def leaves_out(self, key: Key, count: int) -> str:
-        """Of what kind a tensor is, if it goes to `elsewhere` though its dimensions are in `traits.domain`; else ''."""
-        return ""
-
-    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterable[str]:
-        """Lines for the user after a run; told: tensor -> what its sites were told (`Site.tell`); names: experts."""
+        Asked for the recipe (`case.key` is None), then for every tensor.
+        """
         return ()
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
@@ -163,9 +166,12 @@ class Stage:
         """
         return self
 
-    def figures(self, found: Found) -> dict[str, float]:
-        """What `says` is to be told of the passes' results, as `Site.tell` does of what a merge finds on the way."""
-        return {}
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterable[str]:
+        """Lines for the user after a run.  names: the experts.
+
+        told: tensor -> figures, of `Site.tell` in `merge` and of `Pass.tells`
+        """
+        return ()
 
     def notes(self, found: Found) -> dict[str, Any]:
         """What a later run may want to know of this one: plain values for weightsmith.json, the same for every tensor.
@@ -174,12 +180,21 @@ class Stage:
         """
         return {}
 
-    def elsewhere(self) -> Stage | None:
-        """The stage for tensors outside its domain or without a statistic; None: such tensors are an error."""
-        return registry(self.traits.otherwise)() if self.traits.otherwise else None
-
     def __or__(self, other: Stage | Pipeline) -> Pipeline:
         return Pipeline((self,)) | other
+
+
+_DECLARED = tuple(f.name for f in dataclasses.fields(Traits) if f.name != "paper")
+
+
+class Whole:
+    """Beside a kind of stage: it sees whole tensors."""
+
+    grain: ClassVar[Grain] = Grain.TENSOR
+
+
+class Factored(Whole):
+    """Beside a kind of stage: it takes low-rank experts as `site.factors` where it comes first."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,11 @@ class Filter(Stage):
 
 
 @dataclass(frozen=True)
+class MergedFilter(Filter):
+    """A filter for the merged task vector: it comes after the method."""
+
+
+@dataclass(frozen=True)
 class Method(Stage):
     """Makes one tensor of many."""
 
@@ -199,17 +219,24 @@ class Method(Stage):
         """Return the merged block, shaped like `site.base`, in the site's dtype."""
         raise NotImplementedError
 
+
+@dataclass(frozen=True)
+class GroupMethod(Method):
+    """Merges several whole tensors together.  kind: of group, see `core.symmetry`."""
+
+    grain: ClassVar[Grain] = Grain.GROUP
+    kind: ClassVar[str]
+
     def merge_group(self, group: Group) -> dict[str, Tensor]:
-        """GROUP grain only: return every tensor of the group, merged."""
+        """Return every tensor of the group, merged."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Codec(Stage):
-    """Keeps all experts in less space.  Last in a pipeline, behind the method whose task vector it stores.
+    """Keeps all experts in less space.  Last in a pipeline, after the method whose task vector it stores.
 
     What the stages before it made is `site.deltas[0]`; the experts' own task vectors are `site.origin.deltas`.
-    With `traits.alone` there is nothing before it: `site` is the origin.
     """
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
@@ -230,6 +257,11 @@ class Codec(Stage):
     def advice(self) -> str:
         """What to change where more is lost than by storing nothing; '' if only another codec helps."""
         return ""
+
+
+@dataclass(frozen=True)
+class StandaloneCodec(Codec):
+    """A codec of the experts' own task vectors, `site.deltas`: no stage comes before it."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +290,7 @@ class Pipeline:
                 + ("" if found else "; end it with task_arithmetic")
             )
         for stage in self.stages[: self.stages.index(found[0])]:
-            if stage.traits.after:
+            if isinstance(stage, MergedFilter):
                 raise RecipeError(f"{stage.name} works on the merged task vector; put it behind {found[0].name}")
         for stage in self.stages[:-1]:
             if isinstance(stage, Codec):
@@ -277,8 +309,8 @@ class Pipeline:
 
     @property
     def used(self) -> tuple[Stage, ...]:
-        """The stages that have a say: nothing in front of a codec for itself (`Traits.alone`) has."""
-        return self.stages[-self.stages[-1].traits.alone :]
+        """The stages that count: none before a `StandaloneCodec` does."""
+        return self.stages[-1:] if isinstance(self.stages[-1], StandaloneCodec) else self.stages
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -311,7 +343,7 @@ class Pipeline:
 
     def site_for(self, index: int, site: Site, found: Mapping[int, Found]) -> Site:
         """The site as stage `index` sees it: the stages before have done their work."""
-        if self.stages[index].traits.alone:
+        if isinstance(self.stages[index], StandaloneCodec):
             return replace(site, origin=site, found=found.get(index, {}))
         for i, stage in enumerate(self.stages[:index]):
             here = site.with_found(found.get(i, {}))

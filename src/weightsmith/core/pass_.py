@@ -77,6 +77,10 @@ class Pass(ABC, Generic[R]):
         """What `see` depends on besides the site: passes for which it is equal share a look, whatever they end in."""
         return self
 
+    def tells(self, result: R) -> Mapping[str, float]:
+        """Figures of the result that the stage's `says` is to be told, as `Site.tell` tells those of a merge."""
+        return {}
+
     def applies(self, key: Key) -> bool:
         """Whether there is something to measure on this tensor; else it has no result there."""
         return True

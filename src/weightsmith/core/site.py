@@ -44,7 +44,7 @@ class Site:
     each      the task vectors, read anew whenever one is asked for, for methods that look at one at a time
               (`Traits.streams`); `stack` then has a shape but no data (device meta).  Else ()
     factors   one (left [rows, r], right [r, columns]) per expert with delta = left right, float32, for methods that
-              ask for them (`Traits.factored`); `stack` then has a shape but no data (device meta).  Else ()
+              ask for them (`Factored`); `stack` then has a shape but no data (device meta).  Else ()
     once      once(question, make) is make(), or what it gave a sweep's other variant that asked the same of this site:
               for what a factor of the result does not change.  Never written to
     told      figures that a method found on the way, see `tell`

@@ -14,7 +14,7 @@ import numpy as np
 
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Pipeline
+from weightsmith.core.method import GroupMethod, Pipeline
 from weightsmith.core.site import Group, Site
 from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context
@@ -65,8 +65,9 @@ class Variant:
         found = self.context.found.get(self.task.pipeline, {}) if self.task.pipeline is not None else {}
         stages = self.task.pipeline.stages if self.task.pipeline is not None else ()
         notes = {s.name: note for i, s in enumerate(stages) if (note := s.notes(found.get(i, {})))}
-        for i, stage in enumerate(stages):
-            self.told |= stage.figures(found.get(i, {}))
+        for results in found.values():
+            for one, result in results.items():
+                self.told |= one.tells(result)
         said = {"notes": notes, "told": self.told, "lost": self.lost}
         return {"parts": self.hashes.records(), **{kind: what for kind, what in said.items() if what}}
 
@@ -202,7 +203,9 @@ def _group(variants: Sequence[Variant]) -> None:
     for variant in variants:
         task, reader = variant.task, Reader()
         sites = {key.name: reader.site(key, task, variant.context, 0, key.rows) for key in task.keys}
-        merged = variant.pipeline.method.merge_group(Group(task.group, sites))
+        method = variant.pipeline.method
+        assert isinstance(method, GroupMethod)
+        merged = method.merge_group(Group(task.group, sites))
         for key in task.keys:
             _finish(variant, merged[key.name], key, sites[key.name])
 

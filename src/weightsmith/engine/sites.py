@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
+from weightsmith.core.method import Factored
 from weightsmith.core.site import Site
 from weightsmith.core.task import Task, one_by_one, takes_deltas
 from weightsmith.engine.context import Context
@@ -43,7 +44,7 @@ class Reader:
             self._block = (key.name, start, stop)
         pipeline = task.pipeline
         whole, deltas = stop - start == key.rows, takes_deltas(pipeline)
-        factored = whole and pipeline is not None and pipeline.used[0].traits.factored
+        factored = whole and pipeline is not None and isinstance(pipeline.used[0], Factored)
         lazily = whole and one_by_one(pipeline) and not self.shared
         which = factored, deltas, lazily
         if which not in self._values:

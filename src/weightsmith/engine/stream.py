@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
+from weightsmith.core.costs import Costs
 from weightsmith.core.keys import Key
-from weightsmith.core.method import BASE, Found, Grain, Method, Pipeline, Traits
+from weightsmith.core.method import BASE, Factored, Found, Grain, Method, Pipeline, Traits
 from weightsmith.core.pass_ import Pass
 from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.core.task import Task, Way
@@ -92,6 +93,10 @@ def observe(key: Key, passes: tuple[Pass[Any], ...], context: Context) -> Found:
     return chain.found.get(0, {})
 
 
+SUMMED = Costs(scratch=2.0)
+"""Of a stage that only measures: sums of what is read."""
+
+
 @dataclass(frozen=True)
 class _Looking(Method):
     """A stage that only measures."""
@@ -99,8 +104,8 @@ class _Looking(Method):
     asked: tuple[Pass[Any], ...]
     whole: bool = field(default=False)
 
-    @property
-    def grain(self) -> Grain:
+    @property  # a constant of the others
+    def grain(self) -> Grain:  # type: ignore[override]
         return Grain.TENSOR if self.whole else Grain.ELEMENT
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
@@ -109,14 +114,14 @@ class _Looking(Method):
 
 @dataclass(frozen=True)
 class _Experts(_Looking):
-    traits: ClassVar[Traits] = Traits("observe")
+    traits: ClassVar[Traits] = Traits("observe", costs=SUMMED)
 
 
 @dataclass(frozen=True)
 class _Changes(_Looking):
-    traits: ClassVar[Traits] = Traits("observe", needs=(BASE,))
+    traits: ClassVar[Traits] = Traits("observe", needs=(BASE,), costs=SUMMED)
 
 
 @dataclass(frozen=True)
-class _Products(_Looking):
-    traits: ClassVar[Traits] = Traits("observe", needs=(BASE,), factored=True)
+class _Products(_Looking, Factored):  # type: ignore[override]
+    traits: ClassVar[Traits] = Traits("observe", needs=(BASE,), costs=SUMMED)

@@ -13,7 +13,7 @@ from typing import Any
 from weightsmith.core.errors import OutputError, PlanError, SourceError, WeightsmithError, problems_of
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import is_a
-from weightsmith.core.method import Pipeline
+from weightsmith.core.method import Factored, Pipeline
 from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
@@ -193,7 +193,7 @@ def earlier_notes(inputs: Inputs) -> tuple[dict[str, Any], list[Problem]]:
 def product_ranks(key: Key, pipeline: Pipeline | None, inputs: Inputs) -> tuple[int, ...]:
     """The ranks of the experts' task vectors where all stay products; () where they, or a later stage, form them."""
     base = inputs.base
-    if base is None or pipeline is None or len(pipeline.stages) > 1 or not pipeline.stages[0].traits.factored:
+    if base is None or pipeline is None or len(pipeline.stages) > 1 or not isinstance(pipeline.stages[0], Factored):
         return ()
     found = [source.factors(key.name, base) for source in inputs.experts.values()]
     return tuple(product.rank for product in found if product is not None) if None not in found else ()

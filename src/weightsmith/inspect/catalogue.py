@@ -54,10 +54,14 @@ def by_purpose(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 
 def describe(cls: type[Stage]) -> dict[str, Any]:
     """Everything a stage declares about itself, as plain values."""
+    from weightsmith.core.checks import Count
     from weightsmith.core.method import Codec, Filter
     from weightsmith.plan.cost import seconds_at_7b
+    from weightsmith.plan.costs import costs_of
 
-    traits = cls.traits
+    traits, stage = cls.traits, cls()
+    count = next((check for check in traits.checks if isinstance(check, Count)), Count())
+    other = stage.elsewhere()
     text = inspect.cleandoc(cls.__doc__ or "")
     return {
         "name": traits.name,
@@ -68,12 +72,11 @@ def describe(cls: type[Stage]) -> dict[str, Any]:
         "text": text,
         "paper": traits.paper,
         "needs": list(traits.needs),
-        "grain": traits.grain.value,
-        "symmetric": traits.symmetric,
-        "min_models": traits.min_count,
-        "max_models": traits.max_count,
-        "otherwise": traits.otherwise,
-        "seconds_per_billion": traits.cost,
+        "grain": stage.grain.value,
+        "min_models": count.low,
+        "max_models": count.high,
+        "otherwise": other.name if other is not None else "",
+        "seconds_per_billion": costs_of(cls).seconds,
         "seconds_at_7b": seconds_at_7b(cls),
         "parameters": [
             {"name": p.name, "default": p.default, "range": p.range, "per_model": p.each, "meaning": p.help}
@@ -100,7 +103,6 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("needs", ", ".join(needs) or "nothing but the models"),
         ("models", f"{low}" if top == low else f"{low} to {top}" if top else f"{low} or more"),
         ("sees", GRAINS[found["grain"]]),
-        ("order", "of the models does not matter" if found["symmetric"] else "of the models may matter"),
     ]
     if found["seconds_at_7b"] is not None:
         said.append(("at 7B", f"about {cost_at_7b(found)}"))

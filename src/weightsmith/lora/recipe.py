@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from weightsmith.core.checks import Case
 from weightsmith.lora.rules import METHODS, Averaged, Combine, SharedBasis, named
 from weightsmith.recipe.check import Checker
 from weightsmith.recipe.fields import Located, StageSpec, Values, WideDtype, WithParameters
@@ -67,7 +68,7 @@ class AdapterRecipe(Grammar):
         yield from check.faults
         if not check.faults and own and slots:
             method = _method(slots[0].name, {**mapping(tree.get("parameters")), **slots[0].inline}, own)
-            if said := method.check(len(own), False):
+            if said := method.refusal(Case(len(own), has_base=False)):
                 yield Fault(("method",), said)
 
 

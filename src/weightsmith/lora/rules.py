@@ -14,10 +14,11 @@ The result has scale 1.  An adapter that lacks a module counts as zero there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightsmith.core.checks import Case, Verdict, refuse
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Stage, Traits, choice, number, registry
@@ -122,10 +123,10 @@ class Combine(Stage):
     def rule(self) -> Rule:
         return KINDS[self.kind]
 
-    def check(self, count: int, has_base: bool = False) -> str | None:
+    def check(self, case: Case) -> Iterable[Verdict]:
         rule = self.rule
         if rule.prune and self.density == "none":
-            return f"{self.kind} needs a density: the share of the entries that it keeps, in [0, 1]"
+            return refuse(f"{self.kind} needs a density: the share of the entries that it keeps, in [0, 1]")
         unused = {
             "density": not rule.prune and self.density != "none",
             "vote": not rule.vote and self.vote != "total",
@@ -135,8 +136,8 @@ class Combine(Stage):
         for field, wrong in unused.items():
             if wrong:
                 able = [name for name, other in KINDS.items() if _uses(other, field)]
-                return f"{self.kind} takes no {field}; it is for {', '.join(able)}"
-        return None
+                return refuse(f"{self.kind} takes no {field}; it is for {', '.join(able)}")
+        return ()
 
     def combine(self, parts: Sequence[Part], module: str, seed: int, limit: int) -> Made:
         """The combination of one module; `limit` is the rank that `auto` stands for."""
@@ -219,12 +220,12 @@ class Averaged(Stage):
 
     traits = Traits(name="mwa", paper=Mwa.traits.paper)
 
-    def check(self, count: int, has_base: bool = False) -> str | None:
+    def check(self, case: Case) -> Iterable[Verdict]:
         if self.rank != "auto" and self.space != "product":
-            return "mwa takes a rank with space: product only; factors keep theirs"
+            return refuse("mwa takes a rank with space: product only; factors keep theirs")
         if self.value == "log" and self.metric == "score" and self.penalty:
-            return "mwa by score needs the value of each checkpoint: value: {checkpoint-100: 0.71, ...}"
-        return None
+            return refuse("mwa by score needs the value of each checkpoint: value: {checkpoint-100: 0.71, ...}")
+        return ()
 
     def weights(self, values: Sequence[float]) -> tuple[float, ...]:
         """Weights of checkpoints with these metrics, adding up to 1; ask for the `problem` first."""
@@ -234,7 +235,7 @@ class Averaged(Stage):
 
     def problem(self, values: Sequence[float]) -> str | None:
         """Why there are no weights for these values."""
-        return self._mwa(values).check(len(values), False) if self.penalty else None
+        return self._mwa(values).refusal(Case(len(values), has_base=False)) if self.penalty else None
 
     def _mwa(self, values: Sequence[float]) -> Mwa:
         return Mwa(value=tuple(values), metric=self.metric, penalty=self.penalty, rule=self.rule)

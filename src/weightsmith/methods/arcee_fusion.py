@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import at_most, with_base
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Method, Pass, Rows
@@ -20,16 +21,7 @@ __all__ = ["ArceeFusion"]
 
 
 @dataclass(frozen=True)
-class ArceeFusion(
-    Method,
-    name="arcee_fusion",
-    paper="Arcee Fusion (Arcee AI, 2025); as in mergekit",
-    keeps_expert=False,
-    max_count=1,
-    scratch=12.0,
-    histograms=3,
-    cost=54.0,
-):
+class ArceeFusion(Method, name="arcee_fusion", checks=(at_most(1), with_base)):
     """Take over the changes that stand out.
 
     Result: base + delta where importance >= median + 1.5 (q3 - q1), all three over the tensor's m importances.
@@ -38,11 +30,10 @@ class ArceeFusion(
     million entries of larger tensors, at random).  In a vector the divergence is one common factor and is left out.
     """
 
+    paper = "Arcee Fusion (Arcee AI, 2025); as in mergekit"
+
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return DIVERGENCE, IMPORTANCE
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return None if has_base else "needs a base model; add base to the recipe"
 
     def merge(self, site: Site) -> Tensor:
         first, median, third = site.result(IMPORTANCE)[0].tolist()

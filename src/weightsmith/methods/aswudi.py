@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
 from weightsmith.core.site import Site
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.interference import STARTS, flowed
 
 if TYPE_CHECKING:
@@ -20,22 +22,7 @@ RULES = ("participation_sqrt", "participation", "entropy", "stable_rank", "gavis
 
 
 @dataclass(frozen=True)
-class Aswudi(
-    Method,
-    name="aswudi",
-    needs=(BASE,),
-    paper="OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892: adaptive spectral WUDI in its authors' code",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.4,
-    matrix=2.4,
-    square=2.9,
-    side="columns",
-    cost=86.0,
-    cubic=True,
-):
+class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
     """Run `swudi` to its end, in as many directions per matrix as the spectrum suggests.
 
     By `rule`, for the eigenvalues l (falling, y = sqrt(l)) of C, see `swudi`:
@@ -51,6 +38,8 @@ class Aswudi(
     Result: base + scaling M; tensors that are not matrices get base + scaling mean(tau).
     """
 
+    paper = "OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892: adaptive spectral WUDI in its authors' code"
+
     rule: str = choice("participation_sqrt", "how directions are counted", *RULES)
     share: float = number(0.95, "share of the spectrum, for rule cumulative", above=0, high=1)
     min_rank: int = integer(1, "least number of directions", low=1)
@@ -58,9 +47,6 @@ class Aswudi(
     init: str = choice("sum", "where M starts", *STARTS)
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
-
-    def elsewhere(self) -> Stage:
-        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
 
     def merge(self, site: Site) -> Tensor:
         aspect = min(site.block_shape) / max(site.block_shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import Case, Verdict, remark, remark_here
 from weightsmith.core.kernel import Window
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
@@ -21,16 +23,7 @@ __all__ = ["Breadcrumbs"]
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(
-    Masking,
-    name="breadcrumbs",
-    needs=(BASE,),
-    paper="Model Breadcrumbs (Davari and Belilovsky, ECCV 2024), arXiv:2312.06795",
-    symmetric=True,
-    scratch=3.0,
-    histograms=2,
-    cost=13.0,
-):
+class Breadcrumbs(Masking, name="breadcrumbs", needs=(BASE,)):
     """Drop the smallest changes and the very largest ones.
 
     What survives is ranked R+1 .. R+K by falling |delta|:
@@ -46,6 +39,8 @@ class Breadcrumbs(
     task_arithmetic with lambda 0.2 of the sum.
     """
 
+    paper = "Model Breadcrumbs (Davari and Belilovsky, ECCV 2024), arXiv:2312.06795"
+
     density: Each = number(0.9, "share of entries kept", above=0, high=1, each=True)
     remove_top: Each = number(0.01, "share of the largest entries dropped", low=0, below=1, each=True)
     scope_: str = choice("tensor", "what entries are ranked over", "tensor", "row")
@@ -55,7 +50,11 @@ class Breadcrumbs(
     def masking(self, count: int) -> tuple[Pass[Any], ...]:
         return (self._tails(count),)
 
-    def remark(self, count: int) -> str | None:
+    def check(self, case: Case) -> Iterable[Verdict]:
+        emptied = None if case.key is None else self._emptied(case.key, case.count)
+        return (*remark(self._shortened(case.count)), *remark_here(emptied))
+
+    def _shortened(self, count: int) -> str | None:
         """Of rows, whose window may fall off the end; that of a tensor is moved instead."""
         shares = list(zip(spread(self.density, count), spread(self.remove_top, count), strict=True))
         if self.scope_ == "tensor" or not self.remove_first or all(sum(share) <= 1 + 1e-9 for share in shares):
@@ -63,7 +62,7 @@ class Breadcrumbs(
         left = ", ".join(dict.fromkeys(f"{min(density, 1 - top):.3g}" for density, top in shares))
         return f"density + remove_top is more than 1: of each row only {left} survives"
 
-    def remark_on(self, key: Key, count: int) -> str | None:
+    def _emptied(self, key: Key, count: int) -> str | None:
         total = key.numel if self.scope_ == "tensor" else key.shape[-1] if key.shape else 0
         if not (key.shape and total) or all(first < last for first, last in self._tails(count).ranks(total)):
             return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from weightsmith.core.checks import Case, Verdict, refuse, remark
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.kernel import Agreement
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Filter, integer, number
+from weightsmith.core.method import BASE, Each, MergedFilter, integer, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
 from weightsmith.ops.masks import agreed, task_masks
@@ -16,17 +18,7 @@ __all__ = ["Consensus"]
 
 
 @dataclass(frozen=True)
-class Consensus(
-    Filter,
-    name="consensus",
-    needs=(BASE,),
-    paper="TALL-masks and Consensus (Wang et al., ICML 2024), arXiv:2405.07813",
-    symmetric=True,
-    after=True,
-    keeps_expert=False,
-    scratch=2.5,
-    cost=2.0,
-):
+class Consensus(MergedFilter, name="consensus", needs=(BASE,)):
     """Drop merged changes that few models use.
 
     Result: base + lambda c tau, tau the merged task vector, c the entries that at least k task masks select:
@@ -37,20 +29,19 @@ class Consensus(
     choose by, 0.3 to 0.4 suits a sum of several task vectors.
     """
 
+    paper = "TALL-masks and Consensus (Wang et al., ICML 2024), arXiv:2405.07813"
+
     k: int = integer(2, "how many task masks must select a weight", low=0)
     lambda_: float = number(1.0, "scale of the filtered task vector", smooth=True)
     tall_mask_lambda: Each = number(0.4, "strictness of the task masks; larger is sparser", low=0, each=True)
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        if self.k > count + 1:
-            return f"k = {self.k} is outside [0, {count + 1}] for {count} models"
-        return None
-
-    def remark(self, count: int) -> str | None:
-        if self.k > count:
-            models = "1 model" if count == 1 else f"{count} models"
-            return f"k = {self.k} with {models} selects nothing: the result is the base"
-        return None
+    def check(self, case: Case) -> Iterable[Verdict]:
+        if self.k > case.count + 1:
+            return refuse(f"k = {self.k} is outside [0, {case.count + 1}] for {case.count} models")
+        if self.k > case.count:
+            models = "1 model" if case.count == 1 else f"{case.count} models"
+            return remark(f"k = {self.k} with {models} selects nothing: the result is the base")
+        return ()
 
     def fused(self, count: int) -> Agreement:
         return Agreement(self.k, spread(self.tall_mask_lambda, count), float(self.lambda_))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import small_changes
 from weightsmith.core.kernel import Drop
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, choice, flag, number
@@ -20,16 +21,7 @@ __all__ = ["Dare"]
 
 
 @dataclass(frozen=True)
-class Dare(
-    Masking,
-    name="dare",
-    needs=(BASE,),
-    paper="Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099",
-    symmetric=True,
-    small=True,
-    scratch=2.5,
-    cost=3.5,
-):
+class Dare(Masking, name="dare", needs=(BASE,), checks=(small_changes,)):
     """Drop changes at random and scale up the rest.
 
     Each entry of a task vector is kept with probability `density`: delta' = mask delta / density.
@@ -39,6 +31,8 @@ class Dare(
     on every machine; mergekit's and the paper's generators cannot be matched bit by bit, only in distribution.
     The paper's magnitude baseline is the filter `magnitude`.
     """
+
+    paper = "Language Models are Super Mario (Yu et al., ICML 2024), arXiv:2311.03099"
 
     density: Each = number(0.5, "probability of keeping an entry", above=0, high=1, each=True)
     rescale: bool = flag(True, "scale the survivors up")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import Case, Verdict, refuse, small_changes
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, Pass, Rows, choice, flag, number
@@ -22,16 +23,7 @@ __all__ = ["Della"]
 
 
 @dataclass(frozen=True)
-class Della(
-    Masking,
-    name="della",
-    needs=(BASE,),
-    paper="DELLA-Merging (Deep et al., 2024), arXiv:2406.11617",
-    symmetric=True,
-    small=True,
-    scratch=6.0,
-    cost=65.0,
-):
+class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
     """Drop changes at random, small ones more often than large ones.
 
     An entry is kept with probability density - epsilon + 2 epsilon r, r its rank by |delta| from 0 to 1.
@@ -42,6 +34,8 @@ class Della(
     draws cannot be matched bit by bit, only in distribution.  mergekit's `della` is this before ties with density 1,
     its `della_linear` this before task_arithmetic.
     """
+
+    paper = "DELLA-Merging (Deep et al., 2024), arXiv:2406.11617"
 
     density: Each = number(0.5, "mean probability of keeping an entry", above=0, high=1, each=True)
     epsilon: Each = number(0.15, "half the span of probabilities", low=0, below=0.5, each=True)
@@ -57,14 +51,14 @@ class Della(
     def masking(self, count: int) -> tuple[Pass[Any], ...]:
         return (VECTOR_RANKS,)
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        for density, epsilon in zip(spread(self.density, count), spread(self.epsilon, count), strict=True):
+    def check(self, case: Case) -> Iterable[Verdict]:
+        for density, epsilon in zip(spread(self.density, case.count), spread(self.epsilon, case.count), strict=True):
             if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
-                return (
+                return refuse(
                     f"density {density:g} with epsilon {epsilon:g} gives probabilities outside (0, 1); "
                     f"choose epsilon below {min(density, 1 - density):g}"
                 )
-        return None
+        return ()
 
     def apply(self, site: Site) -> Site:
         if self.keeps_l1 or not self.rescale:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import Case, Verdict, dims, leave
 from weightsmith.core.errors import some
-from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Pass, Scope, flag, integer, number
+from weightsmith.core.method import BASE, Method, Pass, Scope, Whole, flag, integer, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.descent import adam
@@ -26,25 +26,7 @@ __all__ = ["Doge"]
 
 
 @dataclass(frozen=True)
-class Doge(
-    Method,
-    name="doge",
-    aliases=("doge_ta",),
-    needs=(BASE,),
-    paper="Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent (Wei et al., ICML 2025), "
-    "arXiv:2501.01230",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="keep",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=3.0,
-    matrix=13.6,
-    square=4.6,
-    histograms=1,
-    cost=3100.0,
-    cubic=True,
-):
+class Doge(Whole, Method, name="doge", aliases=("doge_ta",), needs=(BASE,), checks=(dims(2),), otherwise="keep"):
     """Give all tasks one norm, add one shared correction, and keep each task's largest changes.
 
     For T matrices tau_j, [m, n], p = min(m, n):
@@ -62,6 +44,11 @@ class Doge(
     gradients near 0 turn on the last digits.  Gradients to the experts take delta and lambda_j for constants.
     """
 
+    paper = (
+        "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent (Wei et al., ICML 2025), "
+        "arXiv:2501.01230"
+    )
+
     lambda_: float = number(0.07, "norm of every task vector in every matrix", above=0)
     subspace: int = integer(6, "the protected space is spanned by 1 / subspace of all directions", low=1)
     density: float = number(0.3, "share of each task vector kept (K)", above=0, high=1)
@@ -69,8 +56,9 @@ class Doge(
     lr: float = number(1e-4, "learning rate: about the most an entry of delta moves per step", above=0)
     embeddings: bool = flag(False, "merge embeddings and output layers too, which else stay the base's")
 
-    def leaves_out(self, key: Key, count: int) -> str:
-        return "" if self.embeddings or key.role not in ("embed", "head") else "embeddings and output layers"
+    def check(self, case: Case) -> Iterable[Verdict]:
+        left = not self.embeddings and case.key is not None and case.key.role in ("embed", "head")
+        return leave("embeddings and output layers" if left else None)
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (self._cut(count),) if self.density < 1 else ()

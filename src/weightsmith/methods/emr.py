@@ -16,21 +16,15 @@ __all__ = ["Emr"]
 
 
 @dataclass(frozen=True)
-class Emr(
-    Method,
-    name="emr",
-    needs=(BASE,),
-    paper="EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461, its elected task vector",
-    symmetric=True,
-    scratch=3.0,
-    cost=3.4,
-):
+class Emr(Method, name="emr", needs=(BASE,)):
     """Take the largest change of the elected sign, entry by entry.
 
     Result: base + lambda tau: the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
     By itself too large for a merged model.  Its use is `[emr, emr_masks]`, which stores tau once and cuts each task
     out of it by a mask and a factor.
     """
+
+    paper = "EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461, its elected task vector"
 
     lambda_: float = number(1.0, "factor of the elected task vector; 1 in front of emr_masks", smooth=True)
 

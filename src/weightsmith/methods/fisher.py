@@ -11,7 +11,7 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Method, Pass, Scope, choice, flag, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
-from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.ops.combine import some_weight, spread, weighted_sum
 from weightsmith.ops.reduce import block_squares
 
 if TYPE_CHECKING:
@@ -21,15 +21,7 @@ __all__ = ["Fisher"]
 
 
 @dataclass(frozen=True)
-class Fisher(
-    Method,
-    name="fisher",
-    needs=("fisher",),
-    paper="Merging Models with Fisher-Weighted Averaging (Matena and Raffel, NeurIPS 2022), arXiv:2111.09832",
-    symmetric=True,
-    scratch=3.5,
-    cost=8.0,
-):
+class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
     """Average every weight by how sure each model is of it.
 
     Result: sum_i a_i F_i x_i / sum_i a_i F_i.
@@ -41,6 +33,8 @@ class Fisher(
     A floor above the typical F turns the result into the plain mean; language models' Fishers go down to 1e-20.
     """
 
+    paper = "Merging Models with Fisher-Weighted Averaging (Matena and Raffel, NeurIPS 2022), arXiv:2111.09832"
+
     weight: Each = number(1.0, "factor of each model's Fisher", low=0, each=True, smooth=True)
     normalize: bool = flag(True, "divide by the norm of each model's Fisher")
     floor: float = number(1e-6, "least Fisher information", low=0)
@@ -48,9 +42,6 @@ class Fisher(
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (NORMS,) if self.normalize else ()
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
 
     def merge(self, site: Site) -> Tensor:
         fishers = site.stats["fisher"] if self.normalize else _fishers(site)  # measuring has looked at them

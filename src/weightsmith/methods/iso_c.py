@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, choice, number
+from weightsmith.core.method import BASE, Factored, Method, choice, number
 from weightsmith.core.site import Site
-from weightsmith.methods.tsvm import scaled_mean
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.leading import LARGE
 from weightsmith.ops.spectral import NOISE, Matrix, dense, matrices, polar_by_iteration, polar_of_large, svd_of, total
 
@@ -19,24 +20,7 @@ __all__ = ["IsoC"]
 
 
 @dataclass(frozen=True)
-class IsoC(
-    Method,
-    name="iso_c",
-    needs=(BASE,),
-    paper="Iso-C (Marczak et al., ICML 2025), arXiv:2502.04959",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=0.0,
-    matrix=3.5,
-    square=7.9,
-    cost=55.0,
-    cubic=True,
-    streams=1,
-    factored=True,
-):
+class IsoC(Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dims(2),), otherwise=scaled_mean):
     """Flatten the singular spectrum of the summed change.
 
     With sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.
@@ -51,12 +35,11 @@ class IsoC(
             cannot tell noise from signal: rank_tol has no effect on dense task vectors
     """
 
+    paper = "Iso-C (Marczak et al., ICML 2025), arXiv:2502.04959"
+
     scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
     rank_tol: float = number(1e-6, "relative singular values up to which a component is left out", low=0, below=1)
     solver: str = choice("eigh", "how the singular directions are found", "eigh", "iterate")
-
-    def elsewhere(self) -> Stage:
-        return scaled_mean(self.scaling)
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

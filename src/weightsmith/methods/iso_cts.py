@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.core.keys import Key
+from weightsmith.core.checks import Case, Verdict, dims, remark_here
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, number
+from weightsmith.core.method import BASE, Factored, Method, number
 from weightsmith.core.site import Site
-from weightsmith.methods.tsvm import scaled_mean
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.spectral import NOISE, Svd, matrices, orthogonal_sum, outside, svd_of, total
 
 if TYPE_CHECKING:
@@ -19,24 +20,7 @@ __all__ = ["IsoCts"]
 
 
 @dataclass(frozen=True)
-class IsoCts(
-    Method,
-    name="iso_cts",
-    needs=(BASE,),
-    paper="Iso-CTS (Marczak et al., ICML 2025), arXiv:2502.04959",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=0.0,
-    matrix=5.2,
-    square=17.2,
-    cost=300.0,
-    cubic=True,
-    streams=2,
-    factored=True,
-):
+class IsoCts(Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean):
     """Flatten the spectrum as `iso_c` does, and keep some directions of each expert's own.
 
     Those are taken from what each task vector has outside the common space.
@@ -50,16 +34,15 @@ class IsoCts(
     Better than iso_c from about 14 models on.
     """
 
+    paper = "Iso-CTS (Marczak et al., ICML 2025), arXiv:2502.04959"
+
     scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
     common_space_fraction: float = number(0.8, "share of directions taken from the common space", low=0, high=1)
 
-    def elsewhere(self) -> Stage:
-        return scaled_mean(self.scaling)
-
-    def remark_on(self, key: Key, count: int) -> str | None:
-        if self._ranks(min(key.shape), count)[1]:
-            return None
-        return f"no direction of its own is left for each of {count} models, so this is iso_c"
+    def check(self, case: Case) -> Iterable[Verdict]:
+        if case.key is None or self._ranks(min(case.key.shape), case.count)[1]:
+            return ()
+        return remark_here(f"no direction of its own is left for each of {case.count} models, so this is iso_c")
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

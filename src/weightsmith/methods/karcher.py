@@ -11,22 +11,14 @@ import numpy as np
 from weightsmith.core.kernel import Mix
 from weightsmith.core.method import Each, integer, number
 from weightsmith.ops import gram
-from weightsmith.ops.combine import spread, unusable_weights
+from weightsmith.ops.combine import spread, usable_weights
 from weightsmith.ops.gram import Mixture
 
 __all__ = ["Karcher"]
 
 
 @dataclass(frozen=True)
-class Karcher(
-    Mixture,
-    name="karcher",
-    paper="Riemannian center of mass (Karcher, 1977); as in mergekit",
-    symmetric=True,
-    scratch=3.0,
-    pairs=True,
-    cost=3.8,
-):
+class Karcher(Mixture, name="karcher", checks=(usable_weights,)):
     """Average the directions and the lengths of the tensors apart.
 
     Per tensor: the Karcher mean of the directions x_i / |x_i| times the weighted mean of the lengths |x_i|.
@@ -39,14 +31,13 @@ class Karcher(
     nearly parallel tensors is noise of 3e-4, and drops tensors shorter than `tol`.
     """
 
+    paper = "Riemannian center of mass (Karcher, 1977); as in mergekit"
+
     mix: ClassVar[Mix] = Mix()
 
     max_iter: int = integer(10, "most steps", low=0)
     tol: float = number(1e-5, "length of a step, or angle, in radians, that counts as none", above=0)
     weight: Each = number(1.0, "weight of each model", low=0, each=True)
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return unusable_weights(spread(self.weight, count), True)
 
     def shares(self, products: np.ndarray) -> np.ndarray:
         weights, norms = np.array(spread(self.weight, len(products))), np.sqrt(products.diagonal())

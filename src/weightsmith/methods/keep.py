@@ -15,7 +15,7 @@ __all__ = ["Keep"]
 
 
 @dataclass(frozen=True)
-class Keep(Method, name="keep", keeps_expert=False, scratch=0.0, cost=0.0):
+class Keep(Method, name="keep"):
     """Take the base's tensor, or the first expert's where there is no base.
 
     Meant for rules and `exclude`.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Grain, Method, Pass, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Factored, Method, Pass, Scope, choice, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, disjoint, elect_sign, spread, weigh, weighted_sum
 from weightsmith.ops.noise import keep_masks
@@ -20,25 +21,7 @@ __all__ = ["Knots"]
 
 
 @dataclass(frozen=True)
-class Knots(
-    Method,
-    name="knots",
-    needs=(BASE,),
-    paper="KnOTS (Stoica et al., ICLR 2025), arXiv:2410.19735",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="keep",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=2.95,
-    square=4.1,
-    side="rows",
-    histograms=1,
-    cost=120.0,
-    cubic=True,
-    factored=True,
-    joint=True,
-):
+class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), otherwise="keep"):
     """Merge LoRA experts by TIES, or the plain mean, in a singular basis that all share.
 
     Per matrix: [tau_1 | ... | tau_T] = U S [V_1 | ... | V_T]^T (shared left; right: the same of the transposes), so
@@ -56,6 +39,8 @@ class Knots(
     (the authors cut at 1e-5 absolute, which loses small adapters).  LoRA adapters on the recipe's base are merged
     from their factors: an SVD of [m, T r] per matrix in place of [m, T n].
     """
+
+    paper = "KnOTS (Stoica et al., ICLR 2025), arXiv:2410.19735"
 
     density: Each = number(1.0, "share of each task's coordinates kept", above=0, high=1, each=True)
     scaling: Each = number(1.0, "factor of each task's coordinates", low=0, each=True, smooth=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from weightsmith.core.checks import Case, Verdict, by_depth, remark
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Filter, Pass, Scope, choice, number
+from weightsmith.core.method import BASE, MergedFilter, Pass, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
@@ -18,17 +19,7 @@ __all__ = ["Lines"]
 
 
 @dataclass(frozen=True)
-class Lines(
-    Filter,
-    name="lines",
-    needs=(BASE,),
-    paper="LiNeS (Wang et al., ICLR 2025), arXiv:2410.17146",
-    after=True,
-    by_depth=True,
-    keeps_expert=False,
-    scratch=1.5,
-    cost=4.5,
-):
+class Lines(MergedFilter, name="lines", needs=(BASE,), checks=(by_depth,)):
     """Scale the merged change by depth: less in early blocks, more in late ones.
 
     tau is multiplied by alpha + beta l / (L-1) in block l of L, by alpha outside the blocks.
@@ -44,11 +35,13 @@ class Lines(
     A stack of one block counts as the last.  Encoder and decoder have a depth each.
     """
 
+    paper = "LiNeS (Wang et al., ICLR 2025), arXiv:2410.17146"
+
     alpha: float | str = number("auto", "scale of the first block", low=0, options=("auto",), smooth=True)
     beta: float | str = number("auto", "what the last block gets on top of alpha", options=("auto",), smooth=True)
     outside: str = choice("alpha", "scale of tensors outside the blocks", "alpha", "depth")
 
-    def remark(self, count: int) -> str | None:
+    def check(self, case: Case) -> Iterable[Verdict]:
         said = []
         if not isinstance(self.alpha, str) and self.alpha > 1:
             said.append(f"alpha = {self.alpha:g} is above 1: more than the whole change")
@@ -57,7 +50,7 @@ class Lines(
         if self.alpha == 0 and self.outside == "alpha":
             said.append("alpha 0 gives embeddings, final norm and head back to the base; with outside: depth a tuned "
                         "head keeps its change")  # fmt: skip
-        return "; ".join(said) or None
+        return remark("; ".join(said))
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         return (RATIO,) if self.alpha == "auto" else ()

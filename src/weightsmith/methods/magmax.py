@@ -16,21 +16,15 @@ __all__ = ["Magmax"]
 
 
 @dataclass(frozen=True)
-class Magmax(
-    Method,
-    name="magmax",
-    needs=(BASE,),
-    paper="MagMax (Marczak et al., ECCV 2024), arXiv:2407.06322",
-    symmetric=True,
-    scratch=2.0,
-    cost=8.0,
-):
+class Magmax(Method, name="magmax", needs=(BASE,)):
     """Keep the largest change of every entry.
 
     Result: base + lambda delta, delta of the model that changed the entry most; of +x and -x, +x.
     Meant for tasks learned one after another, each model continuing from the one before (lambda 0.5 there), all
     compared with the first base.
     """
+
+    paper = "MagMax (Marczak et al., ECCV 2024), arXiv:2407.06322"
 
     lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
 

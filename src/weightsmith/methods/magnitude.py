@@ -20,22 +20,15 @@ __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
-class Magnitude(
-    Masking,
-    name="magnitude",
-    needs=(BASE,),
-    paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708, its trim step per tensor",
-    symmetric=True,
-    scratch=2.5,
-    histograms=1,
-    cost=8.0,
-):
+class Magnitude(Masking, name="magnitude", needs=(BASE,)):
     """Drop the smallest changes of every tensor.
 
     Kept: exactly the k = max(1, int(density numel)) largest |delta| of each tensor, equals by lower index.
     mergekit's `magnitude` sparsifier; with `rescale`, the survivors are multiplied by
     sum |delta| / sum |kept delta|.  Also the magnitude baseline of the DARE paper (per tensor).
     """
+
+    paper = "TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708, its trim step per tensor"
 
     density: Each = number(0.5, "share of each tensor's entries kept", above=0, high=1, each=True)
     rescale: bool = flag(False, "keep each tensor's L1 norm")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from weightsmith.core.checks import at_least
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
@@ -22,18 +23,7 @@ __all__ = ["ModelStock"]
 
 
 @dataclass(frozen=True)
-class ModelStock(
-    Mixture,
-    name="model_stock",
-    needs=(BASE,),
-    paper="Model Stock (Jang et al., ECCV 2024), arXiv:2403.19522",
-    symmetric=True,
-    keeps_expert=False,
-    min_count=2,
-    scratch=4.0,
-    pairs=True,
-    cost=2.2,
-):
+class ModelStock(Mixture, name="model_stock", needs=(BASE,), checks=(at_least(2),)):
     """Go from the base towards the average, as far as the angle between the models says.
 
     Result: base + t mean_i(delta_i), t = n cos / (1 + (n - 1) cos): models fine-tuned alike lie on a sphere's shell.
@@ -42,6 +32,8 @@ class ModelStock(
     and at any scale: mergekit shrinks the cosine of vectors whose norms multiply to less than 1e-6.  A task vector of
     zeros stands at a right angle to the others.  Orthogonal task vectors give the base.
     """
+
+    paper = "Model Stock (Jang et al., ECCV 2024), arXiv:2403.19522"
 
     mix: ClassVar[Mix] = Mix(deltas=True)
 

@@ -11,7 +11,7 @@ import numpy as np
 from weightsmith.core.kernel import Mix
 from weightsmith.core.method import Each, flag, number
 from weightsmith.core.parameter import is_tensor
-from weightsmith.ops.combine import shares_remark, spread, unusable_weights
+from weightsmith.ops.combine import shown_shares, spread, usable_weights
 from weightsmith.ops.gram import Mixture, vector
 
 __all__ = ["Multislerp"]
@@ -22,15 +22,7 @@ NOISE = 1e-7
 
 
 @dataclass(frozen=True)
-class Multislerp(
-    Mixture,
-    name="multislerp",
-    paper="Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit",
-    symmetric=True,
-    scratch=3.0,
-    pairs=True,
-    cost=2.2,
-):
+class Multislerp(Mixture, name="multislerp", checks=(usable_weights, shown_shares)):
     """Average the directions of the tensors, and give the result their mean length.
 
     Per tensor, x_i the models or, with a base, the task vectors: m = sum_i w_i x_i / (|x_i| + eps); the result is
@@ -41,17 +33,13 @@ class Multislerp(
     One model comes back as it is.
     """
 
+    paper = "Multi-SLERP (Goddard, 2024), barycentric on the sphere; as in mergekit"
+
     mix: ClassVar[Mix] = Mix(deltas=True)
 
     weight: Each = number(1.0, "weight of each model", each=True, smooth=True)
     normalize: bool = flag(True, "divide the weights by their sum (normalize_weights)")
     eps: float = number(1e-8, "what is added to lengths, and the shortest sum that has a direction", low=0)
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return unusable_weights(spread(self.weight, count), self.normalize)
-
-    def remark(self, count: int) -> str | None:
-        return shares_remark(spread(self.weight, count), self.normalize)
 
     def shares(self, products: Any) -> Any:
         if len(products) == 1:

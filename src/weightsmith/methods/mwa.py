@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from weightsmith.core.checks import Case, Verdict, refuse, remark
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Stage, choice, number
@@ -16,14 +17,7 @@ __all__ = ["Mwa"]
 
 
 @dataclass(frozen=True)
-class Mwa(
-    Summed,
-    name="mwa",
-    paper="Metrics-Weighted Averaging (Yu and Choi, 2025), arXiv:2504.18580",
-    symmetric=True,
-    scratch=0.5,
-    cost=1.0,
-):
+class Mwa(Summed, name="mwa"):
     """Average the checkpoints of one run by their loss, score or step.
 
     Result: sum_c u_c x_c / sum_c u_c over checkpoints x_c with metric m_c and penalty p.
@@ -41,6 +35,8 @@ class Mwa(
     smooth  since: the mean of the entries since the checkpoint before in its place; single training losses are noisy
     """
 
+    paper = "Metrics-Weighted Averaging (Yu and Choi, 2025), arXiv:2504.18580"
+
     value: Any = number("log", "loss, score or step of each checkpoint; log: what the trainer logged", options=("log",),
                         each=True)  # fmt: skip
     metric: str = choice("loss", "what the values are; of a loss the lowest is best", "loss", "steps", "score")
@@ -49,17 +45,20 @@ class Mwa(
     source: str = choice("train", "which logged loss", "train", "eval")
     smooth: str = choice("nearest", "the last logged loss, or the mean since the checkpoint before", "nearest", "since")
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        values = self._values(count)
+    def check(self, case: Case) -> Iterable[Verdict]:
+        values = self._values(case.count)
         if "log" in values:
             missing = self._reads and self.metric == "score"
-            return "a score is not in the log; give each model's value" if missing else None
+            return refuse("a score is not in the log; give each model's value" if missing else None)
         low = min(values)
         if self.rule == "power" and self.penalty and (low < 0 or (low == 0 and self.metric == "loss")):
             wanted = "above 0" if self.metric == "loss" else "of at least 0"
-            which = f"{low:g} (model {values.index(low) + 1} of {count})"
-            return f"rule power needs values {wanted}, not {which}; use rule softmax or rank"
-        return None
+            which = f"{low:g} (model {values.index(low) + 1} of {case.count})"
+            return refuse(f"rule power needs values {wanted}, not {which}; use rule softmax or rank")
+        if len(values) != case.count:
+            return ()
+        weights = self._weights(values)
+        return remark(f"weights {', '.join(f'{w / sum(weights):.4g}' for w in weights)}")
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """With the values that are in the log; equal ones where there is no penalty and so no need of them."""
@@ -73,13 +72,6 @@ class Mwa(
             return self
         found = tuple(read() if value == "log" else value for read, value in zip(readers, values, strict=True))
         return replace(self, value=found)
-
-    def remark(self, count: int) -> str | None:
-        values = self._values(count)
-        if "log" in values or len(values) != count:
-            return None
-        weights = self._weights(values)
-        return f"weights {', '.join(f'{w / sum(weights):.4g}' for w in weights)}"
 
     def fused(self, count: int) -> WeightedSum:
         weights = self._weights(self._values(count))

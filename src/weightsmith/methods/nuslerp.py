@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from weightsmith.core.checks import exactly
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Each, Grain, flag, number
@@ -19,18 +20,7 @@ __all__ = ["Nuslerp"]
 
 
 @dataclass(frozen=True)
-class Nuslerp(
-    Mixture,
-    name="nuslerp",
-    paper="Animating rotation with quaternion curves (Shoemake, 1985); as mergekit's nuslerp",
-    symmetric=True,
-    keeps_expert=False,
-    min_count=2,
-    max_count=2,
-    scratch=4.0,
-    pairs=True,
-    cost=1.9,
-):
+class Nuslerp(Mixture, name="nuslerp", checks=(exactly(2),)):
     """Go from one model to another along an arc, by weights, or row by row.
 
     The way along the arc is t = w_2 / (w_1 + w_2) (1/2 if the sum is below 1e-6):
@@ -41,14 +31,16 @@ class Nuslerp(
     float64 and at any scale (mergekit gives vectors shorter than 1e-7 no direction).
     """
 
+    paper = "Animating rotation with quaternion curves (Shoemake, 1985); as mergekit's nuslerp"
+
     mix: ClassVar[Mix] = Mix(deltas=True)
 
     weight: Each = number(1.0, "weight of each of the two models", each=True, smooth=True)
     flatten: bool = flag(True, "one angle per tensor")
     row_wise: bool = flag(False, "without flatten: slices along the first axis (mergekit's word for columns)")
 
-    @property
-    def grain(self) -> Grain:
+    @property  # a constant of the others
+    def grain(self) -> Grain:  # type: ignore[override]
         return Grain.TENSOR if self.row_wise and not self.flatten else Grain.ELEMENT
 
     def shares(self, products: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Found, Grain, Method, Pass, Scope, Stage, number
+from weightsmith.core.method import BASE, Found, Method, Pass, Scope, Stage, Whole, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.leading import LARGE, eigh, gram
@@ -22,19 +22,7 @@ __all__ = ["Opcm"]
 
 
 @dataclass(frozen=True)
-class Opcm(
-    Method,
-    name="opcm",
-    needs=(BASE,),
-    paper="OPCM (Tang et al., NeurIPS 2025), arXiv:2501.09522",
-    grain=Grain.TENSOR,
-    scratch=0.0,
-    matrix=13.0,
-    square=4.6,
-    cost=326.0,
-    cubic=True,
-    streams=1,
-):
+class Opcm(Whole, Method, name="opcm", needs=(BASE,), streams=1):
     """Add one change after another, each without the directions that are already in use.
 
     In recipe order, from A = tau_1, for t = 2, 3, ...: A = U S V^T, r = number of leading singular values up to the
@@ -48,6 +36,8 @@ class Opcm(
     are rounding noise).  For matrices of 256 or more rows and columns |A| is found in float32, up to 1e-4 of it.
     No order but the recipe's: the authors shuffle.
     """
+
+    paper = "OPCM (Tang et al., NeurIPS 2025), arXiv:2501.09522"
 
     alpha: float = number(0.5, "share of the merged spectrum that counts as occupied", low=0, below=1)
     merged: float | str = number(
@@ -68,9 +58,6 @@ class Opcm(
             merged=earlier.get("merged", 1) if self.merged == "auto" else self.merged,
             lambda_=earlier.get("lambda", 1.0) if self.lambda_ == "auto" else self.lambda_,
         )
-
-    def figures(self, found: Found) -> dict[str, float]:
-        return {f"opcm.norm.{i}": norm for one in found.values() for i, norm in enumerate(one.norms)}
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         first = next(iter(told.values()))
@@ -124,6 +111,9 @@ class _Norms(Pass[_Scale]):
 
         total = self.method.accumulated(site, seen(), norm=True)
         return {"squares": torch.stack(squares).cpu(), "total": block_sums(total.square()).cpu()}
+
+    def tells(self, result: _Scale) -> Mapping[str, float]:
+        return {f"opcm.norm.{i}": norm for i, norm in enumerate(result.norms)}
 
     def end(self, total: Mapping[str, Any]) -> _Scale:
         norms = total["squares"].sqrt()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number, registry
+from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
 from weightsmith.core.site import Site
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.combine import mean
 from weightsmith.ops.descent import adam, momentum_gain
 from weightsmith.ops.interference import Interference, frobenius, interference, start_of
@@ -24,20 +26,7 @@ DEFAULTS = {"full": ("adam", 1e-5, "sum"), "lora": ("sgd", 1e-4, "mean")}
 
 @dataclass(frozen=True)
 class Optmerge(
-    Method,
-    name="optmerge",
-    aliases=("wudi2",),
-    needs=(BASE,),
-    paper="OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.3,
-    matrix=17.0,
-    square=10.0,
-    cost=2100.0,
-    cubic=True,
+    Whole, Method, name="optmerge", aliases=("wudi2",), needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean
 ):
     """Find the low-rank change that disturbs the experts least, by gradient descent.
 
@@ -54,6 +43,8 @@ class Optmerge(
     With Adam, gradients to the experts pass through the start alone.
     """
 
+    paper = "OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892"
+
     variant: str = choice("full", "how the experts were made", "full", "lora")
     optimizer: str = choice("auto", "how the loss is lowered", "auto", "adam", "sgd")
     init: str = choice("auto", "where M starts", "auto", "sum", "mean")
@@ -61,9 +52,6 @@ class Optmerge(
     lr: float | str = number("auto", "learning rate", above=0, options=("auto",))
     momentum: float = number(0.9, "share of its speed that SGD keeps per step", low=0, below=1)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
-
-    def elsewhere(self) -> Stage:
-        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas

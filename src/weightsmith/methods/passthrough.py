@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weightsmith.core.checks import at_most
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.method import number
 from weightsmith.ops.combine import Summed
@@ -12,21 +13,15 @@ __all__ = ["Passthrough"]
 
 
 @dataclass(frozen=True)
-class Passthrough(
-    Summed,
-    name="passthrough",
-    paper="as in mergekit",
-    symmetric=True,
-    max_count=1,
-    scratch=0.5,
-    cost=3.0,
-):
+class Passthrough(Summed, name="passthrough", checks=(at_most(1),)):
     """Take one model's own tensors, for models put together of slices or modules.
 
     They are multiplied by `scale`.
     Other scales than 1 for some tensors weaken or silence parts of a block (o_proj and down_proj at 0 make it pass
     its input on).  The base takes no part.
     """
+
+    paper = "as in mergekit"
 
     scale: float = number(1.0, "factor of the tensor", smooth=True)
 

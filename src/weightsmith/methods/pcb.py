@@ -23,17 +23,7 @@ __all__ = ["Pcb"]
 
 
 @dataclass(frozen=True)
-class Pcb(
-    Method,
-    name="pcb",
-    needs=(BASE,),
-    paper="Parameter Competition Balancing (Du et al., NeurIPS 2024), arXiv:2410.02396",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=12.0,
-    histograms=2,
-    cost=77.0,
-):
+class Pcb(Method, name="pcb", needs=(BASE,)):
     """Score changes by size and agreement, and average those with the best scores.
 
     delta_i are n task vectors with d entries over the scope; norm(x) = (x - min) / (max - min), 0 where all are equal.
@@ -52,6 +42,8 @@ class Pcb(
     Their settings: ratio 0.2 for language and 0.05 to 0.1 for vision models, clip 0.01, vision lambda 1.2.  scope
     tensor takes all statistics tensor by tensor: fewer reads, but not the published method.
     """
+
+    paper = "Parameter Competition Balancing (Du et al., NeurIPS 2024), arXiv:2410.02396"
 
     variant: str = choice("release", "how agreement is scored", "release", "es", "vision", "paper")
     ratio: float = number(0.1, "share of the entries of each task vector with a score above 0", above=0, high=1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.core.keys import Key
+from weightsmith.core.checks import Case, Verdict, dims, leave
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, choice, integer, number
+from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
 from weightsmith.core.site import Site
-from weightsmith.methods.tsvm import FEW, scaled_mean
+from weightsmith.methods.task_arithmetic import scaled_mean
+from weightsmith.methods.tsvm import FEW
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
 
@@ -25,22 +26,7 @@ DESTROYED = 0.9
 
 
 @dataclass(frozen=True)
-class RTsvm(
-    Method,
-    name="r_tsvm",
-    needs=(BASE,),
-    paper="R-TSVM of Mix Data or Merge Models? (2025), arXiv:2502.06876; our reconstruction, no code was published",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.0,
-    matrix=3.5,
-    square=15.3,
-    cost=230.0,
-    cubic=True,
-    streams=2,
-):
+class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean):
     """Merge as `tsvm` does, with a weight per task from its outliers and a rank from its sparsity.
 
     Meant for task vectors with heavy tails.
@@ -58,6 +44,8 @@ class RTsvm(
     rank_min, get the plain mean.
     """
 
+    paper = "R-TSVM of Mix Data or Merge Models? (2025), arXiv:2502.06876; our reconstruction, no code was published"
+
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
     outlier_sigma: float = number(3.0, "standard deviations above the mean that make an outlier", above=0)
     weighting: str = choice(
@@ -73,11 +61,9 @@ class RTsvm(
         "none", "weights are held between 1 / weight_cap and weight_cap", low=1, options=("none",)
     )
 
-    def elsewhere(self) -> Stage:
-        return scaled_mean(self.scaling)
-
-    def leaves_out(self, key: Key, count: int) -> str:
-        return FEW if min(key.shape) < count * self.rank_min else ""
+    def check(self, case: Case) -> Iterable[Verdict]:
+        few = case.key is not None and min(case.key.shape) < case.count * self.rank_min
+        return leave(FEW if few else None)
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

@@ -16,21 +16,14 @@ __all__ = ["Ram", "active", "by_sharing"]
 
 
 @dataclass(frozen=True)
-class Ram(
-    Method,
-    name="ram",
-    needs=(BASE,),
-    paper="Behavior Knowledge Merge in Reinforced Agentic Models (2026), arXiv:2601.13572; as in mergekit",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=3.0,
-    cost=6.0,
-):
+class Ram(Method, name="ram", needs=(BASE,)):
     """Average what several models changed, and keep in full what only one did.
 
     Result: base + the mean of the changes of those models that changed the entry: |delta_i| > epsilon.
     An entry that one model changed keeps that change in full, instead of a share 1 / n of it.
     """
+
+    paper = "Behavior Knowledge Merge in Reinforced Agentic Models (2026), arXiv:2601.13572; as in mergekit"
 
     epsilon: float = number(1e-5, "size up to which a change counts as none", low=0)
 

@@ -19,22 +19,15 @@ __all__ = ["RamplusTl"]
 
 
 @dataclass(frozen=True)
-class RamplusTl(
-    Method,
-    name="ramplus_tl",
-    needs=(BASE,),
-    paper="Behavior Knowledge Merge in Reinforced Agentic Models (2026), arXiv:2601.13572, per tensor; as in mergekit",
-    symmetric=True,
-    keeps_expert=False,
-    scratch=3.0,
-    cost=14.0,
-):
+class RamplusTl(Method, name="ramplus_tl", needs=(BASE,)):
     """Merge as `ram` does, and enlarge what only one model changed.
 
     Entries that only model i changed are multiplied by 1 + r min(rho_i, alpha).
     rho_i is the number of entries that model i changed with others, over that of those it changed alone, per
     tensor; with none alone nothing is multiplied.
     """
+
+    paper = "Behavior Knowledge Merge in Reinforced Agentic Models (2026), arXiv:2601.13572, per tensor; as in mergekit"
 
     epsilon: float = number(1e-5, "size up to which a change counts as none", low=0)
     r: float = number(0.1, "strength of the rescaling", low=0, smooth=True)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import dims
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Each, Grain, Method, Stage, flag, number, registry
+from weightsmith.core.method import Each, Method, Stage, Whole, flag, number
 from weightsmith.core.parameter import is_tensor
 from weightsmith.core.site import Site
-from weightsmith.ops.combine import spread, weighted_sum
+from weightsmith.ops.combine import some_weight, spread, weighted_sum
 from weightsmith.ops.leading import LARGE
 
 if TYPE_CHECKING:
@@ -25,21 +26,7 @@ SINGULAR = 1e-12
 
 
 @dataclass(frozen=True)
-class Regmean(
-    Method,
-    name="regmean",
-    needs=("gram",),
-    paper="Dataless Knowledge Fusion by Merging Weights of Language Models (Jin et al., ICLR 2023), arXiv:2212.09849",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="linear",
-    symmetric=True,
-    scratch=0.0,
-    matrix=4.6,
-    solves=3.3,
-    cost=33.0,
-    cubic=True,
-):
+class Regmean(Whole, Method, name="regmean", needs=("gram",), checks=(some_weight, dims(2)), otherwise="linear"):
     """Make each linear layer reproduce what the models' layers give on their own inputs.
 
     Result: W = (sum_i W_i G_i)(sum_i G_i)^-1.
@@ -50,6 +37,8 @@ class Regmean(
     alpha < 1 make it regular (the authors' code inverts in float32 and returns noise).
     """
 
+    paper = "Dataless Knowledge Fusion by Merging Weights of Language Models (Jin et al., ICLR 2023), arXiv:2212.09849"
+
     alpha: float = number(
         0.9, "factor of the Grams' off-diagonal entries (reduce_non_diagonal_ratio)", low=0, high=1, smooth=True
     )
@@ -57,15 +46,9 @@ class Regmean(
     ridge: float = number(0.0, "added to the diagonal of the sum, relative to its mean (try 1e-6)", low=0, smooth=True)
     transposed: bool = flag(False, "weights are stored [in, out], as GPT-2's Conv1D does")
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        return None if any(spread(self.weight, count)) else "all weights are 0; give one model a positive weight"
-
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
         """Layers that the Grams' file lists as stored [in, out] are taken so, also where the matrix is square."""
         return replace(self, transposed=True) if key.name in notes.get("gram", {}).get("transposed", ()) else self
-
-    def elsewhere(self) -> Stage:
-        return registry("linear")(**{"weight": self.weight})
 
     def merge(self, site: Site) -> Tensor:
         experts = site.experts.transpose(1, 2) if self.transposed else site.experts

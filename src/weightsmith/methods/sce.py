@@ -23,15 +23,7 @@ __all__ = ["Sce"]
 
 
 @dataclass(frozen=True)
-class Sce(
-    Method,
-    name="sce",
-    needs=(BASE,),
-    paper="FuseChat (Wan et al., 2024), arXiv:2408.07990",
-    symmetric=True,
-    scratch=4.0,
-    cost=5.7,
-):
+class Sce(Method, name="sce", needs=(BASE,)):
     """Keep what the models differ in, and weigh each model by the energy of its changes.
 
     Three steps per tensor on n task vectors delta_i:
@@ -44,6 +36,8 @@ class Sce(
 
     equal_below 1e-6 is mergekit's: small task vectors, say all below 5e-4, are then weighted alike.  0 is the paper.
     """
+
+    paper = "FuseChat (Wan et al., 2024), arXiv:2408.07990"
 
     select_topk: float = number(1.0, "share of the entries that differ which is kept", low=0, high=1)
     equal_below: float = number(1e-6, "sum of mean squares below which all models weigh the same", low=0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from weightsmith.core.checks import Case, Count, Verdict, refuse
 from weightsmith.core.kernel import Mix
 from weightsmith.core.method import number
+from weightsmith.core.problem import Code
 from weightsmith.ops.gram import Mixture, arc_shares, vector
 
 __all__ = ["Slerp"]
@@ -16,16 +19,21 @@ PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
-class Slerp(
-    Mixture,
-    name="slerp",
-    paper="Animating rotation with quaternion curves (Shoemake, 1985); per tensor as in mergekit",
-    keeps_expert=False,
-    max_count=2,
-    scratch=2.0,
-    pairs=True,
-    cost=3.8,
-):
+class Ends(Count):
+    """Two models with the base, if there is one."""
+
+    def __call__(self, stage: Slerp, case: Case) -> Iterable[Verdict]:
+        if case.count + case.has_base == 2:
+            return ()
+        base = "a base and " if case.has_base else "no base and "
+        return refuse(
+            f"takes a base and one model, or two models without a base; the recipe has {base}{case.count} models",
+            Code.COUNT,
+        )
+
+
+@dataclass(frozen=True)
+class Slerp(Mixture, name="slerp", checks=(Ends(high=2),)):
     """Go from one model to another along an arc.
 
     Result: (sin((1-t) h) a + sin(t h) b) / sin h.
@@ -35,15 +43,11 @@ class Slerp(
     than 1e-8 no direction.  A vector of zeros stands at a right angle to everything, as there.
     """
 
+    paper = "Animating rotation with quaternion curves (Shoemake, 1985); per tensor as in mergekit"
+
     mix: ClassVar[Mix] = Mix(ends=True)
 
     t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1, smooth=True)
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        if count + has_base == 2:
-            return None
-        with_base = "a base and " if has_base else "no base and "
-        return f"takes a base and one model, or two models without a base; the recipe has {with_base}{count} models"
 
     def shares(self, products: Any) -> Any:
         (aa, ab), (_, bb) = products

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from weightsmith.core.checks import Case, Verdict, refuse
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.method import Each, integer, number
 from weightsmith.ops.combine import Summed, spread
@@ -12,14 +14,7 @@ __all__ = ["Soup"]
 
 
 @dataclass(frozen=True)
-class Soup(
-    Summed,
-    name="soup",
-    paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
-    symmetric=True,
-    scratch=0.5,
-    cost=2.0,
-):
+class Soup(Summed, name="soup"):
     """Average the models with the best scores.
 
     Taken are the `size` models with the highest score, equals in recipe order; size 0: all of them.
@@ -28,15 +23,17 @@ class Soup(
     `weightsmith soup` makes it with a program that scores a folder, `weightsmith.greedy_soup` with a function.
     """
 
+    paper = "Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482"
+
     score: Each = number(0.0, "validation score of each model, higher is better", each=True)
     size: int = integer(0, "how many of the best models are averaged; 0: all", low=0)
 
-    def check(self, count: int, has_base: bool) -> str | None:
-        if self.size > count:
-            return f"size = {self.size} is more than the {count} models"
-        if 0 < self.size < count and len(set(spread(self.score, count))) == 1:
-            return f"size = {self.size} of {count} models needs a score for each of them"
-        return None
+    def check(self, case: Case) -> Iterable[Verdict]:
+        if self.size > case.count:
+            return refuse(f"size = {self.size} is more than the {case.count} models")
+        if 0 < self.size < case.count and len(set(spread(self.score, case.count))) == 1:
+            return refuse(f"size = {self.size} of {case.count} models needs a score for each of them")
+        return ()
 
     def fused(self, count: int) -> WeightedSum:
         scores = spread(self.score, count)

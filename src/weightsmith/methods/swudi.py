@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.core.method import BASE, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.checks import dims
+from weightsmith.core.method import BASE, Method, Whole, choice, number
 from weightsmith.core.site import Site
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.interference import STARTS, flowed
 
 if TYPE_CHECKING:
@@ -16,22 +18,7 @@ __all__ = ["Swudi"]
 
 
 @dataclass(frozen=True)
-class Swudi(
-    Method,
-    name="swudi",
-    needs=(BASE,),
-    paper="OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892: spectral WUDI in its authors' code",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.4,
-    matrix=2.4,
-    square=2.5,
-    side="columns",
-    cost=65.0,
-    cubic=True,
-):
+class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
     """Lower `wudi`'s loss in the leading directions only, in closed form.
 
     The closed form is that of gradient flow for a time.
@@ -46,14 +33,13 @@ class Swudi(
     The authors use rank_ratio 0.65 for CLIP and 0.85 for language models.  One eigendecomposition per matrix.
     """
 
+    paper = "OptMerge (Wei et al., ICLR 2026), arXiv:2505.19892: spectral WUDI in its authors' code"
+
     time: float | str = number(300.0, "time of the gradient flow", low=0, options=("inf",))
     rank_ratio: float = number(0.65, "share of the eigenvalues that take part", above=0, high=1)
     init: str = choice("sum", "where M starts", *STARTS)
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
-
-    def elsewhere(self) -> Stage:
-        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
 
     def merge(self, site: Site) -> Tensor:
         count = max(1, int(site.block_shape[1] * self.rank_ratio + 0.999))

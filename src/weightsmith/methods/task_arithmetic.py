@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.method import BASE, Each, flag, number
-from weightsmith.ops.combine import Summed, normaliser, shares_remark, spread, unusable_weights
+from weightsmith.ops.combine import (
+    Summed,
+    normaliser,
+    shown_shares,
+    spread,
+    usable_weights,
+)
 
-__all__ = ["TaskArithmetic"]
+__all__ = ["TaskArithmetic", "scaled_mean"]
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(
-    Summed,
-    name="task_arithmetic",
-    needs=(BASE,),
-    paper="Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089",
-    symmetric=True,
-    scratch=1.25,
-    cost=1.0,
-):
+class TaskArithmetic(Summed, name="task_arithmetic", needs=(BASE,), checks=(usable_weights, shown_shares)):
     """Add the models' changes to the base, scaled by lambda.
 
     Result: base + lambda sum_i w_i (x_i - base).
@@ -29,17 +28,20 @@ class TaskArithmetic(
     C, B and A make the analogy C + (B - A).  Always float32, also for bf16 models.
     """
 
+    paper = "Editing Models with Task Arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089"
+
     weight: Each = number(1.0, "factor of each task vector", each=True, smooth=True)
     lambda_: float = number(1.0, "factor of their sum", smooth=True)
     normalize: bool = flag(False, "divide by the sum of the weights")
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return unusable_weights(spread(self.weight, count), self.normalize)
-
-    def remark(self, count: int) -> str | None:
-        return shares_remark(spread(self.weight, count), self.normalize)
 
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
         divisor = normaliser(weights, self.normalize)
         return WeightedSum(weights, divisor=divisor, scale=1.0 * self.lambda_, deltas=True)
+
+
+def scaled_mean(stage: Any) -> TaskArithmetic:
+    """base + scaling mean_t(tau_t): what a spectral method with `scaling` does with tensors that are no matrices."""
+    if isinstance(stage.scaling, tuple):
+        return TaskArithmetic(weight=stage.scaling, lambda_=1 / len(stage.scaling))
+    return TaskArithmetic(lambda_=stage.scaling, normalize=True)  # the sum of weights 1 becomes the mean

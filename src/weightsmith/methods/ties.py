@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core import kernel
+from weightsmith.core.checks import Case, Verdict, remark
 from weightsmith.core.kernel import Vote, sign_of_zero
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Found, Method, Pass, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Method, Pass, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
 from weightsmith.ops.reduce import block_squares
-from weightsmith.ops.select import Cuts, Largest
+from weightsmith.ops.select import Largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,17 +24,7 @@ __all__ = ["Ties"]
 
 
 @dataclass(frozen=True)
-class Ties(
-    Method,
-    name="ties",
-    needs=(BASE,),
-    paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
-    symmetric=True,
-    scratch=2.5,
-    matrix=2.1,
-    histograms=2,
-    cost=7.0,
-):
+class Ties(Method, name="ties", needs=(BASE,)):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.
 
     1. Trim each task vector to its largest |delta|.  scope global (the authors' code): every entry at or above
@@ -50,6 +41,8 @@ class Ties(
     against the authors' numbers); a norm of 0 has no voice.
     """
 
+    paper = "TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708"
+
     density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
     weight: Each = number(1.0, "factor of each task vector, before the vote", each=True, smooth=True)
     lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
@@ -58,14 +51,14 @@ class Ties(
     zero_sign: str = choice("majority", "sign where the vote is tied", "majority", "minority", "plus")
     aggregate: str = choice("mean", "how agreeing changes are combined", *AGGREGATES)
 
-    def remark(self, count: int) -> str | None:
-        weights = spread(self.weight, count)
+    def check(self, case: Case) -> Iterable[Verdict]:
+        weights = spread(self.weight, case.count)
         if self.aggregate != "mean" or min(weights) >= 0:
-            return None
-        return (
-            f"weight {min(weights):g} (model {weights.index(min(weights)) + 1} of {count}): with aggregate mean the "
-            "divisor is the sum of the weights that agree, as in mergekit: where only this one does, its change counts "
-            "with its sign turned back, and where the sum is near 0 the change grows; aggregate: sum (mergekit: "
+            return ()
+        return remark(
+            f"weight {min(weights):g} (model {weights.index(min(weights)) + 1} of {case.count}): with aggregate mean "
+            "the divisor is the sum of the weights that agree, as in mergekit: where only this one does, its change "
+            "counts with its sign turned back, and where the sum is near 0 the change grows; aggregate: sum (mergekit: "
             "normalize: false) divides by nothing"
         )
 
@@ -81,12 +74,8 @@ class Ties(
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         first = next(iter(told.values()))
         for i, (name, density) in enumerate(zip(names, spread(self.density, len(names)), strict=True)):
-            if (changed := first.get(f"ties.changed.{i}")) is not None:
+            if (changed := first.get(f"cut.changed.{i}")) is not None:
                 yield f"density = {density:g} trims nothing of {name}: of its changes only {changed:.2%} are not 0"
-
-    def figures(self, found: Found) -> dict[str, float]:
-        cuts = [result for result in found.values() if isinstance(result, Cuts)] if self.scope is Scope.MODEL else []
-        return {f"ties.changed.{i}": share for one in cuts for i, share in one.untrimmed().items()}
 
     def fused(self, count: int) -> Vote | None:
         if self.sign != "mass" or self.aggregate == "max":

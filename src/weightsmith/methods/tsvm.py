@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from weightsmith.core.keys import Key
+from weightsmith.core.checks import Case, Verdict, dims, leave
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Grain, Method, Stage, choice, number, registry
+from weightsmith.core.method import BASE, Each, Factored, Method, choice, number
 from weightsmith.core.site import Site
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.combine import spread
 from weightsmith.ops.spectral import Matrix, matrices, orthogonal_sum, svd_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FEW", "Tsvm", "scaled_mean"]
+__all__ = ["FEW", "Tsvm"]
 
 FEW = "matrices too small for a triplet of every model"
 
 
 @dataclass(frozen=True)
-class Tsvm(
-    Method,
-    name="tsvm",
-    needs=(BASE,),
-    paper="Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081",
-    grain=Grain.TENSOR,
-    domain=(2, 4),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.0,
-    matrix=2.2,
-    square=16.1,
-    cost=250.0,
-    cubic=True,
-    streams=1,
-    factored=True,
-):
+class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims(2, 4),), otherwise=scaled_mean):
     """Keep the leading singular directions of every change, and make them orthogonal.
 
     Kept are k triplets of each of T task vectors.
@@ -59,6 +44,8 @@ class Tsvm(
              dimensions but the first are joined (kernels of a convolution)
     """
 
+    paper = "Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081"
+
     scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True, smooth=True)
     rank_fraction: float | str = number(
         "auto",
@@ -72,13 +59,12 @@ class Tsvm(
     )
     beyond: str = choice("mean", "tensors of more than two dimensions", "mean", "slices", "flatten")
 
-    def elsewhere(self) -> Stage:
-        return scaled_mean(self.scaling)
-
-    def leaves_out(self, key: Key, count: int) -> str:
-        if len(key.shape) > 2 and self.beyond == "mean":
-            return "tensors of more than two dimensions"
-        return "" if self._rank(self._smaller(key.shape), count) else FEW
+    def check(self, case: Case) -> Iterable[Verdict]:
+        if case.key is None:
+            return ()
+        if len(case.key.shape) > 2 and self.beyond == "mean":
+            return leave("tensors of more than two dimensions")
+        return leave(None if self._rank(self._smaller(case.key.shape), case.count) else FEW)
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
@@ -115,13 +101,3 @@ class Tsvm(
         if isinstance(self.rank_fraction, str):
             return smaller // count
         return int(smaller * self.rank_fraction + 1e-9)  # 0.1 * 30 is 3, whatever the binary fraction says
-
-
-def scaled_mean(scaling: Each) -> Stage:
-    """base + scaling mean_t(tau_t): what the spectral methods do with tensors that are no matrices."""
-    parameters: dict[str, Any]
-    if isinstance(scaling, tuple):
-        parameters = {"weight": scaling, "lambda_": 1 / len(scaling)}
-    else:
-        parameters = {"lambda_": scaling, "normalize": True}  # the sum of weights 1 becomes the mean
-    return registry("task_arithmetic")(**parameters)

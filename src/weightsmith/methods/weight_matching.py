@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.core.method import Each, Grain, Method, number
+from weightsmith.core.method import Each, GroupMethod, number
 from weightsmith.core.site import Group
 from weightsmith.core.symmetry import groups, permute
 from weightsmith.ops.assign import best_pairing, similarity
-from weightsmith.ops.combine import spread, unusable_weights
+from weightsmith.ops.combine import spread, usable_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,21 +18,7 @@ __all__ = ["WeightMatching"]
 
 
 @dataclass(frozen=True)
-class WeightMatching(
-    Method,
-    name="weight_matching",
-    paper="arXiv:2209.04836",
-    grain=Grain.GROUP,
-    group="mlp",
-    otherwise="linear",
-    scratch=0.6,
-    matrix=2.3,
-    square=5.3,
-    side="units",
-    imports=35_000_000,  # SciPy's optimize
-    cost=42.0,
-    cubic=True,
-):
+class WeightMatching(GroupMethod, name="weight_matching", checks=(usable_weights,), otherwise="linear"):
     """Reorder the hidden units of every MLP onto the reference's, then average.
 
     The reference is the base, or the first expert where there is none.  For each expert the permutation P of an
@@ -41,6 +27,9 @@ class WeightMatching(
     do not depend on each other).  Permuted experts compute what they computed before.  Tensors outside the MLPs
     are averaged.  Fine-tunes of one base are aligned already: the permutation is then the identity.
     """
+
+    kind = "mlp"
+    paper = "arXiv:2209.04836"
 
     weight: Each = number(1.0, "weight of each model in the average", each=True)
 
@@ -63,7 +52,3 @@ class WeightMatching(
                 own = tensor * weights[i]
                 added[name] = added[name] + own if name in added else own
         return {name: total / sum(weights) for name, total in added.items()}
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        """The weights are divided by their sum."""
-        return unusable_weights(spread(self.weight, count), True)

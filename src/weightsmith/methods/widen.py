@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import with_base
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Grain, Method, flag, number
+from weightsmith.core.method import Method, Whole, flag, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
 from weightsmith.ops.reduce import pairwise_sum, row_products
@@ -19,17 +20,7 @@ __all__ = ["Widen"]
 
 
 @dataclass(frozen=True)
-class Widen(
-    Method,
-    name="widen",
-    paper="Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models (Yu et al., 2024), "
-    "arXiv:2408.03092",
-    grain=Grain.TENSOR,
-    symmetric=True,
-    scratch=1.2,
-    matrix=1.4,
-    cost=9.0,
-):
+class Widen(Whole, Method, name="widen", checks=(with_base,)):
     """Weigh the columns of every model by the ranks of their changes.
 
     Ranks are comparable when sizes are not.
@@ -46,12 +37,13 @@ class Widen(
     authors' code: NaN).
     """
 
+    paper = (
+        "Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models (Yu et al., 2024), arXiv:2408.03092"
+    )
+
     above_average_value_ratio: float = number(1.0, "t: what is important, as a multiple of the mean rank", low=0)
     score_calibration_value: float = number(1.0, "s: score of what is important", above=0)
     transpose_embeddings: bool = flag(True, "embeddings are stored [tokens, size]: rank tokens")
-
-    def check(self, count: int, has_base: bool) -> str | None:
-        return None if has_base else "needs a base model; add base to the recipe"
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Grain, Method, Stage, integer, number, registry
+from weightsmith.core.method import BASE, Method, Whole, integer, number
 from weightsmith.core.site import Site
+from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.descent import adam
 from weightsmith.ops.interference import frobenius, interference, start_of
 
@@ -18,22 +20,7 @@ __all__ = ["Wudi"]
 
 
 @dataclass(frozen=True)
-class Wudi(
-    Method,
-    name="wudi",
-    needs=(BASE,),
-    paper="Whoever Started the Interference Should End It (Cheng et al., ICML 2025), arXiv:2503.08099",
-    grain=Grain.TENSOR,
-    domain=(2, 2),
-    otherwise="task_arithmetic",
-    symmetric=True,
-    scratch=0.4,
-    matrix=5.7,
-    square=3.8,
-    side="columns",
-    cost=1900.0,
-    cubic=True,
-):
+class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
     """Find the change that disturbs the experts least, by gradient descent.
 
     From the sum M of the task vectors, Adam lowers sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2.
@@ -47,12 +34,11 @@ class Wudi(
     number of tasks.  A task vector of zeros has no say.  Gradients to the experts pass through the start alone.
     """
 
+    paper = "Whoever Started the Interference Should End It (Cheng et al., ICML 2025), arXiv:2503.08099"
+
     iters: int = integer(300, "steps of Adam", low=0)
     lr: float = number(1e-5, "learning rate: about the most an entry moves per step", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
-
-    def elsewhere(self) -> Stage:
-        return registry("task_arithmetic")(**{"lambda_": self.scaling, "normalize": True})
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas

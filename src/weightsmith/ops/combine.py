@@ -8,10 +8,11 @@ products are rounded before they are added, as on every other device.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.checks import Case, Verdict, refuse, remark
 from weightsmith.core.kernel import WeightedSum
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Method
@@ -31,9 +32,10 @@ __all__ = [
     "mean",
     "normaliser",
     "per_expert",
-    "shares_remark",
+    "shown_shares",
+    "some_weight",
     "spread",
-    "unusable_weights",
+    "usable_weights",
     "weigh",
     "weighted_sum",
 ]
@@ -74,21 +76,36 @@ def normaliser(weights: Sequence[float], normalize: bool) -> float:
     return sum(weights) if normalize else 1.0
 
 
-def unusable_weights(weights: Sequence[float], normalize: bool) -> str | None:
-    """The problem with dividing by a sum of weights that is zero or negative, or None."""
+# --- checks of the weights (`core.checks`)
+
+
+def some_weight(stage: Any, case: Case) -> Iterable[Verdict]:
+    """The weights are not all 0."""
+    some = any(spread(stage.weight, case.count))
+    return refuse(None if some else "all weights are 0; give one model a positive weight")
+
+
+def usable_weights(stage: Any, case: Case) -> Iterable[Verdict]:
+    """The sum of the weights can be divided by; `normalize` says whether it is (without it: always)."""
+    weights = spread(stage.weight, case.count)
     listed, total = ", ".join(f"{w:g}" for w in weights), sum(weights)
-    if normalize and abs(total) < ZERO_WEIGHT:
-        return f"weights {listed} sum to zero, which cannot be normalized; set normalize: false"
-    if normalize and total < 0:
-        return f"weights {listed} sum to {total:g}: normalizing turns all their signs around; set normalize: false"
-    return None
+    if not getattr(stage, "normalize", True):
+        return ()
+    if abs(total) < ZERO_WEIGHT:
+        return refuse(f"weights {listed} sum to zero, which cannot be normalized; set normalize: false")
+    if total < 0:
+        return refuse(
+            f"weights {listed} sum to {total:g}: normalizing turns all their signs around; set normalize: false"
+        )
+    return ()
 
 
-def shares_remark(weights: Sequence[float], normalize: bool) -> str | None:
-    """What the shares become where a negative weight makes the others larger than they look, or None."""
-    if not normalize or min(weights) >= 0 or unusable_weights(weights, normalize):
-        return None
-    return f"normalized, the weights are {', '.join(f'{w / sum(weights):.4g}' for w in weights)}"
+def shown_shares(stage: Any, case: Case) -> Iterable[Verdict]:
+    """What the shares become where a negative weight makes the others larger than they look."""
+    weights = spread(stage.weight, case.count)
+    if not stage.normalize or min(weights) >= 0 or usable_weights(stage, case):
+        return ()
+    return remark(f"normalized, the weights are {', '.join(f'{w / sum(weights):.4g}' for w in weights)}")
 
 
 @dataclass(frozen=True)

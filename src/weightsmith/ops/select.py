@@ -95,6 +95,12 @@ class Cut(Pass[Cuts]):
     def rounds(self) -> int:
         return 2 if self.with_equals else 3
 
+    def tells(self, result: Cuts) -> Mapping[str, float]:
+        """cut.changed.i: of a cut over the model that trims nothing of list i, the share of its entries not 0."""
+        if self.scope is not Scope.MODEL:
+            return {}
+        return {f"cut.changed.{i}": share for i, share in result.untrimmed().items()}
+
     @abstractmethod
     def ranks(self, total: int) -> Sequence[Sequence[int]]:
         """For each of n lists, how many of its `total` entries come before each of its cuts."""

@@ -1,4 +1,4 @@
-"""How long a plan takes, roughly: what its methods declare per parameter and expert, and the bytes it moves.
+"""How long a plan takes, roughly: what its methods cost per parameter and expert, and the bytes it moves.
 
 All figures are of one machine (docs/benchmarks.md): processor seconds of one core of an AMD EPYC, default parameters.
 Other processors, other parameters (steps of an iteration, ranks) and busy neighbours change them by a small factor.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from weightsmith.core.method import Stage, Traits
+from weightsmith.core.costs import Costs
+from weightsmith.core.method import Stage
 from weightsmith.core.task import Task
+from weightsmith.plan.costs import costs_of
 
 __all__ = ["SIDE", "estimate", "seconds_at_7b", "stage_seconds"]
 
@@ -25,7 +27,7 @@ _7B = (7e9, 4096)
 
 
 def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> float | None:
-    """Seconds of a run on one core of the reference machine; None if a stage does not declare its cost.
+    """Seconds of a run on one core of the reference machine; None if the time of a stage is not known.
 
     experts  how many models are merged
     read, written  bytes; downloads are not counted
@@ -34,23 +36,23 @@ def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> fl
     for task in tasks:
         for stage in task.pipeline.stages if task.pipeline is not None else ():
             for parameters, side in _sizes(task):
-                spent = stage_seconds(stage.traits, parameters, side)
+                spent = stage_seconds(costs_of(stage), parameters, side)
                 if spent is None:
                     return None
                 total += spent * experts
     return total
 
 
-def stage_seconds(traits: Traits, parameters: float, side: int) -> float | None:
-    """Of one stage and one expert, on matrices of this smaller side; None if it declares no cost."""
-    if traits.cost is None:
+def stage_seconds(costs: Costs, parameters: float, side: int) -> float | None:
+    """Of one stage and one expert, on matrices of this smaller side; None if not known."""
+    if costs.seconds is None:
         return None
-    return traits.cost * parameters / 1e9 * (side / SIDE if traits.cubic else 1.0)
+    return costs.seconds * parameters / 1e9 * (side / SIDE if costs.cubic else 1.0)
 
 
 def seconds_at_7b(stage: type[Stage]) -> float | None:
     """The same for a model of 7e9 parameters."""
-    return stage_seconds(stage.traits, *_7B)
+    return stage_seconds(costs_of(stage), *_7B)
 
 
 def _sizes(task: Task) -> Iterable[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""How many bytes a task takes at once, as its stages declare it (`Traits`): predicted, from shapes alone."""
+"""How many bytes a task takes at once, from the costs of its stages (`plan.costs`): predicted, from shapes alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Filter, Grain, Pipeline
+from weightsmith.core.method import Filter, Grain, MergedFilter, Pipeline
 from weightsmith.core.task import block_size, keeps_rows, one_by_one, row_step
+from weightsmith.plan.costs import costs_of
 
 __all__ = ["HELD", "factored_peak", "group_peak", "kernel_peak", "measured", "scratch", "task_peak"]
 
@@ -60,7 +61,7 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
 def group_peak(keys: Sequence[Key], units: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
     """The same for all tensors of a group, and of what its method makes of pairs of its units."""
     whole = sum(task_peak(key, key.rows, count, has_base, pipeline) - HELD_WHOLE for key in keys) + HELD_WHOLE
-    square = max(s.traits.square * (s.traits.side == "units") for s in pipeline.stages)
+    square = max(costs.square * (costs.side == "units") for costs in map(costs_of, pipeline.stages))
     return whole + int(square * 4 * units**2)
 
 
@@ -68,12 +69,12 @@ def factored_peak(key: Key, ranks: Sequence[int], pipeline: Pipeline | None) -> 
     """`task_peak` for experts whose task vectors stay products, of these ranks: there is no stack.
 
     The base and the result, in between in float64; the factors side by side and what they are decomposed into; and
-    where the method has them (`Traits.joint`) the coordinates of every expert in the space of all.
+    where the method has them (`Costs.joint`) the coordinates of every expert in the space of all.
     """
     width, joint = 8 if key.dtype == "float64" else 4, sum(ranks)
     made = 6 * key.numel
     decomposed = 4 * joint * (key.rows + key.row_numel)
-    holding = [stage for stage in pipeline.stages if stage.traits.joint] if pipeline is not None else []
+    holding = [stage for stage in pipeline.stages if costs_of(stage).joint] if pipeline is not None else []
     copies = (
         5 if any(stage.passes(len(ranks)) for stage in holding) else 3 if holding else 0
     )  # halves; measuring them takes more
@@ -85,9 +86,9 @@ def scratch(pipeline: Pipeline, inputs: int, rows: int, columns: int, width: int
     """Peak bytes beside the inputs, which are so many blocks of rows x columns entries of `width` bytes."""
     matrix = rows * columns * width
     squares = {"smaller": min(rows, columns) ** 2, "rows": rows**2, "columns": columns**2, "units": 0}
-    each = [s.traits for s in pipeline.used]
-    most = max((t.scratch * inputs + t.matrix) * matrix + t.square * squares[t.side] * width for t in each)
-    filtered = any(isinstance(s, Filter) and not s.traits.after for s in pipeline.used)
+    each = [costs_of(stage) for stage in pipeline.used]
+    most = max((c.scratch * inputs + c.matrix) * matrix + c.square * squares[c.side] * width for c in each)
+    filtered = any(isinstance(s, Filter) and not isinstance(s, MergedFilter) for s in pipeline.used)
     between = 0 if len(each) == 1 else inputs if filtered else 1  # what one stage hands to the next
     return int(most) + between * matrix
 
@@ -99,10 +100,10 @@ def measured(pipeline: Pipeline, rows: int, count: int, sets: int = 2, lists: in
     lists  that are counted, by default the task vectors
     pairs  numbers row by row: as they come, joined, and half summed up
     """
-    found = [s.traits for s in pipeline.stages if s.passes(count)]
+    found = [costs_of(stage) for stage in pipeline.stages if stage.passes(count)]
     lists = lists or count
-    counts = HISTOGRAM * sets * lists * max((t.histograms for t in found), default=0)
-    return counts + any(t.pairs for t in found) * 3 * 8 * rows * lists * (lists + 1) // 2
+    counts = HISTOGRAM * sets * lists * max((costs.histograms for costs in found), default=0)
+    return counts + any(costs.pairs for costs in found) * 3 * 8 * rows * lists * (lists + 1) // 2
 
 
 def _spans(key: Key, pipeline: Pipeline) -> list[int]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from weightsmith.core.checks import Case, Level
 from weightsmith.core.errors import WeightsmithError, problems_of, some
 from weightsmith.core.keys import Key, depths
-from weightsmith.core.method import BASE, Grain, Pipeline, Stage
+from weightsmith.core.method import BASE, Grain, GroupMethod, Pipeline, Stage
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.symmetry import groups
 from weightsmith.core.task import Task, Way, cuttable, parts
@@ -17,6 +18,7 @@ from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
+from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
@@ -158,10 +160,11 @@ class Planner:
         for before, stage in zip(pipeline.stages, informed, strict=True):
             if stage != before:
                 self._check_stage(stage)
-        for stage in informed:
-            if remark := stage.remark_on(key, len(self.inputs.experts)):
-                words = f"{stage.name}: {remark}"
-                self.warnings.share(Code.STAGE, key.name, words, partial(_remark, words))
+        for stage in informed if self.inputs.count else ():
+            for verdict in stage.verdicts(self._case(key)):
+                if verdict.level is Level.HERE:
+                    words = f"{stage.name}: {verdict.text}"
+                    self.warnings.share(verdict.code, key.name, words, partial(_remark, words))
         return Pipeline(informed), "", reason
 
     def _has_base(self, pipeline: Pipeline) -> bool:
@@ -188,9 +191,16 @@ class Planner:
         for problem, optional in Unmatched.among(self.inputs).problems(self.recipe):
             (self.warnings if optional else self.problems).add(problem)
 
+    def _case(self, key: Key | None = None) -> Case:
+        return Case(self.inputs.count, self.inputs.has_base, key, self._blocks)
+
     @cached_property
-    def _miscounted(self) -> str | None:
-        return miscounted(self.reference) if self.reference is not None else None
+    def _blocks(self) -> str:
+        """What is wrong with the block numbers in the tensors' names."""
+        if self.names and not self.depth:
+            return "no tensor's name holds a block number (layers.0., h.0., ...)"
+        found = miscounted(self.reference) if self.reference is not None else None
+        return f"{found}; correct the one or the other" if found else ""
 
     def _may_encode(self, pipeline: Pipeline) -> bool:
         if not self.encode:
@@ -206,27 +216,15 @@ class Planner:
         count = self.inputs.count
         if not count:
             return  # that no model is there is the problem
-        traits = stage.traits
-        if traits.by_depth and not self.depth and self.names:
-            text = f"{traits.name} works by depth, but no tensor's name holds a block number (layers.0., h.0., ...)"
-            self.problems.say(Code.DEPTH, traits.name, text)
-        elif traits.by_depth and self._miscounted:
-            text = f"{traits.name} works by depth, but {self._miscounted}; correct the one or the other"
-            self.problems.say(Code.DEPTH, traits.name, text)
-        if wrong := stage.check(count, self.inputs.has_base):
-            self.problems.say(Code.STAGE, traits.name, f"{traits.name}: {wrong}")
-        elif count < traits.min_count or (traits.max_count is not None and count > traits.max_count):
-            wanted = f"{traits.min_count}" if traits.min_count == traits.max_count else f"at least {traits.min_count}"
-            if traits.max_count is not None and traits.min_count != traits.max_count:
-                wanted = f"{traits.min_count} to {traits.max_count}"
-            self.problems.say(Code.COUNT, traits.name, f"{traits.name} takes {wanted} models, the recipe has {count}")
-        if remark := stage.remark(count):
-            self.warnings.say(Code.STAGE, traits.name, f"{traits.name}: {remark}")
+        for level, text, code in stage.verdicts(self._case()):
+            if level in (Level.REFUSE, Level.REMARK):
+                said = self.problems if level is Level.REFUSE else self.warnings
+                said.say(code, stage.name, f"{stage.name}: {text}")
         for parameter in stage.parameters():
             value = getattr(stage, parameter.field)
             if parameter.each and isinstance(value, tuple) and len(value) != count:
-                text = f"{traits.name}: {parameter.name} has {len(value)} values for {count} models"
-                self.problems.say(Code.COUNT, traits.name, text)
+                text = f"{stage.name}: {parameter.name} has {len(value)} values for {count} models"
+                self.problems.say(Code.COUNT, stage.name, text)
 
     def _in_domain(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline, str] | None:
         """The pipeline, or what its method falls back to where it does not apply."""
@@ -247,11 +245,9 @@ class Planner:
 
     def _outside(self, key: Key, stage: Stage) -> tuple[str, Code, Callable[[Tensors], str]] | None:
         """(short reason, code and text of a problem) if this stage cannot work on this tensor."""
-        low_high = stage.traits.domain
-        if low_high is not None and not low_high[0] <= len(key.shape) <= low_high[1]:
-            return f"{len(key.shape)}-D tensors", Code.OUTSIDE, partial(_of_shape, stage.name, key.shape)
-        if self.inputs.experts and (kind := stage.leaves_out(key, len(self.inputs.experts))):
-            return kind, Code.OUTSIDE, partial(_left_out, stage.name, kind)
+        for level, kind, _ in stage.verdicts(self._case(key)) if self.inputs.count else ():
+            if level is Level.LEAVE:
+                return kind, Code.OUTSIDE, partial(_left_out, stage.name, kind, key.shape)
         for stat in stage.traits.needs:
             if stat == BASE:
                 continue
@@ -334,8 +330,10 @@ class Planner:
 
     def _grouped(self, pipeline: Pipeline, keys: list[Key]) -> Iterable[Task]:
         assert self.reference is not None
+        method = pipeline.method
+        assert isinstance(method, GroupMethod)
         rest = {k.name: k for k in keys}
-        for group in groups(keys, kind=pipeline.method.traits.group):
+        for group in groups(keys, kind=method.kind):
             members = [rest.pop(n) for n in group.names if n in rest]
             peak = group_peak(members, group.size, len(self.inputs.experts), self.inputs.base is not None, pipeline)
             yield Task(
@@ -348,21 +346,21 @@ class Planner:
                 peak=peak,
                 way=Way.GROUP,
                 group=group.name,
-                reason=f"group {pipeline.method.traits.group}",
+                reason=f"group {method.kind}",
             )
-        other = pipeline.method.elsewhere()
+        other = method.elsewhere()
         for key in rest.values():
             if other is None:
                 self.problems.share(Code.OUTSIDE, key.name, pipeline.name, partial(_in_no_group, pipeline.name))
                 continue
-            swapped = Pipeline(tuple(other if s is pipeline.method else s for s in pipeline.stages))
-            yield from self._cut(self._output(key), swapped, "", f"in no {pipeline.method.traits.group} group")
+            swapped = Pipeline(tuple(other if s is method else s for s in pipeline.stages))
+            yield from self._cut(self._output(key), swapped, "", f"in no {method.kind} group")
 
     def _stat_bytes(self, key: Key, pipeline: Pipeline | None) -> int:
         """Statistics that are whole matrices beside the tensor, float32, and a method's work on one in float64."""
         if pipeline is None:
             return 0
-        work = max(stage.traits.solves for stage in pipeline.stages)
+        work = max(costs_of(stage).solves for stage in pipeline.stages)
         found = [source for stat in pipeline.statistics for source in self.inputs.stats.get(stat, {}).values()]
         sizes = [source.key(key.name).numel for source in found if work and has(source, key.name)]
         return 4 * sum(sizes) + int(work * 8 * max(sizes, default=0))
@@ -376,14 +374,9 @@ def _remark(words: str, tensors: Tensors) -> str:
     return f"{words}: {some(tensors.names, 1)}"
 
 
-def _of_shape(stage: str, shape: tuple[int, ...], tensors: Tensors) -> str:
-    if len(tensors.names) > 1:
-        return f"{stage} cannot merge {tensors}, which have {len(shape)} dimensions"
-    return f"{stage} cannot merge {tensors} of shape {list(shape)}"
-
-
-def _left_out(stage: str, kind: str, tensors: Tensors) -> str:
-    return f"{stage} cannot merge {tensors}: it leaves out {kind}"
+def _left_out(stage: str, kind: str, shape: tuple[int, ...], tensors: Tensors) -> str:
+    of_shape = f" of shape {list(shape)}" if len(tensors.names) == 1 else ""
+    return f"{stage} cannot merge {tensors}{of_shape}: it does not cover {kind}"
 
 
 def _no_statistic(stage: str, stat: str, models: Sequence[str], tensors: Tensors) -> str:
@@ -395,4 +388,4 @@ def _in_no_group(name: str, tensors: Tensors) -> str:
 
 
 def _is_keep(pipeline: Pipeline) -> bool:
-    return len(pipeline.stages) == 1 and pipeline.stages[0].traits.name == "keep"
+    return len(pipeline.stages) == 1 and pipeline.stages[0].name == "keep"

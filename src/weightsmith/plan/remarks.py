@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.core.checks import Case, small_changes
 from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Stage
 from weightsmith.core.problem import Code, Problem, told
@@ -70,15 +71,11 @@ def what_models_say(
 TENSORS, ENTRIES = 8, 1 << 14
 """How many tensors, and about how many entries of each, a sample of a model is made of."""
 
-RATIO, LARGE = 0.05, 0.01
-"""Mean |delta| / mean |weight|, and 99% quantile of |delta|, above which random drops do harm (arXiv:2311.03099: most
-changes of fine-tuned models are within 0.002; those of models that were pre-trained further, about 0.03, fail)."""
-
 
 def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
     """A line for every expert that has changed too much for a stage of the plan, as a sample of its weights says."""
-    stages = {task.key.name: stage.name for task in tasks if task.pipeline is not None
-              for stage in task.pipeline.stages if stage.traits.small}  # fmt: skip
+    stages = {task.key.name: stage for task in tasks if task.pipeline is not None
+              for stage in task.pipeline.stages if small_changes in stage.traits.checks}  # fmt: skip
     names = list(stages)[:: -(-len(stages) // TENSORS) or 1]
     if inputs.base is None:
         return
@@ -88,12 +85,9 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
         if not len(base):
             continue
         ratio, quantile = float(delta.mean() / max(base.mean(), 1e-30)), float(np.quantile(delta, 0.99))
-        if ratio > RATIO or quantile > LARGE:
-            text = (
-                f"{expert} has changed much for {stages[names[0]]}: by {ratio:.2g} of the base's weights on average, "
-                f"1% of them by more than {quantile:.2g} (in a sample); raise density, or trim with ties"
-            )
-            yield Problem(Code.CHANGE, expert, text)
+        stage = stages[names[0]]
+        for _, text, _ in small_changes(stage, Case(1, change=(ratio, quantile))):
+            yield Problem(Code.CHANGE, expert, f"{expert} has changed much for {stage.name}: {text}")
 
 
 def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:

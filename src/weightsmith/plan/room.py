@@ -15,6 +15,7 @@ from weightsmith.engine.devices.device import Fit, Work, fitted
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.remote import HELD
 from weightsmith.io.url import Url, parse_url
+from weightsmith.plan.costs import costs_of
 
 __all__ = ["Fit", "Machine", "Room", "resident"]
 
@@ -112,7 +113,7 @@ def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
             torch = True
     elsewhere = any(isinstance(parse_url(location), Url) for location in inputs.locations())
     held = sum(source.origin.cost.held for _, source in inputs.models)
-    stages = {stage.traits.name: stage.traits.imports for task in tasks for stage in _used(task)}
+    stages = {stage.traits.name: costs_of(stage).imports for task in tasks for stage in _used(task)}
     libraries = KERNELS * kernels + TORCH * torch + NETWORK * elsewhere + sum(stages.values())
     return PYTHON + libraries + held + HELD * elsewhere
 

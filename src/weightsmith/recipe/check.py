@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.core.method import Codec, Method, Parameter, Pipeline, Stage, registry
+from weightsmith.core.method import Codec, MergedFilter, Method, Parameter, Pipeline, Stage, StandaloneCodec, registry
 from weightsmith.core.parameter import plain_number
 from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.cases import is_cases
@@ -51,7 +51,7 @@ def completed(slots: Sequence[Slot]) -> Sequence[Slot]:
     """Filters and codecs alone are put around plain task arithmetic: `dare` means `dare | task_arithmetic`."""
     if any(slot.cls is not None and issubclass(slot.cls, Method) for slot in slots):
         return slots
-    after = [s for s in slots if s.cls is not None and (s.cls.traits.after or issubclass(s.cls, Codec))]
+    after = [s for s in slots if s.cls is not None and issubclass(s.cls, (MergedFilter, Codec))]
     implied = Slot(registry("task_arithmetic"), "task_arithmetic", {}, implied=True)
     return [*(s for s in slots if s not in after), implied, *after]
 
@@ -139,7 +139,8 @@ class Checker:
         classes = [slot.cls for slot in slots if slot.cls is not None]
         if not slots or len(classes) < len(slots):
             return slots
-        if alone := next((cls.traits.name for cls in classes if cls.traits.alone and len(slots) > 1), None):
+        alone = next((cls.traits.name for cls in classes if issubclass(cls, StandaloneCodec)), None)
+        if alone and len(slots) > 1:
             self.say(location, f"{alone} stores the models' own changes; it takes no other stage beside it")
             return slots
         whole = completed(slots)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from weightsmith.core.method import Codec, Filter, Stage, registered
+from weightsmith.core.checks import Case, Level
+from weightsmith.core.method import Codec, Filter, MergedFilter, Stage, registered
 from weightsmith.recipe.schema import StageSpec
 
 __all__ = ["BUDGET", "Candidate", "candidates", "edges", "offered"]
@@ -140,15 +141,11 @@ def _reason(cls: type[Stage], count: int, held: set[str], has_depth: bool) -> st
         return "it keeps every expert: there is no one merged model"
     if traits.name in _LEFT_OUT:
         return _LEFT_OUT[traits.name]
-    if traits.max_count is not None and count > traits.max_count:
-        return f"it takes {traits.max_count} model{'s' * (traits.max_count != 1)} at most"
-    if count < traits.min_count:
-        return f"it takes {traits.min_count} models at least"
     if missing := [need for need in traits.needs if need not in held]:
         return f"not every expert has the statistic {', '.join(missing)}; weightsmith observe makes it"
-    if traits.by_depth and not has_depth:
-        return "the names of the tensors show no blocks"
-    return ""
+    case = Case(count, blocks="" if has_depth else "the tensors' names show no blocks")
+    refused = (text for check in traits.checks for level, text, _ in check(cls(), case) if level is Level.REFUSE)
+    return next((f"it {text}" for text in refused), "")
 
 
 def _alone(cls: type[Stage]) -> Written:
@@ -158,6 +155,6 @@ def _alone(cls: type[Stage]) -> Written:
     own = (cls.traits.name, scale)
     if not issubclass(cls, Filter):
         return (own,)
-    if cls.traits.after:
+    if issubclass(cls, MergedFilter):
         return (("task_arithmetic", {}), own)
     return ((cls.traits.name, {}), ("task_arithmetic", {"lambda": _LAMBDAS}))
