@@ -31,6 +31,7 @@ VERBS = (
     "bench",
     "convert",
     "moe",
+    "align",
     "diff",
     "lineage",
     "tokenizer",

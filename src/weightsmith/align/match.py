@@ -83,7 +83,7 @@ def match(
             if not bool(torch.isfinite(state[name]).all()):
                 raise NumericError(f"{name} of the {label} holds NaN or Inf; nothing can be matched with it")
     a = {name: _counted(name, reference[name], moving[name], normalize, skip) for name in names}
-    b = {name: moving[name].double() for name in names}
+    b = {name: moving[name] for name in names}
     best: Matched | None = None
     for again in range(max(restarts, 1)):
         draw = np.random.default_rng([seed, again])
@@ -137,11 +137,10 @@ def profits(group: SymmetryGroup, reference: State, moving: State, orders: Order
 
 def _counted(name: str, a: Tensor, b: Tensor, normalize: bool, skip: Sequence[str]) -> Tensor:
     """The reference's tensor as it counts in the objective."""
-    a = a.double()
     if name.rpartition(".")[2] in skip:
         return torch.zeros_like(a)
-    size = float(a.norm() * b.double().norm()) if normalize else 1.0
-    return a / size if size else a
+    size = float(a.double().norm() * b.double().norm()) if normalize else 1.0
+    return a.double() / size if normalize and size else a
 
 
 def _ascent(
@@ -218,5 +217,5 @@ def _nested(group: SymmetryGroup, a: State, b: State, tol: float) -> tuple[Order
         group.inner(small): np.stack([found[i, int(j)][small.name] for i, j in enumerate(order)])
         for small in group.inside
     }
-    before = sum(float((x * y).sum()) for x, y in zip(left, right, strict=True))
+    before = sum(float((x.double() * y.double()).sum()) for x, y in zip(left, right, strict=True))
     return {group.name: order, **inner}, float(profit[np.arange(group.size), order].sum()) - before

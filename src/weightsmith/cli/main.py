@@ -42,6 +42,7 @@ _VERBS = {
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
     "moe": "Build a mixture of experts of dense models.",
+    "align": "Put one model's units into the order of another's, so that averages make sense.",
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
     "tokenizer": "Move a model to another tokenizer.",

@@ -74,6 +74,9 @@ class ModelRef(WithParameters):
         description="path, hub id[@revision], nested recipe, slices or modules", examples=["PATH"]
     )
     adapter: Located | None = Field(default=None, description="LoRA adapter that is put on it first")
+    align: Located | None = Field(
+        default=None, description="folder written by `weightsmith align` for it: its units in another model's order"
+    )
     stats: LocatedWords = Field(default=(), description="folders written by `weightsmith observe` for this model")
     layers: BlockRange | None = Field(default=None, description="take blocks start..end only, the end not included")
     stack: str | None = Field(
@@ -299,7 +302,7 @@ def _wrong_models(base: Any, models: Mapping[str, Any], reading: Reading) -> Ite
             continue  # a fault of its own
         path = reading.located(model) if isinstance(model, str) else ""
         identity = str(Path(path).resolve()) if path and exists(Path(path)) else repr(model)
-        identity += repr([tree.get(part) for part in ("adapter", "layers", "stack", "expert")])
+        identity += repr([tree.get(part) for part in ("adapter", "align", "layers", "stack", "expert")])
         first = seen.setdefault(identity, location)
         if first != location:
             shown = path or "the same recipe"

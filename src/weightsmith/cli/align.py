@@ -1,0 +1,60 @@
+"""`weightsmith align`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from weightsmith.cli.options import Json, Overwrite, Quiet
+from weightsmith.cli.show import duration, progress_bar, say, show_json, table
+from weightsmith.cli.words import Parameter
+from weightsmith.core.errors import RecipeError
+
+__all__ = ["align"]
+
+_FREEZE = (
+    "Group, or kind of group, that stays; may be repeated.  Default: the residual stream of models that come from one"
+)
+_OUT = "Folder to write: index vectors, which recipes name as `align`."
+
+
+def align(
+    moving: Annotated[Path, Parameter(help="The model whose units are put into another order.")],
+    /,
+    *,
+    to: Annotated[Path | None, Parameter(help="The model in whose order they are put.")] = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"], help=_OUT)] = None,
+    show: Annotated[bool, Parameter(help="List what may be permuted and what not, with the reason.")] = False,
+    freeze: Annotated[tuple[str, ...], Parameter(help=f"{_FREEZE}; `nothing` frees that too.")] = (),
+    restarts: Annotated[int, Parameter(help="Times to begin anew; the best is kept.", show_default=True)] = 1,
+    normalize: Annotated[bool, Parameter(help="Every tensor counts alike, however large its numbers.")] = False,
+    spectra: Annotated[bool, Parameter(help="Also measure how singular vectors lie to each other.")] = False,
+    seed: Annotated[int, Parameter(help="Of the order in which groups are gone through.", show_default=True)] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put one model's hidden units, heads and experts into the order of another's, so that averages make sense."""
+    from weightsmith.align.report import plain, summary, tables
+    from weightsmith.align.run import Settings, symmetries
+    from weightsmith.align.run import align as run
+
+    if not show and (to is None or out is None):
+        raise RecipeError("write: weightsmith align MOVING --to REFERENCE --out FOLDER; or --show for what may move")
+    found = None
+    if show or to is None or out is None:
+        layout = symmetries(str(moving))
+    else:
+        settings = Settings(freeze or None, restarts, seed=seed, normalize=normalize, spectra=spectra)
+        with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
+            found = run(str(moving), str(to), out, settings, overwrite=overwrite, progress=progress)
+        layout = found.layout
+    if json:
+        show_json(plain(layout, found))
+    elif not quiet:
+        for one in tables(layout, found):
+            table(*one)
+        for line in summary(found) if found else ():
+            say(line)
+        if found:
+            say(f'wrote {out} in {duration(found.seconds)}; in a recipe: "{{model: {moving}, align: {out}}}"')
