@@ -2,5 +2,6 @@
 
 optim   DCTAdamW, Trion and their projector: low-rank optimizers without an SVD
     svfit   fine-tuning of singular values, whose result is an expert for merges
+    dmm     distillation of several denoisers into one with a style
     embed   CoDiEmb's losses and batches for embeddings of text
 """
