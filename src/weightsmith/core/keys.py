@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 __all__ = [
+    "COUNTERS",
     "DTYPES",
     "ROLES",
     "RULE_ROLES",
+    "STATISTICS",
     "DType",
     "Key",
     "Part",
     "depths",
+    "gathered",
     "good_name",
     "layer_of",
     "plays",
@@ -164,6 +167,18 @@ _SENSES: tuple[tuple[str, str], ...] = (
 _SENSE_PATTERNS = tuple((sense, re.compile(pattern)) for sense, pattern in _SENSES)
 RULE_ROLES: tuple[str, ...] = (*ROLES, *(sense for sense, _ in _SENSES), "bias")
 """What a rule may call `role`: also the part of a model that sees or hears, and biases, besides the role itself."""
+
+
+STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance", "cluster_size", "embed_avg")
+"""What a model calls numbers that it gathered while it was trained, in place of training them: of BatchNorm, and of
+codebooks."""
+COUNTERS = ("num_batches_tracked",)
+"""What it calls the numbers of batches behind them."""
+
+
+def gathered(name: str) -> bool:
+    """Whether a tensor holds running statistics or their counter."""
+    return name.rpartition(".")[2] in (*STATISTICS, *COUNTERS)
 
 
 def good_name(name: str) -> bool:

@@ -23,6 +23,7 @@ from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.headed import headed
 from weightsmith.io.read.open import open_source
+from weightsmith.io.read.prefixes import named_like, renamed
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.stack import join_modules, stack_slices
 from weightsmith.io.read.stats import open_stats
@@ -116,7 +117,7 @@ def open_inputs(
     `given` holds sources that are at hand already (tensors in memory), by model name; 'base' for the base.
     `keep` says by name which tensors of the inputs are there.
     """
-    made = _opened(recipe, _Opener(nested), given or {}, keep)
+    made = _opened(recipe, _Opener(nested, recipe.names), given or {}, keep)
     try:
         whole = headed(dict(made.models))
     except SourceError as error:
@@ -137,6 +138,7 @@ def _opened(recipe: Recipe, opener: _Opener, given: Mapping[str, Source], keep: 
     """The models as they are, and the statistics."""
     problems: list[Problem] = []
     missing, silent = set[str](), set[str]()
+    given = {name: opener.named(source) for name, source in given.items()}
     base: Source | None = given.get("base")
     if base is None and recipe.base is not None:
         base = opener.open(recipe.base, None, "base", problems, keep)
@@ -160,7 +162,9 @@ def _opened(recipe: Recipe, opener: _Opener, given: Mapping[str, Source], keep: 
             problems += [one.of(name) for one in problems_of(error)]
     first = base if base is not None else next(iter(experts.values()), None)
     if first is not None:
-        experts = {name: laid_out_like(source, first) for name, source in experts.items()}
+        experts = {name: named_like(laid_out_like(source, first), first) for name, source in experts.items()}
+    if not missing:
+        problems += [Problem(Code.UNMATCHED, "names", text) for text in opener.unused()]
     if not recipe.models:
         text = "the recipe names no models; add at least one under 'models:'"
         problems.append(Problem(Code.NO_MODELS, "models", text))
@@ -209,9 +213,22 @@ def _without_times(fingerprint: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens the models of a recipe; `nested`: see `open_inputs`."""
+    """Opens the models of a recipe; `nested`: see `open_inputs`, `names`: see `Recipe.names`."""
 
     nested: Nested
+    names: Mapping[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def named(self, source: Source) -> Source:
+        """The source with the names that the recipe gives its tensors."""
+        if is_a(source, "io.read.peft", "AdapterSource"):  # it has the names of its base, which were given before
+            return source
+        self.used.update(prefix for prefix in self.names if any(name.startswith(prefix) for name in source.keys))
+        return renamed(source, self.names)
+
+    def unused(self) -> list[str]:
+        """A line for every prefix that no tensor's name begins with."""
+        return [f"names: no tensor's name begins with {prefix!r}" for prefix in self.names if prefix not in self.used]
 
     def open(
         self, ref: ModelRef, base: Source | None, name: str, problems: list[Problem], keep: Keep | None
@@ -227,7 +244,7 @@ class _Opener:
         """One model: what it is made of, then its adapter, then its blocks."""
         source: Source
         if isinstance(ref.model, str):
-            source = _kept(open_source(ref.model, base=base, expert=ref.expert), keep)
+            source = self.named(_kept(open_source(ref.model, base=base, expert=ref.expert), keep))
         elif isinstance(ref.model, Slices):
             parts = [self.model(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
             source = stack_slices(parts)
@@ -237,7 +254,8 @@ class _Opener:
             inputs = open_inputs(ref.model, self.nested, keep=keep)
             if inputs.problems:
                 raise PlanError(inputs.problems)
-            source = self.nested(ref.model, inputs, f"recipe {name!r}")
+            source = self.named(self.nested(ref.model, inputs, f"recipe {name!r}"))
+        source = renamed(source, ref.names)
         if ref.adapter is not None:
             source = _kept(open_source(ref.adapter, base=source), keep)
         if ref.align is not None:

@@ -5,6 +5,8 @@
     io.read.experts   experts in one tensor or in many
     align             which outputs of fused experts belong together
     observe           sizes that follow from no field
+    plan.fitting      buffers that old files have and new ones do not
+    plan.stored       tensors that stay in float32
 
 Roles of tensors by their names (query, norm, head) are needed by methods too and stand in `core.keys`; what it takes to
 write a config.json for a mixture of experts is in `moe.layouts`.
@@ -112,3 +114,32 @@ EXPERT_WORDS: Mapping[str, tuple[str, str, str]] = {
 """Family -> what it calls the three matrices of an expert; '' is all others."""
 MIXTRAL_MODULE = ("block_sparse_moe", "mlp")
 """Where Mixtral's experts are: in files with a tensor for each, and with all in one."""
+
+# --- buffers ---------------------------------------------------------------------------------------
+
+BUFFERS = (
+    r"(?:.*\.)?(?:position_ids|token_type_ids|inv_freq|num_batches_tracked|relative_position_index|rope_freqs)",
+    r".*\b(?:attn|attention)\.masked_bias",
+    r"(?:.*\.)?(?:cos_cached|sin_cached)",
+)
+"""Names of tensors that follow from config.json or count batches: older releases of transformers wrote them, newer ones
+do not, and both load files with or without them."""
+CAUSAL_MASKS = r".*\b(?:attn|attention)\.bias"
+"""The same of masks, where they have four axes (GPT-2, GPT-NeoX)."""
+
+# --- dtypes ----------------------------------------------------------------------------------------
+
+WIDE = (
+    r"(?:.*\.)?(?:e_score_correction_bias|expert_bias)",  # router biases: small steps far from zero
+    r".*\b(?:router|gate)\.bias",
+    r"(?:.*\.)?(?:A_log|dt_bias)",  # state-space models: exponents
+    r"(?:.*\.)?(?:inv_freq|rope_freqs|freqs|freqs_cis)",
+    r"(?:.*\.)?(?:latent_mean|latent_std|hc_scale|hc_base|hc_fn|logit_scale)",
+)
+"""Names of tensors whose numbers mean nothing once they are rounded to 16 bits; transformers 5.24 keeps most of them in
+float32 (`_keep_in_fp32_modules_strict`)."""
+WIDE_ROUTERS = frozenset(
+    ("axk1", "axk2", "beam", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+     "ernie4_5_vl_moe", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hy_v3")
+)  # fmt: skip
+"""The model types whose routers (`gate.weight`) transformers 5.24 keeps in float32 too."""

@@ -38,6 +38,7 @@ def merge(
     dtype: str | None = None,
     rules: Sequence[Mapping[str, Any]] = (),
     exclude: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
     extra: Literal["refuse", "first"] = "refuse",
     nonfinite: Literal["refuse", "allow"] = "refuse",
     tokenizer: str | Mapping[str, Any] | None = None,
@@ -55,6 +56,7 @@ def merge(
     dtype       of the result's floating tensors; default: as the base (or first model) stores them
     rules       exceptions for some tensors, as in a recipe: `[{"match": "*norm*", "method": "keep"}]`
     exclude     globs of tensors taken unchanged from the base (or first model)
+    names       beginnings of tensors' names -> what stands in their place, in every model: `{"bert.": ""}`
     extra       what to do about a kept tensor that the base (or first model) lacks and several models have
     nonfinite   what to do about NaN or Inf in an input
     tokenizer   whose vocabulary the result has, as in a recipe: "union", "base", a model's name, or a folder
@@ -78,6 +80,7 @@ def merge(
         parameters={name.rstrip("_"): _plain(value) for name, value in parameters.items()},
         rules=tuple(Rule.model_validate(rule) for rule in rules),
         exclude=tuple(exclude),
+        names=dict(names or {}),
         extra=extra,
         nonfinite=nonfinite,
         tokenizer=Tokenizer.model_validate(tokenizer) if tokenizer is not None else None,

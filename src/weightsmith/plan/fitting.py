@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from weightsmith.core.errors import nearest
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import Key, role_of
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
+from weightsmith.io.architectures import BUFFERS, CAUSAL_MASKS
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.untied import is_output_layer
 from weightsmith.plan.carried import has
@@ -18,6 +20,10 @@ __all__ = ["Fitting"]
 
 _COMPARED = 5000
 """Names up to which the nearest one is looked for: that takes time in their number."""
+
+
+_BUFFER = re.compile("|".join(BUFFERS))
+_MASK = re.compile(CAUSAL_MASKS)
 
 
 class Fitting:
@@ -38,6 +44,10 @@ class Fitting:
         """Whether all experts hold this tensor in this shape; else a problem is noted."""
         fits = [self._fits(key, name, source) for name, source in self.inputs.experts.items()]  # all their problems
         return all(fits)
+
+    def is_loose(self, key: Key) -> bool:
+        """Whether a tensor is a buffer that some files have and others lack; then the reference's stays."""
+        return _is_buffer(key) and not all(has(source, key.name) for source in self.inputs.experts.values())
 
     def _fits(self, key: Key, name: str, source: Source) -> bool:
         if not has(source, key.name):
@@ -72,7 +82,7 @@ class Fitting:
                     self.problems.say(Code.TIED, key.name, text + more)
                 elif not there and kept:
                     self.carried.setdefault(key.name, name)
-                elif not there:
+                elif not there and not _is_buffer(key):
                     self.problems.share(Code.SURPLUS, key.name, name, partial(self._surplus, name))
 
     # -- texts
@@ -88,7 +98,9 @@ class Fitting:
 
     def _surplus(self, name: str, tensors: Tensors) -> str:
         hint = ""
-        if len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
+        if all(role_of(tensor) == "head" for tensor in tensors.names):
+            hint = f" (a trained head; the result then needs a config.json that has it: base and config of {name})"
+        elif len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
             hint = nearest(tensors.names[0], self.reference.keys)
         it = tensors["it|them"]
         return (
@@ -112,6 +124,10 @@ class Fitting:
             return f'{what}; to keep {tensors["the one|those"]} of {self.label} add {tensors["it|them"]} to "exclude"'
 
         self.problems.share(Code.SHAPE, key.name, name, text)
+
+
+def _is_buffer(key: Key) -> bool:
+    return bool(_BUFFER.fullmatch(key.name) or (len(key.shape) == 4 and _MASK.fullmatch(key.name)))
 
 
 def _renamed(names: Sequence[str], source: Source) -> str:

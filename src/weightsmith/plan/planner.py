@@ -8,21 +8,24 @@ from typing import Any
 
 from weightsmith.core.checks import Case, Level
 from weightsmith.core.errors import WeightsmithError, problems_of, some
-from weightsmith.core.keys import Key, depths
+from weightsmith.core.keys import Key, depths, gathered
 from weightsmith.core.method import BASE, Grain, GroupMethod, Pipeline, Stage
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.symmetry import groups
 from weightsmith.core.task import Task, Way, cuttable, parts
 from weightsmith.inputs import vocabulary
+from weightsmith.inputs.configs import unlike_configs
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
 from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
+from weightsmith.plan.gathered import averaged, averaging
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
 from weightsmith.plan.remarks import what_inputs_say
+from weightsmith.plan.stored import Dtypes
 from weightsmith.plan.unmatched import Unmatched
 from weightsmith.plan.way import way_of
 from weightsmith.recipe.cases import NoValueError
@@ -71,8 +74,11 @@ class Planner:
         numbered = self.recipe.tokenizer is None or not self.inputs.missing
         self.fitting = Fitting(self.inputs, self.reference, self.problems, numbered=numbered)
         self._check_selectors()
+        self._output = Dtypes(self.resolver, self.inputs, self.recipe.output.dtype, self.warnings)
         self.fitting.extra_tensors(self._keeps)
         self.warnings.add(*what_inputs_say(self.inputs))
+        for refused, unlike in unlike_configs(self.inputs):
+            (self.problems if refused else self.warnings).add(unlike)
         self.problems.add(*(unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs))))
         if not unfit and not self.encode and not self.inputs.missing:
             self.warnings.add(*vocabulary.what_is_lost(self.recipe, self.inputs))
@@ -123,10 +129,6 @@ class Planner:
         first = [found.pop(name) for name in self._treatment if name in found]
         return first + list(found.values())
 
-    def _output(self, key: Key) -> Key:
-        dtype = self.recipe.output.dtype
-        return Key(key.name, key.shape, dtype) if dtype and key.floating else key
-
     def _treat(self, key: Key) -> tuple[Pipeline | None, str, str] | None:
         """(pipeline or None for a copy, whose copy, reason); None if a problem was noted."""
         pipeline = self._resolved(key, self.depth.get(key.name))
@@ -134,9 +136,14 @@ class Planner:
             return None
         if _is_keep(pipeline):
             return None, self.fitting.name, "kept by rule or exclude"
+        if self.fitting.is_loose(key):
+            self.warnings.share(Code.MISSING, key.name, "loose", partial(_loose, self.fitting.label))
+            return None, self.fitting.name, "a buffer that not all models have: kept"
         here = self.fitting.everywhere(key)
         if not key.numel and here:
             return None, self.fitting.name, "empty"
+        if here and gathered(key.name) and (averaged := self._averaged(key, pipeline)) is not None:
+            return averaged
         if not key.floating:
             self._compared.add(key.name)
             return None, self.fitting.name, f"{key.dtype}, must be equal everywhere"
@@ -166,6 +173,20 @@ class Planner:
                     words = f"{stage.name}: {verdict.text}"
                     self.warnings.share(verdict.code, key.name, words, partial(_remark, words))
         return Pipeline(informed), "", reason
+
+    def _averaged(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline | None, str, str] | None:
+        """What becomes of running statistics, unless a rule singles them out; None: what becomes of any tensor."""
+        assert self.resolver is not None
+        neighbour = Key(f"{key.name.rpartition('.')[0]}.weight", key.shape, key.dtype)
+        if pipeline.codec is not None or pipeline.grain is Grain.GROUP or self.resolver.singles_out(key, neighbour):
+            return None
+        if not key.floating:
+            return None, self.fitting.name, "counts batches: kept"
+        mean = averaged(pipeline, len(self.inputs.experts))
+        if mean is None:
+            return None
+        self.warnings.share(Code.STAGE, key.name, averaged, averaging)
+        return mean, "", "running statistics: averaged"
 
     def _has_base(self, pipeline: Pipeline) -> bool:
         if BASE not in pipeline.needs or self.inputs.has_base:
@@ -385,6 +406,10 @@ def _no_statistic(stage: str, stat: str, models: Sequence[str], tensors: Tensors
 
 def _in_no_group(name: str, tensors: Tensors) -> str:
     return f"{name} covers no group that {tensors} {tensors['belongs|belong']} to"
+
+
+def _loose(label: str, tensors: Tensors) -> str:
+    return f"{tensors} {tensors['is a buffer|are buffers']} that not all models have: kept from {label}"
 
 
 def _is_keep(pipeline: Pipeline) -> bool:

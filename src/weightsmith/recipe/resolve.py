@@ -62,11 +62,23 @@ class Resolver:
             self._known[stages] = pipeline
         return self._known[stages]
 
+    def dtype(self, key: Key) -> str | None:
+        """How a rule says that a tensor is stored; None where none does."""
+        rules = (rule for rule in self.recipe.rules if rule.dtype is not None)
+        return next((r.dtype for r in rules if applies(key, r.match, r.role, r.layers)), None)
+
+    def singles_out(self, key: Key, neighbour: Key) -> bool:
+        """Whether a rule says how to merge this tensor, and not the same of its neighbour."""
+        for rule in self.recipe.rules:
+            if rule.method is not None and applies(key, rule.match, rule.role, rule.layers):
+                return not applies(neighbour, rule.match, rule.role, rule.layers)
+        return False
+
     def _stages_of(self, key: Key) -> _Stages:
         if any(fnmatchcase(key.name, pattern) for pattern in self.recipe.exclude):
             return self._excluded
         for rule, stages in zip(self.recipe.rules, self._rules, strict=True):
-            if applies(key, rule.match, rule.role, rule.layers):
+            if rule.of_method and applies(key, rule.match, rule.role, rule.layers):
                 return stages
         return self._main
 

@@ -83,6 +83,9 @@ class ModelRef(WithParameters):
         default=None, description="which blocks `layers` counts (model.decoder.layers), where a model has several kinds"
     )
     expert: str | None = Field(default=None, description="which model of a compressed folder")
+    names: dict[str, str] = Field(
+        default_factory=dict, description="beginnings of its tensors' names -> what stands in their place"
+    )
 
     @classmethod
     def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
@@ -149,6 +152,14 @@ class Rule(Selector):
 
     method: Stages | None = Field(default=None, description="method or pipeline; 'keep' takes the base's tensor")
     parameters: Values = Field(default_factory=dict)
+    dtype: Dtype | None = Field(
+        default=None, description="how they are stored; a rule that says no more leaves the method to other rules"
+    )
+
+    @property
+    def of_method(self) -> bool:
+        """Whether it says how tensors are merged, not only how they are stored."""
+        return self.method is not None or bool(self.parameters) or self.dtype is None
 
 
 class Output(Grammar):
@@ -201,6 +212,10 @@ class Recipe(Grammar):
         default=(), description="exceptions; the first match wins"
     )
     exclude: Words = Field(default=(), description="globs of tensors taken unchanged from the base (or first model)")
+    names: dict[str, str] = Field(
+        default_factory=dict,
+        description="beginnings of tensors' names -> what stands in their place, in every model: {'bert.': ''}",
+    )
     tokenizer: Tokenizer | None = Field(
         default=None, description="'base', a model's name, or a folder: whose tokenizer goes along"
     )

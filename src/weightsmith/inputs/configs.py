@@ -1,0 +1,108 @@
+"""Values of config.json that should agree between the models of a merge: the result has the first one's.
+
+Where they differ the models compute their outputs in unlike ways, whatever their weights.  An activation or the size of
+a head changes what a weight means: such models are refused.  Everything else is said, with both values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from weightsmith.core.problem import Code, Problem
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.architectures import TIED
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.source import Source
+
+__all__ = ["unlike_configs"]
+
+Config = Mapping[str, Any]
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
+_ALIKE = ({"silu", "swish"}, {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"}, {"gelu", "gelu_python"})
+"""Names of one function."""
+_SAID = re.compile(
+    r"(?:rms_norm|layer_norm|layernorm|norm)_(?:eps|epsilon)|num_attention_heads|n_head|num_key_value_heads"
+    rf"|sliding_window|use_sliding_window|{TIED}|\w+_token_(?:id|index)"
+    r"|(?:attn|final)_logit_softcapping|query_pre_attn_scalar|scale_embedding|logit_scale|\w+_multiplier"
+    r"|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|architectures|model_type"
+)
+_OF_TEXTS = re.compile(r"(?:bos|eos|pad|sep|cls|unk|mask|decoder_start|forced_\w+)_token_id")
+"""What the tokenizer's files say too; `inputs.vocabulary` compares those."""
+_LEFT = ("quantization_config", "compression_config", "id2label", "label2id")
+_ROPE = ("rope_parameters", "rope_scaling")
+
+
+def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
+    """(whether it is refused, the line) for every value that differs from the first model's."""
+    if not inputs.models:
+        return
+    (label, first), *others = inputs.models
+    mine = _values(_config(first))
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, source in others:
+        theirs = _values(_config(source))
+        for field in mine.keys() & theirs.keys():
+            if mine[field] != theirs[field]:
+                found.setdefault((field, _shown(theirs[field])), []).append(name)
+    for (field, value), names in sorted(found.items()):
+        both = f"{field} is {_shown(mine[field])} in {label}, {value} in {', '.join(names)}"
+        leaf = field.rpartition(".")[2]
+        if leaf in (*_ACTIVATIONS, "head_dim"):
+            text = f"config.json: {both}: their weights mean different things; leave {' and '.join(names)} out"
+            yield True, Problem(Code.FIT, leaf, text)
+        else:
+            yield False, Problem(Code.COMPANION, leaf, f"config.json: {both}; the result has that of {label}")
+
+
+def _config(source: Source) -> Config:
+    try:
+        found = json.loads(config_of(source) or "{}")
+    except ValueError:
+        return {}  # whoever needs it will say what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
+def _values(config: Config, place: str = "") -> dict[str, Any]:
+    """'text_config.rope_theta' -> value, for what should agree, in a form that spellings do not change."""
+    found: dict[str, Any] = {}
+    for field, value in config.items():
+        if isinstance(value, dict) and field not in (*_LEFT, *_ROPE):
+            found |= _values(value, f"{place}{field}.")
+        elif field in _ACTIVATIONS and isinstance(value, str):
+            found[place + field] = next((sorted(names)[0] for names in _ALIKE if value in names), value)
+        elif value is not None and _SAID.fullmatch(field) and not _OF_TEXTS.fullmatch(field):
+            found[place + field] = value
+    if (size := _head(config)) is not None:
+        found[f"{place}head_dim"] = size
+    return found | {place + field: value for field, value in _rope(config).items()}
+
+
+def _head(config: Config) -> int | None:
+    """The size of an attention head."""
+    if isinstance(given := config.get("head_dim"), int):
+        return given
+    width = config.get("hidden_size", config.get("n_embd"))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """rope_theta and rope_scaling, whether they stand alone (transformers 4) or in `rope_parameters` (5)."""
+    inside: Config = next((config[field] for field in _ROPE if isinstance(config.get(field), dict)), {})
+    if any(isinstance(value, dict) for value in inside.values()):
+        return {"rope_parameters": inside}  # one for each type of layers
+    theta = inside.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        return {}
+    kind = inside.get("rope_type", inside.get("type", "default"))
+    rest = {k: v for k, v in inside.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
+    return {"rope_theta": float(theta), "rope_scaling": {"rope_type": kind, **rest}}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,203 @@
+"""What becomes of tensors that are no ordinary weights: wide ones, running statistics, buffers of old files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weightsmith as ws
+from weightsmith.core.errors import PlanError
+from weightsmith.core.problem import Code
+
+ROUTER = "model.layers.0.mlp.gate.e_score_correction_bias"
+NARROW = "model.layers.0.mlp.up_proj.weight"
+NEAR = 30 + torch.arange(8) / 1000  # eight numbers that are one in bfloat16
+
+
+def folder(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> str:
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    if config:
+        (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def run(tmp_path: Path, out: str = "out", **tree: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
+    result = ws.Recipe.model_validate(tree).run(tmp_path / out)
+    return load_file(tmp_path / out / "model.safetensors"), [str(warning) for warning in result.warnings]
+
+
+# --- dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float32])
+def test_numbers_that_need_float32_keep_it(around: torch.dtype, tmp_path: Path) -> None:
+    """Stored wider than the weights around them, or known to need it."""
+    other = "model.layers.0.odd.weight"
+    for name, add in (("a", 0.0), ("b", 0.002)):
+        wide = {other: NEAR + add} if around == torch.bfloat16 else {}
+        folder(tmp_path / name, {ROUTER: NEAR + add, NARROW: torch.ones(64, 8, dtype=around), **wide})
+    models = {name: str(tmp_path / name) for name in "ab"}
+    made, said = run(tmp_path, models=models, method="linear", output={"dtype": "bfloat16"})
+    assert made[NARROW].dtype == torch.bfloat16
+    for name in made.keys() - {NARROW}:
+        torch.testing.assert_close(made[name], NEAR + 0.001, rtol=0, atol=1e-5)
+    words = "2 tensors (" if around == torch.bfloat16 else f"{ROUTER} stays float32, not bfloat16"
+    assert any(text.startswith(words) and "add a rule with dtype: bfloat16" in text for text in said)
+    rules = [{"match": "*gate*", "dtype": "bfloat16"}, {"match": "*e_score*", "method": "keep"}]
+    made, _ = run(tmp_path, "ruled", models=models, method="linear", output={"dtype": "bfloat16"}, rules=rules)
+    assert torch.equal(made[ROUTER], NEAR.bfloat16())  # the first rule speaks of the dtype alone
+    made, said = run(tmp_path, "plain", models=models, method="linear")
+    assert made[ROUTER].dtype == torch.float32
+    assert not said
+
+
+def test_a_stack_of_unlike_models_is_rounded_whole(tmp_path: Path) -> None:
+    wide = folder(tmp_path / "wide", {f"layers.{i}.w": torch.ones(2, 2) for i in range(2)})
+    narrow = folder(tmp_path / "narrow", {f"layers.{i}.w": torch.ones(2, 2).bfloat16() for i in range(4)})
+    stack = {"slices": [{"model": wide, "layers": [0, 2]}, {"model": narrow, "layers": [0, 4]}]}
+    made, said = run(tmp_path, models={"s": stack}, method="passthrough", output={"dtype": "bfloat16"})
+    assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}
+    assert not said
+
+
+def test_mergekit_configs_keep_it_too(tmp_path: Path) -> None:
+    for name, add in (("a", 0.0), ("b", 0.002)):
+        folder(tmp_path / name, {ROUTER: NEAR + add, NARROW: torch.ones(64, 8)})
+    text = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\nmerge_method: linear\n"
+    (tmp_path / "m.yml").write_text(text + "dtype: bfloat16\n")
+    ws.Recipe.load(tmp_path / "m.yml").run(tmp_path / "out")
+    made = load_file(tmp_path / "out/model.safetensors")
+    torch.testing.assert_close(made[ROUTER], NEAR + 0.001, rtol=0, atol=1e-5)
+    assert made[NARROW].dtype == torch.bfloat16
+
+
+def test_routers_that_transformers_keeps_in_float32(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.gate.weight"
+    for kind, dtype in (("deepseek_v3", torch.float32), ("mixtral", torch.bfloat16)):
+        model = folder(tmp_path / kind, {name: torch.ones(2, 2), NARROW: torch.ones(64, 8)}, model_type=kind)
+        models = {"a": model}
+        made, _ = run(tmp_path, f"out-{kind}", models=models, method="passthrough", output={"dtype": "bfloat16"})
+        assert made[name].dtype == dtype
+
+
+# --- running statistics ----------------------------------------------------------------------------
+
+MEAN, VAR, COUNT = (f"bn.{leaf}" for leaf in ("running_mean", "running_var", "num_batches_tracked"))
+
+
+def normed(value: float, count: int) -> dict[str, torch.Tensor]:
+    ones = torch.ones(4)
+    return {MEAN: value * ones, VAR: value * ones, COUNT: torch.tensor(count), "bn.weight": value * ones}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"task_arithmetic": {"lambda": 3}},
+        [{"dare": {"density": 0.1}}, "task_arithmetic"],
+        {"task_arithmetic": {"weight": {"b": 1, "c": -1}}},
+        {"ties": {"density": 0.3}},
+        "tsvm",
+    ],
+)
+def test_running_statistics_are_averaged_whatever_the_method(method: Any, tmp_path: Path) -> None:
+    names = {
+        name: folder(tmp_path / name, normed(v, i))
+        for i, (name, v) in enumerate(zip("abc", (2.0, 0.5, 1.5), strict=True))
+    }
+    base = names.pop("a")
+    made, said = run(tmp_path, base=base, models=names, method=method)
+    assert torch.equal(made[VAR], torch.ones(4))
+    assert torch.equal(made[MEAN], torch.ones(4))
+    assert made[COUNT].item() == 0
+    assert any(text.startswith(f"2 tensors ({MEAN}, {VAR}) hold running statistics: averaged") for text in said)
+
+
+def test_weights_of_ones_own_and_rules_that_name_statistics_count(tmp_path: Path) -> None:
+    names = {name: folder(tmp_path / name, normed(v, 1)) for name, v in zip("bc", (0.5, 1.5), strict=True)}
+    weights = {"b": 3.0, "c": 1.0}
+    made, said = run(tmp_path, models=names, method="linear", parameters={"weight": weights})
+    assert torch.equal(made[VAR], torch.full((4,), 0.75))
+    assert not said
+    made, _ = run(tmp_path, "sum", models=names, method={"linear": {"normalize": False, "weight": weights}})
+    assert torch.equal(made[VAR], torch.full((4,), 0.75))
+    broad = {"match": "bn.*", "method": {"linear": {"normalize": False}}}
+    made, _ = run(tmp_path, "broad", models=names, method="linear", rules=[broad])
+    assert torch.equal(made[VAR], torch.ones(4))
+    assert torch.equal(made["bn.weight"], torch.full((4,), 2.0))
+    made, _ = run(tmp_path, "named", models=names, method="linear", rules=[{**broad, "match": "*running_*"}])
+    assert torch.equal(made[VAR], torch.full((4,), 2.0))
+
+
+# --- buffers ---------------------------------------------------------------------------------------
+
+
+def test_buffers_that_only_some_files_have(tmp_path: Path) -> None:
+    """As transformers 4 wrote them and 5 does not; both load either."""
+    ids, mask = torch.arange(5)[None], torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    old = {"embeddings.position_ids": ids, "h.0.attn.bias": mask, NARROW: torch.ones(2, 2)}
+    names = {"old": folder(tmp_path / "old", old), "new": folder(tmp_path / "new", {NARROW: torch.zeros(2, 2)})}
+    made, said = run(tmp_path, models=names, method="linear")
+    assert torch.equal(made["embeddings.position_ids"], ids)
+    assert said == ["2 tensors (embeddings.position_ids, h.0.attn.bias) are buffers that not all models have: kept "
+                    "from old"]  # fmt: skip
+    made, _ = run(tmp_path, "other", models=dict(reversed(names.items())), method="linear")
+    assert set(made) == {NARROW}
+    save_file({**old, "h.0.attn.bias": torch.ones(4)}, tmp_path / "old/model.safetensors")  # a bias, not a mask
+    with pytest.raises(PlanError, match=r"h\.0\.attn\.bias is missing in new"):
+        run(tmp_path, "refused", models=names, method="linear")
+
+
+# --- config.json -----------------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "hidden_act": "silu", "rope_theta": 1e4}
+
+
+def test_config_values_that_should_agree(tmp_path: Path) -> None:
+    other = {**LLAMA, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "image_token_id": 7, "eos_token_id": 9}
+    first = {**LLAMA, "rms_norm_eps": 1e-6, "image_token_id": 8, "eos_token_id": 2}
+    tensors = {NARROW: torch.ones(2, 2)}
+    names = {"a": folder(tmp_path / "a", tensors, **first), "b": folder(tmp_path / "b", tensors, **other)}
+    result = ws.Recipe.model_validate({"models": names, "method": "linear"}).run(tmp_path / "out")
+    said = [str(warning) for warning in result.warnings if warning.code is Code.COMPANION]
+    assert said == [
+        "config.json: image_token_id is 8 in a, 7 in b; the result has that of a",
+        "config.json: rms_norm_eps is 1e-06 in a, 1e-05 in b; the result has that of a",
+        "config.json: rope_theta is 10000.0 in a, 1000000.0 in b; the result has that of a",
+    ]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+        {"rope_scaling": None, "rope_theta": 10000},
+        {"hidden_act": "swish", "head_dim": 16},
+    ],
+)
+def test_other_spellings_agree(same: dict[str, Any], tmp_path: Path) -> None:
+    names = {"a": folder(tmp_path / "a", {NARROW: torch.ones(2, 2)}, **LLAMA)}
+    names["b"] = folder(tmp_path / "b", {NARROW: torch.zeros(2, 2)}, **{**LLAMA, **same})
+    assert not run(tmp_path, models=names, method="linear")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is silu in a, gelu in b"),
+        ({"num_attention_heads": 8}, "head_dim is 16 in a, 8 in b"),
+        ({"vision_config": {"hidden_act": "relu"}}, r"vision_config\.hidden_act is gelu in a, relu in b"),
+    ],
+)
+def test_what_changes_the_meaning_of_weights_is_refused(change: dict[str, Any], field: str, tmp_path: Path) -> None:
+    tensors, inner = {NARROW: torch.ones(2, 2)}, {"vision_config": {"hidden_act": "gelu"}}
+    names = {"a": folder(tmp_path / "a", tensors, **LLAMA, **inner)}
+    names["b"] = folder(tmp_path / "b", tensors, **{**LLAMA, **inner, **change})
+    with pytest.raises(PlanError, match=f"config.json: {field}: their weights mean different things; leave b out"):
+        run(tmp_path, models=names, method="linear")
