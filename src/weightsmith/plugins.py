@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from weightsmith.core.errors import RecipeError, WeightsmithError
 
-__all__ = ["line_in", "load_file", "run_file"]
+__all__ = ["blamed", "line_in", "load_file", "neighbours", "run_file"]
+
+_RUN: dict[str, str] = {}
+"""File that was run -> the option that named it."""
 
 
 def load_file(path: str | Path) -> ModuleType:
@@ -34,7 +38,8 @@ def load_file(path: str | Path) -> ModuleType:
 def run_file(path: str | Path, option: str) -> ModuleType:
     """Run a python file that the user has named with `option`, and return it as a module.
 
-    Raises RecipeError, with the file's line, if it cannot be run.  The file is code: it can do anything.
+    It may import files that lie beside it.  Raises RecipeError, with the file's line, if it cannot be run.  The file is
+    code: it can do anything.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -47,6 +52,9 @@ def run_file(path: str | Path, option: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
+    beside = str(file.resolve().parent)
+    _RUN[str(file)] = option
+    sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
     except WeightsmithError as error:
@@ -55,7 +63,61 @@ def run_file(path: str | Path, option: str) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise RecipeError(f"{option} {file}{line_in(error, file)}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(beside)
+        if beside not in sys.path:
+            sys.path.append(beside)  # for what it imports later; it cannot hide other modules from here on
     return module
+
+
+def neighbours(path: str | Path) -> tuple[Path, ...]:
+    """The files beside and below a file that has been run which it, or they, have imported; sorted."""
+    home = Path(path).expanduser().resolve().parent
+    found = {
+        Path(file).resolve() for m in list(sys.modules.values()) if isinstance(file := getattr(m, "__file__", 0), str)
+    }
+    own = Path(__file__).resolve().parent
+    return tuple(sorted(
+        file for file in found
+        if home in file.parents and own not in file.parents and file.suffix == ".py" and not _installed(file, home)
+    ))  # fmt: skip
+
+
+def _installed(file: Path, home: Path) -> bool:
+    """Whether a file belongs to an environment that stands in the folder."""
+    parts = file.relative_to(home).parts
+    return (
+        "site-packages" in parts
+        or "dist-packages" in parts
+        or any((home / part / "pyvenv.cfg").exists() for part in parts[:1])
+    )
+
+
+def _kinds(kind: type) -> Iterator[type]:
+    """A class and all that are made of it."""
+    yield kind
+    derived: list[type] = kind.__subclasses__()
+    for one in derived:
+        yield from _kinds(one)
+
+
+def blamed(error: BaseException) -> str:
+    """'--plugin mine.py:7' where code from outside the package took part in an error last; '' if none did.
+
+    Of an installed plug-in: its file and line.
+    """
+    from weightsmith.core.method import Stage
+
+    outside = {kind.__module__ for kind in _kinds(Stage) if not kind.__module__.startswith("weightsmith.")}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        file, name = trace.tb_frame.f_code.co_filename, trace.tb_frame.f_globals.get("__name__")
+        if file in _RUN:
+            found = f"{_RUN[file]} {file}:{trace.tb_lineno}"
+        elif name in outside:
+            found = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
 
 
 def line_in(error: BaseException, file: Path) -> str:

@@ -39,6 +39,49 @@ def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert "median: pull = 2 is outside [0, 1]" in capsys.readouterr().err
 
 
+BROKEN = """from weightsmith.core.method import Method
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Broken(Method, name="broken"):
+    \'\'\'Fails.\'\'\'
+
+    def merge(self, site):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "text"),
+    [
+        ("site.stack.mean(0) + missing", "{file}:9: NameError: name 'missing' is not defined"),
+        ("site.stack @ site.stack.double()", "{file}:9: RuntimeError: Expected "),
+        ("None", "broken returned NoneType, not a tensor"),
+    ],
+)
+@pytest.mark.usefixtures("registry")
+def test_what_a_plugin_does_wrong_is_said_of_it(
+    does: str, text: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(BROKEN.format(does))
+    recipe.write_text("models: {a: a, b: b}\nmethod: broken\n")
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert text.format(file=f"error: --plugin {file}") in said
+    assert "report" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_plugin_may_import_its_neighbours(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "helper_beside_it.py").write_text("def mean(stack):\n    return stack.mean(0)\n")
+    file = tmp_path / "mine.py"
+    file.write_text("import helper_beside_it\n" + BROKEN.format("helper_beside_it.mean(site.stack)"))
+    recipe.write_text("models: {a: a, b: b}\nmethod: broken\n")
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", str(file)]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

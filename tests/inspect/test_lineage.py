@@ -49,6 +49,21 @@ def test_manifests_and_nested_recipes_are_followed(family: Path) -> None:
     assert not any(p.notes for p in (*first.parts, *inner.parts))
 
 
+def test_what_is_gone_is_known_from_the_manifest_above(family: Path) -> None:
+    (family / "third.yaml").write_text("base: base\nmodels: {second: second, c: c}\nmethod: task_arithmetic\n")
+    run(load(family / "third.yaml"), family / "third")
+    whole = tree_lines(lineage(family / "third"))
+    for name in ("second", "first"):
+        shutil.rmtree(family / name)
+    found = lineage(family / "third")
+    second = found.parts[1]
+    assert (second.kind, second.how, second.notes) == ("merge", "task_arithmetic", ("no longer there",))
+    first = second.parts[1]
+    assert (first.kind, first.how, first.notes) == ("merge", "ties(density=0.5)", ("no longer there",))
+    assert [part.name for part in first.parts] == ["base", "a", "b"]
+    assert [line.replace("; no longer there", "") for line in tree_lines(found)] == whole
+
+
 def test_what_changed_or_went_is_told(family: Path) -> None:
     make_again = family / "a/model.safetensors"
     save_file({"layers.0.up_proj.weight": torch.ones(4, 2), "more": torch.ones(1)}, make_again)

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from weightsmith.io.package.card import CardModel, Citation, licence_problems, licences, model_card
+from weightsmith.io.package.card import CardModel, Citation, about, licence_problems, licences, model_card
 
 MODELS = [CardModel("math", "org/math", {"weight": 0.5, "density": 0.2}), CardModel("code")]
 RECIPE = {
@@ -137,3 +137,55 @@ def test_licence_problems(stated, texts):
     problems = licence_problems(stated)
     assert len(problems) == len(texts), problems
     assert all(re.search(text, problem.text) for text, problem in zip(texts, problems, strict=True))
+
+
+def test_a_sentence_encoder_stays_one(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: transformers\ntags: [feature-extraction, sentence-similarity, 'loss:Softmax', sft]\n"
+        "pipeline_tag: sentence-similarity\n---\n"
+    )
+    (tmp_path / "modules.json").write_text("[]")
+    found = about(tmp_path, tmp_path)
+    assert found == {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity"],
+    }
+    data = ModelCard(card(about=found)).data.to_dict()
+    assert data["library_name"] == "sentence-transformers"
+    assert data["tags"] == [*found["tags"], "merge", "weightsmith"]
+    assert data["pipeline_tag"] == "sentence-similarity"
+
+
+@pytest.mark.parametrize(
+    ("files", "library"),
+    [
+        ({}, "pytorch"),
+        ({"config.json": "{}"}, "transformers"),
+        ({"config.json": "{}", "README.md": "---\nlibrary_name: setfit\n---\n"}, "setfit"),
+        ({"config.json": "{}", "README.md": "---\nlibrary_name: peft\n---\n"}, "transformers"),
+        ({"config.json": "{}", "README.md": "---\nlibrary_name: 'a <b> c'\n---\n"}, "transformers"),
+    ],
+)
+def test_the_library_is_that_of_the_model_it_takes_the_place_of(files, library, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert about(tmp_path, tmp_path)["library_name"] == library
+
+
+def test_how_many_models_it_was_made_of():
+    said = [
+        card(models=MODELS[:1]),
+        card(models=MODELS[:1], base=None),
+        card(models=MODELS),
+        card(models=MODELS, stacked=2),
+    ]
+    for text, words in zip(said, ["made from one model and its base", "made from one model", "merged from 2 models",
+                                  "put together from parts of 2 models"], strict=True):  # fmt: skip
+        assert f"This model was {words} with weightsmith 0.1.0." in text
+
+
+def test_the_same_bytes_come_from_the_paths_as_they_were():
+    cut = "gives the same bytes, once the folders are written out (above they are cut to their last names); `weights"
+    assert cut in card()
+    assert "gives the same bytes; `weightsmith.json`" in card(recipe={"models": {"a": "org/a"}, "method": "average"})

@@ -113,6 +113,13 @@ def test_parents_are_measured_beside_the_merge(folder: Path, original: Path, tmp
     assert "not a model folder" in given["missing"]["none"]
 
 
+def test_the_parents_of_a_mixture_are_its_experts(folder: Path, original: Path) -> None:
+    recipe = {"base": str(original), "experts": {"math": {"model": str(original), "prompts": ["1 + 1"]}}}
+    (folder / "weightsmith.json").write_text(json.dumps({"recipe": recipe}))
+    report = check(folder, length=64)
+    assert (list(report["models"]), report["missing"]) == (["merged", "base", "math"], {})
+
+
 def test_an_adapter_among_the_parents_is_listed(folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()

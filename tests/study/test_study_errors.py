@@ -168,3 +168,24 @@ def test_language_models_need_no_code(tmp_path: Path, capsys: Captured) -> None:
     assert [row["score"] for row in found["rows"]] == pytest.approx([8.0] * 4)
     assert found["without_gain"] == ["one", "two"]
     assert np.isfinite([row["normalised"] for row in found["rows"]]).all()
+
+
+def test_an_evaluator_may_import_its_neighbours(tmp_path: Path) -> None:
+    """And what they say counts for the scores that are kept."""
+    from toy_family import EVALUATOR, make
+
+    from weightsmith.study.bench import bench
+    from weightsmith.study.evaluate import scorer
+    from weightsmith.study.schema import load_study
+
+    study = make(tmp_path)
+    helper = tmp_path / "beside_the_evaluator.py"
+    helper.write_text("OFFSET = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_the_evaluator import OFFSET\n" + EVALUATOR.replace("100 + offset", "100 + OFFSET")
+    )
+    (result,) = bench([load_study(study)], tmp_path / "out", evaluator=tmp_path / "mine.py", methods=["average"])
+    assert result.rows[0].score == pytest.approx(97.0, abs=1e-4)
+    before = scorer(load_study(study), tmp_path / "mine.py").identity
+    helper.write_text("OFFSET = 2.0\n")
+    assert scorer(load_study(study), tmp_path / "mine.py").identity != before

@@ -133,8 +133,12 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
     except WeightsmithError as error:
         return _fail(f"error: {error}", error.code, debug)
     except Exception as error:
+        from weightsmith.plugins import blamed
+
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         hint = "" if debug else "; --debug shows where"
+        if place := blamed(error):
+            return _fail(f"error: {place}: {said}{hint}", 2, debug)
         code = 2 if words[:1] == ["diff"] else 1  # where 1 means that two models differ
         return _fail(f"internal error: {said}; please report it{hint}", code, debug)
 

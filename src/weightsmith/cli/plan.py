@@ -83,7 +83,7 @@ def _preview_all(variants: Mapping[str, Recipe], out: Path, settings: Settings, 
 def _facts(made: Plan) -> dict[str, Any]:
     return {
         "inputs": made.inputs,
-        "output": {**_output(made), "bytes": made.write_bytes},
+        "output": {**_output(made), "bytes": made.write_bytes, "result": made.result},
         "coverage": made.coverage,
         "tasks": len(made.tasks),
         "passes": made.passes,
@@ -132,6 +132,8 @@ def _show(made: Plan) -> None:
         f"writes:   {size(made.write_bytes)}, {output['tensors']} tensors, {output['parameters']:,} parameters, "
         f"{', '.join(output['dtypes']) or 'nothing'}, files of up to {output['shard_size']}"
     )
+    if made.result:
+        say(f"result:   {'; '.join(text for text in made.result.values() if text)}")
     often = f", the inputs {made.readings:.1f} times" if made.readings > 1.05 else ""
     say(f"reads:    {size(made.read_bytes)}{often}")
     say(_memory(made.room))
@@ -142,7 +144,7 @@ def _show(made: Plan) -> None:
         )
     time = "not known: a method declares no cost"
     if made.seconds is not None:
-        time = f"about {roughly(made.seconds)} on one core of the reference machine (rough; without downloads)"
+        time = f"about {roughly(made.seconds)} on one core of a server (AMD EPYC; rough, without downloads)"
     say(f"time:     {time}")
     if made.free_bytes is not None:
         say(f"disk:     {size(made.free_bytes)} free")

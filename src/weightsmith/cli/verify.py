@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import say, show_json
 from weightsmith.cli.words import Parameter
 
+if TYPE_CHECKING:
+    from weightsmith.io.url import Url
+
 __all__ = ["verify"]
 
 
 def verify(
-    out: Annotated[Path, Parameter(help="Folder (or URL) that merge or compress has written.")],
+    out: Annotated[Path, Parameter(help="Folder (or URL) that merge or compress has written; or that of a sweep.")],
     /,
     *,
     rerun: Annotated[bool, Parameter(help="Also merge again and compare the bytes (writes nothing).")] = False,
@@ -21,13 +24,32 @@ def verify(
     plugin: Plugins = (),
 ) -> int:
     """See whether a result is as it was written: every checksum, no file missing or added."""
-    from weightsmith.io.package.manifest import read_manifest, verify_folder
     from weightsmith.io.url import place_of
+    from weightsmith.jobs.sweep import variants_in
     from weightsmith.plugins import load_file
 
     for file in plugin:
         load_file(file)
     place = place_of(out)
+    variants = variants_in(place) if isinstance(place, Path) else {}
+    found = {name: _problems(folder, rerun) for name, folder in variants.items()} or {"": _problems(place, rerun)}
+    wrong = any(found.values())
+    if json:
+        each = {name: {"ok": not problems, "problems": problems} for name, problems in found.items()}
+        said = {"variants": each} if variants else {"problems": found[""]}
+        show_json({"out": place, "ok": not wrong, "rerun": rerun, **said})
+    for name, problems in found.items() if not json else ():
+        fine = "as it was written" + (", and the recipe gives the same bytes again" if rerun else "")
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}:"
+        say(f"{place / name if name else place}: {count if problems else fine}")
+        for problem in problems:
+            say(f"  - {problem}")
+    return 2 if wrong else 0
+
+
+def _problems(place: Path | Url, rerun: bool) -> list[str]:
+    from weightsmith.io.package.manifest import read_manifest, verify_folder
+
     problems = list(verify_folder(place))
     if rerun:
         if read_manifest(place)["kind"] == "moe":
@@ -35,12 +57,4 @@ def verify(
         else:
             from weightsmith.jobs.verify import rerun as run_again
         problems += run_again(place)
-    if json:
-        show_json({"out": place, "ok": not problems, "rerun": rerun, "problems": problems})
-    elif problems:
-        say(f"{place}: {len(problems)} problem{'s' if len(problems) != 1 else ''}:")
-        for problem in problems:
-            say(f"  - {problem}")
-    else:
-        say(f"{place}: as it was written" + (", and the recipe gives the same bytes again" if rerun else ""))
-    return 2 if problems else 0
+    return problems

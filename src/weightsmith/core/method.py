@@ -19,6 +19,7 @@ from weightsmith.core.costs import Costs
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.kernel import Fused, Program
 from weightsmith.core.keys import Key, Part
+from weightsmith.core.of_adapters import of_adapters
 from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number, plain_number
 from weightsmith.core.pass_ import Found, Pass, Rows, Scope
 from weightsmith.core.site import Group, Site
@@ -412,4 +413,4 @@ def registry(name: str) -> type[Stage]:
     if name in known:
         return known[name]
     words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
-    raise RecipeError(f"unknown method {name!r}{did_you_mean(name, words)}")
+    raise RecipeError(of_adapters(name) or f"unknown method {name!r}{did_you_mean(name, words)}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from weightsmith.core.errors import NumericError
 from weightsmith.core.keys import Key
+from weightsmith.core.lazy import torch
 from weightsmith.core.method import GroupMethod, Pipeline
 from weightsmith.core.site import Group, Site
 from weightsmith.core.task import Task, Way, blocks
@@ -221,6 +222,8 @@ _WAYS = {
 
 def _finish(variant: Variant, out: Tensor, key: Key, site: Site) -> None:
     """Check, cast and hand over the rows of a merged block."""
+    if not isinstance(out, torch.Tensor):
+        raise NumericError(f"{key.name}: {variant.pipeline.name} returned {type(out).__name__}, not a tensor")
     if tuple(out.shape) != site.block_shape:
         raise NumericError(f"{key.name}: the method returned shape {list(out.shape)} for {list(site.block_shape)}")
     refuse_bad_result(key, site.start, out, variant.context)

@@ -26,6 +26,7 @@ __all__ = [
     "chat_template",
     "is_of_tokens",
     "modules_beside",
+    "outlook",
     "rows_problem",
     "tokenizer_folder",
     "tokenizer_problems",
@@ -191,6 +192,35 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
     yield from told(Code.COMPANION, modules_beside(inputs)[1])
     if recipe.tokenizer is not None and ending and reference.numbering is None:
         yield from told(Code.TOKENIZER, list(_unlike_ending(ending, home, reference)), "tokenizer")
+
+
+def outlook(recipe: Recipe, inputs: Inputs, keys: Iterable[Key]) -> dict[str, str]:
+    """What the result will be, in words: 'dtype', and of a model with tokens 'vocabulary' and 'chat_template'."""
+    kinds: dict[str, int] = {}
+    rows = 0
+    for key in keys:
+        if key.floating:
+            kinds[key.dtype] = kinds.get(key.dtype, 0) + key.nbytes
+        if key.role in ("embed", "head") and len(key.shape) == 2:
+            rows = max(rows, key.shape[0])
+    label, reference = inputs.models[0]
+    why = "as output.dtype says" if recipe.output.dtype else f"as {label} stores them" if len(kinds) > 1 else ""
+    found = {"dtype": " and ".join(sorted(kinds, key=lambda k: -kinds[k])) + (f" ({why})" if why else "")}
+    folder = tokenizer_folder(recipe, inputs) or reference.origin.folder
+    has_tokenizer = folder is not None and bool(tokenizer_files(folder))
+    if not rows or not has_tokenizer:
+        return found
+    chosen = recipe.tokenizer.source if recipe.tokenizer is not None else label
+    whose = "of all models together" if chosen == "union" else f"of {chosen}"
+    found["vocabulary"] = f"vocabulary of {rows:,} rows, tokenizer {whose}"
+    wanted, named = recipe.chat_template, chat_template(recipe, inputs)
+    if named is not None:
+        own = "that of the recipe" if wanted is not None and "{" in wanted else f"that of {wanted}"
+        found["chat_template"] = f"chat template: {own}"
+    else:
+        there = folder is not None and template_of(folder) is not None
+        found["chat_template"] = f"chat template: that {whose}" if there else "no chat template"
+    return found
 
 
 def modules_beside(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:

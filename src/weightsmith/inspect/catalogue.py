@@ -113,7 +113,7 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def cost_at_7b(found: Mapping[str, Any]) -> str:
     """What a method costs on models of 7e9 parameters, in words."""
-    return f"{roughly(found['seconds_at_7b'])} per model, on one core of the reference machine (default parameters)"
+    return f"{roughly(found['seconds_at_7b'])} per model, on one core of a server (AMD EPYC; default parameters)"
 
 
 def listing(every: Sequence[Mapping[str, Any]]) -> str:

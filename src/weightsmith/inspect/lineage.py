@@ -44,7 +44,8 @@ class Node:
 def lineage(out: Path) -> Node:
     """The tree behind the folder `out`; OutputError if it has no manifest, or a damaged one.
 
-    Manifests of its inputs are followed where the inputs still are.  Nothing but manifests, configs and headers is
+    Manifests of its inputs are followed where the inputs still are; of those that are gone, what the manifest above has
+    taken over from theirs.  Nothing but manifests, configs and headers is
     read, nothing is downloaded.
     """
     return _made("", str(out), out, read_manifest(out), (), ())
@@ -82,32 +83,33 @@ def _made(
         _how(recipe),
         str(manifest.get("weightsmith", "")),
         notes,
-        tuple(_parts(recipe, manifest["inputs"], (*above, folder.resolve()))),
+        tuple(_parts(recipe, manifest["inputs"], (*above, folder.resolve()), manifest.get("made_from"))),
     )
 
 
-def _parts(recipe: Mapping[str, Any], inputs: Mapping[str, Any], above: tuple[Path, ...]) -> Iterator[Node]:
-    """The models that a recipe names, in its order."""
+def _parts(recipe: Mapping[str, Any], inputs: Mapping[str, Any], above: tuple[Path, ...], told: Any) -> Iterator[Node]:
+    """The models that a recipe names, in its order; `told`: what the manifest says of those that were made here."""
+    told = told if isinstance(told, dict) else {}
     if recipe.get("base") is not None:
-        yield from _part("base", recipe["base"], inputs.get("base"), above)
+        yield from _part("base", recipe["base"], inputs.get("base"), above, told.get("base"))
     for group in ("models", "experts", "shared"):
         named = recipe.get(group)
         for name, ref in named.items() if isinstance(named, dict) else ():
-            yield from _part(name, ref, inputs.get(name), above)
+            yield from _part(name, ref, inputs.get(name), above, told.get(name))
 
 
-def _part(name: str, ref: Any, noted: Any, above: tuple[Path, ...]) -> Iterator[Node]:
+def _part(name: str, ref: Any, noted: Any, above: tuple[Path, ...], told: Any = None) -> Iterator[Node]:
     if isinstance(ref, str):
-        yield _model(name, ref, noted, above)
+        yield _model(name, ref, noted, above, told)
         return
     if not isinstance(ref, dict):
         return
     model = ref.get("model", ref)
     if isinstance(model, str):
-        yield _model(name, model, noted, above)
+        yield _model(name, model, noted, above, told)
     elif isinstance(model, dict) and "models" in model:
         inner = noted.get("inputs", {}) if isinstance(noted, dict) else {}
-        yield Node(name, "", "recipe", _how(model), parts=tuple(_parts(model, inner, above)))
+        yield Node(name, "", "recipe", _how(model), parts=tuple(_parts(model, inner, above, None)))
     elif isinstance(model, dict):  # put together of several models: slices, modules
         named = {f"slice {i}": part for i, part in enumerate(model.get("slices") or ())}
         named |= {name: part.get("model") for name, part in (model.get("modules") or {}).items()}
@@ -117,8 +119,8 @@ def _part(name: str, ref: Any, noted: Any, above: tuple[Path, ...]) -> Iterator[
         yield _model(f"{name} adapter", ref["adapter"], None, above)
 
 
-def _model(name: str, model: str, noted: Any, above: tuple[Path, ...]) -> Node:
-    """The node of a path or hub id; its own manifest is followed."""
+def _model(name: str, model: str, noted: Any, above: tuple[Path, ...], told: Any = None) -> Node:
+    """The node of a path or hub id; its own manifest is followed, or if it is gone what is told of that."""
     path = expanded(Path(model))
     try:
         there = path.exists()
@@ -126,7 +128,11 @@ def _model(name: str, model: str, noted: Any, above: tuple[Path, ...]) -> Node:
         there = False
     if not there:
         hub = model.startswith(PREFIX) or (model.count("/") == 1 and not model.startswith((".", "/", "~")))
-        return Node(name, model, "model", notes=() if hub else ("no longer there",))
+        gone = () if hub else ("no longer there",)
+        if not isinstance(told, dict) or not isinstance(recipe := told.get("recipe"), dict) or len(above) > _DEEPEST:
+            return Node(name, model, "model", notes=gone)
+        parts = tuple(_parts(recipe, {}, (*above, path), told.get("made_from")))
+        return Node(name, model, str(told.get("kind", "")), _how(recipe), str(told.get("weightsmith", "")), gone, parts)
     notes = _changed(path, noted)
     if not (path / MANIFEST).is_file():
         return Node(name, model, "adapter" if (path / CONFIG).is_file() else "model", notes=notes)

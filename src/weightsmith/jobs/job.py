@@ -20,7 +20,7 @@ from weightsmith.engine.cluster import ray_runner
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inputs.vocabulary import tokenizer_folder
 from weightsmith.io.package.card import UNKNOWN, licence_problems, licences
-from weightsmith.io.package.manifest import MANIFEST, build_manifest, read_manifest, write_manifest
+from weightsmith.io.package.manifest import MANIFEST, build_manifest, read_manifest, story, write_manifest
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, destination, without_secrets
 from weightsmith.io.write.output import FolderSink, check_output, tidy
@@ -209,6 +209,8 @@ class Job:
     def manifest(self, folder: Path, records: Records, kind: str, made_by: Mapping[str, str], **more: Any) -> Path:
         """Write weightsmith.json and return its path; `more`: companions, and fields that hold something."""
         companions = more.pop("companions", {})
+        folders = {name: source.origin.folder for name, source in self.parents.items()}
+        behind = {name: found for name, place in folders.items() if place is not None and (found := story(place))}
         noted = build_manifest(
             folder,
             recipe=self.recipe,
@@ -220,6 +222,7 @@ class Job:
             companions=companions,
             kind=kind,
         )
+        noted |= {"made_from": behind} if behind else {}
         return write_manifest(folder, noted | {name: value for name, value in more.items() if value is not None})
 
     def result(self, out: Path, seconds: float, warnings: Iterable[Problem], complete: bool = False) -> Result:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from weightsmith import __version__
 from weightsmith.inputs.vocabulary import chat_template, modules_beside, tokenizer_folder
 from weightsmith.io.disk import write_file
-from weightsmith.io.package.card import CardModel, Citation, model_card
+from weightsmith.io.package.card import CardModel, Citation, about, model_card
 from weightsmith.io.package.companions import Copied, copy_companions
 from weightsmith.io.package.template import write_template
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.job import Job, Records
 from weightsmith.plan.plan import Plan
-from weightsmith.recipe.schema import ModelRef
+from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 
 __all__ = ["package", "treatments"]
 
@@ -39,15 +40,17 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
     if origin.folder is not None and origin.numbering is not None:
         origin.numbering.write(folder)  # only files that were copied just now
     written = write_template(folder, template) if template is not None else []
+    parts = {name: _parts(ref.model) for name, ref in recipe.models.items()}
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
-        models=[CardModel(name, _hub_id(ref), ref.parameters) for name, ref in recipe.models.items()],
+        models=[card for name, ref in recipe.models.items() for card in _rows(name, ref, parts[name])],
         base=CardModel("base", _hub_id(recipe.base)) if recipe.base is not None else None,
         method=_in_words(plan),
         recipe=job.recipe,
         licences=job.licences(),
         citations=_citations(plan),
-        library_name="transformers" if (folder / "config.json").exists() else "pytorch",
+        about=about(origin.folder, folder),
+        stacked=len({part for own in parts.values() for part in own}) if any(parts.values()) else 0,
         version=__version__,
     )
     notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
@@ -91,6 +94,32 @@ def _citations(plan: Plan) -> list[Citation]:
     stages = {type(s) for t in plan.tasks if t.pipeline for s in t.pipeline.stages}
     return [Citation(cls.traits.name, cls.traits.paper) for cls in sorted(stages, key=lambda c: c.traits.name)
             if cls.traits.paper]  # fmt: skip
+
+
+def _rows(name: str, ref: ModelRef, parts: Sequence[str]) -> Iterable[CardModel]:
+    """A model's rows of the table: its own, or one for each model whose slices or modules it is put together of."""
+    if not parts:
+        return [CardModel(name, _hub_id(ref), ref.parameters)]
+    return [CardModel(f"{name}, part {i}", _hub_id(ModelRef(model=part))) for i, part in enumerate(parts, 1)]
+
+
+def _parts(model: Any) -> list[str]:
+    """The models whose slices or modules a model is put together of, each once; [] for any other model."""
+    refs: list[Any] = []
+    if isinstance(model, Slices):
+        refs = list(model.slices)
+    elif isinstance(model, Modules):
+        refs = [module.model for module in model.modules.values()]
+    found = [part for ref in refs for part in (_parts(ref.model) or _leaves(ref.model))]
+    return list(dict.fromkeys(found))
+
+
+def _leaves(model: Any) -> list[str]:
+    """The paths and ids of the models of a nested recipe, or of the one model itself."""
+    if isinstance(model, Recipe):
+        refs = [*([model.base] if model.base is not None else []), *model.models.values()]
+        return [leaf for ref in refs for leaf in (_parts(ref.model) or _leaves(ref.model))]
+    return [model] if isinstance(model, str) else []
 
 
 def _dtype(source: Source) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import PlanError
+from weightsmith.core.errors import OutputError, PlanError, some
 from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
@@ -32,7 +32,7 @@ from weightsmith.plan.reading import bytes_read
 from weightsmith.plan.room import Machine, Room, resident
 from weightsmith.recipe.schema import ModelRef, Recipe
 
-__all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep"]
+__all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep", "variants_in"]
 
 _STATE = 1 << 20
 """Bytes per expert that a variant keeps between two of its turns: what is counted for it in a measuring pass."""
@@ -144,6 +144,21 @@ def run_sweep(
         for name, job in sweep.jobs.items()
     }
     return SweepResult(sweep.out, variants, seconds, sweep.read_bytes, sweep.write_bytes, sweep.room.peak_bytes)
+
+
+def variants_in(out: Path) -> dict[str, Path]:
+    """The finished variants in a sweep's folder: name -> folder; none where the folder is a result itself.
+
+    Raises OutputError where one was interrupted.
+    """
+    if (out / MANIFEST).exists() or not out.is_dir():
+        return {}
+    folders = sorted(path for path in system.call(list, out.iterdir()) if path.is_dir())
+    begun = [path.name for path in folders if path.name.endswith(".partial")]
+    found = {path.name: path for path in folders if (path / MANIFEST).is_file()}
+    if begun and (found or len(begun) > 1):
+        raise OutputError(f"{out}: {some(begun)}: interrupted; go on with the same command and --resume")
+    return found
 
 
 def _what_is_read(recipe: Recipe) -> str:

@@ -244,7 +244,7 @@ class Writer:
             recipe=about.made,
             base=None if about.base is None else CardModel("base", _hub_id(about.base)),
             licences=stated,
-            library_name="peft" if self._kind == "peft" else "diffusers",
+            about={"library_name": "peft" if self._kind == "peft" else "diffusers"},
             version=__version__,
             command=about.command,
         )

@@ -222,7 +222,8 @@ def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, 
     try:
         story = json.loads(path.read_text("utf-8"))
         recipe = story["recipe"]
-        named = {"base": recipe.get("base"), **recipe["models"]}
+        groups = [recipe[group] for group in ("models", "experts", "shared") if recipe.get(group)]
+        named = {"base": recipe.get("base"), **{name: model for group in groups for name, model in group.items()}}
         named = {name: model for name, model in named.items() if model is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, {MANIFEST: f"names no models ({type(error).__name__}: {error})"}

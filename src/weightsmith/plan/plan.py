@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import Task
+from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
@@ -70,6 +71,8 @@ class Plan:
     """Of the inputs that are merges themselves, computed as they are read."""
     read_bytes: int = 0
     """Of all inputs, as often as they are read."""
+    result: Mapping[str, str] = field(default_factory=dict)
+    """What a merge will be, in words: its dtype, vocabulary, tokenizer, chat template."""
 
     @property
     def threads(self) -> int:
@@ -150,6 +153,8 @@ def make_plan(
         nested_seconds=sum(source.origin.cost.seconds for _, source in sources.models),
         read_bytes=0 if problems else all_bytes_read(tasks, sources),
     )
+    if not plan.problems and not encode:
+        plan = replace(plan, result=vocabulary.outlook(recipe, sources, plan.keys))
     if strict and plan.problems:
         raise PlanError(plan.problems)
     return plan

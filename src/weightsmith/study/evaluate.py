@@ -22,7 +22,7 @@ import xxhash
 
 from weightsmith.core.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io import system
-from weightsmith.plugins import line_in, run_file
+from weightsmith.plugins import line_in, neighbours, run_file
 from weightsmith.study.schema import FUNCTION, Study
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
                 f"{study.file}: its models are scored by a function; name the python file that defines "
                 f"scores(model, split) with {_OPTION} FILE"
             )
-        return Scorer(study, _function(evaluator, arguments), [digest(evaluator), arguments], f"{_OPTION} {evaluator}")
+        return Scorer(study, _function(evaluator, arguments), _identity(evaluator, arguments), f"{_OPTION} {evaluator}")
     if evaluator is not None:
         raise RecipeError(f"{_OPTION} {evaluator}: {study.file} is scored by the built-in {kind}; leave one out")
     measure = {"bits_per_byte": _bits_per_byte, "accuracy": _accuracy}[kind]
@@ -113,6 +113,12 @@ def _function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, 
             raise RecipeError(f"{where}: scores({str(model)!r}, {split!r}): {type(error).__name__}: {error}") from error
 
     return score
+
+
+def _identity(evaluator: Path, arguments: Mapping[str, Any]) -> list[Any]:
+    """What the scores hang on: the file, those beside it that it has imported, and what it is called with."""
+    others = {file.name: digest(file) for file in neighbours(evaluator) if file != evaluator.expanduser().resolve()}
+    return [digest(evaluator), arguments, *([others] if others else [])]
 
 
 @cache

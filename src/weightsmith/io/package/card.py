@@ -15,9 +15,10 @@ from weightsmith.io import system
 from weightsmith.io.read.folder import is_inside
 from weightsmith.io.url import without_secrets
 
-__all__ = ["UNKNOWN", "CardModel", "Citation", "licence_problems", "licences", "model_card"]
+__all__ = ["UNKNOWN", "CardModel", "Citation", "about", "licence_problems", "licences", "model_card"]
 
 UNKNOWN = "unknown"
+_ABOUT: Mapping[str, Any] = {"library_name": "transformers"}
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _CARD_LIMIT = 1 << 16  # bytes of an input's card that are looked at: front matter is short
 _DEEPEST = 20  # levels; the parser's time grows with the square of the depth
@@ -53,7 +54,8 @@ def model_card(
     base: CardModel | None = None,
     licences: Mapping[str, str] | None = None,
     citations: Sequence[Citation] = (),
-    library_name: str = "transformers",
+    about: Mapping[str, Any] = _ABOUT,
+    stacked: int = 0,
     version: str = "",
     command: str = "weightsmith merge recipe.yaml OUT",
 ) -> str:
@@ -62,6 +64,8 @@ def model_card(
     method     what was done, in a sentence or two
     recipe     as given to `weightsmith merge`; folders outside the working folder are cut to their last name here
     licences   name -> licence, as `licences` returns them
+    about      library_name, pipeline_tag and tags, as `about` returns them
+    stacked    how many models its layers or modules are taken from, if it is put together of such
     command    what makes the same folder again from the recipe
     Only hub ids go into `base_model`: the hub refuses a card that names a local folder there.
     """
@@ -71,24 +75,61 @@ def model_card(
     hub_ids = list(dict.fromkeys(model.hub_id for model in everyone if model.hub_id))
     if hub_ids:
         front |= {"base_model": hub_ids, "base_model_relation": "merge"}
-    front |= {"library_name": library_name, "tags": ["merge", "weightsmith"], **_licence_fields(known)}
+    tags = list(dict.fromkeys([*about.get("tags", ()), "merge", "weightsmith"]))
+    front |= {"library_name": about.get("library_name", "transformers")}
+    front |= {"pipeline_tag": about["pipeline_tag"]} if about.get("pipeline_tag") else {}
+    front |= {"tags": tags, **_licence_fields(known)}
     run = f"weightsmith {version}".strip()
+    shown = _public(without_secrets(recipe))
     parts = [
         f"---\n{_yaml(front)}---\n",
         f"# {title}\n",
-        f"This model was merged from {len(models)} model{'s' * (len(models) != 1)} with {run}.\n",
+        f"This model was {_made_from(len(models), base is not None, stacked)} with {run}.\n",
         f"## Method\n\n{method}\n",
         f"## Models\n\n{_table(models, base, known)}",
         *_notes(known),
-        f"## Recipe\n\n```yaml\n{_yaml(_public(without_secrets(recipe)))}```\n",
+        f"## Recipe\n\n```yaml\n{_yaml(shown)}```\n",
         "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
         f"```\n{command}\n```\n\n"
-        "gives the same bytes; `weightsmith.json` holds the checksums of inputs and output.\n",
+        f"gives the same bytes{_PATHS if shown != without_secrets(recipe) else ''}; "
+        "`weightsmith.json` holds the checksums of inputs and output.\n",
     ]
     if citations:
         lines = [f"- {each.method}: {_link(each.paper)}" for each in dict.fromkeys(citations)]
         parts.append("## Citation\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+_PATHS = ", once the folders are written out (above they are cut to their last names)"
+
+
+def _made_from(count: int, has_base: bool, stacked: int) -> str:
+    if stacked:
+        return f"put together from parts of {stacked} model{'s' * (stacked != 1)}"
+    if count == 1:
+        return "made from one model and its base" if has_base else "made from one model"
+    return f"merged from {count} models"
+
+
+def about(folder: Path | None, made: Path) -> dict[str, Any]:
+    """Library, pipeline and tags of the folder `made`, as the card of the model that it takes the place of says.
+
+    A folder of sentence-transformers is one, whatever the card says.
+    """
+    said = _front_matter(folder / "README.md") if folder is not None else {}
+    tags = [tag for tag in said.get("tags", []) if _TAG.fullmatch(tag) and tag not in _OF_ITS_TRAINING]
+    library, pipeline = (next(iter(said.get(name, [])), "") for name in ("library_name", "pipeline_tag"))
+    if (made / "modules.json").exists():
+        library = "sentence-transformers"
+        tags = list(dict.fromkeys([library, *tags]))
+        pipeline = pipeline or "sentence-similarity"
+    elif not _TAG.fullmatch(library) or library == "peft":
+        library = "transformers" if (made / "config.json").exists() else "pytorch"
+    return {"library_name": library, "pipeline_tag": pipeline if _TAG.fullmatch(pipeline) else "", "tags": tags}
+
+
+_TAG = re.compile(r"[\w.+-]{1,60}")
+_OF_ITS_TRAINING = ("generated_from_trainer", "autotrain", "trl", "sft", "dpo", "unsloth")
 
 
 def licences(inputs: Mapping[str, Path | None]) -> dict[str, str]:

@@ -29,7 +29,16 @@ from weightsmith.io.read.safetensors import Header, read_header
 from weightsmith.io.read.small import parse_json, refuse_above
 from weightsmith.io.url import Url, place_of, stored_at, without_secrets
 
-__all__ = ["MANIFEST", "MOST", "build_manifest", "merge_parts", "read_manifest", "verify_folder", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "MOST",
+    "build_manifest",
+    "merge_parts",
+    "read_manifest",
+    "story",
+    "verify_folder",
+    "write_manifest",
+]
 
 MANIFEST = "weightsmith.json"
 MOST = 200_000_000
@@ -137,6 +146,18 @@ def read_manifest(out: Path | Url) -> dict[str, Any]:
     if not intact:
         raise OutputError(f"{path} is damaged or was edited: it does not match its own checksum")
     return manifest
+
+
+def story(folder: Path) -> dict[str, Any]:
+    """What the manifest of an input says of how it was made, for that of the output: it is there when the input is not.
+
+    {} where it has none, or a damaged one.
+    """
+    try:
+        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    except OutputError:
+        return {}
+    return {part: manifest[part] for part in ("weightsmith", "kind", "recipe", "made_from") if part in manifest}
 
 
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
