@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +17,8 @@ from weightsmith.core.keys import Key
 from weightsmith.core.pass_ import fold, measured
 from weightsmith.core.site import Site
 from weightsmith.kernels import cuts
-from weightsmith.kernels.cuts import tensor_cuts
+from weightsmith.kernels.cuts import Entries, tensor_cuts
+from weightsmith.kernels.job import Job
 from weightsmith.kernels.stored import Stored
 
 
@@ -25,6 +27,12 @@ def by_torch(deltas: torch.Tensor, ranks: list[list[int]]) -> np.ndarray:
     site = Site(Key("w", tuple(deltas.shape[1:]), "float32"), deltas, is_delta=True)
     found = measured(Given(False, tuple(map(tuple, ranks))), lambda look: fold([look.see(site)]))
     return np.stack([found.threshold, found.quota, found.ties], -1)
+
+
+def entries(stored: Stored, blocks: list[tuple[int, int]]) -> Entries:
+    """The task vectors as they are."""
+    count = len(stored.experts)
+    return Entries(stored.shape, lambda a, b: stored[a:b], blocks, lambda: Job((), count, {}, ()))
 
 
 def made(seed: int, kind: str, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -67,7 +75,7 @@ def test_cuts_are_those_of_torch(
     ranks = [[round(share * rows * width) for share in of[:wanted]] for of in shares]
     edges = sorted({0, rows, *(at * rows // blocks for at in range(blocks))})
     with patch.object(cuts, "SAMPLE", sample):
-        found = tensor_cuts(ranks, (rows, width), lambda a, b: stored[a:b], list(itertools.pairwise(edges)))
+        found = tensor_cuts(ranks, entries(stored, list(itertools.pairwise(edges))))
     assert np.array_equal(found, by_torch(deltas_of(stored, dtype), ranks))
 
 
@@ -90,7 +98,7 @@ def test_any_number_of_cuts_takes_two_passes() -> None:
     for count in (2, 40):
         seen.clear()
         ranks = [[1 + 2000 * at for at in range(count)] * 2] * 2
-        found = tensor_cuts(ranks, (300, 300), read, blocks)
+        found = tensor_cuts(ranks, replace(entries(stored, blocks), read=read))
         assert seen == blocks * 2
         assert np.array_equal(found, by_torch(deltas_of(stored, "float32"), ranks))
 
@@ -100,10 +108,10 @@ def test_cells_add_up_to_all_entries() -> None:
     bits = deltas_of(stored, "float32").abs().view(torch.int32).flatten().numpy()
     cells, often = np.unique(bits >> 16, return_counts=True)
     first, second = (int(cell) for cell in cells[np.argsort(often)[-2:]])
-    found = cuts._counted([[first, second, -1, 1 << 15]], lambda a, b: stored[a:b], [(0, 20), (20, 50)])
+    found = cuts._counted([[first, second, -1, 1 << 15]], entries(stored, [(0, 20), (20, 50)]))
     for cell in (first, second):
         here = bits[bits >> 16 == cell] & 0xFFFF
         assert np.array_equal(found.low([cell])[0, 0], np.bincount(here, minlength=1 << 16))
     assert not found.low([-1]).any()
-    closed = cuts._counted([()], lambda a, b: stored[a:b], [(0, 50)]).high
+    closed = cuts._counted([()], entries(stored, [(0, 50)])).high
     assert np.array_equal(closed[0], np.bincount(bits >> 16, minlength=1 << 15))

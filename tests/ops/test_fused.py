@@ -21,7 +21,8 @@ from weightsmith.core.pass_ import Pass, fold, measured
 from weightsmith.core.site import Site
 from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.kernels import native
-from weightsmith.kernels.cuts import tensor_cuts
+from weightsmith.kernels.cuts import Entries, tensor_cuts
+from weightsmith.kernels.job import Job
 from weightsmith.kernels.merge import Merge, weighted_sum
 from weightsmith.kernels.record import SIGNATURES, STRIP
 from weightsmith.kernels.stored import READ, WRITTEN, Stored
@@ -186,13 +187,14 @@ def test_vote_equals_torch(
     ranges = list(itertools.pairwise(edges))
     if spec.cut is not None:
         want = found[spec.cut]
-        cuts = tensor_cuts(spec.cut.ranks(rows * width), (rows, width), lambda a, b: stored[a:b], ranges)
+        ranked = Entries((rows, width), lambda a, b: stored[a:b], ranges, lambda: Job((), len(densities), {}, ()))
+        cuts = tensor_cuts(spec.cut.ranks(rows * width), ranked)
         assert np.array_equal(cuts, np.stack([want.threshold, want.quota, want.ties], -1))
     if spec.signs is not None:
-        signs = Merge(program, {one: value for one, value in found.items() if one != spec.signs})
+        signs = Merge(program, {0: {one: value for one, value in found.items() if one != spec.signs}})
         assert sum(signs.count_signs(stored[a:b], a * width) for a, b in ranges) == 0
         assert int(signs.signs) == found[spec.signs]
-    vote = Merge(program, found)
+    vote = Merge(program, {0: found})
     got = np.concatenate([vote.merge(stored[a:b], "float32", a * width)[0] for a, b in ranges])
     want = method.merge(site_of(stored, found)).view(torch.uint32).numpy()
     assert np.array_equal(got.view("f4") + 0.0, want.view("f4") + 0.0)
@@ -211,7 +213,7 @@ def test_a_wrong_guess_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyP
         passes.append((start, stop))
         return stored[start:stop]
 
-    cuts = tensor_cuts(ranks, (4096, 16), read, [(0, 4096)])
+    cuts = tensor_cuts(ranks, Entries((4096, 16), read, [(0, 4096)], lambda: Job((), 1, {}, ())))
     delta = (values[1] - values[0]).abs().flatten().sort(descending=True).values
     assert cuts[0, 0, 0] == int(delta[int(0.37 * delta.numel()) - 1].view(torch.int32))
     assert passes.count((0, 4096)) > 1

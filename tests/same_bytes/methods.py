@@ -238,6 +238,8 @@ LARGE: tuple[Any, ...] = (
     ({"breadcrumbs": {"density": 0.7, "rescale": True}}, "ties"),
     ({"breadcrumbs": {"scope": "row"}}, "task_arithmetic"), ("dare", "ties"), ("dare", "linear"),
     ({"dare": {"rescale_rule": "l1"}}, "task_arithmetic"), ("della", "ties"), ("ties", "consensus"),
+    ("della", "task_arithmetic"), ({"della": {"epsilon": 0.4}}, {"ties": {"scope": "tensor", "density": 0.3}}),
+    ("dare", {"magnitude": {"density": 0.3}}, "ties"), ("breadcrumbs", "della", {"ties": {"scope": "tensor"}}),
 )  # fmt: skip
 
 WIDE: tuple[Any, ...] = (

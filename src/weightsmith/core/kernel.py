@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = [
     "Agreement",
     "Balance",
     "Drop",
+    "Filter",
     "Fused",
     "Look",
+    "Magnitudes",
     "Masses",
     "Mix",
     "Products",
@@ -86,17 +88,23 @@ class Mix:
 
 @dataclass(frozen=True)
 class Drop:
-    """A filter: keep an entry of task vector i with probability shares[i], by the noise of `ops.noise`.
+    """A filter: keep an entry of task vector i with probability shares[i] + spans[i] r, by the noise of `ops.noise`.
 
     salt     of the noise
     factors  pass that finds what the survivors are multiplied by, or None
     divide   whether they are divided by their share
+    spans    r is the rank by |delta| along the second axis, from 0 to 1, equals by index; (): the same for all entries
+    ranks    pass that finds r of vectors, which may come in pieces
     """
+
+    cut: ClassVar[Any] = None
 
     shares: tuple[float, ...]
     salt: str
     factors: Any = None
     divide: bool = False
+    spans: tuple[float, ...] = ()
+    ranks: Any = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,12 @@ class Window:
     cut      pass that finds the cuts; of two, what comes before the first is dropped
     factors  as of `Drop`
     """
+
+    shares: ClassVar[tuple[float, ...]] = ()
+    spans: ClassVar[tuple[float, ...]] = ()
+    salt: ClassVar[str] = ""
+    divide: ClassVar[bool] = False
+    ranks: ClassVar[Any] = None
 
     cut: Any
     factors: Any = None
@@ -120,37 +134,45 @@ class Agreement:
     scale: float
 
 
-Fused = WeightedSum | Vote | Mix | Drop | Window | Agreement
+Filter = Drop | Window
+"""What filters of task vectors do, one after the other."""
+
+Fused = WeightedSum | Vote | Mix | Filter | Agreement
 """What a stage may say of itself."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the kernels do in one go: at most one filter of task vectors, one way to combine, one filter of that."""
+    """What the kernels do in one go: filters of task vectors, one way to combine them, one filter of the result.
+
+    The i-th filter is the i-th stage of its pipeline, so that its passes are that stage's.
+    """
 
     combine: WeightedSum | Vote | Mix
-    before: Drop | Window | None = None
+    before: tuple[Filter, ...] = ()
     after: Agreement | None = None
 
     @classmethod
     def of(cls, specs: Sequence[Fused | None]) -> Program | None:
         """The program of a pipeline's stages in order, or None if the kernels have none for it."""
         combining = [s for s in specs if isinstance(s, (WeightedSum, Vote, Mix))]
-        before = [s for s in specs if isinstance(s, (Drop, Window))]
+        before = tuple(s for s in specs if isinstance(s, Filter))
         after = [s for s in specs if isinstance(s, Agreement)]
-        if len(combining) != 1 or len(before) > 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
+        if len(combining) != 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
             return None
         combine = combining[0]
         plain = isinstance(combine, Mix) or (isinstance(combine, WeightedSum) and not combine.deltas)
-        trims = isinstance(combine, Vote) and combine.cut is not None
-        if (plain and (before or after)) or (trims and before):
-            return None
-        return cls(combine, before[0] if before else None, after[0] if after else None)
+        return None if plain and (before or after) else cls(combine, before, after[0] if after else None)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether a filter goes by size."""
+        return any(one.cut is not None or one.spans for one in self.before)
 
     @property
     def masks(self) -> bool:
         """Whether it is more than a weighted sum of the inputs."""
-        return self.before is not None or self.after is not None or isinstance(self.combine, Vote)
+        return bool(self.before) or self.after is not None or isinstance(self.combine, Vote)
 
     @property
     def wants_base(self) -> bool:
@@ -177,8 +199,13 @@ class Within:
 
 
 @dataclass(frozen=True)
+class Magnitudes:
+    """|delta| of every entry of a vector."""
+
+
+@dataclass(frozen=True)
 class Masses:
-    """Per row sum |delta|, before and after the program's filter."""
+    """Per row sum |delta|, before and after the stage's filter."""
 
 
 @dataclass(frozen=True)
@@ -193,5 +220,5 @@ class Balance:
     """The sum of all signs that the program elects."""
 
 
-Look = Ranked | Within | Masses | Products | Balance
+Look = Ranked | Within | Magnitudes | Masses | Products | Balance
 """What a pass may say of itself."""

@@ -10,8 +10,8 @@ from enum import Enum
 from weightsmith.core.keys import DTYPES, Key, Part
 from weightsmith.core.method import BASE, Grain, Pipeline, Scope
 
-__all__ = ["BLOCK", "PART_BYTES", "Task", "Way", "block_size", "blocks", "cuttable", "keeps_rows", "one_by_one",
-           "parts", "row_step", "takes_deltas"]  # fmt: skip
+__all__ = ["BLOCK", "PART_BYTES", "Task", "Way", "block_size", "blocks", "cuttable", "keeps_masks", "keeps_rows",
+           "one_by_one", "parts", "row_step", "takes_deltas"]  # fmt: skip
 
 BLOCK = 1 << 18
 """Elements per block: a few float32 copies of it stay inside a core's cache.
@@ -24,6 +24,10 @@ PART_BYTES = 32 << 20
 
 KEPT = 24 << 20
 """Entries of all inputs of a tensor up to which the kernels keep all its stored rows, not only the latest block's."""
+
+
+MASKED = 1 << 27
+"""Entries of all experts of a tensor up to which the kernels keep what filters by rank have found, a bit for each."""
 
 
 class Way(Enum):
@@ -129,6 +133,11 @@ def cuttable(pipeline: Pipeline | None, count: int) -> bool:
 def keeps_rows(key: Key, inputs: int) -> bool:
     """Whether the kernels keep all blocks of a tensor's stored rows: they are few, and often read several times."""
     return key.numel * inputs <= KEPT
+
+
+def keeps_masks(key: Key, experts: int) -> bool:
+    """Whether the kernels keep what filters by rank leave of all blocks of a tensor."""
+    return key.numel * experts <= MASKED
 
 
 def takes_deltas(pipeline: Pipeline | None) -> bool:

@@ -22,7 +22,7 @@ from weightsmith.engine.context import Context
 from weightsmith.engine.hashes import Hashes
 from weightsmith.engine.lost import added, squares_lost
 from weightsmith.engine.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
-from weightsmith.engine.passes import Chain, Target, draws_of, measure, program_of, ranges, refuse_bad_inputs
+from weightsmith.engine.passes import Chain, Target, measure, noise_of, program_of, ranges, refuse_bad_inputs
 from weightsmith.engine.rows import StoredRows
 from weightsmith.engine.sites import Reader
 from weightsmith.io.read.source import bits_to_tensor, holds_nonfinite
@@ -135,7 +135,7 @@ def _kernel(variants: Sequence[Variant]) -> None:
     """The kernels, straight over the stored bits; the same bytes as `_torch`, several times faster."""
     task, context = variants[0].task, variants[0].context
     rows = StoredRows(task.key, context)
-    merges = [Merge(program_of(v.task, v.context), found, draws_of(v.task, v.context))
+    merges = [Merge(program_of(v.task, v.context), found, noise_of(v.task, v.context))
               for v, found in zip(variants, _measured(variants, None, rows), strict=True)]  # fmt: skip
     for start, stop in blocks(task.key, task.start, task.stop, context.merged):
         stored = rows(start, stop)
@@ -149,13 +149,10 @@ def _kernel(variants: Sequence[Variant]) -> None:
 
 
 def _measured(variants: Sequence[Variant], reader: Reader | None, rows: StoredRows | None) -> list[dict[Any, Any]]:
-    """Take all passes over the tensor; results of the kernels' programs by pass, of torch by stage index."""
+    """Take all passes over the tensor; results by stage index."""
     chains = [Chain(variant.task, variant.context) for variant in variants]
     measure(chains, reader or Reader(), rows)
-    if rows is None:
-        return [chain.found for chain in chains]
-    # A program has at most one stage that ranks, one that rescales, one that votes: their passes differ.
-    return [{one: value for found in chain.found.values() for one, value in found.items()} for chain in chains]
+    return [chain.found for chain in chains]
 
 
 def _torch(variants: Sequence[Variant]) -> None:

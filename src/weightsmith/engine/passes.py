@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.kernel import Drop, Program, Ranked
+from weightsmith.core.kernel import Program, Ranked
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Grain
+from weightsmith.core.method import Grain, Stage
 from weightsmith.core.pass_ import Pass, Rows, Scope, Totals, fold
 from weightsmith.core.task import Task, blocks
 from weightsmith.engine.context import Context, Results, share
 from weightsmith.engine.numeric import refuse_bad, to_float
 from weightsmith.engine.rows import StoredRows
 from weightsmith.engine.sites import Reader
-from weightsmith.kernels.cuts import tensor_cuts
+from weightsmith.kernels.cuts import Entries, tensor_cuts
 from weightsmith.kernels.looks import Sight, backends
 from weightsmith.ops.noise import draws
 from weightsmith.ops.select import Cut, Cuts
@@ -32,7 +32,7 @@ from weightsmith.ops.select import Cut, Cuts
 if TYPE_CHECKING:
     from weightsmith.core.keys import Key
 
-__all__ = ["Chain", "Target", "draws_of", "measure", "program_of", "ranges", "refuse_bad_inputs"]
+__all__ = ["Chain", "Target", "measure", "noise_of", "program_of", "ranges", "refuse_bad_inputs"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ class Chain:
             for one, found in self.found.get(i, {}).items()
             if one.scope is Scope.MODEL
         ]
-        return self.pipeline.stages[: self.index], self.look.seen, tuple(known)
+        return self.before, self.look.seen, tuple(known)
+
+    @property
+    def before(self) -> tuple[Stage, ...]:
+        """The stages whose work is done before the next look: where they are equal, so is what it sees."""
+        return self.pipeline.stages[: self.index]
 
     @property
     def ranks(self) -> bool:
@@ -117,7 +122,7 @@ def measure(chains: Sequence[Chain], reader: Reader, rows: StoredRows | None) ->
     """Take all looks of chains over the same rows; with `rows` by the kernels, else in torch."""
     while open_ := [chain for chain in chains if chain.look is not None]:
         if rows is not None and (ranking := [chain for chain in open_ if chain.ranks]):
-            _rank(ranking, rows)
+            _rank([chain for chain in ranking if chain.before == ranking[0].before], rows)
             continue
         alike: dict[Hashable, list[Chain]] = {}
         for chain in open_:
@@ -163,8 +168,8 @@ def _sight(chain: Chain) -> Sight:
     assert chain.look is not None
     look, program = chain.look.kernel, program_of(chain.task, chain.context)
     assert look is not None
-    found = {one: value for results in chain.found.values() for one, value in results.items()}
-    return Sight(look, program, len(chain.context.inputs.experts), found, draws_of(chain.task, chain.context), Rows)
+    count = len(chain.context.inputs.experts)
+    return Sight(look, program, chain.index, count, chain.found, noise_of(chain.task, chain.context), Rows)
 
 
 def _rank(chains: Sequence[Chain], rows: StoredRows) -> None:
@@ -176,7 +181,8 @@ def _rank(chains: Sequence[Chain], rows: StoredRows) -> None:
             rows(*span)  # so that the sample is taken from memory
     wanted = [chain.look.ranks(key.numel) for chain in chains if isinstance(chain.look, Cut)]
     joint = [[rank for one in wanted for rank in one[i]] for i in range(len(wanted[0]))]
-    found = tensor_cuts(joint, (key.rows, key.row_numel), rows, spans)
+    sight = _sight(chains[0])
+    found = tensor_cuts(joint, Entries((key.rows, key.row_numel), rows, spans, sight.job, sight.ordered))
     ends = accumulate((len(one[0]) for one in wanted), initial=0)
     for chain, (first, last) in zip(chains, pairwise(ends), strict=True):
         assert chain.look is not None
@@ -192,12 +198,11 @@ def program_of(task: Task, context: Context) -> Program:
     return program
 
 
-def draws_of(task: Task, context: Context) -> np.ndarray | None:
-    """The noise of a task of the kernels, where its filter drops at random."""
-    before = program_of(task, context).before
-    if not isinstance(before, Drop):
-        return None
-    return draws(context.seed, task.key.name, list(context.inputs.experts), before.salt, before.shares)
+def noise_of(task: Task, context: Context) -> list[np.ndarray | None]:
+    """What the kernels need to draw the noise of a task's filters."""
+    name, experts = task.key.name, list(context.inputs.experts)
+    filters = program_of(task, context).before
+    return [draws(context.seed, name, experts, one.salt, one.shares) if one.salt else None for one in filters]
 
 
 def ranges(task: Task, block: int) -> Iterable[tuple[int, int]]:

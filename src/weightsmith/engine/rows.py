@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
+import numpy as np
+
 from weightsmith.core.keys import Key
-from weightsmith.core.task import keeps_rows, row_step
+from weightsmith.core.task import keeps_masks, keeps_rows, row_step
 from weightsmith.engine.context import Context
 from weightsmith.kernels.stored import Stored
 
@@ -18,6 +22,7 @@ class StoredRows:
         self.step = row_step(key, context.measured)
         self.keeps = keeps_rows(key, len(context.inputs.models))
         self._kept: dict[tuple[int, int], Stored] = {}
+        self._masks: dict[tuple[int, int], dict[Hashable, np.ndarray]] = {}
 
     def __call__(self, start: int, stop: int) -> Stored:
         # A merge may have smaller blocks than the passes before it: they are cut out of what is kept.
@@ -41,4 +46,5 @@ class StoredRows:
             dtypes=[source.key(name).dtype for source in inputs.experts.values()],
             base=None if base is None else base.bits(name, start, stop),
             base_dtype="" if base is None else base.key(name).dtype,
+            kept=self._masks.setdefault((start, stop), {}) if keeps_masks(self.key, len(inputs.experts)) else {},
         )

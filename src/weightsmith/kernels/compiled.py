@@ -12,25 +12,23 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from weightsmith.kernels.by_rank import sloped
+from weightsmith.kernels.filters import filtered, job_at, masked, task_vector
 from weightsmith.kernels.loops import (
-    EXPONENT,
     I8,
     MAGNITUDE,
     OPTIONS,
     as_bits,
     as_float,
-    broken,
     decode,
-    drop,
     encode,
     exported,
     fold,
     pointer,
     strip,
     subtract,
-    trim,
 )
-from weightsmith.kernels.record import HIGH, MERGE, STRIP
+from weightsmith.kernels.record import HIGH, STRIP
 from weightsmith.kernels.sums import row_products, row_sizes
 
 __all__ = ["KERNELS"]
@@ -80,17 +78,25 @@ def weighted_sum(
 # --- cuts -------------------------------------------------------------------------------------------
 
 
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _voice(job: Any, expert: Any, low: Any, n: Any) -> Any:
+    """A strip of an expert's filtered task vector, as the looks see it: the first one of the scratch space."""
+    value, origin = strip(job.scratch, 0, n), strip(job.scratch, 1, n)
+    decode(job.base, job.base_kind, low, origin)
+    task_vector(job, expert, low, value, origin)
+    filtered(value, job, job.steps, expert, low, job.scratch + 8 * STRIP)
+    return value
+
+
 @exported
-def magnitudes(address: Any, kind: Any, base: Any, base_kind: Any, size: Any, out: Any, scratch: Any) -> Any:
-    """The bits of |input - base|: out [size] uint32; scratch 2 STRIP float32.  Returns 0."""
-    found = carray(pointer(out), (size,), np.uint32)
-    for low in range(0, size, STRIP):
-        n = min(STRIP, size - low)
-        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
-        decode(base, base_kind, low, origin)
-        decode(address, kind, low, value)
-        for j in range(n):
-            found[low + j] = as_bits(value[j] - origin[j]) & MAGNITUDE
+def magnitudes(record: Any, expert: Any, out: Any) -> Any:
+    """The bits of |filtered task vector|: out [size] uint32.  Returns 0; the record's scratch: 4 STRIP float32."""
+    job = job_at(record)
+    found = carray(pointer(out), (job.size,), np.uint32)
+    for low in range(0, job.size, STRIP):
+        value = _voice(job, expert, low, min(STRIP, job.size - low))
+        for j in range(value.size):
+            found[low + j] = as_bits(value[j]) & MAGNITUDE
     return 0
 
 
@@ -98,27 +104,23 @@ _GROUP = 16
 
 
 @exported
-def count_between(
-    address: Any, kind: Any, base: Any, base_kind: Any, size: Any,
-    lowest: Any, width: Any, shift: Any, counts: Any, scratch: Any,
-) -> Any:  # fmt: skip
-    """Histogram of the bits of |input - base| from `lowest` on; returns how many lie above.
+def count_between(record: Any, expert: Any, lowest: Any, width: Any, shift: Any, counts: Any) -> Any:
+    """Histogram of the bits of |filtered task vector| from `lowest` on; returns how many lie above.
 
     counts[(bits - lowest) >> shift] += 1 for bits in lowest .. lowest + (width << shift); counts [2 width] uint32,
-    whose second half gains, bin by bin, the bits that `shift` has shifted out.
+    whose second half gains, bin by bin, the bits that `shift` has shifted out.  The record's scratch: as above.
     """
+    job = job_at(record)
     found = carray(pointer(counts), (2 * width,), np.uint32)
     first, span, down = np.uint32(lowest), np.uint32(min(width << shift, 0xFFFFFFFF)), np.uint32(shift)
     lost = np.uint32((1 << shift) - 1)
     above = 0
-    for low in range(0, size, STRIP):
-        n = min(STRIP, size - low)
-        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
-        decode(base, base_kind, low, origin)
-        decode(address, kind, low, value)
+    for low in range(0, job.size, STRIP):
+        n = min(STRIP, job.size - low)
+        value = _voice(job, expert, low, n)
         over = np.uint32(0)
         for j in range(n):
-            bits = as_bits(value[j] - origin[j]) & MAGNITUDE
+            bits = as_bits(value[j]) & MAGNITUDE
             place = np.uint32(bits - first)  # wraps to something large where bits < first
             value[j] = as_float(place)
             over += np.uint32(np.uint32(bits >= first) & np.uint32(place >= span))
@@ -145,23 +147,20 @@ def count_between(
 
 
 @exported
-def count_cells(
-    address: Any, kind: Any, base: Any, base_kind: Any, size: Any, cells: Any, counts: Any, scratch: Any,
-) -> Any:  # fmt: skip
-    """Count every |input - base| by its bits: all in one pass, however many cells are open.  Returns 0.
+def count_cells(record: Any, expert: Any, cells: Any, counts: Any) -> Any:
+    """Count every |entry| of a filtered task vector by its bits: all in one pass, however many cells are open.
 
     cells   [2, 2^15] uint32, for each value of the upper 16 bits: where its counters begin, and 0xFFFF where the lower
             16 bits are told apart as well, else 0
-    counts  int64, as many as the cells ask for; scratch 2 STRIP float32
+    counts  int64, as many as the cells ask for
+    Returns 0; the record's scratch: as above.
     """
+    job = job_at(record)
     first, apart = carray(pointer(cells), (HIGH,), np.uint32), carray(pointer(cells + 4 * HIGH), (HIGH,), np.uint32)
     found = carray(pointer(counts), (HIGH,), np.int64)  # and what comes behind
-    for low in range(0, size, STRIP):
-        n = min(STRIP, size - low)
-        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
-        decode(base, base_kind, low, origin)
-        decode(address, kind, low, value)
-        subtract(value, origin)
+    for low in range(0, job.size, STRIP):
+        n = min(STRIP, job.size - low)
+        value = _voice(job, expert, low, n)
         for j in range(n):
             bits = as_bits(value[j]) & MAGNITUDE
             cell = bits >> np.uint32(16)
@@ -189,20 +188,6 @@ def _combine(scratch: Any, count: Any, weight: Any, elected: Any, divisor: Any) 
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _masked(values: Any, i: Any, low: Any, cuts: Any, seen: Any, draws: Any, start: Any, room: Any) -> None:
-    """What filters leave of a strip of expert i's task vector, the entries from `low` on of a block.
-
-    cuts   [sides, 3, count] int64, see `masked_merge`; seen [sides, count] is brought up to date
-    draws  [count, 3] int64: the two halves of its noise's key, and the number its noise must stay below
-    """
-    for side in range(cuts.shape[0]):
-        threshold, quota, ties = cuts[side, 0, i], cuts[side, 1, i], cuts[side, 2, i]
-        seen[side, i] = trim(values, side == 0, threshold, quota, ties, seen[side, i])
-    if draws.size:
-        drop(values, draws[i, 0], draws[i, 1], draws[i, 2], start + low, room)
-
-
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: Any, kind: Any, low: Any) -> None:
     """Zero the entries of the first strip, tau, that fewer than k task masks |delta| > agree |tau - delta| select."""
     n = base.size
@@ -219,39 +204,26 @@ def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: 
         tau[j] = tau[j] if votes[j] >= k else np.float32(0)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _job(record: Any) -> Any:
-    """The record at an address."""
-    return carray(pointer(record), (1,), MERGE)[0]
-
-
 @exported
 def masked_merge(record: Any) -> Any:
-    """Mask task vectors, weigh and combine them; returns how many inputs and results are NaN or Inf.
+    """Filter task vectors, weigh and combine them; returns how many inputs and results are NaN or Inf.
 
-    The record's fields (`MERGE`):
+    The record's fields (`MERGE`) beside the block's:
 
-    cuts     [sides, 3, count] int64: threshold, quota, ties; what comes after the first cut or before the second
-             becomes zero.  seen [sides, count]: equals met so far, brought up to date
-    draws    [count, 3] int64 or 0: the noise of each expert, whose first number here is the `start`-th
-    factors  [count] float32 or 0: the survivors are multiplied by them; shares, likewise: divided by them
+    filters  what each task vector goes through, see `filters.filtered`
     vote     elect signs as `Ties.merge` does, `zero` where there is none, and divide by the agreeing weights if `mean`;
              else the sum is divided by `divisor`
     agree    [count] float32 or 0: of the scaled result tau stays what k task masks select, times `after`
     signs    [1] int64 gains the sum of the elected signs.  With `out` 0 that is all that is done.
     scratch  (count + 4) STRIP float32
     """
-    job = _job(record)
-    count, size, sides, start, scratch = job.count, job.size, job.sides, job.start, job.scratch
+    job = job_at(record)
+    count, size, scratch = job.count, job.size, job.scratch
     base, base_kind, out, out_kind = job.base, job.base_kind, job.out, job.out_kind
-    factors, shares, agree, k = job.factors, job.shares, job.agree, job.k
+    agree, k = job.agree, job.k
     vote, mean, zero, divisor, scale, after = job.vote, job.mean, job.zero, job.divisor, job.scale, job.after
     address, kind = carray(pointer(job.inputs), (count,), np.int64), carray(pointer(job.kinds), (count,), np.int64)
     weight = carray(pointer(job.weights), (count,), np.float32)
-    cut = carray(pointer(job.cuts), (sides, 3, count), np.int64)
-    met = carray(pointer(job.seen), (sides, count), np.int64)
-    draw = carray(pointer(job.draws), (count if job.draws else 0, 3), np.int64)
-    factor, share = carray(pointer(factors), (count,), np.float32), carray(pointer(shares), (count,), np.float32)
     strict = carray(pointer(agree), (count,), np.float32)
     majority = carray(pointer(job.signs), (1,), np.int64)
     room = scratch + 4 * STRIP * (count + 2)
@@ -262,19 +234,8 @@ def masked_merge(record: Any) -> Any:
         decode(base, base_kind, low, origin)
         for i in range(count):
             voice = strip(scratch, i, n)
-            decode(address[i], kind[i], low, voice)
-            unfit = np.uint32(0)
-            for j in range(n):
-                voice[j] = voice[j] - origin[j]
-                unfit += np.uint32((as_bits(voice[j]) & EXPONENT) == EXPONENT)  # a mask would hide it
-            bad += I8(unfit)
-            _masked(voice, i, low, cut, met, draw, start, room)
-            if factors:
-                for j in range(n):
-                    voice[j] = voice[j] * factor[i]
-            if shares:
-                for j in range(n):
-                    voice[j] = voice[j] / share[i]
+            bad += task_vector(job, i, low, voice, origin)
+            filtered(voice, job, job.steps, i, low, room)
             w = weight[i]
             if i == 0:
                 for j in range(n):
@@ -330,25 +291,13 @@ def _sizes(values: Any, out: Any) -> None:
 
 @exported
 def row_masses(record: Any, expert: Any, whole: Any, left: Any, rows: Any, width: Any, wide: Any) -> Any:
-    """Per row sum |delta|, and of what the filters leave of it; returns how many entries are NaN or Inf.
+    """Per row sum |delta| before and after the masks of the last filter; returns how many entries are NaN or Inf.
 
-    record  inputs, base, cuts, seen, draws, start as of `masked_merge`; scratch 4 STRIP float32
+    record  as of `masked_merge`; scratch 4 STRIP float32
     expert  whose task vector; whole, left [rows] float64; wide [2, width] float64
     """
-    job = _job(record)
-    count, sides, start, scratch, base, base_kind = (
-        job.count,
-        job.sides,
-        job.start,
-        job.scratch,
-        job.base,
-        job.base_kind,
-    )
-    address = carray(pointer(job.inputs), (count,), np.int64)[expert]
-    kind = carray(pointer(job.kinds), (count,), np.int64)[expert]
-    cut = carray(pointer(job.cuts), (sides, 3, count), np.int64)
-    met = carray(pointer(job.seen), (sides, count), np.int64)
-    draw = carray(pointer(job.draws), (count if job.draws else 0, 3), np.int64)
+    job = job_at(record)
+    scratch, last = job.scratch, job.steps - 1
     everything, some = carray(pointer(whole), (rows,), np.float64), carray(pointer(left), (rows,), np.float64)
     room = scratch + 4 * STRIP * 2
     before, after = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
@@ -358,12 +307,11 @@ def row_masses(record: Any, expert: Any, whole: Any, left: Any, rows: Any, width
             n = min(STRIP, width - low)
             value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
             place = row * width + low
-            decode(base, base_kind, place, origin)
-            decode(address, kind, place, value)
-            subtract(value, origin)
-            bad += broken(value)
+            decode(job.base, job.base_kind, place, origin)
+            bad += task_vector(job, expert, place, value, origin)
+            filtered(value, job, last, expert, place, room)
             _sizes(value, before[low : low + n])
-            _masked(value, expert, place, cut, met, draw, start, room)
+            masked(value, job, last, expert, place, room)
             _sizes(value, after[low : low + n])
         everything[row], some[row] = fold(before), fold(after)
     return bad
@@ -378,6 +326,7 @@ KERNELS: Mapping[str, Any] = {
         count_cells,
         masked_merge,
         row_masses,
+        sloped,
         row_products,
         row_sizes,
     )

@@ -5,16 +5,17 @@ The torch form in `ops.select` is the meaning; this finds the same in fewer pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from weightsmith.kernels.job import Job
 from weightsmith.kernels.ranks import EVERYTHING, NOTHING, buckets, locate, thresholds
 from weightsmith.kernels.record import HIGH, LOW
-from weightsmith.kernels.stored import READ, Stored, base_address, joined, kernel, scratch
+from weightsmith.kernels.stored import Stored, kernel
 
-__all__ = ["Cells", "readings", "tensor_cuts"]
+__all__ = ["Cells", "Entries", "magnitudes", "readings", "tensor_cuts"]
 
 SAMPLE, PLACES = 1 << 16, 64
 """Entries looked at for a first guess of a cut, and on how many places of a large tensor they lie."""
@@ -60,45 +61,75 @@ class _Search:
 
 
 Read = Callable[[int, int], Stored]
-"""Rows start..stop of a tensor."""
+"""Rows start..stop of a entries."""
 
 
-def tensor_cuts(
-    ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Entries:
+    """What is ranked: what filters leave of the task vectors of one entries.
+
+    shape    (rows, entries per row)
+    read     rows start..stop of the inputs
+    blocks   row ranges that cover it
+    walk     begins a walk over the blocks
+    ordered  one of the filters counts on the way, so that no walk may leave rows out
+    """
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Stored]
+    blocks: Sequence[tuple[int, int]]
+    walk: Callable[[], Job]
+    ordered: bool = False
+
+    def look(self) -> Iterator[int]:
+        """The records of all blocks, one after the other."""
+        job = self.walk()
+        for start, stop in self.blocks:
+            stored = self.read(start, stop)
+            yield job.block(stored, start * self.shape[1])
+            del stored  # the next one is as large
+
+    def magnitudes(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Those of some rows, for each expert."""
+        job, found = self.walk(), list[list[np.ndarray]]()
+        for start, stop in pieces:
+            stored, offset = self.read(start, stop), start * self.shape[1]
+            found.append([magnitudes(job, stored, offset, i) for i in range(len(stored.experts))])
+        return [np.concatenate(one) for one in zip(*found, strict=True)]
+
+
+def tensor_cuts(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
     """Threshold, quota and ties (see `ranks.thresholds`) of the cuts after the ranks[i][c] largest |delta_i| of a
     tensor: int64 [n, cuts, 3].
 
     Always exact.  One cut per expert is found near where a sample has it, mostly in one pass; several, those of a
     sweep's variants among them, by two passes for all of them, see `Cells`.
-
-    shape  (rows, entries per row) of the tensor
     """
-    if shape[0] * shape[1] <= SAMPLE:
-        return _sorted(ranks, read(0, shape[0]))
-    if _guesses(ranks, shape):
-        return _one_each(ranks, shape, read, blocks)
-    return _several(ranks, read, blocks)
+    if entries.shape[0] * entries.shape[1] <= SAMPLE:
+        return _sorted(ranks, entries)
+    if _guesses(ranks, entries.shape, entries.ordered):
+        return _one_each(ranks, entries)
+    return _several(ranks, entries)
 
 
-def readings(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> float:
+def readings(ranks: Sequence[Sequence[int]], shape: tuple[int, int], ordered: bool = False) -> float:
     """How often `tensor_cuts` reads the tensor, if its first guess is good; a part for the sample."""
     if shape[0] * shape[1] <= SAMPLE:
         return 1.0
-    if _guesses(ranks, shape):
+    if _guesses(ranks, shape, ordered):
         return 1 + sum(stop - start for start, stop in _sample(*shape)) / shape[0]
     return 2.0
 
 
-def _guesses(ranks: Sequence[Sequence[int]], shape: tuple[int, int]) -> bool:
-    return max(len(set(wanted)) for wanted in ranks) == 1 and shape[0] * shape[1] <= _MOST
+def _guesses(ranks: Sequence[Sequence[int]], shape: tuple[int, int], ordered: bool) -> bool:
+    return not ordered and max(len(set(wanted)) for wanted in ranks) == 1 and shape[0] * shape[1] <= _MOST
 
 
-def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> np.ndarray:
-    """The cuts of a small tensor."""
+def _sorted(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
+    """The cuts of a small entries."""
     found = np.zeros((len(ranks), len(ranks[0]), 3), np.int64)
-    for i, wanted in enumerate(ranks):
-        rising = np.sort(_magnitudes(stored, i))
+    for i, (wanted, bits) in enumerate(zip(ranks, entries.magnitudes([(0, entries.shape[0])]), strict=True)):
+        rising = np.sort(bits)
         for at, rank in enumerate(wanted):
             if 0 < rank < rising.size:
                 threshold = rising[rising.size - rank]
@@ -109,9 +140,9 @@ def _sorted(ranks: Sequence[Sequence[int]], stored: Stored) -> np.ndarray:
     return found
 
 
-def _several(ranks: Sequence[Sequence[int]], read: Read, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
-    bucket, left = buckets(_counted([()] * len(ranks), read, blocks).high, ranks)
-    cells = _counted(bucket.tolist(), read, blocks)
+def _several(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
+    bucket, left = buckets(_counted([()] * len(ranks), entries).high, ranks)
+    cells = _counted(bucket.tolist(), entries)
     found = np.zeros((*bucket.shape, 3), np.int64)
     for i, cut in np.ndindex(*bucket.shape):  # not all at once: their counters are copied several times
         low = cells.within(i, int(bucket[i, cut]))[None, None]
@@ -120,31 +151,28 @@ def _several(ranks: Sequence[Sequence[int]], read: Read, blocks: Sequence[tuple[
     return found
 
 
-def _one_each(
-    ranks: Sequence[Sequence[int]], shape: tuple[int, int], read: Read, blocks: Sequence[tuple[int, int]]
-) -> np.ndarray:
+def _one_each(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
     """A sample says about where a cut lies; one pass counts what lies above and, value by value, what lies near.
 
     If the cut is not there, or equal values are spread too widely, further passes narrow it down.
     """
-    rows, width = shape
+    rows, width = entries.shape
     searches = [_Search(rank) for rank, *_ in ranks]
     for search in searches:
         if search.rank <= 0 or search.rank >= rows * width:
             search.found = (NOTHING if search.rank <= 0 else EVERYTHING), 0, 0
     if not all(s.found for s in searches):
-        sampled = [read(*piece) for piece in _sample(rows, width)]
-        for i, search in enumerate(searches):
+        for search, sampled in zip(searches, entries.magnitudes(_sample(rows, width)), strict=True):
             if search.found is None:
-                _guess(search, _magnitudes(joined(sampled, i), 0), rows * width)
+                _guess(search, sampled, rows * width)
     while open_ := [(i, search) for i, search in enumerate(searches) if search.found is None]:
         counts = [np.zeros((2, search.width), np.uint32) for _, search in open_]
         above = [0] * len(open_)
-        for block in blocks:
-            stored = read(*block)
+        for record in entries.look():
             for at, (i, search) in enumerate(open_):
-                above[at] += _count_between(stored, i, search.low, search.shift, counts[at])
-            del stored  # the next one is as large
+                above[at] += kernel("count_between")(
+                    record, i, search.low, search.width, search.shift, counts[at].ctypes.data
+                )
         for at, (_, search) in enumerate(open_):
             search.digest(above[at], *counts[at])
     return np.array([[search.found] * len(wanted) for search, wanted in zip(searches, ranks, strict=True)], np.int64)
@@ -188,14 +216,10 @@ class Cells:
                 table[:, cell] = place, LOW - 1
             self._tables.append(table)
 
-    def add(self, stored: Stored) -> None:
+    def add(self, record: int) -> None:
         """Count the next block."""
         for i, (table, counts) in enumerate(zip(self._tables, self._counts, strict=True)):
-            bits = stored.experts[i]
-            kernel("count_cells")(
-                bits.ctypes.data, READ[stored.dtypes[i]], *base_address(stored), bits.size,
-                table.ctypes.data, counts.ctypes.data, scratch(2),
-            )  # fmt: skip
+            kernel("count_cells")(record, i, table.ctypes.data, counts.ctypes.data)
 
     @property
     def high(self) -> np.ndarray:
@@ -212,28 +236,16 @@ class Cells:
         return np.zeros(LOW, np.int64) if place is None else self._counts[expert][place : place + LOW]
 
 
-def _counted(opened: Sequence[Iterable[int]], read: Read, blocks: Iterable[tuple[int, int]]) -> Cells:
+def _counted(opened: Sequence[Iterable[int]], entries: Entries) -> Cells:
     """`Cells` of all blocks."""
     cells = Cells(opened)
-    for block in blocks:
-        cells.add(read(*block))
+    for record in entries.look():
+        cells.add(record)
     return cells
 
 
-def _magnitudes(stored: Stored, expert: int) -> np.ndarray:
-    """The bits of an expert's |delta|: uint32, flat."""
+def magnitudes(job: Job, stored: Stored, offset: int, expert: int) -> np.ndarray:
+    """The bits of an expert's |filtered task vector|: uint32, flat."""
     out = np.empty(stored.size, np.uint32)
-    bits = stored.experts[expert]
-    kernel("magnitudes")(
-        bits.ctypes.data, READ[stored.dtypes[expert]], *base_address(stored), out.size, out.ctypes.data, scratch(2)
-    )
+    kernel("magnitudes")(job.block(stored, offset), expert, out.ctypes.data)
     return out
-
-
-def _count_between(stored: Stored, expert: int, lowest: int, shift: int, counts: np.ndarray) -> int:
-    """Add a block to counts [2, bins]; see `kernels.count_between`."""
-    bits = stored.experts[expert]
-    return kernel("count_between")(
-        bits.ctypes.data, READ[stored.dtypes[expert]], *base_address(stored), bits.size,
-        lowest, counts.shape[1], shift, counts.ctypes.data, scratch(2),
-    )  # fmt: skip

@@ -7,15 +7,16 @@ is counted in one pass over the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from weightsmith.core.kernel import Balance, Look, Masses, Products, Program, Ranked, Within
-from weightsmith.kernels.cuts import Cells
-from weightsmith.kernels.merge import Masks, Merge, Results
+from weightsmith.core.kernel import Balance, Filter, Look, Magnitudes, Masses, Products, Program, Ranked, Within
+from weightsmith.kernels.cuts import Cells, magnitudes
+from weightsmith.kernels.job import Job, Results
+from weightsmith.kernels.merge import Merge
 from weightsmith.kernels.stored import READ, Stored, base_address, kernel, row_products, wide
 
 __all__ = ["Backend", "Sight", "backends"]
@@ -27,15 +28,32 @@ State = dict[str, Any]
 class Sight:
     """A look that is to be taken, and what is known to take it.
 
+    index   of the stage that asks: what it looks at has gone through the filters before it
+    found, noise  see `Job`
     joined  makes what the backend has seen of rows that are to be joined (`core.pass_.Rows`)
     """
 
     look: Look
     program: Program
+    index: int
     count: int
     found: Results
-    draws: np.ndarray | None
+    noise: Sequence[np.ndarray | None]
     joined: Callable[[np.ndarray], Any]
+
+    @property
+    def filters(self) -> tuple[Filter, ...]:
+        """What the task vectors have gone through."""
+        return self.program.before[: self.index]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether one of them counts on the way."""
+        return any(one.cut is not None for one in self.filters)
+
+    def job(self, own: bool = False) -> Job:
+        """A walk; own: with the masks of the stage that asks."""
+        return Job(self.program.before[: self.index + own], self.count, self.found, self.noise)
 
 
 class Backend(Protocol):
@@ -50,11 +68,11 @@ class Backend(Protocol):
 
 def backends(sights: Sequence[Sight]) -> list[tuple[Backend, list[int]]]:
     """Backends for some looks, and which of them each takes."""
-    kinds: dict[type, list[int]] = {}
+    alike: dict[tuple[type, Hashable], list[int]] = {}
     for i, sight in enumerate(sights):
-        kinds.setdefault(type(sight.look), []).append(i)
+        alike.setdefault((type(sight.look), sight.filters), []).append(i)
     out: list[tuple[Backend, list[int]]] = []
-    for kind, places in kinds.items():
+    for (kind, _), places in alike.items():
         for group in [places] if kind in TOGETHER else [[i] for i in places]:
             out.append((BACKENDS[kind]([sights[i] for i in group]), group))
     return out
@@ -65,10 +83,10 @@ class _High:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         self._looks = len(sights)
-        self._cells = Cells([()] * sights[0].count)
+        self._cells, self._job = Cells([()] * sights[0].count), sights[0].job()
 
     def add(self, stored: Stored, offset: int) -> int:
-        self._cells.add(stored)
+        self._cells.add(self._job.block(stored, offset))
         return 0
 
     def results(self) -> list[State]:
@@ -81,14 +99,29 @@ class _Low:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         self._wanted = [sight.look.cells for sight in sights if isinstance(sight.look, Within)]
-        self._cells = Cells(list(zip(*self._wanted, strict=True)))
+        self._cells, self._job = Cells(list(zip(*self._wanted, strict=True))), sights[0].job()
 
     def add(self, stored: Stored, offset: int) -> int:
-        self._cells.add(stored)
+        self._cells.add(self._job.block(stored, offset))
         return 0
 
     def results(self) -> list[State]:
         return [{"low": self._cells.low(cells)} for cells in self._wanted]
+
+
+class _Magnitudes:
+    """|delta| of all entries of a vector."""
+
+    def __init__(self, sights: Sequence[Sight]) -> None:
+        (one,) = sights
+        self._job, self._count, self._joined, self._found = one.job(), one.count, one.joined, list[np.ndarray]()
+
+    def add(self, stored: Stored, offset: int) -> int:
+        self._found.append(np.stack([magnitudes(self._job, stored, offset, i) for i in range(self._count)]))
+        return 0
+
+    def results(self) -> list[State]:
+        return [{"sizes": self._joined(np.concatenate(self._found, -1).view(np.float32))}]
 
 
 class _Masses:
@@ -96,13 +129,13 @@ class _Masses:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
-        self._masks, self._count = Masks(one.program.before, one.count, one.found, one.draws), one.count
+        self._job, self._count = one.job(own=True), one.count
         self._joined, self._found = one.joined, list[np.ndarray]()
 
     def add(self, stored: Stored, offset: int) -> int:
         rows, width = stored.shape
         found = np.empty((2, self._count, rows))
-        record = self._masks.block(stored, offset, 4)
+        record = self._job.block(stored, offset)
         bad = 0
         for i in range(self._count):
             whole, left = found[0, i].ctypes.data, found[1, i].ctypes.data
@@ -140,7 +173,7 @@ class _Balance:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
-        self._merge = Merge(one.program, one.found, one.draws)
+        self._merge = Merge(one.program, one.found, one.noise)
 
     def add(self, stored: Stored, offset: int) -> int:
         return self._merge.count_signs(stored, offset)
@@ -150,7 +183,7 @@ class _Balance:
 
 
 BACKENDS: Mapping[type, Callable[[Sequence[Sight]], Backend]] = {
-    Ranked: _High, Within: _Low, Masses: _Masses, Products: _Products, Balance: _Balance,
+    Ranked: _High, Within: _Low, Magnitudes: _Magnitudes, Masses: _Masses, Products: _Products, Balance: _Balance,
 }  # fmt: skip
 TOGETHER = (Ranked, Within)
-"""Looks that one backend takes for all who ask."""
+"""Looks that one backend takes for all who ask it behind the same filters."""

@@ -1,4 +1,4 @@
-"""What the kernels are made of: stored bits to float32 and back, noise, trimming, sums of a fixed order.
+"""What the kernels are made of: stored bits to float32 and back, sums of a fixed order.
 
 `fastmath` stays off and products are not fused with sums: the same bytes as torch is the point.
 """
@@ -22,14 +22,12 @@ __all__ = [
     "as_float",
     "broken",
     "decode",
-    "drop",
     "encode",
     "exported",
     "fold",
     "pointer",
     "strip",
     "subtract",
-    "trim",
 ]
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
@@ -176,100 +174,6 @@ def broken(values: Any) -> Any:
     for j in range(values.size):
         found += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
     return I8(found)
-
-
-# --- masks -------------------------------------------------------------------------------------------
-
-
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: Any) -> Any:
-    """Keep what lies in `front` of a cut, or else what lies behind it; the rest becomes zero.
-
-    In front lies what is above the threshold, and of its equals the first `quota` of `ties`, `seen` of them before
-    these.  Returns how many equals have been seen now.
-    """
-    least = np.uint32(threshold if quota else threshold + 1)
-    if quota != ties:
-        equal, here = np.uint32(threshold), np.uint32(0)
-        for j in range(values.size):
-            here += np.uint32((as_bits(values[j]) & MAGNITUDE) == equal)
-        if seen < quota < seen + here:  # the cut lies in this strip
-            for j in range(values.size):
-                bits = as_bits(values[j]) & MAGNITUDE
-                seen += bits == equal
-                first = bits > equal or (bits == equal and seen <= quota)
-                values[j] = values[j] if first == front else np.float32(0)
-            return seen
-        least = np.uint32(threshold if seen + here <= quota else threshold + 1)
-        seen += here
-    for j in range(values.size):
-        first = (as_bits(values[j]) & MAGNITUDE) >= least
-        values[j] = values[j] if first == front else np.float32(0)
-    return seen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _product(typing: Any, a: Any, b: Any) -> Any:
-    """The upper and the lower half of the product of two 64-bit numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        narrow = args[0].type
-        wide = type(narrow)(128)
-        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
-        halves = builder.trunc(builder.lshr(product, wide(64)), narrow), builder.trunc(product, narrow)
-        return context.make_tuple(builder, signature.return_type, halves)
-
-    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
-
-
-_M0, _M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-_W0, _W1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-_ROUNDS = 10
-
-
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _philox(key0: Any, key1: Any, part: Any, first: Any, count: Any, room: Any) -> None:
-    """Philox 4x64-10 (Salmon et al., SC 2011) at `count` counters: room [16 count] uint16, see `ops.noise`."""
-    for step in range(count):
-        a, b, c, d = np.uint64(first + step + 1), np.uint64(part), np.uint64(0), np.uint64(0)
-        k0, k1 = np.uint64(key0), np.uint64(key1)
-        for _ in range(_ROUNDS):
-            high0, low0 = _product(_M0, a)
-            high1, low1 = _product(_M1, c)
-            a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-            k0, k1 = k0 + _W0, k1 + _W1
-        at = step << 2
-        room[at], room[at + 1], room[at + 2], room[at + 3] = a, b, c, d
-
-
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
-    """Zero the entries whose number of the stream (key0, key1) is `limit` or more; values[0] has the `start`-th.
-
-    The numbers are those of `ops.noise.bernoulli`: 16 bits decide, but where they equal those of the limit.
-    `room` is the address of 2 (values.size + 32) uint16.
-    """
-    if limit > I8(0xFFFFFFFF):
-        return
-    n, lane, first = values.size, start & 15, start >> 4
-    count = (lane + n + 15) >> 4
-    upper = carray(pointer(room), (16 * count,), np.uint16)
-    _philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
-    top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
-    equal = np.uint32(0)
-    if rest:
-        for j in range(n):
-            equal += np.uint32(upper[lane + j] == top)
-    if equal:
-        second = room + 32 * count
-        lower = carray(pointer(second), (16 * count,), np.uint16)
-        _philox(key0, key1, 1, first, count, carray(pointer(second), (4 * count,), np.uint64))
-        for j in range(n):
-            below = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
-            values[j] = values[j] if below else np.float32(0)
-    else:
-        for j in range(n):
-            values[j] = values[j] if upper[lane + j] < top else np.float32(0)
 
 
 # --- sums --------------------------------------------------------------------------------------------

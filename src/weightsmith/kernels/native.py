@@ -28,7 +28,10 @@ __all__ = ["cache_folder", "kernels"]
 
 _ARGUMENTS: Mapping[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 Kernels = Mapping[str, Callable[..., int]]
-_SOURCES = [Path(__file__).parent / name for name in ("compiled.py", "loops.py", "sums.py", "record.py")]
+_SOURCES = [
+    Path(__file__).parent / name
+    for name in ("compiled.py", "by_rank.py", "filters.py", "loops.py", "sums.py", "record.py")
+]
 
 
 announce: Callable[[str], None] = lambda text: None  # noqa: E731

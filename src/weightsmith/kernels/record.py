@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["BF16", "E4M3", "E5M2", "F16", "F32", "HIGH", "LOW", "MERGE", "SIGNATURES", "STRIP"]
+__all__ = ["BF16", "CELLS", "E4M3", "E5M2", "F16", "F32", "FILTER", "HIGH", "LOW", "MERGE", "SIGNATURES", "STRIP"]
 
 BF16, F32, F16, E4M3, E5M2 = range(5)
 """How the kernels are told what an array of stored bits holds."""
@@ -15,26 +15,43 @@ STRIP = 1 << 11
 HIGH, LOW = 1 << 15, 1 << 16
 """Magnitudes have 31 bits, counted in two rounds: by the upper 15, then by the lower 16 within one value of these."""
 
+CELLS = 1 << 12
+"""Most counters for a row whose entries are ranked, see `by_rank.sloped`."""
+
+_FILTER = (
+    # addresses, 0: none.  cuts: [sides, 3, count] int64; seen: [sides, count] int64; draws: [count, 3] int64
+    # kept: [count, entries of the block] uint8; factors, shares: [count] float32
+    "cuts", "sides", "seen", "draws", "kept", "factors", "shares",
+    # how `kept` is found: along an axis so long, whose entries lie so far apart, or by ranks: [count, entries of the
+    # tensor] float32; slopes: [count, 2] float32, the probability is slopes[i, 0] + slopes[i, 1] rank
+    "columns", "inner", "ranks", "numel", "slopes",
+)  # fmt: skip
+
+FILTER = np.dtype([(name, np.int64) for name in _FILTER])
+"""What a filter does to task vectors, by name: see `filters.filtered`."""
+
 _INTEGERS = (
     # the block: addresses of the inputs' bits and their kinds [count], the base's, the result's; entries
     "inputs", "kinds", "count", "base", "base_kind", "out", "out_kind", "size", "start",
-    # addresses, 0: none.  weights, factors, shares, agree: [count] float32; signs: [1] int64
-    # cuts: [sides, 3, count] int64; seen: [sides, count] int64; draws: [count, 3] int64
-    "weights", "cuts", "sides", "seen", "draws", "factors", "shares", "agree", "signs",
+    # address of the FILTERs, in order, and how many
+    "filters", "steps",
+    # addresses, 0: none.  weights, agree: [count] float32; signs: [1] int64
+    "weights", "agree", "signs",
     "vote", "mean", "k", "scratch",
 )  # fmt: skip
 _FLOATS = ("zero", "divisor", "scale", "after")
 
 MERGE = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float32) for name in _FLOATS])
-"""All that `masked_merge` is told, by name: see there for what each field means."""
+"""What merges and looks are told, by name: see `masked_merge` for what each field means."""
 
 SIGNATURES = {
     "weighted_sum": "iiiiiiffiiiii",
-    "magnitudes": "iiiiiii",
-    "count_between": "iiiiiiiiii",
-    "count_cells": "iiiiiiii",
+    "magnitudes": "iii",
+    "count_between": "iiiiii",
+    "count_cells": "iiii",
     "masked_merge": "i",
     "row_masses": "iiiiiii",
+    "sloped": "iiii",
     "row_products": "iiiiiiiiiii",
     "row_sizes": "iiiiiii",
 }

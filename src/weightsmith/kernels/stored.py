@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from weightsmith.kernels import native
 from weightsmith.kernels.record import BF16, E4M3, E5M2, F16, F32, STRIP
 
 __all__ = [
-    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "joined", "kernel",
-    "row_products", "row_sizes", "scratch", "wide",
+    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "kernel",
+    "room", "row_products", "row_sizes", "scratch", "wide",
 ]  # fmt: skip
 
 READ: Mapping[str, int] = {
@@ -30,12 +30,15 @@ class Stored:
     """Rows of every expert and of the base, equally shaped arrays of stored bits, and their dtypes.
 
     `base` is None where it is not plain stored data (or not there at all).
+
+    kept  what filters by rank keep of these rows, for whoever goes over them again: filters -> packed bits
     """
 
     experts: Sequence[np.ndarray]
     dtypes: Sequence[str]
     base: np.ndarray | None = None
     base_dtype: str = "float32"
+    kept: dict[Hashable, np.ndarray] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, rows: slice) -> Stored:
         base = None if self.base is None else self.base[rows]
@@ -58,14 +61,6 @@ class Stored:
         if self.base is None:
             return self
         return Stored([self.base, *self.experts], [self.base_dtype, *self.dtypes])
-
-
-def joined(pieces: Sequence[Stored], expert: int) -> Stored:
-    """One expert's rows of pieces of the same tensor, and the base's, as one piece."""
-    first = pieces[0]
-    bases = [piece.base for piece in pieces if piece.base is not None]
-    rows = np.concatenate([piece.experts[expert] for piece in pieces])
-    return Stored([rows], [first.dtypes[expert]], np.concatenate(bases) if bases else None, first.base_dtype)
 
 
 def kernel(name: str) -> Callable[..., int]:
@@ -102,15 +97,16 @@ _local = threading.local()
 
 def scratch(strips: int) -> int:
     """The address of room for so many strips of float32, kept for the next block."""
-    return _room("scratch", strips * STRIP, np.float32)
+    return room("scratch", strips * STRIP, np.float32)
 
 
 def wide(rows: int, width: int) -> int:
     """The address of room for so many rows of float64, likewise."""
-    return _room("wide", rows * width, np.float64)
+    return room("wide", rows * width, np.float64)
 
 
-def _room(name: str, size: int, dtype: type) -> int:
+def room(name: str, size: int, dtype: type) -> int:
+    """The address of room for so many numbers, kept under this name."""
     kept: dict[str, np.ndarray] = _local.__dict__
     if name not in kept or kept[name].size < size:
         kept[name] = np.empty(size, dtype)
@@ -127,7 +123,7 @@ def row_products(
     inputs, stored = np.array(addresses, np.int64), np.array(kinds, np.int64)
     bad = kernel("row_products")(
         inputs.ctypes.data, stored.ctypes.data, count, *(base or (0, F32)), base is not None, found.ctypes.data,
-        rows, width, _room("values", (count + 1) * width, np.float32), wide(1, width),
+        rows, width, room("values", (count + 1) * width, np.float32), wide(1, width),
     )  # fmt: skip
     return found, bad
 
@@ -137,6 +133,6 @@ def row_sizes(address: int, kind: int, shape: tuple[int, int]) -> np.ndarray:
     rows, width = shape
     found = np.empty(rows)
     kernel("row_sizes")(
-        address, kind, found.ctypes.data, rows, width, _room("values", width, np.float32), wide(1, width)
+        address, kind, found.ctypes.data, rows, width, room("values", width, np.float32), wide(1, width)
     )
     return found

@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from weightsmith.core import kernel
 from weightsmith.core.checks import Case, Verdict, refuse, small_changes
+from weightsmith.core.kernel import Drop
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, Pass, Rows, choice, flag, number
@@ -14,7 +18,7 @@ from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
 from weightsmith.ops.noise import keep_masks
-from weightsmith.ops.rescale import Masking
+from weightsmith.ops.rescale import L1, Masking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +64,15 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
                 )
         return ()
 
+    def fused(self, count: int) -> Drop | None:
+        if self.rescale and not self.keeps_l1:
+            return None  # each survivor has a divisor of its own
+        shares = list(zip(spread(self.density, count), spread(self.epsilon, count), strict=True))
+        lows = tuple(density if density >= 1 else density - epsilon for density, epsilon in shares)
+        spans = tuple(0.0 if density >= 1 else 2 * epsilon for density, epsilon in shares)
+        factors = L1(self) if self.rescale else None
+        return Drop(lows, self.name, factors, spans=spans, ranks=VECTOR_RANKS)
+
     def apply(self, site: Site) -> Site:
         if self.keeps_l1 or not self.rescale:
             return super().apply(site)
@@ -78,7 +91,8 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
         if density >= 1 or not site.key.shape:
             return density
         if len(site.key.shape) == 1:
-            ranks = site.result(VECTOR_RANKS)[index, site.start : site.start + delta.shape[0]].to(delta.device)
+            known = site.result(VECTOR_RANKS)[index, site.start : site.start + delta.shape[0]]
+            ranks = torch.from_numpy(known).to(delta.device)
         else:
             ranks = _ranks(delta.detach().abs().transpose(1, -1)).transpose(1, -1)
         shares: Tensor = (density - epsilon + 2 * epsilon * ranks).to(delta.dtype)
@@ -86,7 +100,7 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
 
 
 @dataclass(frozen=True)
-class _VectorRanks(Pass["Tensor"]):
+class _VectorRanks(Pass[np.ndarray]):
     """The ranks of a vector's entries: a vector may come in pieces, but its ranks need all of it; vectors are small."""
 
     def applies(self, key: Key) -> bool:
@@ -95,8 +109,18 @@ class _VectorRanks(Pass["Tensor"]):
     def see(self, site: Site) -> State:
         return {"sizes": Rows(site.deltas.detach().abs().cpu())}
 
-    def end(self, total: Mapping[str, Any]) -> Tensor:
-        return _ranks(torch.as_tensor(total["sizes"]))
+    def end(self, total: Mapping[str, Any]) -> np.ndarray:
+        sizes = np.asarray(total["sizes"])
+        last = sizes.shape[-1] - 1
+        if last < 1:
+            return np.full_like(sizes, 0.5)
+        ranks, shares = np.empty_like(sizes), np.arange(last + 1).astype(sizes.dtype) / sizes.dtype.type(last)
+        np.put_along_axis(ranks, sizes.argsort(-1, kind="stable"), np.broadcast_to(shares, sizes.shape), -1)
+        return ranks
+
+    @property
+    def kernel(self) -> kernel.Look | None:
+        return kernel.Magnitudes()
 
 
 VECTOR_RANKS = _VectorRanks()

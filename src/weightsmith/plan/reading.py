@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
+from weightsmith.core.kernel import Window
 from weightsmith.core.keys import Key
-from weightsmith.core.method import Grain, Pipeline, Scope
+from weightsmith.core.method import Grain, Pipeline, Scope, Stage
 from weightsmith.core.task import Task, Way, block_size, keeps_rows, one_by_one, row_step
 from weightsmith.inputs.opened import Inputs, product_ranks
 from weightsmith.kernels.cuts import readings
@@ -95,14 +96,19 @@ def _kernel_looks(pipelines: Sequence[Pipeline], key: Key, count: int, stop: int
 
     The other looks are the first variant's.
     """
-    looks = _own_looks(pipelines[0], key, count, stop)
-    cuts = [one for pipeline in pipelines for i, one in pipeline.passes(count)
-            if i < stop and isinstance(one, Cut) and one.scope is Scope.TENSOR]  # fmt: skip
-    if not cuts:
-        return looks
-    wanted = [cut.ranks(key.numel) for cut in cuts]
-    ranks = [[rank for one in wanted for rank in one[i]] for i in range(count)]
-    return looks - cuts[0].rounds + readings(ranks, (key.rows, key.row_numel))
+    looks: float = _own_looks(pipelines[0], key, count, stop)
+    asked: dict[tuple[Stage, ...], list[Cut]] = {}
+    for pipeline in pipelines:
+        for i, one in pipeline.passes(count):
+            if i < stop and isinstance(one, Cut) and one.scope is Scope.TENSOR and one.applies(key):
+                asked.setdefault(pipeline.stages[:i], []).append(one)
+    for before, cuts in asked.items():
+        wanted = [cut.ranks(key.numel) for cut in cuts]
+        ranks = [[rank for one in wanted for rank in one[i]] for i in range(count)]
+        ordered = any(isinstance(stage.fused(count), Window) for stage in before)
+        own = pipelines[0].stages[: len(before)] == before and any(cut in cuts for _, cut in pipelines[0].passes(count))
+        looks += readings(ranks, (key.rows, key.row_numel), ordered) - (cuts[0].rounds if own else 0)
+    return looks
 
 
 def _stat_bytes(task: Task, inputs: Inputs) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from weightsmith.core.kernel import Window
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Grain, Pipeline
 from weightsmith.core.task import Way
@@ -13,6 +12,9 @@ from weightsmith.inputs.opened import Inputs
 from weightsmith.kernels.stored import READ, WRITTEN
 
 __all__ = ["kernels_there", "way_of"]
+
+EXACT = 1 << 24
+"""Numbers up to here are exact as float32."""
 
 
 def way_of(key: Key, pipeline: Pipeline | None, inputs: Inputs, *, kernels: bool, nonfinite: str) -> Way:
@@ -33,8 +35,8 @@ def _in_kernels(key: Key, pipeline: Pipeline, inputs: Inputs) -> bool:
     program = pipeline.fused(len(inputs.experts))
     if program is None or key.dtype not in WRITTEN:
         return False
-    if isinstance(program.before, Window) and not key.shape:
-        return False  # a single number is not a ranking
+    if program.ranks and (not key.shape or max(key.shape) > EXACT):
+        return False  # a single number is not a ranking, nor are ranks exact as float32 that long
     read = inputs.models if program.wants_base else tuple(inputs.experts.items())
     return all(s.key(key.name).dtype in READ and not s.computes(key.name) for _, s in read)
 

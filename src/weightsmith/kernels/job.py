@@ -1,0 +1,111 @@
+"""The record of a walk over one tensor: its inputs block by block, and the filters that task vectors go through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from weightsmith.core.kernel import Filter
+from weightsmith.kernels.record import CELLS, FILTER, MERGE, STRIP
+from weightsmith.kernels.stored import READ, Stored, base_address, kernel, room
+
+__all__ = ["Job", "Results"]
+
+Results = Mapping[int, Mapping[Any, Any]]
+"""Stage index -> the results of its passes on one tensor."""
+
+
+class Job:
+    """A walk over the blocks of one tensor, in row order; what is counted on the way begins anew with each.
+
+    filters  what task vectors go through, the i-th as stage i says
+    noise    of the filters that drop at random, see `ops.noise.draws`
+    found    results of the stages' passes
+    """
+
+    def __init__(
+        self, filters: Sequence[Filter], count: int, found: Results, noise: Sequence[np.ndarray | None]
+    ) -> None:
+        self.record = np.zeros(1, MERGE)
+        self._kept: dict[Hashable, np.ndarray] = {}  # what addresses point at
+        self._count, self._stages = count, tuple(filters)
+        self._filters = np.zeros(len(filters), FILTER)
+        for step, (one, known) in enumerate(zip(filters, [*noise, None], strict=False)):
+            self._fill(step, one, found.get(step, {}), known)
+        self.record["filters"], self.record["steps"] = self._filters.ctypes.data, len(filters)
+
+    def _fill(self, step: int, one: Filter, found: Mapping[Any, Any], noise: np.ndarray | None) -> None:
+        cuts = np.zeros((0, 3, self._count), np.int64)
+        if one.cut is not None:
+            ends = found[one.cut]
+            # What comes before the last cut stays, what comes before the first of two does not.
+            cuts = np.stack([ends.threshold.T, ends.quota.T, ends.ties.T], 1)[::-1]
+        self._set(step, "cuts", np.ascontiguousarray(cuts))
+        self._set(step, "seen", np.zeros((len(cuts), self._count), np.int64))
+        self._filters[step]["sides"] = len(cuts)
+        if one.factors is not None and one.factors in found:  # not yet while they are measured
+            with np.errstate(over="ignore"):  # Inf as in torch; the merge then counts what is not finite
+                self._set(step, "factors", np.asarray(found[one.factors]).astype(np.float32))
+        if noise is not None:
+            self._set(step, "draws", np.ascontiguousarray(noise))
+        if one.divide:
+            self._set(step, "shares", np.array(one.shares, np.float32))
+        if one.spans:
+            self._set(step, "slopes", np.column_stack([one.shares, one.spans]).astype(np.float32))
+            if one.ranks in found:
+                ranks = np.ascontiguousarray(found[one.ranks], np.float32)
+                self._set(step, "ranks", ranks)
+                self._filters[step]["numel"] = ranks.shape[1]
+
+    def _set(self, step: int, field: str, values: np.ndarray) -> None:
+        self._kept[step, field] = values
+        self._filters[step][field] = values.ctypes.data
+
+    def point(self, field: str, values: np.ndarray) -> None:
+        """Let an address of the record point at an array, which is kept."""
+        self._kept[field] = values
+        self.record[field] = values.ctypes.data
+
+    def kept(self, field: str) -> np.ndarray:
+        """What `point` has kept."""
+        return self._kept[field]
+
+    def block(self, stored: Stored, offset: int, strips: int = 4) -> int:
+        """Fill in the next block, whose first entry has the flat position `offset`; the record's address."""
+        self.point("inputs", np.array([bits.ctypes.data for bits in stored.experts], np.int64))
+        self.point("kinds", np.array([READ[dtype] for dtype in stored.dtypes], np.int64))
+        record = self.record
+        record["count"], record["size"], record["start"] = len(stored.experts), stored.size, offset
+        record["base"], record["base_kind"] = base_address(stored)
+        record["scratch"] = room("scratch", strips * STRIP, np.float32)
+        for step, one in enumerate(self._stages):
+            if one.spans:
+                self._slope(step, stored)
+        return record.ctypes.data
+
+    def _slope(self, step: int, stored: Stored) -> None:
+        """Find out, or remember, what a filter by rank keeps of a block."""
+        which, shape = self._stages[: step + 1], (self._count, stored.size)
+        packed = stored.kept.get(which)
+        if packed is not None:
+            self._set(step, "kept", np.unpackbits(packed, count=math.prod(shape)))
+            return
+        self._set(step, "kept", np.empty(shape, np.uint8))
+        if stored.size == 0:
+            return
+        one, rest = self._filters[step], stored.experts[0].shape[1:]
+        one["columns"], one["inner"] = (rest[0] if rest else 1), math.prod(rest[1:])
+        space = room("slope", 60 * math.prod(rest) + 4 * 6 * CELLS + (1 << 15), np.uint8)
+        met = [seen.copy() for seen in self._seen]
+        for expert in range(self._count):
+            kernel("sloped")(self.record.ctypes.data, expert, step, space)
+        for seen, before in zip(self._seen, met, strict=True):
+            seen[:] = before  # the walk itself has yet to see this block
+        stored.kept[which] = np.packbits(self._kept[step, "kept"])
+
+    @property
+    def _seen(self) -> list[np.ndarray]:
+        return [self._kept[step, "seen"] for step in range(len(self._stages))]
