@@ -20,8 +20,9 @@ def similarity(reference: Sequence[Tensor], moving: Sequence[Tensor]) -> Tensor:
 
     Each tensor has its units on axis 0; entry (i, j) says how well the moving model's unit j fits position i.
     """
-    total: Tensor | None = None
+    total: Tensor | None = None  # [units, units]
     for a, b in zip(reference, moving, strict=True):
+        # float64: a profit is a sum of thousands of products, and the assignment compares sums of them.
         part = a.flatten(1).double() @ b.flatten(1).double().T if a.ndim > 1 else torch.outer(a.double(), b.double())
         total = part if total is None else total.add_(part)
     assert total is not None
@@ -34,9 +35,12 @@ def assigned(profit: np.ndarray, tol: float = 1e-12) -> np.ndarray:
     profit: [units, units] float64, finite.  `tol` is relative to the largest entry.  Hungarian algorithm of SciPy,
     O(units^3).
     """
+    # Imported here: it takes 35 MB, and no other method needs it.
     from scipy.optimize import linear_sum_assignment
 
+    # order[i] is the unit of the moving model that comes to position i: [units].
     _, order = linear_sum_assignment(profit, maximize=True)
+    # Fine-tunes of one base are aligned already.  Where units are equal SciPy may permute them for a gain of rounding.
     gain = profit[np.arange(len(order)), order].sum() - profit.diagonal().sum()
     return order if gain > tol * max(float(np.abs(profit).max()), 1e-300) else np.arange(len(order))
 

@@ -63,8 +63,10 @@ class Mixture(Method):
     def merge(self, site: Site) -> Tensor:
         if self.sliced(site.key):
             return self.by_slice(site)
+        # Python floats: the sum is then float32 times a scalar, as in the kernels.
         shares: Any = [float(share) for share in site.result(Shares(self))]
         if any(map(is_tensor, traced(self))):
+            # The gradient pass needs the shares as a function of the parameters: the same products, through torch.
             shares = self.shares(torch.from_numpy(site.result(Products(self))))
         merged = weighted_sum(_vectors(self.mix, site), shares)
         return site.base + merged if self.mix.deltas and site.base is not None else merged
@@ -81,6 +83,7 @@ class Products(Pass[np.ndarray]):
 
     @property
     def seen(self) -> Hashable:
+        # Products and Shares look alike: methods that mix the same vectors share one pass of a sweep.
         return Shares, self.mixture.mix
 
     def end(self, total: Mapping[str, Any]) -> np.ndarray:
@@ -109,6 +112,7 @@ def _vectors(mix: Mix, site: Site) -> Sequence[Tensor]:
     if site.base is None:
         return site.experts.unbind()
     if mix.ends:
+        # slerp: the base is one of the two ends
         return (site.base, *site.experts)
     return (site.deltas if mix.deltas else site.experts).unbind()
 
@@ -122,7 +126,7 @@ def vector(values: Sequence[Any]) -> Any:
 
 def square(pairs: np.ndarray) -> np.ndarray:
     """The symmetric matrix of values for the pairs i <= j, row after row: [n (n+1) / 2] -> [n, n]."""
-    n = math.isqrt(2 * pairs.shape[0])
+    n = math.isqrt(2 * pairs.shape[0])  # n (n + 1) / 2 pairs: n^2 < 2 pairs < (n + 1)^2
     rows, columns = np.triu_indices(n)
     gram = np.zeros((n, n))
     gram[rows, columns] = gram[columns, rows] = pairs
@@ -131,13 +135,16 @@ def square(pairs: np.ndarray) -> np.ndarray:
 
 def last_axis(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the slices along the last axis: [*, m] twice -> float64 [*]."""
+    # float64 before the product: squares of small weights vanish in float32.
     return pairwise_sum(a.double() * b)
 
 
 def cosines(gram: np.ndarray) -> np.ndarray:
     """Cosines of all pairs, within [-1, 1]: [n, n].  A vector of zeros stands at a right angle to everything."""
-    norms = np.sqrt(gram.diagonal())
+    norms = np.sqrt(gram.diagonal())  # [n]
+    # The inner where keeps the division from a 0 that the outer one would discard anyway, with a warning.
     inverse = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1.0), 0.0)
+    # Rounding may carry a cosine past 1, where arccos is NaN.
     return (gram * inverse[:, None] * inverse[None, :]).clip(-1, 1)
 
 
@@ -150,7 +157,9 @@ def arc_shares(aa: Any, bb: Any, ab: Any, t: float, straight: float = PARALLEL) 
     of: Any = np if isinstance(aa, (np.ndarray, np.generic)) else torch
     lengths = of.sqrt(aa) * of.sqrt(bb)  # two roots: the product of the squares may underflow
     cosine = of.where(lengths > 0, ab / of.where(lengths > 0, lengths, 1.0), 0.0)
+    # sin h goes to 0 with h: its quotient is noise first and NaN then.
     line = of.abs(cosine) > straight
+    # Where the line is taken the angle is not used; a right angle (cosine 0) keeps its sine from being 0.
     angle = of.arccos(of.where(line, 0.0, cosine))
     first, second = (of.sin(share * angle) / of.sin(angle) for share in (1 - t, t))
     return of.where(line, 1 - t, first), of.where(line, t, second)

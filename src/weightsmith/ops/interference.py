@@ -51,10 +51,13 @@ class Interference:
 
     def gradient(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The function X -> gradient of L at M0 + X, computed in `dtype`."""
+        # The factor 2 of the gradient goes into the constants: once, not at every step.
         pull, gram = (2 * t.detach().to(dtype) for t in (self.pull, self.gram))
         if self.rows is None:
+            # 2 (X C - E)
             return lambda x: torch.addmm(pull, x, gram, beta=-1)
         rows = self.rows.to(dtype)
+        # 2 (X B^T - F) B: [m, r] in between, less than [n, n] as long as 2 r < n.
         return lambda x: torch.addmm(pull, x, rows.T, beta=-1, alpha=2) @ rows
 
     def filtered(self, gain: Callable[[Tensor], Tensor]) -> Tensor:
@@ -63,11 +66,15 @@ class Interference:
         The n - k eigenvalues of C that `gram` does not have are zero, and so is E in their directions.
         """
         values, vectors = eigh(self.gram.detach())
+        # A Gram matrix has no negative eigenvalues; rounding makes some.
         gains = gain(values.double().clamp(min=0))
         used = values[gains != 0]
         if values.dtype == torch.float32 and len(used) and used.amin() < WEAK * values[-1]:
+            # The gain of an eigenvalue l is about 1 / l: where weak ones take part, their rounding noise would be
+            # magnified.
             values, vectors = eigh(self.gram.detach().double())
             gains = gain(values.clamp(min=0))
+        # F V h(L) V^T, without the [r, r] (or [n, n]) matrix h(B B^T).
         moved = ((self.pull.to(vectors.dtype) @ vectors) * gains.to(vectors.dtype)) @ vectors.T
         return moved if self.rows is None else moved @ self.rows.to(moved.dtype)
 
@@ -91,18 +98,21 @@ def interference(
     """
     m, n = start.shape
     dtype = dtype or torch.float64
+    # The cheaper form: B B^T is [r, r] and C [n, n]; a step with B takes two products instead of one.
     stacked = rows * (2 if loop else 1) < n
-    pull = start.new_zeros(m, 0 if stacked else n, dtype=dtype)
+    pull = start.new_zeros(m, 0 if stacked else n, dtype=dtype)  # F [m, 0], to be widened; or E [m, n]
     gram = start.new_zeros(n, n, dtype=dtype) if not stacked else None
     parts = []
     for target, projector, norm in tasks:
+        # A task that changed nothing has no inputs to disturb, and 0 / 0 for a weight.
         if norm == 0:
             continue
-        b = _copied(projector.detach(), dtype).div_(norm.to(dtype))
+        b = _copied(projector.detach(), dtype).div_(norm.to(dtype))  # [r_i, n]: R_i / |tau_i|
         if gram is None:
-            pull = torch.cat([pull, _missed(target, start, dtype) @ b.T], 1)
+            pull = torch.cat([pull, _missed(target, start, dtype) @ b.T], 1)  # F_i = (T_i - M0) B_i^T: [m, r_i]
             parts.append(b)
         elif 2 * b.shape[0] < n:
+            # Two thin products cost 4 m n r_i, one with the [n, n] Gram matrix 2 m n^2.
             gram.addmm_(b.T, b)
             pull = pull.add_((_missed(target, start, dtype) @ b.T) @ b)
         else:
@@ -113,6 +123,7 @@ def interference(
             del own
     if gram is not None:
         return Interference(pull, gram, None)
+    # The empty block gives a shape where no task is left.
     all_rows = torch.cat([start.new_zeros(0, n, dtype=dtype), *parts])
     return Interference(pull, square_of(all_rows), all_rows)
 
@@ -156,10 +167,13 @@ def flowed(deltas: Tensor, start: str, time: float, floor: float, count: Callabl
 
     def gain(values: Tensor) -> Tensor:
         safe = values.clamp(min=floor)
+        # `gram` may be B B^T: the eigenvalues of C that it lacks are 0, and count as the floor.
         padding = safe.new_full((columns - len(safe),), floor)
         used = min(count(torch.cat([padding, safe]).flip(0)), len(safe))
         # h(l) = (1 - exp(-l time)) / l: D f / l - M0 f of the papers is (D - M0 C) f / l = E h.
+        # expm1: 1 - exp(-x) of a small x would be rounding only.
         gain = -torch.expm1(-safe * time) / safe
+        # Rising order: the leading `used` come last.
         gain[: len(safe) - used] = 0
         return gain
 

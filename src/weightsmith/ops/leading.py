@@ -49,10 +49,12 @@ STEP = 128
 def gram(rows: Tensor) -> Tensor:
     """A A^T [p, p] of A [p, q], in A's dtype: the blocks above the diagonal are copied, which saves half."""
     size = rows.shape[0]
+    # 128 rows at a time keep the products large enough for BLAS, and waste at most 128 columns beyond the diagonal.
     out = rows.new_empty(size, size)
     for low in range(0, size, STEP):
         high = min(low + STEP, size)
         out[low:high, :high] = rows[low:high] @ rows[:high].T
+        # Copied, so the matrix is symmetric to the bit, which eigh takes for granted.
         out[:low, low:high] = out[low:high, :low].T
     return out
 
@@ -79,34 +81,42 @@ def leading_space(square: Tensor, k: int) -> Tensor:
     make of it.
     """
     size = square.shape[0]
+    # A space of 4 k columns is decomposed as well: beyond k = p / 5 that costs what it saves.
     found = _krylov(square, k) if 5 * k <= size else None
     return eigh(square)[1][:, -min(k + EXTRA, size) :] if found is None else found
 
 
 def _krylov(square: Tensor, k: int) -> Tensor | None:
     """Rayleigh-Ritz vectors of the space spanned by G X, G^2 X, ...; None if 4 k columns of it are not enough."""
+    # G is `square`, [p, p]; theta and w are Ritz values and vectors.
     size, most = square.shape[0], 4 * k + 2 * WIDTH
     if size < most + WIDTH:
         return None
     basis, image = square.new_empty(most, size), square.new_empty(most, size)  # vectors as rows: parts are contiguous
+    # [WIDTH, p], orthonormal.  The random start is multiplied once: its weak directions are noise.
     block = torch.linalg.qr(square @ _start(square)).Q.T
     filled, look = 0, int(FIRST * k)
     while filled + WIDTH <= most:
         here = slice(filled, filled + WIDTH)
         basis[here] = block
-        image[here] = block @ square
+        image[here] = block @ square  # G is symmetric: rows times G are (G x columns)^T
         filled = here.stop
         known, rest = basis[:filled], image[here]
         # Nearly all of the image lies in the last two blocks; then comes what rounding took from the strong directions.
         for near in (basis[max(filled - 2 * WIDTH, 0) : filled], known):
             rest = rest - (rest @ near.T) @ near
+        # What is left of the image, made orthonormal, is the next block; the coupling [WIDTH, WIDTH] tells how much it
+        # is.
         block, coupling = (part.T for part in torch.linalg.qr(rest.T))
         if filled >= look:
+            # Rayleigh-Ritz: G within the space, [filled, filled].
             values, vectors = eigh(image[:filled] @ known.T)
+            # G w - theta w lies in the next block alone: the coupling times the last WIDTH coordinates of w.
             missed = float(((coupling.T @ vectors[-WIDTH:, -k:]).norm(dim=0) / values[-k:]).max())
             if missed <= RESIDUAL:
                 found: Tensor = known.T @ vectors[:, -(k + EXTRA) :]
                 return found
+            # Written so that NaN leaves as well.
             if not missed <= SETTLING:
                 return None  # the spectrum hardly falls: most of the directions would be needed
             look = filled + WIDTH * max(1, int(math.log(missed / RESIDUAL, FALL)))
@@ -115,6 +125,7 @@ def _krylov(square: Tensor, k: int) -> Tensor | None:
 
 def _start(like: Tensor) -> Tensor:
     """Random signs [p, WIDTH], always the same."""
+    # the stream of no tensor: the same start for all
     bits = uniform_bits(0, "", "", "leading", 0, like.shape[0] * WIDTH)
     signs = (bits & 1).astype("float32") * 2 - 1
     return torch.from_numpy(signs).reshape(-1, WIDTH).to(like)

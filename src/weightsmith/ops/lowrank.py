@@ -61,6 +61,7 @@ class Factors(NamedTuple):
 
 def stacked(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """sum_i w_i b_i a_i exactly, at rank sum_i r_i: b = [b_1 | b_2 | ...], a = [w_1 a_1; w_2 a_2; ...]."""
+    # The weights go into a alone: sqrt of a negative one has no real root to share out.
     b = torch.cat([part.b for part in parts], 1)
     return Factors(b, torch.cat([part.a * weight for part, weight in zip(parts, weights, strict=True)], 0))
 
@@ -71,6 +72,7 @@ def svd_of_factors(found: Factors) -> Svd:
     What is rounding only, measured against the factors (they may cancel), is left out.
     """
     cut = qr_core(found.b, found.a.T)
+    # Relative to the factors, not to the largest singular value: adapters that cancel leave nothing but noise.
     noise = _ROUNDING * float(found.b.double().norm()) * float(found.a.double().norm())
     rank = int((cut.s > noise).sum())
     return signed(Svd(cut.u[:, :rank], cut.s[:rank], cut.v[:, :rank]))
@@ -80,6 +82,7 @@ def signed(found: Svd) -> Svd:
     """The same with each column of u turned so that its largest entry is positive (the first of equals)."""
     if not found.s.shape[0]:
         return found
+    # LAPACK leaves the sign of a triplet open; with the rule files are the same on all machines. [1, k]
     top = found.u.gather(0, found.u.abs().argmax(0, keepdim=True))
     sign = torch.where(top < 0, -1.0, 1.0).to(found.u.dtype)
     return Svd(found.u * sign, found.s, found.v * sign)
@@ -97,6 +100,7 @@ def rank_for(
     """
     count = int((s > floor).sum())
     if energy is not None and count:
+        # argmax finds the first True.
         reached = s.square().cumsum(0) >= energy * square * (1 - _SLACK)
         count = min(count, int(reached.int().argmax()) + 1 if bool(reached.any()) else count)
     return count if rank is None else min(count, rank)
@@ -106,6 +110,7 @@ def split(found: Svd, rank: int, *, even: bool) -> Factors:
     """The leading `rank` triplets as factors: sqrt(s) on either side, or all of s in b."""
     u, s, v = found.u[:, :rank], found.s[:rank], found.v[:, :rank]
     if even:
+        # Adapters train on with factors of equal size.
         root = s.sqrt()
         return Factors(u * root, root[:, None] * v.T)
     return Factors(u * s, v.T.contiguous())
@@ -113,6 +118,7 @@ def split(found: Svd, rank: int, *, even: bool) -> Factors:
 
 def clamped(found: Factors, quantile: float) -> Factors:
     """Both factors clipped to +- the quantile of all their |entries| (linear between two entries)."""
+    # torch.quantile refuses more than 2^24 entries; this is its linear rule.
     sizes = torch.cat([found.b.reshape(-1), found.a.reshape(-1)]).abs().sort().values
     place = quantile * (len(sizes) - 1)
     low, high = sizes[math.floor(place)], sizes[math.ceil(place)]
@@ -129,6 +135,7 @@ def widened(found: Factors, rank: int) -> Factors:
 
 def size(found: Factors) -> float:
     """The Frobenius norm of b a: that of R_b R_a^T, from the QR of both."""
+    # [r, r]: the orthonormal factors do not change the norm.
     left = torch.linalg.qr(found.b.double()).R
     right = torch.linalg.qr(found.a.double().T).R
     return float((left @ right.T).norm())
@@ -136,6 +143,7 @@ def size(found: Factors) -> float:
 
 def distance(one: Factors, other: Factors) -> float:
     """|b a - b' a'| in the Frobenius norm, without forming either (no Gram matrix: that would lose half the digits)."""
+    # b a - b' a' = [b | b'] [a; -a'], at rank r + r'.
     wide = [Factors(part.b.double(), part.a.double()) for part in (one, other)]
     return size(stacked(wide, (1.0, -1.0)))
 
@@ -151,6 +159,7 @@ def prune(x: Tensor, density: float) -> Tensor:
 
 def drop(x: Tensor, density: float, seed: int, name: str, expert: str) -> Tensor:
     """Keep each entry with probability `density` and divide it by that; masks are keyed by (seed, name, expert)."""
+    # 0 / 0 below
     if density == 0:
         return torch.zeros_like(x)
     kept = torch.from_numpy(bernoulli(seed, name, expert, "dare", 0, x.numel(), density)).reshape(x.shape)
@@ -168,9 +177,12 @@ def agreed_mean(stack: Tensor, weights: Sequence[float], vote: str) -> Tensor:
     """
     votes = weigh(stack, weights) if vote == "weighted" else stack
     elected = elect_sign(votes, "count" if vote == "frequency" else "mass")
+    # peft counts a tie as +.
     elected = torch.where(elected == 0, 1.0, elected)
     if vote == "weighted":
+        # The weights are in the votes already: the divisor counts who agrees.
         return disjoint(votes, elected, (1.0,) * len(weights), "mean")
     agrees = stack.sign() == elected
     kept = torch.where(agrees, weigh(stack, weights), 0.0)
+    # Where nobody agrees the sum is 0, and so is 0 / 1.
     return weighted_sum(kept) / agrees.sum(0).clamp(min=1)

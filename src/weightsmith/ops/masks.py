@@ -43,6 +43,7 @@ def task_masks(deltas: Tensor, merged: Tensor, strictness: Sequence[float]) -> T
 
 def agreed(masks: Tensor, k: int) -> Tensor:
     """Which entries at least k of the masks select: bool [n, *block] -> bool [*block]."""
+    # torch adds bools as int64: exact in any order.
     return masks.sum(0) >= k
 
 
@@ -58,5 +59,5 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, skip: int, count: int) -> Tensor:
     """`count` bits behind the first `skip`: uint8 [bytes] -> bool [count]."""
-    bits = torch.stack([packed >> shift & 1 for shift in _SHIFTS], -1)
+    bits = torch.stack([packed >> shift & 1 for shift in _SHIFTS], -1)  # [bytes, 8] of 0 or 1
     return bits.reshape(-1)[skip : skip + count].bool()

@@ -30,7 +30,7 @@ _WORDS = 4  # of 64 bits per counter step
 
 def stream(seed: int, name: str, expert: str, salt: str) -> tuple[int, int]:
     """A stream's 128-bit key in two halves, the lower one first, as signed 64-bit numbers."""
-    text = "\0".join((str(seed), name, expert, salt))
+    text = "\0".join((str(seed), name, expert, salt))  # \0 is in no name: no two tuples share a text
     low, high = struct.unpack("<2q", hashlib.blake2b(text.encode(), digest_size=16).digest())
     return low, high
 
@@ -42,8 +42,10 @@ def uniform_bits(seed: int, name: str, expert: str, salt: str, offset: int, coun
 
 def _numbers(key: tuple[int, int], part: int, form: str, offset: int, count: int) -> np.ndarray:
     """Numbers offset .. offset + count of the part of a stream whose counters have `part` as second word."""
+    # The counter is the position, the key says what for.  `part` in its second word is 2^64 steps away from the others.
     generator = np.random.Philox(counter=[0, part, 0, 0], key=np.array(key, np.int64).view(np.uint64))
     per_word = 8 // np.dtype(form).itemsize
+    # A step makes four words of 64 bits; within them numbers are cut out in little-endian order on all machines.
     step, skip = divmod(offset, _WORDS * per_word)
     generator.advance(step)
     words = np.asarray(generator.random_raw(-(-(skip + count) // per_word)), dtype="<u8")
@@ -63,6 +65,7 @@ def bernoulli(
     A number's upper 16 bits come from the stream's first part and its lower 16 from the second, which the kernels
     need not draw where the upper ones decide: that halves the work.
     """
+    # As one 32-bit number: upper half from one part, lower half from the other.
     key = stream(seed, name, expert, salt)
     upper, lower = (_numbers(key, part, "<u2", offset, count) for part in (0, 1))
     return np.asarray((upper.astype(np.uint32) << 16 | lower) < limit(share))
@@ -70,6 +73,7 @@ def bernoulli(
 
 def normal(seed: int, name: str, expert: str, salt: str, offset: int, count: int) -> np.ndarray:
     """Standard normal numbers offset .. offset + count of a stream (Box and Muller 1958): float64 [count]."""
+    # Two uniform numbers for one normal: the sine of Box and Muller is left, so that number i depends on pair i alone.
     bits = uniform_bits(seed, name, expert, salt, 2 * offset, 2 * count).astype(np.float64).reshape(count, 2)
     radius = np.sqrt(-2 * np.log((bits[:, 0] + 1) / 2**32))  # the logarithm's argument is in (0, 1]
     return np.asarray(radius * np.cos(bits[:, 1] * (2 * np.pi / 2**32)))
@@ -87,6 +91,7 @@ def keep_masks(site: Site, shares: Sequence[float | Tensor], salt: str) -> Tenso
     A share is one number, or a tensor shaped like the block.
     """
     size = site.stack[0].numel()
+    # numpy compares on the CPU, and the masks go to the device: a GPU has no other noise.
     known = [share if isinstance(share, (int, float)) else share.reshape(-1).cpu().numpy() for share in shares]
     masks = [
         torch.from_numpy(bernoulli(site.seed, site.key.name, expert, salt, site.offset, size, share))

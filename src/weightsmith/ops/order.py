@@ -47,10 +47,12 @@ class Order(Pass[np.ndarray]):
 
     def see(self, site: Site) -> State:
         stack = self.values(site)
+        # The upper 16 bits of a signed code, moved to 0 .. 65535: int64 [n, 65536].
         return {"high": histograms(((_codes(c) >> 16) + HALF for c in stack), (stack.shape[0], SIZE))}
 
     def end(self, total: Mapping[str, Any]) -> Pass[np.ndarray]:
         high = np.asarray(total["high"])
+        # All lists are equally long: they are entries of the same tensors.
         count = int(high[0].sum())
         # `locate` counts from the largest, from 1.
         wanted = np.array([count - min(max(rank, 0), max(count - 1, 0)) for rank in self.ranks(count)], np.int64)
@@ -69,11 +71,13 @@ class _Within(Pass[np.ndarray]):
 
     def see(self, site: Site) -> State:
         codes = zip(map(_codes, self.order.values(site)), self.bucket.tolist(), strict=True)
+        # [n, ranks, 65536]: within a bucket the lower bits decide.
         low = (c[(c >> 16) + HALF == bucket] & 0xFFFF for c, found in codes for bucket in found)
         return {"low": histograms(low, (*self.bucket.shape, SIZE))}
 
     def end(self, total: Mapping[str, Any]) -> np.ndarray:
         place, _, _ = (found[..., 0] for found in locate(np.asarray(total["low"]), self.left[..., None]))
+        # Bucket and place put together are the code again, and the code the bits of the float32: [n, ranks].
         codes = (((self.bucket - HALF) << 16) | place).astype(np.int32)
         bits = np.where(codes < 0, codes ^ np.int32(0x7FFFFFFF), codes).astype(np.int32)
         return np.where(self.empty, np.float32(0), bits.view(np.float32)).astype(np.float64)
@@ -85,5 +89,6 @@ class _Within(Pass[np.ndarray]):
 
 def _codes(values: Tensor) -> Tensor:
     """int32 numbers that are ordered as the float32 numbers are (-0 just below 0)."""
+    # bits of negative numbers fall as the numbers rise
     bits = values.detach().to(torch.float32).contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

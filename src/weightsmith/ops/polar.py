@@ -41,6 +41,7 @@ def polar_by_products(matrix: Tensor) -> Tensor | None:
     is returned agrees with it to 1e-11 of the norm, or to 2e-6 where weak directions are dropped.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
+    # The smaller side k gives S [k, k]; the factor of the transpose is the transpose.
     x = (matrix if tall else matrix.T).double()
     size = x.shape[1]
     norm = torch.linalg.vector_norm(x)
@@ -53,9 +54,11 @@ def polar_by_products(matrix: Tensor) -> Tensor | None:
     enough = max(1e-12, 8 * torch.finfo(torch.float64).eps * size)
     for step in range(most + 1):
         square = x.T @ x
+        # S^2; where all singular values are 0 or 1 it is S.
         fourth = square @ square
         if step >= least and float(torch.linalg.vector_norm(fourth - square)) <= enough:
             found: Tensor = x if tall else x.T
             return found
+        # 15/8 X + X (3 S^2 - 10 S) / 8
         x = torch.addmm(x, x, torch.add(fourth * 3, square, alpha=-10), beta=15 / 8, alpha=1 / 8)
     return None

@@ -59,21 +59,25 @@ def inner_products(atoms: Tensor) -> Tensor:
 def _taken(targets: Tensor, atoms: Tensor, k: int) -> Tensor:
     """Atoms are made orthogonal twice over, so that float32 does for any k."""
     count, size = targets.shape
-    left = targets.clone()
+    left = targets.clone()  # [b, d]
     span = targets.new_zeros(count, k, size)  # orthonormal rows
     taken = torch.zeros(count, k, dtype=torch.long)
     free = torch.ones(count, len(atoms), dtype=torch.bool)
     each = torch.arange(count)
     for t in range(k):
+        # [b, n]; an atom is taken once, so its place is marked with less than any |product|.
         chosen = (left @ atoms.T).abs().masked_fill_(~free, -1.0).argmax(dim=1)
         taken[:, t] = chosen
         free[each, chosen] = False
         atom = atoms[chosen]
         size_before = atom.norm(dim=1)
+        # Once is not enough in float32: what is left of a nearly dependent atom is not orthogonal to the span (Kahan:
+        # twice is).
         for _ in range(2):
             shares = (span[:, :t] @ atom.unsqueeze(2)).squeeze(2)
             atom = atom - (shares.unsqueeze(1) @ span[:, :t]).squeeze(1)
-        norm = atom.norm(dim=1)
+        norm = atom.norm(dim=1)  # [b]
+        # A dependent atom adds no direction: 0 in the span, and the fit of all coefficients finds its share.
         new = norm > 1e-6 * size_before.clamp(min=_TINY)
         span[:, t] = torch.where(new.unsqueeze(1), atom / norm.clamp(min=_TINY).unsqueeze(1), 0.0)
         left = left - (span[:, t] * left).sum(dim=1, keepdim=True) * span[:, t]
@@ -82,6 +86,7 @@ def _taken(targets: Tensor, atoms: Tensor, k: int) -> Tensor:
 
 def _taken_by_gram(targets: Tensor, atoms: Tensor, k: int, gram: Tensor) -> Tensor:
     """What every atom has in common with the targets, and with each new direction, is carried along (float32)."""
+    # [b, n], used up
     match = (targets @ atoms.T).numpy()
     taken = np.zeros((len(targets), k), np.int64)
     _kernel()(gram.numpy(), match, taken, np.empty((k, len(atoms)), np.float32))
@@ -92,13 +97,16 @@ def _fitted(targets: Tensor, atoms: Tensor, taken: Tensor) -> Tensor:
     """Least squares in float64: through the inner products, or, where atoms depend on each other, the smallest of all
     fits."""
     chosen, goals = atoms[taken].double(), targets.double().unsqueeze(2)  # [b, k, d], [b, d, 1]
+    # [b, k, k].  float64: the condition number of the atoms is squared.
     products = chosen @ chosen.transpose(1, 2)
     factor, failed = torch.linalg.cholesky_ex(products)
+    # What is left of an atom beside those before it is the square of the Cholesky diagonal: 0 means dependent.
     left = factor.diagonal(dim1=1, dim2=2).square() / products.diagonal(dim1=1, dim2=2).clamp(min=_TINY**2)
     found: Tensor = torch.cholesky_solve(chosen @ goals, factor).squeeze(2)
     bad = (failed > 0) | ~(left.amin(dim=1) > _DEPENDENT)
     if bad.any():
         columns = chosen[bad].transpose(1, 2)
+        # gelsd: the least of all solutions, by an SVD.
         found[bad] = torch.linalg.lstsq(columns, goals[bad], driver="gelsd").solution.squeeze(2)
     return found
 
@@ -134,6 +142,7 @@ def _pursue(gram: Any, match: Any, taken: Any, shared: Any) -> None:
             i = best
             taken[b, t] = i
             free[i] = 0.0
+            # float64: what is left of a nearly dependent atom is a small difference.
             rest = np.float64(gram[i, i])
             for j in range(t):
                 r[j] = shared[j, i]
@@ -142,6 +151,7 @@ def _pursue(gram: Any, match: Any, taken: Any, shared: Any) -> None:
             inverse = np.float32(1.0 / np.sqrt(rest)) if rest > 1e-6 * gram[i, i] else np.float32(0.0)
             step = match[b, i] * inverse
             top = np.float32(-1.0)
+            # All k + 2 rows of a strip stay in the cache: one way over memory per step, not t.
             for low in range(0, n, _STRIP):
                 high = min(low + _STRIP, n)
                 new, left, open_ = shared[t, low:high], match[b, low:high], free[low:high]
@@ -167,5 +177,6 @@ def _pursue(gram: Any, match: Any, taken: Any, shared: Any) -> None:
                 if most > top:
                     for x in range(high - low):
                         if open_[x] > 0 and abs(left[x]) == most:
+                            # The first of equals, as argmax has it.
                             top, best = most, low + x
                             break

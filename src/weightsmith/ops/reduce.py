@@ -43,8 +43,10 @@ def pairwise_sum(values: Values) -> Values:
     if length == 0:
         return found.sum(-1)  # type: ignore[no-any-return]
     while length > 1:
+        # The first half onto the second, not neighbours: both parts are contiguous.
         half = length // 2
         folded = found[..., :half] + found[..., half : 2 * half]
+        # An odd entry is carried along, as the last one.
         found = join([folded, found[..., 2 * half :]], -1) if length % 2 else folded
         length = found.shape[-1]
     return found[..., 0]  # type: ignore[no-any-return]
@@ -66,10 +68,13 @@ def row_products(vectors: Sequence[Tensor]) -> Tensor:
     The kernels give the bytes of `row_sums`, without a float64 copy of anything but a row.
     """
     rows = [as_rows(vector) for vector in vectors]
+    # The kernels fold in the same tree, a row at a time.
     if all(map(_readable, rows)):
         found, _ = stored.row_products([r.data_ptr() for r in rows], [F32] * len(rows), _shape(rows[0]))
         return torch.from_numpy(found)
+    # i <= j, row after row, as `gram.square` reads them.
     pairs = [(rows[i], rows[j]) for i in range(len(rows)) for j in range(i, len(rows))]
+    # float32 numbers have 24 bits, so a product of two is exact in float64.
     return torch.stack([pairwise_sum(a.double() * b) for a, b in pairs])
 
 
@@ -93,6 +98,7 @@ def _shape(rows: Tensor) -> tuple[int, int]:
 
 def _readable(rows: Tensor) -> bool:
     """Whether the kernels may read it."""
+    # The kernels read memory by address: no strides, no device, no graph of gradients.
     plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
     return plain and not rows.requires_grad and native.kernels() is not None
 

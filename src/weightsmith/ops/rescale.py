@@ -49,6 +49,7 @@ class Masking(Filter):
     def apply(self, site: Site) -> Site:
         masked = self.masked(site)
         if self.keeps_l1:
+            # float64 factors, rounded to the stack's dtype once: the kernels multiply by the same float32.
             masked = masked * per_expert(torch.from_numpy(site.result(L1(self))), masked)
         return site.with_deltas(masked)
 
@@ -72,12 +73,15 @@ class L1(Pass[np.ndarray]):
 
 def l1_sums(whole: Tensor, masked: Tensor) -> State:
     """Per row sum |x| of a block of task vectors before and after masking, [n, *block] each."""
+    # Row by row: sums over a block would depend on how the tensor is cut.
     stacks = (("whole", whole), ("masked", masked))
     return {name: Rows(torch.stack([row_sizes(d) for d in stack]).cpu()) for name, stack in stacks}
 
 
 def l1_factors(total: Mapping[str, Any]) -> np.ndarray:
     """sum |delta| / sum |masked delta| per expert, 1 where either is below 1e-7: [n] float64."""
+    # [n, rows] -> [n], in the fixed order over all rows
     whole, masked = (pairwise_sum(np.asarray(total[name])) for name in ("whole", "masked"))
     usable = (whole >= TINY) & (masked >= TINY)
+    # The inner where: no division by 0, not even one that is thrown away.
     return np.where(usable, whole / np.where(usable, masked, 1.0), 1.0)

@@ -62,10 +62,12 @@ class Cuts:
         `start` is the block's first row within the tensor.
         """
         threshold, quota, ties = (found.tolist() for found in (self.threshold, self.quota, self.ties))
+        # A list of experts is read once for all cuts.
         masks = [torch.empty(stack.shape, dtype=torch.bool, device=stack.device) for _ in threshold[0]]
         for i, bits in enumerate(map(magnitude_bits, stack)):
             for cut, found in enumerate(masks):
                 least, wanted = threshold[i][cut], quota[i][cut]
+                # All equals are on one side (or there are none on it): no numbering, which costs a cumulative sum.
                 if wanted == ties[i][cut]:
                     found[i] = bits >= least if wanted else bits > least
                 else:
@@ -123,11 +125,12 @@ class Cut(Pass[Cuts]):
         return Cut, self.viewed  # all magnitudes are counted, whatever is kept of them
 
     def end(self, total: Mapping[str, Any]) -> Cuts | Pass[Cuts]:
-        high = np.asarray(total["high"])
+        high = np.asarray(total["high"])  # int64 [n, 65536]
         return self.within(high, self.ranks(int(high[0].sum())))
 
     def within(self, high: np.ndarray, ranks: Sequence[Sequence[int]]) -> Pass[Cuts]:
         """The next look, after the counts of the upper bits."""
+        # Per cut the bucket that it lies in, and how many of that bucket come before it: [n, cuts].
         bucket, left = buckets(high, ranks)
         return _Within(self, _tuples(bucket), _tuples(left), int(high[0].sum()), scope=self.scope)
 
@@ -147,6 +150,7 @@ class _Within(Pass[Cuts]):
 
     def see(self, site: Site) -> State:
         bits = zip(map(magnitude_bits, self.cut.values(site)), self.bucket, strict=True)
+        # Only what lies in the bucket is looked at, a small part of the tensor: [n, cuts, 65536].
         low = (b[b >> 16 == bucket] & 0xFFFF for b, found in bits for bucket in found)
         return {"low": histograms(low, (len(self.bucket), len(self.bucket[0]), LOW))}
 
@@ -174,6 +178,7 @@ class _Equals(Pass[Cuts]):
 
     def see(self, site: Site) -> State:
         bits = zip(map(magnitude_bits, self.cut.values(site)), self.found.threshold.tolist(), strict=True)
+        # [n, cuts, rows]: counts per row let any block number its equals by itself.
         equal = [torch.stack([(as_rows(b) == t).sum(1) for t in thresholds]) for b, thresholds in bits]
         return {"equal": Rows(torch.stack(equal).cpu())}
 
@@ -183,6 +188,7 @@ class _Equals(Pass[Cuts]):
 
     def end(self, total: Mapping[str, Any]) -> Cuts:
         equal = np.asarray(total["equal"])
+        # Exclusive: the equals in the rows before.
         return replace(self.found, earlier=equal.cumsum(-1) - equal)
 
 
@@ -198,7 +204,9 @@ class Largest(Cut):
 
     def ranks(self, total: int) -> list[list[int]]:
         if self.scope is Scope.TENSOR:
+            # mergekit's rule
             return [[keep_share(total, d)] for d in self.densities]
+        # The authors' rule: kthvalue(d - int(density d)) and everything at or above it.
         return [[total if d == 1 else min(int(total * d) + 1, total)] for d in self.densities]
 
 
@@ -208,6 +216,7 @@ def _tuples(found: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 def magnitude_bits(values: Tensor) -> Tensor:
     """|x| as float32 bits, int32, ordered as |x| is."""
+    # Without the sign bit the bits of IEEE floats are ordered as the magnitudes; -0 is 0.
     return values.detach().to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
@@ -218,6 +227,7 @@ def histograms(buckets: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
     """
     out = torch.empty(shape, dtype=torch.int64)
     for counts, found in zip(out.view(-1, shape[-1]), buckets, strict=True):
+        # bincount of an accelerator is copied here: all states are added up on the CPU.
         counts.copy_(torch.bincount(found.reshape(-1), minlength=shape[-1]))
     return out
 
@@ -233,6 +243,8 @@ def leading(values: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= length:
         return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
     size = values.detach().abs()
+    # kthvalue counts the smallest, from 1.
     threshold = size.kthvalue(length - count + 1, dim=-1, keepdim=True).values
     larger, equal = size > threshold, size == threshold
+    # As many of the equals as there is room for, from the left.
     return larger | (equal & (equal.cumsum(-1) <= count - larger.sum(-1, keepdim=True)))

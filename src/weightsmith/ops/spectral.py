@@ -86,21 +86,25 @@ def top_svd(matrix: Tensor, k: int, cutoff: float = 0.0, left: bool = False) -> 
     quick = _top_of_large(matrix, k, cutoff)
     if quick is not None:
         return quick
+    # 2^200: squares and sums of them stay within float64's 2^+-1022.
     a, scale = _tamed(matrix.double(), 200)
     if k < 1 or scale == 0:
         return Svd(a.new_zeros(a.shape[0], 0), a.new_zeros(0), a.new_zeros(a.shape[1], 0))
     wide = a.shape[0] <= a.shape[1]
-    short = a if wide else a.T
+    short = a if wide else a.T  # rows are the smaller side: its Gram matrix [p, p] is the small one
     k = min(k, short.shape[0])
     values, vectors = eigh(gram(short))
+    # eigh rises, singular values fall.
     s = values.clamp(min=0).sqrt().flip(0)[:k]
     if s[-1] < RESOLVED * s[0] and cutoff < RESOLVED:
+        # Weak directions are wanted, which the squares of the Gram matrix have lost.
         u, s, vt = torch.linalg.svd(short, full_matrices=False)
         rank = int((s[:k] > s[0] * max(cutoff, max(a.shape) * torch.finfo(a.dtype).eps)).sum())
         u, s, v = u[:, :rank], s[:rank], vt[:rank].T
     else:
         rank = int((s > s[0] * cutoff).sum())
         u, s = vectors.flip(1)[:, :rank], s[:rank]
+        # A^T u = s v
         v = u.new_zeros(short.shape[1], 0) if left and wide else (short.T @ u) / s
     return Svd(u, s * scale, v) if wide else Svd(v, s * scale, u)
 
@@ -126,17 +130,22 @@ def _top_of_large(matrix: Tensor, k: int, cutoff: float) -> Svd | None:
     smaller = min(matrix.shape)
     if matrix.dtype != torch.float32 or matrix.requires_grad or smaller < LARGE or not 1 <= k <= smaller // 2:
         return None
+    # 2^24: squares and sums of 2^20 of them stay within float32's 2^+-126.
     a, scale = _tamed(matrix, 24)
     if scale == 0:
         return None
     wide = a.shape[0] <= a.shape[1]
     short = a if wide else a.T
+    # [p, k + EXTRA], orthonormal: the leading directions and a margin.
     space = leading_space(gram(short), k)
+    # A^T restricted to the space, [q, k + EXTRA]; from here on everything is thin, and float64 costs little.
     image = (short.T @ space).double()
     values, turn = eigh(image.T @ image)
     s, turn = values.clamp(min=0).sqrt().flip(0)[:k], turn.flip(1)[:, :k]
+    # Rotated within the space onto the singular vectors.
     u, v = space @ turn.float(), image @ (turn / s)
     weak = slice(k // 2, None)  # the strong ones are settled long before
+    # v is exact for this u by construction; what u misses shows as |A v - s u|.
     missed = (short @ v[:, weak].float() - u[:, weak] * s[weak].float()).norm(dim=0) / s[weak]
     # Where nothing is left to find (equal singular values, low rank) a Krylov space goes on with rounding noise.
     skew = (space.T @ space - torch.eye(space.shape[1]).to(space)).abs().max()
@@ -164,6 +173,7 @@ def qr_core(left: Tensor, right: Tensor, k: int | None = None, cutoff: float = 0
 
     Singular values up to `cutoff` (at least r eps) times the largest are left out.
     """
+    # [m, r] [r, r]: left right^T = Q_l (R_l R_r^T) Q_r^T
     ql, rl = torch.linalg.qr(left.double())
     qr, rr = torch.linalg.qr(right.double())
     u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
@@ -189,6 +199,7 @@ def polar(matrix: Tensor, how: str = "eigh") -> Tensor:
         return quick
     if how == "eigh" and x.shape[1] <= x.shape[0]:
         values, vectors = eigh(gram(x.detach().T))
+        # D > 1e-4 of the largest: there its square is exact to 2e-8, and X (X^T X)^(-1/2) to as much.
         if values[0] > 1e-8 * values[-1]:
             if x.requires_grad:  # eigenvectors of equal values have no gradient; the factor has one
                 return polar_by_iteration(x)
@@ -211,13 +222,17 @@ def polar_of_large(matrix: Tensor) -> Tensor:
         return quick.to(matrix.dtype)
     values, vectors = eigh(gram(matrix.T))
     weak = int((values < WEAK * values[-1]).sum())
+    # (X^T X)^(-1/2) over the strong directions, as V l^(-1/4) times its transpose: one symmetric product, half the
+    # work.
     root = gram(vectors[:, weak:] * values[weak:] ** -0.25)
     factor: Tensor = matrix @ root
     if weak:
         x, right = matrix.double(), vectors[:, :weak].double()
+        # The Newton step: root^2 is (X^T X)^-1 over the strong ones, so this takes their share out of the weak ones.
         right -= (root @ (root @ (x.T @ (x @ right)).float())).double()
         left = x @ right
         squares, turn = eigh(left.T @ left)
+        # Squares of singular values, so the bound is squared.
         kept = squares > RESOLVED**2 * values[-1]
         turn = turn[:, kept]
         factor = factor + ((left @ (turn * squares[kept].rsqrt())) @ (right @ turn).T).float()
@@ -238,6 +253,7 @@ def polar_by_iteration(matrix: Tensor, steps: int = 30) -> Tensor:
     x = x / scale  # singular values at most 1, where the steps rise
     for _ in range(steps):
         square = x.T @ x
+        # 15/8 X - X (10 S - 3 S^2) / 8
         x = torch.addmm(x, x, torch.addmm(square, square, square, beta=10, alpha=-3), beta=15 / 8, alpha=-1 / 8)
     turned: Tensor = x.T
     return turned if wide else x
@@ -303,7 +319,9 @@ def orthogonal_sum(parts: Sequence[Svd], how: str = "eigh", dtype: torch.dtype |
     U = [U_1 .. U_T] and V likewise are replaced by their orthogonal polar factors; how: see `polar`, or none.
     dtype float32: large factors are multiplied in it, and so is the result.
     """
+    # [m, k], [k], [n, k] with k the triplets of all parts
     u, s, v = (torch.cat([getattr(p, side) for p in parts], -1) for side in ("u", "s", "v"))
+    # Thin and large: what float32 loses is below the noise of float32 task vectors, see `polar_of_large`.
     quick = dtype == torch.float32 and not u.requires_grad and LARGE <= s.shape[0] <= min(u.shape[0], v.shape[0])
     if quick:
         u, s, v = u.float(), s.float(), v.float()
