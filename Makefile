@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo study test lint house torture gpu bench compare docs clean
+.PHONY: setup demo study test lint house measure torture gpu bench compare docs clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ test: lint
 # How the code is built, in figures beside their aims; tests/test_house.py keeps what is reached.
 house: setup
 	@PYTHONPATH=tests $(BIN)/python -m house
+
+# Memory and time of every stage against src/weightsmith/plan/costs.json; WRITE=1 replaces the rows that do not agree.
+measure: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m bench.costs $(if $(WRITE),--write)
 
 # The slow proof: kills and failing calls by the thousand, coverage-guided fuzzing (WEIGHTSMITH_FUZZ_SECONDS each).
 torture: setup
