@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from weightsmith.cli.main import main
-from weightsmith.inspect.difference import by_layer, compare, gathered
+from weightsmith.engine.compare import gathered
+from weightsmith.inspect.difference import by_layer, compare
 from weightsmith.io.read.source import MemorySource
 
 NAMES = ("layers.0.up_proj.weight", "layers.0.norm.weight", "layers.1.up_proj.weight", "head.weight")
@@ -50,11 +51,11 @@ def test_layers_and_model_are_one_long_vector() -> None:
 
 def test_sums_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from weightsmith.core.task import blocks
-    from weightsmith.inspect import difference
+    from weightsmith.engine import compare as engine
 
     a, b = {"w": torch.randn(97, 31)}, {"w": torch.randn(97, 31)}
     whole = compare(MemorySource(a), MemorySource(b))
-    monkeypatch.setattr(difference, "blocks", lambda key, low, high: blocks(key, low, high, size=64))
+    monkeypatch.setattr(engine, "blocks", lambda key, low, high: blocks(key, low, high, size=64))
     assert compare(MemorySource(a), MemorySource(b)) == whole
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.merge import summary
 from weightsmith.cli.options import DEFAULTS, Json, Out, Plugins, Quiet, RecipeFile, Run, Sets, read_recipe
 from weightsmith.cli.show import progress_bar
+from weightsmith.cli.shown.result import summary
 from weightsmith.cli.words import Parameter
 
 __all__ = ["compress"]

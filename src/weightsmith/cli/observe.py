@@ -47,24 +47,11 @@ def observe(
     names = [name.strip() for name in stat.split(",") if name.strip()]
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
         collect(
-            model,
-            data,
-            names,
-            out,
-            examples=examples,
-            batch=batch,
-            length=length,
-            kind=kind,
-            fisher=fisher,
-            seed=seed,
-            field=field,
-            skip_first=skip_first,
-            layers=layers,
-            device=chosen(device=device).device,
-            overwrite=overwrite,
+            model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
+            field=field, skip_first=skip_first, layers=layers, device=chosen(device=device).device, overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
-        )
+        )  # fmt: skip
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:

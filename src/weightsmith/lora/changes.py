@@ -12,6 +12,7 @@ import numpy as np
 from weightsmith.core.errors import PlanError, SourceError, some
 from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
+from weightsmith.engine.stream import each_tensor
 from weightsmith.io.architectures import EMBEDDINGS
 from weightsmith.io.read.source import Source
 
@@ -110,10 +111,12 @@ def _parts(module: str) -> tuple[str, str]:
 
 
 def _changed(tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Key]:
-    for key in tuned.keys.values():
-        wanted = (not include or _matches(key.name, include)) and not _matches(key.name, exclude)
-        if wanted and not _equal(tuned, origin, key):
-            yield key
+    wanted = [
+        key for key in tuned.keys.values()
+        if (not include or _matches(key.name, include)) and not _matches(key.name, exclude)
+    ]  # fmt: skip
+    same = each_tensor(wanted, lambda key: _equal(tuned, origin, key))
+    yield from (key for key in wanted if not same[key.name])
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

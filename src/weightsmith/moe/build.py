@@ -13,9 +13,9 @@ from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.core.lazy import torch
 from weightsmith.core.problem import Code, Problem, told
 from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.engine.compare import compare_tensors, gathered
 from weightsmith.engine.runner import one_thread_each
 from weightsmith.inputs.opened import Inputs
-from weightsmith.inspect.difference import compare_tensors, gathered
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, model_card
 from weightsmith.io.package.companions import copy_companions
@@ -104,7 +104,7 @@ def _job(made: Draft, settings: Settings, out: Path | None = None, *, drift: boo
 
     def ready() -> list[Problem]:
         made.source.made |= made_routers(made, settings.device)
-        moved = drifts(made, settings.threads) if drift else []
+        moved = drifts(made, settings.but(progress=None)) if drift else []
         return list(told(Code.FOUND, [*conditions(made), *(text for found in moved if (text := _told(found)))]))
 
     return Job(
@@ -182,7 +182,7 @@ def conditions(made: Draft) -> list[str]:
             f"{found[worst]:.3g}): the prompts are too much alike, and some experts will hardly be used"]  # fmt: skip
 
 
-def drifts(made: Draft, threads: int | None = None) -> list[Drift]:
+def drifts(made: Draft, settings: Settings = DEFAULT) -> list[Drift]:
     """How far each expert moved from the base in what is taken from it, and in what is left behind."""
     base, out = made.base, []
     for name in made.recipe.experts:
@@ -190,7 +190,7 @@ def drifts(made: Draft, threads: int | None = None) -> list[Drift]:
         fitting = [
             n for n, k in base.keys.items() if k.floating and n in expert.keys and expert.key(n).shape == k.shape
         ]
-        changes = list(compare_tensors(base, expert, fitting, threads=threads))
+        changes = compare_tensors(base, expert, fitting, settings)
         mlp = gathered(c for c in changes if ".mlp." in c.name)
         rest = gathered(c for c in changes if ".mlp." not in c.name)
         out.append(Drift(name, mlp.relative, rest.relative))

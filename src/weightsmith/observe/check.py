@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
+from weightsmith.core.task import blocks
+from weightsmith.engine.stream import each_tensor
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.observe.consistency import cheap_check
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from weightsmith.observe.probe import Found
 
 __all__ = ["cheap_check", "check", "perplexity", "recorded_parents", "sample_text"]
-
-_ELEMENTS_AT_ONCE = 1 << 24
 
 
 def check(
@@ -255,13 +256,13 @@ def _check_tensors(folder: Path, report: dict[str, Any]) -> None:
 def _nonfinite_tensors(folder: Path) -> list[str]:
     """Look at every tensor of the folder, block by block."""
     source = FolderSource(folder)
-    found = []
-    for name, key in source.keys.items():
-        step = max(1, _ELEMENTS_AT_ONCE // max(key.row_numel, 1))
-        starts = range(0, key.rows, step) if key.floating else ()
-        if not all(torch.isfinite(source.read(name, i, i + step).float()).all() for i in starts):
-            found.append(f"{name}: NaN or Inf in the weights")
-    return found
+
+    def finite(key: Key) -> bool:
+        rows = blocks(key, 0, key.rows) if key.floating else ()
+        return all(bool(torch.isfinite(source.read(key.name, *span).float()).all()) for span in rows)
+
+    found = each_tensor(source.keys.values(), finite)
+    return [f"{name}: NaN or Inf in the weights" for name, good in found.items() if not good]
 
 
 def _read_text(path: Path) -> str:

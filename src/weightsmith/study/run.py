@@ -18,6 +18,7 @@ from weightsmith.core.keys import depths
 from weightsmith.core.lazy import torch
 from weightsmith.core.problem import Problem
 from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.engine.compare import compare_tensors, gathered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.api import merge
@@ -159,13 +160,11 @@ def _whole(ref: ModelRef) -> Path | None:
 
 
 def _moved(base: Source, expert: Source, exclude: Sequence[str]) -> float:
-    change = norm = 0.0
-    for name, key in base.keys.items():
-        if key.floating and name in expert.keys and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
-            before = base.read(name).double()
-            norm += float(before.square().sum())
-            change += float((expert.read(name).double() - before).square().sum())
-    return float((change / norm) ** 0.5) if norm else 0.0
+    names = [
+        name for name, key in base.keys.items()
+        if key.floating and name in expert.keys and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+    ]  # fmt: skip
+    return gathered(compare_tensors(base, expert, names)).relative
 
 
 @cache

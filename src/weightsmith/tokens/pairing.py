@@ -46,6 +46,16 @@ class Pairing:
     def rows(self) -> int:
         return int(self.own.size)
 
+    @property
+    def kept(self) -> int:
+        """How many of the model's rows are taken as they are."""
+        return int((self.own >= 0).sum())
+
+    @property
+    def new(self) -> int:
+        """How many rows are made for tokens of the donor."""
+        return int(((self.own < 0) & (self.theirs >= 0)).sum())
+
 
 def pair(
     model: Vocabulary,
