@@ -462,7 +462,7 @@ def _python_page() -> str:
     return "\n".join(lines)
 
 
-_TRAIN = ("optim", "svfit", "dmm", "embed")
+_TRAIN = ("optim", "svfit", "dmm", "embed", "fuse")
 """Modules of `weightsmith.train`, in the order of the page."""
 
 
