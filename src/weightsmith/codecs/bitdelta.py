@@ -38,6 +38,7 @@ class Bitdelta(StandaloneCodec, name="bitdelta", needs=(BASE,), checks=(dims(2, 
         return (FACTORS,)
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        # A bit per weight, eight to a byte; the factor again every 65536 weights, so that any rows find one.
         run, packed = run_length(key.row_numel), (-(-key.numel // 8),)
         return (
             *(Part("sign", Key(f"{key.name}::sign.{e}", packed, "uint8"), 8, e) for e in experts),
@@ -48,15 +49,17 @@ class Bitdelta(StandaloneCodec, name="bitdelta", needs=(BASE,), checks=(dims(2, 
     def encode(self, site: Site) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         name, run = site.key.name, self.parts(site.key, ("",))[-1]
-        low, high = run.rows(site.offset, site.offset + site.deltas[0].numel())
+        low, high = run.rows(site.offset, site.offset + site.deltas[0].numel())  # runs that begin in this block
         for expert, delta, factor in zip(site.names, site.deltas, site.result(FACTORS), strict=True):
             found[f"{name}::sign.{expert}"] = pack_bits(delta > 0)
+            # One number, as often as there are runs: [runs of the block].
             found[f"{name}::factor.{expert}"] = factor.float().expand(high - low)
         return found
 
     def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
         if base.numel() == 0:
             return base
+        # Rows may begin within a byte.
         plus = unpack_bits(parts["sign"], offset % 8, base.numel()).reshape(base.shape)
         factor = parts["factor"].reshape(-1)[0]
         return base + torch.where(plus, factor, -factor)
@@ -68,6 +71,7 @@ class _Factors(Pass[Any]):
 
     def see(self, site: Site) -> State:
         deltas = site.deltas
+        # float64 [n]; on the CPU, where states are added up
         sizes = torch.stack([block_sizes(delta) for delta in deltas]).cpu()
         return {"sizes": sizes, "count": torch.tensor(deltas[0].numel())}
 

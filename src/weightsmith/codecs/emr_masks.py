@@ -42,6 +42,7 @@ class EmrMasks(Codec, name="emr_masks", needs=(BASE,)):
         dtype = "bfloat16" if DTYPES[key.dtype].itemsize == 1 else key.dtype
         row = max(key.row_numel, 1)
         run = run_length(row)
+        # Bytes of a mask; runs of weights that share a copy of the factor.
         packed, runs = (-(-key.numel // 8),), (-(-key.numel // run),)
         return (
             Part("tau", Key(f"{key.name}::tau", key.shape, dtype), row),
@@ -50,6 +51,7 @@ class EmrMasks(Codec, name="emr_masks", needs=(BASE,)):
         )
 
     def encode(self, site: Site) -> dict[str, Tensor]:
+        # [*block] and [n, *block]
         tau, deltas = _split(site)
         assert site.origin is not None
         made = {f"{site.key.name}::tau": tau}
@@ -77,16 +79,19 @@ class _Factors(Pass[Any]):
     def see(self, site: Site) -> State:
         tau, deltas = _split(site)
         sign, size = tau.sign(), tau.abs()
+        # min(|tau|, 0 or the largest number) is |tau| where they agree, else 0.
         largest = torch.finfo(tau.dtype).max
         sums = []
         for delta in deltas:
             agreeing = (delta * sign).sign().relu()  # 1 or 0
             kept = torch.minimum(size, agreeing * largest)  # a tenth of the time of `torch.where`
+            # float64 [2]: sum |delta_t| and sum |m_t tau|
             sums.append(pairwise_sum(torch.stack([row_sizes(delta), row_sizes(kept)])))
         return {"sizes": torch.stack(sums).cpu()}
 
     def end(self, total: Mapping[str, Any]) -> Tensor:
         own, kept = torch.as_tensor(total["sizes"]).unbind(-1)
+        # The inner where: no division by 0, not even one that is thrown away.
         return torch.where(kept > 0, own / torch.where(kept > 0, kept, 1.0), 0.0)
 
 

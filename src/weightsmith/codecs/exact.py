@@ -28,8 +28,10 @@ class Exact(StandaloneCodec, name="exact"):
         return tuple(Part("whole", Key(f"{key.name}::whole.{e}", key.shape, key.dtype), span, e) for e in experts)
 
     def encode(self, site: Site) -> dict[str, Tensor]:
+        # Behind filters and a method it stores the experts, not what those made.
         source = site.origin or site
         return {f"{site.key.name}::whole.{e}": x for e, x in zip(source.names, source.experts, strict=True)}
 
     def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        # Whole weights: the base takes no part.
         return parts["whole"]

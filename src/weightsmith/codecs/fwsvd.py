@@ -56,6 +56,7 @@ class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dim
         rank = self._rank(key)
         if not rank:
             return Exact().parts(key, experts)
+        # left is stored by rows of the weight, right whole: any rows are left[rows] right^T.
         rows, columns = key.shape
         found: list[Part] = []
         for e in experts:
@@ -76,6 +77,7 @@ class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dim
         return found
 
     def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
+        # No base: the weight itself is stored.
         return parts["whole"] if "whole" in parts else parts["left"] @ parts["right"].T
 
     def _rank(self, key: Key) -> int:
@@ -83,6 +85,7 @@ class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dim
         rows, columns = key.shape
         if key.role == "embed" or (key.role == "head" and not self.head) or not key.numel:
             return 0
+        # r (m + n) numbers instead of m n: the rank at which they are `ratio` of it.
         rank = int(self.ratio * key.numel / (rows + columns)) if isinstance(self.rank, str) else int(self.rank)
         rank = max(min(rank, rows, columns), 1)
         return rank if self.always or rank * (rows + columns) < key.numel else 0
@@ -103,15 +106,19 @@ class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dim
         """All in float64."""
         if self.weighting == "element":
             weight, fisher = weight.double(), fisher.double()
+            # Expectation maximisation for element-wise weights, which no SVD minimises exactly.
             share, x = fisher / fisher.max(), top_svd(weight, rank)
             for _ in range(STEPS):
                 x = top_svd(share * weight + (1 - share) * x.product, rank)
             return self._split(x, rank)
         if self.weighting == "none":
             return self._split(top_svd(weight.double(), rank), rank)
+        # a_j over the outputs, one per input: [in].
         importance = row_sums(fisher if self.transposed else fisher.T)
+        # An input without any importance would divide by 0 below.
         root = importance.clamp(min=self.floor * float(importance.mean())).sqrt()
         if self.transposed:
+            # Conv1D: inputs are rows, and their roots are divided out of left.
             left, right = self._split(top_svd(weight * root[:, None], rank), rank)
             return left / root[:, None], right
         left, right = self._split(top_svd(weight * root, rank), rank)
@@ -119,4 +126,5 @@ class Fwsvd(Whole, StandaloneCodec, name="fwsvd", needs=("fisher",), checks=(dim
 
     def _split(self, found: Svd, rank: int) -> tuple[Tensor, Tensor]:
         u, s, v = padded(found, rank)
+        # [out, r] and [in, r]; padded with zeros where the weight has a lower rank.
         return (u * s.sqrt(), v * s.sqrt()) if self.balanced else (u * s, v)

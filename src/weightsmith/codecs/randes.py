@@ -43,10 +43,12 @@ class Randes(StandaloneCodec, name="randes", needs=(BASE,)):
     def encode(self, site: Site) -> dict[str, Tensor]:
         name, run = site.key.name, self.parts(site.key, ("",))[-1]
         added: Tensor = torch.zeros_like(site.deltas[0])
-        low, high = run.rows(site.offset, site.offset + added.numel())
+        low, high = run.rows(site.offset, site.offset + added.numel())  # runs that begin in this block
         found: dict[str, Tensor] = {}
         for expert, delta in zip(site.names, site.deltas, strict=True):
+            # One number per tensor and expert, from which all its signs follow: no seed is needed to restore.
             drawn = int(uniform_bits(site.seed, name, expert, "randes", 0, 1)[0])
+            # A product with 1 or -1 is exact, and so is its inverse.
             added = added + delta * signs(drawn, site.offset, added)
             found[f"{name}::signs.{expert}"] = torch.full((high - low,), drawn, dtype=torch.int64)
         return {f"{name}::sum": added, **found}
@@ -59,5 +61,6 @@ class Randes(StandaloneCodec, name="randes", needs=(BASE,)):
 
 def signs(number: int, offset: int, like: Tensor) -> Tensor:
     """Random signs for the flat positions from `offset` on, shaped like a block."""
+    # The lowest bit of each number, at its flat position: any block has its signs.
     bits = uniform_bits(number, "", "", "randes signs", offset, like.numel()) & 1
     return torch.from_numpy(bits.astype("float32") * 2 - 1).reshape(like.shape).to(like)

@@ -49,6 +49,7 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
         if case.count == 1:
             return remark(f"one model shares nothing: its changes are only cut to rank {self.rank}")
         count, r, p = case.count, self.rank, self._basis(self.rank, case.count)
+        # Numbers stored per position: p vectors of r, p coefficients for each expert, the mean; n r without.
         size = (p * (r + count) + r * self.center) / (r * count) if self.level == "position" else (p + 1) / count
         if size > 1:
             return refuse(
@@ -62,6 +63,7 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
         p = self._basis(rank, len(experts))
         found: list[Part] = []
         for side, size in zip("lr", key.shape, strict=True):
+            # L goes with the rows of the weight; R is needed whole for any row.
             span = max(key.row_numel, 1) if side == "l" else 0
             found += [Part.of(key, f"{side}.mean", (size, rank), span)] * self.center
             found.append(Part.of(key, f"{side}.basis", (size, rank, p), span))
@@ -71,7 +73,7 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
 
     def encode(self, site: Site) -> dict[str, Tensor]:
         rank = min(self.rank, *site.key.shape)
-        pairs = self._pairs(site, rank)
+        pairs = self._pairs(site, rank)  # [n] of L_i [m, r], R_i [d, r], float64
         p, name = self._basis(rank, site.count), site.key.name
         found: dict[str, Tensor] = {}
         for i, side in enumerate("lr"):
@@ -82,6 +84,7 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
 
     def decode(self, parts: Mapping[str, Tensor], base: Tensor, offset: int) -> Tensor:
         left, right = (
+            # [size, r, p] x [size or 1, 1, p] -> [size, r]
             (parts[f"{side}.basis"] * parts[f"{side}.own"][:, None, :]).sum(-1) + parts.get(f"{side}.mean", 0)
             for side in "lr"
         )
@@ -89,6 +92,7 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
 
     def _basis(self, rank: int, count: int) -> int:
         """p, no larger than what makes the rebuilt factors exact."""
+        # n vectors less their mean span n - 1 directions.
         most = count - 1 if self.center else count
         return min(self.basis, most, rank) if self.level == "position" else min(self.basis, most)
 
@@ -97,8 +101,9 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
         mean = x.mean(0) if self.center else torch.zeros_like(x[0])
         spread = (x - mean).permute(1, 2, 0)  # [size, r, n]
         flat = spread if self.level == "position" else spread.reshape(1, -1, x.shape[0])
+        # [size, r, k], [size, k], [size, k, n]: thin, one per position
         u, s, vt = torch.linalg.svd(flat, full_matrices=False)
-        own = (s[:, :p, None] * vt[:, :p]).permute(2, 0, 1)
+        own = (s[:, :p, None] * vt[:, :p]).permute(2, 0, 1)  # [n, size or 1, p]
         return mean, u[..., :p].reshape(*spread.shape[:2], p), own
 
     def _pairs(self, site: Site, rank: int) -> list[tuple[Tensor, Tensor]]:
@@ -110,11 +115,13 @@ class Rmm(Factored, StandaloneCodec, name="rmm", needs=(BASE,), streams=1, check
         for left, right in found:
             # argmin_Q |L Q - L_1|^2 + |R Q - R_1|^2 over orthogonal Q
             p, _, qt = torch.linalg.svd(left.T @ first_left + right.T @ first_right)
+            # L Q (R Q)^T = L R^T: the product does not change.
             turned.append((left @ (p @ qt), right @ (p @ qt)))
         return turned
 
     def _pair(self, matrix: Matrix, rank: int) -> tuple[Tensor, Tensor]:
         if self.canonicalise == "none" and isinstance(matrix, tuple) and matrix[0].shape[1] <= rank:
+            # An adapter of a lower rank has columns of zeros.
             grow = (0, rank - matrix[0].shape[1])
             return tuple(torch.nn.functional.pad(side.double(), grow) for side in (matrix[0], matrix[1].T))  # type: ignore[return-value]
         return balanced(matrix, rank)

@@ -40,6 +40,7 @@ class TallMasks(Codec, name="tall_masks", needs=(BASE,)):
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
         tau = Part.of(key, "tau", key.shape, max(key.row_numel, 1))
+        # Bytes; cuts of tensors fall on multiples of 8 weights (`Part.span`).
         packed = (-(-key.numel // 8),)
         return (tau, *(Part("mask", Key(_mask_name(key.name, e), packed, "uint8"), 8, e) for e in experts))
 
@@ -47,6 +48,7 @@ class TallMasks(Codec, name="tall_masks", needs=(BASE,)):
         if site.origin is None:
             raise RecipeError("tall_masks stores a merged task vector; put it behind the merging method")
         (tau,) = site.deltas
+        # bool [n, *block]
         masks = task_masks(site.origin.deltas, tau, site.origin.spread(self.lambda_))
         names = [_mask_name(site.key.name, expert) for expert in site.origin.names]
         packed = [pack_bits(mask) for mask in masks]
@@ -71,6 +73,7 @@ def consensus_of(
     experts  name -> the parts that `TallMasks.decode` takes; base: [*block]
     """
     masks = torch.stack([_unpacked(parts, base, offset) for parts in experts.values()])
+    # The same part for every expert.
     tau = next(iter(experts.values()))["tau"]
     return base + _masked(tau, agreed(masks, k)) * scale
 

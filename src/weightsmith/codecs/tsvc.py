@@ -39,6 +39,7 @@ class Tsvc(Factored, StandaloneCodec, name="tsvc", needs=(BASE,), streams=1, che
         rank = self._rank(site.key)
         found: dict[str, Tensor] = {}
         for expert, matrix in zip(site.names, matrices(site), strict=True):
+            # Parts have a fixed size: a change of a lower rank gets triplets of zeros.
             triplets = padded(svd_of(matrix, rank), rank)
             found |= {f"{site.key.name}::{side}.{expert}": t for side, t in triplets._asdict().items()}
         return found
@@ -53,11 +54,13 @@ class Tsvc(Factored, StandaloneCodec, name="tsvc", needs=(BASE,), streams=1, che
 def kept_rank(key: Key, share: float) -> int:
     """How many triplets of a matrix a share of them is: rounded down, at least one."""
     smaller = min(key.shape)
+    # 1e-9: 0.1 of 30 is 3, whatever the binary fraction says.
     return min(max(int(smaller * share + 1e-9), 1), smaller)
 
 
 def low_rank_parts(key: Key, rank: int, expert: str) -> tuple[Part, ...]:
     """u [m, k] by rows of the matrix; s [k] and v [n, k] whole."""
+    # Rows of the weight need their rows of u, and all of s and v.
     rows, columns = key.shape
     return (
         Part.of(key, "u", (rows, rank), max(columns, 1), expert),

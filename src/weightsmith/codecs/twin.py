@@ -44,10 +44,12 @@ class Twin(Whole, Codec, name="twin", needs=(BASE,), checks=(dims(2),), otherwis
     strategy: str = choice("svd", "how the exclusive parts are compressed", "svd", "magnitude", "random")
 
     def parts(self, key: Key, experts: tuple[str, ...]) -> tuple[Part, ...]:
+        # tau by rows.
         shared = Part.of(key, "tau", key.shape, max(key.row_numel, 1))
         if self.strategy == "svd":
             rank = kept_rank(key, self.density)
             return (shared, *(part for e in experts for part in low_rank_parts(key, rank, e)))
+        # Positions in the flat tensor and values there, whole: how many fall into some rows is known from them only.
         count, found = (self._count(key),), [shared]
         for e in experts:
             place = Key(f"{key.name}::place.{e}", count, "int64")
@@ -59,6 +61,7 @@ class Twin(Whole, Codec, name="twin", needs=(BASE,), checks=(dims(2),), otherwis
             raise RecipeError("twin stores a merged task vector; put it behind the merging method")
         name, tau = site.key.name, site.deltas[0]
         dtype = getattr(torch, Part.of(site.key, "tau", site.key.shape, 1).key.dtype)
+        # What rounding tau loses is in v_t, and so is not lost.
         stored = tau.to(dtype).to(tau.dtype)
         found = {f"{name}::tau": tau}
         for expert, delta in zip(site.origin.names, site.origin.deltas, strict=True):
@@ -70,6 +73,7 @@ class Twin(Whole, Codec, name="twin", needs=(BASE,), checks=(dims(2),), otherwis
         shared = base + parts["tau"]
         if self.strategy == "svd":
             return shared + low_rank(parts)
+        # Of all entries those of these rows.
         place = parts["place"] - offset
         here = (place >= 0) & (place < base.numel())
         own = torch.zeros_like(base).reshape(-1).index_put((place[here],), parts["value"][here])
@@ -85,7 +89,8 @@ class Twin(Whole, Codec, name="twin", needs=(BASE,), checks=(dims(2),), otherwis
         flat, count = own.reshape(-1), self._count(site.key)
         rank_by, scale = flat, 1.0
         if self.strategy == "random":
+            # The `count` largest of random numbers are a random set of exactly that size.
             drawn = uniform_bits(site.seed, site.key.name, expert, "twin", 0, flat.numel()).astype("float64")
             rank_by, scale = torch.from_numpy(drawn).to(flat.device), flat.numel() / count
-        place = leading(rank_by, count).nonzero()[:, 0]
+        place = leading(rank_by, count).nonzero()[:, 0]  # int64 [count], rising
         return {"place": place, "value": flat[place] * scale}

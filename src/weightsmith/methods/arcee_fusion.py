@@ -33,9 +33,11 @@ class ArceeFusion(Method, name="arcee_fusion", checks=(at_most(1), with_base)):
     paper = "Arcee Fusion (Arcee AI, 2025); as in mergekit"
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        # In this order: an importance is a product with its slice's divergence.
         return DIVERGENCE, IMPORTANCE
 
     def merge(self, site: Site) -> Tensor:
+        # The only list of the pass: [3].
         first, median, third = site.result(IMPORTANCE)[0].tolist()
         kept = _importance(site) >= median + 1.5 * (third - first)
         assert site.base is not None
@@ -47,6 +49,7 @@ class _Divergence(Pass[Any]):
     """KL divergence of the slices along the last axis: float64 [slices per row, rows]."""
 
     def applies(self, key: Key) -> bool:
+        # A vector is one slice: its divergence multiplies all importances and the threshold alike.
         return len(key.shape) > 1
 
     def see(self, site: Site) -> State:
@@ -58,7 +61,7 @@ class _Importance(Order):
     """First quartile, median and third quartile of the importances."""
 
     def values(self, site: Site) -> Tensor:
-        return _importance(site)[None]
+        return _importance(site)[None]  # [1, *block]: one list
 
     def ranks(self, total: int) -> list[int]:
         return [int(q * (total - 1)) for q in (0.25, 0.5, 0.75)]
@@ -69,11 +72,12 @@ DIVERGENCE, IMPORTANCE = _Divergence(), _Importance()
 
 def _importance(site: Site) -> Tensor:
     """float32, whose order decides."""
-    size = site.deltas[0].detach().abs()
+    size = site.deltas[0].detach().abs()  # [*block]
     if len(site.key.shape) < 2:
         return size.float()
+    # [slices per row, rows of the block]
     rows = torch.as_tensor(site.result(DIVERGENCE))[..., site.start : site.start + size.shape[0]]
-    divergence = rows.T.reshape(size.shape[:-1]).to(size.device)
+    divergence = rows.T.reshape(size.shape[:-1]).to(size.device)  # [*block without its last axis]
     return (size * divergence.unsqueeze(-1)).float()
 
 
@@ -81,6 +85,7 @@ def _divergence(site: Site) -> Tensor:
     """Of the slices along the last axis, as many to a row as it has: float64 [slices, rows]."""
     assert site.base is not None
     p, q = _softmax(site.experts[0].detach()), _softmax(site.base)
+    # p and q add up to 1 + m 1e-8, not 1, so the sum may be negative by as much.
     divergence = pairwise_sum(p * torch.log(p / q)).clamp(min=0)
     return divergence.reshape(len(divergence), -1).T if divergence.numel() else divergence.new_zeros(1, len(divergence))
 
@@ -89,6 +94,7 @@ def _softmax(values: Tensor) -> Tensor:
     """Along the last axis, plus 1e-8, in float64 and in a fixed order of additions."""
     if values.numel() == 0:
         return values.double()
-    wide = values.double()
+    wide = values.double()  # float64: the divergence of nearly equal slices is a sum of terms that cancel
+    # The largest exponent is 0: no overflow.
     powers = torch.exp(wide - wide.amax(-1, keepdim=True))
     return powers / pairwise_sum(powers).unsqueeze(-1) + 1e-8

@@ -51,6 +51,8 @@ class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), oth
     def merge(self, site: Site) -> Tensor:
         aspect = min(site.block_shape) / max(site.block_shape)
 
+        # `values`: all n eigenvalues of C, falling and floored at min_eigenvalue, so that no logarithm or quotient
+        # fails.
         def count(values: Tensor) -> int:
             found = min(count_directions(values, self.rule, aspect, self.share), len(values))
             return max(found, self.min_rank)
@@ -65,15 +67,18 @@ def count_directions(values: Tensor, rule: str, aspect: float, share: float = 1.
     if rule == "none":
         return len(values)
     if rule == "cumulative":
+        # The first count whose share is reached is one more than those that do not reach it.
         return int((values.cumsum(0) / values.sum() < share).sum()) + 1
     if rule == "gavish_donoho":
         roots = values.sqrt()
         return max(1, int((roots > _omega(aspect) * roots.median()).sum()))
     if rule == "entropy":
+        # exp of the entropy: as many directions as equal ones of the same entropy.
         p = values / values.sum()
         return math.ceil(torch.exp(-(p * p.log()).sum()))
     if rule == "stable_rank":
         return math.ceil(values.square().sum() / values[0].square())
+    # (sum w)^2 / sum w^2 is n for n equal weights and 1 for a single one.
     weights = values.sqrt() if rule == "participation_sqrt" else values
     return math.ceil(weights.sum().square() / weights.square().sum())
 
@@ -85,6 +90,7 @@ def _omega(aspect: float) -> float:
     (1 - beta)^2 + beta for that median, and 2 + sqrt(3) for square matrices.
     """
     b = aspect
+    # lambda(beta)^2 of arXiv:1305.5870.
     optimal = 2 * (b + 1) + 8 * b / ((b + 1) + math.sqrt(b * b + 14 * b + 1))
     middle = (1 - b) ** 2 + b if b < 0.9999 else 2 + math.sqrt(3)
     return math.sqrt(optimal / middle)

@@ -56,6 +56,7 @@ class Breadcrumbs(Masking, name="breadcrumbs", needs=(BASE,)):
 
     def _shortened(self, count: int) -> str | None:
         """Of rows, whose window may fall off the end; that of a tensor is moved instead."""
+        # [n] pairs (density, remove_top).
         shares = list(zip(spread(self.density, count), spread(self.remove_top, count), strict=True))
         if self.scope_ == "tensor" or not self.remove_first or all(sum(share) <= 1 + 1e-9 for share in shares):
             return None
@@ -63,25 +64,30 @@ class Breadcrumbs(Masking, name="breadcrumbs", needs=(BASE,)):
         return f"density + remove_top is more than 1: of each row only {left} survives"
 
     def _emptied(self, key: Key, count: int) -> str | None:
+        # What is ranked together: the tensor, or a row.
         total = key.numel if self.scope_ == "tensor" else key.shape[-1] if key.shape else 0
         if not (key.shape and total) or all(first < last for first, last in self._tails(count).ranks(total)):
             return None
         return f"with these shares no entry of only {total} survives, so nothing changes there"
 
     def fused(self, count: int) -> Window | None:
+        # The kernels rank over a tensor; rows are sorted in torch.
         return Window(self._tails(count), L1(self) if self.rescale else None) if self.scope_ == "tensor" else None
 
     def masked(self, site: Site) -> Tensor:
         deltas, tails = site.deltas, self._tails(site.count)
+        # A number has no tails.
         if not site.key.shape:
             return deltas
         if tails.applies(site.key):
             first, last = site.result(tails).before(deltas, site.start)
         else:
+            # Rows are whole in every block, so no pass is needed: [n, 2] ranks of a row of m.
             ranks = tails.ranks(site.key.shape[-1])
             first, last = (
                 torch.stack([leading(d, r[side]) for d, r in zip(deltas, ranks, strict=True)]) for side in (0, 1)
             )
+        # Before the second cut and not before the first; ~: the first R are the largest.
         return torch.where(last & ~first, deltas, 0.0)
 
     def _tails(self, count: int) -> _Tails:
@@ -111,9 +117,11 @@ class _Tails(Cut):
     def _window(self, total: int, density: float, remove_top: float) -> list[int]:
         """The survivors, as [first, last) in the ranking."""
         kept, dropped = int(total * density), int(total * remove_top)
+        # The authors' code: the window may reach beyond the row, or be empty.
         if self.by_row:
             return [dropped, dropped + kept] if self.first else [min(dropped, kept), kept]
         if density >= 1:
             return [0, total]
+        # mergekit: the top gives way, so that K entries survive.
         tail = max(0, total - kept - dropped)  # smallest entries dropped
         return [total - tail - kept, total - tail]

@@ -49,7 +49,9 @@ class Consensus(MergedFilter, name="consensus", needs=(BASE,)):
     def apply(self, site: Site) -> Site:
         if site.origin is None:
             raise RecipeError("consensus works on the merged task vector; put it behind the merging method")
+        # [*block]: behind the method there is one task vector.
         (tau,) = site.deltas
+        # Of the experts' own task vectors, as read: a filter before the method does not change what a task needs.
         masks = task_masks(site.origin.deltas, tau, site.origin.spread(self.tall_mask_lambda))
         kept = torch.where(agreed(masks, self.k), tau, 0.0)
-        return site.with_deltas(kept[None] * self.lambda_)
+        return site.with_deltas(kept[None] * self.lambda_)  # [1, *block]

@@ -45,6 +45,7 @@ class Dare(Masking, name="dare", needs=(BASE,), checks=(small_changes,)):
         return self.rescale and self.rescale_rule == "l1"
 
     def fused(self, count: int) -> Drop:
+        # One of two rules: a factor per tensor that is measured, or 1 / density, which is known.
         factors = L1(self) if self.keeps_l1 else None
         return Drop(spread(self.density, count), self.name, factors, self.rescale and factors is None)
 
@@ -52,6 +53,7 @@ class Dare(Masking, name="dare", needs=(BASE,), checks=(small_changes,)):
         if self.keeps_l1 or not self.rescale:
             return super().apply(site)
         masked = self.masked(site)
+        # A division, not a product with 1 / density: the kernels divide, and the bytes are theirs.
         return site.with_deltas(masked / per_expert(site.spread(self.density), masked))
 
     def masked(self, site: Site) -> Tensor:

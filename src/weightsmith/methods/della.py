@@ -53,6 +53,7 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
         return self.rescale and self.rescale_rule == "l1"
 
     def masking(self, count: int) -> tuple[Pass[Any], ...]:
+        # Rows of a matrix are whole in every block; a vector may be cut.
         return (VECTOR_RANKS,)
 
     def check(self, case: Case) -> Iterable[Verdict]:
@@ -68,6 +69,7 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
         if self.rescale and not self.keeps_l1:
             return None  # each survivor has a divisor of its own
         shares = list(zip(spread(self.density, count), spread(self.epsilon, count), strict=True))
+        # Probability low + span rank, from density - epsilon to density + epsilon.
         lows = tuple(density if density >= 1 else density - epsilon for density, epsilon in shares)
         spans = tuple(0.0 if density >= 1 else 2 * epsilon for density, epsilon in shares)
         factors = L1(self) if self.rescale else None
@@ -76,6 +78,7 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
     def apply(self, site: Site) -> Site:
         if self.keeps_l1 or not self.rescale:
             return super().apply(site)
+        # [*block] each; one at a time, not n probabilities at once
         kept = zip(self.masked(site), self._probabilities(site, site.deltas), strict=True)
         return site.with_deltas(torch.stack([delta / p for delta, p in kept]))
 
@@ -94,7 +97,9 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
             known = site.result(VECTOR_RANKS)[index, site.start : site.start + delta.shape[0]]
             ranks = torch.from_numpy(known).to(delta.device)
         else:
+            # Ranks along axis 1, the inputs of a matrix; moved to the end, where they are contiguous.
             ranks = _ranks(delta.detach().abs().transpose(1, -1)).transpose(1, -1)
+        # The smallest entry gets density - epsilon, the largest density + epsilon.
         shares: Tensor = (density - epsilon + 2 * epsilon * ranks).to(delta.dtype)
         return shares
 
@@ -112,6 +117,7 @@ class _VectorRanks(Pass[np.ndarray]):
     def end(self, total: Mapping[str, Any]) -> np.ndarray:
         sizes = np.asarray(total["sizes"])
         last = sizes.shape[-1] - 1
+        # A single entry is neither small nor large.
         if last < 1:
             return np.full_like(sizes, 0.5)
         ranks, shares = np.empty_like(sizes), np.arange(last + 1).astype(sizes.dtype) / sizes.dtype.type(last)

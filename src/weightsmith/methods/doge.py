@@ -64,21 +64,26 @@ class Doge(Whole, Method, name="doge", aliases=("doge_ta",), needs=(BASE,), chec
         return (self._cut(count),) if self.density < 1 else ()
 
     def _cut(self, count: int) -> Largest:
+        # As TIES trims: over the whole model, equals at the cut stay.
         return Largest(True, (self.density,) * count, scope=Scope.MODEL)
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
         norms = [float(frobenius(delta)) for delta in deltas]
+        # lambda_i = lambda / |tau_i|: every task vector comes out at norm lambda, in every matrix.
         factors = [self.lambda_ / norm if norm else 0.0 for norm in norms]
+        # delta is the same for all tasks and a constant to gradients.
         with torch.no_grad():
             correction = self._correction(deltas.detach(), factors)
         corrected = deltas + correction.to(deltas.dtype)
         if self.density < 1:
+            # The mask is that of tau_i before the correction, as in the authors' code.
             (kept,) = site.result(self._cut(site.count)).before(deltas, site.start)
             corrected = torch.where(kept, corrected, 0.0)
         merged = weighted_sum(corrected, factors)
         site.tell("doge.free", float(min(site.block_shape) < self.subspace))
         site.tell("doge.merged", float(frobenius(merged)) ** 2)
+        # The square of the mean norm of a task vector here; the squares add up over the tensors.
         site.tell("doge.experts", sum(norms) ** 2 / len(norms) ** 2)
         assert site.base is not None
         return site.base + merged
@@ -96,20 +101,24 @@ class Doge(Whole, Method, name="doge", aliases=("doge_ta",), needs=(BASE,), chec
     def _correction(self, deltas: Tensor, factors: list[float]) -> Tensor:
         """delta: [m, n] float64."""
         start = torch.zeros_like(deltas[0], dtype=torch.float64)
+        # q = min(m, n) // subspace columns of B: with q = m, B B^T is the identity.
         if self.iters == 0 or min(start.shape) // self.subspace >= start.shape[0]:
             return start  # where all directions are protected, no gradient is left
         shared = self._shared_space(deltas)
         total = sum(factors)
         # Row r of every task, [m, T, n]: sum_c tau_j (tau_j - sum_i lambda_i tau_i), to be met by total tau_j delta.
         rows = deltas.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format)
-        tasks = rows.transpose(0, 1)
+        tasks = rows.transpose(0, 1)  # a view [T, m, n]
         added = weighted_sum(tasks, factors)
+        # [m, T, 1]; row by row, for delta acts on every row by itself.
         goal = torch.stack([pairwise_sum((tau - added).mul_(tau)) for tau in tasks], 1)[..., None]
+        # Matrices of the model's largest layer, in float64: 128 MB each at 4096 x 4096.
         del added, tasks
 
         def gradient(delta: Tensor) -> Tensor:
-            missed = goal - total * (rows @ delta[:, :, None])
+            missed = goal - total * (rows @ delta[:, :, None])  # [m, T, 1]: what is left of the conflict
             g = (-2 * total * missed.transpose(1, 2) @ rows)[:, 0]
+            # The projection: delta never moves along the shared directions, so they keep what the tasks agree on.
             return g - shared @ (shared.T @ g)
 
         return adam(gradient, start, self.iters, self.lr)
@@ -117,5 +126,6 @@ class Doge(Whole, Method, name="doge", aliases=("doge_ta",), needs=(BASE,), chec
     def _shared_space(self, deltas: Tensor) -> Tensor:
         """B [m, q]: what the leading left singular vectors of all tasks have in common first."""
         smaller = min(deltas.shape[1:])
+        # smaller // T directions of each of T tasks: [m, about smaller].
         leading = torch.cat([top_svd(delta, smaller // len(deltas)).u for delta in deltas], 1)
         return top_svd(leading, smaller // self.subspace).u

@@ -31,4 +31,5 @@ class Emr(Method, name="emr", needs=(BASE,)):
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
         assert site.base is not None
+        # Weights of 1: the paper's election is by mass, unweighted.
         return site.base + disjoint(deltas, elect_sign(deltas.detach()), (1.0,) * site.count, "max") * self.lambda_

@@ -41,10 +41,12 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
     floor_mode: str = choice("add", "how the floor is applied", "add", "max", "max_target")
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        # The norms go over the whole model: one number per model, not per tensor.
         return (NORMS,) if self.normalize else ()
 
     def merge(self, site: Site) -> Tensor:
         fishers = site.stats["fisher"] if self.normalize else _fishers(site)  # measuring has looked at them
+        # a_i (F_i + floor): [n] of [*block]
         shares = [self._floored(f, i) * a for i, (f, a) in enumerate(zip(fishers, self._factors(site), strict=True))]
         total = weighted_sum(shares)
         if total.numel() and not bool(total.amin() > 0):
@@ -53,6 +55,7 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
                 f"set floor above 0 (1e-6)"
             )
         # Divided first: products of tiny Fishers and tiny weights would vanish.
+        # In place where no gradient wants the share: n blocks less.
         divided = [share / total if total.requires_grad else share.div_(total) for share in shares]
         return weighted_sum(site.experts, divided).to(site.stack.dtype)
 
@@ -63,6 +66,7 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
             weights = tuple(
                 w / (n + self.floor) if n + self.floor > 0 else 0.0 for w, n in zip(weights, norms, strict=True)
             )
+        # 1 / |F| may be huge: the largest factor becomes 1.
         top = max(weights)
         return [w / top if top > 0 else 0.0 for w in weights]  # a common factor cancels
 
@@ -70,6 +74,7 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
         if self.floor_mode == "add":
             return fisher + self.floor
         if self.floor_mode == "max" or index == 0:
+            # max, or the first model of max_target
             return fisher.clamp(min=self.floor)
         return fisher
 
@@ -91,6 +96,7 @@ NORMS = _Norms(scope=Scope.MODEL)
 
 def _fishers(site: Site) -> tuple[Tensor, ...]:
     found = site.stats["fisher"]
+    # A statistic comes from a file of its own: it may be of another model, or broken.
     for i, fisher in enumerate(found):
         if fisher.shape != site.block_shape:
             raise NumericError(

@@ -43,17 +43,20 @@ class IsoC(Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dim
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
+        # The sum, not the mean: the nuclear norm that is kept is that of sum_t tau_t.
         flat = self._flattened(total(matrices(site)), min(site.block_shape, default=0), site.base.dtype)
         return site.base + flat.to(site.base.dtype) * self.scaling
 
     def _flattened(self, added: Matrix, size: int, dtype: torch.dtype) -> Tensor:
         if self.solver == "iterate":
+            # float32: products of matrices are what an accelerator is built for.
             matrix = dense(added).float()
             return _even(polar_by_iteration(matrix), matrix)
         small = dtype != torch.float32 or size < LARGE or self.rank_tol != NOISE
+        # U V^T alone is the polar factor: no triplets are needed where no component is left out.
         if not (small or isinstance(added, tuple) or added.requires_grad):
             return _by_polar_factor(added)
-        u, s, v = svd_of(added, size, self.rank_tol)
+        u, s, v = svd_of(added, size, self.rank_tol)  # components above rank_tol only: [m, k], [k], [n, k]
         return (u @ v.T) * (s.mean() if s.numel() else torch.zeros(()))
 
 
@@ -62,13 +65,16 @@ def _by_polar_factor(added: Tensor) -> Tensor:
     scale = added.abs().max()
     if scale == 0:
         return added
+    # Entries of at most 1: the squares of tiny task vectors would vanish in float32.
     matrix = (added / scale).float()
     wide = matrix.shape[0] < matrix.shape[1]
+    # The smaller side comes last: its Gram matrix is the small one.
     factor = polar_of_large(matrix.T).T if wide else polar_of_large(matrix)
     return _even(factor, matrix) * scale
 
 
 def _even(factor: Tensor, matrix: Tensor) -> Tensor:
     """The polar factor times the mean singular value: |U V^T|^2 is the rank, <matrix, U V^T> the nuclear norm."""
+    # float64 sums of float32 products; the mean goes over the rank, not over min(m, n).
     rank = factor.square().sum(dtype=torch.float64).clamp(min=1)
     return factor * ((matrix * factor).sum(dtype=torch.float64) / rank).to(factor.dtype)

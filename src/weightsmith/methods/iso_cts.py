@@ -46,22 +46,26 @@ class IsoCts(Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
-        common, own = self._ranks(min(site.block_shape), site.count)
+        common, own = self._ranks(min(site.block_shape), site.count)  # c and d of the docstring
         tasks = matrices(site)
+        # The common space, and what lies outside of it, task by task: a second walk.
         shared = svd_of(total(tasks), common)
         parts = [svd_of(outside(task, shared.u), own) for task in tasks] if own else []
         # Experts inside the common space leave rounding noise outside of it.
         floor = NOISE * float(shared.s.detach().max()) / site.count if shared.s.numel() else 0.0
         parts = [Svd(u[:, s > floor], s[s > floor], v[:, s > floor]) for u, s, v in parts]
+        # All singular values that are kept, of every space, have one mean.
         strength = torch.cat([p.s for p in (*parts, shared)])
         if not strength.numel():
             return site.base + torch.zeros_like(site.base)
+        # Bases only; the factor comes after the sum, as a number.
         even = [p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]
         flat = orthogonal_sum(even, dtype=site.base.dtype) * strength.mean()
         return site.base + flat.to(site.base.dtype) * self.scaling
 
     def _ranks(self, size: int, count: int) -> tuple[int, int]:
         """(directions of the common space, of each task)."""
+        # 1e-9: 0.8 * 30 is 24, whatever the binary fraction says.  round is half to even, as in the authors' code.
         wanted = round((size - int(size * self.common_space_fraction + 1e-9)) / count)
         own = min(wanted, size // count)
         return size - own * count, own

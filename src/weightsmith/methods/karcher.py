@@ -40,35 +40,42 @@ class Karcher(Mixture, name="karcher", checks=(usable_weights,)):
     weight: Each = number(1.0, "weight of each model", low=0, each=True)
 
     def shares(self, products: np.ndarray) -> np.ndarray:
-        weights, norms = np.array(spread(self.weight, len(products))), np.sqrt(products.diagonal())
+        weights, norms = np.array(spread(self.weight, len(products))), np.sqrt(products.diagonal())  # [n]
+        # Tensors of zeros have a length, 0, but no direction.
         used = np.where(norms > 0, weights, 0.0)
         if not used.any():
             return used
+        # They count in the mean of the lengths.
         length = (weights * norms).sum() / weights.sum()
         direction = self._direction(gram.cosines(products), used / used.sum())
+        # Shares of x_i, not of u_i = x_i / |x_i|.
         return np.where(norms > 0, direction * length / np.where(norms > 0, norms, 1.0), 0.0)
 
     def _direction(self, cosines: np.ndarray, a: np.ndarray) -> np.ndarray:
         """The mean direction as a combination of the u_i: [n, n], n shares of sum 1 -> [n]."""
 
         def length(c: np.ndarray) -> float:
+            # |sum_i c_i u_i|; rounding may make the square negative.
             return math.sqrt(max(float(c @ cosines @ c), 0.0))
 
         mean = a
         if length(mean) < self.tol:  # the directions cancel
             mean = np.zeros(len(a))
             mean[int((a > 0).argmax())] = 1.0
+        # All vectors live in the span of the u_i, as n coefficients: a step costs n^2, whatever the tensor's size.
         mean = mean / length(mean)
         for _ in range(self.max_iter):
-            along = (cosines @ mean).clip(-1, 1)
+            along = (cosines @ mean).clip(-1, 1)  # <u_i, m> = cos h_i: [n]
             angle, sine = np.arccos(along), np.sqrt((1 - along**2).clip(min=0))
             # Parallel ones pull nowhere; opposite ones everywhere, that is nowhere in particular.
             far = np.arcsin(sine) >= self.tol
             pull = np.where(far, a * angle / np.where(far, sine, 1.0), 0.0)
+            # v = sum_i a_i h_i / sin h_i (u_i - cos h_i m)
             step = pull - mean * (pull @ along)
             size = length(step)
             if size < self.tol:
                 break
+            # The exponential map: along the great circle, by the length of the step.
             mean = mean * math.cos(size) + step * (math.sin(size) / size)
             mean = mean / length(mean)
         return mean

@@ -60,10 +60,12 @@ class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), ot
 
     def merged(self, site: Site) -> tuple[Tensor, Tensor]:
         """The merged task vector as a product: left [rows, k], right [k, columns], float64; needs no base."""
-        basis, coordinates = self.coordinates(site)
+        basis, coordinates = self.coordinates(site)  # U [m, k] float64; Z [n, k, columns]
         if (cut := self._cut(site.count)) is not None:
+            # Coordinates of all matrices of the model are cut at one threshold.
             (kept,) = site.result(cut).before(coordinates)
             coordinates = torch.where(kept, coordinates, 0.0)
+        # Scaled after the trim: a scale does not change what is kept.
         votes = weigh(coordinates, site.spread(self.scaling))
         merged = self._combined(coordinates, votes).to(basis.dtype)
         return (basis, merged) if self.shared == "left" else (merged.T, basis.T)
@@ -71,9 +73,12 @@ class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), ot
     def coordinates(self, site: Site) -> tuple[Tensor, Tensor]:
         """U [m, k] in float64, and Z [n, k, columns] in the dtype of the task vectors."""
         found = matrices(site) if self.shared == "left" else [_turned(m) for m in matrices(site)]
+        # [tau_1 | ... | tau_n] = U S [V_1 | ... | V_n]^T: one basis, and Z_i = S V_i^T the coordinates of task i.
         basis = left_basis(found)
+        # Z_i = U^T tau_i, which needs no right singular vectors.
         z = torch.stack([_in_basis(basis, m) for m in found])
         if self.drop:
+            # DARE on coordinates; the noise belongs to the place in Z.
             kept = keep_masks(site.with_deltas(z), (1 - self.drop,) * site.count, "knots")
             z = torch.where(kept, z / (1 - self.drop), 0.0)
         return basis, z
@@ -86,11 +91,14 @@ class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), ot
     def _combined(self, coordinates: Tensor, votes: Tensor) -> Tensor:
         ones = (1.0,) * votes.shape[0]
         if self.rule == "ties":
+            # Signs are elected before scaling, as in the authors' code.
             return disjoint(votes, elect_sign(coordinates.detach(), self.sign), ones, self.aggregate)
         if self.aggregate == "max":
+            # Without an election: the largest |vote| of either sign, + where they are equal.
             plus, minus = (disjoint(votes, torch.full_like(votes[0], side), ones, "max") for side in (1.0, -1.0))
             return torch.where(plus >= -minus, plus, minus)
         added = weighted_sum(votes)
+        # Dropped coordinates do not count in the mean.
         return added / (votes != 0).sum(0).clamp(min=1) if self.aggregate == "mean" else added
 
 

@@ -33,4 +33,5 @@ class Linear(Summed, name="linear", checks=(usable_weights, shown_shares), alias
 
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
+        # Divided after the sum, as mergekit does: three weights of 1 / 3 would not add up to 1.
         return WeightedSum(weights, divisor=normaliser(weights, self.normalize))

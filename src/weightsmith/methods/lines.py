@@ -53,17 +53,20 @@ class Lines(MergedFilter, name="lines", needs=(BASE,), checks=(by_depth,)):
         return remark("; ".join(said))
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        # The ratio goes over the whole model: a pass of its own before anything is scaled.
         return (RATIO,) if self.alpha == "auto" else ()
 
     def apply(self, site: Site) -> Site:
         return site.with_deltas(site.deltas * self._factor(site))
 
     def _factor(self, site: Site) -> float:
-        count = _before_all(site).count
+        count = _before_all(site).count  # n: behind the method, site.count is 1
         alpha = site.result(RATIO) / count if isinstance(self.alpha, str) else 1.0 * self.alpha
+        # One model keeps its last block whole (alpha + beta = 1); for several 0.5 is where a search starts.
         beta = 1.0 * self.beta if not isinstance(self.beta, str) else 1 - alpha if count == 1 else 0.5
         depth = site.depth
         if depth is None and self.outside == "depth":
+            # By where they stand in the network.
             depth = {"embed": 0.0, "norm": 1.0, "head": 1.0}.get(site.key.role)
         return alpha if depth is None else alpha + beta * depth
 
@@ -73,6 +76,7 @@ class _Ratio(Pass[float]):
     """|sum_i delta_i|_1 / |tau|_1; 0 where nothing is merged."""
 
     def see(self, site: Site) -> State:
+        # The plain sum of task vectors before any filter or method.
         raw = _before_all(site).deltas
         return {"raw": block_sizes(weighted_sum(raw)).cpu(), "merged": block_sizes(site.deltas[0]).cpu()}
 

@@ -30,8 +30,10 @@ class Magmax(Method, name="magmax", needs=(BASE,)):
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
+        # Two at a time: no [n, *block] of magnitudes.
         best = deltas[0]
         for delta in deltas[1:]:
+            # Of equal magnitudes the positive one: the order of the experts does not matter.
             larger = (delta.abs() > best.abs()) | ((delta.abs() == best.abs()) & (delta > best))
             best = torch.where(larger, delta, best)
         assert site.base is not None

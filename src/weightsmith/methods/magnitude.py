@@ -41,6 +41,7 @@ class Magnitude(Masking, name="magnitude", needs=(BASE,)):
 
     def masked(self, site: Site) -> Tensor:
         deltas = site.deltas
+        # Bool [n, *block], exactly max(1, int(density numel)) of the tensor each.
         (kept,) = site.result(self._cut(site.count)).before(deltas, site.start)
         return torch.where(kept, deltas, 0.0)
 

@@ -41,7 +41,9 @@ class ModelStock(Mixture, name="model_stock", needs=(BASE,), checks=(at_least(2)
 
     def shares(self, products: np.ndarray) -> np.ndarray:
         found = cosines(products)
+        # The pairs i < j: n (n - 1) / 2 cosines.
         ratio = _ratio(found[np.triu_indices(len(found), 1)])
+        # base + t mean(delta) = base + sum_i t / n delta_i
         return np.full(len(found), ratio / len(found))
 
     def fused(self, count: int) -> Mix | None:
@@ -58,12 +60,13 @@ class ModelStock(Mixture, name="model_stock", needs=(BASE,), checks=(at_least(2)
     def _by_slice(self, deltas: Tensor) -> Tensor:
         """t for every slice: [n, *rows, m] -> [*rows, 1]."""
         with torch.no_grad():
-            n, wide = deltas.shape[0], deltas.double()
+            n, wide = deltas.shape[0], deltas.double()  # float64: angles of nearly parallel slices
             norms = [last_axis(d, d).sqrt() for d in wide]
             angles = []
             for i in range(n):
                 for j in range(i + 1, n):
                     lengths = norms[i] * norms[j]
+                    # A slice of zeros stands at a right angle to the others.
                     inner = last_axis(wide[i], wide[j]) / torch.where(lengths > 0, lengths, 1.0)
                     angles.append(inner.clamp(-1, 1))
             ratios: Tensor = _ratio(torch.stack(angles)).unsqueeze(-1)
@@ -73,8 +76,11 @@ class ModelStock(Mixture, name="model_stock", needs=(BASE,), checks=(at_least(2)
 def _ratio(cosines: Any) -> Any:
     """t from the cosines of the n (n - 1) / 2 pairs: [pairs, *] -> [*], a tensor or an array."""
     of: Any = np if isinstance(cosines, np.ndarray) else torch
+    # n (n - 1) / 2 = pairs, solved for n.
     n = (1 + int((1 + 8 * cosines.shape[0]) ** 0.5)) // 2
+    # The paper assumes equal angles; their mean cosine stands for all.
     cosine = mean(cosines)
+    # t = n cos / (1 + (n - 1) cos); the divisor is 0 where the task vectors cancel, and t 0 then.
     divisor = 1 + (n - 1) * cosine
     safe = of.abs(divisor) >= 1e-6
     return of.where(safe, n * cosine / of.where(safe, divisor, 1.0), 0.0)

@@ -47,12 +47,16 @@ class Multislerp(Mixture, name="multislerp", checks=(usable_weights, shown_share
         weights = list(spread(self.weight, len(products)))
         if self.normalize:
             weights = [w / sum(weights) for w in weights]
-        norms = [math.sqrt(square) for square in products.diagonal().tolist()]
+        norms = [math.sqrt(square) for square in products.diagonal().tolist()]  # |x_i|
+        # w_i x_i / |x_i|, as factors of x_i
         shares = [w / (norm + self.eps) if norm > 0 else 0.0 for w, norm in zip(weights, norms, strict=True)]
         along = vector(shares)
+        # |sum_i w_i x_i / |x_i||^2 from the inner products alone.
         square = along @ products @ along
         length = square.clamp(min=0).sqrt() if is_tensor(square) else math.sqrt(max(float(square), 0.0))
         if length < self.eps or length <= NOISE * sum(map(abs, weights)):
+            # The directions cancel: no mean on the sphere, so the plain weighted sum.
             return vector(weights)
+        # The length of the result, mergekit's: the weighted mean of the lengths, times cos(eps) of its exponential map.
         reach = sum(w * norm for w, norm in zip(weights, norms, strict=True)) * math.cos(self.eps)
         return vector([share / length * reach for share in shares])

@@ -51,6 +51,7 @@ class Mwa(Summed, name="mwa"):
             missing = self._reads and self.metric == "score"
             return refuse("a score is not in the log; give each model's value" if missing else None)
         low = min(values)
+        # (best / v)^penalty: no division by 0, no power of a negative number.
         if self.rule == "power" and self.penalty and (low < 0 or (low == 0 and self.metric == "loss")):
             wanted = "above 0" if self.metric == "loss" else "of at least 0"
             which = f"{low:g} (model {values.index(low) + 1} of {case.count})"
@@ -66,6 +67,7 @@ class Mwa(Summed, name="mwa"):
             return self
         what = "steps" if self.metric == "steps" else "eval_loss" if self.source == "eval" else "loss"
         kind = f"{what} since" if self.smooth == "since" and what != "steps" else what
+        # One per expert; a log is read only if its value is asked for.
         readers = notes["logged"][kind]
         values = self._values(len(readers))
         if len(values) != len(readers):
@@ -75,6 +77,7 @@ class Mwa(Summed, name="mwa"):
 
     def fused(self, count: int) -> WeightedSum:
         weights = self._weights(self._values(count))
+        # Divided after the sum; the weights themselves have 1 for the best.
         return WeightedSum(weights, divisor=sum(weights))
 
     @property
@@ -95,9 +98,11 @@ class Mwa(Summed, name="mwa"):
         if best == worst:
             return (1.0,) * len(values)
         if self.rule == "softmax":
+            # Relative to the span of the values, so that the penalty has no unit.
             return tuple(math.exp(-self.penalty * (v - best) / (worst - best)) for v in values)
         if self.rule == "rank":
             ordered = sorted(values, reverse=self.metric == "loss")
+            # Equals share the mean of their ranks, from 1 for the worst.
             ranks = [ordered.index(v) + (ordered.count(v) + 1) / 2 for v in values]
             return tuple((rank / max(ranks)) ** self.penalty for rank in ranks)
         return tuple((best / v if self.metric == "loss" else v / best) ** self.penalty for v in values)

@@ -30,4 +30,6 @@ class Nearswap(Method, name="nearswap", needs=(BASE,), checks=(at_most(1),)):
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
+        # mergekit interpolates by t / |delta|, cut at 1: entries that changed less than t are taken over, the others
+        # move by t.
         return site.base + site.deltas[0].clamp(-self.t, self.t)

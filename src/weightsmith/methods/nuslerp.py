@@ -44,15 +44,18 @@ class Nuslerp(Mixture, name="nuslerp", checks=(exactly(2),)):
         return Grain.TENSOR if self.row_wise and not self.flatten else Grain.ELEMENT
 
     def shares(self, products: Any) -> Any:
+        # The Gram matrix of the two: squared lengths and their inner product.
         (aa, ab), (_, bb) = products
         return vector(arc_shares(aa, bb, ab, self._place))
 
     def fused(self, count: int) -> Mix | None:
+        # The kernels know one angle per tensor.
         return super().fused(count) if self.flatten else None
 
     def by_slice(self, site: Site) -> Tensor:
-        a, b = site.experts if site.base is None else site.deltas
+        a, b = site.experts if site.base is None else site.deltas  # [*block] each
         aa, bb, ab = (self._along(x.detach(), y.detach()) for x, y in ((a, a), (b, b), (a, b)))
+        # Factors of every slice, 1 along the axis that was summed over.
         first, second = (share.to(a.dtype) for share in arc_shares(aa, bb, ab, self._place))
         merged: Tensor = a * first + b * second
         return merged if site.base is None else site.base + merged
@@ -62,6 +65,7 @@ class Nuslerp(Mixture, name="nuslerp", checks=(exactly(2),)):
 
     def _along(self, a: Tensor, b: Tensor) -> Tensor:
         if self.row_wise:
+            # The slices along the first axis need the whole tensor: see `grain`.
             across: Tensor = last_axis(a.transpose(0, -1), b.transpose(0, -1)).unsqueeze(-1).transpose(0, -1)
             return across
         along: Tensor = last_axis(a, b).unsqueeze(-1)

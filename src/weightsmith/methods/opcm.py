@@ -48,6 +48,7 @@ class Opcm(Whole, Method, name="opcm", needs=(BASE,), streams=1):
     )
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        # The result is scaled by a norm over the model, so A is formed twice: once for its norm, once for the result.
         return (_Norms(self, scope=Scope.MODEL),)
 
     def informed(self, key: Key, notes: Mapping[str, Mapping[str, Any]]) -> Stage:
@@ -67,6 +68,7 @@ class Opcm(Whole, Method, name="opcm", needs=(BASE,), streams=1):
 
     def notes(self, found: Found) -> dict[str, Any]:
         norms = next(iter(found.values()), None)
+        # 1 / factor: the result is base + factor A, so A is that times its task vector.
         return {} if norms is None or norms.factor <= 0 else {"merged": norms.merged, "lambda": 1 / norms.factor}
 
     def merge(self, site: Site) -> Tensor:
@@ -81,8 +83,10 @@ class Opcm(Whole, Method, name="opcm", needs=(BASE,), streams=1):
 
     def accumulated(self, site: Site, tasks: Iterable[Tensor], norm: bool = False) -> Tensor:
         """A over all models, float64.  `norm`: wanted for its norm alone."""
+        # One task vector at a time: A and one more, however many experts there are.
         others = iter(tasks)
         total: Tensor = next(others).double() * self.start[1]
+        # An embedding is tall and each row a token's: the authors add it as it is.
         projected = total.ndim == 2 and site.key.role != "embed"
         for delta in others:
             total = total + (_cleaned(delta, total, self.alpha, norm) if projected else delta.double())
@@ -105,6 +109,7 @@ class _Norms(Pass[_Scale]):
         squares: list[Tensor] = []
 
         def seen() -> Iterator[Tensor]:
+            # Their norms are taken on the way: a second walk would read every expert again.
             for delta in site.tasks:
                 squares.append(block_squares(delta))
                 yield delta
@@ -117,8 +122,10 @@ class _Norms(Pass[_Scale]):
 
     def end(self, total: Mapping[str, Any]) -> _Scale:
         norms = total["squares"].sqrt()
+        # An earlier merge counts as the models that it holds.
         weights = torch.ones_like(norms)
         weights[0] = self.method.start[0]
+        # float64 scalars: the merged task vector gets the mean norm of the models'.
         wanted, found = (norms * weights).sum() / weights.sum(), total["total"].sqrt()
         factor = wanted / found if found > 0 else torch.zeros_like(found)
         return _Scale(tuple(norms.tolist()), float(factor), int(weights.sum()))
@@ -135,11 +142,12 @@ def _cleaned(delta: Tensor, merged: Tensor, alpha: float, norm: bool) -> Tensor:
     u, s, v = _rough_bases(merged) if large and norm else top_svd(merged, min(merged.shape), NOISE)
     if not s.numel():
         return delta.double()
-    share = s.detach().cumsum(0) / s.detach().sum()
+    share = s.detach().cumsum(0) / s.detach().sum()  # [k], rising to 1
     rank = int((share <= alpha).sum())  # the index of the first share above alpha, as in the authors' code
     dtype = delta.dtype if large else torch.float64
     u, v, wide = u.to(dtype), v.to(dtype), delta.to(dtype)
-    image = wide @ v
+    image = wide @ v  # [m, k]: tau V
+    # U (what of U^T tau V is taken away): the leading block whole, then the diagonal. [m, k]
     occupied = torch.cat([u[:, :rank] @ (u[:, :rank].T @ image[:, :rank]), u[:, rank:] * (u * image).sum(0)[rank:]], 1)
     return wide.double() - (occupied @ v.T).double()
 
@@ -147,10 +155,13 @@ def _cleaned(delta: Tensor, merged: Tensor, alpha: float, norm: bool) -> Tensor:
 def _rough_bases(merged: Tensor) -> Svd:
     """The singular triplets of a float64 matrix above rounding noise, in float32; s but for a common factor."""
     wide = merged.shape[0] <= merged.shape[1]
+    # Divided by the largest entry: float32 squares of small task vectors would vanish.
     short = (merged if wide else merged.T) / merged.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
     short = short.float()
+    # [p, p], strongest first
     u = eigh(gram(short))[1].flip(1)
     image = short.T @ u
+    # The lengths of A^T u_i are better than roots of eigenvalues, which have half the digits.
     s = image.norm(dim=0)
     kept = s > NOISE * s.max()
     u, s, v = u[:, kept], s[kept], image[:, kept] / s[kept]

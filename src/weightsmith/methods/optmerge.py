@@ -57,6 +57,7 @@ class Optmerge(
         deltas = site.deltas
         assert site.base is not None
         start = start_of(deltas, self._setting("init", 2))
+        # The descent works on the difference to M0, whose numbers are small and exact in float32.
         return site.base + (start + self._moved(start, deltas)) * self.scaling
 
     def _setting(self, field: str, place: int) -> str:
@@ -65,12 +66,15 @@ class Optmerge(
 
     def _moved(self, start: Tensor, deltas: Tensor) -> Tensor:
         """M - M0."""
+        # Ranks of all tasks add up to at most the matrix's.
         rank = min(start.shape) // len(deltas)
         lr, by_adam = float(self._setting("lr", 1)), self._setting("optimizer", 0) == "adam"
+        # Adam divides by running moments: it mixes eigenvectors, and has to be run step by step.
         if by_adam:
             with torch.no_grad():
                 gradient = self._loss(start, deltas, rank, loop=True).gradient(start.dtype)
                 return adam(gradient, torch.zeros_like(start), self.iters, lr)
+        # SGD does not: 300 steps are one function of the eigenvalues (`ops.descent.momentum_gain`).
         loss = self._loss(start, deltas, rank, loop=False)
         # The quadratic's second derivative is 2 C, its first at the start -2 E.
         return loss.filtered(lambda values: 2 * momentum_gain(2 * values, self.iters, lr, self.momentum)).to(
@@ -78,6 +82,7 @@ class Optmerge(
         )
 
     def _loss(self, start: Tensor, deltas: Tensor, rank: int, *, loop: bool) -> Interference:
+        # The mean stays whole for full fine-tunes; task vectors of LoRA are cut as they are.
         centre = mean(deltas).double() if self.variant == "full" else None
         tasks = (_task(delta, centre, rank) for delta in deltas)
         return interference(start, tasks, rank * len(deltas), loop=loop)
@@ -87,10 +92,12 @@ def _task(delta: Tensor, centre: Tensor | None, rank: int) -> tuple[Tensor, Tens
     """T_i, R_i and |tau_i| of one task; singular vectors count as constants to gradients."""
     tau = delta.double()
     leading = top_svd(delta.detach(), rank)
-    projector = leading.s[:, None] * leading.v.T
+    projector = leading.s[:, None] * leading.v.T  # R_i = S V^T: [r, n]
     if centre is None:
+        # T_i: the task vector within its leading right singular space.
         return (tau @ leading.v) @ leading.v.T, projector, frobenius(delta)
     del leading  # float64 matrices: let go of them before the second decomposition
     rest = tau - centre
     v = top_svd(rest.detach().to(delta.dtype), rank).v
+    # T_i: the mean, and of what is beyond it the leading directions.
     return centre + (rest @ v) @ v.T, projector, frobenius(delta)

@@ -26,4 +26,4 @@ class Passthrough(Summed, name="passthrough", checks=(at_most(1),)):
     scale: float = number(1.0, "factor of the tensor", smooth=True)
 
     def fused(self, count: int) -> WeightedSum:
-        return WeightedSum((1.0 * self.scale,))
+        return WeightedSum((1.0 * self.scale,))  # 1.0 *: an integer in a recipe is a float here

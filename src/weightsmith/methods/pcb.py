@@ -67,16 +67,21 @@ class Pcb(Method, name="pcb", needs=(BASE,)):
 
     def merge(self, site: Site) -> Tensor:
         deltas, scores = site.deltas, self._scores
+        # [n][2] each: ends of |delta_i|, ends of s_i
         sizes, best = site.result(scores.sizes).tolist(), site.result(scores).tolist()
         for i, (low, high) in enumerate(sizes):
             site.tell(f"pcb.spread.{i}", high - low)
+        # float64: scores of 90 experts span many powers of ten.
         total = merged = torch.zeros_like(deltas[0], dtype=torch.float64)
         ends = zip(sizes, best, site.spread(self.lambda_), strict=True)
         for delta, score, (size, span, scale) in zip(deltas, scores.of_each(site), ends, strict=True):
+            # Scores below the (1 - ratio) quantile become 0: these entries are dropped.
             share = _norm(score, *span)
+            # Outliers among the changes are clamped, as in the authors' code.
             merged = merged + delta.sign() * delta.abs().clamp(*size) * share * scale
             total = total + share
         assert site.base is not None
+        # Nobody has a score above 0: the numerator is 0 as well.
         return site.base + (merged / total.clamp(min=1e-12)).to(deltas.dtype)
 
 
@@ -87,7 +92,7 @@ class _Sizes(Order):
     clip: float
 
     def values(self, site: Site) -> Tensor:
-        return site.deltas.abs()
+        return site.deltas.abs()  # [n, *block]
 
     def ranks(self, total: int) -> list[int]:
         return [int(total * self.clip), int(total * (1 - self.clip) - 1)]
@@ -98,7 +103,7 @@ class _Products(Order):
     """Least and largest delta_i delta_j of every pair: [n n, 2]."""
 
     def values(self, site: Site) -> Tensor:
-        return torch.stack([p.float() for p in _products(site.deltas)])
+        return torch.stack([p.float() for p in _products(site.deltas)])  # [n n, *block]
 
     def ranks(self, total: int) -> list[int]:
         return [0, total - 1]
@@ -147,6 +152,7 @@ class _Scores(Order):
         return torch.stack(list(self.of_each(site)))
 
     def ranks(self, total: int) -> list[int]:
+        # The lower end of the scores that count, and the largest.
         return [int(total * (1 - self.ratio)), total - 1]
 
     def of_each(self, site: Site) -> Iterator[Tensor]:
@@ -154,11 +160,13 @@ class _Scores(Order):
         deltas, ends = site.deltas, site.result(self.sizes).tolist()
         n = deltas.shape[0]
         if self.variant == "release":
+            # sum_j delta_j: tanh(delta_i sum_j delta_j) is the release's inter-balancing.
             common = weighted_sum(deltas.double())
         elif self.variant == "vision":
             common = weighted_sum(torch.stack([_signed(d, *e) for d, e in zip(deltas, ends, strict=True)]))
         for i, (delta, (low, high)) in enumerate(zip(deltas, ends, strict=True)):
             if self.variant == "es":
+                # Of normalised changes, pair by pair: the variant for evolution strategies.
                 own = _signed(delta, low, high)
                 inter = torch.zeros_like(own)
                 for other, e in zip(deltas, ends, strict=True):
@@ -167,11 +175,14 @@ class _Scores(Order):
                 inter = torch.zeros_like(delta, dtype=torch.float64)
                 partition = site.result(self.partition)
                 for j, product in enumerate(_products(deltas, site.result(self.products), i)):
+                    # A softmax over all entries of the pair.
                     inter = inter + product.exp() / partition[i * n + j]
             else:
                 inter = torch.tanh(delta.double() * common)
             # Half the largest exponent taken off: `norm` cancels the factor, and 90 experts do not overflow.
+            # A softmax of n norm(|delta|)^2 but for its sum, which `norm` cancels.
             intra = torch.exp(n * _norm(delta.abs().double().clamp(low, high), low, high).square() - n / 2)
+            # An expert whose changes are all of one size has no score.
             yield (intra * inter * (high > low)).float()
 
 

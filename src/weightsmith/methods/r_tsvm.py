@@ -62,17 +62,21 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
     )
 
     def check(self, case: Case) -> Iterable[Verdict]:
+        # Every task is to keep at least rank_min directions.
         few = case.key is not None and min(case.key.shape) < case.count * self.rank_min
         return leave(FEW if few else None)
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
         size = min(site.block_shape)
+        # First walk: two numbers per task.  An expert equal to the base has neither.
         seen = [(outlier_share(d, self.outlier_sigma), zero_share(d, self.sparsity_eps)) if bool(d.any()) else None
                 for d in map(torch.Tensor.detach, site.tasks)]  # fmt: skip
+        # It takes no rank from the others.
         alive = [shares for shares in seen if shares is not None]
         if not alive:
             return site.base + torch.zeros_like(site.base)
+        # With and without the cap, to be able to say that it held something back.
         found, free = (self._weights([outliers for outliers, _ in alive], cap) for cap in (self._cap, math.inf))
         site.tell("r_tsvm.capped", float(found != free))
         for i, shares in enumerate(seen):
@@ -80,6 +84,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
         weights = iter(found)
         ranks = iter(self._ranks(size, site.count, [zeros for _, zeros in alive]))
         parts = [
+            # Second walk: one task vector at a time; the weight goes into the singular values.
             svd_of(delta * next(weights), next(ranks))
             for delta, shares in zip(site.tasks, seen, strict=True)
             if shares is not None
@@ -107,6 +112,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
         shares = [1 - o for o in outliers] if self.weighting == "suppress" else outliers
         if self.weighting == "none" or sum(outliers) == 0 or sum(shares) == 0:
             return [1.0] * len(outliers)
+        # Mean 1: the sum of the task vectors keeps its size.
         weights = [len(shares) * share / sum(shares) for share in shares]
         cap = self._cap if cap is None else cap
         return [min(max(weight, 1 / cap), cap) for weight in weights]
@@ -115,6 +121,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
         full = size / count if isinstance(self.rank_base, str) else size * self.rank_base
         ranks = [max(self.rank_min, int(full * (1 - self.rank_gamma * z) + 1e-9)) for z in zeros]
         if sum(ranks) > size:
+            # In proportion, where they do not fit beside each other.
             ranks = [max(self.rank_min, k * size // sum(ranks)) for k in ranks]
         while sum(ranks) > size:  # the floors took more than their share
             top = max(ranks)
@@ -124,6 +131,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
 
 def outlier_share(delta: Tensor, sigma: float) -> float:
     """The share of sum |delta| in entries above mean + sigma std (of the population) of |delta| in their row."""
+    # Per row, that is per output: rows differ in scale.
     size = delta.abs().double()
     mean = row_sums(size) / size.shape[1]
     std = (row_sums((size - mean[:, None]).square()) / size.shape[1]).sqrt()

@@ -35,15 +35,18 @@ class Ram(Method, name="ram", needs=(BASE,)):
 
 def active(deltas: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Who changed an entry, and how many did: bool [n, *block], int64 [*block]."""
-    changed = deltas.abs() > epsilon
+    changed = deltas.abs() > epsilon  # below it a change counts as rounding
     return changed, changed.sum(0)
 
 
 def by_sharing(deltas: Tensor, epsilon: float, alone: tuple[float, ...]) -> Tensor:
     """The mean of the active changes; one that stands alone is multiplied by its model's factor."""
     changed, count = active(deltas, epsilon)
+    # Added in recipe order, as everywhere.
     total = torch.zeros_like(deltas[0])
     for delta, mine, factor in zip(deltas, changed, alone, strict=True):
+        # A factor of 1 takes no mask: ram itself has no other.
         own = delta if isinstance(factor, float) and factor == 1 else torch.where(count == 1, delta * factor, delta)
         total = total + torch.where(mine, own, 0.0)
+    # Where nobody changed it the sum is 0.
     return total / count.clamp(min=1)

@@ -38,6 +38,7 @@ class RamplusTl(Method, name="ramplus_tl", needs=(BASE,)):
 
     def merge(self, site: Site) -> Tensor:
         pairs = site.result(_Changes(self.epsilon))
+        # 1 + r min(shared / alone, alpha): who shares much is heard more where it stands alone.
         factors = tuple(1 + self.r * min(shared / max(alone, 1), self.alpha) for alone, shared in pairs)
         assert site.base is not None
         return site.base + by_sharing(site.deltas, self.epsilon, factors)
@@ -51,6 +52,7 @@ class _Changes(Pass[list[list[int]]]):
 
     def see(self, site: Site) -> State:
         changed, count = active(site.deltas, self.epsilon)
+        # integer counts: exact, however the tensor is cut
         found = [[int((c & (count == 1)).sum()), int((c & (count > 1)).sum())] for c in changed]
         return {"changes": torch.tensor(found)}
 

@@ -51,21 +51,24 @@ class Regmean(Whole, Method, name="regmean", needs=("gram",), checks=(some_weigh
         return replace(self, transposed=True) if key.name in notes.get("gram", {}).get("transposed", ()) else self
 
     def merge(self, site: Site) -> Tensor:
-        experts = site.experts.transpose(1, 2) if self.transposed else site.experts
+        experts = site.experts.transpose(1, 2) if self.transposed else site.experts  # [n, out, in]
         size = experts.shape[2]
         weights = spread(self.weight, site.count)
-        grams = [self._gram(site, i, size) for i in range(site.count)]
+        grams = [self._gram(site, i, size) for i in range(site.count)]  # [in, in] each
         # An input that is zero in all data: the weighted mean of its weights.
         energy = weighted_sum(torch.stack([gram.diagonal().double() for gram in grams]), weights)
+        # 1 on the diagonal of a dead input, for every model: the weights of that column get the weighted mean.
         dead = (energy == 0).to(grams[0].dtype)
         # With the Grams' sum S: W = W_1 + (sum_i (W_i - W_1) G_i) S^-1, which multiplies small differences only.  Their
         # products may be as exact as the Grams are themselves.
         first = experts[0]
         large = site.stack.dtype == grams[0].dtype == torch.float32 and min(first.shape) >= LARGE
         dtype = torch.float32 if large and not site.stack.requires_grad else torch.float64
+        # S [in, in] and sum_i (W_i - W_1) G_i [out, in], float64: sums of n matrices of unlike size.
         total = first.new_zeros(size, size, dtype=torch.float64)
         target = first.new_zeros(first.shape, dtype=torch.float64)
         for i, (expert, raw, weight) in enumerate(zip(experts, grams, weights, strict=True)):
+            # Off-diagonal entries times alpha, the diagonal as it was.
             gram = raw.to(dtype) * self.alpha
             gram.diagonal().copy_(raw.diagonal() + dead)
             # In place where the weight is a number.
@@ -73,9 +76,11 @@ class Regmean(Whole, Method, name="regmean", needs=("gram",), checks=(some_weigh
             if i:
                 target = target + ((expert.to(dtype) - first.to(dtype)) @ gram) * weight
         if self.ridge:
+            # W S = sum_i W_i G_i + ridge 0: the ridge pulls to 0, in the difference to W_1 therefore to -W_1.
             ridge = self.ridge * total.diagonal().mean()
             total.diagonal().add_(ridge)
             target = target - first.double() * ridge
+        # S is symmetric: X S = target is S X^T = target^T.
         moved = torch.cholesky_solve(target.T, self._factor(site, total)).T
         merged = first.double() + moved
         return (merged.T if self.transposed else merged).to(site.stack.dtype).contiguous()
@@ -87,6 +92,7 @@ class Regmean(Whole, Method, name="regmean", needs=("gram",), checks=(some_weigh
                 f"{site.key.name}: the Gram matrix has shape {list(gram.shape)}, the weight {list(site.key.shape)} "
                 f"wants {[size, size]}; set transposed: true for layers stored [in, out]"
             )
+        # A Gram matrix has sums of squares on its diagonal.
         if gram.numel() and not (-torch.inf < gram.amin() and gram.amax() < torch.inf and gram.diagonal().amin() >= 0):
             raise NumericError(f"{site.key.name}: a Gram matrix has negative diagonal entries or is not finite")
         return gram
@@ -95,6 +101,7 @@ class Regmean(Whole, Method, name="regmean", needs=("gram",), checks=(some_weigh
         """The Cholesky factor; a sum of Grams without full rank is refused."""
         factor: Tensor
         factor, info = torch.linalg.cholesky_ex(total)
+        # The square of the factor's diagonal is what is left of a column beside those before it.
         if int(info) or bool((factor.diagonal().square() < SINGULAR * total.diagonal()).any()):
             raise NumericError(
                 f"{site.key.name}: the sum of the Gram matrices is singular (fewer examples than the {total.shape[0]} "

@@ -43,6 +43,7 @@ class Sce(Method, name="sce", needs=(BASE,)):
     equal_below: float = number(1e-6, "sum of mean squares below which all models weigh the same", low=0)
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        # First which entries are selected, then the energy of what is selected.
         return (self._squares.cut, self._squares) if self._squares.cut is not None else (self._squares,)
 
     @property
@@ -53,8 +54,10 @@ class Sce(Method, name="sce", needs=(BASE,)):
         kept = self._squares.selected(site)
         weights = self._weights(site)
         # An elected sign of 0 counts as plus.
+        # The election is unweighted: weights are energies of tensors, not votes.
         signs = (weighted_sum(kept.detach()).sign() + 0.5).sign()
         assert site.base is not None
+        # sum w_i delta_i / sum w_i over those who agree: the weights are normalised once more, entry by entry.
         return site.base + disjoint(weigh(kept, weights), signs, weights)
 
     def _weights(self, site: Site) -> list[float]:
@@ -73,12 +76,14 @@ class _Differing(Cut):
 
     @property
     def viewed(self) -> str:
+        # sweeps share the histograms, whatever select_topk is
         return "deviation"
 
     def values(self, site: Site) -> Tensor:
-        return _deviation(site.deltas)[None]
+        return _deviation(site.deltas)[None]  # [1, *block]
 
     def see(self, site: Site) -> State:
+        # Entries that are equal in all models are not candidates.
         return {**super().see(site), "differing": (self.values(site) != 0).sum().cpu()}
 
     def end(self, total: Mapping[str, Any]) -> Pass[Cuts]:
@@ -112,5 +117,5 @@ class _Squares(Pass["Tensor"]):
 def _deviation(deltas: Tensor) -> Tensor:
     """The standard deviation over the models, in the order of the variance, which would underflow first."""
     with torch.no_grad():
-        wide = deltas.double()
+        wide = deltas.double()  # float64: the square of a change of 1e-24 is below float32
         return mean((wide - mean(wide)).square()).sqrt().float()

@@ -50,5 +50,6 @@ class Slerp(Mixture, name="slerp", checks=(Ends(high=2),)):
     t: float = number(0.5, "place between the two: 0 the first (the base), 1 the second", low=0, high=1, smooth=True)
 
     def shares(self, products: Any) -> Any:
+        # Squared lengths of the two ends and their inner product.
         (aa, ab), (_, bb) = products
         return vector(arc_shares(aa, bb, ab, self.t, PARALLEL))

@@ -37,5 +37,7 @@ class Soup(Summed, name="soup"):
 
     def fused(self, count: int) -> WeightedSum:
         scores = spread(self.score, count)
+        # A stable sort: equals stay in recipe order.
         best = sorted(range(count), key=lambda i: -scores[i])[: self.size or count]
+        # The others are read with weight 0: their NaNs are still refused.
         return WeightedSum(tuple(float(i in best) for i in range(count)), divisor=float(len(best)))

@@ -42,6 +42,7 @@ class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), other
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
     def merge(self, site: Site) -> Tensor:
+        # C is [n, n], n the inputs of the layer: that is what a share of the eigenvalues is a share of.
         count = max(1, int(site.block_shape[1] * self.rank_ratio + 0.999))
         merged = flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, lambda _: count)
         assert site.base is not None

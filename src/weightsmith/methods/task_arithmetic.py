@@ -37,6 +37,7 @@ class TaskArithmetic(Summed, name="task_arithmetic", needs=(BASE,), checks=(usab
     def fused(self, count: int) -> WeightedSum:
         weights = spread(self.weight, count)
         divisor = normaliser(weights, self.normalize)
+        # 1.0 *: lambda may be an integer, or a tensor in the gradient pass.
         return WeightedSum(weights, divisor=divisor, scale=1.0 * self.lambda_, deltas=True)
 
 

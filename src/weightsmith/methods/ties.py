@@ -65,19 +65,23 @@ class Ties(Method, name="ties", needs=(BASE,)):
     @property
     def scope(self) -> Scope:
         """What is counted over."""
+        # The authors trim the flattened model, mergekit each tensor.
         return Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         ballot = self._ballot(count)
+        # In this order: norms are those of trimmed task vectors, signs those of what they elect.
         return tuple(one for one in (ballot.cut, ballot.norms, self._signs(count)) if one is not None)
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        # A cut over the model is told alike for all its tensors.
         first = next(iter(told.values()))
         for i, (name, density) in enumerate(zip(names, spread(self.density, len(names)), strict=True)):
             if (changed := first.get(f"cut.changed.{i}")) is not None:
                 yield f"density = {density:g} trims nothing of {name}: of its changes only {changed:.2%} are not 0"
 
     def fused(self, count: int) -> Vote | None:
+        # The kernel elects by mass and adds; the rest is torch's.
         if self.sign != "mass" or self.aggregate == "max":
             return None
         weights, cut = spread(self.weight, count), self._ballot(count).cut
@@ -85,8 +89,9 @@ class Ties(Method, name="ties", needs=(BASE,)):
 
     def merge(self, site: Site) -> Tensor:
         ballot, balance = self._ballot(site.count), self._signs(site.count)
-        votes = ballot.votes(site)
-        signs = ballot.elected(site, votes)
+        votes = ballot.votes(site)  # w_i trimmed delta_i: [n, *block]
+        signs = ballot.elected(site, votes)  # -1, 0, 1: [*block]
+        # 0 only where no vote is needed: zero_sign plus has no pass.
         tied = sign_of_zero(self.zero_sign, 0 if balance is None else site.result(balance))
         signs = torch.where(signs == 0, tied, signs)
         merged = disjoint(votes, signs, site.spread(self.weight), self.aggregate)
@@ -96,6 +101,7 @@ class Ties(Method, name="ties", needs=(BASE,)):
     def _ballot(self, count: int) -> _Ballot:
         densities = spread(self.density, count)
         whole = self.scope is Scope.MODEL
+        # Nothing to trim: no look at the model for a cut.
         cut = None if set(densities) == {1} else Largest(whole, densities, scope=self.scope)
         return _Ballot(cut, spread(self.weight, count), self.sign, self.scope)
 
@@ -122,6 +128,7 @@ class _Ballot:
         deltas = site.deltas
         if self.cut is None:
             return deltas
+        # bool [n, *block]
         (kept,) = site.result(self.cut).before(deltas, site.start)
         return torch.where(kept, deltas, 0.0)
 
@@ -130,6 +137,7 @@ class _Ballot:
 
     def elected(self, site: Site, votes: Tensor) -> Tensor:
         """-1, 0 or 1 per entry: [*block]."""
+        # A vote has no derivative: signs are constants to gradients.
         norms = None if self.norms is None else site.result(self.norms)
         return elect_sign(votes.detach(), self.rule, norms)
 
@@ -141,7 +149,7 @@ class _Norms(Pass[list[float]]):
     ballot: _Ballot
 
     def see(self, site: Site) -> State:
-        return {"squares": torch.stack([block_squares(d) for d in self.ballot.trimmed(site)]).cpu()}
+        return {"squares": torch.stack([block_squares(d) for d in self.ballot.trimmed(site)]).cpu()}  # float64 [n]
 
     def end(self, total: Mapping[str, Any]) -> list[float]:
         found: list[float] = total["squares"].sqrt().tolist()
@@ -155,6 +163,7 @@ class _Signs(Pass[int]):
     ballot: _Ballot
 
     def see(self, site: Site) -> State:
+        # An integer: the sum over the model is exact in any order.
         return {"signs": self.ballot.elected(site, self.ballot.votes(site)).to(torch.int64).sum().cpu()}
 
     def end(self, total: Mapping[str, Any]) -> int:

@@ -68,6 +68,7 @@ class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims
 
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
+        # In a sweep over one `scaling` the decompositions are made once, and multiplied after.
         alike, after = (self, 1.0) if isinstance(self.scaling, tuple) else (replace(self, scaling=1.0), self.scaling)
         return site.base + site.once(alike, lambda: self._merged(site)) * after
 
@@ -76,11 +77,13 @@ class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims
         assert site.base is not None
         weights = spread(self.scaling if isinstance(self.scaling, tuple) else 1.0, site.count)
         rank = self._rank(self._smaller(site.block_shape), site.count)
+        # [T][matrices]: one task vector at a time, of which only the triplets stay.
         tasks = [[svd_of(matrix, rank) for matrix in self._views(tau)] for tau in matrices(site)]
         # A negative singular value is a task vector turned round; a zero one must not turn the others.
         tasks = [[p._replace(s=p.s * w) for p in parts] for parts, w in zip(tasks, weights, strict=True) if w != 0]
         if not tasks:
             return site.base * 0
+        # Per matrix, the triplets of all tasks side by side.
         merged = [orthogonal_sum(parts, self.orthogonalise, site.base.dtype) for parts in zip(*tasks, strict=True)]
         whole = merged[0] if len(merged) == 1 else torch.stack(merged)
         return whole.to(site.base.dtype).reshape(site.block_shape)
@@ -89,15 +92,17 @@ class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims
         """The matrices that a task vector consists of."""
         if isinstance(tau, tuple) or tau.ndim == 2:
             return [tau]
+        # A kernel [out, in, h, w]: one matrix [out, in h w], or one [h, w] per out and in.
         return [tau.flatten(1)] if self.beyond == "flatten" else tau.flatten(0, -3).unbind()
 
     def _smaller(self, shape: Sequence[int]) -> int:
         """The smaller side of these matrices."""
         if len(shape) == 2 or self.beyond == "slices":
             return min(shape[-2:])
+        # The flattened matrix.
         return min(shape[0], math.prod(shape[1:]))
 
     def _rank(self, smaller: int, count: int) -> int:
         if isinstance(self.rank_fraction, str):
-            return smaller // count
+            return smaller // count  # k T <= min(m, n): the factors can be orthogonal
         return int(smaller * self.rank_fraction + 1e-9)  # 0.1 * 30 is 3, whatever the binary fraction says

@@ -37,17 +37,21 @@ class WeightMatching(GroupMethod, name="weight_matching", checks=(usable_weights
         """Return every tensor of one MLP, merged."""
         sites = group.sites
         first = next(iter(sites.values()))
+        # Which axis of which tensor its hidden units are on.
         (found,) = groups([s.key for s in sites.values()], kind="mlp")
-        stacks = {name: site.experts for name, site in sites.items()}
+        stacks = {name: site.experts for name, site in sites.items()}  # [n, *shape]
         target = {name: s.base if s.base is not None else stacks[name][0] for name, s in sites.items()}
         weights = spread(self.weight, first.count)
+        # One expert at a time: its permuted copy is let go of before the next.
         added: dict[str, Tensor] = {}
         for i in range(first.count):
             moving = {name: stack[i] for name, stack in stacks.items()}
+            # Units first: gate and up have them on axis 0, down on axis 1.
             profit = similarity(
                 [target[a.name].movedim(a.axis, 0) for a in found.axes],
                 [moving[a.name].movedim(a.axis, 0) for a in found.axes],
             )
+            # Tensors of the group without units (a bias of the output) come in `moving` only.
             for name, tensor in {**moving, **permute(moving, found, best_pairing(profit))}.items():
                 own = tensor * weights[i]
                 added[name] = added[name] + own if name in added else own

@@ -48,6 +48,8 @@ class Widen(Whole, Method, name="widen", checks=(with_base,)):
     def merge(self, site: Site) -> Tensor:
         assert site.base is not None
         shape = site.block_shape
+        # The paper ranks the columns of [out, in]; of an embedding [tokens, size] those are dimensions, so it is
+        # turned.
         turned = self.transpose_embeddings and site.key.role == "embed" and len(shape) == 2
 
         def columns(tensor: Tensor) -> Tensor:
@@ -55,20 +57,24 @@ class Widen(Whole, Method, name="widen", checks=(with_base,)):
 
         if site.base.numel() == 0:
             return site.base
-        base, deltas = columns(site.base), [columns(d) for d in site.deltas]
+        base, deltas = columns(site.base), [columns(d) for d in site.deltas]  # [out, in], or [m]
         if base.ndim == 1:
+            # A vector has one weight per column: its size is all there is to rank.
             kinds = [torch.stack([d.double().abs() for d in deltas])]
             means = [pairwise_sum(kinds[0]) / base.numel()]
         else:
-            across = base.T.contiguous()
+            across = base.T.contiguous()  # [in, out]: columns as rows, which the sums run along
             changes = [_changes(across, columns(expert).T.contiguous()) for expert in site.experts]
             kinds = [torch.stack([_ranks(c[kind]) for c in changes]) for kind in (0, 1)]
+            # The mean of the ranks 0 .. in - 1.
             means = [torch.full((site.count,), (base.shape[1] - 1) / 2, dtype=torch.float64, device=base.device)] * 2
+        # The mean of the scores by size and by direction: [n, columns].
         scores = weighted_sum(torch.stack([self._scores(k, m) for k, m in zip(kinds, means, strict=True)])) / len(kinds)
         site.tell("widen.most", float(weighted_sum(scores).max()))
         for i, delta in enumerate(deltas):
             site.tell(f"widen.changed.{i}", float(delta.any()))
         merged = base
+        # One score per column: it multiplies every row.
         for delta, score in zip(deltas, scores.to(base.dtype), strict=True):
             merged = merged + delta * score
         return (merged.T if turned else merged).reshape(shape).contiguous()
@@ -85,8 +91,10 @@ class Widen(Whole, Method, name="widen", checks=(with_base,)):
         """values: [n, columns], ranks as integers or sizes; means: [n]."""
         length = values.shape[1] if values.dtype == torch.int64 else 1
         shares = values.double() / length
+        # A softmax over the models, of ranks in [0, 1).
         powers = torch.exp(shares - shares.amax(0))
         important = values > self.above_average_value_ratio * means[:, None]
+        # What is important scores s in every model that has it: scores need not add up to 1.
         return torch.where(important, self.score_calibration_value, powers / weighted_sum(powers))
 
 
@@ -96,9 +104,11 @@ def _changes(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
     # The root of a square is exact, so that an unchanged column has changed by exactly 0.
     both = (bb * ee).sqrt()
     cosine = torch.where(both > 0, be / torch.where(both > 0, both, 1.0), (bb == ee).double())
+    # |size - size before|, 1 - cosine
     return (ee.sqrt() - bb.sqrt()).abs(), 1 - cosine
 
 
 def _ranks(values: Tensor) -> Tensor:
     """Place of every entry in the rising order, equals by lower index: int64."""
+    # The inverse of a permutation is its argsort.
     return values.argsort(stable=True).argsort()

@@ -42,11 +42,14 @@ class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwi
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
+        # The authors start at task arithmetic with lambda 1.
         start = start_of(deltas, "sum")
         assert site.base is not None
+        # The descent counts as a constant: gradients reach the start only.
         return site.base + (start + self._moved(start.detach(), deltas.detach())) * self.scaling
 
     def _moved(self, start: Tensor, deltas: Tensor) -> Tensor:
+        # T_i = R_i = tau_i: a task vector stands for the inputs that its layer was trained on.
         tasks = ((delta, delta, frobenius(delta)) for delta in deltas)
         with torch.no_grad():
             # No name for the loss: its float64 matrices would live on beside the float32 ones of the loop.
