@@ -41,12 +41,11 @@ def test_every_method_declares_its_cost(name: str) -> None:
     assert "per model" in cost_at_7b(describe(registered()[name]))
 
 
-def test_the_costs_are_those_of_the_published_table() -> None:
+def test_the_published_table_lists_every_method() -> None:
+    """Its figures are of the day when it was compared with the plain way; the plan's are `make measure`'s."""
     page = (Path(__file__).parents[2] / "bench/results.md").read_text().split("## Cost of each method")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| ")][1:]
     assert {name for name, _ in rows} == registered().keys() - {"keep"}
-    for name, measured in rows:
-        assert costs_of(registered()[name]).seconds == pytest.approx(float(measured), rel=0.1, abs=0.6), name
 
 
 def test_costs_add_up_over_stages_and_experts() -> None:
