@@ -201,9 +201,10 @@ def header_lines(node: ast.ClassDef) -> int:
 
 
 def body_lines(function: ast.FunctionDef) -> int:
-    """Lines of a function behind its docstring."""
+    """Lines of a function behind its docstring, comments apart."""
     body = function.body[bool(ast.get_docstring(function)) :]
-    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+    nodes = [node for statement in body for node in ast.walk(statement) if hasattr(node, "lineno")]
+    return len({line for node in nodes for line in (node.lineno, node.end_lineno)})
 
 
 def _functions(node: ast.ClassDef | None) -> list[ast.FunctionDef]:
