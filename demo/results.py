@@ -11,8 +11,9 @@ from pathlib import Path
 from demo.family import BASE, JOINT, Family, Scores
 from demo.merging import METHODS, Bench, choose
 from demo.table import Reference, Row, row
+from weightsmith.report.figures import Bars, Heat, LabelledBar
 from weightsmith.report.heat import heat_map
-from weightsmith.report.html import Figure, Section, Text, page
+from weightsmith.report.html import Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
 from weightsmith.report.table import Column, Table, markdown
 
@@ -125,33 +126,26 @@ def best_merge(result: Result) -> int:
 # --- plots -----------------------------------------------------------------------------------------
 
 
-def gain_figure(result: Result) -> Figure:
+def gain_figure(result: Result) -> Bars:
     """Bars of the share of the experts' gain that each merge keeps."""
     compared = [one for one in result.rows if one.kind in ("joint", "merge")]
-    bar = {
-        "type": "bar",
-        "orientation": "h",
-        "x": [100 * one.gain_kept for one in compared],
-        "y": [one.name for one in compared],
-        "text": [f"{100 * one.gain_kept:.0f}%".replace("-", "−") for one in compared],
-        "textposition": "inside",
-        "insidetextanchor": "start",
-        "customdata": [one.chosen or "no coefficient" for one in compared],
-        "hovertemplate": "%{y}: %{x:.1f}% of the gain kept<br>%{customdata}<extra></extra>",
-        "marker": {"color": [COLOURS[one.kind] if one.gain_kept >= 0 else "#c4573b" for one in compared]},
-    }
-    if result.seeds > 1:
-        bar["error_x"] = {"type": "data", "array": [100 * (one.spread or 0) for one in compared], "color": "#8894a7"}
-    layout = {
-        "margin": {"l": 130, "r": 20, "t": 10, "b": 50},
-        "xaxis": {"title": {"text": "share of the experts' gain kept, % (0: the base, 100: every expert at home)"}},
-        "yaxis": {"autorange": "reversed"},
-    }
+    bars = [
+        LabelledBar(
+            one.name,
+            100 * one.gain_kept,
+            f"{100 * one.gain_kept:.0f}%".replace("-", "−"),
+            COLOURS[one.kind] if one.gain_kept >= 0 else "#c4573b",
+            100 * (one.spread or 0) if result.seeds > 1 else None,
+            one.chosen or "no coefficient",
+        )
+        for one in compared
+    ]
+    axis = "share of the experts' gain kept (0: the base, 100%: every expert at home)"
     spread = f"Whiskers: standard deviation over {result.seeds} seeds." if result.seeds > 1 else "One seed."
-    return Figure(f"{result.title}: gain kept", [bar], layout, spread, height=300)
+    return Bars(f"{result.title}: gain kept", bars, axis, spread)
 
 
-def task_figure(result: Result) -> Figure:
+def task_figure(result: Result) -> Heat:
     """Every model's score on every task, as a heat map of gains with the scores written in."""
     base = result.rows[0].tasks
     experts = {
@@ -159,12 +153,10 @@ def task_figure(result: Result) -> Figure:
     }
     return heat_map(
         f"{result.title}: {result.score_name} by task",
-        [(one.name, one.tasks) for one in reversed(result.rows)],
+        [(one.name, one.tasks) for one in result.rows],
         base,
         experts,
         decimals=1 if result.higher_is_better else 3,
-        margin=130,
-        line=32,
     )
 
 
@@ -200,7 +192,10 @@ def document(results: Sequence[Result]) -> str:
         )
     ]
     for result in results:
-        sections.append(Text(result.title, (result.about,)))
+        best = result.rows[best_merge(result)]
+        words = f"Best merge: {best.name}" + (f" ({best.chosen})" if best.chosen else "")
+        kept = f"{words}; it keeps {100 * best.gain_kept:.0f}% of the experts' gain."
+        sections.append(Text(result.title, (result.about, kept)))
         sections += [table(result), gain_figure(result), task_figure(result), tried_table(result)]
     return page("What merging keeps", sections)
 

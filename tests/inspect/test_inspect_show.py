@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -89,21 +88,28 @@ def test_the_page_needs_nothing_else(recipe: Path, tmp_path: Path, capsys: Captu
     text = page.read_text("utf-8")
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", text)
     assert "&lt;b&gt;math" in text
-    assert "<b>math" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
-    figures = [json.loads(f) for f in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text)]
-    heat = [f for f in figures if f["data"][0]["type"] == "heatmap"]
+    assert "<b>math" not in text
+    assert "<script" not in text
+    heat = [_cells(table) for table in re.findall(r'<div class="scroll heat"><table>(.*?)</table>', text, re.DOTALL)]
     assert len(heat) == 7
     cosine, overlap, moved = heat[:3]
-    assert [row[i] for i, row in enumerate(cosine["data"][0]["z"])] == pytest.approx([1, 1])
-    assert cosine["data"][0]["x"] == overlap["data"][0]["y"] == ["<b>math", "code"]
-    assert moved["data"][0]["y"] == ["0", "1", "norm"]
-    assert all(1 < value < 4 for row in moved["data"][0]["z"] for value in row)
-    assert heat[3]["data"][0]["x"] == ["norm", "q"]
-    assert [row[1] is None for row in heat[3]["data"][0]["z"]] == [False, False, True]
-    assert heat[-1]["data"][0]["x"] == ["q"]  # a norm has no spectrum
-    assert heat[-1]["data"][0]["y"] == ["0", "1"]
+    assert cosine[0] == overlap[0] == ["", "&lt;b&gt;math", "code"]
+    assert [row[0] for row in cosine[1:]] == ["&lt;b&gt;math", "code"]
+    assert [row[i + 1] for i, row in enumerate(cosine[1:])] == ["1.00", "1.00"]
+    assert [row[0] for row in moved[1:]] == ["0", "1", "norm"]
+    assert all(1 < float(value) < 4 for row in moved[1:] for value in row[1:])
+    assert "tau is the task vector of an expert" in text
+    assert heat[3][0] == ["", "norm", "q"]
+    assert [row[2] == "" for row in heat[3][1:]] == [False, False, True]
+    assert heat[-1][0] == ["", "q"]  # a norm has no spectrum
+    assert [row[0] for row in heat[-1][1:]] == ["0", "1"]
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert any(title.startswith("Singular task interference") for title in titles)
+
+
+def _cells(table: str) -> list[list[str]]:
+    rows = re.findall(r"<tr>(.*?)</tr>", table)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +129,3 @@ def test_mistakes_cost_one_line(recipe: Path, words: list[str], message: str, ca
     assert re.search(message, shown.err)
     assert len(shown.err.splitlines()) == 1
     assert shown.out == ""
-
-
-def test_a_page_without_plotly(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["inspect", str(recipe), "--html", "page.html"]) == 2
-    assert "pip install 'weightsmith[report]'" in capsys.readouterr().err

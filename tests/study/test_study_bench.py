@@ -220,7 +220,9 @@ def test_the_command_writes_json_markdown_page_and_picture(tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out) == stored
     assert [row["name"] for row in stored[0]["rows"]][-3:] == ["average", "sum", "TIES"]
     page = (out / "results.html").read_text()
-    assert "Plotly.react" in page
+    assert "<script" not in page
+    assert page.index("In words") < page.index('class="bars"') < page.index("<table")
+    assert "<h1>Colours: what merging keeps</h1>" in page
     assert 'src="http' not in page
     assert "Published orders" not in page  # the labels of this study are its own
     assert "| **average** |" in (out / "results.md").read_text() or "| **sum** |" in (out / "results.md").read_text()

@@ -8,7 +8,6 @@ from typing import Annotated
 from weightsmith.cli.options import Device, Json, Memory, Plugins, Quiet, Threads, chosen
 from weightsmith.cli.show import progress_bar, say, show_json
 from weightsmith.cli.shown.study import show
-from weightsmith.cli.shown.tables import need_plotly
 from weightsmith.cli.words import Parameter
 
 __all__ = ["bench"]
@@ -36,7 +35,6 @@ def bench(
 
     if not studies:
         raise RecipeError("no study; name at least one file, or a folder with a study.yaml")
-    need_plotly("the page of weightsmith bench")
     for file in plugin:
         load_file(file)
     read = [load_study(path) for path in studies]

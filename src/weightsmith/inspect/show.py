@@ -9,14 +9,11 @@ from weightsmith.core.errors import some
 from weightsmith.inspect.facts import Matrix, Measures, pairs
 from weightsmith.inspect.run import Inspection
 from weightsmith.inspect.spectra import POINTS
-from weightsmith.report.html import Figure, Section, Text, page
+from weightsmith.report.figures import BLUE, BOTH, RED, Curve, Curves, Heat
+from weightsmith.report.html import Section, Text, page
 from weightsmith.report.table import Column, Table
 
 __all__ = ["advice_lines", "html_page", "plain", "summary", "tables"]
-
-_BLUE = [[0, "rgba(127,127,127,0.06)"], [1, "rgba(59,130,196,0.9)"]]
-_RED = [[0, "rgba(127,127,127,0.06)"], [1, "rgba(196,87,59,0.9)"]]
-_BOTH = [[0, "rgba(196,87,59,0.85)"], [0.5, "rgba(127,127,127,0.06)"], [1, "rgba(59,130,196,0.85)"]]
 
 Number = float | None
 
@@ -88,7 +85,7 @@ def _experts(found: Inspection) -> Table:
         if found.model.spectra:
             values |= {k: getattr(found.model.spectra, k)[i] for k in ("effective_share", "stable_rank", "kept")}
         rows.append({"expert": name, **values})
-    return Table("Whole model", _known(_EXPERT_COLUMNS, rows), rows)
+    return Table("Whole model (tau: task vector, the expert minus the base)", _known(_EXPERT_COLUMNS, rows), rows)
 
 
 def _known(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
@@ -146,22 +143,22 @@ _MEANS: Mapping[str, Callable[[Measures], Number]] = {
 
 
 def html_page(found: Inspection, title: str) -> str:
-    """One self-contained page: advice, heat maps, tables.  Raises MissingExtra without plotly."""
+    """One self-contained page: advice, heat maps, tables."""
     sections: list[Section] = [
-        Text("", summary(found)),
+        Text("", [*summary(found), "tau is the task vector of an expert: its weights minus those of the base."]),
         Text("What the figures speak for", advice_lines(found) or ["No rule holds."]),
         Text("The whole model"),
         _experts(found),
     ]
     if len(found.experts) > 1:
         sections += [
-            _heat("Cosines of task vectors", found.model.cosine, found.experts, found.experts, _BOTH, (-1, 1), ".2f"),
+            _heat("Cosines of task vectors", found.model.cosine, found.experts, found.experts, BOTH, (-1, 1), ".2f"),
             _heat(
                 "Overlap of the largest 20% of changes (Jaccard index)",
                 found.model.overlap,
                 found.experts,
                 found.experts,
-                _BLUE,
+                BLUE,
                 (0, 1),
                 ".2f",
                 "Independent task vectors: 0.11.",
@@ -173,7 +170,7 @@ def html_page(found: Inspection, title: str) -> str:
     names = list(found.layers)
     moved = [[None if v is None else 100 * v for v in m.relative] for m in found.layers.values()]
     sections.append(
-        _heat("How far each expert moved, |tau| / |base|, %", moved, found.experts, names, _BLUE, (0, None), ".2f")
+        _heat("How far each expert moved, |tau| / |base|, %", moved, found.experts, names, BLUE, (0, None), ".2f")
     )
     sections += [figure for figure in (_cells(found, *spec) for spec in _MAPS) if figure is not None]
     sections += [_groups("Layers", found.layers), _groups("Roles", found.roles)]
@@ -181,19 +178,17 @@ def html_page(found: Inspection, title: str) -> str:
 
 
 _MAPS = (
-    ("conflict", "Sign conflict by layer and role, %", 100.0, _RED, ".1f",
+    ("conflict", "Sign conflict by layer and role, %", 100.0, RED, ".1f",
      "Share of the weights changed by several experts that one raised and another lowered."),
-    ("outvoted", "Outvoted weight mass by layer and role, %", 100.0, _RED, ".1f",
+    ("outvoted", "Outvoted weight mass by layer and role, %", 100.0, RED, ".1f",
      "Share of the sum of magnitudes whose sign has less mass at its weight."),
-    ("cosine", "Mean cosine of task vectors by layer and role", 1.0, _BOTH, ".2f", ""),
-    ("by_chance", "Singular task interference by layer and role, against random directions", 1.0, _RED, ".2f",
+    ("cosine", "Mean cosine of task vectors by layer and role", 1.0, BOTH, ".2f", ""),
+    ("by_chance", "Singular task interference by layer and role, against random directions", 1.0, RED, ".2f",
      "1: experts share singular directions no more than random ones would."),
 )  # fmt: skip
 
 
-def _cells(
-    found: Inspection, key: str, title: str, factor: float, scale: list[Any], digits: str, note: str
-) -> Figure | None:
+def _cells(found: Inspection, key: str, title: str, factor: float, colours: str, digits: str, note: str) -> Heat | None:
     """One of `_MEANS` for every layer and role; None if it has no values."""
     value = _MEANS[key]
     roles = list(found.roles)
@@ -207,9 +202,9 @@ def _cells(
     columns = [i for i in range(len(roles)) if any(row[i] is not None for row in rows)]
     named = [(n, [row[i] for i in columns]) for n, row in zip(found.cells, rows, strict=True)]
     named = [(n, row) for n, row in named if any(v is not None for v in row)]
-    span = (-1, 1) if scale is _BOTH else (0, None)
+    span = (-1, 1) if colours == BOTH else (0, None)
     labels, across = [n for n, _ in named], [roles[i] for i in columns]
-    return _heat(title, [row for _, row in named], across, labels, scale, span, digits, note)
+    return _heat(title, [row for _, row in named], across, labels, colours, span, digits, note)
 
 
 def _heat(
@@ -217,52 +212,24 @@ def _heat(
     values: Sequence[Sequence[Number]],
     across: Sequence[str],
     down: Sequence[str],
-    scale: list[Any],
+    colours: str,
     span: tuple[float, float | None],
     digits: str,
     note: str = "",
-) -> Figure:
-    """A heat map, its first row on top, values written in where there is room."""
-    written = len(down) <= 48 and len(across) <= 24
+) -> Heat:
+    """A heat map, its first row on top."""
     largest = max((v for row in values for v in row if v is not None), default=1.0)
-    width = min(1.0, 0.09 * len(across))  # few columns are not drawn out over the page
-    heat = {
-        "type": "heatmap",
-        "x": list(across),
-        "y": list(down),
-        "z": [list(row) for row in values],
-        "zmin": span[0],
-        "zmax": span[1] if span[1] is not None else largest or 1.0,
-        "colorscale": scale,
-        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{digits}}}<extra></extra>",
-        "hoverongaps": False,
-        "colorbar": {"thickness": 12, "x": width + 0.01},
-        "xgap": 2,
-        "ygap": 2,
-        **({"texttemplate": f"%{{z:{digits}}}"} if written else {}),
-    }
-    left = 30 + 8 * max(map(len, down), default=0)
-    layout = {
-        "margin": {"l": min(left, 320), "r": 20, "t": 40, "b": 20},
-        # Categories: layers and experts may be called 0, 1, 2.
-        "xaxis": {"type": "category", "side": "top", "showgrid": False, "domain": [0, width]},
-        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
-    }
-    return Figure(title, [heat], layout, note, height=80 + (28 if written else 14) * max(len(down), 3))
+    texts = [["" if v is None else f"{v:{digits}}".replace("-", "−") for v in row] for row in values]
+    top = span[1] if span[1] is not None else largest or 1.0
+    return Heat(title, list(down), list(across), values, texts, colours, (span[0], top), note=note)
 
 
-def _curves(found: Inspection) -> Figure:
+def _curves(found: Inspection) -> Curves:
     """Mean spectra of the experts' task vectors."""
     assert found.model.spectra is not None
     places = [100 * i / (POINTS - 1) for i in range(POINTS)]
-    lines = [
-        {"type": "scatter", "mode": "lines", "name": name, "x": places, "y": list(curve)}
-        for name, curve in zip(found.experts, found.model.spectra.curve, strict=True)
-    ]
-    layout = {
-        "xaxis": {"title": {"text": "place in the spectrum, %"}},
-        "yaxis": {"title": {"text": "singular value / largest"}, "rangemode": "tozero"},
-        "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
-    }
+    spectra = zip(found.experts, found.model.spectra.curve, strict=True)
+    lines = [Curve(name, places, [v or 0.0 for v in curve]) for name, curve in spectra]
     note = f"Mean over matrices with a smaller side of up to {found.side}."
-    return Figure("Singular spectra of task vectors", lines, layout, note, height=320)
+    across, up = "place in the spectrum, %", "singular value / largest"
+    return Curves("Singular spectra of task vectors", lines, across, up, note)

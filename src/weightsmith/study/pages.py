@@ -17,7 +17,7 @@ __all__ = ["write_pages"]
 def write_pages(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write results.json, results.md, results.html and results.svg; returns their paths.
 
-    Raises MissingExtra without plotly, OutputError if the folder cannot be written.
+    Raises OutputError if the folder cannot be written.
     """
     texts = {
         "results.json": json.dumps({"weightsmith": __version__, "results": plain(results)}, indent=1) + "\n",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from weightsmith.report.figures import Bars, Heat, LabelledBar, Points
 from weightsmith.report.heat import heat_map
-from weightsmith.report.html import Figure, Section, Text, page
+from weightsmith.report.html import Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
 from weightsmith.report.table import Column, Table, markdown
 from weightsmith.study.bench import Result, Row
@@ -193,86 +194,62 @@ def _chain_in_words(verdict: Verdict) -> str:
     parts += [f"{close} too close to tell"] if close else []
     parts += [f"broken: {', '.join(broken)}"] if broken else []
     sign = "−" if verdict.tau < 0 else ""
-    return f"{verdict.source}: {'; '.join(parts)} (tau {sign}{abs(verdict.tau):.2f})"
+    tau = f"Kendall's tau {sign}{abs(verdict.tau):.2f}; 1: the same order, 0: unrelated, −1: reversed"
+    return f"{verdict.source}: {'; '.join(parts)} ({tau})"
 
 
 # --- plots -----------------------------------------------------------------------------------------
 
 
-def score_figure(result: Result) -> Figure:
-    """Bars: the normalised score of every merge."""
+def score_figure(result: Result) -> Bars:
+    """The normalised score of every merge."""
     compared = [row for row in [*result.of("base", "joint"), *ranked(result)] if row.normalised is not None]
-    bar: dict[str, Any] = {
-        "type": "bar",
-        "orientation": "h",
-        "x": [100 * (row.normalised or 0) for row in compared],
-        "y": [row.name for row in compared],
-        "text": [f"{100 * (row.normalised or 0):.1f}%" for row in compared],
-        "textposition": "inside",
-        "insidetextanchor": "start",
-        "customdata": [row.chosen or "no coefficient" for row in compared],
-        "hovertemplate": "%{y}: %{x:.1f}% of the experts<br>%{customdata}<extra></extra>",
-        "marker": {"color": [COLOURS[row.kind] for row in compared]},
-    }
-    if len(result.studies) > 1:
-        bar["error_x"] = {"type": "data", "array": [100 * (row.spread or 0) for row in compared], "color": "#8894a7"}
-    layout = {
-        "margin": {"l": 210, "r": 20, "t": 10, "b": 50},
-        "xaxis": {"title": {"text": "score as a share of the experts' own, %, mean over the tasks"}},
-        "yaxis": {"autorange": "reversed"},
-    }
-    note = f"Whiskers: standard deviation over {len(result.studies)} repetitions." if len(result.studies) > 1 else ""
-    return Figure(f"{result.title}: normalised score", [bar], layout, note, height=80 + 24 * len(compared))
+    several = len(result.studies) > 1
+    bars = [
+        LabelledBar(
+            row.name,
+            share := 100 * (row.normalised or 0),
+            f"{share:.1f}%",
+            COLOURS[row.kind],
+            100 * (row.spread or 0) if several else None,
+            row.chosen or "no coefficient",
+        )
+        for row in compared
+    ]
+    note = f"Whiskers: standard deviation over {len(result.studies)} repetitions." if several else ""
+    axis = "score as a share of the experts' own, mean over the tasks"
+    return Bars(f"{result.title}: normalised score", bars, axis, note)
 
 
-def task_figure(result: Result) -> Figure:
-    """Heat map: every model on every task, coloured by the share of the expert's gain."""
+def task_figure(result: Result) -> Heat:
+    """Every model on every task, coloured by the share of the expert's gain."""
     base = result.rows[0].tasks
     experts = {task: row.tasks[task] for task, row in zip(result.tasks, result.of("expert"), strict=True)}
-    shown = [*result.of("base", "expert", "joint"), *ranked(result)][::-1]
-    return heat_map(
-        f"{result.title}: {result.score_name} by task",
-        [(row.name, row.tasks) for row in shown],
-        base,
-        experts,
-        decimals=_decimals(result),
-        margin=210,
-        line=26,
-    )
+    shown = [*result.of("base", "expert", "joint"), *ranked(result)]
+    title = f"{result.title}: {result.score_name} by task"
+    return heat_map(title, [(row.name, row.tasks) for row in shown], base, experts, decimals=_decimals(result))
 
 
-def cost_figure(result: Result) -> Figure:
-    """Points: what a merge takes against what it keeps."""
+def cost_figure(result: Result) -> Points:
+    """What a merge takes against what it keeps."""
     merges = [row for row in ranked(result) if row.normalised is not None]
-    points = {
-        "type": "scatter",
-        "mode": "markers+text",
-        "x": [max(row.cpu_seconds or 0, 1e-3) for row in merges],
-        "y": [100 * (row.normalised or 0) for row in merges],
-        "text": [row.name for row in merges],
-        "textposition": "top center",
-        "textfont": {"size": 10},
-        "marker": {"size": 9, "color": COLOURS["merge"]},
-        "hovertemplate": "%{text}: %{y:.1f}% of the experts, %{x:.2f} s<extra></extra>",
-    }
-    layout = {
-        "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-        "xaxis": {"type": "log", "title": {"text": "processor seconds of one merge"}},
-        "yaxis": {"title": {"text": "score, % of the experts"}},
-    }
-    return Figure(f"{result.title}: cost and score", [points], layout, height=460)
+    points = [(row.name, max(row.cpu_seconds or 0, 1e-3), 100 * (row.normalised or 0)) for row in merges]
+    return Points(
+        f"{result.title}: cost and score", points, "processor seconds of one merge", "score, % of the experts"
+    )
 
 
 def document(results: Sequence[Result]) -> str:
     """One HTML page with everything; it needs no other file."""
     sections: list[Section] = []
     for result in results:
-        sections.append(Text(result.title, [text for text in (result.about,) if text]))
-        sections += [expert_table(result), score_figure(result), main_table(result), task_figure(result)]
+        sections.append(Text("In words" if len(results) == 1 else result.title, [result.about] * bool(result.about)))
+        sections += [Text("", in_words(result)), score_figure(result), main_table(result), expert_table(result)]
+        sections += [task_figure(result)]
         sections += [cost_figure(result)] if result.of("merge") else []
         sections += [one for one in (order_table(result), tried_table(result), left_out_table(result)) if one.rows]
-        sections.append(Text("In words", in_words(result)))
-    return page("What merging keeps: every method, every task", sections)
+    titles = dict.fromkeys(result.title for result in results)
+    return page(f"{'; '.join(titles)}: what merging keeps", sections)
 
 
 def markdown_page(results: Sequence[Result]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.cli.show import say
-from weightsmith.cli.shown.tables import need_plotly, show_tables
+from weightsmith.cli.shown.tables import show_tables
 
 if TYPE_CHECKING:
     from weightsmith.inspect.run import Inspection
@@ -17,7 +17,6 @@ __all__ = ["check_page", "show"]
 def check_page(path: Path) -> None:
     from weightsmith.core.errors import OutputError
 
-    need_plotly("--html")
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"--html {path}: not a file in an existing folder; make the folder {path.parent} or name one")
 
