@@ -15,7 +15,7 @@ from weightsmith.core.method import registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.catalogue import cost_at_7b, describe
 from weightsmith.io.read.source import MemorySource
-from weightsmith.plan.cost import READ, START, WRITE, stage_seconds
+from weightsmith.plan.cost import READ, START, SUM, WRITE, stage_seconds
 from weightsmith.plan.costs import UNKNOWN, costs_of
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
@@ -53,7 +53,10 @@ def test_costs_add_up_over_stages_and_experts() -> None:
     dare, ties = costs_of(one["dare"]).seconds, costs_of(one["ties"]).seconds
     assert dare is not None
     assert ties is not None
-    assert calculating(planned(["dare", "ties"], count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties))
+    whole, alone = ["dare", "ties"], ["dare", {"ties": {"scope": "tensor", "zero_sign": "plus"}}]
+    assert calculating(planned(alone, count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties))
+    # Three looks at all that the drops leave: two for the cuts, one for the signs.
+    assert calculating(planned(whole, count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties + 3 * (dare - SUM)))
     assert calculating(planned("keep", w=w)) == pytest.approx(0)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from weightsmith.core.costs import Costs
-from weightsmith.core.method import Stage
-from weightsmith.core.task import Task
+from weightsmith.core.method import Filter, Scope, Stage
+from weightsmith.core.task import Task, Way
 from weightsmith.plan.costs import costs_of
 
 __all__ = ["SIDE", "estimate", "seconds_at_7b", "stage_seconds"]
@@ -21,6 +21,9 @@ SIDE = 768
 START, READ, WRITE = 1.0, 0.2, 0.8
 """Seconds to start (two more where torch is needed), per 10^9 bytes read, and per 10^9 bytes written and flushed
 (the copies of docs/benchmarks.md)."""
+
+SUM = 1.0
+"""Of `seconds` of a filter: the weighted sum that it is measured with."""
 
 _7B = (7e9, 4096)
 """Parameters of a 7B language model, and the smaller side of most of its matrices."""
@@ -34,13 +37,26 @@ def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> fl
     """
     total = START + (READ * read + WRITE * written) / 1e9
     for task in tasks:
-        for stage in task.pipeline.stages if task.pipeline is not None else ():
+        for at, stage in enumerate(task.pipeline.stages if task.pipeline is not None else ()):
             for parameters, side in _sizes(task):
                 spent = stage_seconds(costs_of(stage), parameters, side)
                 if spent is None:
                     return None
-                total += spent * experts
+                again = _repeats(task, at, experts) * max(spent - SUM * parameters / 1e9, 0)
+                total += (spent + again) * experts
     return total
+
+
+def _repeats(task: Task, at: int, experts: int) -> int:
+    """How often a filter does its work again, for looks that later stages take at what it leaves.
+
+    Within one tensor the kernels keep what was costly to find.
+    """
+    assert task.pipeline is not None
+    if not isinstance(task.pipeline.stages[at], Filter):
+        return 0
+    later = [one for i, one in task.pipeline.passes(experts) if i > at]
+    return sum(one.rounds for one in later if one.scope is Scope.MODEL or task.way is not Way.KERNEL)
 
 
 def stage_seconds(costs: Costs, parameters: float, side: int) -> float | None:
