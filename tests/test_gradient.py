@@ -28,6 +28,7 @@ from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
 WITHOUT = {
+    "agree": {"density": "ranks"},
     "breadcrumbs": {"density": "ranks", "remove_top": "ranks"},
     "dare": {"density": "random masks"},
     "della": {"density": "random masks", "epsilon": "random masks"},

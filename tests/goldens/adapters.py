@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from goldens import adapter_cases, alignment, mergekit, surgery, tiny_llama
+from goldens import adapter_cases, alignment, coefficients, mergekit, surgery, tiny_llama
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
@@ -28,8 +28,6 @@ from weightsmith.train.optim import DCTAdamW
 State = dict[str, Tensor]
 
 NOT_YET: Mapping[str, str] = {
-    "adamerging++ composition": "learned coefficients",
-    "expert-merging composition": "learned coefficients",
     "fw-merging (hard)": "Frank-Wolfe merging",
     "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
@@ -400,6 +398,8 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "tokenizer-surgery": tokenizer_surgery,
     "weight-matching": alignment.weight_matching,
     "pleas": alignment.pleas,
+    "adamerging++ composition": coefficients.adamerging,
+    "expert-merging composition": coefficients.expert_merging,
     **{f"mergekit:{name}": mergekit_yaml for name in mergekit.METHODS},
 }
 """Metadata's `method` -> how to call it."""

@@ -17,8 +17,8 @@ from weightsmith.core.errors import did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Each", "Parameter", "Traced", "blend", "choice", "flag", "integer", "is_tensor", "number", "opened",
-           "plain_number", "traced"]  # fmt: skip
+__all__ = ["Each", "Parameter", "Traced", "Vector", "blend", "choice", "flag", "in_words", "integer", "is_tensor",
+           "number", "opened", "plain_number", "traced"]  # fmt: skip
 
 S = TypeVar("S")
 
@@ -42,6 +42,7 @@ class Parameter:
     options: tuple[str, ...] = ()  # the words allowed (for a number: besides numbers)
     each: bool = False  # may differ between experts
     smooth: bool = False  # the merge has a derivative with respect to it: it may be a tensor that requires grad
+    several: bool = False  # takes a `Vector` too
 
     @property
     def range(self) -> str:
@@ -63,6 +64,8 @@ class Parameter:
         if isinstance(value, tuple):
             return f"{self.name} takes one value, not one per expert"
         if isinstance(value, str) and value in self.options:
+            return None
+        if self.several and isinstance(value, Vector):
             return None
         if self.kind == "flag":
             good = isinstance(value, bool)
@@ -137,11 +140,44 @@ class Traced(float):
         return float, (float(self),)
 
 
+class Vector:
+    """Several numbers as one value of a parameter: a tensor [c], float32 or float64, never written to by a merge.
+
+    Equal only to what holds the same tensor.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vector) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return hash(id(self.tensor))
+
+    def __repr__(self) -> str:
+        return f"<{self.tensor.numel()} numbers>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vector, (self.tensor.detach(),)
+
+
+def in_words(value: Any) -> Any:
+    """A value of a parameter as JSON has it, where it is no number, word or collection of them."""
+    return value.tensor.tolist() if isinstance(value, Vector) else str(value)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Traced) or is_tensor(value) or (isinstance(value, Vector) and value.tensor.requires_grad)
+
+
 def traced(stage: Any) -> tuple[Any, ...]:
-    """The traced numbers among a stage's parameters; of an `opened` stage the tensors."""
+    """The traced numbers (and vectors) among a stage's parameters; of an `opened` stage the tensors."""
     given = (getattr(stage, spec.field) for spec in stage.parameters() if spec.smooth)
     values = (value for one in given for value in (one if isinstance(one, tuple) else (one,)))
-    return tuple(value for value in values if isinstance(value, Traced) or is_tensor(value))
+    return tuple(value for value in values if _has_gradient(value))
 
 
 def opened(stage: S, tensors: Callable[[Any], Any]) -> S:
@@ -181,11 +217,13 @@ def number(
     options: tuple[str, ...] = (),
     each: bool = False,
     smooth: bool = False,
+    several: bool = False,
     kind: str = "number",
 ) -> Any:
     """A float field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    smooth  the merge has a derivative with respect to it, and its methods take a tensor in its place
+    smooth   the merge has a derivative with respect to it, and its methods take a tensor in its place
+    several  a `Vector` may stand for it: a number for each part of a tensor
     """
     spec = Parameter(
         kind=kind,
@@ -198,6 +236,7 @@ def number(
         options=options,
         each=each,
         smooth=smooth,
+        several=several,
     )
     return dataclasses.field(default=default, metadata={"parameter": spec})
 

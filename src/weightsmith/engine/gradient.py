@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.core.errors import PlanError, did_you_mean
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Pipeline
-from weightsmith.core.parameter import Traced, opened, traced
+from weightsmith.core.parameter import Traced, Vector, opened, traced
 from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.core.task import Task, Way, takes_deltas
 from weightsmith.engine.carry import context_of
@@ -114,8 +114,9 @@ class Pullback:
         for one in found:
             for place, value in one.items():
                 totals[place] = totals[place] + value if place in totals else value
-        zero = torch.zeros((), dtype=torch.float64)
-        return {t: totals.get(id(t), zero).to(t.device, t.dtype) for t in self.tensors}
+        return {
+            t: totals[id(t)].to(t.device, t.dtype) if id(t) in totals else torch.zeros_like(t) for t in self.tensors
+        }
 
     def _check(self, name: str, gradient: Tensor) -> None:
         key = self._keys.get(name)
@@ -125,26 +126,28 @@ class Pullback:
             raise PlanError([f"gradient of {name!r} has shape {list(gradient.shape)}, the tensor {list(key.shape)}"])
 
 
-def _traced(pipeline: Pipeline) -> list[Traced]:
-    return [value for stage in pipeline.stages for value in traced(stage) if isinstance(value, Traced)]
+def _traced(pipeline: Pipeline) -> list[Traced | Vector]:
+    return [value for stage in pipeline.stages for value in traced(stage) if isinstance(value, (Traced, Vector))]
 
 
 def _contracted(task: Task, gradient: Tensor, context: Context) -> dict[int, Tensor]:
-    """Identity of a parameter -> its gradient, float64 [], from the rows of one task."""
+    """Identity of a parameter -> its gradient (of numbers in float64) from the rows of one task."""
     assert task.pipeline is not None
     leaves: dict[int, Tensor] = {}
     for value in _traced(task.pipeline):
-        number = torch.tensor(float(value), dtype=torch.float64, device=context.place.device, requires_grad=True)
-        leaves.setdefault(id(value.tensor), number)
+        # Numbers in float64; a vector may be as large as the tensor itself.
+        dtype = torch.float64 if isinstance(value, Traced) else value.tensor.dtype
+        known = value.tensor.detach().to(context.place.device, dtype)
+        leaves.setdefault(id(value.tensor), known.requires_grad_())
 
     def leaf(value: Any) -> Any:
-        return leaves[id(value.tensor)] if isinstance(value, Traced) else value
+        return leaves.get(id(value.tensor), value) if isinstance(value, (Traced, Vector)) else value
 
     live = Pipeline(tuple(opened(stage, leaf) for stage in task.pipeline.stages))
-    totals = {place: torch.zeros((), dtype=torch.float64) for place in leaves}
+    totals = {place: torch.zeros_like(leaf, device="cpu", requires_grad=False) for place, leaf in leaves.items()}
     for part in _by_products(task, live, gradient, context) or _by_autograd(task, live, gradient, context):
-        found = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
-        for place, slope in zip(leaves, found, strict=True):
+        slopes = torch.autograd.grad(part, list(leaves.values()), allow_unused=True)
+        for place, slope in zip(leaves, slopes, strict=True):
             if slope is not None:
                 totals[place] += slope.cpu()
     return totals

@@ -23,7 +23,7 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
         "tsvm", "r_tsvm", "iso_c", "iso_cts", "opcm", "knots", "swudi", "aswudi", "wudi", "optmerge", "doge",
     ),
     "Edit the changes before a method (or after it: lines, consensus)": (
-        "dare", "della", "magnitude", "breadcrumbs", "lines", "consensus",
+        "scale", "agree", "dare", "della", "magnitude", "breadcrumbs", "lines", "consensus",
     ),
     "Go from one model towards another": ("slerp", "nuslerp", "nearswap", "arcee_fusion"),
     'Merge with statistics of data ("weightsmith observe")': ("regmean", "fisher"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith import __version__
 from weightsmith.core.errors import OutputError, PlanError
+from weightsmith.core.parameter import in_words
 from weightsmith.core.problem import Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.units import parse_size
@@ -107,7 +108,7 @@ class Job:
     @classmethod
     def of(cls, inputs: Inputs, plan: Plan, package: Packager) -> Job:
         """The job of a plan whose recipe is the user's own."""
-        recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+        recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True, fallback=in_words)
         return cls(inputs, plan, package, recipe=recipe, parents=dict(inputs.models), identify=inputs.fingerprints)
 
     # -- carrying it out

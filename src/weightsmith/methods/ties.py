@@ -20,7 +20,7 @@ from weightsmith.ops.select import Largest
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Ties"]
+__all__ = ["Balance", "Ballot", "Ties"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Ties(Method, name="ties", needs=(BASE,)):
         return Scope.MODEL if self.scope_ == "global" else Scope.TENSOR
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
-        ballot = self._ballot(count)
+        ballot = self.ballot(count)
         # In this order: norms are those of trimmed task vectors, signs those of what they elect.
         return tuple(one for one in (ballot.cut, ballot.norms, self._signs(count)) if one is not None)
 
@@ -84,11 +84,11 @@ class Ties(Method, name="ties", needs=(BASE,)):
         # The kernel elects by mass and adds; the rest is torch's.
         if self.sign != "mass" or self.aggregate == "max":
             return None
-        weights, cut = spread(self.weight, count), self._ballot(count).cut
+        weights, cut = spread(self.weight, count), self.ballot(count).cut
         return Vote(weights, float(self.lambda_), cut, self._signs(count), self.zero_sign, self.aggregate == "mean")
 
     def merge(self, site: Site) -> Tensor:
-        ballot, balance = self._ballot(site.count), self._signs(site.count)
+        ballot, balance = self.ballot(site.count), self._signs(site.count)
         votes = ballot.votes(site)  # w_i trimmed delta_i: [n, *block]
         signs = ballot.elected(site, votes)  # -1, 0, 1: [*block]
         # 0 only where no vote is needed: zero_sign plus has no pass.
@@ -98,19 +98,20 @@ class Ties(Method, name="ties", needs=(BASE,)):
         assert site.base is not None
         return site.base + merged * self.lambda_
 
-    def _ballot(self, count: int) -> _Ballot:
+    def ballot(self, count: int) -> Ballot:
+        """What the passes and the vote have in common."""
         densities = spread(self.density, count)
         whole = self.scope is Scope.MODEL
         # Nothing to trim: no look at the model for a cut.
         cut = None if set(densities) == {1} else Largest(whole, densities, scope=self.scope)
-        return _Ballot(cut, spread(self.weight, count), self.sign, self.scope)
+        return Ballot(cut, spread(self.weight, count), self.sign, self.scope)
 
-    def _signs(self, count: int) -> _Signs | None:
-        return None if self.zero_sign == "plus" else _Signs(self._ballot(count), scope=self.scope)
+    def _signs(self, count: int) -> Balance | None:
+        return None if self.zero_sign == "plus" else Balance(self.ballot(count), scope=self.scope)
 
 
 @dataclass(frozen=True)
-class _Ballot:
+class Ballot:
     """Who votes how: what trimming, weights and the sign rule say, before anything is combined."""
 
     cut: Largest | None
@@ -146,7 +147,7 @@ class _Ballot:
 class _Norms(Pass[list[float]]):
     """The L2 norms of the trimmed task vectors."""
 
-    ballot: _Ballot
+    ballot: Ballot
 
     def see(self, site: Site) -> State:
         return {"squares": torch.stack([block_squares(d) for d in self.ballot.trimmed(site)]).cpu()}  # float64 [n]
@@ -157,10 +158,10 @@ class _Norms(Pass[list[float]]):
 
 
 @dataclass(frozen=True)
-class _Signs(Pass[int]):
+class Balance(Pass[int]):
     """The sum of all elected signs."""
 
-    ballot: _Ballot
+    ballot: Ballot
 
     def see(self, site: Site) -> State:
         # An integer: the sum over the model is exact in any order.

@@ -18,6 +18,7 @@ from weightsmith.core.errors import RecipeError
 from weightsmith.core.keys import Key, plays
 from weightsmith.core.problem import Code, Problem, Tensors
 from weightsmith.recipe.fields import OUTSIDE
+from weightsmith.recipe.table import Table, file_of, table_of
 
 __all__ = ["MISSING", "NoValueError", "applies", "choose", "is_cases"]
 
@@ -67,6 +68,10 @@ def choose(value: Any, key: Key, model: str | None, parameter: str) -> Any:
             if _meets(case, key):
                 return choose(case["value"], key, model, parameter)
         return MISSING
+    if isinstance(value, Table) or file_of(value) is not None:
+        held = value if isinstance(value, Table) else table_of(parameter, value)
+        found = held.at(key.name, model)
+        return MISSING if found is None else found
     if isinstance(value, Mapping):
         found = value.get(model) if model is not None else None
         return MISSING if found is None else choose(found, key, model, parameter)

@@ -8,8 +8,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from weightsmith.core.errors import did_you_mean
 from weightsmith.core.keys import DTYPES, RULE_ROLES
 from weightsmith.core.parameter import plain_number
+from weightsmith.recipe import table
 from weightsmith.recipe.aliases import expand
-from weightsmith.recipe.grammar import PYTHON, Grammar, Reading, kind_of, mapping
+from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, kind_of, mapping
 from weightsmith.recipe.reader import Location
 
 __all__ = ["OUTSIDE", "BlockRange", "Case", "Located", "Selector", "StageSpec", "Stages", "Values", "Words", "plain"]
@@ -57,10 +58,23 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else plain_number(value)
 
 
-def _values(value: Any) -> Any:
+def _values(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"should be a mapping of parameters, is {value!r}")
-    return plain(value)
+    reading: Reading = info.context or PYTHON
+    return {name: _with_files(name, one, reading) for name, one in plain(value).items()}
+
+
+def _with_files(name: str, value: Any, reading: Reading) -> Any:
+    """The value, whose files of coefficients are there and known by their hashes."""
+    if (path := table.file_of(value)) is not None:
+        try:
+            return table.checked(name, value, reading.located(path))
+        except ValueError as error:
+            raise Fault((name,), str(error)).error() from None
+    if isinstance(value, Mapping):
+        return {key: _with_files(name, one, reading) for key, one in value.items()}
+    return [_with_files(name, one, reading) for one in value] if isinstance(value, list) else value
 
 
 def _located(value: Any, info: ValidationInfo) -> Any:

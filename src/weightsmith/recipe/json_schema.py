@@ -63,6 +63,14 @@ def _ref(*path: str) -> dict[str, Any]:
     return {"$ref": "/".join(["#/$defs", *path]).replace(" ", "%20")}
 
 
+_FILE = {
+    "type": "object",
+    "properties": {"file": {"type": "string"}, "sha256": {"type": "string"}},
+    "required": ["file"],
+    "additionalProperties": False,
+}
+"""A file of coefficients, see `recipe.table`."""
+
 _COMPOSED = [_ref(name) for name in ("Recipe", "Slices", "Modules")]
 _SHORT = [_ref("ModelRef"), _ref("Tokenizer")]
 
@@ -119,6 +127,7 @@ def _parameter(spec: Parameter) -> dict[str, Any]:
     forms = [_value(spec)]
     if spec.kind == "number":
         forms.append({"type": "array", "items": _number(spec), "minItems": 1})
+        forms.append(_FILE)
     if spec.each:
         forms.append({"type": "object", "additionalProperties": {"anyOf": list(forms)}})
     forms.append({"type": "array", "items": {"anyOf": [_ref("Case"), *forms, {"type": "null"}]}})
