@@ -32,6 +32,7 @@ VERBS = (
     "convert",
     "moe",
     "align",
+    "barrier",
     "diff",
     "lineage",
     "tokenizer",

@@ -28,6 +28,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 State = Mapping[str, "Tensor"]
 
+_LARGE = 1024  # units from which on products are in float32: they take as long as the assignment
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -96,8 +98,15 @@ def match(
 
 
 def objective(a: State, b: State, names: Iterable[str] | None = None) -> float:
-    """Sum over tensors of <A_t, B_t>, in float64."""
-    return sum(float((a[n].double() * b[n].double()).sum()) for n in (a if names is None else names))
+    """Sum over tensors of <A_t, B_t>: rows in the tensors' dtype, their sum in float64."""
+    return sum(_inner(a[n], b[n]) for n in (a if names is None else names))
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    width = max(a.shape[-1], 1) if a.ndim else 1
+    rows = torch.linalg.vecdot(a.to(dtype).reshape(-1, width), b.to(dtype).reshape(-1, width))
+    return float(rows.double().sum())
 
 
 def walk(groups: Sequence[SymmetryGroup]) -> Iterator[list[SymmetryGroup]]:
@@ -190,7 +199,7 @@ def _ascent(
 
 def _profit(group: SymmetryGroup, a: State, b: State) -> np.ndarray:
     sides = [[units(state[x.name], x, group.size) for x in group.axes] for state in (a, b)]
-    found: np.ndarray = similarity(*sides).cpu().numpy()
+    found: np.ndarray = similarity(*sides, double=group.size < _LARGE).cpu().numpy()
     return found
 
 
@@ -217,5 +226,5 @@ def _nested(group: SymmetryGroup, a: State, b: State, tol: float) -> tuple[Order
         group.inner(small): np.stack([found[i, int(j)][small.name] for i, j in enumerate(order)])
         for small in group.inside
     }
-    before = sum(float((x.double() * y.double()).sum()) for x, y in zip(left, right, strict=True))
+    before = sum(map(_inner, left, right))
     return {group.name: order, **inner}, float(profit[np.arange(group.size), order].sum()) - before
