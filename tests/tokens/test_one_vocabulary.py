@@ -191,3 +191,23 @@ def test_a_model_without_a_tokenizer_is_asked_for_one(tmp_path: Path) -> None:
     (plain(tmp_path / "b", ["r"], 3) / "tokenizer.json").unlink()
     with pytest.raises(PlanError, match=r"tokenizer: b has no tokenizer files.*put its tokenizer into its folder"):
         merged(tmp_path, PAIR + "tokenizer: union")
+
+
+def test_tokens_and_stops_of_experts_that_the_result_lacks_are_said(tmp_path: Path) -> None:
+    tokenizer_at(tmp_path / "base", BASE)
+    tokenizer_at(tmp_path / "x", BASE, special=["<|im_start|>", "<|im_end|>"])
+    for i, name in enumerate(("base", "x")):
+        model_at(tmp_path / name, 8, i)  # with rows of padding, which the new tokens took
+    config = tmp_path / "x/generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [1, 6]}))
+    recipe = "base: base\nmodels: {x: x}\nmethod: task_arithmetic\n"
+    said = [str(w) for w in run(loads(recipe, "r.yaml", folder=tmp_path), tmp_path / "out").warnings]
+    assert any(
+        text.startswith("x has special tokens that the result's tokenizer lacks: '<|im_start|>', '<|im_end|>' (")
+        for text in said
+    )
+    assert any(
+        text.startswith("x stops at the tokens [1, 6] (generation_config.json), the result at [1]") for text in said
+    )
+    said = [str(w) for w in run(loads(recipe + "tokenizer: x\n", "r.yaml", folder=tmp_path), tmp_path / "two").warnings]
+    assert not any("special tokens" in text for text in said)

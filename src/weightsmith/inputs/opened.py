@@ -15,6 +15,7 @@ from weightsmith.core.keys import Key
 from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Factored, Pipeline
 from weightsmith.core.problem import Code, Problem
+from weightsmith.inputs.modules import merged_with_modules
 from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.io.read.aligned import AlignedSource, read_alignment
@@ -125,7 +126,7 @@ def open_inputs(
     models: Mapping[str, Source] = untied(whole, lambda name: _matches(name, recipe.exclude))
     problems: list[Problem] = []
     if not made.missing:  # of those that are there alone, the vocabulary would be another
-        models, problems = in_one_vocabulary(recipe.tokenizer, models)
+        models, problems = in_one_vocabulary(recipe.tokenizer, merged_with_modules(models))
     return replace(
         made,
         base=None if made.base is None else models["base"],

@@ -10,6 +10,7 @@ from typing import Any
 from weightsmith.core.errors import WeightsmithError, did_you_mean, some
 from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problem, told
+from weightsmith.inputs.modules import modules_merged, unlike_modules
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.package.companions import tokenizer_files, tokenizer_home, trained_modules
@@ -189,6 +190,9 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
         if last and ending and last != ending:
             text = f"{name} ends with {last!r}, the result's tokenizer with {ending!r} (tokenizer: {name} takes its)"
             yield Problem(Code.TOKENIZER, name, text)
+        if reference.numbering is None and home is not None:
+            yield from _tokens_that_vanish(name, source.origin, home, reference)
+    yield from unlike_modules(inputs)
     yield from told(Code.COMPANION, modules_beside(inputs)[1])
     if recipe.tokenizer is not None and ending and reference.numbering is None:
         yield from told(Code.TOKENIZER, list(_unlike_ending(ending, home, reference)), "tokenizer")
@@ -223,11 +227,42 @@ def outlook(recipe: Recipe, inputs: Inputs, keys: Iterable[Key]) -> dict[str, st
     return found
 
 
+def _tokens_that_vanish(name: str, origin: Origin, home: Path, reference: Origin) -> Iterator[Problem]:
+    """Special tokens of an expert that the result's tokenizer lacks, and tokens that only the expert stops at."""
+    theirs, file = tokenizer_home(origin), "tokenizer.json"
+    if theirs is not None and theirs != home and not ((home / file).is_file() and _equal(home / file, theirs / file)):
+        known = read_tokens(home)
+        special = [token for token in _special(theirs) if known is not None and token not in known.ids]
+        if special:
+            text = f"{name} has special tokens that the result's tokenizer lacks: {some(list(map(repr, special)))} "
+            yield Problem(Code.TOKENIZER, name, text + "(tokenizer: union, or the model's name, takes them)")
+    folder = origin.checkpoint or origin.folder
+    ours, stops = (_stops(_small(place, "generation_config.json")) for place in (reference.folder, folder))
+    if ours and stops - ours:
+        text = f"{name} stops at the tokens {sorted(stops)} (generation_config.json), the result at {sorted(ours)}: "
+        yield Problem(Code.TOKENIZER, name, text + "set eos_token_id there if it should stop as that model does")
+
+
+def _special(folder: Path) -> list[str]:
+    """The tokens that a folder's tokenizer calls special."""
+    added = _small(folder, "tokenizer.json", 10 * _LIMIT).get("added_tokens")
+    found = [t.get("content") for t in added if isinstance(t, dict) and t.get("special")] if added else []
+    further = _small(folder, "tokenizer_config.json").get("additional_special_tokens")
+    return [token for token in dict.fromkeys((*found, *(further or ()))) if isinstance(token, str)]
+
+
+def _stops(config: Mapping[str, Any]) -> set[int]:
+    found = config.get("eos_token_id")
+    return {n for n in (found if isinstance(found, list) else [found]) if isinstance(n, int)}
+
+
 def modules_beside(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
     """Files of Sentence-Transformers modules that were trained beside an adapter, and what to say of them."""
     files: dict[str, Path] = {}
     says: list[str] = []
     taken = ""
+    if modules_merged(inputs):
+        return files, says
     for name, source in inputs.experts.items():
         own = trained_modules(source.origin)
         unlike = [
@@ -267,9 +302,9 @@ def _ending(folder: Path | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _small(folder: Path | None, file: str) -> dict[str, Any]:
+def _small(folder: Path | None, file: str, limit: int = _LIMIT) -> dict[str, Any]:
     path = None if folder is None else folder / file
-    found = read_json(path, _LIMIT) if path is not None and path.is_file() else {}
+    found = read_json(path, limit) if path is not None and path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 

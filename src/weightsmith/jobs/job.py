@@ -24,6 +24,7 @@ from weightsmith.io.package.card import UNKNOWN, licence_problems, licences
 from weightsmith.io.package.manifest import MANIFEST, build_manifest, read_manifest, story, write_manifest
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, destination, without_secrets
+from weightsmith.io.write.layout import Stores
 from weightsmith.io.write.output import FolderSink, check_output, tidy
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.io.write.staging import AT_ONCE
@@ -89,7 +90,7 @@ class Job:
     """One output.
 
     package   (the job, records, folder) -> paths of the files that it has written beside the weights
-    weights   how the names of the weight files begin
+    weights   how the names of the weight files begin: of all, or by the beginning of tensors' names
     recipe    as the user wrote it, in plain JSON values
     parents   the models whose licences bind the result
     identify  returns what identifies every input's data
@@ -99,7 +100,7 @@ class Job:
     inputs: Inputs
     plan: Plan
     package: Packager
-    weights: str = "model"
+    weights: str | Stores = "model"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parents: Mapping[str, Source] = field(default_factory=dict)
     identify: Callable[[], Mapping[str, Any]] = dict
@@ -109,7 +110,8 @@ class Job:
     def of(cls, inputs: Inputs, plan: Plan, package: Packager) -> Job:
         """The job of a plan whose recipe is the user's own."""
         recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True, fallback=in_words)
-        return cls(inputs, plan, package, recipe=recipe, parents=dict(inputs.models), identify=inputs.fingerprints)
+        stores = next((source.origin.stores for _, source in inputs.models), {})
+        return cls(inputs, plan, package, stores or "model", recipe, dict(inputs.models), identify=inputs.fingerprints)
 
     # -- carrying it out
 
@@ -222,6 +224,7 @@ class Job:
             licences=self.licences(),
             companions=companions,
             kind=kind,
+            stores={} if isinstance(self.weights, str) else self.weights,
         )
         noted |= {"made_from": behind} if behind else {}
         return write_manifest(folder, noted | {name: value for name, value in more.items() if value is not None})

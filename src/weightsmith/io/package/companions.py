@@ -129,8 +129,8 @@ def copy_companions(
 ) -> Copied:
     """Copy the companions of `folder` into `target` and say what has become of each file.
 
-    dtype      the output's dtype ('bfloat16') where it is not the input's: `config.json` then says so too;
-               nothing else in any file changes
+    dtype      the output's dtype ('bfloat16') where it is not the input's: `config.json` beside merged weights then
+               says so too; nothing else in any file changes
     config     what config.json says instead, where the merge has other blocks than the input
     tokenizer  another model's folder, whose tokenizer files go along instead of this one's
     modules    name -> folder, for files of modules that come from elsewhere
@@ -147,13 +147,15 @@ def copy_companions(
         left = {name: reason for name, reason in left.items() if name not in files}
     files |= modules or {}
     left = {name: reason for name, reason in left.items() if name not in files}
+    parts = {PurePosixPath(weights).parent for weights in weight_files}
     for name, place in files.items():
-        blocks = _blocks(place / name)
-        if name == "config.json" and (config is not None or dtype is not None):
-            text = config if config is not None else b"".join(blocks).decode(errors="surrogateescape")
+        blocks, path = _blocks(place / name), PurePosixPath(name)
+        given = config if name == "config.json" else None
+        if given is not None or (dtype is not None and path.name == "config.json" and path.parent in parts):
+            text = given if given is not None else b"".join(blocks).decode(errors="surrogateescape")
             blocks = iter([(with_dtype(text, dtype) if dtype else text).encode(errors="surrogateescape")])
         write_file(target / name, blocks)
-    known = _module_folders(folder)
+    known = frozenset(name for place in {folder, *(modules or {}).values()} for name in _module_folders(place))
     weights = tuple(name for name in files if _is_module_weight(name, known))
     return Copied(tuple(sorted(files)), weights, dict(sorted(left.items())))
 

@@ -82,6 +82,7 @@ def build_manifest(
     companions: Mapping[str, Any] = _NONE,
     kind: str = "merge",
     created: str | None = None,
+    stores: Mapping[str, str] = _NONE,
 ) -> dict[str, Any]:
     """Describe a finished folder (all files but the manifest are in it) as plain JSON values.
 
@@ -91,6 +92,7 @@ def build_manifest(
     records     of all tasks; their parts must make up every tensor
     made_by     tensor -> how it was made ('ties(density=0.2)', 'copied from base')
     companions  what has become of the files beside the weights
+    stores      beginning of tensors' names -> how the names of their files begin, where that is not 'model'
     created     a time to note; by default the one in SOURCE_DATE_EPOCH, or none
     """
     parts = merge_parts(records, keys)
@@ -107,10 +109,12 @@ def build_manifest(
         "made_by": how,
         "versions": _versions(),
         "output": {
-            "files": {name: _describe(File(folder / name), name) for name in _files(folder)},
+            "files": {name: _describe(File(folder / name), name, _inner(stores)) for name in _files(folder)},
             "tensors": {key.name: {"dtype": key.dtype, "shape": key.shape, "parts": parts[key.name]} for key in keys},
         },
     }
+    if _inner(stores):
+        manifest["output"]["stores"] = _inner(stores)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if created is None and epoch is not None:
         created = datetime.fromtimestamp(int(epoch), UTC).isoformat()
@@ -167,6 +171,8 @@ def _well_formed(manifest: Mapping[str, Any]) -> bool:
     for noted in manifest["output"]["files"].values():
         if not _count(noted["bytes"]) or not isinstance(noted.get("header", noted.get(_SUM)), str):
             return False
+    if not all(isinstance(stem, str) for stem in manifest["output"].get("stores", {}).values()):
+        return False
     for noted in manifest["output"]["tensors"].values():
         if noted["dtype"] not in DTYPES or not all(map(_count, noted["shape"])):
             return False
@@ -187,7 +193,7 @@ def verify_folder(out: Path | Url, progress: Callable[[int], object] = lambda co
     """
     out = place_of(out) if isinstance(out, Path) else out
     output = read_manifest(out)["output"]
-    wanted, found = output["files"], set(_files(out))
+    wanted, found, stores = output["files"], set(_files(out)), output.get("stores", {})
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} was not there when the folder was written" for name in sorted(found - set(wanted))]
     places: dict[str, tuple[Ranged, int]] = {}
@@ -201,12 +207,13 @@ def verify_folder(out: Path | Url, progress: Callable[[int], object] = lambda co
         if file.size != noted["bytes"]:
             problems.append(f"{name} has {file.size} bytes instead of {noted['bytes']}")
         elif "header" not in noted:
-            if _describe(file, name) != noted:
+            if _describe(file, name, stores) != noted:
                 problems.append(f"{name} was altered")
         elif (header := _header(file)) is None or header.digest != noted["header"]:
             problems.append(f"{name} was altered in its header")
         else:
-            places |= {tensor: (file, place.offset) for tensor, place in header.tensors.items()}
+            prefix = next((prefix for prefix, stem in stores.items() if name.startswith(stem)), "")
+            places |= {prefix + tensor: (file, place.offset) for tensor, place in header.tensors.items()}
 
     def check(item: tuple[str, Any]) -> list[str]:
         tensor, noted = item
@@ -253,12 +260,18 @@ def _file(folder: Path | Url, name: str) -> Ranged:
     return RemoteFile(folder / name) if isinstance(folder, Url) else File(folder / name)
 
 
-def _describe(file: Ranged, name: str) -> dict[str, Any]:
+def _inner(stores: Mapping[str, str]) -> dict[str, str]:
+    """The stores that lie in folders of their own."""
+    return {prefix: stem for prefix, stem in stores.items() if "/" in stem}
+
+
+def _describe(file: Ranged, name: str, stores: Mapping[str, str]) -> dict[str, Any]:
     """Size and checksum of a file.
 
-    The merged shards lie at the top and their tensors have checksums of their own: of these, only the header is hashed.
+    The merged shards lie at the top or in `stores`, and their tensors have checksums of their own: of these, only the
+    header is hashed.
     """
-    if name.endswith(".safetensors") and "/" not in name:
+    if name.endswith(".safetensors") and ("/" not in name or name.startswith(tuple(stores.values()))):
         return {"bytes": file.size, "header": read_header(file).digest}
     return {"bytes": file.size, _SUM: file.digest()}
 

@@ -15,12 +15,12 @@ from weightsmith.io import system
 from weightsmith.io.read.pickle import PICKLES, PickleSource, left_out
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, read_small, short
-from weightsmith.io.read.source import Bits, Origin, Source
+from weightsmith.io.read.source import DIFFUSION, Bits, Origin, Source, stores_of
 
 __all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
            "parse_index", "refuse_stale"]  # fmt: skip
 
-_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
 _PICKLED = "pytorch_model.bin"
 INDEX = ".index.json"
 _MAX_INDEX = 100_000_000
@@ -187,6 +187,7 @@ class FolderSource(Source):
             locations=(folder, path, *files),
             checkpoint=folder,
             remarks=(*left_out(extras), *catalogue.remarks()),
+            stores=stores_of(chosen),
         )
 
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:

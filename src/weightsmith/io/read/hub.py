@@ -28,7 +28,7 @@ from weightsmith.io.read.folder import (
     refuse_stale,
 )
 from weightsmith.io.read.safetensors import Header, parse_header, parse_length
-from weightsmith.io.read.source import Bits, Cost, Origin, Source
+from weightsmith.io.read.source import Bits, Cost, Origin, Source, stores_of
 from weightsmith.io.system import read_file
 from weightsmith.io.url import said
 
@@ -187,6 +187,7 @@ class HubSource(Source):
             files=tuple(self._weights),
             locations=() if folder is None else (folder,),
             remarks=catalogue.remarks(),
+            stores=stores_of(chosen),
             cost=Cost(download=missing),
         )
 

@@ -156,6 +156,20 @@ def _folder_model(asked: Asked) -> Source:
     return source
 
 
+def _pipeline(asked: Asked) -> Source:
+    from weightsmith.io.read.parts import pipeline
+
+    return pipeline(asked.ref, open_source)
+
+
+def _modules(asked: Asked) -> Source:
+    from weightsmith.io.read.parts import with_modules
+
+    found = with_modules(asked.ref, None, open_source)
+    assert found is not None  # `without_root` saw some
+    return found
+
+
 def _shards(asked: Asked) -> Source:
     from weightsmith.io.read.sharded import ShardedSource
 
@@ -191,6 +205,19 @@ def _folder(ref: Any) -> bool:
     return isinstance(ref, Path) and ref.is_dir()
 
 
+def _has(ref: Any, name: str) -> bool:
+    return _folder(ref) and (ref / name).is_file()
+
+
+def _apart(ref: Any) -> bool:
+    """Whether all weights of a Sentence-Transformers model lie in the folders of its modules."""
+    if not _has(ref, "modules.json"):
+        return False
+    from weightsmith.io.read.parts import without_root
+
+    return without_root(ref)
+
+
 def _sharded(ref: Any) -> bool:
     """Whether a folder holds the shards of a distributed checkpoint, and no model put together of them."""
     if not _folder(ref):
@@ -210,6 +237,8 @@ FORMATS: tuple[Format, ...] = (
     Format("model on the hub", lambda ref: isinstance(ref, str), _hub, raw=True),
     Format("compressed folder", lambda ref: _folder(ref) and folder_kind(ref) == "codec", _compressed, several=True),
     Format("adapter folder", lambda ref: _folder(ref) and (ref / ADAPTER_CONFIG).exists(), _adapter),
+    Format("pipeline of diffusers", lambda ref: _has(ref, "model_index.json"), _pipeline),
+    Format("modules of Sentence-Transformers", _apart, _modules),
     Format("shards of a distributed checkpoint", _sharded, _shards, raw=True),
     Format("model folder", _folder, _folder_model, raw=True),
     Format("shard index", lambda ref: _file(ref, INDEX), lambda asked: FolderSource(asked.ref), raw=True),

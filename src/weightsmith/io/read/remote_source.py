@@ -26,7 +26,7 @@ from weightsmith.io.read.hub import OTHER
 from weightsmith.io.read.remote import RemoteFile
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, refuse_above
-from weightsmith.io.read.source import Bits, Origin, Source
+from weightsmith.io.read.source import Bits, Origin, Source, stores_of
 from weightsmith.io.url import Url, attempt, filesystem, stored_at
 from weightsmith.io.write.upload import RUNNING
 
@@ -73,8 +73,8 @@ class RemoteSource(Source):
             self._parts = dict(zip(shards, opened, strict=True))
         catalogue = join(self._parts, str(url / chosen), named)
         self.keys, self.aliases, self._shard_of, _ = catalogue
-        locations = (url.location, self.folder)
-        self.origin = Origin(label, self.folder, tuple(shards), locations=locations, remarks=catalogue.remarks())
+        locations, remarks, stores = (url.location, self.folder), catalogue.remarks(), stores_of(chosen)
+        self.origin = Origin(label, self.folder, tuple(shards), locations=locations, remarks=remarks, stores=stores)
         _fetch(url, self.folder, [name for name in _AT_ONCE if name in names])
 
     @property

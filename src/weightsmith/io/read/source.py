@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "DIFFUSION",
     "Bits",
     "Block",
     "Cost",
@@ -29,8 +30,13 @@ __all__ = [
     "beside_config",
     "bits_to_tensor",
     "holds_nonfinite",
+    "stores_of",
     "tensor_to_bits",
 ]  # fmt: skip
+
+
+DIFFUSION = "diffusion_pytorch_model"
+"""How diffusers calls a component's weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +106,8 @@ class Origin:
     lacks      what a plan says where it is the first model, whose config and tokenizer go along, and has none
     cost       beside the bytes of its tensors
     cut        of a slice of a model
+    stores     beginning of tensors' names -> how the names of the files begin that hold them, relative to `folder`;
+               empty: all in model.safetensors or its shards
     numbering  how its rows are numbered, where not as the tokenizer in `folder` does: a `tokens.numbering.Numbering`
     """
 
@@ -115,6 +123,7 @@ class Origin:
     lacks: str = ""
     cost: Cost = Cost()
     cut: Cut = Cut()
+    stores: Mapping[str, str] = field(default_factory=dict)
     numbering: Any = None
 
     def beside(self, *others: Origin, **changes: Any) -> Origin:
@@ -129,7 +138,12 @@ class Origin:
 def beside_config(label: str, path: Path) -> Origin:
     """The origin of a single file: its folder is a model's where a config.json lies beside it."""
     folder = path.parent if (path.parent / "config.json").is_file() else None
-    return Origin(label, folder, locations=(path,) if folder is None else (folder, path))
+    return Origin(label, folder, locations=(path,) if folder is None else (folder, path), stores=stores_of(path.name))
+
+
+def stores_of(weights: str) -> dict[str, str]:
+    """How a library looks for the weights that it keeps in a file of that name, where that is not `model`."""
+    return {"": DIFFUSION} if weights.startswith(DIFFUSION) else {}
 
 
 @dataclass(frozen=True)

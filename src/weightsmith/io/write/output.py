@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from weightsmith.io.disk import (
 )
 from weightsmith.io.url import Url, absolute, output_of, parse_url
 from weightsmith.io.write.journal import Journal, State, boot_id, read_journal, refuse_changed
-from weightsmith.io.write.layout import Shard, index_json, layout_digest, plan_shards
+from weightsmith.io.write.layout import Shard, Stores, indices, layout_digest, plan_shards
 from weightsmith.io.write.lock import FolderLock, holder, in_use
 from weightsmith.io.write.sink import Sink
 from weightsmith.io.write.upload import check_url
@@ -73,7 +73,7 @@ class FolderSink(Sink):
         identity: Mapping[str, Any],
         resume: bool = False,
         overwrite: bool = False,
-        weight_name: str = "model",
+        weight_name: str | Stores = "model",
         metadata: Mapping[str, str] = _METADATA,
     ) -> None:
         self.out = absolute(out)
@@ -150,9 +150,7 @@ class FolderSink(Sink):
 
     def _complete(self, journal: Journal, extra_files: Callable[[Path], Iterable[Path]] | None) -> None:
         paths = [self.folder / shard.name for shard in self._shards]
-        if len(paths) > 1:
-            index = self.folder / f"{self._weight_name}.safetensors.index.json"
-            paths.append(write_file(index, index_json(self._shards)))
+        paths += [write_file(self.folder / name, text) for name, text in indices(self._shards).items()]
         if extra_files is not None:
             paths += extra_files(self.folder)
         with writing(self.partial):
@@ -223,9 +221,12 @@ class FolderSink(Sink):
                     raise OutputError(damage)
         planned = {shard.name for shard in self._shards}
         with writing(self.folder):
-            for name in sorted(system.call(os.listdir, self.folder)):
-                if name not in planned:  # a `finish` that was cut short may have left it, half-written
-                    remove(self.folder / name)
+            within = {parent.as_posix() for name in planned for parent in PurePosixPath(name).parents}
+            for place in sorted(within):
+                for entry in sorted(system.call(os.listdir, self.folder / place)):
+                    name = (PurePosixPath(place) / entry).as_posix()
+                    if name not in planned and name not in within:  # a `finish` that was cut short may have left it
+                        remove(self.folder / name)
         self._flush()
         self._completed, self._working = finished, True
         return True

@@ -136,6 +136,7 @@ class Left:
 def stub(path: Path, shard: Shard) -> None:
     """Header and size of a shard that is up, with a hole for its data: for what describes the folder."""
     with writing(path):
+        system.call(path.parent.mkdir, parents=True, exist_ok=True)
         descriptor = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             pwrite_all(descriptor, shard.header, 0)

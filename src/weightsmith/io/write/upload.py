@@ -34,7 +34,7 @@ from weightsmith.io.disk import gigabytes, remove, write_file, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import Url, stored_at, without_secrets
 from weightsmith.io.write.journal import refuse_changed
-from weightsmith.io.write.layout import Shard, index_json, layout_digest, plan_shards
+from weightsmith.io.write.layout import Shard, Stores, indices, layout_digest, plan_shards
 from weightsmith.io.write.lock import FolderLock, holder, in_use
 from weightsmith.io.write.sink import Sink
 from weightsmith.io.write.staging import Left, ShardUploads, stub
@@ -61,7 +61,7 @@ class UrlSink(Sink):
         identity: Mapping[str, Any],
         resume: bool = False,
         overwrite: bool = False,
-        weight_name: str = "model",
+        weight_name: str | Stores = "model",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.out = out
@@ -139,10 +139,9 @@ class UrlSink(Sink):
     def finish(self, extra_files: Callable[[Path], Iterable[Path]] | None = None) -> Url:
         """Send the index and what `extra_files` adds, see that all is there, and write the manifest.  Returns OUT."""
         try:
-            if len(self._shards) > 1:
-                name = f"{self._weight_name}.safetensors.index.json"
-                put(self.out / name, index_json(self._shards).encode())
-                write_file(self.folder / name, index_json(self._shards))
+            for name, text in indices(self._shards).items():
+                put(self.out / name, text.encode())
+                write_file(self.folder / name, text)
             paths = list(extra_files(self.folder)) if extra_files is not None else []
             for path in sorted(paths, key=lambda path: path.name == MANIFEST):
                 name = path.relative_to(self.folder).as_posix()

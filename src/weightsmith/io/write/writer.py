@@ -23,6 +23,8 @@ def lay_out(folder: Path, shard: Shard, opened: dict[str, int]) -> None:
     """Make a shard's file with its header and room for its data; `opened` has its descriptor, also if that fails."""
     path = folder / shard.name
     with writing(path):
+        if "/" in shard.name:
+            system.call(path.parent.mkdir, parents=True, exist_ok=True)
         opened[shard.name] = system.call(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
         allocate(opened[shard.name], shard.size)
         pwrite_all(opened[shard.name], shard.header, 0)
