@@ -73,9 +73,9 @@ def run_file(path: str | Path, option: str) -> ModuleType:
 def neighbours(path: str | Path) -> tuple[Path, ...]:
     """The files beside and below a file that has been run which it, or they, have imported; sorted."""
     home = Path(path).expanduser().resolve().parent
-    found = {
-        Path(file).resolve() for m in list(sys.modules.values()) if isinstance(file := getattr(m, "__file__", 0), str)
-    }
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    # Some modules name no file that exists, as torch._classes does.
+    found = {Path(file).resolve() for file in files if isinstance(file, str) and Path(file).is_absolute()}
     own = Path(__file__).resolve().parent
     return tuple(sorted(
         file for file in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file as load_tensors
 from weightsmith.cli.main import main
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.method import registry as find
-from weightsmith.plugins import load_file
+from weightsmith.plugins import load_file, neighbours
 
 EXAMPLE = Path(__file__).parent / "example_plugin.py"
 
@@ -117,3 +118,11 @@ def test_an_installed_package_adds_a_method(recipe: Path, tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     for tensor in load_tensors(tmp_path / "out/model.safetensors").values():
         assert tensor == pytest.approx(1.0)
+
+
+def test_a_module_without_a_file_is_no_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = types.ModuleType("made")
+    made.__file__ = "_made.py"  # as torch._classes
+    monkeypatch.setitem(sys.modules, "made", made)
+    assert neighbours(tmp_path / "score.py") == ()

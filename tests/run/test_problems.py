@@ -219,3 +219,26 @@ def test_a_faulty_recipe_also_names_the_models_that_are_not_there(tmp_path: Path
     assert f"c: {gone}2: no such file or folder" in said[1]
     assert "tise" in said[2]
     assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("models.c.weight=0.5", "--set models.c.weight=0.5: no model is called 'c'; known: a, b"),
+        ("models.mat.weight=1", "--set models.mat.weight=1: no model is called 'mat'; known: a, b"),
+        ("parameters.densty=0.2", "--set parameters.densty=0.2: unknown key 'densty' in parameters; did you mean"),
+    ],
+)
+def test_set_names_what_is_there(setting: str, text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads("models: {a: a, b: b}\nmethod: ties\nbase: base\n", overrides=[setting])
+    assert str(caught.value).startswith(text)
+    assert loads("models: {a: a}\nmethod: average\n", overrides=["models.c.model=x"]).models.keys() == {"a", "c"}
+
+
+def test_a_module_that_takes_nothing(tmp_path: Path) -> None:
+    sees = {**SHAPES, "visual.conv.weight": (2, 2)}
+    a, b = on_disk(tmp_path / "a", sees), on_disk(tmp_path / "b", SHAPES)
+    modules = {"vision": {"match": "visal.*", "model": a}, "text": {"model": b}}
+    (problem,) = refused({"models": {"m": {"modules": modules}}, "method": "average"})
+    assert problem.text == f"m: module vision: no tensor of {a} that is left matches 'visal.*'"

@@ -61,7 +61,7 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
 def _config(source: Source) -> Config:
     try:
         found = json.loads(config_of(source) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # whoever needs it will say what is wrong with it
     return found if isinstance(found, dict) else {}
 
@@ -100,7 +100,8 @@ def _rope(config: Config) -> dict[str, Any]:
         return {}
     kind = inside.get("rope_type", inside.get("type", "default"))
     rest = {k: v for k, v in inside.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
-    return {"rope_theta": float(theta), "rope_scaling": {"rope_type": kind, **rest}}
+    plain = float(theta) if isinstance(theta, (int, float)) else theta
+    return {"rope_theta": plain, "rope_scaling": {"rope_type": kind, **rest}}
 
 
 def _shown(value: Any) -> str:

@@ -273,7 +273,11 @@ class _Opener:
                 outer = keep is None or keep(tensor)
                 return outer and _matches(tensor, match) and not _matches(tensor, taken)
 
-            found[module] = self.model(part.model, base, f"{name}.{module}", mine)
+            found[module] = made = self.model(part.model, base, f"{name}.{module}", mine)
+            if keep is None and not (made.keys or made.aliases):  # under a `keep` they may be another module's
+                globs = " or ".join(map(repr, part.match))
+                text = f"module {module}: no tensor of {made.origin.label} that is left matches {globs}"
+                raise SourceError(text + (f" (before it come {', '.join(list(found)[:-1])})" if before else ""))
             before += part.match
         return found
 

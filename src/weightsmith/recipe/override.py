@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weightsmith.core.errors import RecipeError
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.recipe.reader import Document, Location, Position, read, spell
 
 __all__ = ["override"]
@@ -26,6 +26,10 @@ def override(document: Document, text: str) -> None:
         location = (*location, step)
         if not words:
             break
+        new = location == ("models", step) and isinstance(target, dict) and step not in target
+        if new and words[0] != "model":
+            hint = did_you_mean(str(step), target)
+            raise RecipeError(f"{label}: no model is called {step!r}{hint}")
         inner = target[step] if isinstance(step, int) else target.setdefault(step, {})
         if inner is None or (isinstance(inner, str) and location[0] in ("base", "models")):
             inner = target[step] = {} if inner is None else {"model": inner}
