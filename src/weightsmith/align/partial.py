@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsmith.core.errors import RecipeError
+from weightsmith.align.layout import Layout
+from weightsmith.core.errors import RecipeError, SourceError
 from weightsmith.core.lazy import torch
+from weightsmith.core.symmetry import SymmetryGroup
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.source import Source
+from weightsmith.io.read.widened import widened_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Split", "expanded", "flops", "ratio_for", "split"]
+__all__ = ["Split", "expanded", "flops", "ratio_for", "split", "wide_groups"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +60,17 @@ def split(profit: np.ndarray, order: np.ndarray, ratio: float) -> Split:
     if not 0 <= ratio <= 1:
         raise RecipeError(f"the share of units that stay separate is between 0 and 1, not {ratio:g}")
     n = len(order)
-    count = 0 if ratio == 1 else n - math.ceil(ratio * (n - 1))
+    count = n - apart(n, ratio)
     gains = np.asarray(profit)[np.arange(n), order]
     together = np.zeros(n, bool)
     together[np.argsort(-gains, kind="stable")[:count]] = True
     pairs = np.stack([np.arange(n), np.asarray(order)])
     return Split(pairs[:, together], pairs[:, ~together])
+
+
+def apart(units: int, ratio: float) -> int:
+    """How many of a group's units stay separate."""
+    return units if ratio == 1 else math.ceil(ratio * (units - 1))
 
 
 def expanded(first: Tensor, second: Tensor, rows: Split | None = None, columns: Split | None = None, *,
@@ -131,3 +141,45 @@ def ratio_for(budget: float, cost: Callable[[float], float]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return low
+
+
+# --- of a transformer ------------------------------------------------------------------------------
+
+
+def wide_groups(source: Source, found: Layout, keep: float | None, budget: float | None) -> dict[str, float]:
+    """Which groups a partial merge makes wider, each with its share of separate units; {} where none was asked for.
+
+    The hidden units of all MLPs, by one share, as config.json has one field for their width.  Residual stream and
+    heads stay merged.  Raises SourceError for models where that cannot be.
+    """
+    if keep is None and budget is None:
+        return {}
+    groups = [group for group in found.groups if group.kind == "mlp"]
+    normed = [name for group in groups for name in group.names if source.key(name).role == "norm"]
+    still = [name for name in found.frozen if name.endswith(".hidden")]
+    experts = [group.name for group in found.groups if group.kind == "experts"]
+    for names, why in ((normed, "is a norm over hidden units"), (still, "is frozen"), (experts, "has experts")):
+        if names:
+            raise SourceError(f"{source}: its MLPs cannot become wider together: {names[0]} {why}")
+    text = config_of(source)
+    if not groups or text is None:
+        raise SourceError(f"{source}: no MLPs, or no config.json, that could become wider")
+    widened_config(text, {(group.size, group.size + 1) for group in groups}, str(source))
+    if keep is None:
+        assert budget is not None
+        size = groups[0].size
+        keep = ratio_for(budget, lambda ratio: flops(_layers(source, groups, apart(size, ratio) / size)))
+    return {group.name: keep for group in groups}
+
+
+def _layers(
+    source: Source, groups: Sequence[SymmetryGroup], ratio: float
+) -> list[tuple[float, float | None, float | None]]:
+    """Operations of every matrix that multiplies tokens, and by what its inputs and outputs grow."""
+    reads = {group.axes[-1].name for group in groups}
+    writes = {axis.name for group in groups for axis in group.axes[:-1]}
+    return [
+        (float(key.numel), ratio if name in reads else None, ratio if name in writes else None)
+        for name, key in source.keys.items()
+        if len(key.shape) == 2 and key.role != "embed"
+    ]

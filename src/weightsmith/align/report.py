@@ -42,9 +42,16 @@ def tables(layout: Layout, found: Aligned | None = None) -> list[Table]:
     ]
 
 
-def summary(found: Aligned) -> list[str]:
-    """The figures of an alignment in a few lines."""
-    if found.aligned:
+def summary(found: Aligned, moving: object, reference: object, out: object) -> list[str]:
+    """The figures of an alignment in a few lines, and what to do with it."""
+    one = f'"{{model: {moving}, align: {out}}}"'
+    if found.splits:
+        one = f'"{{model: {reference}, align: {out}}}" and {one}, with the method linear'
+    return [*_figures(found), f"wrote {out} in {found.seconds:.1f} s; in a recipe: {one}"]
+
+
+def _figures(found: Aligned) -> list[str]:
+    if found.aligned and not found.splits:
         return ["the models are aligned already: every unit stays where it is, and merging them needs no alignment"]
     first, then = found.distance
     cut = 1 - then / first if first else 0.0
@@ -56,6 +63,12 @@ def summary(found: Aligned) -> list[str]:
         before, after = (_mean(values) for values in zip(*found.spectrum.values(), strict=True))
         lines.append(f"alignment of singular vectors, mean over {len(found.spectrum)} matrices: "
                      f"{before:.3f} -> {after:.3f}")  # fmt: skip
+    if found.splits:
+        one = next(iter(found.splits.values()))
+        merged, separate = one.merged.shape[1], one.separate.shape[1]
+        lines.append(
+            f"hidden units of every MLP: {merged} merged, {separate} of each model separate, {one.width} in all"
+        )
     return lines
 
 
@@ -65,6 +78,7 @@ def plain(layout: Layout, found: Aligned | None = None) -> dict[str, Any]:
     if found is not None:
         said |= {name: getattr(found, name) for name in ("before", "after", "distance", "moved", "spectrum", "seconds")}
         said["aligned"] = found.aligned
+        said["separate"] = {name: one.separate.shape[1] for name, one in found.splits.items()}
     return said
 
 

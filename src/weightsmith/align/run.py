@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ import xxhash
 
 from weightsmith import __version__
 from weightsmith.align.layout import RESIDUAL, Layout, layout
-from weightsmith.align.match import STATISTICS, match, objective, walk
+from weightsmith.align.match import STATISTICS, match, objective, profits, walk
+from weightsmith.align.partial import Split, split, wide_groups
 from weightsmith.align.proof import proved
 from weightsmith.align.spectrum import alignment
 from weightsmith.core.errors import PlanError, RecipeError, SourceError, did_you_mean, some
@@ -42,7 +43,12 @@ _RELATED = 0.5  # their cosine from which on they do: independent models are nea
 
 @dataclass(frozen=True)
 class Settings:
-    """How to match: see `match.match`.  freeze: groups or kinds of groups; None asks whether the models are related."""
+    """How to match: see `match.match`.
+
+    freeze  groups or kinds of groups; None asks whether the models are related
+    keep    share of the hidden units of MLPs that stay separate, 0 to 1: the merge is partial, and wider (PLeaS)
+    budget  instead: operations per operation of one model, which decide the share
+    """
 
     freeze: tuple[str, ...] | None = None
     restarts: int = 1
@@ -50,11 +56,17 @@ class Settings:
     seed: int = 0
     normalize: bool = False
     spectra: bool = False
+    keep: float | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("restarts", self.restarts), ("max_iter", self.max_iter)):
             if value < 1:
                 raise RecipeError(f"{name} = {value} is outside [1, inf)")
+        if self.keep is not None and self.budget is not None:
+            raise RecipeError("give a share to keep or a budget, not both")
+        if self.keep is not None and not 0 <= self.keep <= 1:
+            raise RecipeError(f"keep = {self.keep:g} is outside [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Aligned:
     moved      of every group, how many units are not where they were, of how many
     before, after  the objective sum_t <A_t, pi(B_t)> over the tensors that the groups move
     distance   ||A - pi(B)|| over the same, before and after
+    splits     of a partial merge: group -> which of its units become one
     spectrum   with `spectra`: tensor -> alignment of singular vectors before and after, see `spectrum.alignment`
     """
 
@@ -76,6 +89,7 @@ class Aligned:
     distance: tuple[float, float]
     spectrum: Mapping[str, tuple[float, float]]
     seconds: float
+    splits: Mapping[str, Split] = field(default_factory=dict)
 
     @property
     def aligned(self) -> bool:
@@ -137,6 +151,8 @@ def matched(
     orders: dict[str, np.ndarray] = {}
     spectrum: dict[str, tuple[float, float]] = {}
     total, squares = np.zeros(2), 0.0
+    wider = wide_groups(moving, chosen, settings.keep, settings.budget)
+    splits: dict[str, Split] = {}
     parts = list(walk(chosen.groups))
     for done, groups in enumerate(parts):
         names = dict.fromkeys(name for group in groups for name in group.names)
@@ -152,6 +168,10 @@ def matched(
         if settings.spectra:
             spectrum |= {n: (alignment(a[n], b[n]), 0.0) for n in a if a[n].ndim == 2}
         for group in groups:
+            if group.name in wider:
+                profit = profits(group, a, b, here, groups)
+                splits[group.name] = split(profit, here[group.name], wider[group.name])
+        for group in groups:
             b |= permute(b, group, here)
         total[1] += objective(a, b, counted)
         spectrum |= {n: (first, alignment(a[n], b[n])) for n, (first, _) in spectrum.items() if n in b}
@@ -160,7 +180,7 @@ def matched(
     before, after = (float(np.sqrt(max(squares - 2 * value, 0.0))) for value in total)
     moved = {name: (int((o != np.arange(o.shape[-1])).sum()), o.size) for name, o in orders.items()}
     seconds = time.perf_counter() - began
-    return Aligned(chosen, orders, moved, float(total[0]), float(total[1]), (before, after), spectrum, seconds)
+    return Aligned(chosen, orders, moved, float(total[0]), float(total[1]), (before, after), spectrum, seconds, splits)
 
 
 def _read(source: Source, name: str) -> Tensor:
@@ -214,7 +234,9 @@ def _cosine(found: Layout, moving: Source, reference: Source) -> float:
 
 
 def _write(out: Path, found: Aligned, sources: Sequence[Source], settings: Settings, overwrite: bool) -> None:
-    orders = {name: order.astype(np.int32) for name, order in found.orders.items()}
+    orders = {name: order.astype(np.int32) for name, order in found.orders.items() if name not in found.splits}
+    for name, one in found.splits.items():
+        orders |= {f"{name}/merged": one.merged.astype(np.int32), f"{name}/separate": one.separate.astype(np.int32)}
     keys = [Key(name, order.shape, "int32") for name, order in orders.items()]
     made = {"moving": str(sources[0]), "reference": str(sources[1]), **asdict(settings)}
     inputs = {name: source.fingerprint() for name, source in zip(("moving", "reference"), sources, strict=True)}
@@ -246,7 +268,8 @@ def _package(
     how = dict.fromkeys((key.name for key in keys), "found by weight matching")
     manifest = build_manifest(folder, recipe=made, inputs=inputs, keys=keys, records=records, made_by=how, kind=KIND)
     notes = {
-        "groups": [group_json(group) for group in found.layout.groups],
+        "groups": [group_json(group) for group in found.layout.groups if group.name not in found.splits],
+        "wider": [group_json(group) for group in found.layout.groups if group.name in found.splits],
         "frozen": dict(found.layout.frozen),
         "moving": identified(sources[0]),
         "reference": identified(sources[1]),

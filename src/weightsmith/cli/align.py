@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from weightsmith.cli.options import Json, Overwrite, Quiet
-from weightsmith.cli.show import duration, progress_bar, say, show_json, table
+from weightsmith.cli.show import progress_bar, say, show_json, table
 from weightsmith.cli.words import Parameter
 from weightsmith.core.errors import RecipeError
 
@@ -26,6 +26,8 @@ def align(
     out: Annotated[Path | None, Parameter(name=["--out", "-o"], help=_OUT)] = None,
     show: Annotated[bool, Parameter(help="List what may be permuted and what not, with the reason.")] = False,
     freeze: Annotated[tuple[str, ...], Parameter(help=f"{_FREEZE}; `nothing` frees that too.")] = (),
+    keep: Annotated[float | None, Parameter(help="Share of MLP units that stay separate (PLeaS).")] = None,
+    budget: Annotated[float | None, Parameter(help="Instead: its operations per operation of one model.")] = None,
     restarts: Annotated[int, Parameter(help="Times to begin anew; the best is kept.", show_default=True)] = 1,
     normalize: Annotated[bool, Parameter(help="Every tensor counts alike, however large its numbers.")] = False,
     spectra: Annotated[bool, Parameter(help="Also measure how singular vectors lie to each other.")] = False,
@@ -41,11 +43,10 @@ def align(
 
     if not show and (to is None or out is None):
         raise RecipeError("write: weightsmith align MOVING --to REFERENCE --out FOLDER; or --show for what may move")
-    found = None
     if show or to is None or out is None:
-        layout = symmetries(str(moving))
+        found, layout = None, symmetries(str(moving))
     else:
-        settings = Settings(freeze or None, restarts, seed=seed, normalize=normalize, spectra=spectra)
+        settings = Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget)
         with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
             found = run(str(moving), str(to), out, settings, overwrite=overwrite, progress=progress)
         layout = found.layout
@@ -54,7 +55,5 @@ def align(
     elif not quiet:
         for one in tables(layout, found):
             table(*one)
-        for line in summary(found) if found else ():
+        for line in summary(found, moving, to, out) if found else ():
             say(line)
-        if found:
-            say(f'wrote {out} in {duration(found.seconds)}; in a recipe: "{{model: {moving}, align: {out}}}"')

@@ -18,7 +18,7 @@ from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.modules import merged_with_modules
 from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
-from weightsmith.io.read.aligned import AlignedSource, read_alignment
+from weightsmith.io.read.aligned import aligned, read_alignment
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
@@ -260,7 +260,7 @@ class _Opener:
         if ref.adapter is not None:
             source = _kept(open_source(ref.adapter, base=source), keep)
         if ref.align is not None:
-            source = laid_out_like(AlignedSource(source, read_alignment(Path(ref.align))), source)
+            source = aligned(source, read_alignment(Path(ref.align)))
         return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
 
     def modules(self, modules: Modules, base: Source | None, name: str, keep: Keep | None) -> dict[str, Source]:

@@ -19,12 +19,13 @@ from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.symmetry import Axis, Orders, SymmetryGroup, identity, indices
 from weightsmith.io.package.manifest import read_manifest
-from weightsmith.io.read.experts import packed_like_memory
+from weightsmith.io.read.experts import laid_out_like, packed_like_memory
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
+from weightsmith.io.read.widened import Halves, WidenedSource
 
-__all__ = ["KIND", "ORDERS", "AlignedSource", "Alignment", "group_json", "identified", "read_alignment"]
+__all__ = ["KIND", "ORDERS", "AlignedSource", "Alignment", "aligned", "group_json", "identified", "read_alignment"]
 
 KIND = "alignment"
 """What weightsmith.json calls such a folder."""
@@ -39,11 +40,19 @@ class Alignment:
     """What a folder of `align` holds.
 
     groups     with an order each;  orders: of groups, see `core.symmetry.Orders`
+    halves     of a partial merge, the groups that become wider; they have no order
     reference  and moving: what identifies the models that it was made for, see `identified`
     """
 
-    def __init__(self, path: Path, groups: tuple[SymmetryGroup, ...], orders: Orders, notes: Mapping[str, Any]) -> None:
-        self.path, self.groups, self.orders = path, groups, orders
+    def __init__(
+        self,
+        path: Path,
+        groups: tuple[SymmetryGroup, ...],
+        orders: Orders,
+        notes: Mapping[str, Any],
+        halves: tuple[Halves, ...] = (),
+    ) -> None:
+        self.path, self.groups, self.orders, self.halves = path, groups, orders, halves
         self.reference, self.moving = notes.get("reference", {}), notes.get("moving", {})
         self.notes = notes
 
@@ -60,6 +69,7 @@ def read_alignment(folder: Path) -> Alignment:
     file = SafetensorsSource(folder / f"{ORDERS}.safetensors")
     try:
         groups = tuple(_group(found) for found in notes["groups"])
+        wider = tuple(_group(found) for found in notes.get("wider", ()))
     except (KeyError, TypeError, ValueError):
         raise SourceError(f"{folder}: the groups in weightsmith.json are not those of this version") from None
     orders: dict[str, np.ndarray] = {}
@@ -68,10 +78,24 @@ def read_alignment(folder: Path) -> Alignment:
             key = file.key(name)
             if key.dtype != "int32" or key.shape != same.shape:
                 raise SourceError(f"{folder}: the order of {name} is {key.dtype} {list(key.shape)}, not {same.shape}")
-            orders[name] = file.bits(name).view(np.int32).astype(np.int64)
-            if not np.array_equal(np.sort(orders[name], axis=-1), same):
-                raise SourceError(f"{folder}: the order of {name} is no permutation: a unit is twice there or lacking")
-    return Alignment(folder, groups, orders, notes)
+            orders[name] = _whole_order(folder, name, file, name)
+    halves = []
+    for group in wider:
+        merged, separate = (f"{group.name}/{what}" for what in ("merged", "separate"))
+        both = _whole_order(folder, group.name, file, merged, separate)
+        if both.shape != (2, group.size):
+            raise SourceError(f"{folder}: {group.name} has {group.size} units, but an order of {both.shape[-1]}")
+        count = file.key(merged).shape[1]
+        halves.append(Halves(group, both[:, :count], both[:, count:]))
+    return Alignment(folder, groups, orders, notes, tuple(halves))
+
+
+def _whole_order(folder: Path, name: str, file: SafetensorsSource, *tensors: str) -> np.ndarray:
+    """Index vectors side by side, every unit once in each row."""
+    order = np.concatenate([file.bits(tensor).view(np.int32) for tensor in tensors], axis=-1).astype(np.int64)
+    if not (np.sort(order, axis=-1) == np.arange(order.shape[-1])).all():
+        raise SourceError(f"{folder}: the order of {name} is no permutation: a unit is twice there or lacking")
+    return order
 
 
 def identified(source: Source) -> Any:
@@ -108,6 +132,21 @@ def _group(found: Mapping[str, Any]) -> SymmetryGroup:
 
 
 # --- the view --------------------------------------------------------------------------------------
+
+
+def aligned(source: Source, alignment: Alignment) -> Source:
+    """A model as an alignment shows it, with experts laid out as they are.
+
+    In a partial merge both models become wider, the reference too.  Raises SourceError for any other model.
+    """
+    if not alignment.halves:
+        return laid_out_like(AlignedSource(source, alignment), source)
+    mine = identified(source)
+    if mine not in (alignment.reference, alignment.moving):
+        raise SourceError(f"{alignment.path}: made for two other models than {source}; align this one anew")
+    if mine == alignment.reference:
+        return WidenedSource(source, alignment.halves, 0)
+    return WidenedSource(laid_out_like(AlignedSource(source, alignment), source), alignment.halves, 1)
 
 
 class AlignedSource(View):
