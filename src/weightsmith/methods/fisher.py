@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
 
     def merge(self, site: Site) -> Tensor:
         fishers = site.stats["fisher"] if self.normalize else _fishers(site)  # measuring has looked at them
+        _tell(site, fishers)
         # a_i (F_i + floor): [n] of [*block]
         shares = [self._floored(f, i) * a for i, (f, a) in enumerate(zip(fishers, self._factors(site), strict=True))]
         total = weighted_sum(shares)
@@ -58,6 +59,16 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
         # In place where no gradient wants the share: n blocks less.
         divided = [share / total if total.requires_grad else share.div_(total) for share in shares]
         return weighted_sum(site.experts, divided).to(site.stack.dtype)
+
+    def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
+        mean, largest = (max((one[what] for one in told.values()), default=self.floor) for what in ("mean", "largest"))
+        if mean < self.floor:
+            result = "the result is the plain mean" if largest < self.floor else "the result is nearly the plain mean"
+            how = f"set floor to {1e-6 * mean:.1g}, a millionth of that" if mean else "observe the models on other data"
+            yield (
+                f"floor = {self.floor:g} is above the Fisher information of every tensor (mean {mean:.2g} at most, "
+                f"largest {largest:.2g}): {result}; {how}"
+            )
 
     def _factors(self, site: Site) -> list[float]:
         weights = spread(self.weight, site.count)
@@ -108,6 +119,13 @@ def _fishers(site: Site) -> tuple[Tensor, ...]:
                 f"{site.key.name}: the Fisher information of {_name(site, i)} is negative, infinite or not a number"
             )
     return found
+
+
+def _tell(site: Site, fishers: Sequence[Tensor]) -> None:
+    """How large they are, for `Fisher.says`."""
+    if site.stack[0].numel():
+        site.tell("mean", max(float(fisher.mean(dtype=torch.float64)) for fisher in fishers))
+        site.tell("largest", max(float(fisher.amax()) for fisher in fishers))
 
 
 def _name(site: Site, index: int) -> str:

@@ -12,13 +12,15 @@ from torch import nn
 
 from weightsmith.core.errors import OutputError, WeightsmithError, did_you_mean
 from weightsmith.core.keys import layer_of
+from weightsmith.io.read.folder import FolderSource
+from weightsmith.jobs.verify import lasting
 from weightsmith.observe.data import read_examples
 from weightsmith.observe.files import stat_path, write_statistic
 from weightsmith.observe.fisher import MODES, choose_mode
 from weightsmith.observe.fisher import fisher as take_fisher
 from weightsmith.observe.gram import gram as take_gram
 from weightsmith.observe.kinds import KINDS
-from weightsmith.observe.model import load_model
+from weightsmith.observe.model import LoadedModel, load_model
 
 __all__ = ["STATISTICS", "observe"]
 
@@ -89,6 +91,7 @@ def observe(
     story: dict[str, Any] = {
         "examples": len(found),
         "model": loaded.label,
+        **_identity(loaded),
         "data": str(data) if isinstance(data, (str, Path)) else f"{type(data).__name__} in memory",
         "kind": loaded.kind,
         "length": loaded.clip_length(length),
@@ -114,6 +117,13 @@ def observe(
             )
             write_statistic(folder, stat, statistic, {**story, "fisher": mode})
     return folder
+
+
+def _identity(loaded: LoadedModel) -> dict[str, Any]:
+    """What tells these weights from others; nothing of a module."""
+    if loaded.folder is None:
+        return {}
+    return {"fingerprint": lasting(FolderSource(loaded.folder).fingerprint())}
 
 
 def _check(

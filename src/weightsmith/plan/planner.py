@@ -24,7 +24,7 @@ from weightsmith.plan.fitting import Fitting
 from weightsmith.plan.gathered import averaged, averaging
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
-from weightsmith.plan.remarks import what_inputs_say
+from weightsmith.plan.remarks import foreign_statistics, what_inputs_say
 from weightsmith.plan.stored import Dtypes
 from weightsmith.plan.unmatched import Unmatched
 from weightsmith.plan.way import way_of
@@ -77,6 +77,10 @@ class Planner:
         self._output = Dtypes(self.resolver, self.inputs, self.recipe.output.dtype, self.warnings)
         self.fitting.extra_tensors(self._keeps)
         self.warnings.add(*what_inputs_say(self.inputs))
+        if self.inputs.stats:
+            of_others, of_other_files = foreign_statistics(self.inputs)
+            self.problems.add(*of_others)
+            self.warnings.add(*of_other_files)
         for refused, unlike in unlike_configs(self.inputs):
             (self.problems if refused else self.warnings).add(unlike)
         self.problems.add(*(unfit := list(vocabulary.tokenizer_problems(self.recipe, self.inputs))))

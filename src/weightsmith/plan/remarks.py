@@ -15,7 +15,7 @@ from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 
-__all__ = ["large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
+__all__ = ["foreign_statistics", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[Problem]:
@@ -45,6 +45,38 @@ def _unlike_adapters(adapters: Mapping[str, Any]) -> Iterator[str]:
             f"adapters name unlike base models ({', '.join(f'{n}: {b}' for n, b in bases.items())}); all are put on "
             "the one given here"
         )
+
+
+def foreign_statistics(inputs: Inputs) -> tuple[list[Problem], list[Problem]]:
+    """Problems: statistics of another model of the recipe.  Warnings: of other files than the model's.
+
+    `observe` notes which files it has looked at; those are compared by size, header and samples.
+    """
+    models = {name: files for name, source in inputs.models if (files := _files(source.fingerprint()))}
+    problems, warnings = [], []
+    for stat, by_model in inputs.stats.items():
+        for name, source in by_model.items():
+            noted = source.origin.metadata.get("fingerprint") if source.origin.metadata else None
+            seen, own = _files(noted), models.get(name)
+            if not seen or own is None or seen == own:
+                continue
+            said = f"{name}: the statistic {stat!r} in {source.origin.label} was taken of"
+            if other := next((n for n, files in models.items() if files == seen), ""):
+                problems.append(Problem(Code.STATISTIC, name, f"{said} {other}, not of {name}; give {name} its own"))
+            else:
+                text = f"{said} other files than {name}'s: right only if they hold the same weights in another form"
+                warnings.append(Problem(Code.STATISTIC, name, text))
+    return problems, warnings
+
+
+def _files(fingerprint: Any) -> list[tuple[Any, ...]]:
+    """(size, header, sample) of each file; [] where there is more to it than files (views, adapters), or less."""
+    while isinstance(fingerprint, Mapping) and "files" not in fingerprint and "source" in fingerprint:
+        fingerprint = fingerprint["source"]
+    files = fingerprint.get("files") if isinstance(fingerprint, Mapping) else None
+    if not isinstance(files, Mapping) or not all(isinstance(f, Mapping) and "sample" in f for f in files.values()):
+        return []
+    return sorted((file.get("size"), file.get("header", ""), file["sample"]) for file in files.values())
 
 
 def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
