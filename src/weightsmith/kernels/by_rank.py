@@ -17,6 +17,7 @@ __all__ = ["sloped"]
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _limit(low: Any, span: Any, rank: Any) -> Any:
     """`ops.noise.limit` of the probability low + span rank, a float32 as torch has it."""
+    # float32 first, as torch computes it; the product with 2^32 is exact in float64.
     share = low + span * rank
     return np.uint64(np.rint(np.float64(share) * 4294967296.0))
 
@@ -24,6 +25,7 @@ def _limit(low: Any, span: Any, rank: Any) -> Any:
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _rest(key0: Any, key1: Any, place: Any, room: Any) -> Any:
     """The lower 16 bits of one number of a stream."""
+    # A step of Philox makes 16 numbers of 16 bits: the block of this place, of which one is used.
     philox(key0, key1, 1, place >> 4, 1, carray(pointer(room), (4,), np.uint64))
     return np.uint64(carray(pointer(room), (16,), np.uint16)[place & 15])
 
@@ -32,6 +34,7 @@ def _rest(key0: Any, key1: Any, place: Any, room: Any) -> Any:
 def _below(upper: Any, limit: Any, key0: Any, key1: Any, place: Any, room: Any) -> Any:
     """Whether a number of a stream, whose upper 16 bits are known, lies below a limit."""
     top = np.uint64(upper)
+    # Of 65536 cases all but one are settled by the upper half.
     if top != limit >> np.uint64(16):
         return top < limit >> np.uint64(16)
     return _rest(key0, key1, place, room) < limit & np.uint64(0xFFFF)
@@ -46,6 +49,7 @@ def _sorted_ranks(bits: Any, ranks: Any, keys: Any, places: Any, counts: Any) ->
     m = bits.size
     for j in range(m):
         keys[0, j], places[0, j] = bits[j], j
+    # 32 bits in three digits of 11: 2048 counters stay in the nearest cache, 65536 (two digits) would not.
     for turn in range(3):
         shift, source = np.uint32(11 * turn), turn & 1
         for k in range(2048):
@@ -55,7 +59,7 @@ def _sorted_ranks(bits: Any, ranks: Any, keys: Any, places: Any, counts: Any) ->
         total = np.uint32(0)
         for k in range(2048):
             here = counts[k]
-            counts[k] = total
+            counts[k] = total  # where the entries of this digit begin
             total += here
         for j in range(m):
             digit = (keys[source, j] >> shift) & np.uint32(2047)
@@ -82,8 +86,10 @@ def _counted(bits: Any, tops: Any, cell: Any, place: Any, table: Any) -> None:
         least = min(least, np.uint32(bits[j] - np.uint32(1)))  # wraps where there is nothing
         most = max(most, bits[j])
     shift: Any = np.uint32(16)
+    # Half as many cells as entries: a cell holds two on average, and the table stays small.
     room = min(max(64, m >> 1), CELLS)
     first: Any = np.int32(least >> shift)
+    # Coarser, until all values that occur fit; the first cell is for zeros.
     while np.int32(most >> shift) - first + 2 > room:
         shift += np.uint32(1)
         first = np.int32(least >> shift)
@@ -92,14 +98,17 @@ def _counted(bits: Any, tops: Any, cell: Any, place: Any, table: Any) -> None:
         table[1, k], table[4, k] = np.uint32(0), UNKNOWN
     for j in range(m):
         own: Any = np.int32(bits[j] >> shift) - first + 1
+        # Two loops, not one: this one has no counters and is vectorised.
         cell[j] = np.uint32(max(own, 0)) if most else np.uint32(0)
     for j in range(m):
         here = table[1, cell[j]]
+        # By index within the cell: where a cell holds one value, place is already the rank within it.
         place[j] = here
         table[1, cell[j]] = here + np.uint32(1)
     total, final = np.uint32(0), np.uint32(m - 1)
     for k in range(cells):
         table[0, k] = total
+        # Limits rise with the rank, so those of a cell lie between those of its first and its last entry.
         table[2, k] = tops[min(total, final)]
         total += table[1, k]
         table[3, k] = tops[max(total, np.uint32(1)) - np.uint32(1)]  # of an empty cell it does not matter
@@ -112,16 +121,19 @@ def _exact(bits: Any, cell: Any, place: Any, table: Any, j: Any) -> Any:
     table  see `_counted`; at [4] the value of a cell whose entries are equal, or UNKNOWN
     """
     own, here = bits[j], cell[j]
+    # The zeros of a sparse row all lie in one cell: looked at once, known for all.
     if table[4, here] == own:
         return table[0, here] + place[j], 0
     smaller, equal = np.uint32(0), np.uint32(0)
     for k in range(bits.size):
         smaller += np.uint32(bits[k] < own)
         equal += np.uint32(bits[k] == own)
+    # All of the cell are equals: remembered.
     if equal == table[1, here]:
         table[4, here] = own
         return smaller + place[j], 1
     equal = np.uint32(0)
+    # Its equals before it, by index.
     for k in range(j):
         equal += np.uint32(bits[k] == own)
     return smaller + equal, 1
@@ -148,11 +160,12 @@ def _along(
     """
     m = bits.size
     least = tops[0]
-    span = tops[m - 1] - least
+    span = tops[m - 1] - least  # limits rise
     some = np.uint32(0)
     for j in range(np.uint32(m)):
         top = np.uint32(upper[j])
         kept[j] = top < least
+        # Written in any case and counted on only if wanted: no branch, which could not be predicted.
         middle[some] = j
         some += np.uint32(np.uint32(top - least) <= span)
     if some == 0:
@@ -162,6 +175,7 @@ def _along(
     for at in range(some):
         j = middle[at]
         top, here = np.uint32(upper[j]), cell[j]
+        # Below the limits of the whole cell, or above them: no rank is needed.
         below = top < table[2, here]
         kept[j] = below
         middle[left] = j
@@ -175,6 +189,7 @@ def _along(
             rank, scanned = _exact(bits, cell, place, table, j)
             scans += scanned
         kept[j] = _below(upper[j], limits[rank], key0, key1, start + j * inner, room)
+        # Rows of few distinct values: from here on ranks come from a sort.
         if scans > _SCANS and not ordered:
             _sorted_ranks(bits, cell, keys, places, carray(pointer(room + 64), (2048,), np.uint32))
             ordered = True
@@ -193,12 +208,14 @@ def sloped(record: Any, expert: Any, step: Any, room: Any) -> Any:
     slope = carray(pointer(one.slopes), (job.count, 2), np.float32)[expert]
     key0, key1, least, span = key[0], key[1], slope[0], slope[1]
     kept = carray(pointer(one.kept + expert * size), (size,), np.uint8)
+    # Ranks go along the second axis; a row of the first axis has columns x inner entries.
     width = 1 if one.ranks else columns * inner
     fixed = 4 * 2048 + 128 + 4 * 5 * (CELLS + 2)
     small, table = room, carray(pointer(room + 4 * 2048 + 128), (5, CELLS + 2), np.uint32)
     upper = carray(pointer(room + fixed), (16 * ((STRIP + width + 47) >> 4),), np.uint16)
     free = room + fixed + 32 * ((STRIP + width + 47) >> 4)
     if one.ranks:
+        # Of a vector, whose ranks were measured: any piece of it may come.
         ranks = carray(pointer(one.ranks + 4 * expert * one.numel), (one.numel,), np.float32)
         for low in range(0, size, STRIP):
             n = min(STRIP, size - low)
@@ -215,6 +232,7 @@ def sloped(record: Any, expert: Any, step: Any, room: Any) -> Any:
     )
     for k in range(columns):
         rank = np.float32(k) / np.float32(columns - 1) if columns > 1 else np.float32(0.5)
+        # k / (m - 1) as float32, like torch: the same limit, the same mask.
         limits[k] = _limit(least, span, rank)
         tops[k] = np.uint32(limits[k] >> np.uint64(16))
     free += 12 * columns
@@ -235,12 +253,14 @@ def sloped(record: Any, expert: Any, step: Any, room: Any) -> Any:
             value, origin = values[low : low + n], strip(job.scratch, 0, n)
             decode(job.base, job.base_kind, at + low, origin)
             task_vector(job, expert, at + low, value, origin)
+            # What earlier filters leave is ranked, not the task vector.
             filtered(value, job, step, expert, at + low, job.scratch + 4 * STRIP)
         for j in range(width):
             bits[j] = bits[j] & MAGNITUDE
         place = start + at
         lane, steps = place & 15, ((place & 15) + width + 15) >> 4
         philox(key0, key1, 0, place >> 4, steps, carray(pointer(room + fixed), (4 * steps,), np.uint64))
+        # Rows of a matrix are contiguous; of a convolution every inner-th entry belongs together.
         if inner == 1:
             _along(bits, upper[lane : lane + width], kept[at : at + width], limits, tops, key0, key1, place, 1, cell,
                    order, table, middle, keys, places, small)  # fmt: skip

@@ -51,6 +51,7 @@ def weighted_sum(
     bad = 0
     for low in range(0, size, STRIP):
         n = min(STRIP, size - low)
+        # Three strips of 8 kB: sum, input and base.
         total, value, origin = strip(scratch, 0, n), strip(scratch, 1, n), strip(scratch, 2, n)
         if deltas:
             decode(base, base_kind, low, origin)
@@ -59,12 +60,14 @@ def weighted_sum(
             if deltas:
                 subtract(value, origin)
             w = weight[i]
+            # Not 0 + w x: the sum of an input alone keeps the sign of its zeros, as in torch.
             if i == 0:
                 for j in range(n):
                     total[j] = value[j] * w
             else:
                 for j in range(n):
                     total[j] += value[j] * w
+        # x / 1 is x, but costs a division.
         if divisor != np.float32(1):
             for j in range(n):
                 total[j] = total[j] / divisor
@@ -84,6 +87,7 @@ def _voice(job: Any, expert: Any, low: Any, n: Any) -> Any:
     value, origin = strip(job.scratch, 0, n), strip(job.scratch, 1, n)
     decode(job.base, job.base_kind, low, origin)
     task_vector(job, expert, low, value, origin)
+    # Room for random numbers begins behind the two strips: 4 bytes x 2 STRIP.
     filtered(value, job, job.steps, expert, low, job.scratch + 8 * STRIP)
     return value
 
@@ -122,9 +126,11 @@ def count_between(record: Any, expert: Any, lowest: Any, width: Any, shift: Any,
         for j in range(n):
             bits = as_bits(value[j]) & MAGNITUDE
             place = np.uint32(bits - first)  # wraps to something large where bits < first
+            # The strip is not needed any more and holds the places.
             value[j] = as_float(place)
             over += np.uint32(np.uint32(bits >= first) & np.uint32(place >= span))
         above += I8(over)
+        # The window holds some per cent of a tensor: most groups of sixteen are passed by with one test.
         whole = n - n % _GROUP
         for j in range(0, whole, _GROUP):
             some = np.uint32(0)
@@ -164,6 +170,7 @@ def count_cells(record: Any, expert: Any, cells: Any, counts: Any) -> Any:
         for j in range(n):
             bits = as_bits(value[j]) & MAGNITUDE
             cell = bits >> np.uint32(16)
+            # No branch: a closed cell has one counter (mask 0), an open one 65536.
             found[first[cell] + (bits & apart[cell])] += 1
     return 0
 
@@ -193,6 +200,7 @@ def _agreeing(base: Any, agree: Any, count: Any, k: Any, scratch: Any, address: 
     n = base.size
     tau, value, votes = strip(scratch, 0, n), strip(scratch, count + 1, n), strip(scratch, count + 2, n)
     for j in range(n):
+        # Counts in float32: exact up to 2^24 experts, and of the vectors' width.
         votes[j] = np.float32(0)
     for i in range(count):
         decode(address[i], kind[i], low, value)
@@ -226,6 +234,7 @@ def masked_merge(record: Any) -> Any:
     weight = carray(pointer(job.weights), (count,), np.float32)
     strict = carray(pointer(agree), (count,), np.float32)
     majority = carray(pointer(job.signs), (1,), np.int64)
+    # Strips 0 .. count - 1: votes; then base, elected, and two for noise or the agreeing weights.
     room = scratch + 4 * STRIP * (count + 2)
     bad = 0
     for low in range(0, size, STRIP):
@@ -234,6 +243,7 @@ def masked_merge(record: Any) -> Any:
         decode(base, base_kind, low, origin)
         for i in range(count):
             voice = strip(scratch, i, n)
+            # Counted before the masks, which may hide a NaN.
             bad += task_vector(job, i, low, voice, origin)
             filtered(voice, job, job.steps, i, low, room)
             w = weight[i]
@@ -244,21 +254,25 @@ def masked_merge(record: Any) -> Any:
             else:
                 for j in range(n):
                     voice[j] = voice[j] * w
+                    # In recipe order: the election is a sum, and its last bit decides ties.
                     elected[j] += voice[j]
         total = strip(scratch, 0, n)
         if vote:
+            # 32 bits do for a strip of 2048, and are added twice as fast as 64.
             balance = np.int32(0)
             for j in range(n):
                 sign = np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0))
                 balance += sign
                 elected[j] = zero if sign == 0 else np.float32(sign)
             majority[0] += I8(balance)
+            # A pass that only counts signs stops here.
             if out == 0:
                 continue
             agreeing = strip(scratch, count + 2, n)
             _combine(scratch, count, weight, elected, agreeing)
             if mean:
                 for j in range(n):
+                    # Where nobody agrees the sum is 0, and so is 0 / 1.
                     total[j] = total[j] / (np.float32(1) if agreeing[j] == np.float32(0) else agreeing[j])
         else:
             for j in range(n):
@@ -302,6 +316,7 @@ def row_masses(record: Any, expert: Any, whole: Any, left: Any, rows: Any, width
     room = scratch + 4 * STRIP * 2
     before, after = carray(pointer(wide), (width,), np.float64), carray(pointer(wide + 8 * width), (width,), np.float64)
     bad = 0
+    # A whole row in float64, folded in the order of `ops.reduce`, then the next one.
     for row in range(rows):
         for low in range(0, width, STRIP):
             n = min(STRIP, width - low)
@@ -310,6 +325,7 @@ def row_masses(record: Any, expert: Any, whole: Any, left: Any, rows: Any, width
             decode(job.base, job.base_kind, place, origin)
             bad += task_vector(job, expert, place, value, origin)
             filtered(value, job, last, expert, place, room)
+            # Before the masks of the last filter, after them: its factors are not applied yet.
             _sizes(value, before[low : low + n])
             masked(value, job, last, expert, place, room)
             _sizes(value, after[low : low + n])

@@ -49,6 +49,7 @@ class _Search:
     def digest(self, above: int, counts: np.ndarray, lost: np.ndarray) -> None:
         """Take the next step from one pass: how many lie above all bins; in each; the bits of each that were lost."""
         left = self.rank - above
+        # The cut is above the window, or below it.
         if not 0 < left <= int(counts.sum()):
             self.look(0, _ALL_BITS)  # the guess was wrong
             return
@@ -57,6 +58,7 @@ class _Search:
         if lost[place]:  # mostly a bin holds one value: deltas of bf16 files come in steps
             self.look(low, low + (1 << self.shift))
         else:
+            # A bin of one value: its lower end is the value.
             self.found = low, quota, ties
 
 
@@ -87,6 +89,7 @@ class Entries:
         for start, stop in self.blocks:
             stored = self.read(start, stop)
             yield job.block(stored, start * self.shape[1])
+            # Two blocks at once would double the memory of the pass.
             del stored  # the next one is as large
 
     def magnitudes(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -105,6 +108,7 @@ def tensor_cuts(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
     Always exact.  One cut per expert is found near where a sample has it, mostly in one pass; several, those of a
     sweep's variants among them, by two passes for all of them, see `Cells`.
     """
+    # A sample would be all of it.
     if entries.shape[0] * entries.shape[1] <= SAMPLE:
         return _sorted(ranks, entries)
     if _guesses(ranks, entries.shape, entries.ordered):
@@ -122,6 +126,7 @@ def readings(ranks: Sequence[Sequence[int]], shape: tuple[int, int], ordered: bo
 
 
 def _guesses(ranks: Sequence[Sequence[int]], shape: tuple[int, int], ordered: bool) -> bool:
+    # A sample reads some rows only, which a filter that counts on the way does not allow.
     return not ordered and max(len(set(wanted)) for wanted in ranks) == 1 and shape[0] * shape[1] <= _MOST
 
 
@@ -129,6 +134,7 @@ def _sorted(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
     """The cuts of a small entries."""
     found = np.zeros((len(ranks), len(ranks[0]), 3), np.int64)
     for i, (wanted, bits) in enumerate(zip(ranks, entries.magnitudes([(0, entries.shape[0])]), strict=True)):
+        # Bits of magnitudes are in their order: uint32.
         rising = np.sort(bits)
         for at, rank in enumerate(wanted):
             if 0 < rank < rising.size:
@@ -141,6 +147,7 @@ def _sorted(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
 
 
 def _several(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
+    # Two passes for any number of cuts: upper bits, then the lower ones within every cut's bucket.
     bucket, left = buckets(_counted([()] * len(ranks), entries).high, ranks)
     cells = _counted(bucket.tolist(), entries)
     found = np.zeros((*bucket.shape, 3), np.int64)
@@ -159,13 +166,16 @@ def _one_each(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
     rows, width = entries.shape
     searches = [_Search(rank) for rank, *_ in ranks]
     for search in searches:
+        # All, or nothing: no look at the tensor.
         if search.rank <= 0 or search.rank >= rows * width:
             search.found = (NOTHING if search.rank <= 0 else EVERYTHING), 0, 0
     if not all(s.found for s in searches):
         for search, sampled in zip(searches, entries.magnitudes(_sample(rows, width)), strict=True):
             if search.found is None:
                 _guess(search, sampled, rows * width)
+    # Experts whose cut is found take part no more.
     while open_ := [(i, search) for i, search in enumerate(searches) if search.found is None]:
+        # Counts, and the bits that differ within a bin: uint32 [2, bins].
         counts = [np.zeros((2, search.width), np.uint32) for _, search in open_]
         above = [0] * len(open_)
         for record in entries.look():
@@ -180,6 +190,7 @@ def _one_each(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
 
 def _sample(rows: int, width: int) -> list[tuple[int, int]]:
     """Row ranges of the sample, in PLACES pieces."""
+    # 64 places spread over the rows, which may be in an order (tokens by frequency).
     deep = max(1, SAMPLE // PLACES // width)
     starts = sorted({place * rows // PLACES for place in range(PLACES)})
     return [(start, min(start + deep, rows)) for start in starts]
@@ -188,6 +199,7 @@ def _sample(rows: int, width: int) -> list[tuple[int, int]]:
 def _guess(search: _Search, sample: np.ndarray, total: int) -> None:
     size = sample.size
     place = size - round(search.rank * size / total)  # of the cut, among the sample in rising order
+    # A share p of a sample of 65536 has a standard error of at most 0.2%.
     margin = int(MARGIN * size) + 1
     first, last = max(place - margin, 0), min(place + margin, size - 1)
     ordered = np.partition(sample, sorted({first, last}))
@@ -207,10 +219,12 @@ class Cells:
             {cell: HIGH + LOW * at for at, cell in enumerate(dict.fromkeys(c for c in cells if 0 <= c < HIGH))}
             for cells in opened
         ]
+        # HIGH counters of closed cells, then LOW for every open one.
         self._counts = [np.zeros(HIGH + LOW * len(places), np.int64) for places in self._places]
         self._tables = []
         for places in self._places:
             table = np.zeros((2, HIGH), np.uint32)
+            # A closed cell: its own counter, and no lower bits (mask 0).
             table[0] = np.arange(HIGH)
             for cell, place in places.items():
                 table[:, cell] = place, LOW - 1
@@ -224,6 +238,7 @@ class Cells:
     @property
     def high(self) -> np.ndarray:
         """Where no cell is open, all counts: int64 [n, HIGH], as `ranks` takes them."""
+        # Of closed cells only; of an open one the counters lie elsewhere.
         return np.stack([counts[:HIGH] for counts in self._counts])
 
     def low(self, cells: Iterable[int]) -> np.ndarray:

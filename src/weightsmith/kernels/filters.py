@@ -35,8 +35,10 @@ def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: A
     In front lies what is above the threshold, and of its equals the first `quota` of `ties`, `seen` of them before
     these.  Returns how many equals have been seen now.
     """
+    # Without a split of equals one comparison decides; with quota 0 equals are behind.
     least = np.uint32(threshold if quota else threshold + 1)
     if quota != ties:
+        # How many equals lie in this strip; only where the cut lies among them are they numbered.
         equal, here = np.uint32(threshold), np.uint32(0)
         for j in range(values.size):
             here += np.uint32((as_bits(values[j]) & MAGNITUDE) == equal)
@@ -47,6 +49,7 @@ def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: A
                 first = bits > equal or (bits == equal and seen <= quota)
                 values[j] = values[j] if first == front else np.float32(0)
             return seen
+        # All equals of this strip are on one side.
         least = np.uint32(threshold if seen + here <= quota else threshold + 1)
         seen += here
     for j in range(values.size):
@@ -96,14 +99,17 @@ def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -
     The numbers are those of `ops.noise.bernoulli`: 16 bits decide, but where they equal those of the limit.
     `room` is the address of 2 (values.size + 32) uint16.
     """
+    # Probability 1: nothing is drawn.
     if limit > I8(0xFFFFFFFF):
         return
+    # 16 numbers a step: the block that holds `start`, and its place there.
     n, lane, first = values.size, start & 15, start >> 4
     count = (lane + n + 15) >> 4
     upper = carray(pointer(room), (16 * count,), np.uint16)
     philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
     top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
     equal = np.uint32(0)
+    # Only where a number's upper half equals the limit's is the lower half drawn: once in 65536.
     if rest:
         for j in range(n):
             equal += np.uint32(upper[lane + j] == top)
@@ -160,6 +166,7 @@ def filtered(values: Any, job: Any, steps: Any, i: Any, low: Any, room: Any) -> 
     factors  [count] float32 or 0: the survivors are multiplied by them
     shares   likewise: and divided by them
     """
+    # A factor of one filter is applied before the next one looks: ranks and masks see what is there.
     for step in range(steps):
         masked(values, job, step, i, low, room)
         one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
@@ -169,7 +176,7 @@ def filtered(values: Any, job: Any, steps: Any, i: Any, low: Any, room: Any) -> 
                 values[j] = values[j] * factor
         if one.shares:
             share = carray(pointer(one.shares), (job.count,), np.float32)[i]
-            for j in range(values.size):
+            for j in range(values.size):  # one division per entry, as torch divides
                 values[j] = values[j] / share
 
 
@@ -182,6 +189,7 @@ def task_vector(job: Any, i: Any, low: Any, values: Any, base: Any) -> Any:
     address = carray(pointer(job.inputs), (job.count,), np.int64)[i]
     kind = carray(pointer(job.kinds), (job.count,), np.int64)[i]
     decode(address, kind, low, values)
+    # A NaN in a dropped place would vanish without a word, so it is counted before any mask.
     unfit = np.uint32(0)
     for j in range(values.size):
         values[j] = values[j] - base[j]

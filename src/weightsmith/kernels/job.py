@@ -29,6 +29,7 @@ class Job:
     def __init__(
         self, filters: Sequence[Filter], count: int, found: Results, noise: Sequence[np.ndarray | None]
     ) -> None:
+        # One packed record: its fields have names, where 26 arguments had places.
         self.record = np.zeros(1, MERGE)
         self._kept: dict[Hashable, np.ndarray] = {}  # what addresses point at
         self._count, self._stages = count, tuple(filters)
@@ -44,16 +45,19 @@ class Job:
             # What comes before the last cut stays, what comes before the first of two does not.
             cuts = np.stack([ends.threshold.T, ends.quota.T, ends.ties.T], 1)[::-1]
         self._set(step, "cuts", np.ascontiguousarray(cuts))
+        # Equals met so far, per cut and expert: they are numbered over the whole walk.
         self._set(step, "seen", np.zeros((len(cuts), self._count), np.int64))
         self._filters[step]["sides"] = len(cuts)
         if one.factors is not None and one.factors in found:  # not yet while they are measured
             with np.errstate(over="ignore"):  # Inf as in torch; the merge then counts what is not finite
                 self._set(step, "factors", np.asarray(found[one.factors]).astype(np.float32))
         if noise is not None:
+            # The hash of a stream's name is made once per tensor, not per block.
             self._set(step, "draws", np.ascontiguousarray(noise))
         if one.divide:
             self._set(step, "shares", np.array(one.shares, np.float32))
         if one.spans:
+            # Low end and span of the probabilities: float32 [n, 2], as torch adds them.
             self._set(step, "slopes", np.column_stack([one.shares, one.spans]).astype(np.float32))
             if one.ranks in found:
                 ranks = np.ascontiguousarray(found[one.ranks], np.float32)
@@ -61,6 +65,7 @@ class Job:
                 self._filters[step]["numel"] = ranks.shape[1]
 
     def _set(self, step: int, field: str, values: np.ndarray) -> None:
+        # Kept: the record holds an address, which keeps nothing alive.
         self._kept[step, field] = values
         self._filters[step][field] = values.ctypes.data
 
@@ -89,6 +94,7 @@ class Job:
     def _slope(self, step: int, stored: Stored) -> None:
         """Find out, or remember, what a filter by rank keeps of a block."""
         which, shape = self._stages[: step + 1], (self._count, stored.size)
+        # The masks of earlier passes over the same rows: a bit per entry instead of a sort.
         packed = stored.kept.get(which)
         if packed is not None:
             self._set(step, "kept", np.unpackbits(packed, count=math.prod(shape)))
@@ -97,8 +103,10 @@ class Job:
         if stored.size == 0:
             return
         one, rest = self._filters[step], stored.experts[0].shape[1:]
+        # Ranks go along the second axis, as in torch.
         one["columns"], one["inner"] = (rest[0] if rest else 1), math.prod(rest[1:])
         space = room("slope", 60 * math.prod(rest) + 4 * 6 * CELLS + (1 << 15), np.uint8)
+        # The kernel walks through earlier filters to see what they leave, and counts equals on its way.
         met = [seen.copy() for seen in self._seen]
         for expert in range(self._count):
             kernel("sloped")(self.record.ctypes.data, expert, step, space)

@@ -50,6 +50,7 @@ def address_of(symbol: str, code: bytes, stubs: Mapping[str, int]) -> int | None
     offsets, size = _laid_out(sections)
     if not size:
         return None
+    # Anonymous pages, zero-filled: sections without content need no copy.
     memory = mmap.mmap(-1, size)
     origin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for i, offset in offsets.items():
@@ -60,11 +61,13 @@ def address_of(symbol: str, code: bytes, stubs: Mapping[str, int]) -> int | None
     for section in sections:
         if section.kind != _RELOCATIONS or section.info not in offsets:
             continue
+        # Elf64_Rela: offset, symbol and kind in one number, addend.
         for place, what, addend in struct.iter_unpack("<QQq", _content(code, section)):
             _, address = symbols[what >> 32]
             if what & 0xFFFFFFFF != _ADDRESS or address is None:
                 return None
             struct.pack_into("<Q", memory, offsets[section.info] + place, address + addend)
+    # Read and execute, no longer write.
     found = dict(symbols).get(symbol)
     if found is None or ctypes.CDLL(None).mprotect(ctypes.c_void_p(origin), ctypes.c_size_t(size), _READ_AND_RUN):
         return None
@@ -89,6 +92,7 @@ def _laid_out(sections: Sequence[_Section]) -> tuple[dict[int, int], int]:
     offsets, end = dict[int, int](), 0
     for i, section in enumerate(sections):
         if section.flags & _IN_MEMORY and section.kind != _UNWIND:
+            # Rounded up to the section's alignment.
             offsets[i] = -(-end // max(section.align, 1)) * max(section.align, 1)
             end = offsets[i] + section.size
     return offsets, end
@@ -104,6 +108,7 @@ def _symbols(
         for name, _, _, section, value, _ in struct.iter_unpack("<IBBHQQ", _content(code, table)):
             word = names[name : names.index(b"\0", name)].decode()
             if section == _UNDEFINED:
+                # Symbols come in the order of their numbers, which relocations name.
                 found.append((word, stubs.get(word) or _own(word)))
             else:
                 found.append((word, places[section] + value if section in places else None))

@@ -70,6 +70,7 @@ def backends(sights: Sequence[Sight]) -> list[tuple[Backend, list[int]]]:
     """Backends for some looks, and which of them each takes."""
     alike: dict[tuple[type, Hashable], list[int]] = {}
     for i, sight in enumerate(sights):
+        # The same kind of look behind the same filters sees the same numbers.
         alike.setdefault((type(sight.look), sight.filters), []).append(i)
     out: list[tuple[Backend, list[int]]] = []
     for (kind, _), places in alike.items():
@@ -91,6 +92,7 @@ class _High:
 
     def results(self) -> list[State]:
         high = self._cells.high
+        # int64 [n, HIGH], whatever the cuts: they are chosen from it afterwards.
         return [{"high": high}] * self._looks
 
 
@@ -98,7 +100,7 @@ class _Low:
     """Counts of the lower bits, within the values of the upper bits that all the looks name."""
 
     def __init__(self, sights: Sequence[Sight]) -> None:
-        self._wanted = [sight.look.cells for sight in sights if isinstance(sight.look, Within)]
+        self._wanted = [sight.look.cells for sight in sights if isinstance(sight.look, Within)]  # [looks][n]
         self._cells, self._job = Cells(list(zip(*self._wanted, strict=True))), sights[0].job()
 
     def add(self, stored: Stored, offset: int) -> int:
@@ -121,6 +123,7 @@ class _Magnitudes:
         return 0
 
     def results(self) -> list[State]:
+        # Bits of magnitudes are non-negative float32 numbers: [n, m].
         return [{"sizes": self._joined(np.concatenate(self._found, -1).view(np.float32))}]
 
 
@@ -134,7 +137,7 @@ class _Masses:
 
     def add(self, stored: Stored, offset: int) -> int:
         rows, width = stored.shape
-        found = np.empty((2, self._count, rows))
+        found = np.empty((2, self._count, rows))  # float64
         record = self._job.block(stored, offset)
         bad = 0
         for i in range(self._count):
@@ -157,6 +160,7 @@ class _Products:
         self._mix, self._joined, self._found = one.look.mix, one.joined, list[np.ndarray]()
 
     def add(self, stored: Stored, offset: int) -> int:
+        # Differences are formed row by row in the kernel, never as a block.
         base = base_address(stored) if self._mix.deltas and stored.base is not None else None
         inputs = stored.ends if self._mix.ends else stored
         kinds = [READ[dtype] for dtype in inputs.dtypes]

@@ -30,6 +30,7 @@ __all__ = [
     "subtract",
 ]
 
+# numpy's error model: a division by 0 gives Inf or NaN and no Python exception.
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 I8 = types.int64
 MAGNITUDE, EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -43,6 +44,7 @@ def exported(f: Any) -> Any:
 
 def _float8(mantissa: int, bias: int, ieee: bool) -> np.ndarray:
     """The 256 values of an 8-bit float.  `ieee`: the largest exponent means Inf and NaN, else only all ones is NaN."""
+    # Subnormal numbers (exponent 0) have no leading 1.
     bits = np.arange(256)
     exponent, fraction = (bits & 0x7F) >> mantissa, (bits & ((1 << mantissa) - 1)) / (1 << mantissa)
     size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - bias), fraction * 2.0 ** (1 - bias))
@@ -103,6 +105,7 @@ def decode(address: Any, kind: Any, start: Any, out: Any) -> None:
     if kind == BF16:
         short = carray(pointer(address + 2 * start), (n,), np.uint16)
         for j in range(n):
+            # bfloat16 is the upper half of a float32.
             out[j] = as_float(np.uint32(short[j]) << np.uint32(16))
     elif kind == F32:
         word = carray(pointer(address + 4 * start), (n,), np.uint32)
@@ -115,9 +118,11 @@ def decode(address: Any, kind: Any, start: Any, out: Any) -> None:
             size = (bits & np.uint32(0x7FFF)) << np.uint32(13)
             # As a float32 the bits stand for a number 2^112 times too small, subnormal ones included.
             scaled = as_bits(as_float(size) * np.float32(2.0**112))
+            # The largest exponent of a half: Inf and NaN stay what they are.
             special = scaled | EXPONENT if size >= np.uint32(0x0F800000) else scaled
             out[j] = as_float(special | ((bits & np.uint32(0x8000)) << np.uint32(16)))
     else:
+        # A look-up of 1 kB that stays in the nearest cache.
         table = _TABLE_E4M3 if kind == E4M3 else _TABLE_E5M2
         byte = carray(pointer(address + start), (n,), np.uint8)
         for j in range(n):
@@ -139,6 +144,7 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
         short = carray(pointer(address + 2 * start), (n,), np.uint16)
         for j in range(n):
             bits = as_bits(values[j])
+            # Half of the last place that stays, less one, plus its own last bit: to nearest, ties to even.
             rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
             # A NaN becomes the quiet NaN that torch writes.
             kept = np.uint32(0x7FC00000) if (bits & MAGNITUDE) > EXPONENT else rounded
@@ -150,11 +156,14 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
             bits = as_bits(values[j])
             size = bits & MAGNITUDE
             odd = (size >> np.uint32(13)) & np.uint32(1)
+            # Rebias the exponent from 127 to 15 and round to nearest even, in one subtraction.
             normal = (size - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
             # Below 2^-14 halves are subnormal: adding 0.5 rounds to their grid and leaves the result in the last bits.
             subnormal = as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
             small = subnormal if size < np.uint32(0x38800000) else normal
+            # A NaN becomes the quiet one; what is too large becomes Inf.
             large = np.uint32(0x7E00) if size > EXPONENT else np.uint32(0x7C00)
+            # 2^16, the first number that a half cannot hold.
             kept = small if size < np.uint32(0x47800000) else large
             half[j] = np.uint16(kept | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
             bad += np.uint32((kept & np.uint32(0x7C00)) == np.uint32(0x7C00))
@@ -186,7 +195,7 @@ def fold(values: Any) -> Any:
     if length == 0:
         return np.float64(0)
     while length > 1:
-        half = length >> 1
+        half = length >> 1  # onto the first half comes the second; an odd entry is carried
         for j in range(half):
             values[j] += values[half + j]
         if length & 1:

@@ -31,6 +31,7 @@ def weighted_sum(spec: WeightedSum, stored: Stored, out_dtype: str) -> tuple[np.
 
     Returns (bits of the result in `out_dtype`, how many of them are NaN or Inf).
     """
+    # Bits, not numbers: bf16 has no numpy dtype.
     out = empty(stored, out_dtype)
     weights = np.array(spec.weights, np.float32)
     bad = kernel("weighted_sum")(
@@ -51,6 +52,7 @@ class Merge:
         self._program = program
         combine, own = program.combine, found.get(len(program.before), {})
         if isinstance(combine, Mix):
+            # A mixture is a weighted sum as soon as its shares are measured.
             shares = tuple(float(share) for share in own[combine.shares])
             self._sum = WeightedSum(shares, deltas=combine.deltas)
         elif isinstance(combine, WeightedSum):
@@ -64,6 +66,7 @@ class Merge:
         """The record, but for the block's own fields."""
         combine, after, total = program.combine, program.after, self._sum
         vote = combine if isinstance(combine, Vote) else None
+        # The trim of TIES is one more filter, the last one: its cut is found among the method's own results.
         trims = (Window(vote.cut),) if vote is not None and vote.cut is not None else ()
         job = Job((*program.before, *trims), len(total.weights), found, noise)
         job.point("weights", np.array(total.weights, np.float32))
@@ -72,6 +75,7 @@ class Merge:
             job.point("agree", np.array(after.strict, np.float32))
         record, own = job.record, found.get(len(program.before), {})
         record["vote"], record["mean"] = vote is not None, vote is not None and vote.mean
+        # While the signs are being counted there is no sum yet; a tie does not count then.
         record["zero"] = 1.0 if vote is None or vote.signs not in own else sign_of_zero(vote.zero, own[vote.signs])
         record["divisor"], record["scale"] = total.divisor, total.scale
         record["k"], record["after"] = (after.k, after.scale) if after else (0, 1.0)
@@ -84,6 +88,7 @@ class Merge:
         """
         combine, total = self._program.combine, self._sum
         if isinstance(combine, Mix):
+            # Without a base the experts themselves are mixed.
             total = total if stored.base is not None else replace(total, deltas=False)
             return weighted_sum(total, stored.ends if combine.ends else stored, out_dtype)
         if not self._program.masks:

@@ -45,6 +45,7 @@ def kernels() -> Kernels | None:
         return None
     file = _file()
     code = _read(file) if file is not None else None
+    # A new source, processor or llvmlite: another name of the file.
     if code is None:
         if not _installed("numba"):
             return None
@@ -71,6 +72,7 @@ def _llvm() -> tuple[Any, Any]:
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    # opt 3 without fast-math: sums keep their order, and products are not fused with them.
     return llvm, llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
@@ -111,6 +113,7 @@ _engines: list[Any] = []
 def _addresses(code: Code) -> Mapping[str, int]:
     """Where the kernels lie in memory."""
     abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value or 0
+    # Were one of them called after all, the process would end rather than go astray.
     stubs = dict.fromkeys(_NEVER, abort)
     found = {kernel: address_of(symbol, binary, stubs) for kernel, (symbol, binary) in code.items()}
     if all(found.values()):
@@ -134,6 +137,7 @@ def _loaded(llvm: Any, machine: Any, symbol: str, code: bytes) -> int:
 def _callable(kernel: str, address: int) -> Callable[..., int]:
     """A Python callable; ctypes lets go of the interpreter lock while it runs."""
     arguments = [_ARGUMENTS[letter] for letter in SIGNATURES[kernel]]
+    # CFUNCTYPE lets go of the lock, PYFUNCTYPE would not: threads merge side by side.
     return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(address)
 
 
@@ -142,6 +146,7 @@ def _file() -> Path | None:
     compiler, folder = _installed("llvmlite"), cache_folder()
     if compiler is None or folder is None:
         return None
+    # Time and size of its first file change with every version.
     status = compiler.stat()  # its version is not to be had without an import
     wanted = [
         _processor(),
@@ -184,6 +189,7 @@ def cache_folder() -> Path | None:
         folder = Path(given).expanduser()
         if _own(folder):
             return folder
+    # A home that is not there, or not to be trusted.
     folder = Path(tempfile.gettempdir(), f"weightsmith-{os.getuid()}")
     return folder if _own(folder) else None
 
@@ -193,6 +199,7 @@ def _own(folder: Path) -> bool:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
         mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+        # 022: neither the group nor others may write.
         return mine and os.access(folder, os.W_OK)
     return False
 
@@ -216,11 +223,13 @@ def _read(path: Path) -> Code | None:
     """What was kept, or None if there is nothing that can be trusted."""
     try:
         status = path.lstat()
+        # lstat: a link could lead to what somebody else writes.
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
         data = path.read_bytes()
     except OSError:
         return None
+    # Against half-written files and bad disks; who may write here needs no wrong checksum.
     digest, body = data[:16], data[16:]
     if xxhash.xxh3_128(body).digest() != digest:
         return None

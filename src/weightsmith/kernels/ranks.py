@@ -25,9 +25,12 @@ def locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     size = counts.shape[-1]
     at_least = counts[..., ::-1].cumsum(-1).reshape(-1, size)  # [j]: entries in bucket size-1-j and above
+    # A rank of 0 is before all entries; the caller puts it aside.
     wanted = np.maximum(ranks, 1).reshape(at_least.shape[0], -1)
+    # The first bucket from above with at least so many entries in it and above it.
     j = np.stack([np.searchsorted(row, rank) for row, rank in zip(at_least, wanted, strict=True)])
     j = np.minimum(j, size - 1)
+    # Entries of that bucket, and of all above it.
     inside = np.take_along_axis(counts.reshape(-1, size), size - 1 - j, -1)
     before_it = np.take_along_axis(at_least, j, -1) - inside
     return (size - 1 - j).reshape(ranks.shape), ranks - before_it.reshape(ranks.shape), inside.reshape(ranks.shape)
@@ -57,6 +60,7 @@ def thresholds(
     """
     place, quota, ties = (found[..., 0] for found in locate(low, left[..., None]))
     inside = (bucket != NONE) & (bucket != ALL)
+    # Upper and lower bits put together are the magnitude's bits.
     threshold = np.where(inside, (bucket << 16) | place, np.where(bucket == NONE, NOTHING, EVERYTHING))
     ties = np.where(inside, ties, 0)
     return threshold, ties if whole else np.where(inside, quota, 0), ties

@@ -27,6 +27,7 @@ _FILTER = (
     "columns", "inner", "ranks", "numel", "slopes",
 )  # fmt: skip
 
+# All fields are 64 bits wide: numba and numpy agree on the layout without padding.
 FILTER = np.dtype([(name, np.int64) for name in _FILTER])
 """What a filter does to task vectors, by name: see `filters.filtered`."""
 
@@ -41,6 +42,7 @@ _INTEGERS = (
 )  # fmt: skip
 _FLOATS = ("zero", "divisor", "scale", "after")
 
+# Integers first: the floats of 4 bytes come last, an even number of them.
 MERGE = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float32) for name in _FLOATS])
 """What merges and looks are told, by name: see `masked_merge` for what each field means."""
 

@@ -77,6 +77,7 @@ def empty(stored: Stored, dtype: str) -> np.ndarray:
 
 def input_addresses(stored: Stored, weights: np.ndarray) -> tuple[int, int, int, int]:
     """Addresses of: the experts' addresses, their kinds, their weights; and how many."""
+    # The kernel reads these arrays by address: they must outlive the call, and belong to this thread.
     kept = _local.__dict__
     kept["addresses"] = np.array([bits.ctypes.data for bits in stored.experts], np.int64)
     kept["kinds"] = np.array([READ[dtype] for dtype in stored.dtypes], np.int64)
@@ -108,6 +109,7 @@ def wide(rows: int, width: int) -> int:
 def room(name: str, size: int, dtype: type) -> int:
     """The address of room for so many numbers, kept under this name."""
     kept: dict[str, np.ndarray] = _local.__dict__
+    # Grows and never shrinks: the blocks of a merge are of one size.
     if name not in kept or kept[name].size < size:
         kept[name] = np.empty(size, dtype)
     return kept[name].ctypes.data
@@ -119,6 +121,7 @@ def row_products(
     """Inner products row by row of all pairs i <= j of stored inputs [rows, width], with `base` of their differences
     from it: (float64 [n (n + 1) / 2, rows], how many entries are NaN or Inf)."""
     count, (rows, width) = len(addresses), shape
+    # float64, pairs by rows
     found = np.empty((count * (count + 1) // 2, rows))
     inputs, stored = np.array(addresses, np.int64), np.array(kinds, np.int64)
     bad = kernel("row_products")(

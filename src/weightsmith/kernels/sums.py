@@ -15,6 +15,7 @@ __all__ = ["row_products", "row_sizes"]
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _multiply(a: Any, b: Any, out: Any) -> None:
     """The products of a row, after the first of the foldings: [m] twice -> [m - m // 2]."""
+    # The first folding while multiplying: half the room, and one way less over it.
     half = a.size >> 1
     for j in range(half):
         out[j] = np.float64(a[j]) * np.float64(b[j]) + np.float64(a[half + j]) * np.float64(b[half + j])
@@ -44,7 +45,10 @@ def row_products(
             decode(address[i], kind[i], row * width, value[i])
             if deltas:
                 subtract(value[i], value[count])
+            # A NaN among the inputs would make all shares NaN: it is counted here, to be named.
             bad += broken(value[i])
+        # All decoded rows stay in the cache while their pairs are multiplied: one way over memory for n (n + 1) / 2
+        # products.
         pair = 0
         for i in range(count):
             for j in range(i, count):
