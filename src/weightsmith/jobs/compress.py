@@ -20,11 +20,9 @@ from weightsmith.io.read.codec_folder import WEIGHTS, CodecFolder, CodecSource, 
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.io.write.output import check_output
-from weightsmith.jobs.job import Job, Records, Result, Storage, with_fingerprints
+from weightsmith.jobs.job import Job, Records, Result, Storage
 from weightsmith.jobs.merge import run
-from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.package import treatments
-from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 
 __all__ = ["compress", "restore"]
@@ -51,9 +49,8 @@ def compress(
     would come back further from itself than the bare base is, unless `accept_loss`.
     """
     settings = settings.but(**options)
-    inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
-    plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False, encode=True)
-    job = replace(Job.of(inputs, plan, partial(_package, accept_loss=accept_loss)), weights=WEIGHTS)
+    packager = partial(_package, accept_loss=accept_loss)
+    job = Job.planned(recipe, settings, packager, out=out, sources=sources, encode=True, weights=WEIGHTS)
     made = job.run(out, settings)
     storage = _storage(job, read_manifest(made.out)["codec"])
     idle = storage.base + storage.stored >= storage.experts

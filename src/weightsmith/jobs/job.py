@@ -29,9 +29,11 @@ from weightsmith.io.write.output import FolderSink, check_output, tidy
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.io.write.staging import AT_ONCE
 from weightsmith.io.write.upload import UrlSink, clear_marks
-from weightsmith.plan.plan import Plan
+from weightsmith.jobs.nested import open_inputs
+from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
 from weightsmith.plan.room import Room
+from weightsmith.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,11 +109,28 @@ class Job:
     ready: Callable[[], Iterable[Problem]] = tuple
 
     @classmethod
-    def of(cls, inputs: Inputs, plan: Plan, package: Packager) -> Job:
-        """The job of a plan whose recipe is the user's own."""
-        recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True, fallback=in_words)
-        stores = next((source.origin.stores for _, source in inputs.models), {})
-        return cls(inputs, plan, package, stores or "model", recipe, dict(inputs.models), identify=inputs.fingerprints)
+    def planned(
+        cls,
+        recipe: Recipe,
+        settings: Settings,
+        package: Packager,
+        *,
+        out: Path | None = None,
+        sources: Inputs | None = None,
+        encode: bool = False,
+        weights: str | Stores | None = None,
+    ) -> Job:
+        """The job of a user's recipe, from headers alone; its plan holds every problem.
+
+        sources  the inputs, where they are open already
+        encode   write a compressed folder instead of a model
+        weights  how the names of the weight files begin; default: as those of the first model
+        """
+        inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
+        plan = make_plan(recipe, settings, sources=inputs, out=out, strict=False, encode=encode)
+        told = recipe.model_dump(mode="json", exclude_defaults=True, fallback=in_words)
+        stores = weights or next((source.origin.stores for _, source in inputs.models), {}) or "model"
+        return cls(inputs, plan, package, stores, told, dict(inputs.models), identify=inputs.fingerprints)
 
     # -- carrying it out
 

@@ -9,10 +9,9 @@ from typing import Any
 from weightsmith.core.method import Codec, registry
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
-from weightsmith.jobs.job import Job, Result, with_fingerprints
-from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.job import Job, Result
 from weightsmith.jobs.package import package
-from weightsmith.plan.plan import Plan, make_plan
+from weightsmith.plan.plan import Plan
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["merge_job", "preview", "run"]
@@ -33,8 +32,7 @@ def run(
 
 def merge_job(recipe: Recipe, settings: Settings, out: Path | None, sources: Inputs | None = None) -> Job:
     """The job of a merge, from headers alone; its plan holds every problem."""
-    inputs = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
-    return Job.of(inputs, make_plan(recipe, settings, sources=inputs, out=out, strict=False), package)
+    return Job.planned(recipe, settings, package, out=out, sources=sources)
 
 
 def preview(recipe: Recipe, out: Path | None = None, settings: Settings = DEFAULT, **options: Any) -> Plan:
@@ -43,8 +41,7 @@ def preview(recipe: Recipe, out: Path | None = None, settings: Settings = DEFAUL
     out  default: a folder that is not there yet, in the working directory
     """
     settings = settings.but(**options)
-    inputs = with_fingerprints(open_inputs(recipe), settings)
     encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
-    plan = make_plan(recipe, settings, sources=inputs, out=out or Path.cwd(), strict=False, encode=encode)
-    there = [] if out is None else Job.of(inputs, plan, package).obstacles(out, settings)
-    return replace(plan, problems=tuple(dict.fromkeys((*plan.problems, *there))))
+    job = Job.planned(recipe, settings, package, out=out or Path.cwd(), encode=encode)
+    there = [] if out is None else job.obstacles(out, settings)
+    return replace(job.plan, problems=tuple(dict.fromkeys((*job.plan.problems, *there))))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import OutputError, WeightsmithError, problems_of
+from weightsmith.core.errors import OutputError, PlanError, WeightsmithError, problems_of
 from weightsmith.core.keys import Key
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.carry import carry_out
@@ -21,7 +21,6 @@ from weightsmith.jobs.job import Job
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.package import package
 from weightsmith.jobs.transplant import inputs_of
-from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["differences", "lasting", "rerun"]
@@ -63,14 +62,16 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
         recipe = Recipe.model_validate_json(json.dumps(manifest["recipe"]))
         full = any("contents" in noted for noted in manifest["inputs"].values())
         made = inputs_of(recipe, manifest["inputs"].get("model"))
-        inputs = replace(made if made is not None else open_inputs(recipe), full=full, partial=True)
-        settings = settings.but(device=manifest.get("device", "cpu"))
-        plan = make_plan(recipe, settings, sources=inputs, encode=manifest["kind"] == "codec")
+        inputs = replace(made if made is not None else open_inputs(recipe), partial=True)
+        settings = settings.but(device=manifest.get("device", "cpu"), fingerprint="full" if full else "quick")
+        job = Job.planned(recipe, settings, package, sources=inputs, encode=manifest["kind"] == "codec")
+        if job.plan.problems:
+            raise PlanError(job.plan.problems)
     except WeightsmithError as error:
         return [f"the recipe cannot be run again: {problem}" for problem in problems_of(error)]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
-    return differences(Job.of(inputs, plan, package), out, manifest, settings)
+    return differences(job, out, manifest, settings)
 
 
 def differences(job: Job, out: Path | Url, manifest: Mapping[str, Any], settings: Settings = DEFAULT) -> list[str]:
