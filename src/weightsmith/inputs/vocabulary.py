@@ -231,8 +231,12 @@ def _tokens_that_vanish(name: str, origin: Origin, home: Path, reference: Origin
     """Special tokens of an expert that the result's tokenizer lacks, and tokens that only the expert stops at."""
     theirs, file = tokenizer_home(origin), "tokenizer.json"
     if theirs is not None and theirs != home and not ((home / file).is_file() and _equal(home / file, theirs / file)):
-        known = read_tokens(home)
-        special = [token for token in _special(theirs) if known is not None and token not in known.ids]
+        own = _special(theirs)
+        try:
+            known = read_tokens(home) if own else None
+        except WeightsmithError:  # nothing is lost that could be named; a merge that needs it reads it by itself
+            known = None
+        special = [token for token in own if known is not None and token not in known.ids]
         if special:
             text = f"{name} has special tokens that the result's tokenizer lacks: {some(list(map(repr, special)))} "
             yield Problem(Code.TOKENIZER, name, text + "(tokenizer: union, or the model's name, takes them)")
