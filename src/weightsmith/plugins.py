@@ -17,7 +17,7 @@ from weightsmith.core.errors import RecipeError, WeightsmithError
 __all__ = ["blamed", "line_in", "load_file", "neighbours", "run_file"]
 
 _RUN: dict[str, str] = {}
-"""File that was run -> the option that named it."""
+"""File that was run, as its code knows it -> the option and the file as the user named them."""
 
 
 def load_file(path: str | Path) -> ModuleType:
@@ -47,13 +47,13 @@ def run_file(path: str | Path, option: str) -> ModuleType:
     if file.suffix != ".py":
         raise RecipeError(f"{option} {file}: not a python file, named .py")
     name = f"weightsmith_{option.strip('-')}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file.absolute())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
     beside = str(file.resolve().parent)
-    _RUN[str(file)] = option
+    _RUN[str(file.absolute())] = f"{option} {file}"
     sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
@@ -113,7 +113,7 @@ def blamed(error: BaseException) -> str:
     while trace is not None:
         file, name = trace.tb_frame.f_code.co_filename, trace.tb_frame.f_globals.get("__name__")
         if file in _RUN:
-            found = f"{_RUN[file]} {file}:{trace.tb_lineno}"
+            found = f"{_RUN[file]}:{trace.tb_lineno}"
         elif name in outside:
             found = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
@@ -126,7 +126,7 @@ def line_in(error: BaseException, file: Path) -> str:
         return f":{error.lineno}"
     line, trace = "", error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(file):
+        if trace.tb_frame.f_code.co_filename == str(file.absolute()):
             line = f":{trace.tb_lineno}"
         trace = trace.tb_next
     return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file as load_tensors
 
 from weightsmith.cli.main import main
+from weightsmith.core import method as core_method
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.method import registry as find
 from weightsmith.plugins import load_file, neighbours
@@ -67,9 +69,11 @@ def test_what_a_plugin_does_wrong_is_said_of_it(
     file = tmp_path / "mine.py"
     file.write_text(BROKEN.format(does))
     recipe.write_text("models: {a: a, b: b}\nmethod: broken\n")
-    assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert text.format(file=f"error: --plugin {file}") in said
+    for named in (str(file), os.path.relpath(file)):
+        assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", named]) == 2
+        said = capsys.readouterr().err
+        assert text.format(file=f"error: --plugin {named}") in said
+        core_method._registered.pop("broken")
     assert "report" not in said
     assert not (tmp_path / "out").exists()
 

@@ -16,11 +16,13 @@ from torch import nn
 from weightsmith.cli.main import main
 from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.io.read.stats import StatsSource
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.observe.check import check, sample_text
 from weightsmith.observe.collect import observe
 from weightsmith.observe.kinds import kind_of
 from weightsmith.observe.model import load_model, text_coder
 from weightsmith.observe.probe import probe
+from weightsmith.recipe.schema import Recipe
 
 torch.set_num_threads(1)
 
@@ -223,6 +225,18 @@ def test_the_command_says_how_alike_they_are(tmp_path: Path, capsys: pytest.Capt
     assert "mean cosine" in shown
     assert "note: run on 16 texts: that tells whether it works, not how well" in shown
     assert f"{out}: works" in shown
+
+
+def test_a_restored_model_is_compared_with_what_it_was(tmp_path: Path) -> None:
+    out = family("BertModel", tmp_path)
+    models = {name: {"model": str(tmp_path / name)} for name in ("a", "out")}
+    recipe = Recipe.model_validate({"base": str(tmp_path / "base"), "models": models, "method": "exact"})
+    compress(recipe, tmp_path / "small")
+    report = check(restore(tmp_path / "small", "a", tmp_path / "again").out)
+    assert (list(report["models"]), report["missing"]) == (["base", "a"], {})
+    assert report["models"]["a"]["lowest"] == pytest.approx(1)
+    assert report["models"]["base"] == check(tmp_path / "a", parents={"base": tmp_path / "base"})["models"]["base"]
+    assert out.is_dir()
 
 
 # --- observing -----------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,8 +231,10 @@ def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, 
         return {}, {MANIFEST: f"names no models ({type(error).__name__}: {error})"}
     found: dict[str, str | Path] = {}
     missing: dict[str, str] = {}
-    for name, entry in named.items():
+    for name, entry in [*named.items(), *_compressed(named)]:
         model = entry.get("model") if isinstance(entry, dict) else entry
+        if isinstance(entry, dict) and entry.get("expert"):
+            continue
         if not isinstance(model, str):
             missing[name] = "a nested recipe; merge it on its own to compare with it"
             continue
@@ -244,6 +247,17 @@ def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, 
         else:
             found[name] = place
     return found, missing
+
+
+def _compressed(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The base and the model itself, for a model that comes out of a compressed folder."""
+    for entry in named.values():
+        if not isinstance(entry, dict) or not entry.get("expert") or not isinstance(entry.get("model"), str):
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            recipe = json.loads((Path(entry["model"]).expanduser() / MANIFEST).read_text("utf-8"))["recipe"]
+            models = {"base": recipe.get("base"), entry["expert"]: recipe["models"][entry["expert"]]}
+            yield from ((name, model) for name, model in models.items() if model is not None)
 
 
 def _check_tensors(folder: Path, report: dict[str, Any]) -> None:
