@@ -52,6 +52,8 @@ def test_merge_verify_and_tamper(recipe: Path, tmp_path: Path, capsys: Captured)
     assert capsys.readouterr().out == f"{out}: as it was written\n"
     assert main(["merge", str(recipe), str(out), "--resume"]) == 0
     assert capsys.readouterr().out.startswith(f"{out} is already complete: ")
+    assert main(["merge", str(recipe), str(tmp_path / "anew"), "--resume"]) == 0
+    assert "/s in and out" not in capsys.readouterr().out, "of what an earlier run may have done"
     assert main(["merge", str(recipe), str(out)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert (

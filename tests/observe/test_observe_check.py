@@ -113,6 +113,17 @@ def test_parents_are_measured_beside_the_merge(folder: Path, original: Path, tmp
     assert "not a model folder" in given["missing"]["none"]
 
 
+def test_what_is_no_model_is_said_to_be_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"adapter: an adapter, not a whole model; merge it into its base and check"):
+        check(tmp_path / "adapter")
+    shutil.copytree(folder, tmp_path / "swept" / "lambda=0.2")
+    (tmp_path / "swept" / "lambda=0.2" / "weightsmith.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"swept: the folder of a sweep; check one variant at a time, as .*=0\.2"):
+        check(tmp_path / "swept")
+
+
 def test_the_parents_of_a_mixture_are_its_experts(folder: Path, original: Path) -> None:
     recipe = {"base": str(original), "experts": {"math": {"model": str(original), "prompts": ["1 + 1"]}}}
     (folder / "weightsmith.json").write_text(json.dumps({"recipe": recipe}))

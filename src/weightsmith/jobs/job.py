@@ -75,6 +75,7 @@ class Result:
     warnings  things the user should look at
     storage   of a compression
     complete  the run to resume had got through: nothing was done
+    resumed   a part may have been done by an earlier run
     """
 
     out: Path | Url
@@ -85,6 +86,7 @@ class Result:
     warnings: tuple[Problem, ...] = ()
     storage: Storage | None = None
     complete: bool = False
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class Job:
         if problems := [*self.plan.problems, *self.obstacles(out, settings)]:
             raise PlanError(problems)
         (warnings,) = carried_out({out: self}, self.plan.room, settings)
-        return self.result(out, time.perf_counter() - began, warnings)
+        made = self.result(out, time.perf_counter() - began, warnings)
+        return replace(made, resumed=settings.resume)
 
     def tensors(self, settings: Settings = DEFAULT) -> dict[str, Tensor]:
         """The output's tensors, tied ones under each of their names, and nothing on disk."""

@@ -16,7 +16,9 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.task import blocks
 from weightsmith.engine.stream import each_tensor
 from weightsmith.io.package.manifest import MANIFEST
+from weightsmith.io.read.adapter import CONFIG
 from weightsmith.io.read.folder import FolderSource
+from weightsmith.jobs.sweep import variants_in
 from weightsmith.observe.consistency import cheap_check
 from weightsmith.observe.kinds import KINDS
 
@@ -55,6 +57,8 @@ def check(
     folder = Path(out)
     if not folder.is_dir():
         raise SourceError(f"{folder}: not a folder; give the folder that merge has written")
+    if why := _no_model(folder):
+        raise SourceError(f"{folder}: {why}")
     report: dict[str, Any] = {
         "path": str(folder), "kind": "tensors", "ok": False, "finite": True,
         "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
@@ -247,6 +251,23 @@ def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, 
         else:
             found[name] = place
     return found, missing
+
+
+def _no_model(folder: Path) -> str:
+    """What a folder is that holds models, or makes one, but is none, and what to do; '' for all others."""
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        return (
+            "an adapter, not a whole model; merge it into its base and check that "
+            f"(models: {{x: {{model: BASE, adapter: {folder}}}}}, method: passthrough)"
+        )
+    if variants := variants_in(folder):
+        return f"the folder of a sweep; check one variant at a time, as {next(iter(variants.values()))}"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        made = json.loads((folder / MANIFEST).read_text("utf-8"))
+        if made["kind"] == "codec":
+            names = ", ".join(made["recipe"]["models"])
+            return f"a compressed folder; check a model of it: weightsmith restore {folder} OUT --expert NAME ({names})"
+    return ""
 
 
 def _compressed(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -54,6 +54,7 @@ def summary_of_all(swept: SweepResult, *, json: bool, quiet: bool) -> None:
 def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
     """Say what a run has made: where, how large, how fast, and what to do next."""
     files, nbytes = files_in(result.out)
+    # What an earlier run has done would count for this one's time.
     rate = (result.read_bytes + result.write_bytes) / max(result.seconds, 1e-9)
     if json:
         show_json({
@@ -63,7 +64,7 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
             "seconds": round(result.seconds, 3),
             "read_bytes": result.read_bytes,
             "write_bytes": result.write_bytes,
-            "bytes_per_second": None if result.complete else round(rate),
+            "bytes_per_second": None if result.complete or result.resumed else round(rate),
             "complete": result.complete,
             "peak_bytes": result.peak_bytes,
             "storage": result.storage,
@@ -74,10 +75,11 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
         warn(text)
     if not quiet:
         count = "1 file" if files == 1 else f"{files} files"
+        speed = "" if result.resumed else f", {size(rate)}/s in and out"
         if result.complete:
             say(f"{result.out} is already complete: {size(nbytes)} in {count}")
         else:
-            say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}, {size(rate)}/s in and out")
+            say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}{speed}")
         if (kept := result.storage) is not None:
             beside = f" beside the base's {size(kept.base)}" if kept.base else ""
             who, taken = ("1 model", "it takes") if kept.count == 1 else (f"{kept.count} models", "they take")
