@@ -142,7 +142,7 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
         ("tensors", _dimensions(domain) if domain else "of any shape"),
         ("other tensors", f"are merged by {facts['otherwise']}" if facts["otherwise"] else ""),
         ("scratch memory", _scratch(costs_of(cls))),
-        ("cost at 7B", f"about {cost_at_7b(facts)}; see [](../../../benchmarks.md)"),
+        ("cost at 7B", _time(facts)),
     ]
     title = f"{facts['name']} ({facts['kind']})"
     lines = [f"# {title}", "", markdown(facts["text"]), ""]
@@ -160,6 +160,10 @@ def _method_page(cls: type[method.Stage], facts: Mapping[str, Any], problems: Se
     else:
         lines.append("None.")
     return "\n".join(lines)
+
+
+def _time(facts: Mapping[str, Any]) -> str:
+    return "" if facts["seconds_at_7b"] is None else f"about {cost_at_7b(facts)}; see [](../../../benchmarks.md)"
 
 
 def _scratch(costs: Costs) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,24 @@ def test_a_fit_covers_what_was_measured_and_little_more(truth: tuple[float, floa
 def test_a_row_that_agrees_stays() -> None:
     row = Costs(scratch=2.0, seconds=12.0)
     assert costs.revised(row, agreement(1.9, 0.0, 0.0, ratio=1.05), speed=1.0) == row
+    counted = agreement(2.1, 0.0, 0.0, ratio=1.05)
+    counted = replace(counted, features=[*SIZES, *SIZES], needed=[*counted.needed, *counted.needed])
+    assert costs.revised(row, counted, speed=1.0).scratch == 2.1  # near for a process, but not enough for the tensors
     assert costs.revised(row, agreement(2.2, 0.0, 0.0, ratio=0.90), speed=1.0).scratch == 2.2  # too little was promised
     assert costs.revised(row, agreement(1.9, 0.0, 0.0, ratio=1.05, seconds=20.0), speed=2.0).seconds == 40.0
+
+
+def test_blocks_are_fitted_by_their_tensors_alone() -> None:
+    counted = [(2 * MB, MB, MB), (4 * MB, MB, MB)]
+    needed = [2.5 * a + 1.2 * b for a, b, _ in counted]
+    found = costs.Agreement([1.1] * len(SIZES), [*SIZES, *counted], [-MB] * len(SIZES) + needed, 1.0, blocks=True)
+    made = costs.fitted(Costs(), found)
+    assert (made.scratch, made.matrix, made.square) == pytest.approx((2.5, 1.2, 0.0), abs=0.11)
+
+
+def test_a_new_row_is_fitted_and_timed() -> None:
+    found = costs.revised(Costs(), agreement(1.5, 2.0, 0.0, ratio=0.2, seconds=7.0), speed=2.0)
+    assert (found.scratch, found.matrix, found.square, found.seconds) == pytest.approx((1.5, 2.0, 0.0, 14.0), abs=0.11)
 
 
 def test_the_table_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ class Stage:
 
     traits: ClassVar[Traits]
     paper: ClassVar[str] = ""
+    purpose: ClassVar[str] = ""  # under which heading it is listed, see `inspect.catalogue`
     grain: ClassVar[Grain] = Grain.ELEMENT
 
     def __init_subclass__(cls, *, name: str = "", **declared: Any) -> None:

@@ -33,7 +33,7 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
         "exact", "tall_masks", "emr_masks", "bitdelta", "randes", "tsvc", "twin", "rmm", "fwsvd",
     ),
 }  # fmt: skip
-"""Purpose -> methods, the simplest first.  A method without a place here is listed under OTHERS."""
+"""Purpose -> methods, the simplest first.  Another method is listed last under its own `purpose`, or under OTHERS."""
 
 OTHERS = "Others"
 
@@ -47,8 +47,9 @@ GRAINS = {
 def by_purpose(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Purpose -> descriptions, in the order of `PURPOSES`; purposes without a method are left out."""
     known = {one["name"]: one for one in found}
-    groups = {purpose: [known[n] for n in names if n in known] for purpose, names in PURPOSES.items()}
-    groups[OTHERS] = [one for one in found if one["purpose"] == OTHERS]
+    groups = {purpose: [known.pop(n) for n in names if n in known] for purpose, names in PURPOSES.items()}
+    for one in known.values():
+        groups.setdefault(one["purpose"], []).append(one)
     return {purpose: members for purpose, members in groups.items() if members}
 
 
@@ -67,7 +68,9 @@ def describe(cls: type[Stage]) -> dict[str, Any]:
         "name": traits.name,
         "aliases": list(traits.aliases),
         "kind": "filter" if issubclass(cls, Filter) else "codec" if issubclass(cls, Codec) else "method",
-        "purpose": next((purpose for purpose, names in PURPOSES.items() if traits.name in names), OTHERS),
+        "purpose": next(
+            (purpose for purpose, names in PURPOSES.items() if traits.name in names), cls.purpose or OTHERS
+        ),
         "summary": text.split("\n")[0],
         "text": text,
         "paper": traits.paper,
