@@ -27,7 +27,7 @@ from bench.merges import MERGES
 from bench.series import COPY, DURABLE, OURS, WEIGHTSMITH
 from bench.table import markdown
 from weightsmith.core.keys import Key
-from weightsmith.io.write.layout import index_json, plan_shards
+from weightsmith.io.write.layout import indices, plan_shards
 from weightsmith.plan.cost import READ, START, WRITE
 
 __all__ = ["MODELS", "Llama", "Planned", "checked", "node_rows", "planned", "seconds", "time_rows"]
@@ -92,8 +92,8 @@ def hollow(folder: Path, model: Llama) -> Path:
             with (folder / shard.name).open("wb") as file:
                 file.write(shard.header)
                 file.truncate(shard.size)
-        if len(shards) > 1:
-            (folder / "model.safetensors.index.json").write_text(index_json(shards))
+        for name, text in indices(shards).items():
+            (folder / name).write_text(text)
         (folder / "config.json").write_text("{}")
     return folder
 

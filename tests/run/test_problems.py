@@ -211,14 +211,15 @@ def test_tied_names_and_carried_tensors_are_met() -> None:
 
 def test_a_faulty_recipe_also_names_the_models_that_are_not_there(tmp_path: Path) -> None:
     there, gone = on_disk(tmp_path / "there"), str(tmp_path / "their")
-    text = f"base: {gone}\nmodels: {{a: {there}, b: org/name, c: {{model: {gone}2}}}}\nmethod: tise\n"
+    text = f"base: {gone}\nmodels: {{a: {there}, b: org/name, c: {{model: {gone}2, stats: {gone}3}}}}\nmethod: tise\n"
     with pytest.raises(RecipeError) as caught:
         loads(text)
     said = texts(caught.value.problems)
     assert said[0] == f"recipe:1:1: base: {gone}: no such file or folder; did you mean {there!r}?"
     assert f"c: {gone}2: no such file or folder" in said[1]
-    assert "tise" in said[2]
-    assert len(said) == 3
+    assert f"c: {gone}3: no such file or folder" in said[2]
+    assert "tise" in said[3]
+    assert len(said) == 4
 
 
 @pytest.mark.parametrize(

@@ -272,13 +272,15 @@ class Recipe(Grammar):
 
 
 def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
-    """Where the models of a recipe are said to be."""
+    """Where the models, adapters and statistics of a recipe are said to be."""
     refs: dict[Location, Any] = {("base",): tree.get("base")}
     refs |= {("models", name): ref for name, ref in mapping(tree.get("models")).items()}
     for location, ref in refs.items():
-        model = ref if is_composed(ref) or not isinstance(ref, Mapping) else ref.get("model")
-        if isinstance(model, str) and model.strip():
-            yield location, model
+        entry = ref if isinstance(ref, Mapping) and not is_composed(ref) else {"model": ref}
+        stats = entry.get("stats")
+        for path in (entry.get("model"), entry.get("adapter"), *(listing(stats) or [stats])):
+            if isinstance(path, str) and path.strip():
+                yield location, path
 
 
 def _named(tree: Mapping[str, Any]) -> list[str]:
