@@ -200,3 +200,16 @@ def test_a_shard_that_supersedes_tensors_of_others(sharded: Path) -> None:
     (sharded / over).rename(sharded / "amendment.safetensors")  # which transformers would read first
     write_index(sharded, {"a": ONE, "b": "amendment.safetensors", "c": TWO})
     refuse(sharded, f"'b' is stored twice, in amendment.safetensors and {ONE}")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("__0_0.distcp", r"python -m torch\.distributed\.checkpoint\.format_utils dcp_to_torch .* model\.pt"),
+        ("pytorch_model_fsdp_0", r"accelerate merge-weights .*/pytorch_model_fsdp_0 OUT"),
+        ("mp_rank_00_model_states.pt", r"checkpoint of DeepSpeed: give .*/mp_rank_00_model_states\.pt, or of ZeRO-3"),
+    ],
+)
+def test_what_trainers_leave_names_the_command_that_helps(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    refuse(tmp_path, f"no model here; a .*{advice}")

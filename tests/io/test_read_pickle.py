@@ -94,7 +94,7 @@ def test_a_checkpoint_cut_while_in_use_is_an_error(path: Path) -> None:
         source.read("w")
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
 def test_a_checkpoint_is_unwrapped_and_its_rest_named(path: Path, wrapper: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}
     torch.save({"epoch": 3, wrapper: {"w": torch.ones(2), "_extra_state": None}, "optimizer": optimizer}, path)

@@ -95,3 +95,26 @@ def test_names_of_a_recipe(tmp_path: Any) -> None:
         )
     with pytest.raises(RecipeError, match="names"):
         ws.Recipe.model_validate({"models": models, "method": "linear", "names": {"a.": 1}})
+
+
+def test_names_in_memory_are_read_as_those_of_files(tmp_path: Any) -> None:
+    """As zero_to_fp32.py and torch.save(model.state_dict()) write them; Gemma 3, transformers 5."""
+    import json
+
+    from safetensors.torch import save_file
+
+    pairs = {
+        "language_model.model.layers.0.mlp.up_proj.weight": "model.language_model.layers.0.mlp.up_proj.weight",
+        "language_model.model.norm.weight": "model.language_model.norm.weight",
+        "vision_tower.vision_model.post_layernorm.weight": "model.vision_tower.post_layernorm.weight",
+        "multi_modal_projector.mm_soft_emb_norm.weight": "model.multi_modal_projector.mm_soft_emb_norm.weight",
+    }
+    states = [model(seed, tuple(pairs)) for seed in range(2)]
+    (tmp_path / "base").mkdir()
+    save_file(states[0], tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "gemma3"}))
+    torch.save({pairs[name]: tensor for name, tensor in states[1].items()}, tmp_path / "tuned.pt")
+    made = ws.merge({"t": tmp_path / "tuned.pt"}, "task_arithmetic", base=tmp_path / "base")
+    assert set(made) == set(pairs)
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, states[1][name])

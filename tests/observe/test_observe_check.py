@@ -231,6 +231,22 @@ def test_a_gap_in_the_blocks(folder: Path) -> None:
     assert cheap_check(folder) == ["model.layers lacks block 1 although block 2 is there; renumber the blocks"]
 
 
+def test_what_only_looks_like_a_fault(folder: Path) -> None:
+    """The layers of a Sequential have numbers too (Qwen2.5-VL's merger); a gated q_proj has twice the rows."""
+
+    def more(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {f"visual.merger.mlp.{i}.weight": torch.ones(2, 2) for i in (0, 2)}
+        for name in [n for n in tensors if n.endswith("q_proj.weight")]:
+            tensors[name] = torch.cat([tensors[name]] * 2)
+
+    edit_weights(folder, more)
+    assert any("q_proj.weight is [64, 32]" in warning for warning in cheap_check(folder))
+    edit_config(folder, attn_output_gate=True)
+    assert cheap_check(folder) == []
+    edit_config(folder, attn_output_gate=None, model_type="qwen3_5_moe", text_config={"model_type": "qwen3_5_moe_text"})
+    assert cheap_check(folder) == []
+
+
 def test_a_head_that_loaders_would_ignore(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     assert len(cheap_check(folder)) == 1

@@ -66,7 +66,10 @@ def test_a_prefix_is_two_lines_however_many_tensors_there_are() -> None:
     surplus, missing = plan.problems
     assert (missing.code, surplus.code) == (Code.MISSING, Code.SURPLUS)
     assert missing.text.startswith("6 tensors (model.layers.0.mlp.up_proj.weight, model.layers.0.mlp.down_proj.weight,")
-    assert "are missing in a (a); their names begin with 'bert.' there; to keep them from the base add" in missing.text
+    assert (
+        "are missing in a (a); their names begin with 'bert.' there (names: {'bert.': ''} maps them);" in missing.text
+    )
+    assert "to keep them from the base add" in missing.text
     assert "are in a but not in base; to carry them over unchanged add them" in surplus.text
     back = planned({"base": {f"bert.{n}": s for n, s in SHAPES.items()}, "a": SHAPES})
     assert any("their names lack 'bert.' there" in text for text in texts(back.problems))

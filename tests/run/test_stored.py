@@ -154,6 +154,16 @@ def test_buffers_that_only_some_files_have(tmp_path: Path) -> None:
         run(tmp_path, "refused", models=names, method="linear")
 
 
+def test_a_trained_head_is_named_as_one(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", {NARROW: torch.ones(2, 2), "lm_head.weight": torch.ones(5, 2)})
+    tuned = folder(tmp_path / "tuned", {NARROW: torch.zeros(2, 2), "score.weight": torch.ones(3, 2)})
+    with pytest.raises(PlanError) as caught:
+        run(tmp_path, base=base, models={"t": tuned}, method="task_arithmetic")
+    text = next(line for line in str(caught.value).splitlines() if "score.weight is in t but not in base" in line)
+    assert "(a trained head: the result has the config.json of base, which does not load it; to merge it" in text
+    assert "did you mean" not in text
+
+
 # --- config.json -----------------------------------------------------------------------------------
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "hidden_act": "silu", "rope_theta": 1e4}

@@ -18,7 +18,7 @@ from weightsmith.io.package.template import AUTO, CHATML, most_common_template, 
 from weightsmith.io.read.peft import adapter_in
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Origin, Source
-from weightsmith.io.read.vocabulary import difference
+from weightsmith.io.read.vocabulary import difference, read_vocabulary
 from weightsmith.recipe.schema import Recipe
 from weightsmith.tokens.view import VocabularyView
 from weightsmith.tokens.vocabulary import LOGITS_BIAS, read_tokens, vocabulary_of
@@ -230,13 +230,12 @@ def outlook(recipe: Recipe, inputs: Inputs, keys: Iterable[Key]) -> dict[str, st
 def _tokens_that_vanish(name: str, origin: Origin, home: Path, reference: Origin) -> Iterator[Problem]:
     """Special tokens of an expert that the result's tokenizer lacks, and tokens that only the expert stops at."""
     theirs, file = tokenizer_home(origin), "tokenizer.json"
-    if theirs is not None and theirs != home and not ((home / file).is_file() and _equal(home / file, theirs / file)):
-        own = _special(theirs)
+    if theirs is not None and theirs != home and (home / file).is_file() and not _equal(home / file, theirs / file):
         try:
-            known = read_tokens(home) if own else None
+            known = read_vocabulary(home) or {}
         except WeightsmithError:  # nothing is lost that could be named; a merge that needs it reads it by itself
-            known = None
-        special = [token for token in own if known is not None and token not in known.ids]
+            known = {}
+        special = [token for token in _special(theirs) if known and token not in known]
         if special:
             text = f"{name} has special tokens that the result's tokenizer lacks: {some(list(map(repr, special)))} "
             yield Problem(Code.TOKENIZER, name, text + "(tokenizer: union, or the model's name, takes them)")

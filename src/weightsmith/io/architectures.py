@@ -102,7 +102,9 @@ GLOBAL_EVERY: Mapping[str, int] = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "
 """Every so many layers one without a sliding window, where old config files leave it to the model's code."""
 PERIODIC = ("attn_layer", "expert_layer")
 """Fields <word>_period and <word>_offset: layer i is special where i % period == offset."""
-SIZED_OTHERWISE = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "gemma3n", "gemma3n_text")
+SIZED_OTHERWISE = (
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "gemma3n", "gemma3n_text"),
+)
 """Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
 
 # --- experts ---------------------------------------------------------------------------------------

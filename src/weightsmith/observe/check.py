@@ -17,7 +17,7 @@ from weightsmith.core.task import blocks
 from weightsmith.engine.stream import each_tensor
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.read.adapter import CONFIG
-from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.open import open_source
 from weightsmith.jobs.sweep import variants_in
 from weightsmith.observe.consistency import cheap_check
 from weightsmith.observe.kinds import KINDS
@@ -290,7 +290,7 @@ def _check_tensors(folder: Path, report: dict[str, Any]) -> None:
 
 def _nonfinite_tensors(folder: Path) -> list[str]:
     """Look at every tensor of the folder, block by block."""
-    source = FolderSource(folder)
+    source = open_source(folder)
 
     def finite(key: Key) -> bool:
         rows = blocks(key, 0, key.rows) if key.floating else ()

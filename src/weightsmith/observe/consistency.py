@@ -105,16 +105,26 @@ def _layer_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
             "the model will be cut, or partly random"
         )
         return
+    deep = {stack for name in source.keys if (stack := _stack_of_modules(name))}  # not the layers of a Sequential
     for stack, found in stacks.items():
+        if stack not in deep:
+            continue
         missing = sorted(set(range(max(found) + 1)) - found)
         if missing and len(found) in allowed:
             yield f"{stack} lacks block {missing[0]} although block {max(found)} is there; renumber the blocks"
 
 
+def _stack_of_modules(name: str) -> str:
+    """'model.layers' for a tensor of a module inside a numbered block; '' for one of the block itself."""
+    place = layer_of(name)
+    inside = "" if place is None else name.removeprefix(f"{place[0]}.{place[1]}.")
+    return place[0] if place is not None and "." in inside else ""
+
+
 def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
     """Llama-like attention and MLP matrices, [out, in], of the language model; one warning per kind."""
     hidden, heads = _size(config, _HIDDEN), _size(config, ("num_attention_heads",))
-    if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE:
+    if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE or config.get("attn_output_gate"):
         return
     head_dim = _size(config, ("head_dim",)) or ("head_dim", hidden[1] // max(heads[1], 1))
     kv_heads = _size(config, ("num_key_value_heads",)) or heads

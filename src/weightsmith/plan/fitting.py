@@ -99,7 +99,10 @@ class Fitting:
     def _surplus(self, name: str, tensors: Tensors) -> str:
         hint = ""
         if all(role_of(tensor) == "head" for tensor in tensors.names):
-            hint = f" (a trained head; the result then needs a config.json that has it: base and config of {name})"
+            hint = (
+                f" (a trained head: the result has the config.json of {self.label}, which does not load it; to merge "
+                "it give a base that has such a head)"
+            )
         elif len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
             hint = nearest(tensors.names[0], self.reference.keys)
         it = tensors["it|them"]
@@ -137,10 +140,10 @@ def _renamed(names: Sequence[str], source: Source) -> str:
     if len(names) > 1 and longer is not None:
         prefix = longer[: -len(first)]
         if all(prefix + name in source.keys for name in names):
-            return f"; their names begin with {prefix!r} there"
+            return f"; their names begin with {prefix!r} there (names: {{{prefix!r}: ''}} maps them)"
     shorter = next((known for known in source.keys if first.endswith(f".{known}")), None)
     if len(names) > 1 and shorter is not None:
         prefix = first[: -len(shorter)]
         if all(name.startswith(prefix) and name.removeprefix(prefix) in source.keys for name in names):
-            return f"; their names lack {prefix!r} there"
+            return f"; their names lack {prefix!r} there (names: {{'': {prefix!r}}} beside that model maps them)"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,7 +46,24 @@ def choose_weights(names: Iterable[str], label: str) -> str:
             if name in present:
                 return name
     wanted = [name for single in (*_SINGLE, _PICKLED) for name in (single, single + INDEX)]
-    raise SourceError(f"{label}: no model here; looked for {', '.join(wanted)} and a single *.safetensors")
+    looked = f"looked for {', '.join(wanted)} and a single *.safetensors"
+    raise SourceError(f"{label}: no model here; {_instead(present, label) or looked}")
+
+
+def _instead(present: Iterable[str], label: str) -> str:
+    """What a folder without a model is, and the command that makes one of it; '' where it is nothing known."""
+    for name in sorted(present):
+        if name.endswith(".distcp"):
+            return (
+                "a distributed checkpoint, which is made one file by: "
+                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {label} model.pt"
+            )
+        if name.startswith("pytorch_model_fsdp"):
+            made = f"accelerate merge-weights {label}/{name} OUT"
+            return f"a sharded checkpoint of accelerate, which is put together by: {made}"
+        if re.fullmatch(r"mp_rank_\d+_model_states\.pt", name):
+            return f"a checkpoint of DeepSpeed: give {label}/{name}, or of ZeRO-3 what its zero_to_fp32.py writes"
+    return ""
 
 
 def refuse_stale(chosen: str, named: Mapping[str, str], present: Iterable[str], label: str) -> None:

@@ -72,6 +72,12 @@ class Modules:
         longer = [f"{head}.{name}" for head in self._heads if f"{head}.{name}" in self._here]
         return longer[0] if len(longer) == 1 else None
 
+    @property
+    def renames(self) -> bool:
+        """Whether names in memory may differ from those in files: config.json says of which model they are."""
+        kind = str(self.config.get("model_type"))
+        return bool(RENAMED[kind]) if kind in RENAMED else "model_type" in self.config
+
     def in_memory(self, name: str) -> str:
         """What a tensor is called once transformers has loaded it."""
         return self._renamed(name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PICKLES", "PickleSource", "left_out"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 _GLOBAL = re.compile(r"(?:GLOBAL|function|class|import)\s+`?([\w.]+\.[\w.]+)`?")
 
 
@@ -40,7 +40,7 @@ class Strided(NamedTuple):
 class PickleSource(Source):
     """A pickled state dict; `weights_only=True`, always.
 
-    A checkpoint that holds its state dict under 'state_dict', 'model' or 'model_state_dict' is unwrapped
+    A checkpoint that holds its state dict under one of `_WRAPPERS` (DeepSpeed: 'module') is unwrapped
     if exactly one entry can be meant.  `extras` names every entry that is no tensor (epoch, optimizer, ...).
 
     PyTorch maps the file to find out where the tensors lie; their bytes are then read like those of any other

@@ -48,8 +48,8 @@ def named_like(source: Source, reference: Source) -> Source:
     if not here.isdisjoint(source.keys) and not any(map(_WRAPPERS.search, source.keys.keys() - here)):
         return source
     ways: dict[tuple[tuple[str, str], ...], str] = {}
-    for unwrapped in (True, False):  # what only trainers write goes first
-        for names, words in _unwrapped(source) if unwrapped else _ways(source, reference):
+    for candidates in (_unwrapped, _from_memory, _prefixed):  # what fits in whole goes before what may fit by chance
+        for names, words in candidates(source, reference):
             if _fits(names, source, reference):
                 ways.setdefault(tuple(names.items()), words)
         if ways:
@@ -63,7 +63,7 @@ def named_like(source: Source, reference: Source) -> Source:
     return found
 
 
-def _unwrapped(source: Source) -> Iterator[tuple[dict[str, str], str]]:
+def _unwrapped(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], str]]:
     """The names without what trainers put into them: new name -> old name, and what to say."""
     old = (*source.keys, *source.aliases)
     bare = {_WRAPPERS.sub("", name): name for name in old}
@@ -72,8 +72,17 @@ def _unwrapped(source: Source) -> Iterator[tuple[dict[str, str], str]]:
         yield bare, f"names hold {word!r}, as trainers wrap models: read without it"
 
 
-def _ways(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], str]]:
-    """Other prefixes, and the names in memory: new name -> old name, and what to say."""
+def _from_memory(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], str]]:
+    """The names in files of tensors that are all called as in memory."""
+    modules = Modules(reference)
+    stored = {modules.stored(name) or "": name for name in source.keys} if modules.renames else {}
+    if stored and "" not in stored and len(stored) == len(source.keys):
+        tied = {modules.stored(name) or name: name for name in source.aliases}
+        yield {**tied, **stored}, "names are those in memory: read as the other models' files have them"
+
+
+def _prefixed(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], str]]:
+    """One prefix less, or more."""
     old = (*source.keys, *source.aliases)
     here = (*reference.keys, *reference.aliases)
     if not set(here).isdisjoint(old):
@@ -85,11 +94,6 @@ def _ways(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], s
             yield longer, f"names begin with {prefix!r}: read without it (as names: {{{prefix!r}: ''}} says)"
     for prefix in sorted({h[: -len(n)] for n in old[:_TRIED] for h in here if h.endswith(f".{n}")}):
         yield {prefix + n: n for n in old}, f"names lack {prefix!r}: read with it (as names: {{'': {prefix!r}}} says)"
-    if not prefixes:
-        modules = Modules(reference)
-        memory = {stored: n for n in old if (stored := modules.stored(n)) is not None}
-        if len(memory) == len(old):
-            yield memory, "names are those in memory: read as the other models' files have them"
 
 
 def _fits(names: Mapping[str, str], source: Source, reference: Source) -> bool:
