@@ -48,7 +48,8 @@ def models() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def stats() -> dict[str, list[dict[str, torch.Tensor]]]:
-    made = {"fisher": tiny_llama.positive(5, 3), "gram": tiny_llama.grams(5, 3)}
+    positive = tiny_llama.positive(5, 3)
+    made = {"fisher": positive, "second_moment": positive, "gram": tiny_llama.grams(5, 3)}
     return {stat: [small(d, torch.float32) for d in found] for stat, found in made.items()}
 
 

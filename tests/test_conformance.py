@@ -118,7 +118,7 @@ def gram(stage: Stage, name: str, shape: tuple[int, ...], seed: int) -> Tensor |
     return rows.T @ rows / 20
 
 
-STATISTICS = {"fisher": fisher, "gram": gram}
+STATISTICS = {"fisher": fisher, "gram": gram, "second_moment": fisher}
 
 
 def statistics(stage: Stage, experts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -99,7 +99,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["merge", "a", "b", "c"], "unexpected argument 'c'; see"),
         (["merge", "a", "b", "--threads", "many"], 'invalid value for --threads: unable to convert "many" into int'),
         (["merge", "a", "b", "--no-json"], "unknown option: --no-json"),
-        (["observe", "m", "--stat", "gram", "-o", "x"], 'command "observe" parameter --data requires an argument'),
+        (
+            ["observe", "m", "--stat", "gram", "-o", "x"],
+            "nothing to observe; give --data FILE (or --optimizer",
+        ),
     ],
 )
 def test_usage_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

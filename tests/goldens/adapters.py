@@ -22,6 +22,7 @@ from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
+from weightsmith.ops.moments import rank_one
 from weightsmith.train import embed
 from weightsmith.train.optim import DCTAdamW
 
@@ -31,8 +32,6 @@ NOT_YET: Mapping[str, str] = {
     "fw-merging (hard)": "Frank-Wolfe merging",
     "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
-    "ota": "optimization trajectories",
-    "ota+ffg": "optimization trajectories",
 }
 """Methods that are not built yet, and the piece of work that brings each."""
 
@@ -197,6 +196,26 @@ def fisher(case: Case) -> State:
 def regmean(case: Case) -> State:
     method = _stage("regmean", {"alpha": case.params["reduce_non_diagonal_ratio"]})
     return merge(case.experts, method, stats=case.stats("gram", tiny_llama.grams))
+
+
+def ota(case: Case) -> State:
+    """`precond_threshold` masks first; the second moments are compressed before anything sees them."""
+    p = case.params
+    stats = case.stats("second_moment", tiny_llama.positive)
+    if p["rank1_approx"]:
+        for kinds in stats.values():
+            kinds["second_moment"] = {n: rank_one(v) if v.ndim == 2 else v for n, v in kinds["second_moment"].items()}
+    given = {
+        **{n: p[n] for n in ("power", "epsilon")},
+        "epsilon_mode": "absolute",
+        "normalize": {"none": "none", "global": "mean"}[p["normalise"]],
+        "weight": 1.0 if p["scaling_factor"] is None else _number_or_tuple(p["scaling_factor"]),
+        "fallback": "base" if p["fallback_to_base"] else "mean",
+    }
+    stages: Stage | Pipeline = _stage("ota", given)
+    if p["precond_threshold"] is not None:
+        stages = _stage("ffg", {"threshold": _number_or_tuple(p["precond_threshold"])}) | stages
+    return merge(case.experts, stages, base=case.base if p["use_base"] else None, stats=stats)
 
 
 def tall_masks(case: Case) -> State:
@@ -385,6 +404,8 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "iso_cts": isotropic,
     "fisher": fisher,
     "regmean": regmean,
+    "ota": ota,
+    "ota+ffg": ota,
     "tall-masks": tall_masks,
     "pcb": pcb,
     "widen": widen,

@@ -66,7 +66,8 @@ def models(kind: str) -> tuple[Model, dict[str, Model]]:
 def merged(kind: str, method: Any, *, base: bool = True, statistics: str = "", **options: Any) -> list[Part]:
     """One merge of a set of tensors."""
     start, experts = models(kind)
-    stats = {"": None, "fisher": fisher, "gram": gram, "gram_rows": functools.partial(gram, rows=True)}[statistics]
+    made = {"": None, "fisher": fisher, "gram": gram, "gram_rows": functools.partial(gram, rows=True)}
+    stats = {**made, "second_moment": functools.partial(fisher, called="second_moment")}[statistics]
     given = {} if stats is None else {"stats": stats(experts)}
     found = ws.merge(experts, method, base=start if base else None, threads=1, **given, **options)
     assert isinstance(found, dict)
@@ -137,6 +138,10 @@ VARIANTS: Mapping[str, tuple[Parameters, ...]] = {
         {"iters": 5, "embeddings": True, "lambda": 0.3},
     ),
     "emr": ({"lambda": 0.5},),
+    "ffg": (
+        {"density": 0.1}, {"density": ODD}, {"metric": "magnitude"}, {"threshold": 1e-6}, {"density": 1.0},
+        {"threshold": each(1e-7, 1e-6, 1e-5)},
+    ),
     "fisher": (
         {"weight": ODD}, {"normalize": False}, {"floor_mode": "max"}, {"floor_mode": "max_target"}, {"floor": 0.0},
         {"floor": 0.01, "floor_mode": "max", "normalize": False},
@@ -166,6 +171,10 @@ VARIANTS: Mapping[str, tuple[Parameters, ...]] = {
     "optmerge": (
         {"iters": 0}, {"iters": 4, "optimizer": "adam"}, {"iters": 4, "optimizer": "sgd", "momentum": 0.5},
         {"iters": 4, "variant": "lora"}, {"iters": 4, "init": "mean", "scaling": 0.5}, {"iters": 4, "lr": 0.001},
+    ),
+    "ota": (
+        {"weight": ODD}, {"power": 1.0}, {"epsilon": 1e-8, "epsilon_mode": "absolute"}, {"normalize": "mean"},
+        {"epsilon": 0.0, "fallback": "mean"},
     ),
     "pcb": (
         {"variant": "es"}, {"variant": "vision"}, {"variant": "paper"}, {"ratio": 0.5, "clip": 0.05},
@@ -224,7 +233,7 @@ FEW_VARIANTS: Mapping[str, tuple[str, tuple[Parameters, ...]]] = {
 }
 
 BASELESS = (
-    "linear", "karcher", "multislerp", "soup", "mwa", "fisher", "regmean", "slerp", "nuslerp", "passthrough",
+    "linear", "karcher", "multislerp", "soup", "mwa", "fisher", "ota", "regmean", "slerp", "nuslerp", "passthrough",
     "weight_matching", "keep",
 )  # fmt: skip
 """Methods that do without a base."""
@@ -276,6 +285,8 @@ CHAINS: tuple[tuple[Any, ...], ...] = (
     ({"breadcrumbs": {"scope": "row", "density": 0.8}}, {"ties": {"density": 1.0, "aggregate": "sum"}}),
     ({"magnitude": {"density": ODD}}, {"task_arithmetic": {"weight": ODD, "lambda": 0.5}}),
     ("emr", {"lines": {"alpha": 0.4, "beta": 0.8}}),
+    ("ffg", "ota"),
+    ({"ffg": {"density": ODD}}, {"ota": {"fallback": "mean"}}),
 )
 
 RULES: list[dict[str, Any]] = [
@@ -321,7 +332,7 @@ def cases() -> Iterator[Case]:
         yield _case(f"chain {_words(chain)}", "few", list(chain))
     for method in LARGE:
         listed = list(method) if isinstance(method, tuple) else method
-        yield _case(f"large {_words(method)}", "large", listed, statistics=_need(method))
+        yield _case(f"large {_words(method)}", "large", listed)
     for method in WIDE:
         yield _case(f"wide {_words(method)}", "wide", method, plain=False)
     for name, (kind, method, options) in OPTIONS.items():
@@ -329,19 +340,19 @@ def cases() -> Iterator[Case]:
 
 
 def _method(name: str) -> Iterator[Case]:
-    need, given = _need(name), GIVEN.get(name)
+    given = GIVEN.get(name)
     for kind in SETS.get(name, USUAL):
-        yield _case(f"{name} default", kind, _spec(name, _held(given, kind)), statistics=need)
+        yield _case(f"{name} default", kind, _spec(name, _held(given, kind)))
     for parameters in VARIANTS.get(name, ()):
-        yield _case(f"{name} {_words(parameters)}", "varied", _spec(name, parameters), name in KERNELS, statistics=need)
+        yield _case(f"{name} {_words(parameters)}", "varied", _spec(name, parameters), name in KERNELS)
     kind, few = FEW_VARIANTS.get(name, ("", ()))
     for parameters in few:
-        yield _case(f"{name} {_words(parameters)}", kind, _spec(name, parameters), statistics=need)
+        yield _case(f"{name} {_words(parameters)}", kind, _spec(name, parameters))
     if name in BASELESS:
         kinds = ("two",) if name in ("slerp", "nuslerp") else ("one",) if name == "passthrough" else ("plain", "mixed")
         for kind in kinds:
             spec = _spec(name, _held(given, kind))
-            yield _case(f"{name} without a base", kind, spec, base=False, statistics=need)
+            yield _case(f"{name} without a base", kind, spec, base=False)
     if name == "regmean":
         yield _case("regmean transposed", "two", _spec(name, {"transposed": True}), statistics="gram_rows")
 
@@ -367,6 +378,7 @@ def _filter(name: str) -> Iterator[Case]:
 
 
 def _case(name: str, kind: str, method: Any, plain: bool = True, **options: Any) -> Case:
+    options.setdefault("statistics", _need(method))
     return Case(f"{name} / {kind}", lambda _: merged(kind, method, **options), plain)
 
 
@@ -386,7 +398,11 @@ def _held(parameters: Parameters | None, kind: str) -> Parameters | None:
 
 
 def _need(method: Any) -> str:
-    return {"fisher": "fisher", "regmean": "gram"}.get(method, "") if isinstance(method, str) else ""
+    """The statistic that a method or any stage of a pipeline asks for."""
+    if isinstance(method, (tuple, list)):
+        return max(map(_need, method), default="")
+    name = next(iter(method)) if isinstance(method, dict) else method
+    return {"fisher": "fisher", "ffg": "second_moment", "ota": "second_moment", "regmean": "gram"}.get(name, "")
 
 
 def _words(value: Any) -> str:

@@ -137,11 +137,11 @@ def tensor(values: np.ndarray | float) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
 
 
-def fisher(experts: Mapping[str, Model]) -> dict[str, dict[str, Model]]:
+def fisher(experts: Mapping[str, Model], *, called: str = "fisher") -> dict[str, dict[str, Model]]:
     """Positive, heavy-tailed importances of every floating tensor."""
     return {
         name: {
-            "fisher": {
+            called: {
                 key: tensor(1e-3 * uniform(tuple(value.shape), key, index, "fisher") ** 4 + 1e-8)
                 for key, value in state.items()
                 if value.dtype.is_floating_point

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from weightsmith.cli.options import Device, Json, Overwrite, Quiet, chosen
 from weightsmith.cli.show import progress_bar, say, show_json
 from weightsmith.cli.words import Parameter
+from weightsmith.core.errors import WeightsmithError
 
 __all__ = ["observe"]
 
@@ -16,9 +17,13 @@ def observe(
     model: Annotated[str, Parameter(help="Model folder or hub id[@revision].")],
     /,
     *,
-    data: Annotated[Path, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")],
-    stat: Annotated[str, Parameter(help="Statistics, separated by commas: gram, fisher.")],
     out: Annotated[Path, Parameter(name=["--out", "-o"], help="Folder for the statistics.")],
+    data: Annotated[Path | None, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")] = None,
+    stat: Annotated[str, Parameter(help="Statistics of the data, separated by commas: gram, fisher.")] = "",
+    optimizer: Annotated[
+        Path | None,
+        Parameter(help="The optimizer's state in place of data: Adam's second moments (.pt, .bin, .safetensors)."),
+    ] = None,
     examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
     batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
     length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 512,
@@ -41,9 +46,17 @@ def observe(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Collect statistics of a model on data, once, for methods that need them (regmean, fisher)."""
+    """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg)."""
     from weightsmith.observe.collect import observe as collect
 
+    if optimizer is not None:
+        if data is not None or stat:
+            raise WeightsmithError("--optimizer takes the place of --data and --stat; give one or the other")
+        _second_moment(model, optimizer, out, overwrite, json, quiet)
+        return
+    if data is None or not stat:
+        missing = "--data FILE" if data is None else "--stat gram or --stat fisher"
+        raise WeightsmithError(f"nothing to observe; give {missing} (or --optimizer FILE for second moments)")
     names = [name.strip() for name in stat.split(",") if name.strip()]
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
         collect(
@@ -52,6 +65,17 @@ def observe(
             trust_remote_code=trust_remote_code,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
         )  # fmt: skip
+    _told(names, out, json, quiet)
+
+
+def _second_moment(model: str, optimizer: Path, out: Path, overwrite: bool, json: bool, quiet: bool) -> None:
+    from weightsmith.observe.moments import SECOND_MOMENT, second_moment
+
+    second_moment(model, optimizer, out, overwrite=overwrite)
+    _told([SECOND_MOMENT], out, json, quiet)
+
+
+def _told(names: list[str], out: Path, json: bool, quiet: bool) -> None:
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:

@@ -23,10 +23,10 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
         "tsvm", "r_tsvm", "iso_c", "iso_cts", "opcm", "knots", "swudi", "aswudi", "wudi", "optmerge", "doge",
     ),
     "Edit the changes before a method (or after it: lines, consensus)": (
-        "scale", "agree", "dare", "della", "magnitude", "breadcrumbs", "lines", "consensus",
+        "scale", "agree", "dare", "della", "magnitude", "breadcrumbs", "lines", "consensus", "ffg",
     ),
     "Go from one model towards another": ("slerp", "nuslerp", "nearswap", "arcee_fusion"),
-    'Merge with statistics of data ("weightsmith observe")': ("regmean", "fisher"),
+    'Merge with statistics of data ("weightsmith observe")': ("regmean", "fisher", "ota"),
     "Merge networks that were trained apart": ("weight_matching",),
     "Take tensors as they are, in rules and slices": ("keep", "passthrough"),
     'Keep every expert, in less space ("weightsmith compress")': (

@@ -12,6 +12,7 @@ from weightsmith.core.method import Each, Method, Pass, Scope, choice, flag, num
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import some_weight, spread, weighted_sum
+from weightsmith.ops.moments import curvature
 from weightsmith.ops.reduce import block_squares
 
 if TYPE_CHECKING:
@@ -106,19 +107,7 @@ NORMS = _Norms(scope=Scope.MODEL)
 
 
 def _fishers(site: Site) -> tuple[Tensor, ...]:
-    found = site.stats["fisher"]
-    # A statistic comes from a file of its own: it may be of another model, or broken.
-    for i, fisher in enumerate(found):
-        if fisher.shape != site.block_shape:
-            raise NumericError(
-                f"{site.key.name}: the Fisher information of {_name(site, i)} has shape {list(fisher.shape)}, "
-                f"the weights {list(site.block_shape)}; make it anew from this model"
-            )
-        if fisher.numel() and not (fisher.amin() >= 0 and fisher.amax() < torch.inf):
-            raise NumericError(
-                f"{site.key.name}: the Fisher information of {_name(site, i)} is negative, infinite or not a number"
-            )
-    return found
+    return curvature(site, "fisher")
 
 
 def _tell(site: Site, fishers: Sequence[Tensor]) -> None:
@@ -126,7 +115,3 @@ def _tell(site: Site, fishers: Sequence[Tensor]) -> None:
     if site.stack[0].numel():
         site.tell("mean", max(float(fisher.mean(dtype=torch.float64)) for fisher in fishers))
         site.tell("largest", max(float(fisher.amax()) for fisher in fishers))
-
-
-def _name(site: Site, index: int) -> str:
-    return site.names[index] if site.names else f"model {index}"

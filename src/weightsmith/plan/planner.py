@@ -34,6 +34,9 @@ from weightsmith.recipe.schema import Recipe
 
 __all__ = ["Planner"]
 
+MADE_FROM = {"second_moment": "--optimizer FILE"}
+"""Statistic -> how `weightsmith observe` makes it, where not of data."""
+
 
 class Planner:
     """Goes through the tensors once and collects tasks and problems.
@@ -279,9 +282,10 @@ class Planner:
             found = self.inputs.stats.get(stat, {})
             if without := [n for n in self.inputs.experts if n not in found and n not in self.inputs.silent]:
                 # Never a fallback: the user forgot the data that the method is named for.
+                source = MADE_FROM.get(stat, f"--data FILE --stat {stat}")
                 text = (
                     f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "
-                    f'"weightsmith observe MODEL --data FILE --stat {stat} -o STATS" and add "stats: STATS" to it'
+                    f'"weightsmith observe MODEL {source} -o STATS" and add "stats: STATS" to it'
                 )
                 self.problems.say(Code.STATISTIC, stage.name, text)
                 continue

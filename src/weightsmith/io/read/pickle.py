@@ -23,7 +23,7 @@ from weightsmith.io.read.source import Bits, MemorySource, Source, beside_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLES", "PickleSource", "left_out"]
+__all__ = ["PICKLES", "PickleSource", "left_out", "load_pickle"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -169,6 +169,15 @@ def _gather(file: File, unsigned: np.dtype[Any], shape: tuple[int, ...], place: 
             return part.reshape(shape)
         out[picked] = part
     return out
+
+
+def load_pickle(path: Path) -> Any:
+    """Whatever plain values and tensors a file holds, which no code in it may make.
+
+    Raises SourceError for anything that is not such a file.
+    """
+    _refuse_archives(File(path))
+    return _load(path)
 
 
 def _load(path: Path) -> Any:

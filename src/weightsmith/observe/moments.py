@@ -1,0 +1,167 @@
+"""Adam's second moments, read from what a trainer saved: the statistic "second_moment".
+
+Three forms are read: safetensors (`NAME` or `NAME.exp_avg_sq`), torch's optimizer state under the parameters' names
+(distributed training), and torch's numbered state (`optimizer.pt`).  Numbers have names only through the order in which
+the optimizer got the parameters: that of `param_names` where torch (2.6 or later) noted it, else that of the model's
+parameters, in one group or in transformers' two (decayed or not).  Whatever fits neither is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightsmith.core.errors import OutputError, SourceError, some
+from weightsmith.io.read.pickle import PICKLES, load_pickle
+from weightsmith.io.read.safetensors import SafetensorsSource
+from weightsmith.observe.files import Statistic, stat_path, write_statistic
+from weightsmith.observe.model import LoadedModel, load_model
+
+__all__ = ["SECOND_MOMENT", "second_moment"]
+
+SECOND_MOMENT = "second_moment"
+MOMENT = "exp_avg_sq"
+WRAPPERS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_state")
+VANISHED = 0.01
+"""A greater share of zeros in float16 moments: below 6e-8 that dtype has none, and language models' are smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Moment:
+    """One parameter's moment; divided by 1 - beta2^step it does not depend on how long the training took."""
+
+    values: Tensor
+    step: float | None = None
+    beta2: float | None = None
+
+    @property
+    def unbiased(self) -> Tensor:
+        wide = self.values.float()
+        if not self.step or self.beta2 is None:
+            return wide
+        unbiased: Tensor = wide / (1 - self.beta2**self.step)
+        return unbiased
+
+
+def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write OUT/second_moment.safetensors: float32, shaped like the weights, under the checkpoint's names.
+
+    model      folder or hub id[@revision] of the checkpoint that the optimizer made
+    optimizer  a .safetensors or torch file with the state of Adam, AdamW or another with `exp_avg_sq`
+
+    Moments are divided by 1 - beta2^step where the file says both, so that models of different length compare.
+
+    Raises SourceError where a moment cannot be given a name, has another shape than its weights, is negative, not
+    finite, or was rounded to zero by float16.
+    """
+    path, folder = Path(optimizer), Path(out)
+    if stat_path(folder, SECOND_MOMENT).exists() and not overwrite:
+        where = stat_path(folder, SECOND_MOMENT)
+        raise OutputError(f"{where} exists; choose another folder, or overwrite it with --overwrite")
+    loaded = load_model(model, device="cpu")
+    found = _read(path, loaded)
+    for name, moment in found.items():
+        _check(path, name, moment.values)
+    tensors, lost = loaded.names.convert(_plain(found, loaded))
+    if not tensors:
+        raise SourceError(f"{path}: none of its {len(found)} moments belongs to {loaded.label}: {some(list(found), 3)}")
+    stored = loaded.names.source
+    missing = {} if stored is None else {n: "not in the optimizer's state" for n in stored.keys if n not in tensors}
+    corrected = all(m.step and m.beta2 is not None for m in found.values())
+    story = {"examples": 0, "model": loaded.label, "optimizer": path.name, "bias_corrected": corrected, "lost": lost}
+    write_statistic(folder, SECOND_MOMENT, Statistic(tensors, rows=0, skipped=missing), story)
+    return folder
+
+
+def _read(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
+    """Parameter name, as the file or the module has it -> its moment."""
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
+    if path.suffix not in PICKLES:
+        raise SourceError(f"{path}: expected a .safetensors file or a torch file ({', '.join(PICKLES)})")
+    state = load_pickle(path)
+    for wrapper in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        raise SourceError(f"{path}: not an optimizer's state; expected the entries 'state' and 'param_groups'")
+    groups = state.get("param_groups") or []
+    names = _names(path, state["state"], groups, loaded)
+    betas = {n: group["betas"][1] for group in groups if "betas" in group for n in group.get("params", ())}
+    moments = {}
+    for number, entry in state["state"].items():
+        if isinstance(entry, Mapping) and isinstance(entry.get(MOMENT), Tensor):
+            step = entry.get("step")
+            moments[names[number]] = _Moment(entry[MOMENT], None if step is None else float(step), betas.get(number))
+    if not moments:
+        raise SourceError(f"{path}: no parameter has {MOMENT!r}; only Adam and its relatives keep second moments")
+    return moments
+
+
+def _of_safetensors(path: Path) -> dict[str, _Moment]:
+    source = SafetensorsSource(path)
+    named = {key: key.removesuffix(f".{MOMENT}") for key in source.keys if key.endswith(f".{MOMENT}")}
+    return {name: _Moment(source.read(key)) for key, name in (named or {key: key for key in source.keys}).items()}
+
+
+def _names(
+    path: Path, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], loaded: LoadedModel
+) -> Mapping[Any, str]:
+    """What the parameters are called that the state numbers."""
+    if all(isinstance(number, str) for number in state):
+        return {number: number for number in state}
+    if groups and all("param_names" in group for group in groups):
+        return {n: name for g in groups for n, name in zip(g["params"], g["param_names"], strict=True)}
+    for order in _orders(loaded):
+        if [len(names) for names in order] != [len(group.get("params", ())) for group in groups]:
+            continue
+        pairs = [zip(g["params"], names, strict=True) for g, names in zip(groups, order, strict=True)]
+        named = {number: name for pair in pairs for number, name in pair}
+        shapes = {name: tuple(p.shape) for name, p in loaded.module.named_parameters()}
+        if all(number in named and _shape(entry) in (None, shapes[named[number]]) for number, entry in state.items()):
+            return named
+    raise SourceError(
+        f"{path}: its {len(state)} states are numbered, and neither the order of {loaded.label}'s parameters nor "
+        f"transformers' groups fit them; save it with names: torch.optim.AdamW(model.named_parameters())"
+    )
+
+
+def _orders(loaded: LoadedModel) -> Iterator[list[list[str]]]:
+    """Ways in which trainers hand over the parameters: names by group."""
+    names = [name for name, p in loaded.module.named_parameters() if p.requires_grad]
+    yield [names]
+    if loaded.config is not None:
+        from transformers import Trainer
+
+        decayed = set(Trainer.get_decay_parameter_names(None, loaded.module))
+        yield [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
+
+
+def _shape(entry: Any) -> tuple[int, ...] | None:
+    values = entry.get(MOMENT) if isinstance(entry, Mapping) else None
+    return tuple(values.shape) if isinstance(values, Tensor) else None
+
+
+def _plain(found: Mapping[str, _Moment], loaded: LoadedModel) -> dict[str, Tensor]:
+    """Moments under the module's names: wrappers (DataParallel, FSDP, torch.compile) put a prefix before them."""
+    known = {name for name, _ in loaded.module.named_parameters(remove_duplicate=False)}
+    made = {}
+    for name, moment in found.items():
+        short = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+        made[short if short in known else name] = moment.unbiased
+    return made
+
+
+def _check(path: Path, name: str, values: Tensor) -> None:
+    if values.numel() and not (torch.isfinite(values).all() and values.amin() >= 0):
+        raise SourceError(f"{path}: the second moment of {name} is negative, infinite or not a number")
+    zeros = float((values == 0).float().mean()) if values.dtype == torch.float16 and values.numel() else 0.0
+    if zeros > VANISHED:
+        raise SourceError(
+            f"{path}: {zeros:.0%} of the float16 second moments of {name} are 0; save them as bfloat16 or float32"
+        )

@@ -1,0 +1,91 @@
+"""Second moments out of what trainers save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from observe_models import saved, tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kit import noise
+from weightsmith.core.errors import SourceError
+from weightsmith.observe.moments import second_moment
+
+STEPS = 3
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Three steps of made-up gradients; the moments by parameter, as Adam defines them."""
+    moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for step in range(STEPS):
+        for i, (name, p) in enumerate(model.named_parameters()):
+            p.grad = noise(*p.shape, seed=100 * step + i)
+            moments[name] = 0.999 * moments[name] + 0.001 * p.grad.square()
+        optimizer.step()
+    return {name: (value / (1 - 0.999**STEPS)).detach() for name, value in moments.items()}
+
+
+def grouped(model: nn.Module) -> list[dict]:
+    """As transformers' Trainer does: matrices decay, norms and biases do not."""
+    wide = [p for p in model.parameters() if p.ndim > 1]
+    return [{"params": wide, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+
+
+@pytest.mark.parametrize("form", ["one group", "groups", "names", "wrapped", "safetensors"])
+def test_moments_come_under_the_checkpoints_names(form: str, tmp_path: Path):
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "model")
+    given = {"groups": grouped(model), "names": list(model.named_parameters())[::-1]}.get(form)
+    optimizer = torch.optim.AdamW(list(model.parameters()) if given is None else given)
+    wanted = trained(model, optimizer)
+    file = tmp_path / "optimizer.pt"
+    state = optimizer.state_dict()
+    if form == "wrapped":
+        names = [name for name, _ in model.named_parameters()]
+        state = {"state": {f"module.{names[n]}": entry for n, entry in state["state"].items()}, "param_groups": []}
+    if form == "safetensors":
+        file = tmp_path / "moments.safetensors"
+        save_file({f"{name}.exp_avg_sq": value for name, value in wanted.items()}, file)
+    else:
+        torch.save({"optimizer": state} if form == "groups" else state, file)
+    second_moment(folder, file, tmp_path / "stats")
+    found = load_file(tmp_path / "stats" / "second_moment.safetensors")
+    assert set(found) == set(wanted)
+    if form == "wrapped":  # no groups, no beta2: as they were saved
+        wanted = {name: value * (1 - 0.999**STEPS) for name, value in wanted.items()}
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=0), name
+
+
+def test_numbers_without_names_are_refused(tmp_path: Path):
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "model")
+    optimizer = torch.optim.AdamW(list(model.parameters())[::-1])
+    trained(model, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(SourceError, match=r"states are numbered, and neither the order of .* nor transformers' groups"):
+        second_moment(folder, tmp_path / "optimizer.pt", tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"a": torch.ones(2)}, "not an optimizer's state; expected the entries 'state' and 'param_groups'"),
+        ({"state": {"x": {"momentum_buffer": torch.ones(2)}}}, "no parameter has 'exp_avg_sq'; only Adam"),
+        ({"state": {"lm_head.weight": {"exp_avg_sq": -torch.ones(2)}}}, "second moment of lm_head.weight is negative"),
+        (
+            {"state": {"lm_head.weight": {"exp_avg_sq": torch.full((4,), 1e-9, dtype=torch.float16)}}},
+            "100% of the float16 second moments of lm_head.weight are 0; save them as bfloat16 or float32",
+        ),
+        ({"state": {"other.weight": {"exp_avg_sq": torch.ones(2)}}}, "none of its 1 moments belongs to"),
+    ],
+)
+def test_what_cannot_be_used_is_named(state: dict, text: str, tmp_path: Path):
+    folder = saved(tiny_llama(), tmp_path / "model")
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(SourceError, match=text):
+        second_moment(folder, tmp_path / "optimizer.pt", tmp_path / "stats")
