@@ -97,7 +97,8 @@ def case(cls: type[Stage], side: int, experts: int) -> Case:
     names = ["up_proj", "down_proj"] if issubclass(cls, GroupMethod) else ["w"]
     base = {f"layers.0.mlp.{n}.weight": torch.randn(side, side, generator=noise) for n in names}
     rows = torch.randn(count, 2 * side, side, generator=noise)
-    made = {"gram": lambda: rows.transpose(1, 2) @ rows / (2 * side), "fisher": rows[:, :side].square}
+    positive = rows[:, :side].square
+    made = {"gram": lambda: rows.transpose(1, 2) @ rows / (2 * side), "fisher": positive, "second_moment": positive}
     stats = {name: made[name]() for name in traits.needs if name != BASE}
     stages = [traits.name]
     if issubclass(cls, MergedFilter) or (issubclass(cls, Codec) and not issubclass(cls, StandaloneCodec)):

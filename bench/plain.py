@@ -231,6 +231,13 @@ def fisher(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
     return (weights * experts).sum(0) / weights.sum(0)
 
 
+def ota(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
+    assert stat is not None
+    powers = stat.sqrt()
+    weights = powers + 1e-6 * powers.mean()
+    return (weights * experts).sum(0) / weights.sum(0)
+
+
 def regmean(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
     """Off-diagonal entries times 0.9, and the inverse of the sum."""
     assert stat is not None
@@ -240,7 +247,7 @@ def regmean(experts: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
 
 
 PLAIN: Mapping[str, Way] = {
-    **{way.__name__: way for way in (linear, widen, slerp, karcher, fisher, regmean)},
+    **{way.__name__: way for way in (linear, widen, slerp, karcher, fisher, ota, regmean)},
     **{
         way.__name__: _of_deltas(way)
         for way in (

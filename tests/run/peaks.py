@@ -22,7 +22,7 @@ from weightsmith.core.method import Codec, Filter, Grain, MergedFilter, Stage, S
 from weightsmith.plan.costs import costs_of
 from weightsmith.recipe.schema import StageSpec
 
-STATISTICS = ("gram", "fisher")
+STATISTICS = ("gram", "fisher", "second_moment")
 BARE = {"slerp": {"t": 0.3}, "dare": {"density": 0.6}, "mwa": {"value": 2.0}}
 PAIR = "pair"
 """Name of a file with two matrices that make up a group."""
@@ -69,7 +69,7 @@ def models(folder: Path, rows: int, columns: int, experts: int, dtype: str = "F3
         write(folder / PAIR / ("base" if i == 0 else f"e{i - 1}"), PAIR, values, dtype)
     for i in range(experts):
         for stat in stats:
-            made = np.abs(first) if stat == "fisher" else np.eye(columns, dtype=np.float32) * (i + 1)
+            made = np.abs(first) if stat != "gram" else np.eye(columns, dtype=np.float32) * (i + 1)
             about = {"stat": stat, "examples": 3, "rows": 96, "aliases": {}}
             write(folder / f"stats-{i}", stat, made, "F32", {"weightsmith": json.dumps(about)})
 

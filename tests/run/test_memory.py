@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from run.peaks import count_for, methods, spec, stages_for
+from run.peaks import STATISTICS, count_for, methods, spec, stages_for
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Codec, Grain
 from weightsmith.inputs.opened import Inputs
@@ -75,10 +75,10 @@ def planned(folder: Path, name: str, shapes: dict[str, tuple[int, ...]], experts
     """The plan of one method; an expert's statistics are its own file's, or Gram matrices beside it."""
     if not folder.exists():
         sparse(folder / "model" / "model.safetensors", shapes)
-        for stat in ("gram", "fisher"):
+        for stat in STATISTICS:
             squares = {n: (s[1], s[1]) if stat == "gram" and len(s) == 2 else s for n, s in shapes.items()}
             sparse(folder / stat / "model.safetensors", squares)
-    model, stats = open_source(folder / "model"), {s: open_source(folder / s) for s in ("gram", "fisher")}
+    model, stats = open_source(folder / "model"), {s: open_source(folder / s) for s in STATISTICS}
     stages = stages_for(name)
     names = [f"e{i}" for i in range(count_for(name, experts))]
     recipe = Recipe(
