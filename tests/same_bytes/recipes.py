@@ -99,7 +99,7 @@ RECIPES: Mapping[str, str] = {
     ),
     "tied": (
         "base: formats/tied_base\nmodels: {a: {model: formats/tied, weight: 0.5}, b: formats/tied_too}\n"
-        "method: task_arithmetic\nexclude: [position_ids]"
+        "method: task_arithmetic"
     ),
     "tied and free": "base: formats/tied_base\nmodels: {a: formats/tied, b: formats/sharded}\nmethod: ties",
     "tokenizer union": WORDS + "method: ties\ntokenizer: union",

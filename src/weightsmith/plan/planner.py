@@ -18,6 +18,7 @@ from weightsmith.inputs.configs import unlike_configs
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
+from weightsmith.io.read.stats import how_to_make
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
 from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
@@ -33,9 +34,6 @@ from weightsmith.recipe.resolve import Resolver
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["Planner"]
-
-MADE_FROM = {"second_moment": "--optimizer FILE"}
-"""Statistic -> how `weightsmith observe` makes it, where not of data."""
 
 
 class Planner:
@@ -282,11 +280,7 @@ class Planner:
             found = self.inputs.stats.get(stat, {})
             if without := [n for n in self.inputs.experts if n not in found and n not in self.inputs.silent]:
                 # Never a fallback: the user forgot the data that the method is named for.
-                source = MADE_FROM.get(stat, f"--data FILE --stat {stat}")
-                text = (
-                    f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; make it with "
-                    f'"weightsmith observe MODEL {source} -o STATS" and add "stats: STATS" to it'
-                )
+                text = f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; {how_to_make(stat)}"
                 self.problems.say(Code.STATISTIC, stage.name, text)
                 continue
             if missing := [n for n, s in found.items() if not has(s, key.name)]:

@@ -21,7 +21,7 @@ from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import View
 
-__all__ = ["METADATA", "StatsSource", "open_stats"]
+__all__ = ["METADATA", "StatsSource", "how_to_make", "open_stats"]
 
 METADATA = "weightsmith"
 
@@ -91,3 +91,9 @@ def open_stats(paths: Iterable[str | Path]) -> dict[str, Source]:
                 )
             found[source.stat] = source
     return dict(found)
+
+
+def how_to_make(stat: str) -> str:
+    """What to do where a statistic is missing."""
+    source = "--optimizer FILE" if stat == "second_moment" else f"--data FILE --stat {stat}"
+    return f'make it with "weightsmith observe MODEL {source} -o STATS" and add "stats: STATS" to it'
