@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from weightsmith.cli.options import Device, Json, Overwrite, Quiet, chosen
 from weightsmith.cli.show import progress_bar, say, show_json
 from weightsmith.cli.words import Parameter
-from weightsmith.core.errors import WeightsmithError
 
 __all__ = ["observe"]
 
@@ -20,18 +19,12 @@ def observe(
     out: Annotated[Path, Parameter(name=["--out", "-o"], help="Folder for the statistics.")],
     data: Annotated[Path | None, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")] = None,
     stat: Annotated[str, Parameter(help="Statistics of the data, separated by commas: gram, fisher.")] = "",
-    optimizer: Annotated[
-        Path | None,
-        Parameter(help="The optimizer's state in place of data: Adam's second moments (.pt, .bin, .safetensors)."),
-    ] = None,
+    optimizer: Annotated[Path | None, Parameter(help="Optimizer's state in place of data: second moments.")] = None,
     examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
     batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
     length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 512,
     kind: Annotated[
-        str,
-        Parameter(
-            help="causal-lm, encoder, image-classification, ...; default: as config.json says.", show_default=True
-        ),
+        str, Parameter(help="causal-lm, encoder, ...; auto: as config.json says.", show_default=True)
     ] = "auto",
     fisher: Annotated[
         Literal["auto", "exact", "sampled", "empirical"], Parameter(help="How labels are taken.")
@@ -47,35 +40,17 @@ def observe(
     quiet: Quiet = False,
 ) -> None:
     """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg)."""
+    from weightsmith.observe.collect import asked
     from weightsmith.observe.collect import observe as collect
 
-    if optimizer is not None:
-        if data is not None or stat:
-            raise WeightsmithError("--optimizer takes the place of --data and --stat; give one or the other")
-        _second_moment(model, optimizer, out, overwrite, json, quiet)
-        return
-    if data is None or not stat:
-        missing = "--data FILE" if data is None else "--stat gram or --stat fisher"
-        raise WeightsmithError(f"nothing to observe; give {missing} (or --optimizer FILE for second moments)")
-    names = [name.strip() for name in stat.split(",") if name.strip()]
+    names = asked(stat, data, optimizer)
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
         collect(
             model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
             field=field, skip_first=skip_first, layers=layers, device=chosen(device=device).device, overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, optimizer=optimizer,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
         )  # fmt: skip
-    _told(names, out, json, quiet)
-
-
-def _second_moment(model: str, optimizer: Path, out: Path, overwrite: bool, json: bool, quiet: bool) -> None:
-    from weightsmith.observe.moments import SECOND_MOMENT, second_moment
-
-    second_moment(model, optimizer, out, overwrite=overwrite)
-    _told([SECOND_MOMENT], out, json, quiet)
-
-
-def _told(names: list[str], out: Path, json: bool, quiet: bool) -> None:
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:

@@ -12,26 +12,38 @@ from torch import nn
 
 from weightsmith.core.errors import OutputError, WeightsmithError, did_you_mean
 from weightsmith.core.keys import layer_of
-from weightsmith.io.read.folder import FolderSource
-from weightsmith.jobs.verify import lasting
 from weightsmith.observe.data import read_examples
 from weightsmith.observe.files import stat_path, write_statistic
 from weightsmith.observe.fisher import MODES, choose_mode
 from weightsmith.observe.fisher import fisher as take_fisher
 from weightsmith.observe.gram import gram as take_gram
 from weightsmith.observe.kinds import KINDS
-from weightsmith.observe.model import LoadedModel, load_model
+from weightsmith.observe.model import identity, load_model
+from weightsmith.observe.moments import SECOND_MOMENT, second_moment
 
-__all__ = ["STATISTICS", "observe"]
+__all__ = ["STATISTICS", "asked", "observe"]
 
 _log = logging.getLogger(__name__)
 
 STATISTICS = ("gram", "fisher")
+NOTHING = "nothing to observe; give {} (or --optimizer FILE for second moments)"
+
+
+def asked(stat: str, data: object, optimizer: object) -> list[str]:
+    """The statistics that a command line asks for: names separated by commas, or the optimizer's second moments."""
+    if optimizer is not None:
+        if data is not None or stat:
+            raise WeightsmithError("--optimizer takes the place of --data and --stat; give one or the other")
+        return [SECOND_MOMENT]
+    names = [name.strip() for name in stat.split(",") if name.strip()]
+    if data is None or not names:
+        raise WeightsmithError(NOTHING.format("--data FILE" if data is None else "--stat gram or --stat fisher"))
+    return names
 
 
 def observe(
     model: str | Path | nn.Module,
-    data: str | Path | Iterable[Any],
+    data: str | Path | Iterable[Any] | None,
     stats: Sequence[str],
     out: str | Path,
     *,
@@ -48,6 +60,7 @@ def observe(
     device: str | torch.device = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    optimizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Run a model over calibration data and write OUT/STAT.safetensors for each statistic; returns OUT.
@@ -63,10 +76,17 @@ def observe(
     skip_first  gram: leave out the first token of each text
     share       gram: one matrix for layers with the same input
     layers      blocks [start, end) only; tensors outside the blocks go with the range that starts at 0
+    optimizer   the optimizer's state, for 'second_moment'; no data then, see `moments.second_moment`
     progress    called with (statistic, examples done, examples in all)
 
     Raises WeightsmithError and its kinds for bad input; nothing is written then.
     """
+    if optimizer is not None:
+        if isinstance(model, nn.Module):
+            raise WeightsmithError("second moments are written under a checkpoint's names; give its folder")
+        return second_moment(model, optimizer, out, overwrite=overwrite)
+    if data is None:
+        raise WeightsmithError(NOTHING.format("--data FILE"))
     wanted = _check(stats, examples, batch, length, fisher, layers)
     folder = Path(out)
     for stat in wanted:
@@ -91,7 +111,7 @@ def observe(
     story: dict[str, Any] = {
         "examples": len(found),
         "model": loaded.label,
-        **_identity(loaded),
+        **identity(loaded),
         "data": str(data) if isinstance(data, (str, Path)) else f"{type(data).__name__} in memory",
         "kind": loaded.kind,
         "length": loaded.clip_length(length),
@@ -117,13 +137,6 @@ def observe(
             )
             write_statistic(folder, stat, statistic, {**story, "fisher": mode})
     return folder
-
-
-def _identity(loaded: LoadedModel) -> dict[str, Any]:
-    """What tells these weights from others; nothing of a module."""
-    if loaded.folder is None:
-        return {}
-    return {"fingerprint": lasting(FolderSource(loaded.folder).fingerprint())}
 
 
 def _check(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.hub import looks_like_hub_id, open_hub
+from weightsmith.jobs.verify import lasting
 from weightsmith.observe.kinds import KINDS, class_of, kind_of
 from weightsmith.observe.names import Naming
 
-__all__ = ["LoadedModel", "TextCoder", "folder_coder", "load_model", "pick_device", "resting", "text_coder"]
+__all__ = ["LoadedModel", "TextCoder", "folder_coder", "identity", "load_model", "pick_device", "resting", "text_coder"]
 
 SENTENCES = "modules.json"
 """What marks a folder of sentence-transformers."""
@@ -337,3 +338,10 @@ def _from_pretrained(
             )
     loaded: nn.Module = module
     return loaded
+
+
+def identity(loaded: LoadedModel) -> dict[str, Any]:
+    """What tells these weights from others; nothing of a module."""
+    if loaded.folder is None:
+        return {}
+    return {"fingerprint": lasting(FolderSource(loaded.folder).fingerprint())}

@@ -20,7 +20,7 @@ from weightsmith.core.errors import OutputError, SourceError, some
 from weightsmith.io.read.pickle import PICKLES, load_pickle
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.observe.files import Statistic, stat_path, write_statistic
-from weightsmith.observe.model import LoadedModel, load_model
+from weightsmith.observe.model import LoadedModel, identity, load_model
 
 __all__ = ["SECOND_MOMENT", "second_moment"]
 
@@ -74,6 +74,7 @@ def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, 
     missing = {} if stored is None else {n: "not in the optimizer's state" for n in stored.keys if n not in tensors}
     corrected = all(m.step and m.beta2 is not None for m in found.values())
     story = {"examples": 0, "model": loaded.label, "optimizer": path.name, "bias_corrected": corrected, "lost": lost}
+    story |= identity(loaded)
     write_statistic(folder, SECOND_MOMENT, Statistic(tensors, rows=0, skipped=missing), story)
     return folder
 
