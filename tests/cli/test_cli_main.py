@@ -33,6 +33,8 @@ VERBS = (
     "moe",
     "align",
     "barrier",
+    "heads",
+    "edit",
     "diff",
     "lineage",
     "tokenizer",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from weightsmith.align.parts import Model, Tensor
 from weightsmith.core.symmetry import Axis, SymmetryGroup
 
-__all__ = ["heads_of"]
+__all__ = ["Shape", "heads_of", "rotated", "shape_of"]
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Numbers and widths of heads: `query`, `value` and `key` are entries per head; `group` query heads per kv head."""
 
     kv: int
@@ -36,7 +36,7 @@ def heads_of(
         return [], {module: "it has several matrices of one kind"}
     if not count:
         return [], {module: "config.json does not say how many heads it has"}
-    shape = _shape(weights, output.inputs, count)
+    shape = shape_of(weights, output.inputs, count)
     if shape is None:
         return [], {module: f"its shapes do not fit {count} heads"}
     known = {t.key.name for t in tensors}
@@ -52,7 +52,7 @@ def heads_of(
     return [group[0]], group[1]
 
 
-def _shape(weights: Mapping[str, Tensor], outputs: int, count: int) -> _Shape | None:
+def shape_of(weights: Mapping[str, Tensor], outputs: int, count: int) -> Shape | None:
     """The heads that fit all shapes; None where none do.  outputs: inputs of the output matrix."""
     if outputs % count:
         return None
@@ -61,19 +61,17 @@ def _shape(weights: Mapping[str, Tensor], outputs: int, count: int) -> _Shape | 
         rows = weights["qkv"].outputs
         kv, rest = divmod(rows // value - count, 2)
         return (
-            _Shape(kv, count // kv, value, value, value)
-            if kv > 0 and not (rest or rows % value or count % kv)
-            else None
+            Shape(kv, count // kv, value, value, value) if kv > 0 and not (rest or rows % value or count % kv) else None
         )
     q, k, v = (weights[part].outputs for part in ("q", "k", "v"))
     kv = v // value
     if kv < 1 or v % value or count % kv or q % count or k % kv:
         return None
-    return _Shape(kv, count // kv, q // count, k // kv, value)
+    return Shape(kv, count // kv, q // count, k // kv, value)
 
 
 def _group(
-    model: Model, module: str, s: _Shape, tensors: Sequence[Tensor]
+    model: Model, module: str, s: Shape, tensors: Sequence[Tensor]
 ) -> tuple[SymmetryGroup, dict[str, str]] | str:
     """The group of kv heads with those inside, and what is frozen; or why all of it is."""
     axes: list[Axis] = []
@@ -128,19 +126,19 @@ def _group(
     return SymmetryGroup(module, "kv", s.kv, tuple(axes), tuple(inside)), frozen
 
 
-def _free_keys(model: Model, s: _Shape, tensors: Sequence[Tensor]) -> tuple[int, str]:
+def _free_keys(model: Model, s: Shape, tensors: Sequence[Tensor]) -> tuple[int, str]:
     """From which entry on those of keys and queries may be permuted, and why none may."""
     if any(t.part == "qk_norm" for t in tensors):
         return 0, "a norm of queries and keys tells their entries apart"
     if s.query != s.key:
         return 0, "queries are wider than keys"
-    turned = _rotated(model, s.key)
+    turned = rotated(model, s.key)
     if turned >= s.key:
         return 0, "rotary position embeddings turn pairs of them"
     return turned, ""
 
 
-def _rotated(model: Model, width: int) -> int:
+def rotated(model: Model, width: int) -> int:
     """How many entries of a head are turned by rotary position embeddings."""
     scopes = [model.config, *(v for v in model.config.values() if isinstance(v, dict))]
     words = [word for scope in scopes for word in scope]

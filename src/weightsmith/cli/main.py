@@ -44,6 +44,8 @@ _VERBS = {
     "moe": "Build a mixture of experts of dense models.",
     "align": "Put one model's units into the order of another's, so that averages make sense.",
     "barrier": "Measure the loss on the line between two models.",
+    "heads": "Find channels between attention heads.",
+    "edit": "Scale components of attention heads.",
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
     "tokenizer": "Move a model to another tokenizer.",

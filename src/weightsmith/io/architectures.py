@@ -107,6 +107,9 @@ SIZED_OTHERWISE = (
 )
 """Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
 
+GAIN_PLUS_ONE = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
+"""Model types whose norms multiply by one plus their weight."""
+
 # --- experts ---------------------------------------------------------------------------------------
 
 EXPERT_WORDS: Mapping[str, tuple[str, str, str]] = {
