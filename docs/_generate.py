@@ -37,6 +37,7 @@ from weightsmith.recipe import resolve, schema
 from weightsmith.recipe.aliases import PIPELINES, spelled
 from weightsmith.recipe.json_schema import schema as json_schema
 from weightsmith.report.units import roughly
+from weightsmith.train import recipe as train_recipe
 
 __all__ = ["generate", "markdown", "pages", "problems_by_method"]
 
@@ -469,9 +470,20 @@ def _python_page() -> str:
 _TRAIN = ("optim", "svfit", "dmm", "embed", "fuse")
 """Modules of `weightsmith.train`, in the order of the page."""
 
+_TRAIN_PARTS = (
+    *(train_recipe.Tune, train_recipe.Svfit, train_recipe.Optimizer),
+    *(train_recipe.AdamW, train_recipe.DctAdamw, train_recipe.Trion),
+)
+
 
 def _train_page() -> str:
-    lines = ["# Parts for training", "", "Plain torch, for any training loop; see [](../../howto/train.md)."]
+    lines = ["# Training", "", "See [](../../howto/train.md).", "", "## The recipe of weightsmith train"]
+    defs = train_recipe.TrainRecipe.model_json_schema()
+    for cls in (train_recipe.TrainRecipe, *_TRAIN_PARTS):
+        spec = defs if cls is train_recipe.TrainRecipe else defs["$defs"][cls.__name__]
+        lines += ["", f"### {cls.__name__}", "", markdown(inspect.cleandoc(cls.__doc__ or "")), ""]
+        lines += _fields(cls, spec["properties"])
+    lines += ["", "The other parts are plain torch, for any training loop."]
     for name in _TRAIN:
         module = importlib.import_module(f"weightsmith.train.{name}")
         lines += ["", f"## weightsmith.train.{name}", "", markdown((module.__doc__ or "").partition("\n")[0])]

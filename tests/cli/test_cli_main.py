@@ -31,6 +31,7 @@ VERBS = (
     "bench",
     "convert",
     "moe",
+    "train",
     "align",
     "barrier",
     "heads",

@@ -5,6 +5,7 @@
     ```yaml                   is a recipe whose plan has no problems
     ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
     ```yaml moe file=NAME     the same, for a mixture of experts
+    ```yaml train file=NAME     a training run that loads
     ```yaml adapters file=NAME  is a recipe of adapters that loads
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
@@ -39,6 +40,7 @@ from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
 from weightsmith.study.schema import load_study
+from weightsmith.train.recipe import load as load_train
 
 __all__ = ["Block", "Page", "blocks"]
 
@@ -87,7 +89,7 @@ class Page:
             return "directive"
         if "norun" in block.words:
             return "not run"
-        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|adapters|file=\S+|exit=\d+", w)]
+        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|adapters|train|file=\S+|exit=\d+", w)]
         assert not unknown, f"unknown words {unknown}"
         if (name := block.option("file")) is not None:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,10 @@ class Page:
             case "yaml" if "adapters" in block.words:
                 assert name is not None
                 lora.load(name)
+                return "recipe"
+            case "yaml" if "train" in block.words:
+                assert name is not None
+                load_train(name)
                 return "recipe"
             case "yaml":
                 _checked(block.text, name)

@@ -42,6 +42,7 @@ _VERBS = {
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
     "moe": "Build a mixture of experts of dense models.",
+    "train": "Fine-tune a model, or its singular values, as a baseline or an expert.",
     "align": "Put one model's units into the order of another's, so that averages make sense.",
     "barrier": "Measure the loss on the line between two models.",
     "heads": "Find channels between attention heads.",
@@ -53,7 +54,7 @@ _VERBS = {
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
-    **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe"), "; continue with --resume"),
+    **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe", "train"), "; continue with --resume"),
     **dict.fromkeys(("bench", "soup"), "; the same command goes on where it stopped"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ def save_folder(
     kind: str,
     name: str = "model",
     texts: Mapping[str, str] | None = None,
+    package: Callable[[Path], Iterable[Path]] = lambda folder: (),
     overwrite: bool = False,
 ) -> Path:
     """Write OUT/NAME.safetensors, the texts (file -> content) and weightsmith.json.
 
-    made  plain values: what was asked for
-    how   how the tensors were made, in words
-    kind  of the folder, as its manifest says it
+    made     plain values: what was asked for
+    how      how the tensors were made, in words
+    kind     of the folder, as its manifest says it
+    package  writes more files into the folder and returns their paths
     Errors: PlanError with what is wrong with OUT, before anything is written.
     """
     out = Path(out)
@@ -61,11 +63,11 @@ def save_folder(
         sink.abort()
         raise
 
-    def package(folder: Path) -> list[Path]:
-        paths = [write_file(folder / file, text) for file, text in (texts or {}).items()]
+    def finish(folder: Path) -> list[Path]:
+        paths = [*(write_file(folder / file, text) for file, text in (texts or {}).items()), *package(folder)]
         manifest = build_manifest(
             folder, recipe=made, inputs={}, keys=keys, records=records, made_by={k.name: how for k in keys}, kind=kind
         )
         return [*paths, write_manifest(folder, manifest)]
 
-    return sink.finish(package)
+    return sink.finish(finish)

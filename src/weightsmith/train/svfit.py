@@ -172,11 +172,14 @@ class SVFit:
         self._before.clear()
         return self.model
 
-    def save(self, out: str | Path, *, bases: bool = True, overwrite: bool = False) -> Path:
+    def save(
+        self, out: str | Path, *, bases: bool = True, overwrite: bool = False, texts: Mapping[str, str] | None = None
+    ) -> Path:
         """Write the adapter folder that `load` and every merge take.
 
         bases  keep u and v too (the size of the layers' LoRA of rank r).  Without them r numbers per layer are stored
                twice, and the vectors are found again by an SVD of the very same weights, else refused
+        texts  more files to put beside it, name -> content
         """
         tensors: dict[str, Tensor] = {}
         for name, own in self.modules.items():
@@ -191,8 +194,8 @@ class SVFit:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         how = "singular values trained with svfit"
         return save_folder(
-            out, tensors, made=self.config, how=how, kind="adapter", name="adapter_model", texts={CONFIG: text},
-            overwrite=overwrite,
+            out, tensors, made=self.config, how=how, kind="adapter", name="adapter_model",
+            texts={CONFIG: text, **(texts or {})}, overwrite=overwrite,
         )  # fmt: skip
 
 

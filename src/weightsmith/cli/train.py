@@ -1,0 +1,52 @@
+"""`weightsmith train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
+from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
+from weightsmith.cli.words import Parameter
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[Path, Parameter(help="What to train on what, YAML or JSON.")],
+    out: Out,
+    /,
+    *,
+    set_: Sets = (),
+    device: Device = "auto",
+    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint of an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune one model, or its singular values: a baseline for merges, or an expert for them."""
+    from weightsmith.observe.data import read_examples
+    from weightsmith.observe.model import load_model
+    from weightsmith.train.recipe import load
+    from weightsmith.train.run import train as run
+
+    files: list[Path] = []
+    asked = load(recipe, set_, files)
+    loaded = load_model(asked.model, device=chosen(device=device).device)
+    found = read_examples(
+        asked.data, loaded, examples=asked.examples, length=asked.length, seed=asked.seed, field=asked.field
+    )
+    settings = chosen(resume=resume, overwrite=overwrite, files=(*files, Path(asked.data)))
+    with progress_bar("training", quiet=quiet or json, nbytes=False) as progress:
+        result = run(asked, loaded, found, out, settings.but(progress=progress))
+    if json:
+        show_json(result)
+        return
+    if not quiet:
+        rows = [
+            tuple("" if v is None else f"{v:.4g}" for v in (r.step, r.loss, r.valid, r.gradient)) for r in result.rows
+        ]
+        table("Curve", ["step", "training", "validation", "gradient"], rows, right=(0, 1, 2, 3))
+        say(f"{result.trained:,} numbers trained on {result.examples} examples, {result.valid} kept for validation")
+        say(f"optimizer state: {size(result.kept)}, {result.projected} matrices in subspaces")
+        say(f"wrote {result.out} in {duration(result.seconds)}; its curve is in {result.out / 'training.html'}")

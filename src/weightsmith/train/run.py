@@ -1,0 +1,243 @@
+"""From a recipe, a loaded model and examples to a folder: a fine-tuned model, or an adapter of singular values.
+
+Models and examples are given (`weightsmith.observe` reads them); this file knows what each kind of model is scored by.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from weightsmith.core.errors import PlanError, SourceError
+from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.io.disk import write_file
+from weightsmith.io.package.companions import copy_companions
+from weightsmith.io.read.source import tensor_to_bits
+from weightsmith.io.write.output import check_output
+from weightsmith.report.figures import Curve, Curves
+from weightsmith.report.html import Text, page
+from weightsmith.report.table import Column, Table
+from weightsmith.train import svfit
+from weightsmith.train.checkpoints import Checkpoints
+from weightsmith.train.loop import Loss, Pace, Row, fit
+from weightsmith.train.optim import DCTAdamW, Trion
+from weightsmith.train.recipe import Svfit, TrainRecipe
+from weightsmith.train.save import save_folder
+
+__all__ = ["Trained", "optimizer_of", "train"]
+
+CURVE = "training.html"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    trained     numbers that trained; kept: bytes of the optimizer's state
+    projected   matrices whose moments the optimizer keeps in a subspace
+    """
+
+    out: Path
+    seconds: float
+    rows: Sequence[Row]
+    examples: int
+    valid: int
+    trained: int
+    kept: int
+    projected: int
+
+
+def train(
+    recipe: TrainRecipe,
+    loaded: Any,
+    examples: Sequence[Any],
+    out: str | Path,
+    settings: Settings = DEFAULT,
+) -> Trained:
+    """Train and write OUT; beside it OUT.training has the last checkpoint while the run goes on.
+
+    loaded    what `observe.model.load_model` gives; examples: what `observe.data.read_examples` gives
+    settings  of them count: resume (go on from the last checkpoint, of the same recipe, model and examples), overwrite,
+              files, and progress, which is called with steps
+
+    Errors: PlanError with everything that is in the way before anything trains, NumericError (see `loop.fit`).
+    """
+    began, out = time.perf_counter(), Path(out)
+    if problems := check_output(out, (*settings.files, *filter(None, [loaded.folder])), settings.overwrite, False, 0):
+        raise PlanError(problems)
+    asked = json.loads(recipe.model_dump_json(exclude_none=True))
+    identity = _identity(asked, loaded, examples)
+    checkpoints = Checkpoints(out, identity, resume=settings.resume, overwrite=settings.overwrite)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held = int(recipe.valid * len(examples))
+    valid, used = sorted(order[:held]), sorted(order[held:])
+    loss = _loss_of(loaded, examples)
+    tuned = _prepared(recipe, loaded)
+    optimizer, projected = optimizer_of(recipe, loaded.module)
+    pace = Pace(**{name: getattr(recipe, name) for name in Pace.__dataclass_fields__})
+    options: dict[str, Any] = {"store": checkpoints, "bf16": recipe.bf16, "progress": settings.progress}
+    rows = fit(loaded.module, optimizer, loss, used, pace, valid=valid, **options)
+    curve = _curve(rows, recipe)
+    if tuned is not None:
+        _, what = recipe.tune.chosen
+        assert isinstance(what, Svfit)
+        tuned.save(out, bases=what.bases, overwrite=settings.overwrite, texts={CURVE: curve})
+    else:
+        _save_model(loaded, out, asked, curve, settings.overwrite)
+    checkpoints.clear()
+    state = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+    return Trained(
+        out=out,
+        seconds=time.perf_counter() - began,
+        rows=rows,
+        examples=len(used),
+        valid=len(valid),
+        trained=sum(p.numel() for p in loaded.module.parameters() if p.requires_grad),
+        kept=sum(tensor.nbytes for tensor in state),
+        projected=projected,
+    )
+
+
+def _identity(asked: Mapping[str, Any], loaded: Any, examples: Sequence[Any]) -> dict[str, Any]:
+    """What decides the run, bit for bit."""
+    data = xxhash.xxh3_128()
+    for example in examples:
+        data.update(f"{tuple(example.inputs.shape)} {example.inputs.dtype} {example.label}".encode())
+        data.update(tensor_to_bits(example.inputs).tobytes())
+    weights = xxhash.xxh3_128()
+    for name, p in loaded.module.named_parameters():
+        weights.update(name.encode())
+        weights.update(tensor_to_bits(p.detach().cpu()).tobytes())
+    return {"recipe": asked, "examples": data.hexdigest(), "model": weights.hexdigest()}
+
+
+def optimizer_of(recipe: TrainRecipe, module: nn.Module) -> tuple[torch.optim.Optimizer, int]:
+    """The optimizer of what trains, and how many matrices it projects.
+
+    Matrices with a smaller side below `rank` get plain AdamW; vectors get no weight decay.
+    """
+    name, given = recipe.optimizer.chosen
+    options = given.model_dump()
+    decay, rank = options.pop("weight_decay"), options.pop("rank", None)
+    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for label, p in module.named_parameters():
+        if p.requires_grad:
+            fits = p.ndim > 1 and rank is not None and min(p.shape[0], p[0].numel()) >= rank
+            groups.setdefault((p.ndim > 1, fits), []).append((label, p))
+    made: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": decay if matrices else 0.0}
+        | ({} if name == "adamw" else {"rank": rank if fits else None})
+        for (matrices, fits), params in groups.items()
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(made, **options), 0
+    kind = {"dct_adamw": DCTAdamW, "trion": Trion}[name]
+    optimizer = kind(made, rank=rank, **options)
+    sides = (max(p.shape[0], p[0].numel()) for _, p in groups.get((True, True), ()))
+    return optimizer, sum(side < optimizer.defaults["max_size"] for side in sides)
+
+
+def _prepared(recipe: TrainRecipe, loaded: Any) -> svfit.SVFit | None:
+    """Freeze what does not train; None where everything does."""
+    _, what = recipe.tune.chosen
+    if not isinstance(what, Svfit):
+        loaded.module.requires_grad_(True)
+        _, lost = loaded.names.convert({name: p.detach() for name, p in loaded.module.named_parameters()})
+        if lost:
+            raise PlanError([f"{loaded.label}: {', '.join(lost[:3])} would train, but its files have no such tensor"])
+        return None
+    options = what.model_dump(exclude={"bases", "target_modules"})
+    return svfit.wrap(loaded.module, target_modules=what.target_modules or svfit.TARGETS, **options)
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+def _loss_of(loaded: Any, examples: Sequence[Any]) -> Loss:
+    """How models of a kind are scored."""
+    if loaded.kind == "causal-lm":
+        return lambda numbers: _next_tokens(loaded, [examples[i].inputs for i in numbers])
+    if loaded.kind in ("image-classification", "sequence-classification"):
+        classes = getattr(loaded.config, "num_labels", None) or 1 << 31
+        for i, label in enumerate(example.label for example in examples):
+            if label is None:
+                raise SourceError(f"example {i} has no label, which {loaded.kind} needs to train")
+            if not 0 <= label < classes:
+                raise SourceError(f"example {i}: label {label} is none of the {classes} classes of {loaded.label}")
+        return lambda numbers: _classes(loaded, [examples[i] for i in numbers])
+    raise PlanError([f"{loaded.label} is for {loaded.kind}; training knows causal-lm and classification"])
+
+
+def _next_tokens(loaded: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The summed cross-entropy of each next token [tokens], and their number."""
+    padded, mask = _padded(inputs)
+    labels = torch.where(mask, padded, -100)[:, 1:].to(loaded.device)
+    logits = loaded.logits(padded, None if bool(mask.all()) else mask)
+    value = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100)
+    return value, int((labels >= 0).sum())
+
+
+def _classes(loaded: Any, chosen: Sequence[Any]) -> tuple[Tensor, int]:
+    """The summed cross-entropy of labels, and their number."""
+    inputs = [example.inputs for example in chosen]
+    text = inputs[0].ndim == 1 and inputs[0].dtype == torch.int64
+    stacked, mask = _padded(inputs) if text else (torch.stack(inputs), None)
+    logits = loaded.logits(stacked, mask)
+    labels = torch.tensor([example.label for example in chosen], device=loaded.device)
+    return cross_entropy(logits.float(), labels, reduction="sum"), len(chosen)
+
+
+def _padded(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens [batch, longest], padded on the right with 0, and where there are some."""
+    mask = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in inputs], True)
+    return pad_sequence(list(inputs), True), mask
+
+
+# --- results ---------------------------------------------------------------------------------------
+
+
+def _save_model(loaded: Any, out: Path, asked: Mapping[str, Any], curve: str, overwrite: bool) -> None:
+    """The base's files with the trained values, each tensor in the dtype that it is stored in there."""
+    if (base := loaded.names.source) is None:  # a module from Python, without files
+        state = loaded.module.state_dict()
+        save_folder(out, state, made=asked, how="trained", kind="training", texts={CURVE: curve}, overwrite=overwrite)
+        return
+    found, _ = loaded.names.convert({name: p.detach().cpu() for name, p in loaded.module.named_parameters()})
+    tensors = {name: found[name].to(getattr(torch, key.dtype)) if name in found else base.read(name)
+               for name, key in base.keys.items()}  # fmt: skip
+
+    def package(folder: Path) -> Iterable[Path]:
+        copied = copy_companions(loaded.folder, folder, base.origin.files)
+        return [*(folder / name for name in copied.files), write_file(folder / CURVE, curve)]
+
+    save_folder(out, tensors, made=asked, how="trained", kind="training", overwrite=overwrite, package=package)
+
+
+def _curve(rows: Sequence[Row], recipe: TrainRecipe) -> str:
+    """The run as a page."""
+    columns = (
+        Column("step", "Step", 0),
+        Column("loss", "Training", 4, meaning="Mean loss since the row before."),
+        Column("valid", "Validation", 4, meaning="Loss of the examples that were kept out."),
+        Column("gradient", "Gradient", 4, meaning="Mean norm of the gradient, before it was clipped."),
+        Column("rate", "Rate", 4, meaning="Share of the learning rate."),
+    )
+    seen = {name: [row for row in rows if getattr(row, name) is not None] for name in ("loss", "valid")}
+    lines = [
+        Curve(title, [row.step for row in seen[name]], [getattr(row, name) for row in seen[name]])
+        for name, title in (("loss", "training"), ("valid", "validation"))
+        if seen[name]
+    ]
+    drawn = Curves("Loss", lines, "step", "loss")
+    asked = Text("What was asked for", [recipe.model_dump_json(exclude_none=True)])
+    return page("Training", [drawn, Table("Losses", columns, [asdict(row) for row in rows]), asked])
