@@ -74,6 +74,12 @@ PIPELINES: Mapping[str, Any] = {
     "magnitude, della, dare, ties, consensus": [
         {"magnitude": {"density": 0.9}}, "della", {"dare": {"density": 0.9}}, {"ties": {"density": 0.5}}, "consensus",
     ],
+    "as long as an expert": {"task_arithmetic": {"lambda": "auto", "weight": -0.7}},
+    "ties as long as an expert": {"ties": {"lambda": "auto", "density": 0.4, "weight": [0.3, 1.0, 0.5]}},
+    "dare, as long as an expert": [{"dare": {"density": 0.3}}, {"task_arithmetic": {"lambda": "auto"}}],
+    "dare, ties as long as an expert, consensus": [
+        {"dare": {"density": 0.6}}, {"ties": {"lambda": "auto", "scope": "tensor"}}, "consensus",
+    ],
     "magnitude": {"magnitude": {"density": 0.3}},
     "magnitude rescaled": {"magnitude": {"density": 0.3, "rescale": True}},
     "consensus": {"consensus": {"k": 2, "lambda": 0.4}},

@@ -6,7 +6,7 @@ Plain descriptions.  `kernels/` has a backend for each; passes in them (`Any` he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Drop",
     "Filter",
     "Fused",
+    "Lengths",
     "Look",
     "Magnitudes",
     "Masses",
@@ -38,12 +39,15 @@ class WeightedSum:
     """`x = sum_i weights[i] * input_i`, added in order and then divided by `divisor`, in float32.
 
     With `deltas`, input_i is expert_i - base and the result is base + scale * x; else the result is x.
+
+    factor  pass that finds the scale, or None
     """
 
     weights: tuple[float, ...]
     divisor: float = 1.0
     scale: float = 1.0
     deltas: bool = False
+    factor: Any = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Vote:
     signs   pass that adds up all elected signs, or None
     zero    sign of an even vote: 'plus', that of `signs` ('majority'), or its opposite
     mean    divide by the sum of the agreeing weights
+    factor  pass that finds the scale, or None
     """
 
     weights: tuple[float, ...]
@@ -62,6 +67,7 @@ class Vote:
     signs: Any
     zero: str
     mean: bool
+    factor: Any = None
 
 
 def sign_of_zero(rule: str, signs: Any) -> float:
@@ -80,6 +86,8 @@ class Mix:
     ends    the base, if there is one, is the first of the inputs
     deltas  with a base, input_i is expert_i - base and the base is added to the sum
     """
+
+    factor: ClassVar[Any] = None
 
     shares: Any = None
     ends: bool = False
@@ -175,6 +183,12 @@ class Program:
         return bool(self.before) or self.after is not None or isinstance(self.combine, Vote)
 
     @property
+    def unscaled(self) -> Program:
+        """The same, while the scale of the merged task vector is not known yet."""
+        unknown: dict[str, Any] = {"factor": None}
+        return self if self.combine.factor is None else replace(self, combine=replace(self.combine, **unknown))
+
+    @property
     def wants_base(self) -> bool:
         """Whether it reads the base, if there is one."""
         combine = self.combine
@@ -216,9 +230,14 @@ class Products:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Row by row, the squares of the merged task vector at scale 1, and of all task vectors before any filter."""
+
+
+@dataclass(frozen=True)
 class Balance:
     """The sum of all signs that the program elects."""
 
 
-Look = Ranked | Within | Magnitudes | Masses | Products | Balance
+Look = Ranked | Within | Magnitudes | Masses | Products | Lengths | Balance
 """What a pass may say of itself."""

@@ -66,6 +66,7 @@ class Code(StrEnum):
     DROPPED = "dropped"  # what will not be in the result
     TWIN = "twin"  # the same weights under two names
     CHANGE = "change"  # a model that has changed too much
+    LENGTH = "length"  # a merged change that is much longer than an expert's
     FOUND = "found"  # what a run found out on its way
     CHECK = "check"  # what a look at the finished folder says
 

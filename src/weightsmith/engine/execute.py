@@ -66,9 +66,6 @@ class Variant:
         found = self.context.found.get(self.task.pipeline, {}) if self.task.pipeline is not None else {}
         stages = self.task.pipeline.stages if self.task.pipeline is not None else ()
         notes = {s.name: note for i, s in enumerate(stages) if (note := s.notes(found.get(i, {})))}
-        for results in found.values():
-            for one, result in results.items():
-                self.told |= one.tells(result)
         said = {"notes": notes, "told": self.told, "lost": self.lost}
         return {"parts": self.hashes.records(), **{kind: what for kind, what in said.items() if what}}
 
@@ -152,6 +149,10 @@ def _measured(variants: Sequence[Variant], reader: Reader | None, rows: StoredRo
     """Take all passes over the tensor; results by stage index."""
     chains = [Chain(variant.task, variant.context) for variant in variants]
     measure(chains, reader or Reader(), rows)
+    for variant, chain in zip(variants, chains, strict=True):
+        for results in chain.found.values():
+            for one, result in results.items():
+                variant.told |= one.tells(result)
     return [chain.found for chain in chains]
 
 

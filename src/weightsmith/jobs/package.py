@@ -66,9 +66,20 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
             companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
             seed=recipe.seed,
             notes=notes or None,
+            scales=_scales(plan, records) or None,
             device=plan.device or None,
         ),
     ]
+
+
+def _scales(plan: Plan, records: Records) -> dict[str, dict[str, float]]:
+    """Stage whose factor is auto -> tensor -> the factor that was found."""
+    out: dict[str, dict[str, float]] = {}
+    for task in plan.tasks:
+        for what, figure in records[task.id].get("told", {}).items():
+            if what.startswith("auto."):
+                out.setdefault(what.removeprefix("auto."), {})[task.key.name] = figure
+    return out
 
 
 def treatments(plan: Plan) -> dict[str, str]:

@@ -222,6 +222,7 @@ def masked_merge(record: Any) -> Any:
     vote     elect signs as `Ties.merge` does, `zero` where there is none, and divide by the agreeing weights if `mean`;
              else the sum is divided by `divisor`
     agree    [count] float32 or 0: of the scaled result tau stays what k task masks select, times `after`
+    bare     the result is the merged task vector, without the base
     signs    [1] int64 gains the sum of the elected signs.  With `out` 0 that is all that is done.
     scratch  (count + 4) STRIP float32
     """
@@ -288,8 +289,9 @@ def masked_merge(record: Any) -> Any:
             _agreeing(origin, strict, count, k, scratch, address, kind, low)
             for j in range(n):
                 total[j] = total[j] * after
-        for j in range(n):
-            total[j] = origin[j] + total[j]
+        if not job.bare:
+            for j in range(n):
+                total[j] = origin[j] + total[j]
         bad += encode(total, out, out_kind, low)
     return bad
 

@@ -8,12 +8,23 @@ is counted in one pass over the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from weightsmith.core.kernel import Balance, Filter, Look, Magnitudes, Masses, Products, Program, Ranked, Within
+from weightsmith.core.kernel import (
+    Balance,
+    Filter,
+    Lengths,
+    Look,
+    Magnitudes,
+    Masses,
+    Products,
+    Program,
+    Ranked,
+    Within,
+)
 from weightsmith.kernels.cuts import Cells, magnitudes
 from weightsmith.kernels.job import Job, Results
 from weightsmith.kernels.merge import Merge
@@ -172,12 +183,33 @@ class _Products:
         return [{"products": self._joined(np.concatenate(self._found, -1))}]
 
 
+class _Lengths:
+    """Squares of the merged task vector and of all that went into it, row by row."""
+
+    def __init__(self, sights: Sequence[Sight]) -> None:
+        (one,) = sights
+        self._merge = Merge(replace(one.program.unscaled, after=None), one.found, one.noise, bare=True)
+        self._joined, self._found = one.joined, list[np.ndarray]()
+
+    def add(self, stored: Stored, offset: int) -> int:
+        made, bad = self._merge.merge(stored, "float32", offset)
+        squares, _ = row_products([made.ctypes.data], [READ["float32"]], stored.shape)
+        base, found = base_address(stored), [squares]
+        for bits, dtype in zip(stored.experts, stored.dtypes, strict=True):
+            found.append(row_products([bits.ctypes.data], [READ[dtype]], stored.shape, base)[0])
+        self._found.append(np.concatenate(found))
+        return bad
+
+    def results(self) -> list[State]:
+        return [{"squares": self._joined(np.concatenate(self._found, -1))}]
+
+
 class _Balance:
     """The sum of the signs that a merge elects."""
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
-        self._merge = Merge(one.program, one.found, one.noise)
+        self._merge = Merge(one.program.unscaled, one.found, one.noise)
 
     def add(self, stored: Stored, offset: int) -> int:
         return self._merge.count_signs(stored, offset)
@@ -187,7 +219,8 @@ class _Balance:
 
 
 BACKENDS: Mapping[type, Callable[[Sequence[Sight]], Backend]] = {
-    Ranked: _High, Within: _Low, Magnitudes: _Magnitudes, Masses: _Masses, Products: _Products, Balance: _Balance,
+    Ranked: _High, Within: _Low, Magnitudes: _Magnitudes, Masses: _Masses, Products: _Products, Lengths: _Lengths,
+    Balance: _Balance,
 }  # fmt: skip
 TOGETHER = (Ranked, Within)
 """Looks that one backend takes for all who ask it behind the same filters."""

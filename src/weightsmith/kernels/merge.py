@@ -46,10 +46,13 @@ class Merge:
 
     found  results of the passes that the program names, by stage: cuts, factors, signs, shares
     noise  of its filters, see `Job`
+    bare   the result is the merged task vector, without the base
     """
 
-    def __init__(self, program: Program, found: Results, noise: Sequence[np.ndarray | None] = ()) -> None:
-        self._program = program
+    def __init__(
+        self, program: Program, found: Results, noise: Sequence[np.ndarray | None] = (), bare: bool = False
+    ) -> None:
+        self._program, self._bare = program, bare
         combine, own = program.combine, found.get(len(program.before), {})
         if isinstance(combine, Mix):
             # A mixture is a weighted sum as soon as its shares are measured.
@@ -59,7 +62,9 @@ class Merge:
             self._sum = combine
         else:
             self._sum = WeightedSum(combine.weights, 1.0, combine.scale)
-        if program.masks:
+        if combine.factor is not None:
+            self._sum = replace(self._sum, scale=float(own[combine.factor]))
+        if program.masks or bare:
             self._job = self._described(program, found, noise)
 
     def _described(self, program: Program, found: Results, noise: Sequence[np.ndarray | None]) -> Job:
@@ -78,6 +83,7 @@ class Merge:
         # While the signs are being counted there is no sum yet; a tie does not count then.
         record["zero"] = 1.0 if vote is None or vote.signs not in own else sign_of_zero(vote.zero, own[vote.signs])
         record["divisor"], record["scale"] = total.divisor, total.scale
+        record["bare"] = self._bare
         record["k"], record["after"] = (after.k, after.scale) if after else (0, 1.0)
         return job
 
@@ -91,7 +97,7 @@ class Merge:
             # Without a base the experts themselves are mixed.
             total = total if stored.base is not None else replace(total, deltas=False)
             return weighted_sum(total, stored.ends if combine.ends else stored, out_dtype)
-        if not self._program.masks:
+        if not self._program.masks and not self._bare:
             return weighted_sum(total, stored, out_dtype)
         out = empty(stored, out_dtype)
         return out, self._run(stored, offset, out.ctypes.data, READ[out_dtype])

@@ -38,7 +38,7 @@ _INTEGERS = (
     "filters", "steps",
     # addresses, 0: none.  weights, agree: [count] float32; signs: [1] int64
     "weights", "agree", "signs",
-    "vote", "mean", "k", "scratch",
+    "vote", "mean", "bare", "k", "scratch",
 )  # fmt: skip
 _FLOATS = ("zero", "divisor", "scale", "after")
 

@@ -68,7 +68,7 @@ def weighted(method: Method, adapters: Adapters) -> tuple[Method, tuple[float, .
     """The weight of each adapter; those of an average from what was logged."""
     count = len(adapters)
     if isinstance(method, SharedBasis):
-        return method, spread(method.scaling, count)
+        return method, spread(1.0 if isinstance(method.scaling, str) else method.scaling, count)
     if isinstance(method, Combine):
         return method, spread(method.weight, count)
     values = _values(method, adapters)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.method import BASE, Method, number
+from weightsmith.core.method import BASE, Pass, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import disjoint, elect_sign
+from weightsmith.ops.length import AUTO, Lengthened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ __all__ = ["Emr"]
 
 
 @dataclass(frozen=True)
-class Emr(Method, name="emr", needs=(BASE,)):
+class Emr(Lengthened, name="emr", needs=(BASE,)):
     """Take the largest change of the elected sign, entry by entry.
 
     Result: base + lambda tau: the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.
@@ -26,10 +27,16 @@ class Emr(Method, name="emr", needs=(BASE,)):
 
     paper = "EMR-Merging (Huang et al., NeurIPS 2024), arXiv:2405.17461, its elected task vector"
 
-    lambda_: float = number(1.0, "factor of the elected task vector; 1 in front of emr_masks", smooth=True)
+    lambda_: float | str = number(
+        1.0, "factor of the elected task vector; 1 in front of emr_masks", options=(AUTO,), smooth=True
+    )
+
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return self.lengths()
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
         assert site.base is not None
         # Weights of 1: the paper's election is by mass, unweighted.
-        return site.base + disjoint(deltas, elect_sign(deltas.detach()), (1.0,) * site.count, "max") * self.lambda_
+        elected = disjoint(deltas, elect_sign(deltas.detach()), (1.0,) * site.count, "max")
+        return site.base + self.scaled(elected, site)

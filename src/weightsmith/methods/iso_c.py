@@ -11,6 +11,7 @@ from weightsmith.core.method import BASE, Factored, Method, choice, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.leading import LARGE
+from weightsmith.ops.length import AUTO, lengthened
 from weightsmith.ops.spectral import NOISE, Matrix, dense, matrices, polar_by_iteration, polar_of_large, svd_of, total
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class IsoC(Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dim
 
     paper = "Iso-C (Marczak et al., ICML 2025), arXiv:2502.04959"
 
-    scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
+    scaling: float | str = number(1.0, "factor of the flattened task vector", options=(AUTO,), smooth=True)
     rank_tol: float = number(1e-6, "relative singular values up to which a component is left out", low=0, below=1)
     solver: str = choice("eigh", "how the singular directions are found", "eigh", "iterate")
 
@@ -45,7 +46,7 @@ class IsoC(Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dim
         assert site.base is not None
         # The sum, not the mean: the nuclear norm that is kept is that of sum_t tau_t.
         flat = self._flattened(total(matrices(site)), min(site.block_shape, default=0), site.base.dtype)
-        return site.base + flat.to(site.base.dtype) * self.scaling
+        return site.base + lengthened(flat.to(site.base.dtype), site, self.scaling, self.name)
 
     def _flattened(self, added: Matrix, size: int, dtype: torch.dtype) -> Tensor:
         if self.solver == "iterate":

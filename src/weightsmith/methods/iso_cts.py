@@ -11,6 +11,7 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Factored, Method, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
+from weightsmith.ops.length import AUTO, lengthened
 from weightsmith.ops.spectral import NOISE, Svd, matrices, orthogonal_sum, outside, svd_of, total
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class IsoCts(Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=
 
     paper = "Iso-CTS (Marczak et al., ICML 2025), arXiv:2502.04959"
 
-    scaling: float = number(1.0, "factor of the flattened task vector", smooth=True)
+    scaling: float | str = number(1.0, "factor of the flattened task vector", options=(AUTO,), smooth=True)
     common_space_fraction: float = number(0.8, "share of directions taken from the common space", low=0, high=1)
 
     def check(self, case: Case) -> Iterable[Verdict]:
@@ -61,7 +62,7 @@ class IsoCts(Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=
         # Bases only; the factor comes after the sum, as a number.
         even = [p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]
         flat = orthogonal_sum(even, dtype=site.base.dtype) * strength.mean()
-        return site.base + flat.to(site.base.dtype) * self.scaling
+        return site.base + lengthened(flat.to(site.base.dtype), site, self.scaling, self.name)
 
     def _ranks(self, size: int, count: int) -> tuple[int, int]:
         """(directions of the common space, of each task)."""

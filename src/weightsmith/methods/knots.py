@@ -10,7 +10,9 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, Factored, Method, Pass, Scope, choice, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, disjoint, elect_sign, spread, weigh, weighted_sum
+from weightsmith.ops.length import AUTO, fitted
 from weightsmith.ops.noise import keep_masks
+from weightsmith.ops.reduce import block_squares
 from weightsmith.ops.select import Largest
 from weightsmith.ops.spectral import Matrix, left_basis, matrices
 
@@ -43,7 +45,9 @@ class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), ot
     paper = "KnOTS (Stoica et al., ICLR 2025), arXiv:2410.19735"
 
     density: Each = number(1.0, "share of each task's coordinates kept", above=0, high=1, each=True)
-    scaling: Each = number(1.0, "factor of each task's coordinates", low=0, each=True, smooth=True)
+    scaling: Each | str = number(
+        1.0, "factor of each task's coordinates", low=0, each=True, options=(AUTO,), smooth=True
+    )
     rule: str = choice("ties", "what is kept of the coordinates", "ties", "mean")
     sign: str = choice("mass", "how signs are elected", "mass", "count")
     aggregate: str = choice("mean", "how the kept coordinates are combined", *AGGREGATES)
@@ -61,13 +65,19 @@ class Knots(Factored, Method, name="knots", needs=(BASE,), checks=(dims(2),), ot
     def merged(self, site: Site) -> tuple[Tensor, Tensor]:
         """The merged task vector as a product: left [rows, k], right [k, columns], float64; needs no base."""
         basis, coordinates = self.coordinates(site)  # U [m, k] float64; Z [n, k, columns]
+        lengths = [float(block_squares(z.detach())) for z in coordinates] if self.scaling == AUTO else []
         if (cut := self._cut(site.count)) is not None:
             # Coordinates of all matrices of the model are cut at one threshold.
             (kept,) = site.result(cut).before(coordinates)
             coordinates = torch.where(kept, coordinates, 0.0)
         # Scaled after the trim: a scale does not change what is kept.
-        votes = weigh(coordinates, site.spread(self.scaling))
+        auto = self.scaling == AUTO
+        votes = weigh(coordinates, site.spread(1.0 if auto else self.scaling))  # type: ignore[arg-type]
         merged = self._combined(coordinates, votes).to(basis.dtype)
+        if auto:  # U is orthonormal: coordinates are as long as what they stand for
+            found = fitted(float(block_squares(merged.detach())), lengths)
+            site.tell(f"auto.{self.name}", found)
+            merged = merged * found
         return (basis, merged) if self.shared == "left" else (merged.T, basis.T)
 
     def coordinates(self, site: Site) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, number
+from weightsmith.core.method import BASE, Pass, number
 from weightsmith.core.site import Site
+from weightsmith.ops.length import AUTO, Lengthened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ __all__ = ["Magmax"]
 
 
 @dataclass(frozen=True)
-class Magmax(Method, name="magmax", needs=(BASE,)):
+class Magmax(Lengthened, name="magmax", needs=(BASE,)):
     """Keep the largest change of every entry.
 
     Result: base + lambda delta, delta of the model that changed the entry most; of +x and -x, +x.
@@ -26,7 +27,10 @@ class Magmax(Method, name="magmax", needs=(BASE,)):
 
     paper = "MagMax (Marczak et al., ECCV 2024), arXiv:2407.06322"
 
-    lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
+    lambda_: float | str = number(1.0, "factor of the merged task vector", options=(AUTO,), smooth=True)
+
+    def passes(self, count: int) -> tuple[Pass[Any], ...]:
+        return self.lengths()
 
     def merge(self, site: Site) -> Tensor:
         deltas = site.deltas
@@ -37,4 +41,4 @@ class Magmax(Method, name="magmax", needs=(BASE,)):
             larger = (delta.abs() > best.abs()) | ((delta.abs() == best.abs()) & (delta > best))
             best = torch.where(larger, delta, best)
         assert site.base is not None
-        return site.base + best * self.lambda_
+        return site.base + self.scaled(best, site)

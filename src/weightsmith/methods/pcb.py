@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Method, Pass, Rows, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Pass, Rows, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
+from weightsmith.ops.length import AUTO, Lengthened
 from weightsmith.ops.order import Order
 from weightsmith.ops.reduce import pairwise_sum, row_sums
 
@@ -23,7 +24,7 @@ __all__ = ["Pcb"]
 
 
 @dataclass(frozen=True)
-class Pcb(Method, name="pcb", needs=(BASE,)):
+class Pcb(Lengthened, name="pcb", needs=(BASE,)):
     """Score changes by size and agreement, and average those with the best scores.
 
     delta_i are n task vectors with d entries over the scope; norm(x) = (x - min) / (max - min), 0 where all are equal.
@@ -48,12 +49,19 @@ class Pcb(Method, name="pcb", needs=(BASE,)):
     variant: str = choice("release", "how agreement is scored", "release", "es", "vision", "paper")
     ratio: float = number(0.1, "share of the entries of each task vector with a score above 0", above=0, high=1)
     clip: float = number(1e-4, "share of |delta| clamped at both ends", low=0, below=0.5)
-    lambda_: Each = number(1.0, "factor of each task vector behind the scores", each=True, smooth=True)
+    lambda_: Each | str = number(
+        1.0, "factor of each task vector behind the scores", each=True, options=(AUTO,), smooth=True
+    )
     scope_: str = choice("global", "what the order is taken over", "global", "tensor")
 
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         scores = self._scores
-        return (scores.sizes, *((scores.products, scores.partition) if self.variant == "paper" else ()), scores)
+        return (
+            scores.sizes,
+            *((scores.products, scores.partition) if self.variant == "paper" else ()),
+            scores,
+            *self.lengths(),
+        )
 
     @property
     def _scores(self) -> _Scores:
@@ -73,7 +81,7 @@ class Pcb(Method, name="pcb", needs=(BASE,)):
             site.tell(f"pcb.spread.{i}", high - low)
         # float64: scores of 90 experts span many powers of ten.
         total = merged = torch.zeros_like(deltas[0], dtype=torch.float64)
-        ends = zip(sizes, best, site.spread(self.lambda_), strict=True)
+        ends = zip(sizes, best, site.spread(1.0 if self.length is not None else self.lambda_), strict=True)  # type: ignore[arg-type]
         for delta, score, (size, span, scale) in zip(deltas, scores.of_each(site), ends, strict=True):
             # Scores below the (1 - ratio) quantile become 0: these entries are dropped.
             share = _norm(score, *span)
@@ -82,7 +90,8 @@ class Pcb(Method, name="pcb", needs=(BASE,)):
             total = total + share
         assert site.base is not None
         # Nobody has a score above 0: the numerator is 0 as well.
-        return site.base + (merged / total.clamp(min=1e-12)).to(deltas.dtype)
+        found = (merged / total.clamp(min=1e-12)).to(deltas.dtype)
+        return site.base + (found if self.length is None else self.scaled(found, site))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.methods.tsvm import FEW
+from weightsmith.ops.length import AUTO, lengthened
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
 
@@ -46,7 +47,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
 
     paper = "R-TSVM of Mix Data or Merge Models? (2025), arXiv:2502.06876; our reconstruction, no code was published"
 
-    scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
+    scaling: float | str = number(1.0, "factor of the merged task vector", options=(AUTO,), smooth=True)
     outlier_sigma: float = number(3.0, "standard deviations above the mean that make an outlier", above=0)
     weighting: str = choice(
         "preserve", "tasks of many outliers get more or less weight", "preserve", "suppress", "none"
@@ -90,7 +91,7 @@ class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims
             if shares is not None
         ]
         merged = orthogonal_sum(parts, dtype=site.base.dtype)
-        return site.base + merged.to(site.base.dtype) * self.scaling
+        return site.base + lengthened(merged.to(site.base.dtype), site, self.scaling, self.name)
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         told = {tensor: found for tensor, found in told.items() if "r_tsvm.capped" in found}

@@ -10,10 +10,11 @@ from weightsmith.core import kernel
 from weightsmith.core.checks import Case, Verdict, remark
 from weightsmith.core.kernel import Vote, sign_of_zero
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Method, Pass, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Pass, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
+from weightsmith.ops.length import AUTO, Lengthened
 from weightsmith.ops.reduce import block_squares
 from weightsmith.ops.select import Largest
 
@@ -24,7 +25,7 @@ __all__ = ["Balance", "Ballot", "Ties"]
 
 
 @dataclass(frozen=True)
-class Ties(Method, name="ties", needs=(BASE,)):
+class Ties(Lengthened, name="ties", needs=(BASE,)):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.
 
     1. Trim each task vector to its largest |delta|.  scope global (the authors' code): every entry at or above
@@ -45,7 +46,7 @@ class Ties(Method, name="ties", needs=(BASE,)):
 
     density: Each = number(0.2, "share of each task vector kept", above=0, high=1, each=True)
     weight: Each = number(1.0, "factor of each task vector, before the vote", each=True, smooth=True)
-    lambda_: float = number(1.0, "factor of the merged task vector", smooth=True)
+    lambda_: float | str = number(1.0, "factor of the merged task vector", options=(AUTO,), smooth=True)
     scope_: str = choice("global", "what the largest are counted over", "global", "tensor")
     sign: str = choice("mass", "how signs are elected", *SIGN_RULES)
     zero_sign: str = choice("majority", "sign where the vote is tied", "majority", "minority", "plus")
@@ -71,7 +72,8 @@ class Ties(Method, name="ties", needs=(BASE,)):
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         ballot = self.ballot(count)
         # In this order: norms are those of trimmed task vectors, signs those of what they elect.
-        return tuple(one for one in (ballot.cut, ballot.norms, self._signs(count)) if one is not None)
+        found = tuple(one for one in (ballot.cut, ballot.norms, self._signs(count)) if one is not None)
+        return (*found, *self.lengths())
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         # A cut over the model is told alike for all its tensors.
@@ -85,7 +87,9 @@ class Ties(Method, name="ties", needs=(BASE,)):
         if self.sign != "mass" or self.aggregate == "max":
             return None
         weights, cut = spread(self.weight, count), self.ballot(count).cut
-        return Vote(weights, float(self.lambda_), cut, self._signs(count), self.zero_sign, self.aggregate == "mean")
+        scale = 1.0 if self.length is not None else float(self.lambda_)
+        mean = self.aggregate == "mean"
+        return Vote(weights, scale, cut, self._signs(count), self.zero_sign, mean, self.length)
 
     def merge(self, site: Site) -> Tensor:
         ballot, balance = self.ballot(site.count), self._signs(site.count)
@@ -96,7 +100,7 @@ class Ties(Method, name="ties", needs=(BASE,)):
         signs = torch.where(signs == 0, tied, signs)
         merged = disjoint(votes, signs, site.spread(self.weight), self.aggregate)
         assert site.base is not None
-        return site.base + merged * self.lambda_
+        return site.base + self.scaled(merged, site)
 
     def ballot(self, count: int) -> Ballot:
         """What the passes and the vote have in common."""

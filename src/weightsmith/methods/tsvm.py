@@ -13,6 +13,7 @@ from weightsmith.core.method import BASE, Each, Factored, Method, choice, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.combine import spread
+from weightsmith.ops.length import AUTO, lengthened
 from weightsmith.ops.spectral import Matrix, matrices, orthogonal_sum, svd_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims
 
     paper = "Task Singular Vectors (Gargiulo et al., CVPR 2025), arXiv:2412.00081"
 
-    scaling: Each = number(1.0, "factor of the merged task vector; a list: of each one", each=True, smooth=True)
+    scaling: Each | str = number(
+        1.0, "factor of the merged task vector; a list: of each one", each=True, options=(AUTO,), smooth=True
+    )
     rank_fraction: float | str = number(
         "auto",
         "share of singular triplets kept per model; auto: 1 / number of models",
@@ -70,7 +73,7 @@ class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims
         assert site.base is not None
         # In a sweep over one `scaling` the decompositions are made once, and multiplied after.
         alike, after = (self, 1.0) if isinstance(self.scaling, tuple) else (replace(self, scaling=1.0), self.scaling)
-        return site.base + site.once(alike, lambda: self._merged(site)) * after
+        return site.base + lengthened(site.once(alike, lambda: self._merged(site)), site, after, self.name)
 
     def _merged(self, site: Site) -> Tensor:
         """The merged task vector; multiplied by `scaling` only where that is a list."""

@@ -128,7 +128,7 @@ def apply_weighted_sum(spec: WeightedSum, site: Site) -> Tensor:
     if not spec.deltas:
         return total
     assert site.base is not None
-    return site.base + total * spec.scale
+    return site.base + total * (spec.scale if spec.factor is None else site.result(spec.factor))
 
 
 def per_expert(values: Tensor | Sequence[float], stack: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from weightsmith.core.problem import Code, Problem, told
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
+from weightsmith.ops.combine import Summed
 
-__all__ = ["foreign_statistics", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found"]
+__all__ = [
+    "foreign_statistics", "large_changes", "long_sums", "twins", "what_inputs_say", "what_models_say", "what_was_found",
+]  # fmt: skip
 
 
 def what_inputs_say(inputs: Inputs) -> Iterator[Problem]:
@@ -89,6 +93,10 @@ def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Seq
             so_far = by_tensor.setdefault(task.key.name, {})
             so_far |= {what: max(figure, so_far.get(what, figure)) for what, figure in found.items()}
     for stage, by_tensor in told.values():
+        if factors := [found[f"auto.{stage.name}"] for found in by_tensor.values() if f"auto.{stage.name}" in found]:
+            low, high = (f"{end:.3g}" for end in (min(factors), max(factors)))
+            text = low if low == high else f"{low} to {high}, tensor by tensor"
+            yield Problem(Code.FOUND, stage.name, f"{stage.name}: auto came to {text}")
         yield from (Problem(Code.FOUND, stage.name, f"{stage.name}: {text}") for text in stage.says(by_tensor, names))
 
 
@@ -98,6 +106,7 @@ def what_models_say(
     """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
     yield from twins({name: fingerprints[name] for name, _ in inputs.models if name in fingerprints})
     yield from large_changes(tasks, inputs)
+    yield from long_sums(tasks, inputs)
 
 
 TENSORS, ENTRIES = 8, 1 << 14
@@ -113,7 +122,7 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
         return
     for expert, source in inputs.experts.items() if names else ():
         pairs = [_sampled(name, inputs.base, source) for name in names]
-        base, delta = (np.concatenate([[], *(pair[i] for pair in pairs if pair is not None)]) for i in (0, 1))
+        base, delta = (np.concatenate([[], *(np.abs(pair[i]) for pair in pairs if pair is not None)]) for i in (0, 1))
         if not len(base):
             continue
         ratio, quantile = float(delta.mean() / max(base.mean(), 1e-30)), float(np.quantile(delta, 0.99))
@@ -122,15 +131,82 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
             yield Problem(Code.CHANGE, expert, f"{expert} has changed much for {stage.name}: {text}")
 
 
+LONG = 1.5
+"""How many times as long as an expert's change a merged one may be before something is said of it: sums of 8 and 9
+experts were best at 0.7 to 1.4 times, and far below their base at 2.9 (docs/study.md)."""
+
+
+def long_sums(tasks: Iterable[Task], inputs: Inputs, auto: bool = False) -> Iterator[Problem]:
+    """A line for a sum of task vectors that is much longer than one of them, as a sample of the weights says.
+
+    auto  where lambda is auto, how large it will be, about: a run itself says so at its end
+    """
+    count, base = len(inputs.experts), inputs.base
+    chosen = [(task.key.name, one) for task in tasks if (one := _Sum.of(task, count)) is not None]
+    if base is None or count < 2 or not chosen:
+        return
+    first, gram = chosen[0][1], np.zeros((count, count))
+    alike = [name for name, one in chosen if one == first]
+    for name in alike[:: -(-len(alike) // TENSORS)]:
+        pairs = [pair for source in inputs.experts.values() if (pair := _sampled(name, base, source)) is not None]
+        if len(pairs) == count:
+            deltas = np.stack([delta for _, delta in pairs])
+            gram += deltas @ deltas.T
+    mean = float(np.sqrt(gram.diagonal()).mean())
+    long = float(np.sqrt(max(first.weights @ (gram + np.diag(gram.diagonal() * first.more)) @ first.weights, 0.0)))
+    if not mean or not long:
+        return
+    if first.scale is None:
+        if not auto:
+            return
+        text = f"lambda auto will come to about {min(mean / long, count):.2g} (in a sample)"
+        yield Problem(Code.LENGTH, first.name, f"{first.name}: {text}")
+    elif (times := long * abs(first.scale) / mean) > LONG:
+        yield Problem(
+            Code.LENGTH,
+            first.name,
+            f"{first.name}: the merged change will be about {times:.2g} times as long as an expert's (in a sample); "
+            f"try lambda {mean / long:.2g}, with which it is as long, or lambda auto",
+        )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of task vectors, as the last stage of a task.
+
+    weight  of each expert; more: what random drops add to the square of its length; scale: lambda, None for auto
+    """
+
+    name: str
+    weight: tuple[float, ...]
+    more: tuple[float, ...]
+    scale: float | None
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.array(self.weight)
+
+    @classmethod
+    def of(cls, task: Task, count: int) -> _Sum | None:
+        method = task.pipeline.stages[-1] if task.pipeline is not None else None
+        if task.pipeline is None or not isinstance(method, Summed) or not (spec := method.fused(count)).deltas:
+            return None
+        program, more = task.pipeline.fused(count), np.zeros(count)
+        for one in program.before if program is not None else ():
+            more = (1 + more) / np.array(one.shares) - 1 if one.divide else more
+        weights = tuple(float(weight) / spec.divisor for weight in spec.weights)
+        return cls(method.name, weights, tuple(more), None if spec.factor is not None else float(spec.scale))
+
+
 def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
-    """(|base|, |delta|) of rows from the middle of a tensor; None where that takes more than reading them."""
+    """(base, delta) of rows from the middle of a tensor; None where that takes more than reading them."""
     key = base.key(name)
     if base.computes(name) or (expert.computes(name) and expert.factors(name, base) is None):
         return None
     rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
     start = (key.rows - rows) // 2
     old, new = (_numbers(source, name, start, start + rows) for source in (base, expert))
-    return np.abs(old), np.abs(new - old)
+    return old, new - old
 
 
 def _numbers(source: Source, name: str, start: int, stop: int) -> np.ndarray:
