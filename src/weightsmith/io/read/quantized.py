@@ -91,18 +91,25 @@ def unquantised(source: Source) -> Source:
 
 def _companions(source: Source) -> dict[str, list[str]]:
     """Weight of 8-bit floats or integers -> the smaller tensors that are named like scales of it."""
-    by_module: dict[str, list[str]] = {}
-    for name in source.keys:
-        if "scale" in name.rpartition(".")[2]:
-            by_module.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, list[str]] = {}
-    for key in source.keys.values():
-        module, _, leaf = key.name.rpartition(".")
-        if _is_coded(key) and leaf not in _MARKERS and "scale" not in leaf:
-            beside = [n for n in by_module.get(module, ()) if leaf == "weight" or n.startswith(f"{key.name}_")]
-            beside += by_module.get(key.name, ())
-            found[key.name] = [name for name in beside if source.keys[name].numel < max(key.numel, 2)]
+    scales = [name for name in source.keys if "scale" in name.rpartition(".")[2]]
+    coded = {
+        key.name: key for key in source.keys.values() if _is_coded(key) and "scale" not in key.name.rpartition(".")[2]
+    }
+    found: dict[str, list[str]] = {name: [] for name in coded}
+    modules = {name.removesuffix(".weight"): name for name in coded if name.endswith(".weight")}
+    for scale in scales:
+        owner = next((n for start in _starts(scale) if (n := start if start in coded else modules.get(start))), None)
+        if owner is not None and source.keys[scale].numel < max(coded[owner].numel, 2):
+            found[owner].append(scale)
     return found
+
+
+def _starts(name: str) -> Iterator[str]:
+    """Beginnings of a scale's name that may be its weight's, or its module's, the longest first."""
+    last = name.rpartition(".")[0].rpartition(".")[0]
+    for i in range(len(name) - 1, len(last), -1):
+        if name[i] in "._":
+            yield name[:i]
 
 
 def _is_coded(key: Key) -> bool:
