@@ -274,7 +274,8 @@ class _Opener:
                 return outer and _matches(tensor, match) and not _matches(tensor, taken)
 
             found[module] = made = self.model(part.model, base, f"{name}.{module}", mine)
-            if keep is None and not (made.keys or made.aliases):  # under a `keep` they may be another module's
+            # Under a `keep` they may be another module's, and the rest may be nothing.
+            if keep is None and part.match != ("*",) and not (made.keys or made.aliases):
                 globs = " or ".join(map(repr, part.match))
                 text = f"module {module}: no tensor of {made.origin.label} that is left matches {globs}"
                 raise SourceError(text + (f" (before it come {', '.join(list(found)[:-1])})" if before else ""))
