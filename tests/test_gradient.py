@@ -58,6 +58,8 @@ WITHOUT = {
     "multislerp": {"eps": "a threshold"},
     "mwa": {"value": "from logs", "penalty": "from logs"},
     "weight_matching": {"weight": "an assignment"},
+    "ffg": {"density": "ranks", "threshold": "a threshold"},
+    "ota": {"power": "of statistics", "epsilon": "a threshold"},
     "fwsvd": {"ratio": "a codec", "floor": "a codec"},
     "tall_masks": {"lambda": "a codec"},
     "tsvc": {"rank_fraction": "a codec"},
@@ -87,6 +89,23 @@ def test_what_has_no_derivative_is_refused_by_name(method: str, name: str):
         cls(**{field.field: torch.tensor(default, requires_grad=True)})
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ([ws.TaskArithmetic(weight=torch.tensor(0.5, requires_grad=True), lambda_="auto")], "task_arithmetic"),
+        ([ws.Scale(factor=torch.tensor(0.5, requires_grad=True)), ws.Breadcrumbs(rescale=True), "task_arithmetic"],
+         "breadcrumbs"),
+        ([ws.TaskArithmetic(weight=torch.tensor(0.5, requires_grad=True)), ws.Lines()], "lines"),
+    ],
+)  # fmt: skip
+def test_what_is_measured_of_a_tensor_is_refused(method: Any, name: str):
+    """Its derivative would silently lack a part."""
+    base, experts = models(2)
+    text = f"{name} measures what a tensor that requires grad changes, and has no derivative of that"
+    with pytest.raises(PlanError, match=text):
+        ws.merge(experts, method, base)
+
+
 def value_of(p: Parameter, i: int = 0) -> float:
     """A number inside the range, away from what is special; that and its neighbours by STEP are numbers in float32."""
     wanted = 0.9 * p.default if isinstance(p.default, float) and p.default else 0.3
@@ -97,6 +116,8 @@ def cases() -> Iterator[Any]:
     """Every variant of a stage with each of its smooth parameters as a tensor, and as one per expert."""
     for cls in STAGES.values():
         for stage in variants(cls):
+            if any(getattr(stage, p.field) == "auto" for p in numbers(cls) if p.name in ("lambda", "scaling")):
+                continue  # measured, see `test_what_is_measured_of_a_tensor_is_refused`
             for p in numbers(cls):
                 if p.smooth:
                     yield pytest.param(stage, p, 0, id=f"{stage!r}-{p.name}")
@@ -196,7 +217,7 @@ def test_memory_does_not_grow_with_the_tensor(method: str, allowed: float):
     for rows in (1024, 4096):
         shape = (rows, 512)
         plan, inputs = planned(3, shape, method, tensors)
-        back, gradient = Pullback(plan, inputs), noise(*shape, seed=9)
+        back, gradient = Pullback.of(plan, inputs), noise(*shape, seed=9)
         with Peak() as watch:
             back.one("layers.0.weight", gradient)
         peaks.append(watch.peak)
@@ -209,7 +230,7 @@ def test_threads_do_not_change_the_numbers():
     tensors = weights(3)
     plan, inputs = planned(3, (20000, 512), "ties", tensors)
     gradient = {"layers.0.weight": noise(20000, 512, seed=9)}
-    one, two = (Pullback(plan, inputs).all(gradient, threads) for threads in (1, 2))
+    one, two = (Pullback.of(plan, inputs).all(gradient, threads) for threads in (1, 2))
     assert all(torch.equal(one[t], two[t]) for t in tensors)
 
 

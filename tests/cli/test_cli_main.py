@@ -28,6 +28,7 @@ VERBS = (
     "restore",
     "lora",
     "soup",
+    "tune",
     "bench",
     "convert",
     "moe",
@@ -194,7 +195,7 @@ def test_importing_the_package_costs_nothing() -> None:
 def test_the_public_names() -> None:
     assert weightsmith.__all__ == sorted(weightsmith.__all__)
     for name in weightsmith.__all__:
-        assert getattr(weightsmith, name).__name__ == name
+        assert getattr(weightsmith, name).__name__.rpartition(".")[2] == name
     names = dir(weightsmith)
     assert {"Ties", "Dare", "TaskArithmetic", "merge", "Recipe"} <= set(names)
     for name in names:

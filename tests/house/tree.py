@@ -30,6 +30,7 @@ LAYERS = (
     ("engine",),
     ("jobs",),
     ("align", "inspect", "lora", "moe", "observe", "study", "train"),
+    ("tune",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -51,10 +51,14 @@ class Pass(ABC, Generic[R]):
 
     whole     whether it must see a whole tensor at once
     factored  whether it takes low-rank task vectors as products (`Site.factors`), which are whole tensors
+    slope     for the gradient pass, to which results are constants.  'flat': the result is constant almost everywhere,
+              or only choices hang on it (ranks, signs); 'own': the method itself derives it by its own parameters;
+              '': neither, so that nothing it depends on may be a tensor
     """
 
     whole: ClassVar[bool] = False
     factored: ClassVar[bool] = False
+    slope: ClassVar[str] = ""
 
     scope: Scope = field(default=Scope.TENSOR, kw_only=True)
 

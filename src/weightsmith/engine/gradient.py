@@ -15,12 +15,13 @@ derivative is zero almost everywhere, or the method does not declare the paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import PlanError, did_you_mean
+from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Pipeline
+from weightsmith.core.method import Grain, Pipeline
 from weightsmith.core.parameter import Traced, Vector, opened, traced
 from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.core.task import Task, Way, takes_deltas
@@ -61,7 +62,7 @@ def pull(
     Raises PlanError for a name or shape that the plan does not have, NumericError for a NaN or Inf in an input.
     """
     chosen = gradient if keys is None else {name: gradient[name] for name in keys}
-    return Pullback(plan, inputs).all(chosen, settings.threads or cores())
+    return Pullback.of(plan, inputs).all(chosen, settings.threads or cores())
 
 
 def tensors_of(tasks: Iterable[Task]) -> tuple[Tensor, ...]:
@@ -70,30 +71,67 @@ def tensors_of(tasks: Iterable[Task]) -> tuple[Tensor, ...]:
     return tuple({id(value.tensor): value.tensor for value in traced}.values())
 
 
+def refuse_underived(tasks: Iterable[Task], count: int) -> None:
+    """Raise PlanError where a tensor changes what is measured, or a codec or a group of tensors is made of it.
+
+    What passes find is constant to the gradient pass (`Pass.slope`): it would silently leave out their part.
+    """
+    problems = dict[str, None]()
+    for pipeline in dict.fromkeys(task.pipeline for task in tasks):
+        if pipeline is None or not _traced(pipeline):
+            continue
+        if pipeline.grain is Grain.GROUP or pipeline.codec is not None:
+            problems[f"{pipeline.name}: no gradient goes through it; give it numbers"] = None
+        for index, one in pipeline.passes(count):
+            before = one.slope != "flat" and any(traced(stage) for stage in pipeline.stages[:index])
+            if before or (not one.slope and _holds_traced(one)):
+                stage = pipeline.stages[index].name
+                problems[
+                    f"{stage} measures what a tensor that requires grad changes, and has no derivative of that; "
+                    f"give a number in place of auto, or leave the tensor to the stages behind {stage}"
+                ] = None
+    if problems:
+        raise PlanError(problems)
+
+
+def _holds_traced(value: Any) -> bool:
+    """Whether a tensor that requires grad stands anywhere in a value."""
+    if isinstance(value, Vector):
+        return value.tensor.requires_grad
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_traced, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_traced(getattr(value, field.name)) for field in fields(value))
+    return isinstance(value, Traced)
+
+
 class Pullback:
     """The derivative of a planned merge, to be applied to one tensor's gradient after another.
 
     tensors  the parameters that it depends on
     names    the merged tensors that depend on them
 
-    Measures the whole model once, where the methods ask for it.
+    The context holds what was measured of the whole model, where the methods ask for it.
     """
 
-    def __init__(self, plan: Plan, inputs: Inputs) -> None:
-        tasks = [task for task in plan.tasks if task.pipeline is not None and _traced(task.pipeline)]
-        for task in tasks:
-            if task.way in (Way.GROUP, Way.CODEC):
-                assert task.pipeline is not None
-                raise PlanError([f"{task.pipeline.name}: no gradient goes through it; give it numbers"])
+    def __init__(self, tasks: Iterable[Task], keys: Iterable[Key], context: Context) -> None:
+        tasks = [task for task in tasks if task.pipeline is not None and _traced(task.pipeline)]
+        refuse_underived(tasks, len(context.inputs.experts))
         self.tensors = tensors_of(tasks)
         self._tasks: dict[str, list[Task]] = {}
         for task in tasks:
             way = Way.ROWS if task.way is Way.KERNEL else task.way
             self._tasks.setdefault(task.key.name, []).append(replace(task, way=way))
         self.names = tuple(self._tasks)
-        self._keys = {key.name: key for key in plan.keys}
+        self._keys = {key.name: key for key in keys}
+        self._context = context
+
+    @classmethod
+    def of(cls, plan: Plan, inputs: Inputs) -> Pullback:
+        """The derivative of a plan's merge; measures the whole model once where the methods ask for it."""
         context = context_of(plan, inputs)
-        self._context = replace(context, found=measure_model(plan.tasks, context, SerialRunner()))
+        found = measure_model(plan.tasks, context, SerialRunner())
+        return cls(plan.tasks, plan.keys, replace(context, found=found))
 
     def all(self, gradient: Mapping[str, Tensor], threads: int = 1) -> Gradients:
         """The parameters' gradients for those of several merged tensors."""
@@ -213,10 +251,11 @@ def attached(plan: Plan, inputs: Inputs, merged: Mapping[str, Tensor], threads: 
     names = [name for name in merged if name in depending]
     if not names:
         return dict(merged)
+    refuse_underived(plan.tasks, len(inputs.experts))
 
     def back(gradients: Sequence[Tensor | None]) -> list[Tensor]:
         known = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        found = Pullback(plan, inputs).all(known, threads)
+        found = Pullback.of(plan, inputs).all(known, threads)
         return [found[parameter] for parameter in parameters]
 
     made = _merge_function()(back, [merged[name] for name in names], parameters)

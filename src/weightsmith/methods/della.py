@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -107,6 +107,8 @@ class Della(Masking, name="della", needs=(BASE,), checks=(small_changes,)):
 @dataclass(frozen=True)
 class _VectorRanks(Pass[np.ndarray]):
     """The ranks of a vector's entries: a vector may come in pieces, but its ranks need all of it; vectors are small."""
+
+    slope: ClassVar[str] = "flat"
 
     def applies(self, key: Key) -> bool:
         return len(key.shape) == 1

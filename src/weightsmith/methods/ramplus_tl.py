@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Method, Pass, number
@@ -47,6 +47,8 @@ class RamplusTl(Method, name="ramplus_tl", needs=(BASE,)):
 @dataclass(frozen=True)
 class _Changes(Pass[list[list[int]]]):
     """Of each model, the entries that only it changed, and those that others changed too."""
+
+    slope: ClassVar[str] = "flat"
 
     epsilon: float
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core import kernel
 from weightsmith.core.checks import Case, Verdict, remark
@@ -151,6 +151,8 @@ class Ballot:
 class _Norms(Pass[list[float]]):
     """The L2 norms of the trimmed task vectors."""
 
+    slope: ClassVar[str] = "flat"
+
     ballot: Ballot
 
     def see(self, site: Site) -> State:
@@ -164,6 +166,8 @@ class _Norms(Pass[list[float]]):
 @dataclass(frozen=True)
 class Balance(Pass[int]):
     """The sum of all elected signs."""
+
+    slope: ClassVar[str] = "flat"
 
     ballot: Ballot
 

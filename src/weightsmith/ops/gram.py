@@ -76,6 +76,8 @@ class Mixture(Method):
 class Products(Pass[np.ndarray]):
     """All inner products of what a mixture mixes: [n, n] float64."""
 
+    slope: ClassVar[str] = "own"
+
     mixture: Mixture
 
     def see(self, site: Site) -> State:

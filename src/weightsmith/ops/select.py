@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -90,6 +90,8 @@ class Cut(Pass[Cuts]):
 
     with_equals  equals at a cut all count as before it
     """
+
+    slope: ClassVar[str] = "flat"
 
     with_equals: bool = False
 

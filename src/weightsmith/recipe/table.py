@@ -85,7 +85,7 @@ def write_table(path: Path, models: tuple[str, ...], values: Mapping[str, Mappin
     from safetensors.torch import save_file
 
     flat = {f"{name}/{key}": t.detach().clone() for name, by in values.items() for key, t in by.items()}
-    save_file(flat, path, {"models": json.dumps(models), "format": "pt"})
+    save_file(flat, path, {"models": json.dumps(models)})  # one entry: safetensors writes several in any order
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from weightsmith.io import system
 from weightsmith.io.read.folder import is_inside
 from weightsmith.io.url import without_secrets
 
-__all__ = ["UNKNOWN", "CardModel", "Citation", "about", "licence_problems", "licences", "model_card"]
+__all__ = ["UNKNOWN", "CardModel", "Citation", "about", "licence_problems", "licences", "model_card", "yaml_text"]
 
 UNKNOWN = "unknown"
 _ABOUT: Mapping[str, Any] = {"library_name": "transformers"}
@@ -82,13 +82,13 @@ def model_card(
     run = f"weightsmith {version}".strip()
     shown = _public(without_secrets(recipe))
     parts = [
-        f"---\n{_yaml(front)}---\n",
+        f"---\n{yaml_text(front)}---\n",
         f"# {title}\n",
         f"This model was {_made_from(len(models), base is not None, stacked)} with {run}.\n",
         f"## Method\n\n{method}\n",
         f"## Models\n\n{_table(models, base, known)}",
         *_notes(known),
-        f"## Recipe\n\n```yaml\n{_yaml(shown)}```\n",
+        f"## Recipe\n\n```yaml\n{yaml_text(shown)}```\n",
         "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
         f"```\n{command}\n```\n\n"
         f"gives the same bytes{_PATHS if shown != without_secrets(recipe) else ''}; "
@@ -265,7 +265,8 @@ def _public(value: Any) -> Any:
     return value
 
 
-def _yaml(value: Mapping[str, Any]) -> str:
+def yaml_text(value: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)

@@ -1,0 +1,302 @@
+"""`weightsmith.tune`: learn numbers of a recipe, and give the recipe that has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import OutputError, RecipeError, SourceError, did_you_mean
+from weightsmith.core.settings import DEFAULT, Settings, cores
+from weightsmith.io.package.card import yaml_text
+from weightsmith.io.read.open import open_source
+from weightsmith.recipe.load import load
+from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.table import write_table
+from weightsmith.tune.controls import Control, compare
+from weightsmith.tune.descent import Descent
+from weightsmith.tune.journal import Journal, write_curve
+from weightsmith.tune.objective import Objective, labels_of
+from weightsmith.tune.objectives.imitate import Imitate
+from weightsmith.tune.registry import make
+from weightsmith.tune.resident import Resident
+from weightsmith.tune.setting import Preset, Setting
+from weightsmith.tune.space import Free, Numbers
+from weightsmith.tune.teachers import taught
+from weightsmith.tune.tuner import Data, Function, Tuner
+from weightsmith.tune.work import Work, prepared
+
+__all__ = ["Tuned", "tune"]
+
+FILE = "coefficients.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What was learned.
+
+    recipe        as a tree, with the learned values; its coefficients lie in `out` where they are many
+    coefficients  parameter -> tensor -> [n] or [n, c] values, models in the recipe's order ([1]: all alike)
+    curve         a row per step: step, loss, validation (where it was looked at), the loss of each task
+    best          step whose numbers these are, and its loss on the validation data; None without such data
+    stopped       why it ended before the last step, or ''
+    controls      the loss on validation data of this, the untuned recipe, task arithmetic and tuned random changes
+    classes       task -> predicted class -> count over the last steps, for objectives that may collapse
+    """
+
+    recipe: Mapping[str, Any]
+    coefficients: Mapping[str, Mapping[str, Tensor]]
+    curve: Sequence[Mapping[str, float]]
+    best: tuple[float, int] | None = None
+    stopped: str = ""
+    classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    controls: Sequence[Control] = ()
+    out: Path | None = None
+
+
+def tune(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    space: str | Preset | Setting | Mapping[str, Free] = "adamerging",
+    objective: Objective | None = None,
+    data: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    module: nn.Module,
+    function: Function | Mapping[str, Function] | None = None,
+    validation: Mapping[str, Sequence[Any]] | None = None,
+    descent: Descent | None = None,
+    models: Mapping[str, Any] | None = None,
+    base: Any = None,
+    out: str | Path | None = None,
+    settings: Settings = DEFAULT,
+    every: int = 10,
+    controls: bool = True,
+    progress: Callable[[int, int, float], None] | None = None,
+    **options: Any,
+) -> Tuned:
+    """Learn numbers of a recipe from data, with a module that holds the merged weights.
+
+    recipe      a recipe, its tree, or its path; with `models` and `base` in memory it may be left out
+    space       a preset by name (with its `options`) or as a value, or parameter -> `Free`
+    objective   what is minimised; of a space alone it is needed
+    data        task -> batches, a sequence: step s takes batch s, again from the first behind the last
+    module      the base model; its weights are overwritten, and hold the result at the end
+    function    (module, batch) -> outputs, one or one for each task; default: the module on the batch's inputs
+    validation  task -> batches that are not learned from: the numbers with the least loss on them are taken
+    models      name -> model (state dict, module, path, source), for a recipe without paths; `base` likewise
+    out         a folder for recipe.yaml, coefficients.safetensors, curve.csv and the journal
+    settings    threads; resume: go on where a run into `out` was interrupted, to the same result, bit for bit
+    every       steps between two looks at the validation data
+
+    controls    measure beside the result what it should be better than, see `tune.controls`
+
+    Memory: one module, its largest gradient, the activations, and a few blocks of the inputs.
+
+    Raises RecipeError, PlanError or SourceError for what does not fit, NumericError for a loss that is not finite.
+    """
+    settings, options = settings.taken_from(options)
+    if settings.ray is not None:
+        raise RecipeError("tune runs on this machine: the model is in its memory; leave --ray out")
+    threads = settings.threads or cores()
+    tree, given = _recipe(recipe, models, base)
+    names = tuple(tree["models"])
+    setting = _setting(space, objective, descent, names, options)
+    batches = _checked(data, validation or {}, setting.objective)
+    functions = _functions(function, batches)
+    work = prepared(tree, given, setting, module)
+    numbers, plan, inputs, places = work.numbers, work.plan, work.inputs, work.places
+    resident = Resident(module, places, plan, inputs, threads)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _prepare(folder, settings)
+    journal = Journal(folder, _identity(work, setting, batches, every, settings.fingerprint == "full"))
+    held = Data(batches, dict(validation or {}), functions)
+    if isinstance(setting.objective, Imitate):
+        held = _taught(held, setting.objective, resident, folder, keep=settings.resume)
+    tuner = Tuner(setting, numbers, resident, held, journal)
+    tuner.run(every=every, progress=progress)
+    learned = {one.name: one.learned() for one in numbers}
+    known = compare(tuner, work, given, threads, every) if controls and any(held.validation.values()) else ()
+    made = Tuned(
+        recipe=_with_values(work.tree, numbers, folder),
+        coefficients=learned,
+        curve=tuner.state.curve,
+        best=tuner.state.best,
+        stopped=tuner.stopped,
+        classes=tuner.histogram(),
+        controls=known,
+        out=folder,
+    )
+    if folder is not None:
+        _write(made, numbers, names, folder)
+        journal.done()
+    return made
+
+
+def _prepare(folder: Path, settings: Settings) -> None:
+    """The folder, there and without an earlier run's journal; OutputError if it holds other things."""
+    if folder.is_dir() and any(folder.iterdir()) and not (settings.resume or settings.overwrite):
+        raise OutputError(f"{folder} is not empty; choose another folder, or use --overwrite (--resume to go on)")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not settings.resume:
+        Journal(folder, "").done()
+
+
+# --- what is asked -------------------------------------------------------------------------------
+
+
+def _recipe(recipe: Any, models: Mapping[str, Any] | None, base: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The recipe's tree, and sources that are at hand."""
+    if isinstance(recipe, (str, Path)):
+        recipe = load(recipe)
+    given = None
+    if models is not None:
+        origin = None if base is None else open_source(base)
+        given = {name: open_source(model, base=origin) for name, model in models.items()}
+        tree = {"models": {name: name for name in models}, "method": "task_arithmetic"}
+        if origin is not None:
+            given, tree = {"base": origin, **given}, {"base": "base", **tree}
+        if isinstance(recipe, Mapping):
+            tree |= recipe
+        return tree, given
+    if recipe is None:
+        raise RecipeError("tune needs a recipe, or models and a base")
+    if isinstance(recipe, Recipe):
+        return recipe.model_dump(mode="json", exclude_defaults=True), None
+    return dict(recipe), None
+
+
+def _setting(space: Any, objective: Any, descent: Any, names: tuple[str, ...], options: Mapping[str, Any]) -> Setting:
+    if isinstance(space, str):
+        space = make(Preset, "preset", space, options)  # type: ignore[type-abstract]
+    elif options:
+        raise RecipeError(f"unknown option {next(iter(options))!r}; options are those of a preset by name")
+    if isinstance(space, Preset):
+        space = space.setting(names)
+    if not isinstance(space, Setting):
+        if objective is None:
+            raise RecipeError("tune needs an objective beside a space; for example objective=Entropy()")
+        space = Setting(dict(space), objective)
+    made: Setting = space
+    changes: dict[str, Any] = {"objective": objective, "descent": descent}
+    return replace(made, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _checked(data: Any, validation: Mapping[str, Any], objective: Objective) -> dict[str, Sequence[Any]]:
+    if not data:
+        raise SourceError("tune needs data: task -> batches")
+    target = getattr(objective, "target", "")
+    if target and target not in data:
+        raise SourceError(f"{objective.name}: target {target!r} is not among the tasks{did_you_mean(target, data)}")
+    for what, batches in (("data", data), ("validation", validation)):
+        for task, found in batches.items():
+            if not len(found):
+                raise SourceError(f"{what} of {task}: no batch in it")
+            if objective.labelled:
+                labels_of(found[0])
+            if task not in data:
+                raise SourceError(f"validation of {task}, which is not among the tasks{did_you_mean(task, data)}")
+            if what == "validation" and found is data[task]:
+                raise SourceError(f"validation of {task} is the data that is learned from; give other batches")
+    return dict(data)
+
+
+def _functions(function: Any, data: Mapping[str, Any]) -> dict[str, Function]:
+    if isinstance(function, Mapping):
+        if missing := [task for task in data if task not in function]:
+            raise SourceError(f"no function for the tasks {', '.join(missing)}")
+        return {task: function[task] for task in data}
+    return dict.fromkeys(data, function or _outputs)
+
+
+def _outputs(module: nn.Module, batch: Any) -> Any:
+    """The module on a batch: its `inputs`, the first of a pair, keyword arguments, or the batch itself."""
+    if isinstance(batch, Mapping):
+        return module(**{name: value for name, value in batch.items() if name != "labels"})
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else getattr(batch, "inputs", batch)
+    return module(inputs)
+
+
+def _taught(data: Data, objective: Imitate, resident: Resident, folder: Path | None, keep: bool) -> Data:
+    """The same batches with the experts' answers; the module then holds the merged weights again.
+
+    Answers are kept under a hash of what they depend on; of models in memory, which have none, for this run only.
+    """
+    inputs = resident.inputs
+    given: dict[str, Any] = {"top": objective.top, "layers": objective.layers}
+    seen = hashlib.sha256(json.dumps([inputs.fingerprints(), str(given)], default=str).encode())
+    for batches in (*data.train.values(), *data.validation.values()):
+        _add(seen, batches)
+    room = None if folder is None else folder / "teachers" / seen.hexdigest()[:16]
+    if room is not None and not keep and not all(model.fingerprint() for model in inputs.experts.values()):
+        shutil.rmtree(room, ignore_errors=True)
+    train, validation = (
+        taught(batches, inputs.experts, resident.module, resident.places, data.function, where, **given)
+        for batches, where in ((data.train, room), (data.validation, None if room is None else room / "validation"))
+    )
+    resident.begin()
+
+    def over(function: Function) -> Function:
+        return lambda module, lesson: function(module, lesson.batch)
+
+    return Data(train, validation, {task: over(function) for task, function in data.function.items()})
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def _with_values(tree: Mapping[str, Any], numbers: Sequence[Numbers], folder: Path | None) -> dict[str, Any]:
+    """The recipe with what was learned: plainly where there is one number per model, else through the file."""
+    values: dict[str, Any] = {}
+    for one in numbers:
+        if one.free.per == "model" and not one.free.several:
+            row = next(iter(one.learned().values())).tolist()
+            values[one.name] = row[0] if one.models == ("",) else dict(zip(one.models, row, strict=True))
+        else:
+            values[one.name] = {"file": FILE if folder is not None else f"(in memory) {FILE}"}
+    made = {**tree, "parameters": {**tree.get("parameters", {}), **values}}
+    return {key: value for key, value in made.items() if value not in ({}, [], ())}
+
+
+def _write(made: Tuned, numbers: Sequence[Numbers], names: tuple[str, ...], folder: Path) -> None:
+    large = {one.name: one.learned() for one in numbers if one.free.per != "model"}
+    if large:
+        write_table(folder / FILE, names, large)
+    (folder / "recipe.yaml").write_text(yaml_text(made.recipe), "utf-8")
+    write_curve(folder / "curve.csv", made.curve)
+
+
+def _identity(work: Work, setting: Setting, data: Mapping[str, Sequence[Any]], every: int, full: bool) -> str:
+    """Hash of what the numbers depend on."""
+    seen = hashlib.sha256()
+    told = {name: fields for name, fields in vars(setting).items() if name != "objective"}
+    seen.update(repr((sorted(told.items()), setting.objective, every)).encode())
+    seen.update(json.dumps([work.tree, replace(work.inputs, full=full).fingerprints()], default=str).encode())
+    for task, batches in data.items():
+        seen.update(task.encode())
+        _add(seen, batches)
+    return seen.hexdigest()
+
+
+def _add(seen: Any, batches: Sequence[Any]) -> None:
+    """Add batches to a hash."""
+    seen.update(str(len(batches)).encode())
+    for tensor in _tensors(list(batches)):
+        seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for one in value.values() for t in _tensors(one)]
+    if isinstance(value, (list, tuple)):
+        return [t for one in value for t in _tensors(one)]
+    return [t for one in vars(value).values() for t in _tensors(one)] if hasattr(value, "__dict__") else []

@@ -1,0 +1,72 @@
+"""Coefficients that make the merged model answer like its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.tune.descent import Descent
+from weightsmith.tune.objectives.imitate import Imitate
+from weightsmith.tune.setting import Preset, Setting
+from weightsmith.tune.space import Free
+
+__all__ = ["ExpertMerging", "ExpertMergingPp"]
+
+LEFT = ("vision_model.*", "*lm_head*", "*norm*", "*embed_tokens*", "*bias*")
+"""Tensors that the authors leave at the base."""
+
+
+@dataclass(frozen=True)
+class ExpertMerging(Preset, name="expert_merging"):
+    """Learn a coefficient per model and matrix, from a few unlabelled examples and the experts' own answers.
+
+    Source: Expert Merging (Zhang et al., 2025), arXiv:2509.25712.  Coefficients are sigmoid(z), so between 0 and 1;
+    `pull` keeps them near `init`.  Tasks bear the names of their experts and take turns.  The authors' command line and
+    library differ in lr (0.5 and 1e-4, of z) and pull (5 and 0.1): these are the command line's, for about ten steps.
+
+    layers  hidden states to compare beside the predictions; 0 is the embeddings' output
+    top     scores of an expert that are kept for each position; 0: all
+    """
+
+    init: float = 0.1
+    lr: float = 0.5
+    steps: int = 10
+    accumulate: int = 8
+    temperature: float = 1.0
+    pull: float = 5.0
+    layers: tuple[int, ...] = ()
+    weight: float = 1.0
+    top: int = 0
+    exclude: tuple[str, ...] = LEFT
+
+    def setting(self, models: tuple[str, ...]) -> Setting:
+        return Setting(
+            free={"factor": Free(per="chunk", parts=self.parts(), start=self.init, link="sigmoid")},
+            objective=Imitate(self.temperature, self.weight, self.layers, self.top),
+            descent=Descent("adamw", lr=self.lr, steps=self.steps, accumulate=self.accumulate, weight_decay=1e-5,
+                            clip=1.0, schedule="restarts"),
+            method=("scale", "task_arithmetic"),
+            turns=True,
+            pull=self.pull,
+            exclude=self.exclude,
+            matrices=True,
+        )  # fmt: skip
+
+    def parts(self) -> int | Mapping[str, int]:
+        """Chunks per matrix."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ExpertMergingPp(ExpertMerging, name="expert_merging_pp"):
+    """Learn as expert_merging does, with several coefficients for the matrices that matter.
+
+    Source: Expert Merging++ (Zhang et al., 2025).  `chunks` maps globs over tensor names to numbers of chunks, the
+    first that fits; 0 leaves a matrix at `init`.  The authors' code takes such a table too; how the paper makes one
+    from a first run is not part of it.
+    """
+
+    chunks: Mapping[str, int] = field(default_factory=lambda: {"*": 4})
+
+    def parts(self) -> int | Mapping[str, int]:
+        return self.chunks

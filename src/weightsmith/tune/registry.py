@@ -1,0 +1,71 @@
+"""Objectives and presets by name: one file each, found by themselves; plug-ins by the entry point weightsmith.tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+from weightsmith.core.errors import RecipeError, did_you_mean
+
+__all__ = ["Named", "make", "named"]
+
+N = TypeVar("N", bound="Named")
+
+_FOLDERS = ("weightsmith.tune.objectives", "weightsmith.tune.presets")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A frozen value that a file names; its fields are its options."""
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, *, name: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.name = name
+
+    @classmethod
+    def help(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+@cache
+def _loaded() -> None:
+    from importlib.metadata import entry_points
+
+    for folder in _FOLDERS:
+        for module in pkgutil.iter_modules(importlib.import_module(folder).__path__):
+            importlib.import_module(f"{folder}.{module.name}")
+    for entry in entry_points(group="weightsmith.tune"):
+        entry.load()
+
+
+def named(kind: type[N]) -> Mapping[str, type[N]]:
+    """Every objective (or preset) by name."""
+    _loaded()
+    found: dict[str, type[N]] = {}
+    left: list[type[N]] = [kind]
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        if cls.name:
+            found[cls.name] = cls
+    return dict(sorted(found.items()))
+
+
+def make(kind: type[N], what: str, name: str, options: Mapping[str, Any]) -> N:
+    """The value of a name with its options; RecipeError with the nearest name for what is unknown."""
+    known = named(kind)
+    if name not in known:
+        raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    for option in options:
+        if option not in fields:
+            raise RecipeError(f"{what} {name}: unknown option {option!r}{did_you_mean(option, fields)}")
+    return known[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
