@@ -18,8 +18,9 @@ __all__ = ["agreed", "pack_bits", "run_length", "task_masks", "unpack_bits"]
 RUN = 1 << 16
 """About how many weights share one copy of a factor: a part has to be found from any place of the tensor."""
 
-_SHIFTS = tuple(range(7, -1, -1))  # the first element of eight is the highest bit, as in numpy.packbits
+# The first element of eight is the highest bit, as in numpy.packbits.
 _GATHER = 0x8040201008040201 - (1 << 64)  # sum over i of 2^(63 - 9 i), as a signed number
+_LOWEST = 0x0101010101010101  # the lowest bit of each of eight bytes
 
 
 def run_length(row_numel: int) -> int:
@@ -59,5 +60,6 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, skip: int, count: int) -> Tensor:
     """`count` bits behind the first `skip`: uint8 [bytes] -> bool [count]."""
-    bits = torch.stack([packed >> shift & 1 for shift in _SHIFTS], -1)  # [bytes, 8] of 0 or 1
-    return bits.reshape(-1)[skip : skip + count].bool()
+    # The way back of `pack_bits`: the product brings bit 7 - i to the place of the lowest of byte i.
+    spread = (packed.to(torch.int64) * _GATHER) >> 7 & _LOWEST
+    return spread.view(torch.uint8)[skip : skip + count].view(torch.bool)
