@@ -16,6 +16,7 @@ from weightsmith.io.write.lock import FolderLock
 from weightsmith.study import run
 from weightsmith.study.bench import Result, bench
 from weightsmith.study.schema import load_study
+from weightsmith.study.show import in_words
 
 Captured = pytest.CaptureFixture[str]
 
@@ -64,9 +65,15 @@ def test_coefficients_are_chosen_on_validation_and_never_on_test(tmp_path: Path)
     assert result.of("merge")[0].chosen == "lambda 0.25"
     other = tmp_path / "other"
     make(other, validation=1.0)
-    assert measured(other, other / "out", methods=["sum"]).of("merge")[0].chosen == "lambda 1"
-    # base, three experts and joint training, the one choice; each of the three candidates on validation
-    assert (calls(other).count("test"), calls(other).count("validation")) == (6, 3)
+    (row,) = measured(other, other / "out", methods=["sum"]).of("merge")
+    assert row.chosen == "lambda 1"
+    assert row.defaults == row.normalised, "lambda 1 is the default"
+    assert result.of("merge")[0].defaults < result.of("merge")[0].normalised  # type: ignore[operator]
+    assert ("below the base with their defaults: sum" in in_words(result)) == (
+        result.of("merge")[0].defaults < result.of("base")[0].normalised  # type: ignore[operator]
+    )
+    # base, three experts and joint training, the one choice, the defaults; each of the three candidates on validation
+    assert (calls(other).count("test"), calls(other).count("validation")) == (7, 3)
 
 
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

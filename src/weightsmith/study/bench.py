@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import OutputError, RecipeError
+from weightsmith.core.errors import OutputError, RecipeError, WeightsmithError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.disk import write_file, writing
 from weightsmith.io.write.lock import FolderLock
@@ -19,7 +19,7 @@ from weightsmith.recipe.text import dumps
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest, scorer
 from weightsmith.study.figures import Reference, Scores
-from weightsmith.study.grids import edges
+from weightsmith.study.grids import edges, left_alone
 from weightsmith.study.orderings import Verdict, compare
 from weightsmith.study.run import (
     BASE,
@@ -51,6 +51,7 @@ class Row:
                      over the studies
     gain_kept        (model - base) / (expert - base), mean over the tasks whose expert gained
     forgetting       points lost against the base, on the guards if there are any
+    defaults         `normalised` of the same method with what was searched left alone
     edges            parameters whose chosen value lies at the edge of what was tried
     moved            of an expert: |expert - base| / |base|
     seconds          wall time of one merge; cpu_seconds: its processor time over all threads
@@ -70,6 +71,7 @@ class Row:
     moved: float | None = None
     chosen: str = ""
     recipe: str = ""
+    defaults: float | None = None
     edges: tuple[str, ...] = ()
     seconds: float | None = None
     cpu_seconds: float | None = None
@@ -184,7 +186,7 @@ class _Counter:
 
 def _evaluations(benches: Sequence[Bench], methods: Any) -> int:
     """How many models are scored: trained ones, candidates, and chosen ones once more on test data."""
-    each = len(benches[0].study.tasks) + 2 + sum(1 + (len(made) if len(made) > 1 else 0) for made in methods)
+    each = len(benches[0].study.tasks) + 2 + sum(1 + (len(made) + 1 if len(made) > 1 else 0) for made in methods)
     return each * len(benches)
 
 
@@ -218,9 +220,11 @@ def _result(
             continue
         found = [bench.merged(choice.candidate, "test") for bench in benches]
         counter.step(len(benches))
+        alone = _left_alone(benches, made, against)
+        counter.step(len(benches) * (len(made) > 1))
         recipe = folder / "recipes" / file_name(study.title) / f"{file_name(label)}.yaml"
         write_file(recipe, dumps(benches[0].recipe(choice.candidate)))
-        rows.append(_merge_row(line, label, choice, found, recipe, edges(made, choice.candidate)))
+        rows.append(_merge_row(line, label, choice, found, recipe, edges(made, choice.candidate), alone))
         tried[label] = dict(choice.tried)
         cells[label] = _cells(against, found)
         say(_told(rows[-1], study.score))
@@ -239,6 +243,18 @@ def _result(
         without_gain=tuple(t for t in study.tasks if not any(t in reference.gaining() for reference in against)),
         verdicts=compare(_complete(cells)),
     )
+
+
+def _left_alone(benches: Sequence[Bench], made: Sequence[Any], against: Sequence[Reference]) -> float | None:
+    """The normalised score on test data with defaults, mean over the studies; None where no such merge can be made."""
+    candidate = left_alone(made)
+    try:
+        found = [bench.merged(candidate, "test") for bench in benches]
+    except RecipeError:
+        raise  # of the evaluator
+    except WeightsmithError:
+        return None
+    return mean(reference.normalised(one.scores) for reference, one in zip(against, found, strict=True))
 
 
 def _cells(against: Sequence[Reference], found: Sequence[Measured]) -> list[float]:
@@ -280,6 +296,7 @@ def _merge_row(
     found: Sequence[Measured],
     recipe: Path,
     outer: tuple[str, ...],
+    alone: float | None,
 ) -> Row:
     assert choice.candidate is not None
     return line(
@@ -288,6 +305,7 @@ def _merge_row(
         [one.scores for one in found],
         chosen=choice.candidate.label,
         recipe=str(recipe),
+        defaults=alone,
         edges=outer,
         seconds=sum(one.merge_seconds for one in found) / len(found),
         cpu_seconds=sum(one.merge_cpu_seconds for one in found) / len(found),

@@ -11,7 +11,7 @@ from weightsmith.core.checks import Case, Level
 from weightsmith.core.method import Codec, Filter, MergedFilter, Stage, registered
 from weightsmith.recipe.schema import StageSpec
 
-__all__ = ["BUDGET", "Candidate", "candidates", "edges", "offered"]
+__all__ = ["BUDGET", "Candidate", "candidates", "edges", "left_alone", "offered"]
 
 BUDGET = 6
 """Candidates per method at most, in the grids below."""
@@ -103,6 +103,20 @@ def candidates(written: Written) -> tuple[Candidate, ...]:
         stages = tuple(StageSpec(name=n, parameters=p) for (n, _), p in zip(written, parts, strict=True))
         made.append(Candidate(stages, ", ".join(shown)))
     return tuple(made)
+
+
+def left_alone(made: Sequence[Candidate]) -> Candidate:
+    """The candidate without what is searched: what differs between candidates is left to its default."""
+    first = made[0]
+    stages = []
+    for at, stage in enumerate(first.stages):
+        fixed = {
+            key: value
+            for key, value in stage.parameters.items()
+            if all(one.stages[at].parameters.get(key) == value for one in made)
+        }
+        stages.append(stage.model_copy(update={"parameters": fixed}))
+    return Candidate(tuple(stages), "defaults") if len(made) > 1 else first
 
 
 def edges(made: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:

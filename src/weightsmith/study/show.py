@@ -47,6 +47,7 @@ def main_table(result: Result) -> Table:
         Column("name", "model"),
         Column("score", f"mean {result.score_name}", decimals, meaning="mean over the tasks"),
         Column("normalised", "of experts", 1, percent=True, meaning=f"{share}, mean over the tasks"),
+        Column("defaults", "with defaults", 1, percent=True, meaning="the same, with what was searched left alone"),
         *([Column("spread", "±", 1, percent=True, meaning="its standard deviation over repetitions")] * repeated),
         Column("gain_kept", "gain kept", 0, percent=True, meaning="(model - base) / (expert - base), mean over tasks"),
         Column("forgetting", "forgetting", decimals, meaning=f"points lost against the base {forgotten}"),
@@ -175,6 +176,9 @@ def in_words(result: Result) -> list[str]:
     said = [f"best merge: {first.name}" + (f" ({first.chosen})" if first.chosen else "") + _share(first)]
     said.append(f"{len(above)} of {len(merges)} merges are better than the base on average")
     said += [_chain_in_words(verdict) for verdict in result.verdicts]
+    least = base.normalised or 0.0
+    if poor := [row.name for row in merges if row.defaults is not None and row.defaults < least]:
+        said.append(f"below the base with their defaults: {', '.join(poor)}")
     if outer := [f"{row.name} ({', '.join(row.edges)})" for row in merges if row.edges]:
         said.append(f"chosen at the edge of what was tried, so a wider grid may find better: {', '.join(outer)}")
     said += [f"failed: {text}" for text in result.failed]
