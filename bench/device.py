@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.models import SHAPES, make_models
 from bench.table import markdown
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
+from weightsmith.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.jobs.merge import run
 from weightsmith.recipe.schema import Recipe
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench.device import METHODS, main
 
-from weightsmith.engine.devices.accelerator import Host
+from weightsmith.devices.accelerator import Host
 
 
 def test_without_a_gpu_it_says_so_in_one_line(

@@ -20,8 +20,8 @@ from matrix import CODECS, given, models, planned
 from run.test_device import NAMES, recipe, tensors
 from test_conformance import STAGES, pipeline, statistics, variants
 from weightsmith.core.method import BASE, Grain, Stage, registered
+from weightsmith.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.engine.carry import carry_out
-from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run

@@ -31,7 +31,8 @@ LINES = {
     "recipe": 2000,
     "inputs": 400,
     "plan": 950,
-    "engine": 2100,
+    "devices": 450,
+    "engine": 1700,
     "jobs": 800,
     **dict.fromkeys(("lora", "moe", "tokens", "inspect", "observe", "study", "train"), 1500),
 }

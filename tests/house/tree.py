@@ -25,7 +25,7 @@ LAYERS = (
     ("io",),
     ("tokens",),
     ("recipe",),
-    ("inputs",),
+    ("inputs", "devices"),
     ("plan",),
     ("engine",),
     ("jobs",),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 __all__ = ["FOREIGN", "decided_by_words"]
 
 FOREIGN = {
-    "engine.devices.accelerator": "torch tells a failed allocation by its words only",
+    "devices.accelerator": "torch tells a failed allocation by its words only",
     "io.read.pickle": "torch's unpickler names the code that it refuses in its words only",
     "io.read.remote": "the place is cut off before it is put in front again",
     "cli.main": "cyclopts lists all commands behind its own words",

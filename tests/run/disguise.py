@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from weightsmith.engine.devices.accelerator import Host
+from weightsmith.devices.accelerator import Host
 
 __all__ = ["DEVICE", "Disguise", "Disguised"]
 

@@ -19,13 +19,14 @@ import weightsmith
 from kit import texts
 from weightsmith.core.errors import NumericError, OutputError, PlanError, WeightsmithError
 from weightsmith.core.method import Pipeline
-from weightsmith.engine.devices import device as device_module
-from weightsmith.engine.devices.accelerator import Accelerator, Cuda, Host, accelerator_of
-from weightsmith.engine.devices.device import LANES, SHARE, STAGES
+from weightsmith.devices.accelerator import Accelerator, Cuda, Host, accelerator_of
+from weightsmith.engine import lanes as lanes_module
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.sweep import run_sweep
 from weightsmith.jobs.verify import rerun
+from weightsmith.plan import fit as fit_module
+from weightsmith.plan.fit import LANES, SHARE, STAGES
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.load import loads
 from weightsmith.recipe.schema import Recipe
@@ -139,7 +140,7 @@ def test_pieces_smaller_than_rows_and_tensors(models: Path, monkeypatch: pytest.
     wanted = recipe(models, RECIPES["ramp and a rule"])
     near = run(wanted, models / "near", threads=1).out
     for size in (64, 200):  # a row takes 80 bytes
-        monkeypatch.setattr(device_module, "STAGES", (size,))
+        monkeypatch.setattr(fit_module, "STAGES", (size,))
         far = run(wanted, models / f"far-{size}", device=Late()).out
         assert (far / "model.safetensors").read_bytes() == (near / "model.safetensors").read_bytes()
 
@@ -186,7 +187,7 @@ def test_blocks_follow_from_what_is_free_on_the_device() -> None:
     for free in (80_000_000_000, 1_500_000_000, 150_000_000):
         fit = make_plan(wanted, sources=inputs, device=Host(memory=free)).fit
         assert fit is not None
-        assert fit.device_bytes <= device_module.SHARE * free
+        assert fit.device_bytes <= SHARE * free
         assert not fit.on_cpu
         sizes.append((fit.lanes, fit.block))
     assert sizes == sorted(sizes, reverse=True)
@@ -245,7 +246,7 @@ def test_a_device_that_runs_out_of_memory_is_tried_again(models: Path) -> None:
 
 
 def test_blocks_shrink_until_there_is_room(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "SMALLEST", 100)
+    monkeypatch.setattr(lanes_module, "SMALLEST", 100)
     wanted = recipe(models, "method: [{dare: {density: 0.6}}, ties]")
     near = run(wanted, models / "near", threads=1).out
     seen, merge = [], Pipeline.merge

@@ -40,7 +40,7 @@ class Settings:
 
     memory: int | None = None
     threads: int | None = None
-    device: Any = "auto"  # or an engine.devices.accelerator.Accelerator
+    device: Any = "auto"  # or an devices.accelerator.Accelerator
     ray: str | None = None
     resume: bool = False
     overwrite: bool = False

@@ -13,14 +13,15 @@ import numpy as np
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.task import Task, Way, blocks
+from weightsmith.devices.place import Place
 from weightsmith.engine.context import Context
-from weightsmith.engine.devices.device import Do, Fit, Lanes, at_home
-from weightsmith.engine.devices.place import Place
 from weightsmith.engine.execute import Variant, execute
+from weightsmith.engine.lanes import Do, Lanes, at_home
 from weightsmith.engine.model import Bundle, measure_models, side_by_side
 from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.write.sink import Sink
+from weightsmith.plan.fit import Fit
 from weightsmith.plan.plan import Plan
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from weightsmith.core.method import Found, Pipeline
 from weightsmith.core.task import Task
-from weightsmith.engine.devices.place import CPU, Place
+from weightsmith.devices.place import CPU, Place
 from weightsmith.inputs.opened import Inputs
 
 __all__ = ["Context", "Results", "share"]

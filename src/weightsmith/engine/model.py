@@ -15,10 +15,10 @@ from typing import Any
 from weightsmith.core.method import Pipeline
 from weightsmith.core.pass_ import Pass, Rows, Scope, fold
 from weightsmith.core.task import Task
+from weightsmith.devices.place import Place
 from weightsmith.engine.context import Context, Results
-from weightsmith.engine.devices.device import Do, at_home
-from weightsmith.engine.devices.place import Place
 from weightsmith.engine.execute import look_at
+from weightsmith.engine.lanes import Do, at_home
 from weightsmith.engine.passes import Target
 from weightsmith.engine.runner import Runner
 

@@ -19,9 +19,9 @@ from weightsmith.core.method import BASE, Factored, Found, Grain, Method, Pipeli
 from weightsmith.core.pass_ import Pass
 from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.core.task import Task, Way
+from weightsmith.devices.accelerator import accelerator_of
+from weightsmith.devices.place import CPU, Plain
 from weightsmith.engine.context import Context
-from weightsmith.engine.devices.accelerator import accelerator_of
-from weightsmith.engine.devices.place import CPU, Plain
 from weightsmith.engine.passes import Chain, measure
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.engine.sites import Reader

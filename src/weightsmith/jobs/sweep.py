@@ -17,7 +17,6 @@ from weightsmith.core.errors import OutputError, PlanError, some
 from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.task import one_by_one
-from weightsmith.engine.devices.device import Work
 from weightsmith.engine.model import Bundle, side_by_side
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
@@ -27,6 +26,7 @@ from weightsmith.io.url import absolute
 from weightsmith.jobs.job import Job, Result, carried_out, with_fingerprints
 from weightsmith.jobs.merge import merge_job
 from weightsmith.jobs.nested import open_inputs
+from weightsmith.plan.fit import Work
 from weightsmith.plan.plan import Plan
 from weightsmith.plan.reading import bytes_read
 from weightsmith.plan.room import Machine, Room, resident

@@ -10,12 +10,12 @@ from weightsmith.core.method import Stage
 from weightsmith.core.problem import Code, Problems
 from weightsmith.core.settings import Settings, cores
 from weightsmith.core.task import Task, Way
-from weightsmith.engine.devices.accelerator import Accelerator, accelerator_of
-from weightsmith.engine.devices.device import Fit, Work, fitted
+from weightsmith.devices.accelerator import Accelerator, accelerator_of
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.remote import HELD
 from weightsmith.io.url import Url, parse_url
 from weightsmith.plan.costs import costs_of
+from weightsmith.plan.fit import Fit, Work, fitted
 
 __all__ = ["Fit", "Machine", "Room", "resident"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from weightsmith.core.keys import DTYPES
 from weightsmith.core.lazy import torch
 from weightsmith.core.task import block_size, blocks
-from weightsmith.engine.devices.accelerator import Accelerator
+from weightsmith.devices.accelerator import Accelerator
 from weightsmith.io.read.source import Bits, Source, tensor_to_bits
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Accelerators, and the places that work is done at."""
