@@ -213,3 +213,17 @@ def test_a_shard_that_supersedes_tensors_of_others(sharded: Path) -> None:
 def test_what_trainers_leave_names_the_command_that_helps(name: str, advice: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     refuse(tmp_path, f"no model here; a .*{advice}")
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    """All that their names count are there: they are one model.  A stale index is in the way of that."""
+    save_file({"a": torch.ones(2)}, tmp_path / ONE)
+    save_file({"b": torch.zeros(2)}, tmp_path / TWO)
+    source = FolderSource(tmp_path)
+    assert set(source.keys) == {"a", "b"}
+    assert source.origin.files == (ONE, TWO)
+    write_index(tmp_path, {"a": "model-00002-of-00004.safetensors", "b": "model-00004-of-00004.safetensors"})
+    refuse(tmp_path, r"2 of 2 shards are missing: .*; the folder holds the 2 shards of another index: remove this one")
+    (tmp_path / INDEX).unlink()
+    (tmp_path / ONE).rename(tmp_path / "model-00001-of-00003.safetensors")
+    refuse(tmp_path, "2 safetensors files and no index")

@@ -25,6 +25,7 @@ _SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
 _PICKLED = "pytorch_model.bin"
 INDEX = ".index.json"
 _MAX_INDEX = 100_000_000
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 
 def choose_weights(names: Iterable[str], label: str) -> str:
@@ -40,6 +41,10 @@ def choose_weights(names: Iterable[str], label: str) -> str:
             lone = sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_"))
             if len(lone) == 1:
                 return lone[0]
+            if numbered(lone):
+                raise SourceError(
+                    f"{label}: {len(lone)} shards and no index of them; download them and give the folder"
+                )
             if lone:
                 raise SourceError(f"{label}: {len(lone)} safetensors files and no index ({some(lone)}); give one file")
         for name in (single + INDEX, single):
@@ -50,9 +55,20 @@ def choose_weights(names: Iterable[str], label: str) -> str:
     raise SourceError(f"{label}: no model here; {_instead(present, label) or looked}")
 
 
+def numbered(names: Iterable[str]) -> list[str]:
+    """The shards `x-00001-of-00003.safetensors` that are all there and all that is there; else none."""
+    names = list(names)
+    found = {name: match for name in sorted(names) if (match := _NUMBERED.fullmatch(name))}
+    stems = {match["stem"] for match in found.values()}
+    whole = [f"{stem}-{i:05d}-of-{len(found):05d}.safetensors" for stem in stems for i in range(1, len(found) + 1)]
+    return whole if len(found) > 1 and list(found) == whole and len(found) == len(names) else []
+
+
 def _instead(present: Iterable[str], label: str) -> str:
     """What a folder without a model is, and the command that makes one of it; '' where it is nothing known."""
     for name in sorted(present):
+        if name == "model_index.json":
+            return "a pipeline of diffusers: download it and give the folder"
         if name.endswith(".distcp"):
             return (
                 "a distributed checkpoint, which is made one file by: "
@@ -144,7 +160,9 @@ def check_present(named: Mapping[str, str], present: Iterable[str], label: str) 
     shards = sorted(set(named.values()))
     missing = sorted(set(shards) - set(present))
     if missing:
-        raise SourceError(f"{label}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}")
+        others = numbered(name for name in present if name.endswith(".safetensors") and name not in named.values())
+        hint = f"; the folder holds the {len(others)} shards of another index: remove this one" if others else ""
+        raise SourceError(f"{label}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}{hint}")
 
 
 def join(shards: Mapping[str, Listed], label: str, named: Mapping[str, str] | None = None) -> Catalogue:
@@ -186,11 +204,16 @@ class FolderSource(Source):
     def __init__(self, path: str | Path) -> None:
         path, label = Path(path), str(path)
         if path.name.endswith(INDEX):
-            folder, chosen = path.parent, path.name
+            folder, chosen, shards = path.parent, path.name, []
         else:
-            folder, chosen = path, choose_weights(_listing(path), label)
+            names = _listing(path)
+            shards = numbered(n for n in names if n.endswith((".safetensors", INDEX)) and not n.startswith("adapter_"))
+            folder, chosen = path, shards[0] if shards else choose_weights(names, label)
         self._parts: dict[str, SafetensorsSource | PickleSource]
-        if chosen.endswith(INDEX):
+        if shards:
+            self._parts = {shard: _open(inside(folder, shard)) for shard in shards}
+            catalogue = join(self._parts, label)
+        elif chosen.endswith(INDEX):
             catalogue = self._open_shards(folder / chosen, path == folder)
         else:
             self._parts = {chosen: _open(inside(folder, chosen))}
