@@ -35,7 +35,7 @@ from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import block_counts
 
-__all__ = ["TOLERANCE", "proved", "small_config"]
+__all__ = ["TOLERANCE", "drawn", "proved", "random_numbers", "small_config"]
 
 TOLERANCE = 1e-8
 """Largest change of an output, in float64, relative to the largest output (or to 1)."""
@@ -148,7 +148,9 @@ class _Small:
             model = _built(config)
             model.save_pretrained(folder)
         self.source = packed_like_memory(FolderSource(folder))
-        self.tensors = {name: _random(name, key.shape, i) for i, (name, key) in enumerate(self.source.keys.items())}
+        self.tensors = {
+            name: random_numbers(name, key.shape, i) for i, (name, key) in enumerate(self.source.keys.items())
+        }
         self.model_class = type(model)
         self.expected = self._outputs(self.tensors)
 
@@ -157,7 +159,7 @@ class _Small:
         draw = np.random.default_rng(len(groups))
         tensors = self.tensors
         for group in groups:
-            tensors = {**tensors, **permute(tensors, group, _drawn(group, draw))}
+            tensors = {**tensors, **permute(tensors, group, drawn(group, draw))}
         found = self._outputs(tensors)
         if not bool(torch.isfinite(found).all()):
             return float("inf")
@@ -218,7 +220,7 @@ def _built(config: dict[str, Any]) -> Any:
     return cls(made)
 
 
-def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def random_numbers(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Random numbers of a size that keeps a network alive; no norm or bias is at the neutral value of a fresh model."""
     draw = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=draw, dtype=torch.float64)
@@ -227,7 +229,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return numbers / math.sqrt(shape[-1])
 
 
-def _drawn(group: SymmetryGroup, draw: np.random.Generator) -> dict[str, np.ndarray]:
+def drawn(group: SymmetryGroup, draw: np.random.Generator) -> dict[str, np.ndarray]:
     return {name: draw.permuted(order, axis=-1) for name, order in identity(group).items()}
 
 
