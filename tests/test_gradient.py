@@ -5,6 +5,7 @@ What has no derivative is listed in `WITHOUT` with the reason; a new parameter m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import weightsmith as ws
@@ -21,6 +23,7 @@ from test_conformance import STAGES, Peak, models, pipeline, statistics, variant
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import BASE, Parameter, Stage, registered, registry
 from weightsmith.core.parameter import Traced, opened
+from weightsmith.engine import gradient
 from weightsmith.engine.gradient import Pullback, pull
 from weightsmith.io.read.source import MemorySource
 from weightsmith.jobs.nested import open_inputs
@@ -188,6 +191,31 @@ def test_autograd_equals_differences(stage: Stage, p: Parameter, each: int):
         ends = [paired(run(pipeline(_numbers(traced, p, side * STEP, i)), given), gradient) for side in (1, -1)]
         found = float(ends[0] - ends[1]) / (2 * STEP)
         assert abs(found - float(want)) <= 2e-5 * max(1.0, abs(found)), (found, float(want))
+
+
+def test_adapters_are_contracted_by_their_factors(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    base = {"layers.0.proj.weight": noise(6, 5, seed=1)}
+    factors = {}
+    for i, name in enumerate(("a", "b")):
+        low, high = noise(6, 2, seed=10 + i), noise(2, 5, seed=20 + i)
+        factors[name] = 2.0 * low @ high
+        folder = tmp_path / name
+        folder.mkdir()
+        stored = {"lora_B": low, "lora_A": high}
+        save_file({f"base_model.model.layers.0.proj.{part}.weight": t for part, t in stored.items()},
+                  folder / "adapter_model.safetensors")  # fmt: skip
+        told = {"peft_type": "LORA", "target_modules": ["proj"], "r": 2, "lora_alpha": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(told))
+    tensors = weights(2)
+    merged = ws.merge(
+        {n: tmp_path / n for n in factors}, "task_arithmetic", base, weight=dict(zip(factors, tensors, strict=True))
+    )
+    direction = noise(6, 5, seed=9)
+    loss = (merged["layers.0.proj.weight"] * direction).sum()
+    monkeypatch.setattr(gradient, "_dense", None)  # which would read the task vectors in full
+    loss.backward()
+    for tensor, delta in zip(tensors, factors.values(), strict=True):
+        torch.testing.assert_close(tensor.grad, (delta * direction).sum(), rtol=1e-5, atol=1e-5)
 
 
 # --- memory, threads, what is asked wrongly ------------------------------------------------------

@@ -175,3 +175,36 @@ def test_other_bytes_of_the_same_data_are_refused(kitchen: Path):
     text = written(kitchen, code="{train: code.jsonl, validation: copy.jsonl}").read_text()
     with pytest.raises(SourceError, match=r"copy\.jsonl is the data that is learned from"):
         job(loads(text, folder=kitchen))
+
+
+def test_an_image_classifier_whose_module_has_other_names(tmp_path: Path):
+    """A ViT's parameters are called otherwise in memory than on disk; coefficients have the names on disk."""
+    import numpy as np
+
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                    image_size=8, patch_size=4, num_channels=1, num_labels=3)  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.ViTForImageClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    for i, name in enumerate(("a", "b")):
+        torch.manual_seed(i + 1)
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        base.save_pretrained(tmp_path / name)
+        images = np.random.default_rng(i).standard_normal((8, 1, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", x=images, y=np.arange(8) % 3)
+    text = """
+recipe: {base: base, models: {a: a, b: b}, method: task_arithmetic}
+preset: {adamerging: {steps: 2}}
+data: {a: a.npz, b: b.npz}
+batch: 4
+"""
+    found = job(loads(text, folder=tmp_path)).run(tmp_path / "out")
+    on_disk = open_source(tmp_path / "base").keys
+    assert set(found.coefficients["weight"]) == set(on_disk)
+    moved = [v for v in found.coefficients["weight"].values() if not torch.equal(v, torch.full((2,), 0.3))]
+    assert len(moved) > len(on_disk) // 2
+    assert sum(found.classes["a"].values()) == 8
+    labelled = text.replace("preset: {adamerging: {steps: 2}}", "preset: {atlas: {steps: 2}}")
+    assert job(loads(labelled, folder=tmp_path)).run(tmp_path / "labelled").curve

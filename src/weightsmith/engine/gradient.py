@@ -218,6 +218,18 @@ def _by_products(task: Task, live: Pipeline, gradient: Tensor, context: Context)
     stage = live.stages[0]
     if len(live.stages) > 1 or not isinstance(stage, Summed):
         return []
+    count = len(context.inputs.experts)
+    products = _low_rank(task, gradient, context)
+    if products is None:
+        products = _dense(task, gradient, context)
+    with torch.enable_grad():
+        spec = stage.fused(count)
+        total: Any = sum(weight * product for weight, product in zip(spec.weights, products, strict=True))
+        return [torch.as_tensor(total / spec.divisor * spec.scale)]
+
+
+def _dense(task: Task, gradient: Tensor, context: Context) -> Tensor:
+    """<gradient, x_i> of the rows of a task, x_i a task vector where the method takes those: float64 [n]."""
     count, deltas = len(context.inputs.experts), takes_deltas(task.pipeline)
     products, reader = torch.zeros(count, dtype=torch.float64), Reader()
     for start, stop in ranges(task, context.merged):
@@ -226,10 +238,23 @@ def _by_products(task: Task, live: Pipeline, gradient: Tensor, context: Context)
         stack = (site.deltas if deltas else site.experts).reshape(count, -1)
         for i, vector in enumerate(stack):  # one by one: a product of matrices adds in an order of its own
             products[i] += torch.dot(vector, rows).cpu()
-    with torch.enable_grad():
-        spec = stage.fused(count)
-        total: Any = sum(weight * product for weight, product in zip(spec.weights, products, strict=True))
-        return [torch.as_tensor(total / spec.divisor * spec.scale)]
+    return products
+
+
+def _low_rank(task: Task, gradient: Tensor, context: Context) -> Tensor | None:
+    """The same where every task vector is a product B A (adapters on the base): <B^T gradient, A>, never B A itself."""
+    base = context.inputs.base
+    if base is None or not takes_deltas(task.pipeline):
+        return None
+    found = []
+    for source in context.inputs.experts.values():
+        product = source.factors(task.key.name, base)
+        if product is None:
+            return None
+        left, right = (context.place.bring(side, torch.float32) for side in product.read())
+        rows = _rows(gradient, task.start, task.stop, torch.float32, context)
+        found.append(((left[task.start : task.stop].T @ rows) * right).sum(dtype=torch.float64).cpu())
+    return torch.stack(found)
 
 
 def _rows(gradient: Tensor, start: int, stop: int, dtype: torch.dtype, context: Context) -> Tensor:

@@ -128,6 +128,7 @@ def listing(every: Sequence[Mapping[str, Any]]) -> str:
     for purpose, members in by_purpose(every).items():
         lines += [purpose, *(f"  {one['name']:<{width}}  {one['summary']}" for one in members), ""]
     lines += [f"Names of pipelines: {', '.join(PIPELINES)}.", ""]
+    lines.append('"weightsmith tune --list" lists what learns their parameters from data.')
     return "\n".join([*lines, '"weightsmith methods NAME" explains one and lists its parameters.'])
 
 
