@@ -154,6 +154,18 @@ def test_saved_values_run_again_and_merge_exactly(tmp_path: Path, bases: bool, d
         assert torch.allclose(tensor, want, rtol=0, atol=1e-6 if dtype == torch.float32 else 0), name
 
 
+def test_values_that_ran_in_float32_merge_into_stored_bfloat16(tmp_path: Path):
+    """A trainer widens the stored weights; the vectors must not be rounded to the stored dtype again."""
+    stored = {name: t.bfloat16() for name, t in Net().state_dict().items()}
+    net = Net()
+    net.load_state_dict({name: t.float() for name, t in stored.items()})
+    found = svfit.wrap(net, 3, target_modules=["q_proj"])
+    found.modules["q_proj"].set_change(5 * noise(3))
+    found.save(tmp_path / "values", bases=False)
+    merged = ws.merge({"values": tmp_path / "values"}, "average", base=stored, dtype="float32")
+    assert torch.allclose(merged["q_proj.weight"], found.merge().q_proj.weight, rtol=0, atol=1e-5)
+
+
 def test_values_are_task_vectors(tmp_path: Path):
     """Two of them under task arithmetic: the sum of their changes; and lora merge takes them with their vectors."""
     base = Net().state_dict()
@@ -267,5 +279,5 @@ def test_damaged_folders_are_refused(tmp_path: Path):
         svfit.load(Net(), tmp_path / "values")
     del config["base_weights"]
     path.write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="lacks the shape and hash of 'q_proj'"):
+    with pytest.raises(SourceError, match="lacks shape, dtype and hash of 'q_proj'"):
         ws.merge({"values": tmp_path / "values"}, "average", base=Net().state_dict())

@@ -160,6 +160,9 @@ def _step(
             raise NumericError(f"step {step}: the loss is {number} on examples {batch}; lower the learning rate")
         torch.autograd.backward(value)
         total, count = total + number, count + own
+    if not count:
+        used = [number for batch in batches for number in batch]
+        raise NumericError(f"step {step}: examples {used} have nothing to predict (texts of one token?)")
     # The sum over all tokens of the step, divided by their number: unequal micro-batches weigh as they should.
     for p in params:
         if p.grad is not None:
@@ -179,7 +182,8 @@ def _mean(module: nn.Module, run: Loss, numbers: Sequence[int], batch: int) -> f
         return None
     module.eval()
     parts = [run(numbers[i : i + batch]) for i in range(0, len(numbers), batch)]
-    return sum(value.item() for value, _ in parts) / sum(count for _, count in parts)
+    count = sum(own for _, own in parts)
+    return sum(value.item() for value, _ in parts) / count if count else None
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class DctAdamw(AdamW):
     basis: Literal["dct3", "dct2", "random"] = Field(default="dct3", description="what the directions are chosen from")
     norm: Literal[1, 2] = Field(default=1, description="by which directions are ranked")
     interval: int = Field(default=1, ge=1, description="steps between two choices of directions")
-    rotate: bool = Field(default=False, description="let moments follow their directions")
+    rotate: bool = Field(default=True, description="let moments follow their directions")
     error_feedback: Literal[False, True, 4, 8] = Field(
         default=False, description="keep what is left out: in full, 8, 4"
     )

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from weightsmith.core.errors import PlanError, SourceError
+from weightsmith.core.errors import NumericError, PlanError, SourceError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.read.source import tensor_to_bits
+from weightsmith.io.url import output_of
 from weightsmith.io.write.output import check_output
 from weightsmith.report.figures import Curve, Curves
 from weightsmith.report.html import Text, page
@@ -73,6 +74,8 @@ def train(
     Errors: PlanError with everything that is in the way before anything trains, NumericError (see `loop.fit`).
     """
     began, out = time.perf_counter(), Path(out)
+    if output_of(out) is not None:
+        raise PlanError([f"{out}: training writes to a folder of this machine; upload it afterwards"])
     if problems := check_output(out, (*settings.files, *filter(None, [loaded.folder])), settings.overwrite, False, 0):
         raise PlanError(problems)
     asked = json.loads(recipe.model_dump_json(exclude_none=True))
@@ -213,8 +216,11 @@ def _save_model(loaded: Any, out: Path, asked: Mapping[str, Any], curve: str, ov
         save_folder(out, state, made=asked, how="trained", kind="training", texts={CURVE: curve}, overwrite=overwrite)
         return
     found, _ = loaded.names.convert({name: p.detach().cpu() for name, p in loaded.module.named_parameters()})
-    tensors = {name: found[name].to(getattr(torch, key.dtype)) if name in found else base.read(name)
-               for name, key in base.keys.items()}  # fmt: skip
+    tensors = {}
+    for name, key in base.keys.items():
+        tensors[name] = found[name].to(getattr(torch, key.dtype)) if name in found else base.read(name)
+        if name in found and not bool(torch.isfinite(tensors[name]).all()):
+            raise NumericError(f"{name}: trained values do not fit into {key.dtype}, in which the base stores it")
 
     def package(folder: Path) -> Iterable[Path]:
         copied = copy_companions(loaded.folder, folder, base.origin.files)

@@ -251,6 +251,7 @@ def wrap(
         "base_weights": {
             name: {
                 "shape": list(_weight(model.get_submodule(name)).shape),
+                "dtype": str(found[name].u.dtype).removeprefix("torch."),
                 "xxh3_64": fingerprint(model.get_submodule(name).weight),  # type: ignore[arg-type]
             }
             for name in names

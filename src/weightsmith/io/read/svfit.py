@@ -33,7 +33,10 @@ PARTS = ("svfit_delta", "svfit_s", "svfit_u", "svfit_v")
 
 @dataclass(frozen=True)
 class Singular(Update):
-    """U diag(delta) V^T: names of the vectors, present in the file or not, and of the changes."""
+    """U diag(delta) V^T: names of the vectors, present in the file or not, and of the changes.
+
+    hash, dtype  of the weight trained on, and what the vectors were rounded to while they ran
+    """
 
     u: str
     delta: str
@@ -42,6 +45,7 @@ class Singular(Update):
     full: tuple[int, ...]
     count: int
     hash: str
+    dtype: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,14 +89,17 @@ def singular(config: Mapping[str, Any], file: Source, label: str, name: str, par
     said = weights.get(name) if isinstance(weights, dict) else None
     said = said if isinstance(said, dict) else {}
     shape = tuple(said["shape"]) if isinstance(said.get("shape"), list) else ()
-    if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape) or not isinstance(said.get("xxh3_64"), str):
-        raise SourceError(f"{label}: base_weights of its configuration lacks the shape and hash of {name!r}")
+    good = len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape) and isinstance(said.get("xxh3_64"), str)
+    if not good or said.get("dtype") not in ("float64", "float32", "bfloat16", "float16"):
+        raise SourceError(f"{label}: base_weights of its configuration lacks shape, dtype and hash of {name!r}")
     if not {"svfit_delta", "svfit_s"} <= parts.keys() or ("svfit_u" in parts) != ("svfit_v" in parts):
         raise SourceError(f"{label}: {name!r} has {', '.join(sorted(parts))}, not all parts of an SVFit adapter")
     delta = file.key(parts["svfit_delta"])
     count = delta.numel
     stem = delta.name.removesuffix("svfit_delta")
-    found = Singular(f"{stem}svfit_u", delta.name, f"{stem}svfit_v", parts["svfit_s"], shape, count, said["xxh3_64"])
+    found = Singular(
+        f"{stem}svfit_u", delta.name, f"{stem}svfit_v", parts["svfit_s"], shape, count, said["xxh3_64"], said["dtype"]
+    )
     wanted = {
         "svfit_delta": (count,),
         "svfit_s": (count,),
@@ -167,8 +174,7 @@ class SpectralSource(View):
         stored = self.source.read(update.s).double()
         if not bool(((s - stored).abs() <= 1e-4 * s[0]).all()):
             raise SourceError(f"{self.source}: the singular values of {name!r} are not the ones trained from")
-        # In the dtype in which they ran, which is the weight's where that has 16 bits.
-        run = weight.dtype if weight.dtype.itemsize == 2 else torch.float32
+        run = getattr(torch, update.dtype)  # as they were rounded while the values trained
         return u.to(run).float(), v.to(run).float().reshape(update.rank, *update.full[1:])
 
 
