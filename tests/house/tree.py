@@ -29,7 +29,7 @@ LAYERS = (
     ("plan",),
     ("engine",),
     ("jobs",),
-    ("align", "inspect", "lora", "moe", "observe", "study", "train"),
+    ("align", "inspect", "lora", "moe", "observe", "search", "study", "train"),
     ("tune",),
     ("cli",),
     ("__init__", "__main__"),

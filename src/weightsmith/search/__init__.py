@@ -1,0 +1,1 @@
+"""Search for recipes: what is found by evaluating, or by following a gradient through a pool."""
