@@ -153,6 +153,23 @@ def test_groups_without_a_common_tensor_are_matched_apart() -> None:
     assert [len(one) for one in walk(GROUPS)] == [4]
 
 
+def test_the_method_undoes_permutations_of_fused_matrices() -> None:
+    """gate and up in one tensor, one behind the other: both halves move alike."""
+    from weightsmith import merge
+
+    name = "model.layers.0.mlp.{}_proj.weight"
+    base = {name.format("gate_up"): noise(14, 5), name.format("down"): noise(5, 7, seed=1)}
+    order = np.random.default_rng(0).permutation(7)
+    moved = {
+        name.format("gate_up"): base[name.format("gate_up")]
+        .reshape(2, 7, 5)[:, torch.from_numpy(order)]
+        .reshape(14, 5),
+        name.format("down"): base[name.format("down")][:, torch.from_numpy(order)],
+    }
+    back = merge({"moved": moved}, "weight_matching", base=base)
+    assert all(torch.equal(back[n], base[n]) for n in base)
+
+
 def test_numbers_that_are_none_are_named() -> None:
     broken = model(0)
     broken["fc2"][1, 2] = torch.nan

@@ -70,20 +70,22 @@ def groups(keys: Iterable[Key], kind: str = "mlp") -> tuple[SymmetryGroup, ...]:
         raise ValueError(f"unknown kind of symmetry {kind!r}; known: mlp")
     modules: dict[str, dict[str, list[Key]]] = {}
     for key in keys:
-        if key.role in ("gate", "up", "down"):
+        if key.role in ("gate", "up", "gate_up", "down"):
             parent = key.name.rsplit(".", 2)[0]  # strip 'up_proj.weight'
             modules.setdefault(parent, {}).setdefault(key.role, []).append(key)
     found = []
     for parent, by_role in modules.items():
-        ups, downs = [*by_role.get("gate", ()), *by_role.get("up", ())], by_role.get("down", [])
+        ups = [key for role in ("gate", "up", "gate_up") for key in by_role.get(role, ())]
+        downs = by_role.get("down", [])
         matrices = [k for k in downs if len(k.shape) == 2]
         if len(matrices) != 1 or not any(len(k.shape) == 2 for k in ups):
             continue
         size = matrices[0].shape[1]
         inner = matrices[0].shape[0]
-        if any(k.shape not in ((size, inner), (size,)) for k in ups):
-            continue  # stored transposed, fused or packed: not a layout this recognises
-        axes = (*(Axis(k.name, 0) for k in ups), Axis(matrices[0].name, 1))
+        times = {k.name: 2 if k.role == "gate_up" else 1 for k in ups}  # fused: one half behind the other
+        if any(k.shape not in ((times[k.name] * size, inner), (times[k.name] * size,)) for k in ups):
+            continue  # stored transposed or packed: not a layout this recognises
+        axes = (*(Axis(k.name, 0, outer=times[k.name]) for k in ups), Axis(matrices[0].name, 1))
         found.append(SymmetryGroup(f"{parent}.hidden", kind, size, axes))
     return tuple(found)
 

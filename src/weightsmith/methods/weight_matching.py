@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.method import Each, GroupMethod, number
 from weightsmith.core.site import Group
-from weightsmith.core.symmetry import groups, permute
+from weightsmith.core.symmetry import groups, permute, units
 from weightsmith.ops.assign import best_pairing, similarity
 from weightsmith.ops.combine import spread, usable_weights
 
@@ -46,10 +46,10 @@ class WeightMatching(GroupMethod, name="weight_matching", checks=(usable_weights
         added: dict[str, Tensor] = {}
         for i in range(first.count):
             moving = {name: stack[i] for name, stack in stacks.items()}
-            # Units first: gate and up have them on axis 0, down on axis 1.
+            # Units first: gate and up have them on axis 0 (a fused tensor twice), down on axis 1.
             profit = similarity(
-                [target[a.name].movedim(a.axis, 0) for a in found.axes],
-                [moving[a.name].movedim(a.axis, 0) for a in found.axes],
+                [units(target[a.name], a, found.size) for a in found.axes],
+                [units(moving[a.name], a, found.size) for a in found.axes],
             )
             # Tensors of the group without units (a bias of the output) come in `moving` only.
             for name, tensor in {**moving, **permute(moving, found, best_pairing(profit))}.items():
