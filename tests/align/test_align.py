@@ -220,6 +220,11 @@ def test_a_folder_that_lies_is_refused(models: Path, tmp_path: Path) -> None:
             read_alignment(other)
 
 
+def test_an_alignment_is_no_model(models: Path) -> None:
+    with pytest.raises(SourceError, match="an alignment, not a model; name it as `align` of the model"):
+        open_source(models / "align-llama")
+
+
 def test_recipes_say_what_is_wrong(models: Path, tmp_path: Path) -> None:
     text = f"models: {{a: {models / 'llama0'}, b: {{model: {models / 'llama1'}, align: {models / 'llama0'}}}}}\n"
     (tmp_path / "recipe.yaml").write_text(text + "method: linear\n")

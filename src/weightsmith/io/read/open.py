@@ -139,6 +139,10 @@ def _compressed(asked: Asked) -> Source:
     return open_codec(asked.ref, asked.base, asked.expert, open_source)
 
 
+def _alignment(asked: Asked) -> Source:
+    raise SourceError(f"{asked}: an alignment, not a model; name it as `align` of the model that it was made for")
+
+
 def _adapter(asked: Asked) -> Source:
     from weightsmith.io.read.peft import AdapterSource
 
@@ -236,6 +240,7 @@ FORMATS: tuple[Format, ...] = (
     Format("URL", lambda ref: isinstance(ref, Url), _url, several=True, raw=True),
     Format("model on the hub", lambda ref: isinstance(ref, str), _hub, raw=True),
     Format("compressed folder", lambda ref: _folder(ref) and folder_kind(ref) == "codec", _compressed, several=True),
+    Format("alignment", lambda ref: _folder(ref) and folder_kind(ref) == "alignment", _alignment),
     Format("adapter folder", lambda ref: _folder(ref) and (ref / ADAPTER_CONFIG).exists(), _adapter),
     Format("pipeline of diffusers", lambda ref: _has(ref, "model_index.json"), _pipeline),
     Format("modules of Sentence-Transformers", _apart, _modules),
