@@ -200,6 +200,27 @@ def test_position_ids_and_variances_are_looked_at(tmp_path: Path) -> None:
     assert not report["ok"]
 
 
+def test_what_is_not_run_is_not_said_to_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    folder = saved(transformers.BertForMultipleChoice(transformers.BertConfig(**TEXT)), tmp_path / "m")
+    assert main(["check", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "note: not run: its forward pass does not take texts (shape '[-1, 64]' is invalid" in shown
+    assert shown.endswith(f"{folder}: all values are finite; it was not run\n")
+
+
+def test_pictures_are_not_tried(tmp_path: Path) -> None:
+    import transformers as hf
+
+    text = hf.LlamaConfig(**{**TEXT, "vocab_size": 256, "num_key_value_heads": 1})
+    config = hf.LlavaConfig(text_config=text, vision_config=hf.CLIPVisionConfig(**VISION), image_token_index=255)
+    report = check(saved(hf.LlavaForConditionalGeneration(config), tmp_path / "m"), length=32)
+    assert (report["kind"], report["ok"], report["ran"]) == ("causal-lm", True, True)
+    assert report["models"]["merged"]["perplexity"] == pytest.approx(256, rel=0.1)
+    assert report["notes"] == ["run on text alone: pictures were not tried"]
+
+
 def test_the_kinds_that_names_tell() -> None:
     for name, kind in {
         "LlamaModel": "encoder",

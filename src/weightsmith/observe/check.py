@@ -43,7 +43,7 @@ def check(
     """Load a result with transformers, run it, and report as plain values:
 
     path, kind   see `kinds.KINDS`, or 'tensors' for what no model could be built of
-    ok, finite   ok: finite, and no problems
+    ok, finite   ok: finite, and no problems;  ran: whether a forward pass was made
     problems     what makes the model unusable;  warnings: what `cheap_check` says;  notes: what was not checked
     models       name ('merged' and each parent) -> {'perplexity' per token, 'bits_per_byte', 'tokens'} of a language
                  model; of others, for each parent: how alike its outputs are, see `probe.compared`
@@ -60,7 +60,7 @@ def check(
     if why := _no_model(folder):
         raise SourceError(f"{folder}: {why}")
     report: dict[str, Any] = {
-        "path": str(folder), "kind": "tensors", "ok": False, "finite": True,
+        "path": str(folder), "kind": "tensors", "ok": False, "finite": True, "ran": False,
         "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
     }  # fmt: skip
     if not (folder / "config.json").exists():
@@ -141,7 +141,7 @@ def _run(
 ) -> dict[str, float] | Found:
     """Run the result; returns a language model's figures, which are empty where it has no tokenizer, or the outputs."""
     from weightsmith.observe.model import load_model
-    from weightsmith.observe.probe import buffer_problems, probe
+    from weightsmith.observe.probe import buffer_problems, probe, takes_pictures
 
     loaded = load_model(folder, device=device, trust_remote_code=trust_remote_code)
     report["kind"] = loaded.kind
@@ -154,16 +154,22 @@ def _run(
             found = figures
         except SourceError as error:  # no tokenizer: the logits can be looked at all the same
             report["notes"].append(f"no perplexity: {error}")
-            report["finite"] = _finite(loaded, torch.arange(min(getattr(loaded.config, "vocab_size", 1), 64))[None])
+            report["finite"] = _finite(
+                loaded, torch.arange(min(getattr(loaded.text_config, "vocab_size", 1), 64))[None]
+            )
     else:
         try:
             found = probe(loaded, prose)
         except SourceError as error:
             report["notes"].append(f"not run: {error}")
-            report["problems"] += _nonfinite_tensors(folder)
+            report["problems"] += (bad := _nonfinite_tensors(folder))
+            report["finite"] = not bad
             return {}
         report["finite"] = found.finite
         report["notes"] += [*found.notes, f"run on {found.inputs}: that tells whether it works, not how well"]
+    report["ran"] = True
+    if loaded.kind == "causal-lm" and takes_pictures(loaded):
+        report["notes"].append("run on text alone: pictures were not tried")
     if not report["finite"]:
         what = "logits" if KINDS[loaded.kind].classes else "output"
         report["problems"] += [f"{folder}: NaN or Inf in the {what}", *_nonfinite_tensors(folder)]

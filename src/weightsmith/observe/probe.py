@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from weightsmith.observe.model import LoadedModel
 
-__all__ = ["Found", "buffer_problems", "compared", "probe"]
+__all__ = ["Found", "buffer_problems", "compared", "probe", "takes_pictures"]
 
 _TEXTS = 16
 _TOKENS = 64
@@ -79,10 +80,16 @@ def compared(one: Found, other: Found) -> dict[str, float] | None:
     if one.features.shape != other.features.shape:
         return None
     cosines = torch.nn.functional.cosine_similarity(one.features, other.features, dim=-1)
+    cosines = cosines.clamp(-1, 1)  # rounding may lead beyond
     found = {"cosine": float(cosines.mean()), "lowest": float(cosines.min())}
     if one.logits:
         found["agreement"] = float((one.features.argmax(-1) == other.features.argmax(-1)).double().mean())
     return found
+
+
+def takes_pictures(loaded: LoadedModel) -> bool:
+    """Whether a model reads pictures beside its text."""
+    return "pixel_values" in inspect.signature(loaded.module.forward).parameters
 
 
 def buffer_problems(loaded: LoadedModel) -> list[str]:
@@ -141,7 +148,7 @@ def _noise(count: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
-    config = getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", getattr(config, "encoder", config))
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if isinstance(size, dict):
         size = (size.get("height"), size.get("width"))

@@ -44,4 +44,6 @@ def _verdict(report: Mapping[str, Any]) -> str:
     """In a word what was found; a state dict without a model is only looked at, not run."""
     if not report["ok"]:
         return "does not work"
-    return "all values are finite; there is no model to run" if report["kind"] == "tensors" else "works"
+    if report["ran"]:
+        return "works"
+    return "all values are finite; " + ("there is no model to run" if report["kind"] == "tensors" else "it was not run")
