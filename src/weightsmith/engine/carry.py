@@ -13,10 +13,10 @@ import numpy as np
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.task import Task, Way, blocks
-from weightsmith.devices.place import Place
+from weightsmith.devices.place import CPU, Place
 from weightsmith.engine.context import Context
 from weightsmith.engine.execute import Variant, execute
-from weightsmith.engine.lanes import Do, Lanes, at_home
+from weightsmith.engine.lanes import Lanes
 from weightsmith.engine.model import Bundle, measure_models, side_by_side
 from weightsmith.engine.runner import Runner, SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.inputs.opened import Inputs
@@ -85,7 +85,6 @@ def carry_out_all(
             f"--ray with --device {fit.accelerator.kind}: the workers of a cluster merge on their CPUs; leave one out"
         )
     lanes = None if fit is None else Lanes(fit)
-    do: Do = at_home if lanes is None else lanes.do
     meter = _Meter(jobs, progress)
     if not workers.remote:
         contexts = [replace(context, progress=meter.add) for context in contexts]
@@ -101,11 +100,11 @@ def carry_out_all(
             meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
             # What was measured belongs to all tensors, so it is measured again on resume.
             tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
-            measured = measure_models(tasks, contexts, workers, do)
+            measured = measure_models(tasks, contexts, workers, lanes)
             contexts = [replace(c, found=found) for c, found in zip(contexts, measured, strict=True)]
             bundles = side_by_side(todo)
             sinks = [job.sink.writer() if workers.remote else job.sink for job in jobs]
-            work = partial(_execute, contexts=contexts, sinks=sinks, do=do)
+            work = partial(_execute, contexts=contexts, sinks=sinks, lanes=lanes)
             batches = _by_file(bundles, jobs) if workers.remote else [[bundle] for bundle in bundles]
             for batch, results in zip(batches, workers.map(work, batches), strict=True):
                 for bundle, found in zip(batch, results, strict=True):
@@ -147,16 +146,18 @@ def _by_file(bundles: Sequence[Bundle], jobs: Sequence[Job]) -> list[list[Bundle
 
 
 def _execute(
-    batch: Sequence[Bundle], contexts: Sequence[Context], sinks: Sequence[Sink], do: Do
+    batch: Sequence[Bundle], contexts: Sequence[Context], sinks: Sequence[Sink], lanes: Lanes | None
 ) -> list[list[dict[str, Any]]]:
-    return [_execute_one(bundle, contexts, sinks, do) for bundle in batch]
+    return [_execute_one(bundle, contexts, sinks, lanes) for bundle in batch]
 
 
-def _execute_one(bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], do: Do) -> list[dict[str, Any]]:
+def _execute_one(
+    bundle: Bundle, contexts: Sequence[Context], sinks: Sequence[Sink], lanes: Lanes | None
+) -> list[dict[str, Any]]:
     def work(place: Place) -> list[dict[str, Any]]:
         return execute([Variant(task, replace(contexts[i], place=place), sinks[i]) for i, task in bundle])
 
-    found: list[dict[str, Any]] = do([task for _, task in bundle], work)
+    found = work(CPU) if lanes is None else lanes.do([task for _, task in bundle], work)
     for (i, task), record in zip(bundle, found, strict=True):
         sinks[i].done(task.id, record)
     return found

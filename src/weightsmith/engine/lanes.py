@@ -20,19 +20,12 @@ from weightsmith.core.task import Task, block_size
 from weightsmith.devices.place import CPU, Lane, Place
 from weightsmith.plan.fit import Fit
 
-__all__ = ["Do", "Lanes", "at_home"]
+__all__ = ["Lanes"]
 
 R = TypeVar("R")
-Do = Callable[[Sequence[Task], Callable[[Place], R]], R]
-"""Does work on tasks, at a place of its choice."""
 
 SMALLEST = block_size(1 << 20)
 """Entries per block below which it does not help to try again."""
-
-
-def at_home(tasks: Sequence[Task], work: Callable[[Place], R]) -> R:
-    """Do it on the CPU."""
-    return work(CPU)
 
 
 class _Gate:

@@ -15,10 +15,10 @@ from typing import Any
 from weightsmith.core.method import Pipeline
 from weightsmith.core.pass_ import Pass, Rows, Scope, fold
 from weightsmith.core.task import Task
-from weightsmith.devices.place import Place
+from weightsmith.devices.place import CPU, Place
 from weightsmith.engine.context import Context, Results
 from weightsmith.engine.execute import look_at
-from weightsmith.engine.lanes import Do, at_home
+from weightsmith.engine.lanes import Lanes
 from weightsmith.engine.passes import Target
 from weightsmith.engine.runner import Runner
 
@@ -44,7 +44,7 @@ def measure_model(tasks: Iterable[Task], context: Context, runner: Runner) -> Ma
 
 
 def measure_models(
-    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner, do: Do = at_home
+    tasks: Sequence[Iterable[Task]], contexts: Sequence[Context], runner: Runner, lanes: Lanes | None = None
 ) -> list[Mapping[Pipeline, Results]]:
     """`measure_model` for several jobs, whose n-th looks go on side by side."""
     jobs = [_families(of_job, len(c.inputs.experts)) for of_job, c in zip(tasks, contexts, strict=True)]
@@ -52,7 +52,7 @@ def measure_models(
         bundles = side_by_side([() if family is None else family.members for family in current])
         # Totals stay here: only what a look needs goes along with the function.
         targets = [{} if family is None else family.targets for family in current]
-        observe = partial(_observe, targets=targets, contexts=contexts, do=do)
+        observe = partial(_observe, targets=targets, contexts=contexts, lanes=lanes)
         for bundle, found in zip(bundles, runner.map(observe, bundles), strict=True):
             for (i, _), state in zip(bundle, found, strict=True):
                 current[i].add(state)  # type: ignore[union-attr]
@@ -63,15 +63,14 @@ def measure_models(
 
 
 def _observe(
-    bundle: Bundle, targets: Sequence[Targets], contexts: Sequence[Context], do: Do
+    bundle: Bundle, targets: Sequence[Targets], contexts: Sequence[Context], lanes: Lanes | None
 ) -> list[Mapping[str, Any]]:
     def work(place: Place) -> list[Mapping[str, Any]]:
         wanted = [(task, replace(contexts[i], place=place), targets[i][task.pipeline]) for i, task in bundle
                   if task.pipeline is not None]  # fmt: skip
         return look_at(wanted)
 
-    found: list[Mapping[str, Any]] = do([task for _, task in bundle], work)
-    return found
+    return work(CPU) if lanes is None else lanes.do([task for _, task in bundle], work)
 
 
 class _Family:
