@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, saved
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from goldens import tiny_llama
 from goldens.alignment import residual
@@ -149,6 +149,18 @@ def test_a_large_model_is_proved_on_a_narrow_one() -> None:
     found = proved(source)
     assert len(found.groups) == 1 + 2 * 24
     assert next((g.size, [i.size for i in g.inside]) for g in found.groups if g.kind == "kv") == (2, [7, 64])
+
+
+def test_files_as_they_were_years_ago(folders: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2 without a prefix in its names, and with its masks: as much may be permuted as today."""
+    state = load_file(folders["gpt2"] / "model.safetensors")
+    old = {name.removeprefix("transformer."): t for name, t in state.items()}
+    old |= {f"h.{i}.attn.bias": torch.ones(1, 1, 40, 40).tril() for i in (0, 1)}
+    (tmp_path / "config.json").write_bytes((folders["gpt2"] / "config.json").read_bytes())
+    save_file(old, tmp_path / "model.safetensors")
+    then, now = (proved(open_source(folder)) for folder in (tmp_path, folders["gpt2"]))
+    assert [(g.kind, g.size, len(g.axes)) for g in then.groups] == [(g.kind, g.size, len(g.axes)) for g in now.groups]
+    assert not then.frozen
 
 
 def test_heads_that_do_not_fit_are_frozen() -> None:

@@ -42,7 +42,8 @@ def heads_of(
     known = {t.key.name for t in tensors}
     norms = [t for t in model.within(module) if t.part == "qk_norm"]
     others = [t for t in model.within(module) if t.key.name not in known and t.key.numel > 1]
-    others = [t for t in others if t not in norms and not (t.part == "norm" and t.key.shape == (width,))]
+    others = [t for t in others if t not in norms and t.part != "table"]
+    others = [t for t in others if not (t.part == "norm" and t.key.shape == (width,))]
     sinks = [t for t in others if t.key.shape == (count,)]
     if strange := [t for t in others if t not in sinks]:
         return [], {module: f"{strange[0].key.name} {list(strange[0].key.shape)} may belong to its heads"}

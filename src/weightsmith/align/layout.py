@@ -87,7 +87,7 @@ def _residual(model: Model) -> SymmetryGroup:
 def _stream_axis(tensor: Tensor, width: int) -> int | None:
     """The axis of the residual stream; None where a tensor has none."""
     shape, part = tensor.key.shape, tensor.part
-    if part == "qk_norm" or width not in shape:
+    if part in ("qk_norm", "table") or width not in shape:
         return None
     if part == "embed":
         axis = 0 if len(shape) == 4 else len(shape) - 1

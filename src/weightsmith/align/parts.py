@@ -34,7 +34,7 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 class Tensor:
     """One tensor and what it is.
 
-    part    a role, 'qk_norm' or 'other'
+    part    a role, 'qk_norm', 'other', or 'table' for masks and frequencies that old files hold: they have no units
     module  of an MLP or attention, the name that its tensors have in common; else its own module
     out     the axis of a weight's outputs, or a bias's only one
     into    the axis of a weight's inputs; None of a bias
@@ -130,6 +130,9 @@ def _part(key: Key) -> tuple[str, str]:
     last = words[-1]
     owner = ".".join(words[:-1])
     attention = attention_of(key.name)
+    mask = len(key.shape) == 4 and key.shape[:2] == (1, 1) and key.shape[2] == key.shape[3]
+    if mask or last == "inv_freq":
+        return "table", attention or owner
     if _QK_NORM.fullmatch(last) and ("norm" in last or "ln" in last):
         return "qk_norm", attention or owner
     if "norm" in last.lower():

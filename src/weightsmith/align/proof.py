@@ -61,11 +61,12 @@ def proved(source: Source) -> Layout:
     if text is None:
         raise SourceError(f"{source}: no config.json, so nothing proves that a permutation keeps what it computes")
     with tempfile.TemporaryDirectory(prefix="weightsmith-proof-") as name, _doubles():
-        broken, seen = _tried(_Small(small_config(source, text), Path(name), str(source)))
+        small = _Small(small_config(source, text), Path(name), str(source))
+        broken, seen = _tried(small)
     groups = []
     frozen = dict(full.frozen)
     for group in full.groups:
-        kind = _kind(group)
+        kind = _kind(group, small.prefix)
         if kind in broken:
             frozen[group.name] = broken[kind]
         elif kind not in seen:
@@ -82,14 +83,20 @@ def _tried(small: _Small) -> tuple[dict[str, str], set[str]]:
     if groups and small.change(groups) > TOLERANCE:
         for group in groups:
             if (found := small.change([group])) > TOLERANCE:
-                broken[_kind(group)] = f"a permutation changes the outputs (by {found:.1g} of the largest)"
-    return broken, {_kind(group) for group in groups}
+                broken[_kind(group, small.prefix)] = (
+                    f"a permutation changes the outputs (by {found:.1g} of the largest)"
+                )
+    return broken, {_kind(group, small.prefix) for group in groups}
 
 
-def _kind(group: SymmetryGroup) -> str:
-    """What groups of different blocks have in common: names without numbers, also of all that they hold."""
+def _kind(group: SymmetryGroup, prefix: str) -> str:
+    """What groups of different blocks have in common: names without numbers, also of all that they hold.
+
+    prefix: of the class's names in memory, which older files may lack.
+    """
     inside = [small.name for small in group.inside]
-    return " ".join(_pattern(name) for name in (group.name, *inside, *sorted(set(map(_pattern, group.names)))))
+    names = sorted({_pattern(name.removeprefix(prefix)) for name in group.names})
+    return " ".join((_pattern(group.name.removeprefix(prefix)), *inside, *names))
 
 
 def _pattern(name: str) -> str:
@@ -152,6 +159,7 @@ class _Small:
             name: random_numbers(name, key.shape, i) for i, (name, key) in enumerate(self.source.keys.items())
         }
         self.model_class = type(model)
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self.expected = self._outputs(self.tensors)
 
     def change(self, groups: Any) -> float:
