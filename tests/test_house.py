@@ -104,6 +104,7 @@ def loaded_by(statement: str) -> set[str]:
         "import weightsmith.plan.plan",
         "import weightsmith.jobs.merge",
         "import weightsmith.cli.main",
+        "import weightsmith.train",
     ],
 )
 def test_imports_stay_light(statement: str) -> None:
