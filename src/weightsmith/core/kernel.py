@@ -5,7 +5,7 @@ Plain descriptions.  `kernels/` has a backend for each; passes in them (`Any` he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,6 +32,8 @@ __all__ = [
 
 
 # --- merges --------------------------------------------------------------------------------------
+#
+# Specs of one place (before, combine, after) have the same fields; those that mean nothing for one are constants.
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,34 @@ class WeightedSum:
     factor  pass that finds the scale, or None
     """
 
+    place: ClassVar[str] = "combine"
+    votes: ClassVar[bool] = False
+    shares: ClassVar[Any] = None
+    ends: ClassVar[bool] = False
+    cut: ClassVar[Any] = None
+    signs: ClassVar[Any] = None
+    zero: ClassVar[str] = "plus"
+    mean: ClassVar[bool] = False
+
     weights: tuple[float, ...]
     divisor: float = 1.0
     scale: float = 1.0
     deltas: bool = False
     factor: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it works on the inputs themselves, so that no filter may stand beside it."""
+        return not self.deltas
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether it reads the base, if there is one."""
+        return self.deltas
+
+    def total(self, found: Mapping[Any, Any]) -> WeightedSum:
+        """The sum in it, once its passes have results."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,13 @@ class Vote:
     factor  pass that finds the scale, or None
     """
 
+    place: ClassVar[str] = "combine"
+    votes: ClassVar[bool] = True
+    shares: ClassVar[Any] = None
+    ends: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+    wants_base: ClassVar[bool] = True
+
     weights: tuple[float, ...]
     scale: float
     cut: Any
@@ -68,6 +100,10 @@ class Vote:
     zero: str
     mean: bool
     factor: Any = None
+
+    def total(self, found: Mapping[Any, Any]) -> WeightedSum:
+        """Weights and scale as a sum's."""
+        return WeightedSum(self.weights, 1.0, self.scale)
 
 
 def sign_of_zero(rule: str, signs: Any) -> float:
@@ -87,11 +123,27 @@ class Mix:
     deltas  with a base, input_i is expert_i - base and the base is added to the sum
     """
 
+    place: ClassVar[str] = "combine"
+    votes: ClassVar[bool] = False
+    plain: ClassVar[bool] = True
+    cut: ClassVar[Any] = None
+    signs: ClassVar[Any] = None
+    zero: ClassVar[str] = "plus"
+    mean: ClassVar[bool] = False
     factor: ClassVar[Any] = None
 
     shares: Any = None
     ends: bool = False
     deltas: bool = False
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether it reads the base, if there is one."""
+        return self.deltas or self.ends
+
+    def total(self, found: Mapping[Any, Any]) -> WeightedSum:
+        """A mixture is a weighted sum as soon as its shares are measured."""
+        return WeightedSum(tuple(float(share) for share in found[self.shares]), deltas=self.deltas)
 
 
 @dataclass(frozen=True)
@@ -105,6 +157,7 @@ class Drop:
     ranks    pass that finds r of vectors, which may come in pieces
     """
 
+    place: ClassVar[str] = "before"
     cut: ClassVar[Any] = None
 
     shares: tuple[float, ...]
@@ -123,6 +176,7 @@ class Window:
     factors  as of `Drop`
     """
 
+    place: ClassVar[str] = "before"
     shares: ClassVar[tuple[float, ...]] = ()
     spans: ClassVar[tuple[float, ...]] = ()
     salt: ClassVar[str] = ""
@@ -136,6 +190,9 @@ class Window:
 @dataclass(frozen=True)
 class Agreement:
     """A filter of the merged task vector tau: keep what k task masks |delta_i| > strict[i] |tau - delta_i| select."""
+
+    place: ClassVar[str] = "after"
+    cut: ClassVar[Any] = None
 
     k: int
     strict: tuple[float, ...]
@@ -163,14 +220,14 @@ class Program:
     @classmethod
     def of(cls, specs: Sequence[Fused | None]) -> Program | None:
         """The program of a pipeline's stages in order, or None if the kernels have none for it."""
-        combining = [s for s in specs if isinstance(s, (WeightedSum, Vote, Mix))]
-        before = tuple(s for s in specs if isinstance(s, Filter))
-        after = [s for s in specs if isinstance(s, Agreement)]
+        order = ("before", "combine", "after")
+        before, combining, after = ([s for s in specs if s is not None and s.place == place] for place in order)
         if len(combining) != 1 or len(after) > 1 or list(specs) != [*before, *combining, *after]:
             return None
-        combine = combining[0]
-        plain = isinstance(combine, Mix) or (isinstance(combine, WeightedSum) and not combine.deltas)
-        return None if plain and (before or after) else cls(combine, before, after[0] if after else None)
+        combine: Any = combining[0]
+        filters: Any = before
+        last: Any = after[0] if after else None
+        return None if combine.plain and (before or after) else cls(combine, tuple(filters), last)
 
     @property
     def ranks(self) -> bool:
@@ -180,7 +237,7 @@ class Program:
     @property
     def masks(self) -> bool:
         """Whether it is more than a weighted sum of the inputs."""
-        return bool(self.before) or self.after is not None or isinstance(self.combine, Vote)
+        return bool(self.before) or self.after is not None or self.combine.votes
 
     @property
     def unscaled(self) -> Program:
@@ -191,8 +248,7 @@ class Program:
     @property
     def wants_base(self) -> bool:
         """Whether it reads the base, if there is one."""
-        combine = self.combine
-        return isinstance(combine, Vote) or combine.deltas or (isinstance(combine, Mix) and combine.ends)
+        return self.combine.wants_base
 
 
 # --- looks ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.kernel import Program, Ranked
+from weightsmith.core.kernel import Program
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Grain, Stage
 from weightsmith.core.pass_ import Pass, Rows, Scope, Totals, fold
@@ -115,7 +115,7 @@ class Chain:
     def ranks(self) -> bool:
         """Whether the kernels find a whole pass at once: cuts over one tensor."""
         look = self.look
-        return isinstance(look, Cut) and look.scope is Scope.TENSOR and isinstance(look.kernel, Ranked)
+        return isinstance(look, Cut) and look.scope is Scope.TENSOR and look.kernel is not None
 
 
 def measure(chains: Sequence[Chain], reader: Reader, rows: StoredRows | None) -> None:

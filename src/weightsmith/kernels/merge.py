@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from weightsmith.core.kernel import Mix, Program, Vote, WeightedSum, Window, sign_of_zero
+from weightsmith.core.kernel import Program, WeightedSum, Window, sign_of_zero
 from weightsmith.kernels import native
 from weightsmith.kernels.job import Job, Results
 from weightsmith.kernels.record import F32
@@ -54,14 +54,7 @@ class Merge:
     ) -> None:
         self._program, self._bare = program, bare
         combine, own = program.combine, found.get(len(program.before), {})
-        if isinstance(combine, Mix):
-            # A mixture is a weighted sum as soon as its shares are measured.
-            shares = tuple(float(share) for share in own[combine.shares])
-            self._sum = WeightedSum(shares, deltas=combine.deltas)
-        elif isinstance(combine, WeightedSum):
-            self._sum = combine
-        else:
-            self._sum = WeightedSum(combine.weights, 1.0, combine.scale)
+        self._sum = combine.total(own)
         if combine.factor is not None:
             self._sum = replace(self._sum, scale=float(own[combine.factor]))
         if program.masks or bare:
@@ -70,18 +63,17 @@ class Merge:
     def _described(self, program: Program, found: Results, noise: Sequence[np.ndarray | None]) -> Job:
         """The record, but for the block's own fields."""
         combine, after, total = program.combine, program.after, self._sum
-        vote = combine if isinstance(combine, Vote) else None
         # The trim of TIES is one more filter, the last one: its cut is found among the method's own results.
-        trims = (Window(vote.cut),) if vote is not None and vote.cut is not None else ()
+        trims = (Window(combine.cut),) if combine.cut is not None else ()
         job = Job((*program.before, *trims), len(total.weights), found, noise)
         job.point("weights", np.array(total.weights, np.float32))
         job.point("signs", np.zeros(1, np.int64))
         if after is not None:
             job.point("agree", np.array(after.strict, np.float32))
         record, own = job.record, found.get(len(program.before), {})
-        record["vote"], record["mean"] = vote is not None, vote is not None and vote.mean
+        record["vote"], record["mean"] = combine.votes, combine.mean
         # While the signs are being counted there is no sum yet; a tie does not count then.
-        record["zero"] = 1.0 if vote is None or vote.signs not in own else sign_of_zero(vote.zero, own[vote.signs])
+        record["zero"] = sign_of_zero(combine.zero, own[combine.signs]) if combine.signs in own else 1.0
         record["divisor"], record["scale"] = total.divisor, total.scale
         record["bare"] = self._bare
         record["k"], record["after"] = (after.k, after.scale) if after else (0, 1.0)
@@ -93,7 +85,7 @@ class Merge:
         offset  the flat position of its first entry
         """
         combine, total = self._program.combine, self._sum
-        if isinstance(combine, Mix):
+        if combine.shares is not None:
             # Without a base the experts themselves are mixed.
             total = total if stored.base is not None else replace(total, deltas=False)
             return weighted_sum(total, stored.ends if combine.ends else stored, out_dtype)

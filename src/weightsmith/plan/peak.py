@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightsmith.core.kernel import Mix
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Filter, Grain, MergedFilter, Pipeline
 from weightsmith.core.task import block_size, keeps_masks, keeps_rows, one_by_one, row_step
@@ -57,7 +56,7 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
     if slopes:  # a byte for each entry of a block, a bit for each of the tensor, and 60 bytes for one of a row
         kept += slopes * count * key.row_numel * (block + (rows if keeps_masks(key, count) else block) // 8)
         kept += 60 * key.row_numel
-    if program is not None and isinstance(program.combine, Mix):
+    if program is not None and program.combine.shares is not None:
         found += 4 * (inputs + 3) * key.row_numel  # a row of every input in float64
     return kept + found + 2 * block * key.row_numel * 4 + (2 << 20)
 

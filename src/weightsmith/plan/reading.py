@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
-from weightsmith.core.kernel import Window
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Grain, Pipeline, Scope, Stage
 from weightsmith.core.task import Task, Way, block_size, keeps_rows, one_by_one, row_step
@@ -105,7 +104,7 @@ def _kernel_looks(pipelines: Sequence[Pipeline], key: Key, count: int, stop: int
     for before, cuts in asked.items():
         wanted = [cut.ranks(key.numel) for cut in cuts]
         ranks = [[rank for one in wanted for rank in one[i]] for i in range(count)]
-        ordered = any(isinstance(stage.fused(count), Window) for stage in before)
+        ordered = any(spec is not None and spec.cut is not None for spec in (stage.fused(count) for stage in before))
         own = pipelines[0].stages[: len(before)] == before and any(cut in cuts for _, cut in pipelines[0].passes(count))
         looks += readings(ranks, (key.rows, key.row_numel), ordered) - (cuts[0].rounds if own else 0)
     return looks
