@@ -50,8 +50,12 @@ def inputs(models: dict[str, State], base: State = BASE) -> Inputs:
     return Inputs(MemorySource(base, "base"), {n: MemorySource(m, n) for n, m in models.items()})
 
 
-def said(tmp_path: Path, method: Any, models: dict[str, State], base: State = BASE, **more: Any) -> list[str]:
-    return texts(run(recipe(method, models, **more), tmp_path / "out", sources=inputs(models, base)).warnings)
+def said(
+    tmp_path: Path, method: Any, models: dict[str, State], base: State = BASE, of: Code | None = None, **more: Any
+) -> list[str]:
+    """The warnings of a run, or those of one code."""
+    made = run(recipe(method, models, **more), tmp_path / "out", sources=inputs(models, base))
+    return texts(warning for warning in made.warnings if of in (None, warning.code))
 
 
 def merged(tmp_path: Path) -> State:
@@ -218,21 +222,21 @@ def test_drops_of_large_changes_are_warned_of(method: Any, dtype: torch.dtype, t
     base, models = small(0.2)
     stored = {n: {"w": m["w"].to(dtype)} for n, m in models.items()}
     name = method[0] if isinstance(method, list) else method
-    (text,) = said(tmp_path, method, stored, {"w": base["w"].to(dtype)})
+    (text,) = said(tmp_path, method, stored, {"w": base["w"].to(dtype)}, Code.CHANGE)
     assert text.startswith(f"far has changed much for {name}: by 0.1 of the base's weights on average, 1% of them by ")
-    assert said(tmp_path / "plain", "task_arithmetic", stored, {"w": base["w"].to(dtype)}) == []
+    assert said(tmp_path / "plain", "task_arithmetic", stored, {"w": base["w"].to(dtype)}, Code.CHANGE) == []
 
 
 @pytest.mark.parametrize(("scale", "told"), [(0.0101 / 0.99, True), (0.0099 / 0.99, False)])
 def test_the_99_percent_quantile_alone_may_be_too_large(scale: float, told: bool, tmp_path: Path) -> None:
     base, models = small(scale)
-    assert bool(said(tmp_path, "dare", models, base)) == told
+    assert bool(said(tmp_path, "dare", models, base, Code.CHANGE)) == told
 
 
 @pytest.mark.parametrize(("change", "told"), [(5.1e-5, True), (4.9e-5, False)])
 def test_the_ratio_alone_may_be_too_large(change: float, told: bool, tmp_path: Path) -> None:
     base = {"w": torch.full((40, 5), 1e-3)}
-    assert bool(said(tmp_path, "dare", {"a": {"w": base["w"] + change}}, base)) == told
+    assert bool(said(tmp_path, "dare", {"a": {"w": base["w"] + change}}, base, Code.CHANGE)) == told
 
 
 def test_the_command_line_shows_them_and_the_record_keeps_the_seed(
