@@ -11,16 +11,17 @@ import pytest
 import torch
 from families import FAMILIES, saved
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from goldens import tiny_llama
 from goldens.alignment import residual
 from weightsmith.align import layout as layouts
 from weightsmith.align.layout import layout
 from weightsmith.align.match import match
-from weightsmith.align.proof import proved, small_config
+from weightsmith.align.proof import drawn, proved, refuted, small_config
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
-from weightsmith.core.symmetry import identity, permute
+from weightsmith.core.symmetry import SymmetryGroup, identity, permute
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Origin, Source
@@ -149,6 +150,35 @@ def test_a_large_model_is_proved_on_a_narrow_one() -> None:
     found = proved(source)
     assert len(found.groups) == 1 + 2 * 24
     assert next((g.size, [i.size for i in g.inside]) for g in found.groups if g.kind == "kv") == (2, [7, 64])
+
+
+def test_heads_that_share_a_table_of_another_block_are_frozen(tmp_path: Path) -> None:
+    """T5's relative positions lie in the first block, by head, and hold for all: the proof says what names do not."""
+    config = T5Config(d_model=40, d_ff=48, num_layers=2, num_heads=4, d_kv=10, vocab_size=50)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    found = proved(open_source(tmp_path))
+    frozen = {name: why for name, why in found.frozen.items() if name.endswith("SelfAttention")}
+    assert len(frozen) == 4
+    assert sum(why.startswith("a permutation changes the outputs (by") for why in frozen.values()) == 2
+    assert {g.kind for g in found.groups} == {"residual", "mlp", "kv"}
+    assert all("EncDecAttention" in g.name for g in found.groups if g.kind == "kv")
+
+
+def test_what_proves_something_moves() -> None:
+    for seed in range(20):
+        for size in (2, 3, 4):
+            group = SymmetryGroup("g", "kv", size, (), (SymmetryGroup("i", "values", 2, ()),))
+            for name, order in drawn(group, np.random.default_rng(seed)).items():
+                assert (np.sort(order, axis=-1) == identity(group)[name]).all()
+                assert (order != identity(group)[name]).any(axis=-1).all()
+
+
+def test_groups_that_fail_together_only_are_all_frozen() -> None:
+    groups = [SymmetryGroup(name, "kv", 2, ()) for name in "abc"]
+    found = refuted(groups, lambda some: float(len(some) == 1 and some[0].name == "a") or float(len(some) > 1))
+    assert found["a"] == "a permutation changes the outputs (by 1 of the largest)"
+    assert found["b"] == found["c"] == "a permutation changes the outputs (by 1 of the largest) together with others"
+    assert refuted(groups, lambda some: 1e-9) == {}
 
 
 def test_files_as_they_were_years_ago(folders: dict[str, Path], tmp_path: Path) -> None:

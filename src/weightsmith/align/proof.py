@@ -12,7 +12,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import block_counts
 
-__all__ = ["TOLERANCE", "drawn", "proved", "random_numbers", "small_config"]
+__all__ = ["TOLERANCE", "drawn", "proved", "random_numbers", "refuted", "small_config"]
 
 TOLERANCE = 1e-8
 """Largest change of an output, in float64, relative to the largest output (or to 1)."""
@@ -79,14 +79,21 @@ def proved(source: Source) -> Layout:
 def _tried(small: _Small) -> tuple[dict[str, str], set[str]]:
     """Kinds of groups that change an output, with the reason, and all kinds there are."""
     groups = layout(small.source).groups
-    broken: dict[str, str] = {}
-    if groups and small.change(groups) > TOLERANCE:
-        for group in groups:
-            if (found := small.change([group])) > TOLERANCE:
-                broken[_kind(group, small.prefix)] = (
-                    f"a permutation changes the outputs (by {found:.1g} of the largest)"
-                )
+    refused = refuted(groups, small.change)
+    broken = {_kind(group, small.prefix): refused[group.name] for group in groups if group.name in refused}
     return broken, {_kind(group, small.prefix) for group in groups}
+
+
+def refuted(groups: Sequence[SymmetryGroup], change: Callable[[Sequence[SymmetryGroup]], float]) -> dict[str, str]:
+    """The groups whose permutations change an output, by name, and why; change: of permuting some at random."""
+    if not groups or change(groups) <= TOLERANCE:
+        return {}
+    said = "a permutation changes the outputs (by {:.1g} of the largest)"
+    found = {g.name: said.format(by) for g in groups if (by := change([g])) > TOLERANCE}
+    left = [group for group in groups if group.name not in found]
+    if left and (by := change(left)) > TOLERANCE:
+        return found | {group.name: f"{said.format(by)} together with others" for group in left}
+    return found
 
 
 def _kind(group: SymmetryGroup, prefix: str) -> str:
@@ -162,7 +169,7 @@ class _Small:
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self.expected = self._outputs(self.tensors)
 
-    def change(self, groups: Any) -> float:
+    def change(self, groups: Sequence[SymmetryGroup]) -> float:
         """Largest change of an output by random permutations of some groups, relative to the largest output."""
         draw = np.random.default_rng(len(groups))
         tensors = self.tensors
@@ -238,7 +245,13 @@ def random_numbers(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def drawn(group: SymmetryGroup, draw: np.random.Generator) -> dict[str, np.ndarray]:
-    return {name: draw.permuted(order, axis=-1) for name, order in identity(group).items()}
+    """Random orders of a group and those inside it, none of which leaves everything where it is."""
+    found = {}
+    for name, same in identity(group).items():
+        order = draw.permuted(same, axis=-1)
+        still = (order == same).all(axis=-1, keepdims=True)
+        found[name] = np.where(still, np.roll(same, 1, axis=-1), order)
+    return found
 
 
 def _run(model: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from weightsmith.align.layout import Layout
-from weightsmith.align.proof import TOLERANCE, drawn, random_numbers
+from weightsmith.align.proof import drawn, random_numbers, refuted
 from weightsmith.core.errors import SourceError
 from weightsmith.core.symmetry import Axis, SymmetryGroup, permute
 
@@ -320,9 +320,5 @@ def _proved(module: nn.Module, example: Sequence[Tensor], found: Layout) -> Layo
         pairs = zip(outputs(state), expected, strict=True)
         return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
 
-    broken = {}
-    if found.groups and change(found.groups) > TOLERANCE:
-        for group in found.groups:
-            if (by := change([group])) > TOLERANCE:
-                broken[group.name] = f"a permutation changes the outputs (by {by:.1g} of the largest)"
+    broken = refuted(found.groups, change)
     return Layout(tuple(g for g in found.groups if g.name not in broken), {**found.frozen, **broken})
