@@ -28,6 +28,9 @@ class TallMasks(Codec, name="tall_masks", needs=(BASE,)):
     makes of the task vectors, unscaled: their sum if there is none, or say
     `[{ties: {aggregate: sum, density: 0.2, scope: global}}, tall_masks]`.  Keep that method's own lambda at 1.
 
+    What comes back is not the expert: the paper keeps the experts' accuracy, with lambda tuned for each on labels.
+    At lambda >= 1 no weight comes back further from the expert's than the base's is; below, many may.
+
     Size, for d weights and n experts: d bytes_of(tau) + n d / 8, besides the base.  tau has the output's dtype.
     A mask is one flat string of bits per tensor and expert, as numpy.packbits makes it: no padding but up to 7
     zero bits at its end, and the same bytes wherever the tensor is cut, because cuts fall on multiples of 8 weights.
