@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 from goldens import tiny_llama
 from goldens.alignment import residual
 from weightsmith.align import layout as layouts
+from weightsmith.align import proof
 from weightsmith.align.layout import layout
 from weightsmith.align.match import match
 from weightsmith.align.proof import drawn, proved, refuted, small_config
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
-from weightsmith.core.symmetry import SymmetryGroup, identity, permute
+from weightsmith.core.symmetry import Axis, SymmetryGroup, identity, permute
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import MemorySource, Origin, Source
@@ -162,6 +164,24 @@ def test_heads_that_share_a_table_of_another_block_are_frozen(tmp_path: Path) ->
     assert sum(why.startswith("a permutation changes the outputs (by") for why in frozen.values()) == 2
     assert {g.kind for g in found.groups} == {"residual", "mlp", "kv"}
     assert all("EncDecAttention" in g.name for g in found.groups if g.kind == "kv")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_layout_that_lacks_any_axis_is_refuted(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    source = open_source(folders[family])
+    with proof._doubles():
+        small = proof._Small(small_config(source, (folders[family] / "config.json").read_text()), tmp_path, family)
+        for group in (g for g in layout(small.source).groups if ".1." not in g.name):
+            lacking = [replace(group, inside=(), axes=_without(group.axes, i)) for i in range(len(group.axes))]
+            for inner in group.inside:
+                axes = [_without(inner.axes, i) for i in range(len(inner.axes))]
+                lacking += [replace(group, inside=(replace(inner, axes=some),)) for some in axes]
+            for one in lacking:
+                assert small.change([one]) > 1e-4, one
+
+
+def _without(axes: tuple[Axis, ...], number: int) -> tuple[Axis, ...]:
+    return axes[:number] + axes[number + 1 :]
 
 
 def test_what_proves_something_moves() -> None:
