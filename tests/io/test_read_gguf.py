@@ -182,3 +182,17 @@ def test_any_part_of_a_split_model_stands_for_all(tmp_path: Path) -> None:
     (tmp_path / "third-00003-of-00003.gguf").write_bytes(short.read_bytes())
     with pytest.raises(SourceError, match=r"split\.tensors\.count = \d+, but the 3 parts hold \d+ tensors"):
         open_source(tmp_path / "third-00001-of-00003.gguf")
+
+
+def test_a_file_without_an_output_layer_ties_it(tmp_path: Path) -> None:
+    """As llama.cpp reads it; merged with a model that has a head of its own, it is untied."""
+    base, tuned = tensors(seed=0), tensors(seed=1)
+    head = tuned.pop("lm_head.weight")
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base/model.safetensors")
+    source = open_source(write(tmp_path / "tuned.gguf", tuned))
+    assert dict(source.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "lm_head.weight" not in source.keys
+    assert head.shape == source.key("lm_head.weight").shape
+    made = ws.merge({"t": tmp_path / "tuned.gguf"}, "task_arithmetic", base=tmp_path / "base")
+    torch.testing.assert_close(made["lm_head.weight"], tuned["model.embed_tokens.weight"])

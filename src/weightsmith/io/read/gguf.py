@@ -28,6 +28,7 @@ _KNOWN = frozenset({"llama", "qwen2", "qwen3", "phi3"})
 """Architectures whose tensors are stored as they are, apart from that; others (Gemma: norms + 1) are not read."""
 _FUSED = {"phi3": {"mlp.up_proj": "mlp.gate_up_proj"}}
 _OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BLOCK = (
     *("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "qkv")),
@@ -67,6 +68,8 @@ class GgufSource(Source):
         self._tensors = _joined(paths, headers, [file.size for file in self._files])
         self.origin = Origin(str(path), locations=tuple(paths), lacks=_LACKS)
         self.keys = {name: stored.key for name, stored in self._tensors.items()}
+        if _HEAD not in self.keys and _EMBEDDING in self.keys:  # llama.cpp then takes the embedding
+            self.aliases = {_HEAD: _EMBEDDING}
 
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key, offset, heads, part = self._tensors[self.key(name).name]
