@@ -178,6 +178,36 @@ def test_resumed_after_a_kill_it_gives_the_same_bits(tmp_path: Path, at: int):
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
 
 
+def test_a_folder_in_use_is_refused_and_an_overwritten_one_shows_nothing_old(tmp_path: Path):
+    given = recipe(tmp_path)
+    tune(given, data=DATA, module=fresh(), out=tmp_path / "out", steps=1)
+    with pytest.raises(OutputError, match="is not empty; choose another folder, or use --overwrite"):
+        tune(given, data=DATA, module=fresh(), out=tmp_path / "out", steps=1)
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        tune(given, data=DATA, module=fresh(), out=tmp_path / "out", steps=2, overwrite=True, progress=kill)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["journal.safetensors"]
+
+
+def test_a_file_of_coefficients_that_was_changed_is_noticed(tmp_path: Path):
+    tune(recipe(tmp_path), data=DATA, module=fresh(), out=tmp_path / "out", steps=1)
+    path = tmp_path / "out" / "coefficients.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match="was changed since the recipe was written"):
+        load(tmp_path / "out" / "recipe.yaml")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/out cannot be made: Not a directory"):
+        tune(recipe(tmp_path), data=DATA, module=fresh(), out=tmp_path / "file" / "out", steps=1)
+
+
 def test_another_tuning_is_not_resumed(tmp_path: Path):
     given = recipe(tmp_path)
 

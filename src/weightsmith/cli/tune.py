@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.options import DEFAULTS, Json, Out, Quiet, Run, Sets
+from weightsmith.cli.options import DEFAULTS, Json, Quiet, Run, Sets
 from weightsmith.cli.show import progress_bar, say, show_json
 from weightsmith.cli.words import Parameter
 
@@ -14,7 +14,7 @@ __all__ = ["tune"]
 
 def tune(
     tuning: Annotated[Path | None, Parameter(help="What to learn, YAML or JSON (TUNE.yaml).")] = None,
-    out: Out | None = None,
+    out: Annotated[Path | None, Parameter(help="Folder of the results.")] = None,
     /,
     *,
     set_: Sets = (),

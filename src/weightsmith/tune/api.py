@@ -19,10 +19,10 @@ from weightsmith.io.package.card import yaml_text
 from weightsmith.io.read.open import open_source
 from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
-from weightsmith.recipe.table import write_table
+from weightsmith.recipe.table import digest, write_table
 from weightsmith.tune.controls import Control, compare
 from weightsmith.tune.descent import Descent
-from weightsmith.tune.journal import Journal, write_curve
+from weightsmith.tune.journal import Journal, replaced, write_curve
 from weightsmith.tune.objective import Objective, labels_of
 from weightsmith.tune.objectives.imitate import Imitate
 from weightsmith.tune.registry import make
@@ -143,8 +143,18 @@ def _prepare(folder: Path, settings: Settings) -> None:
     """The folder, there and without an earlier run's journal; OutputError if it holds other things."""
     if folder.is_dir() and any(folder.iterdir()) and not (settings.resume or settings.overwrite):
         raise OutputError(f"{folder} is not empty; choose another folder, or use --overwrite (--resume to go on)")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from None
     if not settings.resume:
+        for name in (
+            "recipe.yaml",
+            FILE,
+            "curve.csv",
+            "report.html",
+        ):  # of an earlier run: none may pass for this one's
+            (folder / name).unlink(missing_ok=True)
         Journal(folder, "").done()
 
 
@@ -268,8 +278,10 @@ def _write(made: Tuned, numbers: Sequence[Numbers], names: tuple[str, ...], fold
     large = {one.name: one.learned() for one in numbers if one.free.per != "model"}
     if large:
         write_table(folder / FILE, names, large)
-    (folder / "recipe.yaml").write_text(yaml_text(made.recipe), "utf-8")
     write_curve(folder / "curve.csv", made.curve)
+    values = {name: value | {"sha256": digest(folder / FILE)} if name in large else value
+              for name, value in made.recipe["parameters"].items()}  # fmt: skip
+    replaced(folder / "recipe.yaml", yaml_text({**made.recipe, "parameters": values}).encode())  # last: all is there
 
 
 def _identity(work: Work, setting: Setting, data: Mapping[str, Sequence[Any]], every: int, full: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from weightsmith.observe.data import Example, batches, read_examples
 from weightsmith.observe.model import LoadedModel, load_model
 from weightsmith.report.html import page
 from weightsmith.tune.api import Tuned, tune
+from weightsmith.tune.journal import replaced
 from weightsmith.tune.objective import Batch, Objective
 from weightsmith.tune.objectives.imitate import Imitate
 from weightsmith.tune.report import sections
@@ -49,7 +51,7 @@ class Job:
             progress=progress, controls=self.file.controls,
         )  # fmt: skip
         title = "Learned coefficients"
-        (out / "report.html").write_text(page(title, sections(made, tuple(self.file.recipe.models))), "utf-8")
+        replaced(out / "report.html", page(title, sections(made, tuple(self.file.recipe.models))).encode())
         return made
 
     def function(self, module: nn.Module, batch: Batch) -> Any:
@@ -71,6 +73,7 @@ class Job:
         """Bytes: the module, its largest gradient, activations of the first batch (by running it), and the rest."""
         weights = sum(t.numel() * t.element_size() for t in self.loaded.module.state_dict().values())
         largest = max(p.numel() * p.element_size() for p in self.loaded.module.parameters())
+        process = max(_resident() - weights, 150 << 20)  # libraries and data, as far as they are loaded
         own = {p.untyped_storage().data_ptr() for p in self.loaded.module.parameters()}
         kept: dict[int, int] = {}
 
@@ -88,8 +91,16 @@ class Job:
                 outputs = self.function(self.loaded.module, batches_[0])
             most = max(most, sum(kept.values()))
             del outputs
-        found = {"module": weights, "largest gradient": largest, "activations": most, "process": 150 << 20}
+        found = {"module": weights, "largest gradient": largest, "activations": most, "process": process}
         return found | {"in all": sum(found.values())}
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0
 
 
 def job(file: TuneFile, settings: Settings = DEFAULT) -> Job:

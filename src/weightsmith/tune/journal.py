@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightsmith.core.errors import OutputError
 
-__all__ = ["Journal", "State"]
+__all__ = ["Journal", "State", "replaced", "write_curve"]
 
 NAME = "journal.safetensors"
 
@@ -66,7 +66,7 @@ class Journal:
         noted = {"identity": self.identity, "step": state.step, "curve": state.curve, "best": state.best,
                  "watched": state.watched}  # fmt: skip
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.tensors.items()}
-        _replace(self.folder / NAME, save(tensors, {"state": json.dumps(noted)}))
+        replaced(self.folder / NAME, save(tensors, {"state": json.dumps(noted)}))
 
     def done(self) -> None:
         """The run got through."""
@@ -81,10 +81,14 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _replace(path, text.getvalue().encode())
+    replaced(path, text.getvalue().encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replaced(path: Path, content: bytes) -> None:
+    """Put a file in its place, whole or not at all; OutputError where it cannot be written."""
     staged = path.with_name(path.name + ".part")
-    staged.write_bytes(content)
-    staged.replace(path)
+    try:
+        staged.write_bytes(content)
+        staged.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
