@@ -29,14 +29,12 @@ def squares_lost(task: Task, codec: Codec, site: Site, stored: Mapping[str, Tens
     """
     like = site.base if site.base is not None else site.stack[0]
     zeros = torch.zeros(site.block_shape, dtype=like.dtype, device=like.device)
-    changes = BASE in codec.traits.needs
+    of_changes = BASE in codec.traits.needs
     found = {}
-    for i, expert in enumerate(site.names):
+    for expert, change, whole in zip(site.names, _changes(site), _wholes(site, of_changes), strict=True):
         own = {p.name: stored[p.key.name] for p in task.encoded if p.expert in ("", expert)}
         parts = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in own.items()}
-        change = _change(site, i)
-        wanted = change if changes or site.base is None else site.experts[i]
-        missed = codec.decode(parts, zeros, site.offset) - wanted
+        missed = codec.decode(parts, zeros, site.offset) - (change if whole is None else whole)
         found[expert] = (_square(missed), _square(change))
     return found
 
@@ -58,12 +56,16 @@ def errors(lost: Mapping[str, Squares]) -> tuple[dict[str, float], dict[str, dic
     return total, {name: {e: _share([pair]) for e, pair in squares.items()} for name, squares in lost.items()}
 
 
-def _change(site: Site, index: int) -> Tensor:
-    """What one expert has beyond the base; all of it where there is no base."""
+def _changes(site: Site) -> Iterable[Tensor]:
+    """What each expert has beyond the base, one at a time where they are read so; all of it where there is no base."""
     if site.factors:
-        left, right = site.factors[index]
-        return left @ right
-    return site.tasks[index] if site.base is not None or site.is_delta else site.stack[index]
+        return (left @ right for left, right in site.factors)
+    return site.tasks if site.base is not None or site.is_delta else site.stack.unbind()
+
+
+def _wholes(site: Site, of_changes: bool) -> Iterable[Tensor | None]:
+    """The experts' weights, for codecs that store those; else None."""
+    return (None,) * len(site.names) if of_changes or site.base is None else site.experts.unbind()
 
 
 def _square(tensor: Tensor) -> float:
