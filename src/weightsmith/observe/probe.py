@@ -207,7 +207,7 @@ _POOLING = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last", "
 
 def _pooling(folder: Path | None) -> str:
     """How sentence-transformers makes one vector of a text's tokens; else, and by default, their mean."""
-    for path in sorted(folder.glob("*_Pooling/config.json")) if folder is not None else ():
+    for path in sorted(system.call(list, folder.glob("*_Pooling/config.json"))) if folder is not None else ():
         with contextlib.suppress(OSError, ValueError, AttributeError):
             said = json.loads(system.read_file(path).decode())
             return next((mode for field, mode in _POOLING.items() if said.get(field) is True), "mean")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.costs import Costs
 from weightsmith.core.method import Stage
+from weightsmith.io import system
 
 __all__ = ["TABLE", "UNKNOWN", "costs_of", "table"]
 
@@ -21,7 +22,7 @@ UNKNOWN = Costs(scratch=6.0, matrix=6.0, square=6.0, histograms=3, pairs=True)
 @cache
 def table() -> Mapping[str, Costs]:
     """Built-in stage -> what was measured for it."""
-    return {name: Costs(**row) for name, row in json.loads(TABLE.read_bytes()).items()}
+    return {name: Costs(**row) for name, row in json.loads(system.read_file(TABLE)).items()}
 
 
 def costs_of(stage: Stage | type[Stage]) -> Costs:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.parameter import Vector
+from weightsmith.io import system
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ def table_of(name: str, value: Mapping[str, Any]) -> Table:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a file."""
-    with Path(path).open("rb") as file:
+    with system.call(Path(path).open, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -85,7 +86,9 @@ def write_table(path: Path, models: tuple[str, ...], values: Mapping[str, Mappin
     from safetensors.torch import save_file
 
     flat = {f"{name}/{key}": t.detach().clone() for name, by in values.items() for key, t in by.items()}
-    save_file(flat, path, {"models": json.dumps(models)})  # one entry: safetensors writes several in any order
+    system.call(
+        save_file, flat, path, {"models": json.dumps(models)}
+    )  # one entry: safetensors writes several in any order
 
 
 @lru_cache(maxsize=64)
@@ -94,7 +97,7 @@ def _read(path: str, sha: str, name: str) -> Table:
 
     del sha  # part of the key: a file that was changed is read again
     try:
-        with safe_open(path, "pt") as file:
+        with system.call(safe_open, path, "pt") as file:
             models = json.loads((file.metadata() or {}).get("models", "[]"))
             names = list(file.keys())
             held = {n.partition("/")[2]: file.get_tensor(n) for n in names if n.startswith(f"{name}/")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import OutputError
+from weightsmith.io import system
 from weightsmith.io.disk import remove, writing
 from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.safetensors import SafetensorsSource
@@ -87,5 +88,5 @@ class Checkpoints:
                 remove(self.folder)
 
     def _steps(self) -> list[Path]:
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = system.call(list, self.folder.iterdir()) if self.folder.is_dir() else []
         return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))

@@ -226,7 +226,7 @@ def _sharded(ref: Any) -> bool:
     """Whether a folder holds the shards of a distributed checkpoint, and no model put together of them."""
     if not _folder(ref):
         return False
-    names = [path.name for path in ref.glob("*.safetensors*")]
+    names = [path.name for path in system.call(list, ref.glob("*.safetensors*"))]
     return bool(names) and all(name.startswith("shard-") and "-model-" in name for name in names)
 
 
