@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weightsmith.align.barrier import Outcomes, curve, height, recalibrate
+from weightsmith.align.barrier import Outcomes, curve, height, plane, recalibrate
 from weightsmith.align.run import align
 from weightsmith.cli.main import main
 from weightsmith.core.errors import NumericError, SourceError
@@ -60,6 +60,17 @@ def test_neither_network_is_changed_and_ends_are_exact() -> None:
     curve(a, b, measure, points=3)
     assert seen == [a.weight.item(), pytest.approx(0.4), b.weight.item()]
     assert (a.weight.item(), b.weight.item()) == (linear(0.1).weight.item(), linear(0.7).weight.item())
+
+
+def test_a_plane_through_three_networks() -> None:
+    corners = [linear(0.0), linear(2.0), linear(-4.0)]
+    places, losses = plane(corners, squares, points=5, margin=0.5)
+    assert places.tolist() == [-0.5, 0, 0.5, 1, 1.5]
+    weights = 2 * places[:, None] - 4 * places[None]
+    assert losses == pytest.approx(weights**2 + 1)  # the mean of (w - 1)^2 and (w + 1)^2
+    assert [c.weight.item() for c in corners] == [0, 2, -4]
+    with pytest.raises(SourceError, match="a plane goes through three networks, not 2"):
+        plane(corners[:2], squares)
 
 
 def test_statistics_of_batches_are_those_of_the_network_on_the_way() -> None:

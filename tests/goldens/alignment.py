@@ -102,7 +102,9 @@ def pleas(case: Any) -> State:
     out: State = {}
     splits: list[partial.Split | None] = []
     for i, ratio in enumerate(p["ratios"]):
-        found = partial.split(given[f"profit.{i}"].numpy(), given[f"perm.{i}"].numpy(), ratio)
+        # At 1 the reference still merges the best pair.
+        share = ratio if ratio < 1 else 1 - 1e-9
+        found = partial.split(given[f"profit.{i}"].numpy(), given[f"perm.{i}"].numpy(), share)
         splits.append(found)
         out |= {name: given[name] for name in (f"perm.{i}", f"profit.{i}")}
         for what in ("merged", "separate"):

@@ -16,7 +16,7 @@ from weightsmith.report.figures import Curve as Line
 from weightsmith.report.figures import Curves
 from weightsmith.report.html import page
 
-__all__ = ["Curve", "Measure", "Outcomes", "as_page", "curve", "height", "recalibrate", "rows"]
+__all__ = ["Curve", "Measure", "Outcomes", "as_page", "curve", "height", "plane", "recalibrate", "rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +85,12 @@ def curve(
     """
     if points < 2:
         raise SourceError(f"a line has at least its two ends, not {points} points")
-    ends = [{n: t.detach() for n, t in module.state_dict().items()} for module in (first, second)]
-    for name in ends[0].keys() | ends[1].keys():
-        shapes = [list(end[name].shape) if name in end else None for end in ends]
-        if shapes[0] != shapes[1]:
-            raise SourceError(f"no line from one to the other: {name} is {shapes[0]} and {shapes[1]}")
+    ends = _states((first, second))
     module = copy.deepcopy(first)
     places = np.linspace(0, 1, points)
     found: list[Outcomes] = []
     for i, place in enumerate(places):
-        _put(module, ends, float(place))
+        _put(module, ends, (1 - float(place), float(place)))
         if refresh is not None and 0 < place < 1:
             refresh(module)
         found.append(measure(module))
@@ -103,12 +99,56 @@ def curve(
     return _curve(places, found, resamplings, seed)
 
 
-def _put(module: nn.Module, ends: Sequence[dict[str, torch.Tensor]], place: float) -> None:
+def plane(
+    corners: Sequence[nn.Module],
+    measure: Measure,
+    *,
+    points: int = 11,
+    margin: float = 0.2,
+    refresh: Callable[[nn.Module], object] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The loss on the plane through three networks: coordinates [points], and losses [points, points].
+
+    Entry (i, j) is of A + x_i (B - A) + x_j (C - A), x from -margin to 1 + margin; the corners are at (0, 0), (1, 0)
+    and (0, 1).  No network is changed; see `curve`.
+    """
+    if len(corners) != 3:
+        raise SourceError(f"a plane goes through three networks, not {len(corners)}")
+    states = _states(corners)
+    module = copy.deepcopy(corners[0])
+    places = np.linspace(-margin, 1 + margin, points)
+    losses = np.empty((points, points))
+    for i, x in enumerate(places):
+        for j, y in enumerate(places):
+            _put(module, states, (1 - float(x) - float(y), float(x), float(y)))
+            if refresh is not None:
+                refresh(module)
+            found = measure(module)
+            losses[i, j] = found.loss.sum() / found.count.sum()
+    return places, losses
+
+
+def _states(modules: Sequence[nn.Module]) -> list[dict[str, torch.Tensor]]:
+    """Their tensors; SourceError unless they are of the same names and shapes."""
+    found = [{n: t.detach() for n, t in module.state_dict().items()} for module in modules]
+    for other in found[1:]:
+        for name in found[0].keys() | other.keys():
+            shapes = [list(state[name].shape) if name in state else None for state in (found[0], other)]
+            if shapes[0] != shapes[1]:
+                raise SourceError(f"no line from one to the other: {name} is {shapes[0]} and {shapes[1]}")
+    return found
+
+
+def _put(module: nn.Module, ends: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> None:
+    """Make a network the weighted sum of some, exactly one of them where it has all the weight."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            a, b = (end[name] for end in ends)
-            if tensor.is_floating_point():
-                tensor.copy_(a if place == 0 else b if place == 1 else torch.lerp(a.double(), b.double(), place))
+            if not tensor.is_floating_point():
+                continue
+            if 1.0 in weights and not any(w not in (0.0, 1.0) for w in weights):
+                tensor.copy_(ends[weights.index(1.0)][name])
+            else:
+                tensor.copy_(sum(w * end[name].double() for w, end in zip(weights, ends, strict=True)))
 
 
 def _curve(points: np.ndarray, found: Sequence[Outcomes], resamplings: int, seed: int) -> Curve:
