@@ -27,7 +27,7 @@ KEPT = 24 << 20
 
 
 MASKED = 1 << 27
-"""Entries of all experts of a tensor up to which the kernels keep what filters by rank have found, a bit for each."""
+"""Entries of all experts of a tensor up to which the kernels keep what random drops have left, a bit for each."""
 
 
 class Way(Enum):
@@ -136,7 +136,7 @@ def keeps_rows(key: Key, inputs: int) -> bool:
 
 
 def keeps_masks(key: Key, experts: int) -> bool:
-    """Whether the kernels keep what filters by rank leave of all blocks of a tensor."""
+    """Whether the kernels keep what random drops leave of all blocks of a tensor."""
     return key.numel * experts <= MASKED
 
 

@@ -112,6 +112,11 @@ class Chain:
         return self.pipeline.stages[: self.index]
 
     @property
+    def again(self) -> bool:
+        """Whether the same rows are gone over once more after the next look, by another one or by the merge."""
+        return self._target is None or self.look is not self._target.look
+
+    @property
     def ranks(self) -> bool:
         """Whether the kernels find a whole pass at once: cuts over one tensor."""
         look = self.look
@@ -169,7 +174,7 @@ def _sight(chain: Chain) -> Sight:
     look, program = chain.look.kernel, program_of(chain.task, chain.context)
     assert look is not None
     count = len(chain.context.inputs.experts)
-    return Sight(look, program, chain.index, count, chain.found, noise_of(chain.task, chain.context), Rows)
+    return Sight(look, program, chain.index, count, chain.found, noise_of(chain.task, chain.context), Rows, chain.again)
 
 
 def _rank(chains: Sequence[Chain], rows: StoredRows) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit
 
 from weightsmith.kernels.by_rank import sloped
-from weightsmith.kernels.filters import filtered, job_at, masked, task_vector
+from weightsmith.kernels.filters import drawn, filtered, job_at, masked, task_vector
 from weightsmith.kernels.loops import (
     I8,
     MAGNITUDE,
@@ -345,6 +345,7 @@ KERNELS: Mapping[str, Any] = {
         masked_merge,
         row_masses,
         sloped,
+        drawn,
         row_products,
         row_sizes,
     )

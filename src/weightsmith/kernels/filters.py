@@ -18,11 +18,12 @@ from weightsmith.kernels.loops import (
     OPTIONS,
     as_bits,
     decode,
+    exported,
     pointer,
 )
-from weightsmith.kernels.record import FILTER, MERGE
+from weightsmith.kernels.record import FILTER, MERGE, STRIP
 
-__all__ = ["filtered", "job_at", "masked", "philox", "task_vector"]
+__all__ = ["drawn", "filtered", "job_at", "masked", "philox", "task_vector"]
 
 
 # --- by size, and at random -------------------------------------------------------------------------
@@ -93,23 +94,22 @@ def philox(key0: Any, key1: Any, part: Any, first: Any, count: Any, room: Any) -
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
-    """Zero the entries whose number of the stream (key0, key1) is `limit` or more; values[0] has the `start`-th.
+def _drawn(kept: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -> None:
+    """Whether the numbers of the stream (key0, key1) from the `start`-th on are below `limit`: kept uint8.
 
     The numbers are those of `ops.noise.bernoulli`: 16 bits decide, but where they equal those of the limit.
-    `room` is the address of 2 (values.size + 32) uint16.
+    `room` is the address of 2 (kept.size + 32) uint16.
     """
-    # Probability 1: nothing is drawn.
+    n, lane, first = kept.size, start & 15, start >> 4
     if limit > I8(0xFFFFFFFF):
+        for j in range(n):
+            kept[j] = 1
         return
-    # 16 numbers a step: the block that holds `start`, and its place there.
-    n, lane, first = values.size, start & 15, start >> 4
     count = (lane + n + 15) >> 4
     upper = carray(pointer(room), (16 * count,), np.uint16)
     philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
     top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
     equal = np.uint32(0)
-    # Only where a number's upper half equals the limit's is the lower half drawn: once in 65536.
     if rest:
         for j in range(n):
             equal += np.uint32(upper[lane + j] == top)
@@ -118,11 +118,10 @@ def drop(values: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -
         lower = carray(pointer(second), (16 * count,), np.uint16)
         philox(key0, key1, 1, first, count, carray(pointer(second), (4 * count,), np.uint64))
         for j in range(n):
-            below = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
-            values[j] = values[j] if below else np.float32(0)
+            kept[j] = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
     else:
         for j in range(n):
-            values[j] = values[j] if upper[lane + j] < top else np.float32(0)
+            kept[j] = upper[lane + j] < top
 
 
 # --- one filter after the other ---------------------------------------------------------------------
@@ -142,6 +141,7 @@ def masked(values: Any, job: Any, step: Any, i: Any, low: Any, room: Any) -> Non
            becomes zero.  seen [sides, count]: equals met so far, brought up to date
     draws  [count, 3] int64: the two halves of its noise's key, and the number its noise must stay below
     kept   [count, size] uint8: 0 where an entry becomes zero, found before; the noise has done its part
+    room   the address of two strips
     """
     count = job.count
     one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
@@ -149,11 +149,16 @@ def masked(values: Any, job: Any, step: Any, i: Any, low: Any, room: Any) -> Non
     seen = carray(pointer(one.seen), (one.sides, count), np.int64)
     for side in range(one.sides):
         seen[side, i] = trim(values, side == 0, cuts[side, 0, i], cuts[side, 1, i], cuts[side, 2, i], seen[side, i])
+    n = values.size
     if one.draws and not one.kept:
         draws = carray(pointer(one.draws), (count, 3), np.int64)
-        drop(values, draws[i, 0], draws[i, 1], draws[i, 2], job.start + low, room)
-    if one.kept:
-        n = values.size
+        if draws[i, 2] > I8(0xFFFFFFFF):
+            return
+        own = carray(pointer(room + 6 * STRIP), (n,), np.uint8)  # the numbers before it take 4 STRIP + 128 bytes
+        _drawn(own, draws[i, 0], draws[i, 1], draws[i, 2], job.start + low, room)
+        for j in range(n):
+            values[j] = values[j] if own[j] else np.float32(0)
+    elif one.kept:
         kept = carray(pointer(one.kept + i * job.size + low), (n,), np.uint8)
         for j in range(n):
             values[j] = values[j] if kept[j] else np.float32(0)
@@ -195,3 +200,18 @@ def task_vector(job: Any, i: Any, low: Any, values: Any, base: Any) -> Any:
         values[j] = values[j] - base[j]
         unfit += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
     return I8(unfit)
+
+
+@exported
+def drawn(record: Any, expert: Any, step: Any) -> Any:
+    """Fill in an expert's part of `kept` of a filter that drops at random, for a block; returns 0.
+
+    The record's scratch: 2 STRIP float32.
+    """
+    job = job_at(record)
+    one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
+    draws = carray(pointer(one.draws), (job.count, 3), np.int64)[expert]
+    for low in range(0, job.size, STRIP):
+        kept = carray(pointer(one.kept + expert * job.size + low), (min(STRIP, job.size - low),), np.uint8)
+        _drawn(kept, draws[0], draws[1], draws[2], job.start + low, job.scratch)
+    return 0

@@ -24,15 +24,21 @@ class Job:
     filters  what task vectors go through, the i-th as stage i says
     noise    of the filters that drop at random, see `ops.noise.draws`
     found    results of the stages' passes
+    again    the same rows will be gone over once more: what is drawn is kept for that, a bit for each entry
     """
 
     def __init__(
-        self, filters: Sequence[Filter], count: int, found: Results, noise: Sequence[np.ndarray | None]
+        self,
+        filters: Sequence[Filter],
+        count: int,
+        found: Results,
+        noise: Sequence[np.ndarray | None],
+        again: bool = False,
     ) -> None:
         # One packed record: its fields have names, where 26 arguments had places.
         self.record = np.zeros(1, MERGE)
         self._kept: dict[Hashable, np.ndarray] = {}  # what addresses point at
-        self._count, self._stages = count, tuple(filters)
+        self._count, self._stages, self._again = count, tuple(filters), again
         self._filters = np.zeros(len(filters), FILTER)
         for step, (one, known) in enumerate(zip(filters, [*noise, None], strict=False)):
             self._fill(step, one, found.get(step, {}), known)
@@ -87,12 +93,14 @@ class Job:
         record["base"], record["base_kind"] = base_address(stored)
         record["scratch"] = room("scratch", strips * STRIP, np.float32)
         for step, one in enumerate(self._stages):
-            if one.spans:
-                self._slope(step, stored)
+            if one.spans or (one.salt and (self._again or self._stages[: step + 1] in stored.kept)):
+                self._keep(step, stored)
+            elif one.salt:
+                self._filters[step]["kept"] = 0
         return record.ctypes.data
 
-    def _slope(self, step: int, stored: Stored) -> None:
-        """Find out, or remember, what a filter by rank keeps of a block."""
+    def _keep(self, step: int, stored: Stored) -> None:
+        """Find out, or remember, what a filter keeps of a block."""
         which, shape = self._stages[: step + 1], (self._count, stored.size)
         # The masks of earlier passes over the same rows: a bit per entry instead of a sort.
         packed = stored.kept.get(which)
@@ -101,6 +109,11 @@ class Job:
             return
         self._set(step, "kept", np.empty(shape, np.uint8))
         if stored.size == 0:
+            return
+        if not self._stages[step].spans:
+            for expert in range(self._count):
+                kernel("drawn")(self.record.ctypes.data, expert, step)
+            stored.kept[which] = np.packbits(self._kept[step, "kept"])
             return
         one, rest = self._filters[step], stored.experts[0].shape[1:]
         # Ranks go along the second axis, as in torch.

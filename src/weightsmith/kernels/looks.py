@@ -41,6 +41,7 @@ class Sight:
 
     index   of the stage that asks: what it looks at has gone through the filters before it
     found, noise  see `Job`
+    again   whether the same rows will be gone over once more
     joined  makes what the backend has seen of rows that are to be joined (`core.pass_.Rows`)
     """
 
@@ -51,6 +52,7 @@ class Sight:
     found: Results
     noise: Sequence[np.ndarray | None]
     joined: Callable[[np.ndarray], Any]
+    again: bool = False
 
     @property
     def filters(self) -> tuple[Filter, ...]:
@@ -64,7 +66,7 @@ class Sight:
 
     def job(self, own: bool = False) -> Job:
         """A walk; own: with the masks of the stage that asks."""
-        return Job(self.program.before[: self.index + own], self.count, self.found, self.noise)
+        return Job(self.program.before[: self.index + own], self.count, self.found, self.noise, self.again)
 
 
 class Backend(Protocol):

@@ -54,6 +54,7 @@ SIGNATURES = {
     "masked_merge": "i",
     "row_masses": "iiiiiii",
     "sloped": "iiii",
+    "drawn": "iii",
     "row_products": "iiiiiiiiiii",
     "row_sizes": "iiiiiii",
 }

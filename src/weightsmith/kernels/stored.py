@@ -31,7 +31,7 @@ class Stored:
 
     `base` is None where it is not plain stored data (or not there at all).
 
-    kept  what filters by rank keep of these rows, for whoever goes over them again: filters -> packed bits
+    kept  what random drops keep of these rows, for whoever goes over them again: filters -> packed bits
     """
 
     experts: Sequence[np.ndarray]

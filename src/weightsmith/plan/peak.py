@@ -52,10 +52,12 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
     kept = (rows if keeps_rows(key, inputs) else block) * stored
     found = measured(pipeline, rows, count, lists=inputs)
     program = pipeline.fused(count)
-    slopes = sum(bool(one.spans) for one in program.before) if program is not None else 0
-    if slopes:  # a byte for each entry of a block, a bit for each of the tensor, and 60 bytes for one of a row
-        kept += slopes * count * key.row_numel * (block + (rows if keeps_masks(key, count) else block) // 8)
-        kept += 60 * key.row_numel
+    before = program.before if program is not None else ()
+    # What random drops keep: a byte for each entry of a block, a bit for each of the tensor.
+    masks = sum(bool(one.salt) for one in before)
+    kept += masks * count * key.row_numel * (block + (rows if keeps_masks(key, count) else block) // 8)
+    if any(one.spans for one in before):
+        kept += 60 * key.row_numel  # to rank a row
     if program is not None and program.combine.shares is not None:
         found += 4 * (inputs + 3) * key.row_numel  # a row of every input in float64
     return kept + found + 2 * block * key.row_numel * 4 + (2 << 20)
