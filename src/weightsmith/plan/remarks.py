@@ -147,10 +147,12 @@ def long_sums(tasks: Iterable[Task], inputs: Inputs, auto: bool = False) -> Iter
         return
     first, gram = chosen[0][1], np.zeros((count, count))
     alike = [name for name, one in chosen if one == first]
+    most = ENTRIES * 4 // max(count, 4)  # all experts' are held together
     for name in alike[:: -(-len(alike) // TENSORS)]:
-        pairs = [pair for source in inputs.experts.values() if (pair := _sampled(name, base, source)) is not None]
-        if len(pairs) == count:
-            deltas = np.stack([delta for _, delta in pairs])
+        pairs = (_sampled(name, base, source, most) for source in inputs.experts.values())
+        found = [pair[1] for pair in pairs if pair is not None]
+        if len(found) == count:
+            deltas = np.stack(found)
             gram += deltas @ deltas.T
     mean = float(np.sqrt(gram.diagonal()).mean())
     long = float(np.sqrt(max(first.weights @ (gram + np.diag(gram.diagonal() * first.more)) @ first.weights, 0.0)))
@@ -198,12 +200,12 @@ class _Sum:
         return cls(method.name, weights, tuple(more), None if spec.factor is not None else float(spec.scale))
 
 
-def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
+def _sampled(name: str, base: Source, expert: Source, most: int = ENTRIES) -> tuple[np.ndarray, np.ndarray] | None:
     """(base, delta) of rows from the middle of a tensor; None where that takes more than reading them."""
     key = base.key(name)
     if base.computes(name) or (expert.computes(name) and expert.factors(name, base) is None):
         return None
-    rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
+    rows = min(key.rows, max(1, most // max(key.row_numel, 1)))
     start = (key.rows - rows) // 2
     old, new = (_numbers(source, name, start, start + rows) for source in (base, expert))
     return old, new - old
