@@ -197,6 +197,16 @@ def test_other_spellings_agree(same: dict[str, Any], tmp_path: Path) -> None:
     assert not run(tmp_path, models=names, method="linear")[1]
 
 
+def test_a_quantised_model_among_others_is_named(tmp_path: Path) -> None:
+    names = {"a": folder(tmp_path / "a", {NARROW: torch.ones(2, 2)}, **LLAMA)}
+    coded = {NARROW: torch.ones(2, 2).to(torch.float8_e4m3fn), f"{NARROW}_scale": torch.tensor(2.0)}
+    names["b"] = folder(tmp_path / "b", coded, **LLAMA, quantization_config={"quant_method": "fp8"})
+    made, said = run(tmp_path, models=names, method="linear")
+    assert torch.equal(made[NARROW], torch.full((2, 2), 1.5))
+    (text,) = said
+    assert text.startswith("config.json: quantization is none in a, fp8 in b; what is merged are the weights, and")
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

@@ -11,15 +11,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from weightsmith.core.errors import SourceError
 from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.architectures import TIED
 from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Source
 
 __all__ = ["unlike_configs"]
 
 Config = Mapping[str, Any]
+_LIMIT = 16_000_000  # bytes of config.json
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
 _ALIKE = ({"silu", "swish"}, {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"}, {"gelu", "gelu_python"})
@@ -56,6 +59,23 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
             yield True, Problem(Code.FIT, leaf, text)
         else:
             yield False, Problem(Code.COMPANION, leaf, f"config.json: {both}; the result has that of {label}")
+    methods = {name: _quantisation(source) for name, source in inputs.models}
+    if len(set(methods.values())) > 1:
+        each = ", ".join(f"{method or 'none'} in {name}" for name, method in methods.items())
+        text = f"config.json: quantization is {each}; what is merged are the weights, and the result is not quantised"
+        yield False, Problem(Code.COMPANION, "quantization_config", text)
+
+
+def _quantisation(source: Source) -> str:
+    """How the files of a model are quantised, as they say; '' where they are not."""
+    path = None if source.origin.folder is None else source.origin.folder / "config.json"
+    try:
+        found = read_json(path, _LIMIT) if path is not None and path.is_file() else {}
+    except SourceError:
+        return ""  # whoever needs it will say what is wrong with it
+    found = found if isinstance(found, dict) else {}
+    noted: Config = next((found[name] for name in _LEFT[:2] if isinstance(found.get(name), dict)), {})
+    return str(noted.get("quant_method", ""))
 
 
 def _config(source: Source) -> Config:
