@@ -239,9 +239,9 @@ def test_methods_explains_the_name_of_a_pipeline(capsys: Captured) -> None:
 
 def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     report = {
-        "path": "out", "kind": "causal-lm", "ok": True, "finite": True, "problems": [], "warnings": ["odd"],
-        "notes": ["n"], "models": {"merged": {"perplexity": 3.25, "bits_per_byte": 1.5, "tokens": 90}},
-        "missing": {"a": "not here"},
+        "path": "out", "kind": "causal-lm", "ok": True, "finite": True, "ran": True, "problems": [],
+        "warnings": ["odd"], "notes": ["n"], "missing": {"a": "not here"},
+        "models": {"merged": {"perplexity": 3.25, "bits_per_byte": 1.5, "tokens": 90}},
     }  # fmt: skip
     look = Recorder(report)
     monkeypatch.setattr("weightsmith.observe.check.check", look)

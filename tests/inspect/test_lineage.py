@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError
 from weightsmith.inspect.lineage import lineage, tree_lines
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import load
+from weightsmith.recipe.schema import Recipe
 
 
 def make(folder: Path, value: float) -> None:
@@ -62,6 +64,19 @@ def test_what_is_gone_is_known_from_the_manifest_above(family: Path) -> None:
     assert (first.kind, first.how, first.notes) == ("merge", "ties(density=0.5)", ("no longer there",))
     assert [part.name for part in first.parts] == ["base", "a", "b"]
     assert [line.replace("; no longer there", "") for line in tree_lines(found)] == whole
+
+
+def test_a_compressed_folder_that_is_gone(family: Path) -> None:
+    models = {name: {"model": str(family / name)} for name in ("a", "b")}
+    compress(Recipe.model_validate({"base": str(family / "first"), "models": models, "method": "exact"}), family / "c1")
+    made = restore(family / "c1", "a", family / "again").out
+    shutil.rmtree(family / "c1")
+    shutil.rmtree(family / "first")
+    (restored,) = lineage(Path(str(made))).parts
+    assert (restored.kind, restored.how, restored.notes) == ("codec", "exact", ("no longer there",))
+    base, *others = restored.parts
+    assert (base.kind, base.how) == ("merge", "ties(density=0.5)")
+    assert [part.name for part in others] == ["a", "b"]
 
 
 def test_what_changed_or_went_is_told(family: Path) -> None:

@@ -234,8 +234,8 @@ class Job:
     def manifest(self, folder: Path, records: Records, kind: str, made_by: Mapping[str, str], **more: Any) -> Path:
         """Write weightsmith.json and return its path; `more`: companions, and fields that hold something."""
         companions = more.pop("companions", {})
-        folders = {name: source.origin.folder for name, source in self.parents.items()}
-        behind = {name: found for name, place in folders.items() if place is not None and (found := story(place))}
+        places = {name: _place(self.recipe, name) for name in self.parents}
+        behind = {name: found for name, place in places.items() if place is not None and (found := story(place))}
         noted = build_manifest(
             folder,
             recipe=self.recipe,
@@ -264,6 +264,16 @@ class Job:
             warnings=(*warnings, *of_licences),
             complete=complete,
         )
+
+
+def _place(recipe: Mapping[str, Any], name: str) -> Path | None:
+    """The folder that a recipe names for its base or one of its models; None where it is no path here."""
+    groups = [recipe.get(group) or {} for group in ("models", "experts", "shared")]
+    ref = recipe.get("base") if name == "base" else next((group[name] for group in groups if name in group), None)
+    model = ref.get("model") if isinstance(ref, Mapping) else ref
+    place = Path(model) if isinstance(model, str) else None
+    # A relative one is a name, of a model that was handed over in Python.
+    return place if place is not None and place.is_absolute() and place.is_dir() else None
 
 
 def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> list[list[Problem]]:

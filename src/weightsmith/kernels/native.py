@@ -15,6 +15,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,25 @@ announce: Callable[[str], None] = lambda text: None  # noqa: E731
 """Is told when there is something to wait for; the command line shows it."""
 
 
+_COMPILING = threading.Lock()
+
+
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels by name; None without llvmlite and numba, or with WEIGHTSMITH_KERNELS=0."""
     if os.environ.get("WEIGHTSMITH_KERNELS", "1") == "0":
         return None
-    file = _file()
-    code = _read(file) if file is not None else None
-    # A new source, processor or llvmlite: another name of the file.
-    if code is None:
-        if not _installed("numba"):
-            return None
-        announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
-        code = _compiled()
-        if file is not None:
-            _keep(file, code)
+    with _COMPILING:  # of several threads that ask first, the others read what one has made
+        file = _file()
+        code = _read(file) if file is not None else None
+        # A new source, processor or llvmlite: another name of the file.
+        if code is None:
+            if not _installed("numba"):
+                return None
+            announce("compiling the kernels for this machine; this happens once and takes about ten seconds")
+            code = _compiled()
+            if file is not None:
+                _keep(file, code)
     addresses = _addresses(code)
     return {kernel: _callable(kernel, addresses[kernel]) for kernel in SIGNATURES}
 
