@@ -288,6 +288,9 @@ def test_what_is_asked_wrongly_is_one_line_each():
         ({"start": 1.0, "link": "sigmoid"}, r"^free: start 1 is outside \(0, 1\), the range of sigmoid$"),
         ({"start": 2.0, "high": 1.0}, r"^free: start 2 is outside \[-inf, 1\]$"),
         ({"per": "row"}, r"^free: per 'row' is unknown"),
+        ({"per": "chunk", "link": "softmax"}, r"^free: link softmax is over the models"),
+        ({"link": "softmax", "shared": True}, r"^free: link softmax is over the models"),
+        ({"per": "entry", "link": "concrete"}, r"^free: link concrete is one mask for all models"),
         ({"link": "sigmod"}, r"^free: link 'sigmod' is unknown; did you mean 'sigmoid'\?$"),
     ],
 )

@@ -86,6 +86,12 @@ class Free:
         for what, word, known in (("per", self.per, GRAINS), ("link", self.link, tuple(LINKS))):
             if word not in known:
                 raise RecipeError(f"free: {what} {word!r} is unknown{did_you_mean(word, known)}")
+        if self.link == "softmax" and (self.several or self.shared):
+            raise RecipeError(
+                "free: link softmax is over the models; use it with per: model, layer or tensor, not shared"
+            )
+        if self.link == "concrete" and not (self.per == "entry" and self.shared):
+            raise RecipeError("free: link concrete is one mask for all models; use it with per: entry and shared: true")
         link = LINKS[self.link]
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
