@@ -19,6 +19,7 @@ from remote.conftest import folder_of, model
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError, PlanError, SourceError
 from weightsmith.core.keys import Key
+from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.open import open_source
 from weightsmith.io.url import Url
 from weightsmith.io.write.upload import UrlSink
@@ -282,3 +283,23 @@ def test_verify_finds_what_was_altered(
     assert "config.json is missing" in said
     assert "extra/more.txt was not there" in said
     assert "was altered" in said
+
+
+def test_a_pipeline_of_folders_is_written_and_leaves_no_marks(memory: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    part = "0_Router/query_0_StaticEmbedding"  # as deep as any
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name / part).mkdir(parents=True)
+        tensors = {f"{i}.weight": torch.full((4, 2), value) for i in range(3)}
+        save_file(tensors, tmp_path / name / part / "model.safetensors")
+        listed = [{"path": "0_Router", "type": "sentence_transformers.models.Router"}]
+        (tmp_path / name / "modules.json").write_text(json.dumps(listed))
+    tree = {"models": {name: str(tmp_path / name) for name in "ab"}, "method": "linear", "output": {"shard_size": 32}}
+    run(loads(json.dumps(tree), "r.json"), Path("memory://store/parts"))
+    names = [name.removeprefix("/store/parts/") for name in memory.find("/store/parts")]
+    assert not [name for name in names if name.startswith(".weightsmith")]
+    assert sum(name.startswith(f"{part}/model-0000") for name in names) == 3
+    assert f"{part}/model.safetensors.index.json" in names
+    assert not verify_folder(Url("memory", "store/parts"))

@@ -44,6 +44,7 @@ __all__ = ["RUNNING", "UrlSink", "check_url", "clear_marks"]
 
 RUNNING = ".weightsmith"
 _RUN = f"{RUNNING}/run.json"
+_DEEPEST = 4  # levels of folders: parts of a model may lie in folders of their own
 
 
 class UrlSink(Sink):
@@ -88,7 +89,7 @@ class UrlSink(Sink):
         try:
             if problems := check_url(self.out, (), self._overwrite, self._resume, locked=True):
                 raise OutputError("; ".join(map(str, problems)))
-            names = stored_at(self.out, OutputError)
+            names = stored_at(self.out, OutputError, _DEEPEST)
             with writing(self.home):
                 remove(self.home)
                 system.call(self.folder.mkdir, parents=True)
@@ -134,7 +135,7 @@ class UrlSink(Sink):
                 self._uploads.send(shard)
             with self._guard:
                 made = {name: found for name, found in self._records.items() if _touches(found, shard)}
-            put(self.out / f"{RUNNING}/{shard.name}.json", json.dumps({"size": shard.size, "records": made}).encode())
+            put(self.out / _mark(shard), json.dumps({"size": shard.size, "records": made}).encode())
 
     def finish(self, extra_files: Callable[[Path], Iterable[Path]] | None = None) -> Url:
         """Send the index and what `extra_files` adds, see that all is there, and write the manifest.  Returns OUT."""
@@ -150,7 +151,7 @@ class UrlSink(Sink):
                 put(self.out / name, path)
             clear_marks(self.out)
         except NotKept:
-            delete(self.out, sorted(stored_at(self.out, OutputError), key=lambda name: name != MANIFEST))
+            delete(self.out, sorted(stored_at(self.out, OutputError, _DEEPEST), key=lambda name: name != MANIFEST))
             raise
         finally:
             self.abort()
@@ -171,7 +172,7 @@ class UrlSink(Sink):
         records: dict[str, Any] = {}
         sent: dict[str, Shard] = {}
         for shard in self._shards:
-            mark = f"{RUNNING}/{shard.name}.json"
+            mark = _mark(shard)
             if mark in names and names.get(shard.name) == shard.size:
                 sent[shard.name] = shard
                 records |= get_json(self.out / mark)["records"]
@@ -188,12 +189,17 @@ class UrlSink(Sink):
 
     def _refuse_incomplete(self) -> None:
         """Before the manifest says that all is there: it is, and no other run has taken the place over."""
-        names = stored_at(self.out, OutputError)
+        names = stored_at(self.out, OutputError, _DEEPEST)
         wrong = [shard.name for shard in self._shards if names.get(shard.name) != shard.size]
         if wrong:
             raise OutputError(f"{self.out}: {wrong[0]} is not there as it was sent; run again with --resume")
         if _RUN not in names or get_json(self.out / _RUN).get("token") != self._token:
             raise OutputError(f"{self.out}: another run has taken this place over; let it end, or choose another")
+
+
+def _mark(shard: Shard) -> str:
+    """What says that a shard is up; all marks lie side by side, whatever folder the shard is in."""
+    return f"{RUNNING}/{shard.name.replace('/', '--')}.json"
 
 
 def check_url(
@@ -211,7 +217,7 @@ def check_url(
             problems.append(f"{out} holds an input, {place.name}; choose another output folder")
         elif place in out.location.parents:
             problems.append(f"{out} lies inside an input, {place.name}; choose another output folder")
-    names = stored_at(out, OutputError)
+    names = stored_at(out, OutputError, _DEEPEST)
     home = _home(out)
     user = None if locked else holder(home.with_suffix(".lock"))
     if user is not None:
@@ -234,7 +240,7 @@ def check_url(
 
 def clear_marks(out: Url) -> None:
     """Remove what says that a run is going on."""
-    names = stored_at(out, OutputError)
+    names = stored_at(out, OutputError, _DEEPEST)
     delete(out, [name for name in names if name.startswith(f"{RUNNING}/") and name != _RUN] + [_RUN] * (_RUN in names))
 
 
