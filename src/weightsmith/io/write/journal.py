@@ -155,9 +155,11 @@ class Journal:
 
     def close(self) -> None:
         with self._guard:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+            # Forgotten before it is closed: an interrupt in between must not let it be closed twice, when the number
+            # may be another file's.
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def _append(self, *entries: Mapping[str, Any]) -> None:
         data = b"".join(map(_line, entries))

@@ -73,12 +73,15 @@ class FolderLock:
 
     def release(self) -> None:
         """Remove the file and drop the lock; a second call does nothing."""
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):  # a file that stays is no lock
-                # While still held: nobody can have locked this file in between.
-                system.call(self.path.unlink, missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+        # Forgotten first: an interrupt must not let a second call remove or close what is another's by then.
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            try:
+                with contextlib.suppress(OSError):  # a file that stays is no lock
+                    # While still held: nobody can have locked this file in between.
+                    system.call(self.path.unlink, missing_ok=True)
+            finally:
+                os.close(descriptor)
 
 
 def holder(path: Path) -> str | None:

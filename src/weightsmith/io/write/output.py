@@ -169,10 +169,10 @@ class FolderSink(Sink):
 
     def abort(self, keep: bool = True) -> None:
         """Close everything.  What can be resumed stays (if `keep`); a work folder with no finished task in it goes."""
-        for descriptor in self._descriptors.values():
+        while self._descriptors:  # forgotten one by one, see `Journal.close`
+            _, descriptor = self._descriptors.popitem()
             with contextlib.suppress(OSError):  # what had to be on the disk was flushed before
                 os.close(descriptor)
-        self._descriptors = {}
         if self._journal is not None:
             self._journal.close()
         finished = self._journal.count if self._journal is not None else len(self._completed)
