@@ -106,6 +106,7 @@ OTHERS = {
     "observe/check.py": "the same",
     "observe/model.py": "a config, beside what transformers reads by itself",
     "observe/memory.py": "/proc",
+    "align/proof.py": "a temporary folder of its own",
     "report/table.py": "pages of the study",
     "study/bench.py": "the study's folder of scores",
     "study/cache.py": "the same",
@@ -116,6 +117,7 @@ OTHERS = {
     "cli/schema.py": "the same", "cli/verify.py": "the same",
     "inputs/opened.py": "a model, by what opens models", "io/read/open.py": "the same",
     "lora/recipe.py": "recipe.load.read_text", "moe/recipe.py": "the same", "recipe/load.py": "the same",
+    "train/recipe.py": "the same", "tune/schema.py": "the same",
 }  # fmt: skip
 
 
@@ -132,6 +134,8 @@ def test_no_module_goes_past_the_door():
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
             of_os = ast.unparse(node.func).startswith("os.")
+            if name == "walk" and not of_os:  # over a tree of our own
+                continue
             if name in TOUCHES or (of_os and name in QUIET | OF_OS):
                 found.add((str(path.relative_to(root)), name, node.lineno))
     assert sorted(f"{file}:{line} {name}" for file, name, line in found if file not in OTHERS) == []

@@ -36,7 +36,9 @@ def test_stopped_at_any_moment(zygote, scenes, tmp_path, note, number, name):
             # A signal between making the file and locking it leaves the file, but never the lock.
             assert holder(place / "out.partial.lock") is None
         else:
-            assert (ended.code, found) in ((0, "complete"), (-number, "absent")), ended.stderr  # before the command began
+            assert (ended.code, found) in ((0, "complete"), (-number, "absent")), (
+                ended.stderr
+            )  # before the command began
         finish(zygote, scene, place)
     note(f"{number.name}", seen)
 

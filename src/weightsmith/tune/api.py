@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import OutputError, RecipeError, SourceError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings, cores
+from weightsmith.io import system
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.read.open import open_source
 from weightsmith.recipe.load import load
@@ -141,10 +142,10 @@ def tune(
 
 def _prepare(folder: Path, settings: Settings) -> None:
     """The folder, there and without an earlier run's journal; OutputError if it holds other things."""
-    if folder.is_dir() and any(folder.iterdir()) and not (settings.resume or settings.overwrite):
+    if folder.is_dir() and any(system.call(list, folder.iterdir())) and not (settings.resume or settings.overwrite):
         raise OutputError(f"{folder} is not empty; choose another folder, or use --overwrite (--resume to go on)")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        system.call(folder.mkdir, parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from None
     if not settings.resume:
@@ -154,7 +155,7 @@ def _prepare(folder: Path, settings: Settings) -> None:
             "curve.csv",
             "report.html",
         ):  # of an earlier run: none may pass for this one's
-            (folder / name).unlink(missing_ok=True)
+            system.call((folder / name).unlink, missing_ok=True)
         Journal(folder, "").done()
 
 
@@ -245,7 +246,7 @@ def _taught(data: Data, objective: Imitate, resident: Resident, folder: Path | N
         _add(seen, batches)
     room = None if folder is None else folder / "teachers" / seen.hexdigest()[:16]
     if room is not None and not keep and not all(model.fingerprint() for model in inputs.experts.values()):
-        shutil.rmtree(room, ignore_errors=True)
+        system.call(shutil.rmtree, room, ignore_errors=True)
     train, validation = (
         taught(batches, inputs.experts, resident.module, resident.places, data.function, where, **given)
         for batches, where in ((data.train, room), (data.validation, None if room is None else room / "validation"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import RecipeError, SourceError
 from weightsmith.core.settings import DEFAULT, Settings
+from weightsmith.io import system
 from weightsmith.observe.data import Example, batches, read_examples
 from weightsmith.observe.model import LoadedModel, load_model
+from weightsmith.recipe.table import digest
 from weightsmith.report.html import page
 from weightsmith.tune.api import Tuned, tune
 from weightsmith.tune.journal import replaced
@@ -98,7 +99,7 @@ class Job:
 def _resident() -> int:
     """Bytes of this process in memory; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(system.read_file(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
         return 0
 
@@ -161,4 +162,4 @@ def _same(one: Path, other: Path) -> bool:
         return True
     if not (one.is_file() and other.is_file()) or one.stat().st_size != other.stat().st_size:
         return False
-    return hashlib.sha256(one.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
+    return digest(one) == digest(other)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from weightsmith.core.errors import OutputError
+from weightsmith.io import system
+from weightsmith.io.disk import sync_file, write_file, writing
 
 __all__ = ["Journal", "State", "replaced", "write_curve"]
 
@@ -43,7 +45,7 @@ class Journal:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, "pt") as file:
+            with system.call(safe_open, path, "pt") as file:
                 noted = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -71,7 +73,7 @@ class Journal:
     def done(self) -> None:
         """The run got through."""
         if self.folder is not None:
-            (self.folder / NAME).unlink(missing_ok=True)
+            system.call((self.folder / NAME).unlink, missing_ok=True)
 
 
 def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -87,8 +89,7 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 def replaced(path: Path, content: bytes) -> None:
     """Put a file in its place, whole or not at all; OutputError where it cannot be written."""
     staged = path.with_name(path.name + ".part")
-    try:
-        staged.write_bytes(content)
-        staged.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    with writing(path):
+        write_file(staged, content)
+        sync_file(staged)  # a power cut must not leave a name without its content
+        system.call(staged.replace, path)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import SourceError, did_you_mean
+from weightsmith.io import system
 from weightsmith.io.read.source import Source
+from weightsmith.tune.journal import replaced
 from weightsmith.tune.objective import logits_of
 
 __all__ = ["Lesson", "Lessons", "hidden_of", "taught"]
@@ -93,10 +95,7 @@ class Lessons(Sequence[Lesson]):
             return
         from safetensors.torch import save
 
-        self._folder.mkdir(parents=True, exist_ok=True)
-        staged = self._path(index).with_suffix(".part")
-        staged.write_bytes(save(answers))
-        staged.replace(self._path(index))
+        replaced(self._path(index), save(answers))
 
     def missing(self) -> list[int]:
         """Batches without an answer."""
@@ -109,7 +108,7 @@ class Lessons(Sequence[Lesson]):
     def _read(self, index: int) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        return load_file(self._path(index))
+        return system.call(load_file, self._path(index))
 
 
 def taught(
