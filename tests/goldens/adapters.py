@@ -20,7 +20,7 @@ from goldens import adapter_cases, alignment, coefficients, mergekit, surgery, t
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
-from weightsmith.moe import router
+from weightsmith.moe import grouping, router
 from weightsmith.ops.masks import agreed
 from weightsmith.ops.moments import rank_one
 from weightsmith.search.frank_wolfe import FrankWolfe
@@ -30,9 +30,7 @@ from weightsmith.train.optim import DCTAdamW
 
 State = dict[str, Tensor]
 
-NOT_YET: Mapping[str, str] = {
-    "mc-smoe": "mixture-of-experts compression",
-}
+NOT_YET: Mapping[str, str] = {}
 """Methods that are not built yet, and the piece of work that brings each."""
 
 
@@ -244,6 +242,44 @@ def quadratic(case: Case) -> State:
     return {**given, "prediction": prediction}
 
 
+def mc_smoe(case: Case) -> State:
+    """Experts are the MLPs of the expert models; usage, router logits and the switch's units lie in the file."""
+    p, given = case.params, case.expected
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    models = list(case.experts.values())
+    usage = given["input.usage"].numpy()
+    layers = range(tiny_llama.LAYERS)
+    out = {n: t for n, t in given.items() if n.startswith(("input.", "switch.input_perm."))}
+
+    def weights(layer: int, kind: str) -> list[Tensor]:
+        return [state[f"model.layers.{layer}.mlp.{kind}.weight"] for state in models]
+
+    counts = grouping.budget([usage[i] for i in layers], p["num_groups"] * len(layers))
+    for i in layers:
+        flat = [
+            torch.cat([w.flatten() for w in of_expert])
+            for of_expert in zip(*(weights(i, k) for k in kinds), strict=True)
+        ]
+        vectors = given["input.router_logits"][i] if p["similarity"] == "router-logits" else torch.stack(flat)
+        alike = grouping.affinity(vectors)
+        labels = grouping.group(usage[i], alike.numpy(), counts[i])
+        out |= {f"group_labels.{i}": torch.from_numpy(labels), f"similarity.{i}": alike.float()}
+        for label in range(counts[i]):
+            members = [e for e in range(len(models)) if labels[e] == label]
+            for kind in kinds:
+                chosen = [weights(i, kind)[e] for e in members]
+                out[f"merged.{i}.{label}.{kind}.weight"] = grouping.merged(chosen, [usage[i][e] for e in members])
+    orders = [given[f"switch.input_perm.{e}"] for e in range(len(models))]
+    inward = [w[order] for w, order in zip(weights(0, "gate_proj"), orders, strict=True)]
+    outward = [w[:, order] for w, order in zip(weights(0, "down_proj"), orders, strict=True)]
+    for e in range(1, len(models)):
+        order = grouping.unit_order(((inward[0],), (outward[0],)), ((inward[e],), (outward[e],)), p["include_wo"])
+        out[f"switch.perm.{e}"] = order
+        inward[e], outward[e] = inward[e][order], outward[e][:, order]
+    out["switch.merged.wi"], out["switch.merged.wo"] = (grouping.merged(w, list(usage[0])) for w in (inward, outward))
+    return out
+
+
 def tall_masks(case: Case) -> State:
     """`multitask`: 'sum' or 'ties(density=0.2,...)'; the case: masks, their consensus, a rebuilt task, the merge."""
     p = case.params
@@ -434,6 +470,7 @@ ADAPTERS: Mapping[str, Callable[[Case], State]] = {
     "ota+ffg": ota,
     "fw-merging (hard)": frank_wolfe,
     "map quadratic surrogate": quadratic,
+    "mc-smoe": mc_smoe,
     "tall-masks": tall_masks,
     "pcb": pcb,
     "widen": widen,
