@@ -247,6 +247,16 @@ def test_what_only_looks_like_a_fault(folder: Path) -> None:
     assert cheap_check(folder) == []
 
 
+def test_other_towers_have_sizes_of_their_own(folder: Path) -> None:
+    """Qwen2.5-VL: the text model's intermediate_size is not that of the blocks that see."""
+    name = "visual.blocks.0.mlp.gate_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(32, 32)}))
+    assert cheap_check(folder) == []
+    edit_config(folder, intermediate_size=50)
+    rest = "is [48, 32], config.json says [50, 32] (intermediate_size, hidden_size); loaders will refuse it"
+    assert cheap_check(folder) == [f"model.layers.0.mlp.{kind}_proj.weight {rest}" for kind in ("gate", "up")]
+
+
 def test_a_head_that_loaders_would_ignore(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     assert len(cheap_check(folder)) == 1

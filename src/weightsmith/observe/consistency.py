@@ -22,6 +22,8 @@ __all__ = ["cheap_check"]
 # What a configuration calls a size: the first name present counts.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 _ROWS_AT_ONCE = 4096
+_OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "talker", "connector")
+"""In names of parts whose sizes are in a configuration of their own (vision_config, audio_config)."""
 
 
 def cheap_check(out: Path | Url) -> list[str]:
@@ -139,7 +141,9 @@ def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[
     for module, (words, rows, width) in expected.items():
         for name, key in source.keys.items():
             place = layer_of(name)
-            if place is None or name != f"{place[0]}.{place[1]}.{module}.weight" or "vision" in name:
+            if place is None or name != f"{place[0]}.{place[1]}.{module}.weight":
+                continue
+            if any(part in place[0] for part in _OTHER_PARTS):
                 continue
             if len(key.shape) == 2 and ((rows is not None and key.shape[0] != rows) or key.shape[1] != width):
                 yield (
