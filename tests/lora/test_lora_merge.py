@@ -211,3 +211,46 @@ def test_config_says_what_is_there(groups: dict[str, Group], tmp_path: Path) -> 
     assert sorted(json.loads((equal.out / "adapter_config.json").read_text())["target_modules"]) == sorted(ALL)
     again = lora.merge({"sum": tmp_path / "equal"}, "linear", tmp_path / "again")
     assert again.worst < 1e-6
+
+
+class Grouped(torch.nn.Module):
+    """A convolution in groups, whose B sees only a part of A's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 6, 3, groups=2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image)
+
+
+@pytest.mark.parametrize("method", ["cat", "average", "resize"])
+def test_peft_loads_a_convolution_in_groups(method: str, tmp_path: Path) -> None:
+    """The rank of peft is the number of A's rows, of all groups together."""
+
+    def make() -> Grouped:
+        torch.manual_seed(0)
+        return Grouped()
+
+    def run(folder: Path) -> Tensor:
+        with torch.no_grad():
+            return loaded(make, {"x": folder})(image) - make()(image)
+
+    image = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["conv"]}
+    paths = {f"a{seed}": adapter(tmp_path / f"a{seed}", make, seed, **settings) for seed in (1, 2)}
+    if method == "cat":
+        lora.merge(paths, "cat", tmp_path / "out", weight=(0.5, -2.0))
+        want = 0.5 * run(paths["a1"]) - 2.0 * run(paths["a2"])
+    elif method == "average":
+        again = adapter(tmp_path / "again", make, 1, **settings)
+        lora.merge({"one": paths["a1"], "same": again}, "average", tmp_path / "out")
+        want = run(paths["a1"])
+    else:
+        lora.resize(paths["a1"], tmp_path / "out", rank=4)
+        want = run(paths["a1"])
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert config["r"] == len(tensors["base_model.model.conv.lora_A.weight"])
+    assert want.abs().max() > 0.01
+    torch.testing.assert_close(run(tmp_path / "out"), want, atol=1e-5, rtol=1e-5)
