@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import TIED
+from weightsmith.io.architectures import EMBEDDINGS, TIED
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
@@ -73,7 +73,13 @@ def untied(models: Mapping[str, Source], kept: Callable[[str], bool]) -> dict[st
 
 def is_output_layer(source: Source, key: Key) -> bool:
     """Whether a tensor is a head that could be tied: one of the shape of its own model's embedding."""
-    return key.role == "head" and any(k.role == "embed" and k.shape == key.shape for k in source.keys.values())
+    return key.role == "head" and any(table.shape == key.shape for table in _tables(source))
+
+
+def _tables(source: Source) -> list[Key]:
+    """The embeddings of tokens by what they are called; all embeddings, of positions too, where none is called so."""
+    found = [key for key in source.keys.values() if key.role == "embed"]
+    return [key for key in found if key.name.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS] or found
 
 
 def _embedding(source: Source, head: Key) -> str | None:
@@ -85,7 +91,7 @@ def _embedding(source: Source, head: Key) -> str | None:
     config = _config(source) or {}
     if config.get(TIED) is not True or config.get("is_encoder_decoder"):
         return None
-    alike = [k.name for k in source.keys.values() if k.role == "embed" and k.shape[1:] == head.shape[1:]]
+    alike = [table.name for table in _tables(source) if table.shape[1:] == head.shape[1:]]
     return alike[0] if len(alike) == 1 else None
 
 
