@@ -164,6 +164,21 @@ def test_a_trained_head_is_named_as_one(tmp_path: Path) -> None:
     assert "did you mean" not in text
 
 
+def test_heads_with_other_labels_are_no_vocabularies(tmp_path: Path) -> None:
+    models = {
+        name: folder(tmp_path / name, {NARROW: torch.ones(2, 2), "score.weight": torch.full((labels, 2), 1.0 * labels)})
+        for name, labels in (("a", 3), ("b", 5))
+    }
+    with pytest.raises(PlanError) as caught:
+        run(tmp_path, models=models, method="linear")
+    assert str(caught.value) == (
+        "unlike heads: score.weight has 3 labels in a but 5 in b; to keep the one of a add it to "
+        '"exclude", or merge models with the same labels'
+    )
+    made, _ = run(tmp_path, models=models, method="linear", exclude=["score.weight"])
+    assert torch.equal(made["score.weight"], torch.full((3, 2), 3.0))
+
+
 # --- config.json -----------------------------------------------------------------------------------
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "hidden_act": "silu", "rope_theta": 1e4}

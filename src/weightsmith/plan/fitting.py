@@ -24,6 +24,8 @@ _COMPARED = 5000
 
 _BUFFER = re.compile("|".join(BUFFERS))
 _MASK = re.compile(CAUSAL_MASKS)
+_LABELS = frozenset(("score", "classifier", "qa_outputs"))
+"""In names of heads with a row for each label, not for each token."""
 
 
 class Fitting:
@@ -113,6 +115,8 @@ class Fitting:
 
     def _shape(self, key: Key, other: Key, name: str) -> None:
         a, b = list(key.shape), list(other.shape)
+        if a[1:] == b[1:] and _LABELS.intersection(key.name.split(".")):
+            return self._labels(key, other, name)
         if vocabulary.is_of_tokens(key) and (a[1:] == b[1:] or a[:-1] == b[:-1] == [1]):
             models = {self.label: self.reference, name: self.inputs.experts[name]}
             unsolved = any(problem.code is Code.TOKENIZER for problem in self.inputs.problems)  # first that one
@@ -127,6 +131,18 @@ class Fitting:
             return f'{what}; to keep {tensors["the one|those"]} of {self.label} add {tensors["it|them"]} to "exclude"'
 
         self.problems.share(Code.SHAPE, key.name, name, text)
+
+    def _labels(self, key: Key, other: Key, name: str) -> None:
+        a, b = key.rows, other.rows
+
+        def text(tensors: Tensors) -> str:
+            return (
+                f"unlike heads: {tensors} {tensors['has|have']} {a} labels in {self.label} but {b} in {name}; to keep "
+                f'{tensors["the one|those"]} of {self.label} add {tensors["it|them"]} to "exclude", or merge models '
+                "with the same labels"
+            )
+
+        self.problems.share(Code.SHAPE, key.name, (name, a, b), text)
 
 
 def _is_buffer(key: Key) -> bool:
