@@ -198,12 +198,50 @@ def test_config_values_that_should_agree(tmp_path: Path) -> None:
     ]
 
 
+KINDS = ["full_attention"] * 12
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "text"),
+    [
+        ({"partial_rotary_factor": 1}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 1.0 in a, 0.5 in b"),
+        ({"scoring_func": "softmax"}, {"scoring_func": "sigmoid"}, "scoring_func is softmax in a, sigmoid in b"),
+        ({"no_rope_layers": [0]}, {"no_rope_layers": [1]}, "no_rope_layers is [0] in a, [1] in b"),
+        ({"vision_feature_layer": -1}, {"vision_feature_layer": -2}, "vision_feature_layer is -1 in a, -2 in b"),
+        ({"use_qk_norm": True}, {"use_qk_norm": False}, "use_qk_norm is true in a, false in b"),
+        (
+            {"position_embedding_type": "absolute"},
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type is absolute in a, relative_key in b",
+        ),
+        (
+            {"attn_temperature_tuning": True},
+            {"attn_temperature_tuning": False},
+            "attn_temperature_tuning is true in a, false in b",
+        ),
+        (
+            {"layer_types": KINDS},
+            {"layer_types": [*KINDS[:10], "sliding_attention", "full_attention"]},
+            'layer_types is [..., "full_attention", "full_attention"] (12 values) in a, '
+            '[..., "sliding_attention", "full_attention"] (12 values) in b',
+        ),
+    ],
+)
+def test_what_changes_the_function_is_said(
+    mine: dict[str, Any], other: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    names = {"a": folder(tmp_path / "a", {NARROW: torch.ones(2, 2)}, **LLAMA, **mine)}
+    names["b"] = folder(tmp_path / "b", {NARROW: torch.zeros(2, 2)}, **LLAMA, **other)
+    assert run(tmp_path, models=names, method="linear")[1] == [f"config.json: {text}; the result has that of a"]
+
+
 @pytest.mark.parametrize(
     "same",
     [
         {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
         {"rope_scaling": None, "rope_theta": 10000},
         {"hidden_act": "swish", "head_dim": 16},
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1}},
     ],
 )
 def test_other_spellings_agree(same: dict[str, Any], tmp_path: Path) -> None:

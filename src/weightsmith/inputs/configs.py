@@ -31,12 +31,14 @@ _SAID = re.compile(
     r"(?:rms_norm|layer_norm|layernorm|norm)_(?:eps|epsilon)|num_attention_heads|n_head|num_key_value_heads"
     rf"|sliding_window|use_sliding_window|{TIED}|\w+_token_(?:id|index)"
     r"|(?:attn|final)_logit_softcapping|query_pre_attn_scalar|scale_embedding|logit_scale|\w+_multiplier"
-    r"|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|architectures|model_type"
+    r"|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|scoring_func|architectures|model_type"
+    r"|layer_types|no_rope_layers|vision_feature_layer|position_embedding_type|use_qk_norm|attn_temperature_tuning"
 )
 _OF_TEXTS = re.compile(r"(?:bos|eos|pad|sep|cls|unk|mask|decoder_start|forced_\w+)_token_id")
 """What the tokenizer's files say too; `inputs.vocabulary` compares those."""
 _LEFT = ("quantization_config", "compression_config", "id2label", "label2id")
 _ROPE = ("rope_parameters", "rope_scaling")
+_ITEMS = 4  # of a long list that are shown
 
 
 def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
@@ -45,14 +47,15 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
         return
     (label, first), *others = inputs.models
     mine = _values(_config(first))
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[str]] = {}
     for name, source in others:
         theirs = _values(_config(source))
         for field in mine.keys() & theirs.keys():
             if mine[field] != theirs[field]:
-                found.setdefault((field, _shown(theirs[field])), []).append(name)
-    for (field, value), names in sorted(found.items()):
-        both = f"{field} is {_shown(mine[field])} in {label}, {value} in {', '.join(names)}"
+                a, b = mine[field], theirs[field]
+                found.setdefault((field, _shown(a, b), _shown(b, a)), []).append(name)
+    for (field, value, other), names in sorted(found.items()):
+        both = f"{field} is {value} in {label}, {other} in {', '.join(names)}"
         leaf = field.rpartition(".")[2]
         if leaf in (*_ACTIVATIONS, "head_dim"):
             text = f"config.json: {both}: their weights mean different things; leave {' and '.join(names)} out"
@@ -115,15 +118,22 @@ def _rope(config: Config) -> dict[str, Any]:
     inside: Config = next((config[field] for field in _ROPE if isinstance(config.get(field), dict)), {})
     if any(isinstance(value, dict) for value in inside.values()):
         return {"rope_parameters": inside}  # one for each type of layers
-    theta = inside.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
+    alone = {field: inside.get(field, config.get(field)) for field in ("rope_theta", "partial_rotary_factor")}
+    said = {field: float(v) if isinstance(v, int) else v for field, v in alone.items() if v is not None}
+    if not said and not inside:
         return {}
     kind = inside.get("rope_type", inside.get("type", "default"))
-    rest = {k: v for k, v in inside.items() if k not in ("rope_theta", "rope_type", "type") and v is not None}
-    plain = float(theta) if isinstance(theta, (int, float)) else theta
-    return {"rope_theta": plain, "rope_scaling": {"rope_type": kind, **rest}}
+    rest = {k: v for k, v in inside.items() if k not in (*alone, "rope_type", "type") and v is not None}
+    return {**said, "rope_scaling": {"rope_type": kind, **rest}}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, other: Any = None) -> str:
+    """A value in few words; of a long list what begins where another list differs."""
+    if isinstance(value, list) and len(value) > _ITEMS:
+        pairs = zip(value, other if isinstance(other, list) else [], strict=False)
+        start = next((i for i, (one, two) in enumerate(pairs) if one != two), 0)
+        items = [json.dumps(item) for item in value[start : start + _ITEMS]]
+        items = ["..."] * (start > 0) + items + ["..."] * (start + _ITEMS < len(value))
+        return f"[{', '.join(items)}] ({len(value)} values)"
     text = json.dumps(value) if not isinstance(value, str) else value
     return text if len(text) <= 200 else f"{text[:200]}..."
