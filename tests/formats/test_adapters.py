@@ -161,6 +161,18 @@ def test_modules_trained_beside_an_adapter_are_taken(tmp_path: Path) -> None:
     assert bool((dense == 1.0 + 6.0 + 7.0).all())
 
 
+def test_modules_beside_an_adapter_that_does_not_list_them(tmp_path: Path) -> None:
+    """What peft saves has no modules.json; the dense layer that was trained lies in its folder all the same."""
+    model = llama(tmp_path / "base")
+    with_modules(tmp_path / "base", 1.0)
+    trained(tmp_path / "a", model)
+    with_modules(tmp_path / "a", 7.0)
+    (tmp_path / "a/modules.json").unlink()
+    merged(tmp_path, {"a": "a"})
+    dense = load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"]
+    assert bool((dense == 7.0).all())
+
+
 def test_modules_that_the_base_lacks_are_taken_whole(tmp_path: Path) -> None:
     model = llama(tmp_path / "base")
     for seed, name in enumerate("ab"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.problem import Code, Problem
+from weightsmith.io import system
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.parts import MODULES, PartsSource, module_folders, with_modules
 from weightsmith.io.read.small import read_json
@@ -39,12 +41,18 @@ def merged_with_modules(models: Mapping[str, Source]) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for name, source in models.items():
         home = homes[name]
-        made = None if home is None else with_modules(home, source, open_source)
+        made = None if home is None else with_modules(home, source, partial(_own, home, source.origin.checkpoint))
         found[name] = source if made is None else made
     first, *others = found.values()
     extra = [n for n in first.keys if n not in next(iter(models.values())).keys]
     fit = all(n in other.keys and other.key(n).shape == first.key(n).shape for other in others for n in extra)
     return found if fit else dict(models)
+
+
+def _own(home: Path, checkpoint: Path | None, module: Path) -> Source:
+    """A module of the base, or what an adapter's folder has in its place though it does not list it."""
+    trained = checkpoint / module.relative_to(home) if checkpoint is not None else module
+    return open_source(trained if trained.is_dir() and any(system.call(list, trained.glob("*.*"))) else module)
 
 
 def modules_merged(inputs: Inputs) -> bool:
