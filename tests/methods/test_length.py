@@ -126,6 +126,7 @@ def test_long_sums_are_said_with_what_to_try(folder: Path, method: Any, times: s
     assert said in texts(run(recipe(folder, method), folder / "out").warnings)
 
 
-@pytest.mark.parametrize("method", [{"task_arithmetic": {"lambda": 0.7}}, "linear", "ties"])
+@pytest.mark.parametrize("method", [{"task_arithmetic": {"lambda": 0.7}}, "linear", "ties", {"tsvm": {"scaling": 10}}])
 def test_other_sums_are_not_talked_about(folder: Path, method: Any) -> None:
+    """tsvm: vectors are summed by task_arithmetic, but its matrices are not, and it has no lambda."""
     assert not [text for text in texts(preview(recipe(folder, method), folder / "out").warnings) if "as long" in text]

@@ -137,6 +137,15 @@ def test_a_folder_and_its_file_are_the_same_study(tmp_path: Path) -> None:
     assert EVALUATOR
 
 
+def test_names_of_pipelines_are_methods(tmp_path: Path) -> None:
+    file = make(tmp_path, text=STUDY.replace("average: linear", "DARE-TIES: {dare_ties: {density: [0.3, 0.5]}}"))
+    methods = load_study(file).methods
+    assert methods is not None
+    assert [[(s.name, s.parameters) for s in one.stages] for one in methods["DARE-TIES"]] == [
+        [("dare", {"density": density}), ("ties", {"density": 1, "scope": "tensor"})] for density in (0.3, 0.5)
+    ]
+
+
 def test_language_models_need_no_code(tmp_path: Path, capsys: Captured) -> None:
     """bits_per_byte: a byte-level Llama whose logits are all equal needs 8 bits for every byte."""
     import json

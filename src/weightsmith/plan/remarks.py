@@ -142,9 +142,13 @@ def long_sums(tasks: Iterable[Task], inputs: Inputs, auto: bool = False) -> Iter
     auto  where lambda is auto, how large it will be, about: a run itself says so at its end
     """
     count, base = len(inputs.experts), inputs.base
-    chosen = [(task.key.name, one) for task in tasks if (one := _Sum.of(task, count)) is not None]
-    if base is None or count < 2 or not chosen:
+    merging = [task for task in tasks if task.pipeline is not None]
+    summed = [(task, one) for task in merging if (one := _Sum.of(task, count)) is not None]
+    # Sums of a few vectors beside another method's matrices say nothing of the merge, and lambda is not its word.
+    few = 2 * sum(task.key.numel for task, _ in summed) < sum(task.key.numel for task in merging)
+    if base is None or count < 2 or not summed or few:
         return
+    chosen = [(task.key.name, one) for task, one in summed]
     first, gram = chosen[0][1], np.zeros((count, count))
     alike = [name for name, one in chosen if one == first]
     most = ENTRIES * 4 // max(count, 4)  # all experts' are held together

@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, PlainValidator, PrivateAttr
 
 from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.check import method_faults
 from weightsmith.recipe.fields import Located, Words, named
 from weightsmith.recipe.grammar import Fault, Grammar, Reading
@@ -68,10 +69,10 @@ def _candidates(value: Any) -> tuple[Candidate, ...]:
     grid: list[tuple[str, Mapping[str, Any]]] = []
     for stage in value if isinstance(value, list) else [value]:
         if isinstance(stage, str):
-            grid.append((stage, {}))
+            grid += expand(stage, {})
         elif isinstance(stage, dict) and len(stage) == 1 and isinstance(next(iter(stage.values())), dict | None):
             ((name, parameters),) = stage.items()
-            grid.append((name, parameters or {}))
+            grid += expand(name, parameters or {})
         else:
             raise ValueError(f"a stage is a name, or a name with its parameters; is {json.dumps(stage)[:80]}")
     if empty := [f"{name}.{key}" for name, found in grid for key, values in found.items() if values == []]:
