@@ -54,8 +54,12 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", tuple(self.files))
         object.__setattr__(self, "memory", self._bytes(self.memory))
+        if self.threads is not None and not hasattr(self.threads, "__index__"):
+            raise RecipeError(f"{self.option}threads: expected a whole number, got {self.threads!r}")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"{self.option}threads {self.threads} is outside [1, inf)")
+        if self.progress is not None and not callable(self.progress):
+            raise RecipeError(f"progress: expected a function of (done, total), got {self.progress!r}")
         if isinstance(self.device, str) and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise RecipeError(
                 f"{self.option}device: unknown device {self.device!r}{did_you_mean(self.device, _DEVICES)}"

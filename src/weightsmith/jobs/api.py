@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
 
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.method import Pipeline, Stage
@@ -70,23 +73,26 @@ def merge(
     Raises PlanError (all problems at once), RecipeError, SourceError or NumericError.
     """
     settings, parameters = DEFAULT.taken_from(options)
+    if isinstance(models, str):
+        raise RecipeError(f"expected a list of models, or a dict by name, got {models!r}; write [{models!r}, ...]")
     named = dict(models) if isinstance(models, Mapping) else {f"m{i}": m for i, m in enumerate(models)}
     origin = None if base is None else open_source(base)
     experts = {name: open_source(model, base=origin) for name, model in named.items()}
-    recipe = Recipe(
-        base=ModelRef(model="base") if origin is not None else None,
-        models={name: ModelRef(model=name) for name in named},
-        method=tuple(_specs(method, tuple(named))),
-        parameters={name.rstrip("_"): _plain(value) for name, value in parameters.items()},
-        rules=tuple(Rule.model_validate(rule) for rule in rules),
-        exclude=tuple(exclude),
-        names=dict(names or {}),
-        extra=extra,
-        nonfinite=nonfinite,
-        tokenizer=Tokenizer.model_validate(tokenizer) if tokenizer is not None else None,
-        output=Output(dtype=dtype),
-        seed=seed,
-    )
+    with _one_line():
+        recipe = Recipe(
+            base=ModelRef(model="base") if origin is not None else None,
+            models={name: ModelRef(model=name) for name in named},
+            method=tuple(_specs(method, tuple(named))),
+            parameters={name.rstrip("_"): _plain(value) for name, value in parameters.items()},
+            rules=tuple(Rule.model_validate(rule) for rule in rules),
+            exclude=tuple(exclude),
+            names=dict(names or {}),
+            extra=extra,
+            nonfinite=nonfinite,
+            tokenizer=Tokenizer.model_validate(tokenizer) if tokenizer is not None else None,
+            output=Output(dtype=dtype),
+            seed=seed,
+        )
     given = {**experts, **({"base": origin} if origin is not None else {})}
     inputs = replace(open_inputs(recipe, given), stats=_stats(stats or {}, experts))
     job = merge_job(recipe, settings, None if out is None else Path(out), inputs)
@@ -95,6 +101,17 @@ def merge(
     if job.plan.problems:
         raise PlanError(job.plan.problems)
     return attached(job.plan, inputs, job.tensors(settings), job.plan.threads)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Say what pydantic finds wrong with a part of a recipe as any other error is said."""
+    try:
+        yield
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        said = (".".join(map(str, (*one["loc"],))) + f": {one['msg']}" for one in found)
+        raise RecipeError("; ".join(line.removeprefix(": ") for line in said)) from None
 
 
 def _specs(method: MethodLike, names: tuple[str, ...]) -> list[StageSpec]:
