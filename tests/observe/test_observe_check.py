@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from observe_models import saved, tiny_llama, tiny_vit, word_tokenizer
 from safetensors.torch import load_file, save_file
 
+from weightsmith.cli.shown.check import show
 from weightsmith.core.errors import SourceError
 from weightsmith.observe.check import cheap_check, check, perplexity, sample_text
 from weightsmith.observe.model import load_model
@@ -111,6 +113,18 @@ def test_parents_are_measured_beside_the_merge(folder: Path, original: Path, tmp
     given = check(folder, parents={"twin": other, "none": tmp_path / "none"}, length=64)
     assert list(given["models"]) == ["merged", "twin"]
     assert "not a model folder" in given["missing"]["none"]
+
+
+def test_noise_is_far_from_its_parents(folder: Path, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs, and every number is finite: only the parents show that nothing is left of them."""
+    assert not check(folder, parents={"a": original}, length=64)["unlike"]
+    edit_weights(folder, lambda tensors: tensors.update({n: 3 * torch.randn_like(t) for n, t in tensors.items()}))
+    report = check(folder, parents={"a": original}, length=64)
+    assert (report["ok"], report["unlike"]) == (True, True)
+    (said,) = report["warnings"]
+    assert re.fullmatch(r"\d+(\.\d+)? bits per byte, its parents at most 8(\.\d+)?; try a smaller lambda, .*", said)
+    show(report)
+    assert capsys.readouterr().out.endswith("runs, but is far from its parents\n")
 
 
 def test_what_is_no_model_is_said_to_be_none(folder: Path, tmp_path: Path) -> None:

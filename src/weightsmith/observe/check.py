@@ -61,7 +61,7 @@ def check(
         raise SourceError(f"{folder}: {why}")
     report: dict[str, Any] = {
         "path": str(folder), "kind": "tensors", "ok": False, "finite": True, "ran": False,
-        "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
+        "unlike": False, "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
     }  # fmt: skip
     if not (folder / "config.json").exists():
         _check_tensors(folder, report)
@@ -88,8 +88,28 @@ def check(
         _compare(known, report, prose, length, device, trust_remote_code)
     elif not isinstance(found, dict):
         _compare_outputs(known, report, found, prose, device, trust_remote_code)
+    if why := _unlike(report["models"]):
+        report["unlike"] = True
+        report["warnings"].append(f"{why}; try a smaller lambda, fewer models or another method")
     report["ok"] = report["finite"] and not report["problems"]
     return report
+
+
+MORE_BITS, LEAST_ALIKE = 1.5, 0.5
+"""Where a result is far from every parent: bits per byte in times the worst parent's, mean cosine of outputs.  Chosen,
+not measured: what is worse lost more than any weights between the parents' would explain."""
+
+
+def _unlike(models: Mapping[str, Mapping[str, float]]) -> str:
+    """How a result differs from all its parents, if it hardly can be what was wanted; else ''."""
+    merged = models.get("merged", {})
+    bits = [found["bits_per_byte"] for name, found in models.items() if name != "merged" and "bits_per_byte" in found]
+    if bits and "bits_per_byte" in merged and not merged["bits_per_byte"] <= MORE_BITS * max(bits):
+        return f"{merged['bits_per_byte']:.3g} bits per byte, its parents at most {max(bits):.3g}"
+    alike = [found["cosine"] for found in models.values() if "cosine" in found]
+    if alike and not max(alike) >= LEAST_ALIKE:
+        return f"its outputs are unlike those of every parent, mean cosine at most {max(alike):.2f}"
+    return ""
 
 
 def sample_text() -> str:

@@ -45,5 +45,5 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if not report["ok"]:
         return "does not work"
     if report["ran"]:
-        return "works"
+        return "runs, but is far from its parents" if report["unlike"] else "works"
     return "all values are finite; " + ("there is no model to run" if report["kind"] == "tensors" else "it was not run")
