@@ -163,7 +163,7 @@ class Writer:
         keys = keys_of(module.name, b_shape, a_shape, dtype, embedding=module.embedding, kind=self._kind)
         for key, value in zip(keys, (b, a), strict=True):
             self._put(key, encode(value.reshape(key.shape), key, 0), how)
-        rank *= module.update.groups if isinstance(module.update, Product) else 1  # of peft: the rows of A
+        rank = a.shape[0] if isinstance(module.update, Product) else rank  # groups share the rows of A
         if self._kind == "kohya":
             alpha = Key(f"{module.name}.alpha", (), "float32")
             self._put(alpha, np.array(rank, np.float32).view(np.uint32), "the rank")
