@@ -236,11 +236,35 @@ def test_what_changes_the_function_is_said(
 
 
 @pytest.mark.parametrize(
+    ("mine", "other", "text"),
+    [
+        ({"rope_theta": None}, {"rope_theta": 1e6}, "b says rope_theta 1000000.0, a says nothing"),
+        ({"rope_theta": 1e6}, {"rope_theta": None}, "a says rope_theta 1000000.0, b says nothing"),
+        ({"sliding_window": None}, {"sliding_window": 16}, "b says sliding_window 16, a says nothing"),
+        ({"rms_norm_eps": 1e-5}, {}, "a says rms_norm_eps 1e-05, b says nothing"),
+        ({}, {"hidden_act": None}, "a says hidden_act silu, b says nothing"),
+    ],
+)
+def test_what_one_config_leaves_out_is_said(
+    mine: dict[str, Any], other: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    names = {"a": folder(tmp_path / "a", {NARROW: torch.ones(2, 2)}, **{**LLAMA, **mine})}
+    names["b"] = folder(tmp_path / "b", {NARROW: torch.zeros(2, 2)}, **{**LLAMA, **other})
+    said = run(tmp_path, models=names, method="linear")[1]
+    assert said == [f"config.json: {text} (its class's default); the result has that of a"]
+
+
+@pytest.mark.parametrize(
     "same",
     [
         {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
         {"rope_scaling": None, "rope_theta": 10000},
         {"hidden_act": "swish", "head_dim": 16},
+        {"rope_theta": None},
+        {"num_key_value_heads": 4, "scale_embedding": False, "tie_word_embeddings": False, "layer_types": KINDS},
+        {"use_sliding_window": False, "sliding_window": 4096},
+        {"hidden_act": None, "hidden_activation": "silu"},
+        {"hidden_act": None, "rope_theta": None, "text_config": {"hidden_act": "silu", "rope_theta": 1e6}},
         {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1}},
     ],
 )

@@ -38,6 +38,16 @@ _OF_TEXTS = re.compile(r"(?:bos|eos|pad|sep|cls|unk|mask|decoder_start|forced_\w
 """What the tokenizer's files say too; `inputs.vocabulary` compares those."""
 _LEFT = ("quantization_config", "compression_config", "id2label", "label2id")
 _ROPE = ("rope_parameters", "rope_scaling")
+_DEFAULTS: Config = {
+    "rope_theta": 10000.0, "rope_scaling": {"rope_type": "default"}, "partial_rotary_factor": 1.0,
+    "use_sliding_window": False, "routed_scaling_factor": 1.0, "position_embedding_type": "absolute",
+    "scale_embedding": False,
+}  # fmt: skip
+"""What classes take where nothing is said: no line where the other model says just that."""
+_DERIVED = re.compile(
+    rf"{TIED}|architectures|model_type|head_dim|layer_types|no_rope_layers|rope_parameters|\w+_token_\w+"
+)
+"""What some releases of transformers write, and others leave out or call otherwise, for one and the same model."""
 _ITEMS = 4  # of a long list that are shown
 
 
@@ -50,6 +60,14 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, source in others:
         theirs = _values(_config(source))
+        for field in _said_by_one(mine, theirs):
+            pair = ((label, mine), (name, theirs))
+            (who, says), (silent, _) = pair if field in mine else pair[::-1]
+            text = (
+                f"config.json: {who} says {field} {_shown(says[field])}, {silent} says nothing (its class's default); "
+                f"the result has that of {label}"
+            )
+            yield False, Problem(Code.COMPANION, field.rpartition(".")[2], text)
         for field in mine.keys() & theirs.keys():
             if mine[field] != theirs[field]:
                 a, b = mine[field], theirs[field]
@@ -67,6 +85,23 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
         each = ", ".join(f"{method or 'none'} in {name}" for name, method in methods.items())
         text = f"config.json: quantization is {each}; what is merged are the weights, and the result is not quantised"
         yield False, Problem(Code.COMPANION, "quantization_config", text)
+
+
+def _said_by_one(one: Config, two: Config) -> Iterator[str]:
+    """Fields that one of two configurations gives and the other, which has that part too, leaves to its class."""
+    parts = [{field.rpartition(".")[0] for field in values} for values in (one, two)]
+    for field in sorted(one.keys() ^ two.keys()):
+        part, _, leaf = field.rpartition(".")
+        values, other = (one, two) if field in one else (two, one)
+        place = field.removesuffix(leaf)
+        spellings = _ACTIVATIONS if leaf in _ACTIVATIONS else ("rope_parameters",) if leaf.startswith("rope_") else ()
+        if part not in parts[0] & parts[1] or _DERIVED.fullmatch(leaf) or values[field] == _DEFAULTS.get(leaf):
+            continue
+        if leaf == "num_key_value_heads" and values[field] == values.get(f"{place}num_attention_heads"):
+            continue
+        if {leaf, f"text_config.{leaf}", *(f"{place}{name}" for name in spellings)} & other.keys():
+            continue  # it is there, in another layout
+        yield field
 
 
 def _quantisation(source: Source) -> str:
@@ -92,7 +127,10 @@ def _config(source: Source) -> Config:
 def _values(config: Config, place: str = "") -> dict[str, Any]:
     """'text_config.rope_theta' -> value, for what should agree, in a form that spellings do not change."""
     found: dict[str, Any] = {}
+    unused = "sliding_window" if config.get("use_sliding_window") is False else ""  # null in files of later releases
     for field, value in config.items():
+        if field == unused:
+            continue
         if isinstance(value, dict) and field not in (*_LEFT, *_ROPE):
             found |= _values(value, f"{place}{field}.")
         elif field in _ACTIVATIONS and isinstance(value, str):
