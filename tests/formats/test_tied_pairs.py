@@ -13,6 +13,7 @@ from torch import Tensor
 
 import weightsmith as ws
 from lora.peft_models import adapter, gpt2, loaded, logits
+from weightsmith.io.architectures import RENAMED, TEXT_TO_TEXT, TIED_BY_DEFAULT
 
 HEAD = "lm_head.weight"
 
@@ -35,6 +36,12 @@ CASES: list[tuple[str, dict[str, Any], set[str]]] = [
 ]
 
 
+def unsaid(path: Path) -> None:
+    config = json.loads(path.read_text())
+    assert config.pop("tie_word_embeddings") is True
+    path.write_text(json.dumps(config))
+
+
 def live(folder: Path) -> Tensor:
     from transformers import AutoModelForCausalLM
 
@@ -45,9 +52,15 @@ def live(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "config", "changed"), CASES)
-def test_an_adapter_of_one_of_a_tied_pair(name: str, config: dict[str, Any], changed: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_an_adapter_of_one_of_a_tied_pair(
+    said: bool, name: str, config: dict[str, Any], changed: set[str], tmp_path: Path
+) -> None:
+    """Also where config.json leaves it to the default of transformers, as those of GPT-2 and OPT do."""
     make, embed = MODELS[name]
     make().save_pretrained(tmp_path / "base")
+    if not said:
+        unsaid(tmp_path / "base/config.json")
     path = adapter(tmp_path / "a", make, 1, **{"r": 2, "lora_alpha": 8, **config})
     ws.merge({"a": path}, "task_arithmetic", tmp_path / "base", out=tmp_path / "out")
     before, after = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
@@ -74,3 +87,20 @@ def test_a_tied_and_an_untied_model(name: str, first: str, tmp_path: Path) -> No
     torch.testing.assert_close(after[HEAD], table + 0.25)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     live(tmp_path / "out")
+
+
+def test_the_defaults_are_those_of_transformers() -> None:
+    """And none is forgotten of the decoders whose names are known."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    def ties(kind: str) -> bool:
+        return AutoConfig.for_model(kind).tie_word_embeddings is True
+
+    decoders = RENAMED.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    decoders -= MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() | TEXT_TO_TEXT
+    assert all(ties(kind) for kind in TIED_BY_DEFAULT)
+    assert {kind for kind in decoders if ties(kind)} == decoders & TIED_BY_DEFAULT

@@ -90,6 +90,12 @@ TEXT_TO_TEXT = frozenset(
 """The model types that take text and generate text, from an encoder and a decoder."""
 
 TIED = "tie_word_embeddings"
+TIED_BY_DEFAULT = frozenset(
+    ("biogpt", "bloom", "cohere", "cohere2", "ctrl", "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3",
+     "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba", "mpt", "openai-gpt", "opt",
+     "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm")
+)  # fmt: skip
+"""The decoders that tie output layer and embedding where config.json does not say; transformers 4 left defaults out."""
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out")
 """What the modules with a row for each token are called."""

@@ -24,13 +24,13 @@ from weightsmith.io.architectures import (
     MASKED_HEADS,
     PLAIN_LINEAR,
     RENAMED,
-    TIED,
     Rules,
 )
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.shell import Shell, shell_of
 from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import says_tied
 
 __all__ = ["Modules"]
 
@@ -144,11 +144,12 @@ class Modules:
 
     @property
     def ties(self) -> bool:
-        """Whether the output layer's weight is the embedding's: config.json says so, of the model or of a part of it,
-        and the files have no other."""
-        scopes = (self.config, *(value for value in self.config.values() if isinstance(value, dict)))
-        said = any(scope.get(TIED) is True for scope in scopes)
-        return said and self.output_layer is not None and self.stored(f"{self.output_layer}.weight") not in self._keys
+        """Whether the output layer's weight is the embedding's: config.json says so, and the files have no other."""
+        return (
+            says_tied(self.config)
+            and self.output_layer is not None
+            and self.stored(f"{self.output_layer}.weight") not in self._keys
+        )
 
 
 def _by_rules(rules: Rules, name: str) -> str:

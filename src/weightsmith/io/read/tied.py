@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import EMBEDDINGS, TIED
+from weightsmith.io.architectures import EMBEDDINGS
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import says_tied
 from weightsmith.io.read.views import RenamedSource
 
 __all__ = ["once"]
@@ -35,7 +36,7 @@ def once(source: Source) -> Source:
     twins: dict[str, str] = {}  # name -> the name that it is tied to
     if modules.config.get("is_encoder_decoder"):
         twins |= {name: embeddings[0] for name in embeddings[1:] if _equal(source, name, embeddings[0])}
-    if _says_tied(modules) and (head := _head(named, modules)) is not None:
+    if says_tied(modules.config) and (head := _head(named, modules)) is not None:
         if not embeddings:
             name = _embedding_of(source)
             return source if name is None else RenamedSource(source, {name: head, **_plain(source, ())})
@@ -61,11 +62,6 @@ def _head(named: Mapping[str, Key], modules: Modules) -> str | None:
         return None
     wanted = f"{modules.output_layer}.weight"
     return next((key.name for key in heads if key.name == wanted or key.name.endswith(f".{wanted}")), None)
-
-
-def _says_tied(modules: Modules) -> bool:
-    scopes = (modules.config, *(value for value in modules.config.values() if isinstance(value, dict)))
-    return any(scope.get(TIED) is True for scope in scopes)
 
 
 def _embedding_of(source: Source) -> str | None:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import EMBEDDINGS, TIED
+from weightsmith.io.architectures import EMBEDDINGS, TIED, TIED_BY_DEFAULT
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
 
-__all__ = ["UntiedSource", "grown_config", "is_output_layer", "untied", "untied_config"]
+__all__ = ["UntiedSource", "grown_config", "is_output_layer", "says_tied", "untied", "untied_config"]
 
 
 class UntiedSource(RenamedSource):
@@ -82,6 +82,12 @@ def _tables(source: Source) -> list[Key]:
     return [key for key in found if key.name.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS] or found
 
 
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether config.json ties the output layer to the embedding: for the model, for a part of it, or by default."""
+    said = [scope[TIED] for scope in _scopes(config) if scope.get(TIED) is not None]
+    return any(value is True for value in said) if said else config.get("model_type") in TIED_BY_DEFAULT
+
+
 def _embedding(source: Source, head: Key) -> str | None:
     """The tensor that a model's head is tied to, or None."""
     if head.name in source.keys:
@@ -89,7 +95,7 @@ def _embedding(source: Source, head: Key) -> str | None:
     if head.name in source.aliases:
         return source.aliases[head.name]
     config = _config(source) or {}
-    if config.get(TIED) is not True or config.get("is_encoder_decoder"):
+    if not says_tied(config) or config.get("is_encoder_decoder"):
         return None
     alike = [table.name for table in _tables(source) if table.shape[1:] == head.shape[1:]]
     return alike[0] if len(alike) == 1 else None
@@ -107,7 +113,7 @@ def _parsed(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _scopes(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _scopes(config: Mapping[str, Any]) -> list[Any]:
     return [config, *(value for value in config.values() if isinstance(value, dict))]
 
 
