@@ -238,11 +238,10 @@ def test_what_changes_the_function_is_said(
 @pytest.mark.parametrize(
     ("mine", "other", "text"),
     [
-        ({"rope_theta": None}, {"rope_theta": 1e6}, "b says rope_theta 1000000.0, a says nothing"),
-        ({"rope_theta": 1e6}, {"rope_theta": None}, "a says rope_theta 1000000.0, b says nothing"),
-        ({"sliding_window": None}, {"sliding_window": 16}, "b says sliding_window 16, a says nothing"),
+        ({}, {"sliding_window": 16}, "b says sliding_window 16, a says nothing"),
+        ({"sliding_window": None}, {"sliding_window": 16}, "b says sliding_window 16, a says null"),
         ({"rms_norm_eps": 1e-5}, {}, "a says rms_norm_eps 1e-05, b says nothing"),
-        ({}, {"hidden_act": None}, "a says hidden_act silu, b says nothing"),
+        ({}, {"hidden_act": None}, "a says hidden_act silu, b says null"),
     ],
 )
 def test_what_one_config_leaves_out_is_said(
@@ -251,7 +250,21 @@ def test_what_one_config_leaves_out_is_said(
     names = {"a": folder(tmp_path / "a", {NARROW: torch.ones(2, 2)}, **{**LLAMA, **mine})}
     names["b"] = folder(tmp_path / "b", {NARROW: torch.zeros(2, 2)}, **{**LLAMA, **other})
     said = run(tmp_path, models=names, method="linear")[1]
-    assert said == [f"config.json: {text} (its class's default); the result has that of a"]
+    text = text.replace("says nothing", "says nothing (its class's default)")
+    assert said == [f"config.json: {text}; the result has that of a"]
+
+
+def test_a_base_of_rope_that_one_config_leaves_out_is_said(tmp_path: Path) -> None:
+    bare = {field: value for field, value in LLAMA.items() if field != "rope_theta"}
+    for first, second in (("a", "b"), ("b", "a")):
+        at = tmp_path / first
+        at.mkdir()
+        configs = {first: bare, second: {**LLAMA, "rope_theta": 1e6}}
+        names = {n: folder(at / n, {NARROW: torch.ones(2, 2) * (n == "a")}, **configs[n]) for n in ("a", "b")}
+        assert run(at, models=names, method="linear")[1] == [
+            f"config.json: {second} says rope_theta 1000000.0, {first} says nothing (its class's default); "
+            "the result has that of a"
+        ]
 
 
 @pytest.mark.parametrize(

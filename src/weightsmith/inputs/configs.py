@@ -61,10 +61,11 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
     for name, source in others:
         theirs = _values(_config(source))
         for field in _said_by_one(mine, theirs):
-            pair = ((label, mine), (name, theirs))
-            (who, says), (silent, _) = pair if field in mine else pair[::-1]
+            pair = ((label, first, mine), (name, source, theirs))
+            (who, _, says), (silent, quiet, _) = pair if field in mine else pair[::-1]
+            left = "null" if _is_null(_config(quiet), field) else "nothing (its class's default)"
             text = (
-                f"config.json: {who} says {field} {_shown(says[field])}, {silent} says nothing (its class's default); "
+                f"config.json: {who} says {field} {_shown(says[field])}, {silent} says {left}; "
                 f"the result has that of {label}"
             )
             yield False, Problem(Code.COMPANION, field.rpartition(".")[2], text)
@@ -102,6 +103,15 @@ def _said_by_one(one: Config, two: Config) -> Iterator[str]:
         if {leaf, f"text_config.{leaf}", *(f"{place}{name}" for name in spellings)} & other.keys():
             continue  # it is there, in another layout
         yield field
+
+
+def _is_null(config: Any, field: str) -> bool:
+    """Whether a field, 'text_config.sliding_window', is there and null: that may be another value than the default."""
+    for part in field.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return config is None
 
 
 def _quantisation(source: Source) -> str:
