@@ -222,7 +222,8 @@ def test_integers_with_scales_are_quantised_whatever_the_config_says(
 
 def test_unknown_scales_are_refused(tmp_path: Path) -> None:
     bits = torch.ones(6, 4).to(torch.float8_e4m3fn)
-    for i, scale in enumerate((f"{MODULE}.new_scales", f"{NAME}_rescale", f"{NAME}.my_scale", f"{MODULE}_scale")):
+    names = (f"{MODULE}.new_scales", f"{NAME}_rescale", f"{NAME}.my_scale", f"{MODULE}_scale")
+    for i, scale in enumerate((*names, f"{NAME}_s", f"{NAME}_inv_s", f"{MODULE}.dequant_scl")):
         made = folder(tmp_path / f"m{i}", {NAME: bits, scale: torch.ones(6, 1)}, None)
         with pytest.raises(
             SourceError, match=rf"\(8-bit floats: {NAME}\) with a scale that is not known here, {scale}"

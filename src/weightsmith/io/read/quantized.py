@@ -90,11 +90,15 @@ def unquantised(source: Source) -> Source:
 
 
 def _companions(source: Source) -> dict[str, list[str]]:
-    """Weight of 8-bit floats or integers -> the smaller tensors that are named like scales of it."""
-    scales = [name for name in source.keys if "scale" in name.rpartition(".")[2]]
-    coded = {
-        key.name: key for key in source.keys.values() if _is_coded(key) and "scale" not in key.name.rpartition(".")[2]
-    }
+    """Weight of 8-bit floats or integers -> the smaller tensors that may be scales of it, by their names."""
+    coded = {key.name: key for key in source.keys.values() if _is_coded(key) and not _like_a_scale(key.name)}
+    floats = {name for name, key in coded.items() if key.floating}
+    # Beside 8-bit floats whatever has the weight's name and more (`weight_s`) is taken for one, too.
+    scales = [
+        name
+        for name in source.keys
+        if _like_a_scale(name) or (name not in coded and any(start in floats for start in _starts(name)))
+    ]
     found: dict[str, list[str]] = {name: [] for name in coded}
     modules = {name.removesuffix(".weight"): name for name in coded if name.endswith(".weight")}
     for scale in scales:
@@ -102,6 +106,11 @@ def _companions(source: Source) -> dict[str, list[str]]:
         if owner is not None and source.keys[scale].numel < max(coded[owner].numel, 2):
             found[owner].append(scale)
     return found
+
+
+def _like_a_scale(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return "scale" in last or "scl" in last
 
 
 def _starts(name: str) -> Iterator[str]:
