@@ -239,7 +239,7 @@ def test_methods_explains_the_name_of_a_pipeline(capsys: Captured) -> None:
 
 def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     report = {
-        "path": "out", "kind": "causal-lm", "ok": True, "finite": True, "ran": True, "problems": [],
+        "path": "out", "kind": "causal-lm", "ok": True, "finite": True, "ran": True, "unlike": False, "problems": [],
         "warnings": ["odd"], "notes": ["n"], "missing": {"a": "not here"},
         "models": {"merged": {"perplexity": 3.25, "bits_per_byte": 1.5, "tokens": 90}},
     }  # fmt: skip
