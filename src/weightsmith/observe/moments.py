@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weightsmith.core.errors import OutputError, SourceError, some
 from weightsmith.io.read.pickle import PICKLES, load_pickle
+from weightsmith.io.read.prefixes import unwrapped
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.observe.files import Statistic, stat_path, write_statistic
 from weightsmith.observe.model import LoadedModel, identity, load_model
@@ -153,7 +154,7 @@ def _plain(found: Mapping[str, _Moment], loaded: LoadedModel) -> dict[str, Tenso
     known = {name for name, _ in loaded.module.named_parameters(remove_duplicate=False)}
     made = {}
     for name, moment in found.items():
-        short = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix("module.")
+        short = unwrapped(name)
         made[short if short in known else name] = moment.unbiased
     return made
 

@@ -15,13 +15,18 @@ from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
 
-__all__ = ["named_like", "renamed"]
+__all__ = ["named_like", "renamed", "unwrapped"]
 
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _TRIED = 8
 """Tensors by which prefixes are looked for."""
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what trainers put into it where they wrap models."""
+    return _WRAPPERS.sub("", name)
 
 
 def renamed(source: Source, names: Mapping[str, str]) -> Source:
@@ -66,7 +71,7 @@ def named_like(source: Source, reference: Source) -> Source:
 def _unwrapped(source: Source, reference: Source) -> Iterator[tuple[dict[str, str], str]]:
     """The names without what trainers put into them: new name -> old name, and what to say."""
     old = (*source.keys, *source.aliases)
-    bare = {_WRAPPERS.sub("", name): name for name in old}
+    bare = {unwrapped(name): name for name in old}
     if len(bare) == len(old) and tuple(bare) != old:
         word = next(found[0] for name in old if (found := _WRAPPERS.search(name)))
         yield bare, f"names hold {word!r}, as trainers wrap models: read without it"
