@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from weightsmith import __version__
 from weightsmith.cli.process import own_process
-from weightsmith.core.errors import WeightsmithError
 
 if TYPE_CHECKING:
     import cyclopts
@@ -95,6 +94,8 @@ def _command(words: Sequence[str]) -> int:
     try:
         return _code(build()(words, exit_on_error=False, print_error=False))
     except cyclopts.CycloptsError as error:
+        from weightsmith.core.errors import WeightsmithError
+
         raise WeightsmithError(_usage(error, words)) from None
 
 
@@ -135,9 +136,12 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
         # Whoever read our output has seen enough.  Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except WeightsmithError as error:
-        return _fail(f"error: {error}", error.code, debug)
     except Exception as error:
+        # Imported by need: help has no error to tell of.
+        from weightsmith.core.errors import WeightsmithError
+
+        if isinstance(error, WeightsmithError):
+            return _fail(f"error: {error}", error.code, debug)
         from weightsmith.plugins import blamed
 
         said = f"{type(error).__name__}: {error}".splitlines()[0]
