@@ -19,7 +19,7 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.source import Block, Source, tensor_to_bits
-from weightsmith.io.read.updates import Loaded, Update
+from weightsmith.io.read.updates import LowRank
 from weightsmith.io.read.views import View
 from weightsmith.ops.lowrank import Factors
 
@@ -32,7 +32,7 @@ PARTS = ("svfit_delta", "svfit_s", "svfit_u", "svfit_v")
 
 
 @dataclass(frozen=True)
-class Singular(Update):
+class Singular(LowRank):
     """U diag(delta) V^T: names of the vectors, present in the file or not, and of the changes.
 
     hash, dtype  of the weight trained on, and what the vectors were rounded to while they ran
@@ -66,21 +66,10 @@ class Singular(Update):
                 f"{file}: holds singular values without their vectors; save it with bases=True, or use it on its base"
             )
 
-    def _factors(self, file: Source) -> Factors:
+    def factors(self, file: Source) -> Factors:
         self.needs_vectors(file)
         b = file.read(self.u).float() * file.read(self.delta).float()
         return Factors(b, file.read(self.v).float().flatten(1))
-
-    def load(self, file: Source, flip: bool = False) -> Loaded:
-        b, a = self._factors(file)
-        return (a.T.contiguous(), b.T.contiguous()) if flip else (b.contiguous(), a.contiguous())
-
-    def rows(self, loaded: Loaded, start: int, stop: int) -> Tensor:
-        left, right = loaded
-        return left[start:stop] @ right
-
-    def pieces(self, file: Source) -> list[Factors]:
-        return [self._factors(file)]
 
 
 def singular(config: Mapping[str, Any], file: Source, label: str, name: str, parts: Mapping[str, str]) -> Singular:

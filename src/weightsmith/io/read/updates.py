@@ -25,7 +25,7 @@ from weightsmith.ops.lowrank import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Experts", "Full", "Hadamard", "Kronecker", "Matrix", "Product", "Rows", "Update", "assembled"]
+__all__ = ["Experts", "Full", "Hadamard", "Kronecker", "LowRank", "Matrix", "Product", "Rows", "Update", "assembled"]
 
 Loaded = tuple["Tensor", ...]
 
@@ -66,8 +66,27 @@ class Update(ABC):
         """b [outputs, r] and a [r, inputs * kernel] in float32: one pair, or one per expert or group."""
 
 
+class LowRank(Update):
+    """A change that is one product of two thin matrices."""
+
+    @abstractmethod
+    def factors(self, file: Source) -> Factors:
+        """b [outputs, r] and a [r, inputs * kernel] in float32."""
+
+    def load(self, file: Source, flip: bool = False) -> Loaded:
+        b, a = self.factors(file)
+        return (a.T.contiguous(), b.T.contiguous()) if flip else (b.contiguous(), a.contiguous())
+
+    def rows(self, loaded: Loaded, start: int, stop: int) -> Tensor:
+        left, right = loaded
+        return left[start:stop] @ right
+
+    def pieces(self, file: Source) -> list[Factors]:
+        return [self.factors(file)]
+
+
 @dataclass(frozen=True)
-class Product(Update):
+class Product(LowRank):
     """B A, from tensors A [r, inputs, *kernel] and B [outputs, r, 1, ...]; `mid` [r, r, *kernel] lies between them.
 
     groups  of a grouped convolution: B [outputs, r / groups, ...] takes its part of A's rows, group by group
@@ -96,22 +115,14 @@ class Product(Update):
     def stored(self) -> tuple[str, ...]:
         return tuple(name for name in (self.a, self.mid, self.b) if name)
 
-    def _factors(self, file: Source) -> Factors:
+    def factors(self, file: Source) -> Factors:
         a, b = file.read(self.a).float(), file.read(self.b).float()
         if self.mid is not None:
             a = torch.einsum("mn...,nj->mj...", file.read(self.mid).float(), a.reshape(a.shape[0], -1))
         return Factors(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
 
-    def load(self, file: Source, flip: bool = False) -> Loaded:
-        b, a = self._factors(file)
-        return (a.T.contiguous(), b.T.contiguous()) if flip else (b.contiguous(), a.contiguous())
-
-    def rows(self, loaded: Loaded, start: int, stop: int) -> Tensor:
-        left, right = loaded
-        return left[start:stop] @ right
-
     def pieces(self, file: Source) -> list[Factors]:
-        b, a = self._factors(file)
+        b, a = self.factors(file)
         parts = zip(b.chunk(self.groups), a.chunk(self.groups), strict=True)
         return [Factors(*part) for part in parts] if self.groups > 1 else [Factors(b, a)]
 
