@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from weightsmith.core.errors import RecipeError
 from weightsmith.train.optim import feedback
-from weightsmith.train.optim.bases import Kind, basis
+from weightsmith.train.optim.bases import Kind
 from weightsmith.train.optim.feedback import Feedback
 from weightsmith.train.optim.groups import (
-    adamw,
+    Group,
+    LowRankOptimizer,
     check_group,
     gradient,
     is_projected,
     matrix,
     moved,
     projector_of,
-    reload,
-    run_closure,
 )
-from weightsmith.train.optim.projector import Projector, tall, working
+from weightsmith.train.optim.projector import tall, working
 
 __all__ = ["DCTAdamW", "state_bytes"]
 
 
-class DCTAdamW(Optimizer):
+class DCTAdamW(LowRankOptimizer):
     """DCT-AdamW (Modoranu et al., arXiv 2505.17967): low-rank AdamW without an SVD.
 
     For a matrix parameter with the gradient G, transposed where it is wide, so [n, N] with n >= N; E is what was lost:
@@ -81,7 +79,6 @@ class DCTAdamW(Optimizer):
         }
         options |= {"norm": norm, "fft": fft, "interval": interval, "rotate": rotate}
         super().__init__(params, {**options, "error_feedback": error_feedback, "max_size": max_size})
-        self._bases: dict[tuple[Any, ...], Tensor] = {}  # keeps the shared bases alive
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -93,32 +90,13 @@ class DCTAdamW(Optimizer):
             raise RecipeError(f"interval must be at least 1, got {group['interval']!r}")
         check_group(group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        reload(self, state_dict)
+    def rate(self, group: Group, projected: bool) -> float:
+        return float(group["lr"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns, which is called first and with gradients enabled."""
-        loss = run_closure(closure)
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    state["step"] = state.get("step", torch.zeros(())) + 1
-                    if group["weight_decay"]:
-                        p.mul_(1 - lr * group["weight_decay"])
-                    if is_projected(p.shape, group):
-                        self._low_rank(p, state, group, lr)
-                    else:
-                        adamw(p, state, group, lr)
-        return loss
-
-    def _low_rank(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any], lr: float) -> None:
+    def project(self, p: Tensor, state: dict[str, Any], group: Group, lr: float) -> None:
         projector = projector_of(group)
         rows = tall(matrix(gradient(p)))  # [n, N]
-        self._hold(projector, rows)
+        self.hold(projector, rows)
         step, bits = int(state["step"]), group["error_feedback"]
         error = feedback.load(state, rows.shape[1], bits) if bits else None
         if error is not None:
@@ -139,11 +117,6 @@ class DCTAdamW(Optimizer):
         update = projector.up(direction, columns, rows.shape[1])
         flat = matrix(p)
         p.add_((update if flat.shape[0] >= flat.shape[1] else update.T).reshape(p.shape), alpha=-lr * length)
-
-    def _hold(self, projector: Projector, rows: Tensor) -> None:
-        key = (projector.basis, rows.shape[1], rows.dtype, rows.device)
-        if key not in self._bases:
-            self._bases[key] = basis(*key)
 
 
 def _rotate(state: dict[str, Any], columns: Tensor, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.train.optim.bases import basis
 from weightsmith.train.optim.projector import Projector, working
 
 __all__ = [
+    "Group",
+    "LowRankOptimizer",
     "adamw",
     "check_group",
     "gradient",
@@ -21,8 +25,6 @@ __all__ = [
     "matrix",
     "moved",
     "projector_of",
-    "reload",
-    "run_closure",
 ]
 
 Group = Mapping[str, Any]
@@ -80,13 +82,6 @@ def gradient(p: Tensor) -> Tensor:
     return p.grad.to(working(p.dtype))
 
 
-def run_closure(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
 def moved(m: Tensor, v: Tensor, g: Tensor, step: int, group: Group) -> tuple[Tensor, float]:
     """AdamW's direction and its length: update the moments by g, all of one shape.
 
@@ -109,15 +104,59 @@ def adamw(p: Tensor, state: dict[str, Any], group: Group, lr: float) -> None:
     p.add_(direction, alpha=-lr * length)
 
 
-def reload(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Put the saved state back as it was.
+class LowRankOptimizer(Optimizer):
+    """Steps matrices by their own rule and all else by AdamW, with decoupled decay; state dicts are exact."""
 
-    torch's own load_state_dict casts every tensor to the dtype of its parameter, which would round float32 moments of
-    bfloat16 parameters and turn indices into floats.
-    """
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, p in zip(numbers, params, strict=True):
-        for key, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and key != "step":
-                optimizer.state[p][key] = value.detach().clone().to(p.device)
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._bases: dict[tuple[Any, ...], Tensor] = {}  # keeps the shared bases alive
+
+    def hold(self, projector: Projector, rows: Tensor) -> None:
+        """Keep the basis that a projector uses on a matrix [n, N] as long as the optimizer lives."""
+        key = (projector.basis, rows.shape[1], rows.dtype, rows.device)
+        if key not in self._bases:
+            self._bases[key] = basis(*key)
+
+    @abstractmethod
+    def rate(self, group: Group, projected: bool) -> float:
+        """The learning rate of matrices, or of what AdamW steps."""
+
+    @abstractmethod
+    def project(self, p: Tensor, state: dict[str, Any], group: Group, lr: float) -> None:
+        """One step of a matrix; decay is done."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` returns, which is called first and with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] = state.get("step", torch.zeros(())) + 1
+                    projected = is_projected(p.shape, group)
+                    lr = self.rate(group, projected)
+                    if group["weight_decay"]:
+                        p.mul_(1 - lr * group["weight_decay"])
+                    if projected:
+                        self.project(p, state, group, lr)
+                    else:
+                        adamw(p, state, group, lr)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the saved state back as it was.
+
+        torch's own casts every tensor to the dtype of its parameter, which would round float32 moments of bfloat16
+        parameters and turn indices into floats.
+        """
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.detach().clone().to(p.device)

@@ -8,19 +8,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from weightsmith.core.errors import RecipeError, did_you_mean
-from weightsmith.train.optim.bases import Kind, basis
+from weightsmith.train.optim.bases import Kind
 from weightsmith.train.optim.groups import (
-    adamw,
+    Group,
+    LowRankOptimizer,
     check_group,
     gradient,
-    is_projected,
     matrix,
     projector_of,
-    reload,
-    run_closure,
 )
 from weightsmith.train.optim.projector import tall
 
@@ -35,7 +32,7 @@ SCALES: Mapping[str, Callable[[int, int], float]] = {
 """Length of the update of a matrix [out, in]; the authors call them kj, kimi, dion and none."""
 
 
-class Trion(Optimizer):
+class Trion(LowRankOptimizer):
     """Trion (Modoranu et al., arXiv 2505.17967): the low-rank momentum, orthogonalised.
 
     For a matrix parameter with the gradient G, transposed where it is wide, so [n, N] with n >= N:
@@ -82,7 +79,6 @@ class Trion(Optimizer):
         }
         options |= {"basis": basis, "norm": norm, "fft": fft, "max_size": max_size}
         super().__init__(params, {**options, "adam_lr": adam_lr, "betas": betas, "eps": eps})
-        self._bases: dict[tuple[Any, ...], Tensor] = {}  # keeps the shared bases alive
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -93,34 +89,12 @@ class Trion(Optimizer):
             raise RecipeError(f"momentum must be in [0, 1), got {group['momentum']!r}")
         check_group(group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        reload(self, state_dict)
+    def rate(self, group: Group, projected: bool) -> float:
+        return float(group["lr"] if projected else group["adam_lr"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns, which is called first and with gradients enabled."""
-        loss = run_closure(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    state["step"] = state.get("step", torch.zeros(())) + 1
-                    projected = is_projected(p.shape, group)
-                    lr = float(group["lr"] if projected else group["adam_lr"])
-                    if group["weight_decay"]:
-                        p.mul_(1 - lr * group["weight_decay"])
-                    if projected:
-                        self._orthogonal(p, state, group, lr)
-                    else:
-                        adamw(p, state, group, lr)
-        return loss
-
-    def _orthogonal(self, p: Tensor, state: dict[str, Any], group: Mapping[str, Any], lr: float) -> None:
+    def project(self, p: Tensor, state: dict[str, Any], group: Group, lr: float) -> None:
         projector, rows = projector_of(group), tall(matrix(gradient(p)))  # [n, N]
-        key = (projector.basis, rows.shape[1], rows.dtype, rows.device)
-        if key not in self._bases:
-            self._bases[key] = basis(*key)
+        self.hold(projector, rows)
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(rows, memory_format=torch.contiguous_format)
         kept = state["momentum"].add_(rows)
