@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.core.problem import Code, Problem
@@ -16,10 +16,10 @@ from weightsmith.io.read.parts import MODULES, PartsSource, module_folders, with
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Source
 
-if TYPE_CHECKING:
-    from weightsmith.inputs.opened import Inputs
-
 __all__ = ["merged_with_modules", "modules_merged", "unlike_modules"]
+
+Models = Sequence[tuple[str, Source]]
+"""Names and models, the base first where there is one."""
 
 _LIMIT = 16_000_000
 _POOLING = "pooling_mode_"
@@ -55,14 +55,14 @@ def _own(home: Path, checkpoint: Path | None, module: Path) -> Source:
     return open_source(trained if trained.is_dir() and any(system.call(list, trained.glob("*.*"))) else module)
 
 
-def modules_merged(inputs: Inputs) -> bool:
+def modules_merged(models: Models) -> bool:
     """Whether the modules' weights are among the tensors of the merge."""
-    return bool(inputs.models) and any("/" in stem for stem in inputs.models[0][1].origin.stores.values())
+    return bool(models) and any("/" in stem for stem in models[0][1].origin.stores.values())
 
 
-def unlike_modules(inputs: Inputs) -> Iterator[Problem]:
+def unlike_modules(models: Models) -> Iterator[Problem]:
     """Settings of modules (pooling, normalisation, prompts) that are not the same in all models: both values."""
-    described = {name: _described(home) for name, source in inputs.models if (home := _home(source)) is not None}
+    described = {name: _described(home) for name, source in models if (home := _home(source)) is not None}
     if len(described) < 2:
         return
     (label, mine), *others = described.items()

@@ -192,7 +192,7 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
             yield Problem(Code.TOKENIZER, name, text)
         if reference.numbering is None and home is not None:
             yield from _tokens_that_vanish(name, source.origin, home, reference)
-    yield from unlike_modules(inputs)
+    yield from unlike_modules(inputs.models)
     yield from told(Code.COMPANION, modules_beside(inputs)[1])
     if recipe.tokenizer is not None and ending and reference.numbering is None:
         yield from told(Code.TOKENIZER, list(_unlike_ending(ending, home, reference)), "tokenizer")
@@ -264,7 +264,7 @@ def modules_beside(inputs: Inputs) -> tuple[dict[str, Path], list[str]]:
     files: dict[str, Path] = {}
     says: list[str] = []
     taken = ""
-    if modules_merged(inputs):
+    if modules_merged(inputs.models):
         return files, says
     for name, source in inputs.experts.items():
         own = trained_modules(source.origin)
