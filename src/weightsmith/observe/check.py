@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,12 @@ def check(
         report["problems"].insert(0, str(error))
         return report
     known, report["missing"] = recorded_parents(folder) if parents is None else (parents, {})
+    load = partial(_loaded, device=device, trust_remote_code=trust_remote_code)
     if isinstance(found, dict) and found:
         report["models"]["merged"] = found
-        _compare(known, report, prose, length, device, trust_remote_code)
+        _compare(known, report, lambda path: _figures(load(path), prose, length))
     elif not isinstance(found, dict):
-        _compare_outputs(known, report, found, prose, device, trust_remote_code)
+        _compare(known, report, lambda path: _alike(load(path), prose, found))
     if why := _unlike(report["models"]):
         report["unlike"] = True
         report["warnings"].append(f"{why}; try a smaller lambda, fewer models or another method")
@@ -97,7 +99,7 @@ def check(
 
 MORE_BITS, LEAST_ALIKE = 1.5, 0.5
 """Where a result is far from every parent: bits per byte in times the worst parent's, mean cosine of outputs.  Chosen,
-not measured: what is worse lost more than any weights between the parents' would explain."""
+not measured."""
 
 
 def _unlike(models: Mapping[str, Mapping[str, float]]) -> str:
@@ -160,10 +162,9 @@ def _run(
     folder: Path, report: dict[str, Any], prose: str, length: int, device: str, trust_remote_code: bool
 ) -> dict[str, float] | Found:
     """Run the result; returns a language model's figures, which are empty where it has no tokenizer, or the outputs."""
-    from weightsmith.observe.model import load_model
     from weightsmith.observe.probe import buffer_problems, probe, takes_pictures
 
-    loaded = load_model(folder, device=device, trust_remote_code=trust_remote_code)
+    loaded = _loaded(folder, device, trust_remote_code)
     report["kind"] = loaded.kind
     report["problems"] += buffer_problems(loaded)
     found: dict[str, float] | Found = {}
@@ -201,49 +202,37 @@ def _finite(loaded: LoadedModel, inputs: Tensor) -> bool:
         return bool(torch.isfinite(loaded.logits(inputs)).all())
 
 
-def _compare(
-    parents: Mapping[str, str | Path],
-    report: dict[str, Any],
-    prose: str,
-    length: int,
-    device: str,
-    trust_remote_code: bool,
-) -> None:
-    """Measure the parents, one in memory at a time."""
+def _loaded(path: str | Path, device: str, trust_remote_code: bool) -> LoadedModel:
     from weightsmith.observe.model import load_model
 
+    return load_model(path, device=device, trust_remote_code=trust_remote_code)
+
+
+def _compare(
+    parents: Mapping[str, str | Path], report: dict[str, Any], beside: Callable[[str | Path], dict[str, float]]
+) -> None:
+    """Look at the parents, one in memory at a time: into the report's models, or why they are not there."""
     for name, path in parents.items():
         try:
-            values = perplexity(load_model(path, device=device, trust_remote_code=trust_remote_code), prose, length)
+            report["models"][name] = beside(path)
         except WeightsmithError as error:
             report["missing"][name] = str(error)
-            continue
-        values.pop("finite")
-        report["models"][name] = values
 
 
-def _compare_outputs(
-    parents: Mapping[str, str | Path],
-    report: dict[str, Any],
-    found: Found,
-    prose: str,
-    device: str,
-    trust_remote_code: bool,
-) -> None:
-    """What the parents give for the same inputs, one in memory at a time."""
-    from weightsmith.observe.model import load_model
+def _figures(loaded: LoadedModel, prose: str, length: int) -> dict[str, float]:
+    values = perplexity(loaded, prose, length)
+    values.pop("finite")
+    return values
+
+
+def _alike(loaded: LoadedModel, prose: str, found: Found) -> dict[str, float]:
+    """How a parent's outputs for the same inputs lie to the result's."""
     from weightsmith.observe.probe import compared, probe
 
-    for name, path in parents.items():
-        try:
-            other = probe(load_model(path, device=device, trust_remote_code=trust_remote_code), prose, found)
-        except WeightsmithError as error:
-            report["missing"][name] = str(error)
-            continue
-        if (alike := compared(found, other)) is None:
-            report["missing"][name] = "its outputs have another shape"
-        else:
-            report["models"][name] = alike
+    alike = compared(found, probe(loaded, prose, found))
+    if alike is None:
+        raise WeightsmithError("its outputs have another shape")
+    return alike
 
 
 def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, str]]:
