@@ -7,14 +7,14 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightsmith.core.errors import OutputError
 from weightsmith.io import system
 
-__all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "sync_file", "sync_folder",
-           "sync_tree", "write_all", "write_file", "writing"]  # fmt: skip
+__all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "replace_file", "sync_file",
+           "sync_folder", "sync_tree", "write_all", "write_file", "writing"]  # fmt: skip
 
 _AGAIN = "then run again, with --resume if the command knows it"
 _FREE_SPACE = f"free some space, {_AGAIN}"
@@ -52,6 +52,21 @@ def write_file(path: Path, data: str | bytes | Iterable[bytes]) -> Path:
                 write_all(descriptor, block)
         finally:
             os.close(descriptor)
+    return path
+
+
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> Path:
+    """Write one file in one visible step; it is on the disk before it has its name, so that no power cut empties it."""
+    staged = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            write_file(staged, data)
+            sync_file(staged)
+            system.call(staged.replace, path)
+        except BaseException:
+            with suppress(OSError):  # there is an error to report already
+                remove(staged)
+            raise
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from weightsmith.core.keys import Key
 from weightsmith.io import system
-from weightsmith.io.disk import remove, sync_file, sync_folder, write_file, writing
+from weightsmith.io.disk import replace_file, sync_folder, writing
 from weightsmith.io.read.stats import METADATA
 from weightsmith.io.write.layout import plan_shards
 from weightsmith.io.write.lock import FolderLock
@@ -59,21 +58,13 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
         "version": importlib.metadata.version("weightsmith"),
     }
     final = stat_path(out, stat)
-    partial = out / f".{final.name}.partial"
     with writing(out):
         system.call(out.mkdir, parents=True, exist_ok=True)
     lock = FolderLock(out / f".{final.name}.lock", final)
     lock.acquire()
     try:
+        replace_file(final, _file(statistic.tensors, {METADATA: json.dumps(metadata)}))
         with writing(final):
-            try:
-                write_file(partial, _file(statistic.tensors, {METADATA: json.dumps(metadata)}))
-                sync_file(partial)
-                system.call(partial.replace, final)
-            except BaseException:
-                with contextlib.suppress(OSError):  # there is an error to report already
-                    remove(partial)
-                raise
             sync_folder(out)
     finally:
         lock.release()

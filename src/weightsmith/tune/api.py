@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weightsmith.core.errors import OutputError, RecipeError, SourceError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.io import system
+from weightsmith.io.disk import replace_file
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.read.open import open_source
 from weightsmith.recipe.load import load
@@ -23,7 +24,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import digest, write_table
 from weightsmith.tune.controls import Control, compare
 from weightsmith.tune.descent import Descent
-from weightsmith.tune.journal import Journal, replaced, write_curve
+from weightsmith.tune.journal import Journal, write_curve
 from weightsmith.tune.objective import Objective, labels_of
 from weightsmith.tune.objectives.imitate import Imitate
 from weightsmith.tune.registry import make
@@ -282,7 +283,9 @@ def _write(made: Tuned, numbers: Sequence[Numbers], names: tuple[str, ...], fold
     write_curve(folder / "curve.csv", made.curve)
     values = {name: value | {"sha256": digest(folder / FILE)} if name in large else value
               for name, value in made.recipe["parameters"].items()}  # fmt: skip
-    replaced(folder / "recipe.yaml", yaml_text({**made.recipe, "parameters": values}).encode())  # last: all is there
+    replace_file(
+        folder / "recipe.yaml", yaml_text({**made.recipe, "parameters": values}).encode()
+    )  # last: all is there
 
 
 def _identity(work: Work, setting: Setting, data: Mapping[str, Sequence[Any]], every: int, full: bool) -> str:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from weightsmith.core.errors import RecipeError, SourceError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io import system
+from weightsmith.io.disk import replace_file
 from weightsmith.observe.data import Example, batches, read_examples
 from weightsmith.observe.model import LoadedModel, load_model
 from weightsmith.recipe.table import digest
 from weightsmith.report.html import page
 from weightsmith.tune.api import Tuned, tune
-from weightsmith.tune.journal import replaced
 from weightsmith.tune.objective import Batch, Objective
 from weightsmith.tune.objectives.imitate import Imitate
 from weightsmith.tune.report import sections
@@ -52,7 +52,7 @@ class Job:
             progress=progress, controls=self.file.controls,
         )  # fmt: skip
         title = "Learned coefficients"
-        replaced(out / "report.html", page(title, sections(made, tuple(self.file.recipe.models))).encode())
+        replace_file(out / "report.html", page(title, sections(made, tuple(self.file.recipe.models))).encode())
         return made
 
     def function(self, module: nn.Module, batch: Batch) -> Any:

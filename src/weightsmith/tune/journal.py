@@ -14,9 +14,9 @@ from torch import Tensor
 
 from weightsmith.core.errors import OutputError
 from weightsmith.io import system
-from weightsmith.io.disk import sync_file, write_file, writing
+from weightsmith.io.disk import replace_file
 
-__all__ = ["Journal", "State", "replaced", "write_curve"]
+__all__ = ["Journal", "State", "write_curve"]
 
 NAME = "journal.safetensors"
 
@@ -68,7 +68,7 @@ class Journal:
         noted = {"identity": self.identity, "step": state.step, "curve": state.curve, "best": state.best,
                  "watched": state.watched}  # fmt: skip
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.tensors.items()}
-        replaced(self.folder / NAME, save(tensors, {"state": json.dumps(noted)}))
+        replace_file(self.folder / NAME, save(tensors, {"state": json.dumps(noted)}))
 
     def done(self) -> None:
         """The run got through."""
@@ -83,13 +83,4 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replaced(path, text.getvalue().encode())
-
-
-def replaced(path: Path, content: bytes) -> None:
-    """Put a file in its place, whole or not at all; OutputError where it cannot be written."""
-    staged = path.with_name(path.name + ".part")
-    with writing(path):
-        write_file(staged, content)
-        sync_file(staged)  # a power cut must not leave a name without its content
-        system.call(staged.replace, path)
+    replace_file(path, text.getvalue().encode())

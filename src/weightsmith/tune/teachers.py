@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import SourceError, did_you_mean
 from weightsmith.io import system
+from weightsmith.io.disk import replace_file
 from weightsmith.io.read.source import Source
-from weightsmith.tune.journal import replaced
 from weightsmith.tune.objective import logits_of
 
 __all__ = ["Lesson", "Lessons", "hidden_of", "taught"]
@@ -95,7 +95,7 @@ class Lessons(Sequence[Lesson]):
             return
         from safetensors.torch import save
 
-        replaced(self._path(index), save(answers))
+        replace_file(self._path(index), save(answers))
 
     def missing(self) -> list[int]:
         """Batches without an answer."""
