@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from weightsmith.engine.gradient import Pullback
 from weightsmith.observe.model import load_model
 from weightsmith.tune.api import tune
+from weightsmith.tune.job import activations, resident
 from weightsmith.tune.objective import Batch
 from weightsmith.tune.resident import Resident
 
@@ -72,9 +73,13 @@ def run(folder: Path, experts: int, queue: Any) -> None:
     data = {"t": [Batch(torch.randint(vocabulary, (BATCH, LENGTH), generator=draw)) for _ in range(STEPS)]}
     recipe = {"base": str(folder / "base"), "models": {f"e{i}": str(folder / f"e{i}") for i in range(experts)},
               "method": "task_arithmetic"}  # fmt: skip
-    kept = _activations(loaded, data["t"][0])
+
+    def scored() -> Any:
+        return loaded.module(input_ids=data["t"][0].inputs, use_cache=False).logits.log_softmax(-1).sum()
+
+    kept = activations(loaded.module, scored)
     before = dict(spent)
-    held = _resident()
+    held = resident()
     began = time.perf_counter()
     tune(recipe, "adamerging", data=data, module=loaded.module, steps=STEPS,
          function=lambda module, batch: module(input_ids=batch.inputs, use_cache=False).logits)  # fmt: skip
@@ -87,27 +92,6 @@ def run(folder: Path, experts: int, queue: Any) -> None:
         "activations": kept, "seconds per step": whole / STEPS,
         "refresh": (spent["refresh"] - before["refresh"]) / (STEPS + 1), "contraction": spent["contraction"] / STEPS,
     })  # fmt: skip
-
-
-def _resident() -> int:
-    """Bytes of this process that are in memory now: libraries and the module."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _activations(loaded: Any, batch: Batch) -> int:
-    own = {p.untyped_storage().data_ptr() for p in loaded.module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = loaded.module(input_ids=batch.inputs, use_cache=False).logits
-        logits.log_softmax(-1).sum()
-    return sum(kept.values())
 
 
 def main() -> None:

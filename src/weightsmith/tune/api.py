@@ -283,9 +283,8 @@ def _write(made: Tuned, numbers: Sequence[Numbers], names: tuple[str, ...], fold
     write_curve(folder / "curve.csv", made.curve)
     values = {name: value | {"sha256": digest(folder / FILE)} if name in large else value
               for name, value in made.recipe["parameters"].items()}  # fmt: skip
-    replace_file(
-        folder / "recipe.yaml", yaml_text({**made.recipe, "parameters": values}).encode()
-    )  # last: all is there
+    text = yaml_text({**made.recipe, "parameters": values})
+    replace_file(folder / "recipe.yaml", text.encode())  # last: all is there
 
 
 def _identity(work: Work, setting: Setting, data: Mapping[str, Sequence[Any]], every: int, full: bool) -> str:

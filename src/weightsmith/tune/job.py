@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from weightsmith.tune.report import sections
 from weightsmith.tune.schema import TuneFile
 from weightsmith.tune.setting import Setting
 
-__all__ = ["Job", "job"]
+__all__ = ["Job", "activations", "job", "resident"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,29 +75,33 @@ class Job:
         """Bytes: the module, its largest gradient, activations of the first batch (by running it), and the rest."""
         weights = sum(t.numel() * t.element_size() for t in self.loaded.module.state_dict().values())
         largest = max(p.numel() * p.element_size() for p in self.loaded.module.parameters())
-        process = max(_resident() - weights, 150 << 20)  # libraries and data, as far as they are loaded
-        own = {p.untyped_storage().data_ptr() for p in self.loaded.module.parameters()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        self.loaded.module.eval().requires_grad_(True)
-        most = 0
-        for batches_ in self.data.values():
-            kept.clear()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                outputs = self.function(self.loaded.module, batches_[0])
-            most = max(most, sum(kept.values()))
-            del outputs
+        process = max(resident() - weights, 150 << 20)  # libraries and data, as far as they are loaded
+        module = self.loaded.module.eval().requires_grad_(True)
+        firsts = [found[0] for found in self.data.values()]
+        most = max((activations(module, partial(self.function, module, first)) for first in firsts), default=0)
         found = {"module": weights, "largest gradient": largest, "activations": most, "process": process}
         return found | {"in all": sum(found.values())}
 
 
-def _resident() -> int:
+def activations(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes of the tensors that a forward pass keeps for the backward one, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = run()  # held until the sum is taken: what is freed gives its address away
+        total = sum(kept.values())
+    del outputs
+    return total
+
+
+def resident() -> int:
     """Bytes of this process in memory; 0 where the system does not tell."""
     try:
         return int(system.read_file(Path("/proc/self/statm")).split()[1]) * os.sysconf("SC_PAGE_SIZE")
