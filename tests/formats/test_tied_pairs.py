@@ -13,7 +13,7 @@ from torch import Tensor
 
 import weightsmith as ws
 from lora.peft_models import adapter, gpt2, loaded, logits
-from weightsmith.io.architectures import RENAMED, TEXT_TO_TEXT, TIED_BY_DEFAULT
+from weightsmith.io.architectures import TEXT_TO_TEXT, TIED_BY_DEFAULT
 
 HEAD = "lm_head.weight"
 
@@ -90,17 +90,14 @@ def test_a_tied_and_an_untied_model(name: str, first: str, tmp_path: Path) -> No
 
 
 def test_the_defaults_are_those_of_transformers() -> None:
-    """And none is forgotten of the decoders whose names are known."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    """Of every model type that gives logits of tokens."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
 
-    def ties(kind: str) -> bool:
-        return AutoConfig.for_model(kind).tie_word_embeddings is True
-
-    decoders = RENAMED.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    decoders -= MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() | TEXT_TO_TEXT
-    assert all(ties(kind) for kind in TIED_BY_DEFAULT)
-    assert {kind for kind in decoders if ties(kind)} == decoders & TIED_BY_DEFAULT
+    tasks = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "PRETRAINING")
+    named = (getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in tasks)
+    kinds = set(CONFIG_MAPPING).intersection(*[set().union(*named)]) - {"gemma4_assistant"}  # has no default config
+    ties = {kind for kind in kinds if getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", None) is True}
+    assert len(ties) > 100
+    assert ties == TIED_BY_DEFAULT
+    assert {"encoder-decoder", "fsmt"} == TEXT_TO_TEXT - TIED_BY_DEFAULT

@@ -148,6 +148,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
 )
 # Components that say it together with those before them: BERT and ViT, NeoX and Falcon, GPT-2, timm, T5.
 _CHAINS: tuple[tuple[str, str], ...] = (
+    ("head", r"(.*\.)?predictions\.decoder|decoder|(.*\.)?(vocab_projector|generator_lm_head)"),
     ("o", r"(.*\.)?\w*att(n|ention)\w*\.(output\.)?(dense|c_proj|proj)"),
     ("norm", r"(.*\.)?\d+\.(.*\.)?LayerNorm"),
     ("down", r"(.*\.)?\d+\.output\.dense|(.*\.)?DenseReluDense\.wo"),

@@ -11,13 +11,14 @@ from functools import cached_property
 
 import numpy as np
 
-from weightsmith.core.errors import SourceError, nearest
+from weightsmith.core.errors import SourceError, nearest, some
 from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.changes import Change, Changes
 from weightsmith.io.read.lora import Adapter, parameter_name
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import SHARED_SAYS, bias_of, bias_twin, shares, tables
 
 __all__ = ["Targets"]
 
@@ -72,6 +73,8 @@ class Targets:
         if tie is not None and tie.shown in (known, name):
             listed = self.base.keys[tie.listed]
             return self.virtual.setdefault(tie.shown, Key(tie.shown, listed.shape, listed.dtype))
+        if tie is not None and name == bias_of(tie.head) and (plain := bias_twin(self.base, name)) is not None:
+            return self.virtual.setdefault(name, replace(self.base.keys[plain], name=name))
         if known is not None:
             raise SourceError(
                 f"{self.adapter.label}: changes {known!r}, which {self.base} ties to "
@@ -91,10 +94,10 @@ class Targets:
         """The pair of embedding and output layer that the base stores once; None where it stores both, or has one."""
         for alias, listed in self.base.aliases.items():
             roles = (role_of(alias), role_of(listed))
-            if set(roles) == {"embed", "head"} and not self._shared:
+            if set(roles) == {"embed", "head"}:
                 return Tie(*((alias, listed) if roles[0] == "head" else (listed, alias)), listed=listed)
         layer = self.modules.output_layer
-        if layer is None or not self.modules.ties or self._shared or self.modules.stored(f"{layer}.weight") is not None:
+        if layer is None or not self.modules.ties or self.modules.stored(f"{layer}.weight") is not None:
             return None
         embedding = self._embedding
         return None if embedding is None else Tie(self.modules.in_files(f"{layer}.weight"), embedding, embedding)
@@ -102,27 +105,31 @@ class Targets:
     @property
     def _shared(self) -> bool:
         """Whether more than two layers share one weight: encoder, decoder, and output layer."""
-        return bool(self.modules.config.get("is_encoder_decoder"))
+        return shares(self.modules.config)
 
     @cached_property
     def _embedding(self) -> str | None:
-        """The embedding of tokens: as many rows as the vocabulary has tokens."""
+        """The embedding of tokens: the one that is called so, else as many rows as the vocabulary has tokens.
+
+        None where neither tells it from others.
+        """
         config = self.modules.config
         scopes = [config, *(value for value in config.values() if isinstance(value, dict))]
         sizes = {scope["vocab_size"] for scope in scopes if isinstance(scope.get("vocab_size"), int)}
-        found = [key for key in self.base.keys.values() if key.role == "embed" and len(key.shape) == 2]
+        found = [key for key in tables(self.base) if len(key.shape) == 2]
         alike = [key.name for key in found if key.rows in sizes] or [key.name for key in found]
         return alike[0] if len(alike) == 1 else None
 
     def settle(self, found: Changes) -> None:
         """Give a tied output layer a tensor of its own where it no longer is the embedding's."""
         self._refuse_shared(found)
+        self._refuse_unknown(found)
         tie = self.tie
         if tie is None:
             return
         e, h = found.tensors.pop(tie.embedding, None), found.tensors.pop(tie.head, None)
         if e is None and h is None:
-            return
+            return self._keep_bias(found, tie)
         grown = found.keys.pop(tie.embedding, None) or found.keys.pop(tie.head, None)
         found.keys.pop(tie.head, None)
         e, h = self._followed(*self._started(e, h))
@@ -137,12 +144,47 @@ class Targets:
                 )
         if self._alike(e, h):
             found.tensors[tie.listed] = e or Change()
-            return
+            return self._keep_bias(found, tie)
         changes = {tie.embedding: e, tie.head: h}
         changes[tie.shown] = replace(changes[tie.shown] or Change(), of=tie.listed)
         found.tensors |= {name: change for name, change in changes.items() if change is not None}
         found.keys[tie.shown] = Key(tie.shown, shape, listed.dtype)
         found.untied = (tie.shown,)
+        if self._shared:
+            found.says.append(f"{tie.head} becomes a tensor of its own: {SHARED_SAYS}")
+        else:
+            self._settle_bias(found, tie)
+
+    def _settle_bias(self, found: Changes, tie: Tie) -> None:
+        """Give an untied output layer its bias under the name that its class loads then."""
+        bias = bias_of(tie.head)
+        plain = bias_twin(self.base, bias)
+        if plain is not None:
+            own = found.tensors.get(bias) or found.tensors.get(plain, Change())
+            found.tensors[bias] = replace(own, of=plain)
+            found.keys[bias] = replace(self.base.keys[plain], name=bias)
+
+    def _keep_bias(self, found: Changes, tie: Tie) -> None:
+        """Give the bias of an output layer that stays tied the name that the base has for it."""
+        bias = bias_of(tie.head)
+        plain, own = bias_twin(self.base, bias), found.tensors.get(bias)
+        if plain is None or own is None:
+            return
+        if not self._equal(found.tensors.get(plain, own).replacement, own.replacement):
+            raise SourceError(f"{self.adapter.label}: changes {bias!r} and {plain!r}, which {self.base} ties, unlike")
+        found.tensors[plain] = found.tensors.pop(bias)
+
+    def _refuse_unknown(self, found: Changes) -> None:
+        """Refuse a change of an embedding that may or may not be the tied one."""
+        if self.tie is not None or self._shared or not self.modules.ties or self._embedding is not None:
+            return
+        names = {key.name for key in tables(self.base)}
+        changed = [name for name in found.tensors if name in names]
+        if changed:
+            raise SourceError(
+                f"{self.adapter.label}: changes {changed[0]!r}; which of {some(sorted(names))} the output layer of "
+                f"{self.base} is tied to cannot be told, so the change may be its change too; untie the base first"
+            )
 
     def _refuse_shared(self, found: Changes) -> None:
         if not self._shared or not (self.modules.ties or self.base.aliases):

@@ -15,7 +15,7 @@ from weightsmith.core.keys import Key
 from weightsmith.io.architectures import EMBEDDINGS
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.source import Source
-from weightsmith.io.read.untied import says_tied
+from weightsmith.io.read.untied import says_tied, shares
 from weightsmith.io.read.views import RenamedSource
 
 __all__ = ["once"]
@@ -34,7 +34,7 @@ def once(source: Source) -> Source:
     embeddings = [name for name in named if _module(name) in EMBEDDINGS]
     embeddings.sort(key=lambda name: _module(name) != "shared")
     twins: dict[str, str] = {}  # name -> the name that it is tied to
-    if modules.config.get("is_encoder_decoder"):
+    if shares(modules.config):
         twins |= {name: embeddings[0] for name in embeddings[1:] if _equal(source, name, embeddings[0])}
     if says_tied(modules.config) and (head := _head(named, modules)) is not None:
         if not embeddings:

@@ -8,12 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import EMBEDDINGS, TIED, TIED_BY_DEFAULT
+from weightsmith.io.architectures import EMBEDDINGS, TEXT_TO_TEXT, TIED, TIED_BY_DEFAULT
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
 
-__all__ = ["UntiedSource", "grown_config", "is_output_layer", "says_tied", "untied", "untied_config"]
+__all__ = [
+    "SHARED_SAYS",
+    "UntiedSource",
+    "bias_of",
+    "bias_twin",
+    "grown_config",
+    "is_output_layer",
+    "says_tied",
+    "shares",
+    "tables",
+    "untied",
+    "untied_config",
+]
+
+SHARED_SAYS = "transformers 5 loads it beside the embedding that encoder and decoder share; older releases tie the two"
+"""Of an encoder-decoder's output layer with a weight of its own, whose config.json stays as it was."""
 
 
 class UntiedSource(RenamedSource):
@@ -32,14 +47,21 @@ class UntiedSource(RenamedSource):
         text = config_of(source)
         config = None if text is None else untied_config(text)
         head, embedding = next(iter(heads.items()))
-        remark = f"tied to {embedding}, {head} becomes a tensor of its own, as another model has it ({TIED}: false)"
+        own_way = f"{TIED}: false" if text is None or not shares(_parsed(text)) else SHARED_SAYS
+        remark = f"tied to {embedding}, {head} becomes a tensor of its own, as another model has it ({own_way})"
         origin = source.origin
         self.origin = replace(origin, config=config, remarks=(*origin.remarks, remark))
 
 
 def untied_config(text: str) -> str:
-    """A config.json that says that the output layer has a weight of its own."""
+    """A config.json that says that the output layer has a weight of its own.
+
+    That of an encoder-decoder stays as it is: there the flag is also about the embeddings of encoder and decoder, and
+    T5 scales by it what goes into the output layer.  transformers 5 ties no two weights that are stored and differ.
+    """
     config = _parsed(text)
+    if shares(config):
+        return text
     for scope in _scopes(config):
         if TIED in scope:
             scope[TIED] = False
@@ -60,23 +82,38 @@ def untied(models: Mapping[str, Source], kept: Callable[[str], bool]) -> dict[st
 
     kept  whether a tensor is taken as it is from the first model, which then stays tied
 
-    Encoder-decoders stay as they are: T5 scales what goes into a tied head, so that the two are not the same model.
+    Encoder-decoders that say they are not tied make no others so: T5 scales what goes into a tied head, so that the two
+    are not the same model.
     """
-    own = [key for source in models.values() for key in source.keys.values() if is_output_layer(source, key)]
+    owners = [source for source in models.values() if not _apart(_config(source) or {})]
+    own = [key for source in owners for key in source.keys.values() if is_output_layer(source, key)]
     heads = {key.name: key for key in own if not kept(key.name)}
     found = {}
     for name, source in models.items():
         tied = {head: embedding for head, key in heads.items() if (embedding := _embedding(source, key)) is not None}
+        tied |= {bias: plain for head in tied if (plain := bias_twin(source, bias := bias_of(head))) is not None}
         found[name] = UntiedSource(source, tied) if tied else source
     return found
 
 
 def is_output_layer(source: Source, key: Key) -> bool:
     """Whether a tensor is a head that could be tied: one of the shape of its own model's embedding."""
-    return key.role == "head" and any(table.shape == key.shape for table in _tables(source))
+    return key.role == "head" and any(table.shape == key.shape for table in tables(source))
 
 
-def _tables(source: Source) -> list[Key]:
+def bias_twin(source: Source, bias: str) -> str | None:
+    """The tensor that an output layer's bias is, where that is not stored: BERT's `cls.predictions.bias`."""
+    module, _, leaf = bias.rpartition(".")[0].rpartition(".")
+    plain = f"{module}.bias"
+    return plain if leaf == "decoder" and plain in source.keys and bias not in source.keys else None
+
+
+def bias_of(weight: str) -> str:
+    """The name of the bias beside a weight."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def tables(source: Source) -> list[Key]:
     """The embeddings of tokens by what they are called; all embeddings, of positions too, where none is called so."""
     found = [key for key in source.keys.values() if key.role == "embed"]
     return [key for key in found if key.name.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS] or found
@@ -88,6 +125,15 @@ def says_tied(config: Mapping[str, Any]) -> bool:
     return any(value is True for value in said) if said else config.get("model_type") in TIED_BY_DEFAULT
 
 
+def shares(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding of a tied model is that of an encoder and a decoder, too."""
+    return bool(config.get("is_encoder_decoder")) or config.get("model_type") in TEXT_TO_TEXT
+
+
+def _apart(config: Mapping[str, Any]) -> bool:
+    return shares(config) and not says_tied(config)
+
+
 def _embedding(source: Source, head: Key) -> str | None:
     """The tensor that a model's head is tied to, or None."""
     if head.name in source.keys:
@@ -95,9 +141,9 @@ def _embedding(source: Source, head: Key) -> str | None:
     if head.name in source.aliases:
         return source.aliases[head.name]
     config = _config(source) or {}
-    if not says_tied(config) or config.get("is_encoder_decoder"):
+    if not says_tied(config):
         return None
-    alike = [table.name for table in _tables(source) if table.shape[1:] == head.shape[1:]]
+    alike = [table.name for table in tables(source) if table.shape[1:] == head.shape[1:]]
     return alike[0] if len(alike) == 1 else None
 
 

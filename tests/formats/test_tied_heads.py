@@ -1,0 +1,141 @@
+"""Adapters on the tied heads of models for masked tokens, and of encoder-decoders: against the models themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import weightsmith as ws
+from formats.test_tied_pairs import unsaid
+from kit import texts
+from lora.peft_models import TOKENS, adapter, loaded
+from weightsmith.core.errors import WeightsmithError
+
+TEXT = {"vocab_size": 48, "d_model": 16}
+T5 = {**TEXT, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+BART = {
+    **TEXT, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+BERT = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "T5ForConditionalGeneration": ("T5Config", T5),
+    "BartForConditionalGeneration": ("BartConfig", BART),
+    "BertForMaskedLM": ("BertConfig", BERT),
+    "RobertaForMaskedLM": ("RobertaConfig", BERT),
+    "DistilBertForMaskedLM": (
+        "DistilBertConfig",
+        {"vocab_size": 48, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 48},
+    ),
+}
+
+
+def maker(name: str) -> Callable[[], torch.nn.Module]:
+    import transformers
+
+    config, sizes = MODELS[name]
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+        with torch.no_grad():  # biases of heads begin as zeros
+            for key, parameter in model.named_parameters():
+                parameter.add_(torch.randn_like(parameter) if key.endswith("bias") else 0)
+        return model
+
+    return make
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    more = {"decoder_input_ids": TOKENS.flip(1)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=TOKENS, **more).logits
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("T5ForConditionalGeneration", {"target_modules": ["q", "lm_head"]}),
+        ("T5ForConditionalGeneration", {"target_modules": ["q"], "modules_to_save": ["lm_head"]}),
+        ("BartForConditionalGeneration", {"target_modules": ["lm_head"]}),
+        ("BertForMaskedLM", {"target_modules": ["decoder"]}),
+        ("BertForMaskedLM", {"target_modules": ["word_embeddings"]}),
+        ("BertForMaskedLM", {"target_modules": ["position_embeddings"]}),
+        ("BertForMaskedLM", {"target_modules": ["query", "decoder"], "bias": "all"}),
+        ("BertForMaskedLM", {"target_modules": ["query"], "bias": "all"}),
+        ("BertForMaskedLM", {"target_modules": ["query"], "modules_to_save": ["cls"]}),
+        ("RobertaForMaskedLM", {"target_modules": ["lm_head.decoder"]}),
+        ("DistilBertForMaskedLM", {"target_modules": ["vocab_projector"]}),
+    ],
+)
+def test_an_adapter_on_a_tied_head(name: str, config: dict[str, Any], said: bool, tmp_path: Path) -> None:
+    """The result gives what the running adapter gives, with every tensor that its class loads."""
+    make = maker(name)
+    make().save_pretrained(tmp_path / "base")
+    if not said:
+        unsaid(tmp_path / "base/config.json")
+    path = adapter(tmp_path / "a", make, 1, **{"r": 2, "lora_alpha": 8, **config})
+    ws.merge({"a": path}, "task_arithmetic", tmp_path / "base", out=tmp_path / "out")
+    model, info = type(make()).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    want = logits(loaded(make, {"a": path}))
+    assert (want - logits(make())).abs().max() > 0.01
+    torch.testing.assert_close(logits(model.eval()), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_what_encoder_and_decoder_share_stays(name: str, tmp_path: Path) -> None:
+    """Also where config.json leaves the tie to the default, as those of T5 and BART do."""
+    make = maker(name)
+    make().save_pretrained(tmp_path / "base")
+    unsaid(tmp_path / "base/config.json")
+    path = adapter(tmp_path / "a", make, 1, r=2, target_modules=["shared"])
+    with pytest.raises(
+        WeightsmithError, match=r"'(model\.)?shared.weight', which encoder, decoder and output layer of"
+    ):
+        ws.merge({"a": path}, "task_arithmetic", tmp_path / "base", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_its_own_beside_a_shared_embedding_is_said(tmp_path: Path) -> None:
+    make = maker("T5ForConditionalGeneration")
+    make().save_pretrained(tmp_path / "base")
+    path = adapter(tmp_path / "a", make, 1, r=2, target_modules=["lm_head"])
+    tree = {"base": str(tmp_path / "base"), "models": {"a": str(path)}, "method": "task_arithmetic"}
+    result = ws.Recipe.model_validate(tree).run(tmp_path / "out")
+    assert any("older releases tie the two" in text for text in texts(result.warnings))
+    before, after = (tmp_path / name / "config.json" for name in ("base", "out"))
+    assert before.read_text() == after.read_text()
+
+
+def test_an_embedding_that_cannot_be_told_from_others(tmp_path: Path) -> None:
+    """Two tables of one size, neither with a name of a known kind: which one is tied is not guessed."""
+    import json
+
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    tables = {f"model.{name}_embedding.weight": torch.randn(8, 4) for name in ("left", "right")}
+    save_file({**tables, "model.layers.0.q_proj.weight": torch.randn(4, 4)}, base / "model.safetensors")
+    config = {"architectures": ["OddForCausalLM"], "model_type": "odd", "tie_word_embeddings": True, "vocab_size": 8}
+    (base / "config.json").write_text(json.dumps(config))
+    own = tmp_path / "a"
+    own.mkdir()
+    prefix = "base_model.model.model.left_embedding"
+    save_file(
+        {f"{prefix}.lora_embedding_A": torch.randn(2, 8), f"{prefix}.lora_embedding_B": torch.randn(4, 2)},
+        own / "adapter_model.safetensors",
+    )
+    (own / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(WeightsmithError, match="cannot be told"):
+        ws.merge({"a": own}, "task_arithmetic", base, out=tmp_path / "out")
