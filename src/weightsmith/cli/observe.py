@@ -18,7 +18,7 @@ def observe(
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"], help="Folder for the statistics.")],
     data: Annotated[Path | None, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")] = None,
-    stat: Annotated[str, Parameter(help="Statistics of the data, separated by commas: gram, fisher.")] = "",
+    stat: Annotated[str, Parameter(help="Statistics, separated by commas: gram, fisher, routing, routed.")] = "",
     optimizer: Annotated[Path | None, Parameter(help="Optimizer's state in place of data: second moments.")] = None,
     examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
     batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
@@ -33,13 +33,14 @@ def observe(
     field: Annotated[str | None, Parameter(help="Which field of a .jsonl or .npz to read.")] = None,
     skip_first: Annotated[bool, Parameter(help="Leave out the first token of each text (gram).")] = False,
     layers: Annotated[tuple[int, int] | None, Parameter(help="Blocks START END only.")] = None,
+    stream: Annotated[bool, Parameter(help="Load one block at a time, activations on disk (routing, routed).")] = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
     trust_remote_code: Annotated[bool, Parameter(help="Let the checkpoint's own python code run.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg)."""
+    """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg, moe shrink)."""
     from weightsmith.observe.collect import asked
     from weightsmith.observe.collect import observe as collect
 
@@ -47,12 +48,13 @@ def observe(
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
         collect(
             model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
-            field=field, skip_first=skip_first, layers=layers, device=chosen(device=device).device, overwrite=overwrite,
-            trust_remote_code=trust_remote_code, optimizer=optimizer,
+            field=field, skip_first=skip_first, layers=layers, stream=stream, device=chosen(device=device).device,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, optimizer=optimizer,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
         )  # fmt: skip
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:
         say(f"wrote {', '.join(names)} to {out}")
-        say(f'next: add "stats: {out}" to this model in the recipe')
+        shrink = f"weightsmith moe shrink {model} OUT --stats {out}"
+        say(f"next: {shrink}" if "routing" in names else f'next: add "stats: {out}" to this model in the recipe')

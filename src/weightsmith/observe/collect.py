@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,26 @@ from torch import nn
 
 from weightsmith.core.errors import OutputError, WeightsmithError, did_you_mean
 from weightsmith.core.keys import layer_of
-from weightsmith.observe.data import read_examples
-from weightsmith.observe.files import stat_path, write_statistic
+from weightsmith.io import system
+from weightsmith.io.disk import writing
+from weightsmith.observe.blockwise import routing_by_block
+from weightsmith.observe.data import Example, read_examples
+from weightsmith.observe.files import Statistic, stat_path, write_statistic
 from weightsmith.observe.fisher import MODES, choose_mode
 from weightsmith.observe.fisher import fisher as take_fisher
 from weightsmith.observe.gram import gram as take_gram
 from weightsmith.observe.kinds import KINDS
-from weightsmith.observe.model import identity, load_model
+from weightsmith.observe.model import LoadedModel, identity, load_model, pick_device, unweighted
 from weightsmith.observe.moments import SECOND_MOMENT, second_moment
+from weightsmith.observe.routing import routing as take_routing
 
 __all__ = ["STATISTICS", "asked", "observe"]
 
 _log = logging.getLogger(__name__)
 
-STATISTICS = ("gram", "fisher")
+STATISTICS = ("gram", "fisher", "routing", "routed")
+_MIXTURES = ("routing", "routed")
+"""Those of mixtures of experts, taken in one pass."""
 NOTHING = "nothing to observe; give {} (or --optimizer FILE for second moments)"
 
 
@@ -37,7 +43,7 @@ def asked(stat: str, data: object, optimizer: object) -> list[str]:
         return [SECOND_MOMENT]
     names = [name.strip() for name in stat.split(",") if name.strip()]
     if data is None or not names:
-        raise WeightsmithError(NOTHING.format("--data FILE" if data is None else "--stat gram or --stat fisher"))
+        raise WeightsmithError(NOTHING.format("--data FILE" if data is None else "--stat gram, fisher or routing"))
     return names
 
 
@@ -57,6 +63,7 @@ def observe(
     skip_first: bool = False,
     share: bool = True,
     layers: tuple[int, int] | None = None,
+    stream: bool = False,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -68,7 +75,9 @@ def observe(
     model       a folder, a hub id[@revision], or a module (used where and as it is)
     data        .txt, .jsonl, .npz, a folder of .txt or images, or an iterable of examples; see `read_examples`
     stats       'gram': inputs of each linear layer, X^T X / rows, [d_in, d_in], under the weight's name;
-                'fisher': diagonal Fisher information, shaped like each parameter.  Both float32.
+                'fisher': diagonal Fisher information, shaped like each parameter;
+                'routing': what the routers of a mixture of experts do, and 'routed': second moments of what each of
+                its experts reads, see `routing`.  All float32.
     examples    how many to use; length: tokens per example; batch: examples per forward pass (gram)
     kind        see `kinds.KINDS`, or 'auto': from the configuration's architectures
     fisher      'exact', 'sampled', 'empirical', or 'auto': exact up to 10 classes, else sampled; of kinds that give
@@ -76,6 +85,7 @@ def observe(
     skip_first  gram: leave out the first token of each text
     share       gram: one matrix for layers with the same input
     layers      blocks [start, end) only; tensors outside the blocks go with the range that starts at 0
+    stream      routing, routed: load one block at a time, with activations on the disk in OUT meanwhile
     optimizer   the optimizer's state, for 'second_moment'; no data then, see `moments.second_moment`
     progress    called with (statistic, examples done, examples in all)
 
@@ -94,7 +104,10 @@ def observe(
             raise OutputError(
                 f"{stat_path(folder, stat)} exists; choose another folder, or overwrite it with --overwrite"
             )
-    loaded = load_model(model, kind=kind, device=device, trust_remote_code=trust_remote_code)
+    if stream:
+        loaded = _streamed(model, wanted, kind, trust_remote_code)
+    else:
+        loaded = load_model(model, kind=kind, device=device, trust_remote_code=trust_remote_code)
     if loaded.kind == "seq2seq-lm":
         raise WeightsmithError(
             f"{loaded.label}: nothing can be observed of an encoder with a decoder: its data would be pairs of texts"
@@ -118,7 +131,7 @@ def observe(
         "seed": seed,
         "layers": layers,
     }
-    for stat in wanted:
+    for stat in (stat for stat in wanted if stat not in _MIXTURES):
         report = None if progress is None else _labelled(progress, stat)
         if stat == "gram":
             statistic = take_gram(
@@ -131,12 +144,46 @@ def observe(
                 progress=report,
             )
             write_statistic(folder, stat, statistic, {**story, "skip_first": skip_first})
-        else:
+        elif stat == "fisher":
             statistic, mode = take_fisher(
                 loaded, found, mode=fisher, seed=seed, selected=_in_range(layers), progress=report
             )
             write_statistic(folder, stat, statistic, {**story, "fisher": mode})
+    if mixed := [stat for stat in wanted if stat in _MIXTURES]:
+        report = None if progress is None else _labelled(progress, mixed[0])
+        taken = _routing(loaded, found, folder, stream, layers, device, batch=batch, moments="routed" in mixed,
+                         seed=seed, progress=report)  # fmt: skip
+        for stat in mixed:
+            write_statistic(folder, stat, taken[stat], story)
     return folder
+
+
+def _streamed(model: str | Path | nn.Module, wanted: Sequence[str], kind: str, trust_remote_code: bool) -> LoadedModel:
+    """A model that is to be read block by block, without its weights."""
+    if other := [stat for stat in wanted if stat not in _MIXTURES]:
+        raise WeightsmithError(f"stream is for {' and '.join(_MIXTURES)}; observe {', '.join(other)} without it")
+    if isinstance(model, nn.Module):
+        raise WeightsmithError("stream reads a checkpoint block by block; give its folder")
+    return unweighted(model, kind=kind, trust_remote_code=trust_remote_code)
+
+
+def _routing(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    folder: Path,
+    stream: bool,
+    layers: tuple[int, int] | None,
+    device: str | torch.device,
+    **options: Any,
+) -> Mapping[str, Statistic]:
+    """'routing', and 'routed' if asked for, in one pass."""
+    if "text" not in KINDS[loaded.kind].reads:
+        raise WeightsmithError(f"routing is observed of language models; {loaded.label} is for {loaded.kind}")
+    if not stream:
+        return take_routing(loaded, examples, selected=_in_range(layers), **options)
+    with writing(folder):
+        system.call(folder.mkdir, parents=True, exist_ok=True)
+    return routing_by_block(loaded, examples, folder, layers=layers, device=pick_device(device), **options)
 
 
 def _check(

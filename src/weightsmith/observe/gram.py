@@ -18,7 +18,7 @@ from weightsmith.observe.files import Statistic
 from weightsmith.observe.memory import available_memory, size_text
 from weightsmith.observe.model import LoadedModel, resting
 
-__all__ = ["gram"]
+__all__ = ["full_precision", "gram"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def gram(
     Raises WeightsmithError if the matrices do not fit into memory, NumericError for non-finite ones.
     """
     layers, skipped = _linear_layers(loaded, selected)
-    with resting(loaded.module), torch.no_grad(), _full_precision():
+    with resting(loaded.module), torch.no_grad(), full_precision():
         calls = _trace(loaded, layers, examples[0])
         calls |= {name: () for name in layers if name not in calls}  # may run on other data: a router's choice
         leaders = _leaders(calls) if share else {name: name for name in calls}
@@ -283,7 +283,7 @@ class _Sums:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 in the products, whatever the process has chosen."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

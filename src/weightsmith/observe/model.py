@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
+from weightsmith.core.keys import layer_of
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.hub import looks_like_hub_id, open_hub
+from weightsmith.io.read.source import Source
 from weightsmith.jobs.verify import lasting
 from weightsmith.observe.kinds import KINDS, class_of, kind_of
 from weightsmith.observe.names import Naming
 
-__all__ = ["LoadedModel", "TextCoder", "folder_coder", "identity", "load_model", "pick_device", "resting", "text_coder"]
+__all__ = ["LoadedModel", "TextCoder", "block_model", "folder_coder", "identity", "load_model", "pick_device",
+           "resting", "text_coder", "unweighted"]  # fmt: skip
 
 SENTENCES = "modules.json"
 """What marks a folder of sentence-transformers."""
@@ -136,6 +139,39 @@ def load_model(
     module = _from_pretrained(folder, label, kind, architectures, trust_remote_code)
     module = module.eval().to(pick_device(device))
     return LoadedModel(module, kind, label, Naming(module, FolderSource(folder)), folder)
+
+
+def unweighted(model: str | Path, *, kind: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
+    """A language model's folder or hub id as its config describes it, without weights: on torch's device `meta`."""
+    folder, label = _folder_of(model), str(model)
+    architectures = _read_config(folder, label).get("architectures") or []
+    transformers = _transformers()
+    chosen = kind_of(architectures, label) if kind == "auto" else kind
+    if chosen != "causal-lm":
+        raise SourceError(f"{label}: a model for {chosen}; only language models are read block by block")
+    with _quiet(transformers), _load_errors(label, "transformers cannot build it"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return LoadedModel(module, chosen, label, Naming(module, FolderSource(folder)), folder)
+
+
+def block_model(loaded: LoadedModel, config: Mapping[str, Any], source: Source, device: torch.device) -> LoadedModel:
+    """The tensors of `source` as the bare model, without a head, that `config` describes, in float32."""
+    transformers = _transformers()
+    with _quiet(transformers), _load_errors(loaded.label, "transformers cannot load a block of it"):
+        made = type(loaded.config).from_dict(dict(config))
+        factory = transformers.AutoModel
+        module, info = factory._model_mapping[type(made)].from_pretrained(
+            None, config=made, state_dict={name: source.read(name) for name in source.keys}, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    absent = [str(key) for key in info["missing_keys"] if layer_of(str(key)) is not None]
+    if absent or info["mismatched_keys"]:
+        raise SourceError(f"{loaded.label}: {[*absent, *info['mismatched_keys']][0]} has no fitting weights; "
+                          "observe the model without stream")  # fmt: skip
+    return replace(loaded, module=module.eval().to(device), names=Naming(module, source))
 
 
 def _embedding(out: Any) -> Any:
