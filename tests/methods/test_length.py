@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weightsmith
 from kit import texts
+from weightsmith.core.method import registry
+from weightsmith.io.read.folder import FolderSource
 from weightsmith.jobs.merge import preview, run
 from weightsmith.ops.length import fitted
 from weightsmith.recipe.schema import Recipe
@@ -108,25 +112,94 @@ def test_runs_and_manifests_say_what_auto_came_to(folder: Path) -> None:
     assert f"task_arithmetic: auto came to {low} to {high}, tensor by tensor" in texts(done.warnings)
     planned = texts(preview(recipe(folder, {"task_arithmetic": {"lambda": "auto"}}), folder / "o2").warnings)
     assert [text for text in planned if "auto" in text] == [
-        "task_arithmetic: lambda auto will come to about 0.5 (in a sample)"
+        "task_arithmetic: lambda auto will come to about 0.5 to 0.58 (in a sample)"
     ]
 
 
-@pytest.mark.parametrize(("method", "times", "better"), [
-    ("task_arithmetic", "2", "0.5"),
-    ({"task_arithmetic": {"lambda": -3}}, "6", "0.5"),
-    ([{"dare": {"density": 0.25}}, "task_arithmetic"], "4", "0.25"),
-])  # fmt: skip
-def test_long_sums_are_said_with_what_to_try(folder: Path, method: Any, times: str, better: str) -> None:
-    said = (
-        f"task_arithmetic: the merged change will be about {times} times as long as an expert's (in a sample); "
-        f"try lambda {better}, with which it is as long, or lambda auto"
+SAID = re.compile(
+    r"(.+): the merged change (is|will be about) ([\d.]+) times as long as an expert's \(in a sample\); "
+    r"(?:try (lambda|scaling) (-?[\d.]+)|put \{scale: \{factor: ([\d.]+)\}\} after it), "
+    r"with which it is (?:([\d.]+) times )?as long(?:, or \4 auto)?$"
+)
+DARE = {"dare": {"density": 0.1}}
+LONG = [
+    ("task_arithmetic", "lambda"), ({"task_arithmetic": {"lambda": -3}}, "lambda"),
+    ([DARE, "task_arithmetic"], "lambda"), ([DARE, {"ties": {"density": 1}}], "lambda"),
+    ([DARE, {"ties": {"density": 1, "scope": "tensor"}}, {"scale": {"factor": 2}}], "lambda"),
+    ([{"della": {"density": 0.2}}, {"ties": {"density": 1}}], "lambda"),
+    (["task_arithmetic", {"consensus": {"lambda": 3}}], "lambda"), ({"doge": {"lambda": 9.0, "iters": 2}}, "lambda"),
+    ({"iso_c": {"scaling": 8}}, "scaling"), ({"wudi": {"scaling": 6, "iters": 5}}, "scaling"),
+    ({"tsvm": {"scaling": 10}}, "scaling"), ({"tsvm": {"scaling": 0.1}}, "scaling"),
+    ({"ties": {"lambda": 0.1}}, "lambda"),
+    (["average", {"scale": {"factor": 10}}], ""),
+]  # fmt: skip
+
+
+def length(folder: Path, out: Path) -> float:
+    """The length of the merged change over the mean of the experts', of all tensors."""
+    base, made, *experts = (
+        load_file(f / "model.safetensors") for f in (folder / "m0", out, *(folder / f"m{i}" for i in range(1, 5)))
     )
-    assert said in texts(preview(recipe(folder, method), folder / "out").warnings)
-    assert said in texts(run(recipe(folder, method), folder / "out").warnings)
+    long = [float(torch.cat([(one[n] - base[n]).flatten() for n in base]).double().norm()) for one in (made, *experts)]
+    return long[0] / (sum(long[1:]) / 4)
 
 
-@pytest.mark.parametrize("method", [{"task_arithmetic": {"lambda": 0.7}}, "linear", "ties", {"tsvm": {"scaling": 10}}])
-def test_other_sums_are_not_talked_about(folder: Path, method: Any) -> None:
-    """tsvm: vectors are summed by task_arithmetic, but its matrices are not, and it has no lambda."""
-    assert not [text for text in texts(preview(recipe(folder, method), folder / "out").warnings) if "as long" in text]
+def said_of_lengths(problems: Iterable[Any]) -> list[re.Match[str]]:
+    return [found for text in texts(problems) if (found := SAID.match(text))]
+
+
+@pytest.mark.parametrize(("method", "factor"), LONG)
+def test_far_lengths_are_said_with_what_to_try(folder: Path, method: Any, factor: str) -> None:
+    """The length is that of the result, and with the value to try the next result is as long as was promised."""
+    done = run(recipe(folder, method), folder / "out")
+    (said,) = said_of_lengths(done.warnings)
+    assert float(said[3]) == pytest.approx(length(folder, folder / "out"), rel=0.07)
+    (planned,) = said_of_lengths(preview(recipe(folder, method), folder / "x").warnings)
+    assert float(planned[3]) == pytest.approx(float(said[3]), rel=0.25)  # a sample of a small model is all of it
+    assert said[4] == (factor or None)
+    stages = method if isinstance(method, list) else [method]
+    if factor:
+        owner = max(i for i, stage in enumerate(stages) if factor in _named(stage))
+        name, own = next(iter(stages[owner].items())) if isinstance(stages[owner], dict) else (stages[owner], {})
+        stages = [*stages[:owner], {name: {**own, factor: float(said[5])}}, *stages[owner + 1 :]]
+    else:
+        stages = [*stages, {"scale": {"factor": float(said[6])}}]
+    again = run(recipe(folder, stages), folder / "again")
+    assert not said_of_lengths(again.warnings)
+    assert length(folder, folder / "again") == pytest.approx(float(said[7] or 1), rel=0.06)
+
+
+def _named(stage: Any) -> set[str]:
+    """What the parameters of a stage are called."""
+    return {one.name for one in registry(stage if isinstance(stage, str) else next(iter(stage))).parameters()}
+
+
+@pytest.mark.parametrize("method", [{"task_arithmetic": {"lambda": 0.7}}, "linear", "ties", "tsvm", "model_stock"])
+def test_usual_lengths_are_in_the_plan_and_not_warned_of(folder: Path, method: Any) -> None:
+    plan = preview(recipe(folder, method), folder / "out")
+    assert not said_of_lengths(plan.warnings)
+    (times,) = re.findall(
+        r"^the merged change about ([\d.]+) times an expert's \(in a sample\)$", plan.result["length"]
+    )
+    run(recipe(folder, method), folder / "out")
+    assert float(times) == pytest.approx(length(folder, folder / "out"), rel=0.25)
+    noted = json.loads((folder / "out/weightsmith.json").read_text())["lengths"]
+    assert max(noted.values()) == pytest.approx(length(folder, folder / "out"), rel=0.07)
+
+
+def test_lengths_of_a_coarser_output_are_those_before_rounding(folder: Path) -> None:
+    made = recipe(folder, {"task_arithmetic": {"lambda": 0.1}}).model_dump(exclude_defaults=True)
+    run(Recipe.model_validate({**made, "output": {"dtype": "bfloat16"}}), folder / "out")
+    noted = json.loads((folder / "out/weightsmith.json").read_text())["lengths"]["task_arithmetic"]
+    assert noted == pytest.approx(0.2, abs=0.05)
+
+
+def test_compressed_folders_and_single_experts_have_no_length(folder: Path) -> None:
+    alone = Recipe.model_validate({"base": str(folder / "m0"), "models": {"e": str(folder / "m1")}, "method": "ties"})
+    assert "length" not in preview(alone, folder / "out").result
+    assert "lengths" not in json.loads((run(alone, folder / "out").out / "weightsmith.json").read_text())
+
+
+def test_a_plan_reads_nothing_from_afar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FolderSource, "quick", lambda self, name: False)
+    assert "length" not in preview(recipe(folder, "ties"), folder / "out").result

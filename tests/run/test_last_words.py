@@ -145,24 +145,18 @@ def test_a_model_equal_to_the_base_is_named(method: Any, text: str, tmp_path: Pa
 
 def test_widen_tells_its_largest_sum_of_scores(tmp_path: Path) -> None:
     three = dict.fromkeys("abc", moved(1))
-    (text,) = said(tmp_path, "widen", three)
+    (text, _) = said(tmp_path, "widen", three)  # and that the merged change is three times as long
     assert text.startswith("widen: scores add up to at most 3 (model.")
     assert text.endswith("; above 1 large changes in common overshoot")
     nothing = {"widen": {"above_average_value_ratio": 1e9}}  # scores are shares
     assert said(tmp_path / "shares", nothing, {"a": moved(1), "b": moved(2)}) == []
 
 
-def test_doge_tells_how_large_the_merged_task_vector_is(tmp_path: Path) -> None:
+def test_doge_tells_what_it_protects(tmp_path: Path) -> None:
     models = {"a": moved(1), "b": moved(2)}
     method = {"doge": {"iters": 0, "density": 1.0, "lambda": 0.5, "subspace": 9}}
-    first, second = said(tmp_path, method, models)
-    got = merged(tmp_path)
-    change = sum(float((got[n] - BASE[n]).norm()) ** 2 for n in (UP, DOWN)) ** 0.5
-    each = [sum(float((m[n] - BASE[n]).norm()) for m in models.values()) / 2 for n in (UP, DOWN)]
-    ratio = change / sum(x * x for x in each) ** 0.5
-    assert first == f"doge: the merged task vector has {ratio:.3g} times the norm of one expert's, which lambda sets"
-    assert second == f"doge: subspace = 9 protects no direction of {UP} and 1 more"
-    assert len(said(tmp_path / "some", {"doge": {"iters": 0, "subspace": 8}}, models)) == 1
+    assert f"doge: subspace = 9 protects no direction of {UP} and 1 more" in said(tmp_path, method, models)
+    assert "protects" not in str(said(tmp_path / "some", {"doge": {"iters": 0, "subspace": 8}}, models))
 
 
 def test_r_tsvm_tells_of_changes_that_precision_destroyed_and_of_capped_weights(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def say(text: str = "") -> None:
 
 
 def warn(text: object) -> None:
-    sys.stderr.write(f"warning: {printable(text)}\n")
+    """Say a warning, or a problem as what it is."""
+    sys.stderr.write(f"{getattr(text, 'kind', 'warning')}: {printable(text)}\n")
 
 
 def size(count: float) -> str:

@@ -52,6 +52,8 @@ class Traits:
     otherwise  what becomes of tensors that it does not cover or that lack a statistic: the name of a stage, which gets
                the parameters that both have, or what makes one of this stage
     streams    how often it goes through the task vectors one by one (`site.tasks`); 0: it needs their stack
+    apart      it keeps the experts' changes apart, so that its result is to be as long as all of them together, not as
+               one: see `ops.length`
     paper      where the maths is from; a stage says it in its body
     costs      of a plug-in: what it takes, see `plan.costs`
     """
@@ -62,6 +64,7 @@ class Traits:
     checks: tuple[Check, ...] = ()
     otherwise: str | Callable[[Any], Stage] = ""
     streams: int = 0
+    apart: bool = False
     paper: str = ""
     costs: Costs | None = None
 

@@ -68,6 +68,7 @@ class Code(StrEnum):
     CHANGE = "change"  # a model that has changed too much
     LENGTH = "length"  # a merged change that is much longer than an expert's
     FOUND = "found"  # what a run found out on its way
+    AUTO = "auto"  # a note: what a value that was left to the program came to
     CHECK = "check"  # what a look at the finished folder says
 
 
@@ -85,6 +86,11 @@ class Problem:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def kind(self) -> str:
+        """How a line of it begins where it stops nothing: a note says only what was asked for."""
+        return "note" if self.code is Code.AUTO else "warning"
 
     def of(self, name: str) -> Problem:
         """The problem as one of an input, a file or a variant of that name."""

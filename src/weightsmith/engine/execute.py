@@ -20,6 +20,7 @@ from weightsmith.core.site import Group, Site
 from weightsmith.core.task import Task, Way, blocks
 from weightsmith.engine.context import Context
 from weightsmith.engine.hashes import Hashes
+from weightsmith.engine.lengths import Sample
 from weightsmith.engine.lost import added, squares_lost
 from weightsmith.engine.numeric import cast, encode, refuse_bad, refuse_bad_result, to_float
 from weightsmith.engine.passes import Chain, Target, measure, noise_of, program_of, ranges, refuse_bad_inputs
@@ -47,7 +48,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         self.task = carried_out_here(self.task)
-        self.hashes = Hashes(self.task)
+        self.hashes, self.sample = Hashes(self.task), Sample(self.task, len(self.context.inputs.experts))
 
     @property
     def pipeline(self) -> Pipeline:
@@ -62,11 +63,11 @@ class Variant:
             self.context.progress(bits.nbytes)
 
     def record(self) -> dict[str, Any]:
-        """Checksums of all parts; what a later run may want to know ('notes'), and what this one is to say ('told')."""
+        """Checksums of all parts; what a later run may want to know ('notes'); what this one is to say (the others)."""
         found = self.context.found.get(self.task.pipeline, {}) if self.task.pipeline is not None else {}
         stages = self.task.pipeline.stages if self.task.pipeline is not None else ()
         notes = {s.name: note for i, s in enumerate(stages) if (note := s.notes(found.get(i, {})))}
-        said = {"notes": notes, "told": self.told, "lost": self.lost}
+        said = {"notes": notes, "told": self.told, "lost": self.lost, "length": self.sample.squares()}
         return {"parts": self.hashes.records(), **{kind: what for kind, what in said.items() if what}}
 
 
@@ -142,6 +143,7 @@ def _kernel(variants: Sequence[Variant]) -> None:
             out, bad = merge.merge(stored, variant.task.key.dtype, start * task.key.row_numel)
             if bad:
                 _refuse(variant, start, stop, out)
+            variant.sample.of_stored(variant.task.key, start, out, stored)
             variant.write(variant.task.key.name, start, out)
 
 
@@ -225,6 +227,7 @@ def _finish(variant: Variant, out: Tensor, key: Key, site: Site) -> None:
     if tuple(out.shape) != site.block_shape:
         raise NumericError(f"{key.name}: the method returned shape {list(out.shape)} for {list(site.block_shape)}")
     refuse_bad_result(key, site.start, out, variant.context)
+    variant.sample.of_site(key, out, site)
     _fetch(variant, cast(out, key, site.start), key, site.start)
 
 

@@ -12,6 +12,7 @@ from weightsmith.core.method import Factored
 from weightsmith.core.site import Site
 from weightsmith.core.task import Task, one_by_one, takes_deltas
 from weightsmith.engine.context import Context
+from weightsmith.engine.lengths import Kept
 from weightsmith.engine.numeric import refuse_bad
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class Reader:
             stack=stack,
             base=base,
             is_delta=deltas and not factors,
-            each=_OneByOne(key, context, start, stop, base) if lazily and not factors and base is not None else (),
+            each=_OneByOne(key, context, start, stop, base, Kept(key, len(context.inputs.experts), start, stop))
+            if lazily and not factors and base is not None
+            else (),
             names=tuple(context.inputs.experts),
             start=start,
             depth=task.depth,
@@ -105,6 +108,7 @@ class _OneByOne(Sequence["Tensor"]):
     start: int
     stop: int
     base: Tensor
+    kept: Kept
 
     def __len__(self) -> int:
         return len(self.context.inputs.experts)
@@ -121,6 +125,7 @@ class _OneByOne(Sequence["Tensor"]):
         self.context.place.fill(out, source, self.key.name, self.start, self.stop)
         refuse_bad(out, self.key, name, self.start, self.context)
         out -= self.base
+        self.kept.keep(index, out)
         return out
 
     def __iter__(self) -> Iterator[Tensor]:

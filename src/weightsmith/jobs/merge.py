@@ -11,8 +11,8 @@ from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.jobs.job import Job, Result
 from weightsmith.jobs.package import package
+from weightsmith.jobs.sample import foretold
 from weightsmith.plan.plan import Plan
-from weightsmith.plan.remarks import long_sums
 from weightsmith.recipe.schema import Recipe
 
 __all__ = ["merge_job", "preview", "run"]
@@ -41,13 +41,13 @@ def preview(recipe: Recipe, out: Path | None = None, settings: Settings = DEFAUL
 
     out  default: a folder that is not there yet, in the working directory
 
-    Beside headers a few rows of models that lie here are read, see `plan.remarks.long_sums`.
+    Beside headers a few rows of models that lie here are read, and merged: see `jobs.sample`.
     """
     settings = settings.but(**options)
     encode = any(issubclass(registry(stage.name), Codec) for stage in recipe.method)
     job = Job.planned(recipe, settings, package, out=out or Path.cwd(), encode=encode)
     there = [] if out is None else job.obstacles(out, settings)
     here = not any(source.origin.cost.download for _, source in job.inputs.models)
-    said = long_sums(job.plan.tasks, job.inputs, auto=True) if here and not job.plan.problems else ()
+    result, said = foretold(job.plan, job.inputs) if here and not job.plan.problems else ({}, ())
     problems, warnings = tuple(dict.fromkeys((*job.plan.problems, *there))), (*job.plan.warnings, *said)
-    return replace(job.plan, problems=problems, warnings=warnings)
+    return replace(job.plan, problems=problems, warnings=warnings, result={**job.plan.result, **result})

@@ -14,6 +14,7 @@ from weightsmith.io.package.companions import Copied, copy_companions
 from weightsmith.io.package.template import write_template
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.job import Job, Records
+from weightsmith.plan.lengths import lengths
 from weightsmith.plan.plan import Plan
 from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 
@@ -67,6 +68,7 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
             seed=recipe.seed,
             notes=notes or None,
             scales=_scales(plan, records) or None,
+            lengths={one.pipeline.name: float(f"{one.times:.3g}") for one in lengths(plan.tasks, records)} or None,
             device=plan.device or None,
         ),
     ]

@@ -22,7 +22,7 @@ RULES = ("participation_sqrt", "participation", "entropy", "stable_rank", "gavis
 
 
 @dataclass(frozen=True)
-class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
+class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Run `swudi` to its end, in as many directions per matrix as the spectrum suggests.
 
     By `rule`, for the eigenvalues l (falling, y = sqrt(l)) of C, see `swudi`:

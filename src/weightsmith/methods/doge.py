@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,19 +81,10 @@ class Doge(Whole, Method, name="doge", aliases=("doge_ta",), needs=(BASE,), chec
             corrected = torch.where(kept, corrected, 0.0)
         merged = weighted_sum(corrected, factors)
         site.tell("doge.free", float(min(site.block_shape) < self.subspace))
-        site.tell("doge.merged", float(frobenius(merged)) ** 2)
-        # The square of the mean norm of a task vector here; the squares add up over the tensors.
-        site.tell("doge.experts", sum(norms) ** 2 / len(norms) ** 2)
         assert site.base is not None
         return site.base + merged
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
-        merged, experts = (sum(t.get(f"doge.{part}", 0.0) for t in told.values()) for part in ("merged", "experts"))
-        if experts:
-            yield (
-                f"the merged task vector has {math.sqrt(merged / experts):.3g} times the norm of one expert's, which "
-                "lambda sets"
-            )
         if free := [tensor for tensor, found in told.items() if found.get("doge.free")]:
             yield f"subspace = {self.subspace} protects no direction of {some(free, 1)}"
 

@@ -21,7 +21,9 @@ __all__ = ["IsoC"]
 
 
 @dataclass(frozen=True)
-class IsoC(Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dims(2),), otherwise=scaled_mean):
+class IsoC(
+    Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dims(2),), otherwise=scaled_mean, apart=True
+):
     """Flatten the singular spectrum of the summed change.
 
     With sum_t tau_t = U S V^T: base + scaling mean(S) U V^T.

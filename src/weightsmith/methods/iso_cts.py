@@ -21,7 +21,9 @@ __all__ = ["IsoCts"]
 
 
 @dataclass(frozen=True)
-class IsoCts(Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean):
+class IsoCts(
+    Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
+):
     """Flatten the spectrum as `iso_c` does, and keep some directions of each expert's own.
 
     Those are taken from what each task vector has outside the common space.

@@ -26,7 +26,14 @@ DEFAULTS = {"full": ("adam", 1e-5, "sum"), "lora": ("sgd", 1e-4, "mean")}
 
 @dataclass(frozen=True)
 class Optmerge(
-    Whole, Method, name="optmerge", aliases=("wudi2",), needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean
+    Whole,
+    Method,
+    name="optmerge",
+    aliases=("wudi2",),
+    needs=(BASE,),
+    checks=(dims(2),),
+    otherwise=scaled_mean,
+    apart=True,
 ):
     """Find the low-rank change that disturbs the experts least, by gradient descent.
 

@@ -27,7 +27,9 @@ DESTROYED = 0.9
 
 
 @dataclass(frozen=True)
-class RTsvm(Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean):
+class RTsvm(
+    Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
+):
     """Merge as `tsvm` does, with a weight per task from its outliers and a rank from its sparsity.
 
     Meant for task vectors with heavy tails.

@@ -18,7 +18,7 @@ __all__ = ["Swudi"]
 
 
 @dataclass(frozen=True)
-class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
+class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Lower `wudi`'s loss in the leading directions only, in closed form.
 
     The closed form is that of gradient flow for a time.

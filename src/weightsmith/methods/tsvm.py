@@ -25,7 +25,9 @@ FEW = "matrices too small for a triplet of every model"
 
 
 @dataclass(frozen=True)
-class Tsvm(Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims(2, 4),), otherwise=scaled_mean):
+class Tsvm(
+    Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims(2, 4),), otherwise=scaled_mean, apart=True
+):
     """Keep the leading singular directions of every change, and make them orthogonal.
 
     Kept are k triplets of each of T task vectors.

@@ -20,7 +20,7 @@ __all__ = ["Wudi"]
 
 
 @dataclass(frozen=True)
-class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean):
+class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Find the change that disturbs the experts least, by gradient descent.
 
     From the sum M of the task vectors, Adam lowers sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2.

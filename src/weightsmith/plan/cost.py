@@ -13,7 +13,7 @@ from weightsmith.core.method import Filter, Scope, Stage
 from weightsmith.core.task import Task, Way
 from weightsmith.plan.costs import costs_of
 
-__all__ = ["SIDE", "estimate", "seconds_at_7b", "stage_seconds"]
+__all__ = ["SIDE", "START", "estimate", "seconds_at_7b", "stage_seconds"]
 
 SIDE = 768
 """Smaller side of the matrices that the costs of `cubic` methods are measured on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ from weightsmith.core.method import Stage
 from weightsmith.core.problem import Code, Problem, told
 from weightsmith.core.task import Task
 from weightsmith.inputs.opened import Inputs
-from weightsmith.io.read.source import Source
-from weightsmith.ops.combine import Summed
+from weightsmith.io.read.source import Source, quick_rows
+from weightsmith.plan.lengths import lengths
 
 __all__ = [
-    "foreign_statistics", "large_changes", "long_sums", "twins", "what_inputs_say", "what_models_say", "what_was_found",
+    "foreign_statistics", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found",
 ]  # fmt: skip
 
 
@@ -85,6 +84,7 @@ def _files(fingerprint: Any) -> list[tuple[Any, ...]]:
 
 def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     """What the stages of a finished run say about it; records: task id -> what `engine.execute` returned."""
+    tasks = list(tasks)
     told: dict[type[Stage], tuple[Stage, dict[str, dict[str, float]]]] = {}
     for task in tasks:
         found = records[task.id].get("told", {})
@@ -96,8 +96,9 @@ def what_was_found(tasks: Iterable[Task], records: Mapping[str, Any], names: Seq
         if factors := [found[f"auto.{stage.name}"] for found in by_tensor.values() if f"auto.{stage.name}" in found]:
             low, high = (f"{end:.3g}" for end in (min(factors), max(factors)))
             text = low if low == high else f"{low} to {high}, tensor by tensor"
-            yield Problem(Code.FOUND, stage.name, f"{stage.name}: auto came to {text}")
+            yield Problem(Code.AUTO, stage.name, f"{stage.name}: auto came to {text}")
         yield from (Problem(Code.FOUND, stage.name, f"{stage.name}: {text}") for text in stage.says(by_tensor, names))
+    yield from (text for one in lengths(tasks, records) for text in one.advice("is"))
 
 
 def what_models_say(
@@ -106,7 +107,6 @@ def what_models_say(
     """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
     yield from twins({name: fingerprints[name] for name, _ in inputs.models if name in fingerprints})
     yield from large_changes(tasks, inputs)
-    yield from long_sums(tasks, inputs)
 
 
 TENSORS, ENTRIES = 8, 1 << 14
@@ -131,100 +131,15 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
             yield Problem(Code.CHANGE, expert, f"{expert} has changed much for {stage.name}: {text}")
 
 
-LONG = 1.5
-"""How many times as long as an expert's change a merged one may be before something is said of it: sums of 8 and 9
-experts were best at 0.7 to 1.4 times, and far below their base at 2.9 (docs/study.md)."""
-
-
-def long_sums(tasks: Iterable[Task], inputs: Inputs, auto: bool = False) -> Iterator[Problem]:
-    """A line for a sum of task vectors that is much longer than one of them, as a sample of the weights says.
-
-    auto  where lambda is auto, how large it will be, about: a run itself says so at its end
-    """
-    count, base = len(inputs.experts), inputs.base
-    merging = [task for task in tasks if task.pipeline is not None]
-    summed = [(task, one) for task in merging if (one := _Sum.of(task, count)) is not None]
-    # Sums of a few vectors beside another method's matrices say nothing of the merge, and lambda is not its word.
-    few = 2 * sum(task.key.numel for task, _ in summed) < sum(task.key.numel for task in merging)
-    if base is None or count < 2 or not summed or few:
-        return
-    chosen = [(task.key.name, one) for task, one in summed]
-    first, gram = chosen[0][1], np.zeros((count, count))
-    alike = [name for name, one in chosen if one == first]
-    most = ENTRIES * 4 // max(count, 4)  # all experts' are held together
-    for name in alike[:: -(-len(alike) // TENSORS)]:
-        pairs = (_sampled(name, base, source, most) for source in inputs.experts.values())
-        found = [pair[1] for pair in pairs if pair is not None]
-        if len(found) == count:
-            deltas = np.stack(found)
-            gram += deltas @ deltas.T
-    mean = float(np.sqrt(gram.diagonal()).mean())
-    long = float(np.sqrt(max(first.weights @ (gram + np.diag(gram.diagonal() * first.more)) @ first.weights, 0.0)))
-    if not mean or not long:
-        return
-    if first.scale is None:
-        if not auto:
-            return
-        text = f"lambda auto will come to about {min(mean / long, count):.2g} (in a sample)"
-        yield Problem(Code.LENGTH, first.name, f"{first.name}: {text}")
-    elif (times := long * abs(first.scale) / mean) > LONG:
-        yield Problem(
-            Code.LENGTH,
-            first.name,
-            f"{first.name}: the merged change will be about {times:.2g} times as long as an expert's (in a sample); "
-            f"try lambda {mean / long:.2g}, with which it is as long, or lambda auto",
-        )
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """A sum of task vectors, as the last stage of a task.
-
-    weight  of each expert; more: what random drops add to the square of its length; scale: lambda, None for auto
-    """
-
-    name: str
-    weight: tuple[float, ...]
-    more: tuple[float, ...]
-    scale: float | None
-
-    @property
-    def weights(self) -> np.ndarray:
-        return np.array(self.weight)
-
-    @classmethod
-    def of(cls, task: Task, count: int) -> _Sum | None:
-        method = task.pipeline.stages[-1] if task.pipeline is not None else None
-        if task.pipeline is None or not isinstance(method, Summed) or not (spec := method.fused(count)).deltas:
-            return None
-        program, more = task.pipeline.fused(count), np.zeros(count)
-        for one in program.before if program is not None else ():
-            more = (1 + more) / np.array(one.shares) - 1 if one.divide else more
-        weights = tuple(float(weight) / spec.divisor for weight in spec.weights)
-        return cls(method.name, weights, tuple(more), None if spec.factor is not None else float(spec.scale))
-
-
-def _sampled(name: str, base: Source, expert: Source, most: int = ENTRIES) -> tuple[np.ndarray, np.ndarray] | None:
+def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
     """(base, delta) of rows from the middle of a tensor; None where that takes more than reading them."""
     key = base.key(name)
-    if base.computes(name) or (expert.computes(name) and expert.factors(name, base) is None):
+    if not (base.quick(name) and expert.quick(name)):
         return None
-    rows = min(key.rows, max(1, most // max(key.row_numel, 1)))
+    rows = min(key.rows, max(1, ENTRIES // max(key.row_numel, 1)))
     start = (key.rows - rows) // 2
-    old, new = (_numbers(source, name, start, start + rows) for source in (base, expert))
+    old, new = (quick_rows(source, name, start, start + rows) for source in (base, expert))
     return old, new - old
-
-
-def _numbers(source: Source, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows as flat float64 numbers; without torch where the dtype is one of numpy's or bfloat16."""
-    dtype = source.key(name).dtype
-    if source.computes(name) or dtype.startswith("float8"):
-        value: np.ndarray = source.read(name, start, stop).double().numpy()
-        return value.reshape(-1)
-    bits = source.bits(name, start, stop).reshape(-1)
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(dtype).astype(np.float64)
 
 
 def twins(fingerprints: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:

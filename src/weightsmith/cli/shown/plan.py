@@ -93,7 +93,7 @@ def _memory(room: Room) -> str:
 
 def _said(warnings: Iterable[Problem], problems: tuple[Problem, ...]) -> None:
     for warning in dict.fromkeys(warnings):
-        say(f"warning:  {warning}")
+        say(f"{f'{warning.kind}:':<9} {warning}")
     if problems:
         say(f"\n{len(problems)} problem{'s' if len(problems) != 1 else ''}:")
         for problem in problems:

@@ -115,6 +115,12 @@ class AdapterSource(View):
         change = self._changes.get(self.key(name).name)
         return (change is not None and change.computed) or super().computes(name)
 
+    def quick(self, name: str) -> bool:
+        change = self._changes.get(self.key(name).name, Change())
+        if not change.computed:
+            return super().quick(name)
+        return change.magnitude is None and change.update is not None and self.base.quick(change.of or name)
+
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
         key = self.key(name)
         change = self._changes.get(key.name, Change())

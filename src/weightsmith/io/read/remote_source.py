@@ -87,6 +87,9 @@ class RemoteSource(Source):
     def prepare(self) -> None:
         _fetch(self.url, self.folder, self.companions)
 
+    def quick(self, name: str) -> bool:
+        return False
+
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Bits:
         key = self.key(name)
         return self._parts[self._shard_of[key.name]].block(key.name, low, high, into)

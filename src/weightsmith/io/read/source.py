@@ -30,6 +30,8 @@ __all__ = [
     "beside_config",
     "bits_to_tensor",
     "holds_nonfinite",
+    "numbers",
+    "quick_rows",
     "stores_of",
     "tensor_to_bits",
 ]  # fmt: skip
@@ -183,6 +185,10 @@ class Source(ABC):
         """Whether `block` gives a tensor and not `Bits`, known without reading."""
         return False
 
+    def quick(self, name: str) -> bool:
+        """Whether a few rows are read in little more time than their bytes take: not calculated, not far away."""
+        return not self.computes(name)
+
     def read_cost(self, name: str) -> float:
         """Extra bytes held while reading, per byte of float32 result."""
         return 0.0
@@ -237,6 +243,25 @@ def holds_nonfinite(bits: np.ndarray, dtype: str) -> bool:
     """Whether any stored number of a floating dtype is NaN or Inf; no torch."""
     field = bits.dtype.type(_FIELDS[dtype])
     return bool((bits & field).max(initial=0) == field)  # not any(... == field): twice the time
+
+
+def numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored bits as flat float64 numbers; without torch where the dtype is one of numpy's or bfloat16."""
+    bits = bits.reshape(-1)
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype.startswith("float8"):
+        made: np.ndarray = bits_to_tensor(bits, dtype).double().numpy()
+        return made
+    return bits.view(dtype).astype(np.float64)
+
+
+def quick_rows(source: Source, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of a source as flat float64 numbers, for looks at samples, see `Source.quick`."""
+    if source.computes(name):
+        value: np.ndarray = source.read(name, start, stop).double().numpy()
+        return value.reshape(-1)
+    return numbers(source.bits(name, start, stop), source.key(name).dtype)
 
 
 def bits_to_tensor(bits: np.ndarray, dtype: str) -> Tensor:

@@ -42,6 +42,10 @@ class View(Source):
         source, name = self.own(name)
         return source.computes(name)
 
+    def quick(self, name: str) -> bool:
+        source, own = self.own(name)
+        return not self.computes(name) and source.quick(own)
+
     def read_cost(self, name: str) -> float:
         source, name = self.own(name)
         return source.read_cost(name)
