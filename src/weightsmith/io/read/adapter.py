@@ -19,9 +19,23 @@ from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json, short, word
 from weightsmith.io.read.source import Source
 
-__all__ = ["CONFIG", "FIELDS", "HINTS", "ambiguous", "of_module", "open_weights", "rank_of", "read_config", "scale_of"]
+__all__ = [
+    "CONFIG",
+    "FIELDS",
+    "HINTS",
+    "MLX_WEIGHTS",
+    "ambiguous",
+    "of_module",
+    "open_weights",
+    "rank_of",
+    "read_config",
+    "read_raw",
+    "scale_of",
+]
 
 CONFIG = "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"
+"""The weights beside it, where mlx-lm wrote both."""
 HINTS = ("lora", "hada_w", "lokr_w", ".diff", "_norm")
 """One of these is in every name that makes a file an adapter: most names of models are told by that at once."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -60,11 +74,18 @@ _REPEAT = re.compile(r"\)?[*+{]")
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_raw(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, whoever wrote it."""
     path = folder / CONFIG
     config = read_json(path, _LIMIT)
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What peft wrote, where all of it is understood."""
+    path, config = folder / CONFIG, read_raw(folder)
     kind = str(config.get("peft_type"))
     if kind not in FIELDS:
         known = "LORA (with rsLoRA and DoRA), LOHA, LOKR, SVFIT and TRAINABLE_TOKENS"

@@ -18,6 +18,7 @@ from weightsmith.core.errors import NoBaseError, SourceError, public
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.companions import beside_adapter
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
+from weightsmith.io.read.adapter import MLX_WEIGHTS
 from weightsmith.io.read.folder import (
     INDEX,
     FolderSource,
@@ -254,7 +255,7 @@ def open_hub(
         return _open_adapter(folder, base, ref) if (folder / ADAPTER_CONFIG).exists() else _labelled(folder, ref)
     if ADAPTER_CONFIG in repo.sizes:
         # Adapters are small, and their meaning is in the config: fetch both at once.
-        names = [file for file in repo.sizes if file.startswith("adapter_") and "/" not in file]
+        names = [file for file in repo.sizes if file.startswith(("adapter_", MLX_WEIGHTS)) and "/" not in file]
         paths = [repo.fetch(file) for file in (*names, *beside_adapter(repo.sizes))]
         repo.note_revision()
         return _open_adapter(paths[0].parent, base, ref)

@@ -86,7 +86,7 @@ class Module:
     @property
     def embedding(self) -> bool:
         """Whether A and B belong to an embedding, whose weight is stored [inputs, outputs]."""
-        return isinstance(self.update, Product) and "lora_embedding_A" in self.update.a
+        return isinstance(self.update, Product) and self.update.table
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -280,7 +280,7 @@ def _module(
         raise SourceError(f"{label}: {name!r} has factors of shapes {list(a.shape)} and {list(b.shape)}")
     if fused:
         return _experts(config, label, name, a, b, fused)
-    update = Product(a.name, b.name, a.shape, b.shape)
+    update = Product(a.name, b.name, a.shape, b.shape, table="lora_embedding_A" in a.name)
     grouped = len(a.shape) > 2 and b.shape[1] and not a.shape[0] % b.shape[1]
     if a.shape[0] != b.shape[1] and not grouped:
         raise SourceError(f"{label}: {name!r} has rank {a.shape[0]} in A and {b.shape[1]} in B")

@@ -19,8 +19,9 @@ from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
 from weightsmith.io.read.adapter import CONFIG, HINTS, scale_of
 from weightsmith.io.read.folder import FolderSource
-from weightsmith.io.read.lora import PREFIX, Adapter, Module, read_peft
+from weightsmith.io.read.lora import PREFIX, Adapter, Module
 from weightsmith.io.read.lycoris import PARTS, lycoris_update
+from weightsmith.io.read.mlx_lora import read_folder
 from weightsmith.io.read.pickle import PickleSource
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, short
@@ -67,7 +68,7 @@ def read_adapter(path: str | Path) -> Adapter:
     place = local_copy(url) if isinstance(url, Url) else (url or Path(path).expanduser())
     label = str(url or path)
     if (place / CONFIG).is_file():
-        adapter = read_peft(place, label=label)
+        adapter = read_folder(place, label=label)
         for module in adapter.modules.values():
             if isinstance(module.update, Singular):
                 module.update.needs_vectors(adapter.file)
@@ -98,7 +99,7 @@ def read_lora_file(source: Source, label: str = "") -> Adapter:
     kind = lora_kind(source.keys)
     if kind == "peft":
         if (path.parent / CONFIG).is_file():
-            return read_peft(path.parent, label=label)
+            return read_folder(path.parent, label=label)
         raise SourceError(f"{label}: the weights of a PEFT adapter without its {CONFIG}; give the folder that has both")
     parts = _parts(source, label)
     said, config = _metadata(path, source, label)

@@ -22,7 +22,8 @@ from weightsmith.io.read.experts import laid_out_for
 from weightsmith.io.read.fitting import fitted
 from weightsmith.io.read.headed import headed_config
 from weightsmith.io.read.layers import config_of
-from weightsmith.io.read.lora import Adapter, read_peft
+from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.mlx_lora import read_folder
 from weightsmith.io.read.source import Block, LowRank, Origin, Source
 from weightsmith.io.read.svfit import Singular, SpectralSource
 from weightsmith.io.read.trained_on import other_base
@@ -45,7 +46,7 @@ class AdapterSource(View):
 
     def __init__(self, adapter: str | Path | Adapter, base: Source) -> None:
         """`adapter`: a PEFT folder, or an adapter that was read."""
-        self.adapter = adapter if isinstance(adapter, Adapter) else read_peft(Path(adapter))
+        self.adapter = adapter if isinstance(adapter, Adapter) else read_folder(Path(adapter))
         self.path = self.adapter.path
         self.base = base = laid_out_for(base, (*self.adapter.modules, *self.adapter.whole))
         self._file = self.adapter.file

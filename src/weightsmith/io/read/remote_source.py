@@ -21,6 +21,7 @@ from weightsmith.io.disk import write_file, writing
 from weightsmith.io.package.companions import beside_adapter, module_weights
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
+from weightsmith.io.read.adapter import MLX_WEIGHTS
 from weightsmith.io.read.folder import INDEX, check_present, choose_weights, join, parse_index, refuse_stale
 from weightsmith.io.read.hub import OTHER
 from weightsmith.io.read.remote import RemoteFile
@@ -140,16 +141,16 @@ def local_copy(url: Url) -> Path:
 def _open_adapter(url: Url, names: Mapping[str, int | None], base: Source | None) -> Source:
     if base is None:
         raise NoBaseError(f"{url}: a LoRA adapter, which needs a base model; give one under `base`")
-    weights = "adapter_model.safetensors"
+    from weightsmith.io.read.mlx_lora import read_folder
+    from weightsmith.io.read.peft import AdapterSource
+
+    weights = MLX_WEIGHTS if MLX_WEIGHTS in names else "adapter_model.safetensors"
     if weights not in names:
         raise SourceError(f"{url}: has {ADAPTER_CONFIG} but no {weights}; download it first")
     folder = _copies(url)
     small = (name for name in _AT_ONCE if name in names)
     _fetch(url, folder, dict.fromkeys((ADAPTER_CONFIG, *small, *beside_adapter(names))))
-    from weightsmith.io.read.lora import read_peft
-    from weightsmith.io.read.peft import AdapterSource
-
-    return AdapterSource(read_peft(folder, SafetensorsSource(RemoteFile(url / weights)), str(url)), base)
+    return AdapterSource(read_folder(folder, SafetensorsSource(RemoteFile(url / weights)), str(url)), base)
 
 
 def _kind(folder: Path) -> object:

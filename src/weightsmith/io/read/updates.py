@@ -90,6 +90,8 @@ class Product(LowRank):
     """B A, from tensors A [r, inputs, *kernel] and B [outputs, r, 1, ...]; `mid` [r, r, *kernel] lies between them.
 
     groups  of a grouped convolution: B [outputs, r / groups, ...] takes its part of A's rows, group by group
+    turned  both tensors are stored the other way round, A [inputs, r] and B [r, outputs]
+    table   they belong to an embedding, whose weight is stored [inputs, outputs]
     """
 
     a: str
@@ -98,6 +100,8 @@ class Product(LowRank):
     b_shape: tuple[int, ...]
     mid: str | None = None
     kernel: tuple[int, ...] = ()
+    turned: bool = False
+    table: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,6 +121,8 @@ class Product(LowRank):
 
     def factors(self, file: Source) -> Factors:
         a, b = file.read(self.a).float(), file.read(self.b).float()
+        if self.turned:
+            return Factors(b.T.contiguous(), a.T.contiguous())
         if self.mid is not None:
             a = torch.einsum("mn...,nj->mj...", file.read(self.mid).float(), a.reshape(a.shape[0], -1))
         return Factors(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1))
