@@ -31,7 +31,7 @@ LAYERS = (
     ("jobs",),
     ("observe",),
     ("align", "inspect", "lora", "moe", "search", "study", "train"),
-    ("tune",),
+    ("runtime", "tune"),
     ("cli",),
     ("__init__", "__main__"),
 )
