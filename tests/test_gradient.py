@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ import weightsmith as ws
 from kit import count_for, noise, same_bits
 from methods.driver import run, sites
 from test_conformance import STAGES, Peak, models, pipeline, statistics, variants
-from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.core.errors import NumericError, PlanError, RecipeError
 from weightsmith.core.method import BASE, Parameter, Stage, registered, registry
 from weightsmith.core.parameter import Traced, opened
+from weightsmith.core.task import Way
 from weightsmith.engine import gradient
 from weightsmith.engine.gradient import Pullback, pull
 from weightsmith.io.read.source import MemorySource
@@ -325,3 +327,21 @@ def test_a_folder_takes_the_number(tmp_path: Any):
     weight = torch.tensor(0.5, requires_grad=True)
     ws.merge([{"a": base["a"] + 1}], "task_arithmetic", base, tmp_path / "out", lambda_=weight)
     assert torch.allclose(ws.open_source(tmp_path / "out").read("a"), base["a"] + 0.5)
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_a_broken_input_is_named(kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    if kernels == "0":
+        monkeypatch.setattr(gradient, "carried_out_here", lambda task: replace(task, way=Way.ROWS))
+    tensors = {f"e{i}": torch.tensor(0.3, requires_grad=True) for i in range(2)}
+    state = {"w": noise(300, 8, seed=1)}
+    for i, name in enumerate(["base", "e0", "e1"]):
+        wrong = {"w": state["w"] + i}
+        wrong["w"][200, 3] = float("nan") if name == "e1" else 1.0
+        save_file(wrong, tmp_path / f"{name}.safetensors")
+    recipe = Recipe(base=ModelRef(model=str(tmp_path / "base.safetensors")),
+                    models={n: ModelRef(model=str(tmp_path / f"{n}.safetensors")) for n in tensors},
+                    method=(StageSpec(name="task_arithmetic", parameters={"weight": tensors}),))  # fmt: skip
+    inputs = open_inputs(recipe)
+    with pytest.raises(NumericError, match=r"w.*e1.*200"):
+        pull(make_plan(recipe, sources=inputs), inputs, {"w": noise(300, 8, seed=3)})

@@ -25,7 +25,7 @@ from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.kernels.looks import Sight, backends
 from weightsmith.kernels.merge import Merge
 from weightsmith.kernels.record import STRIP
-from weightsmith.kernels.stored import WRITTEN, Stored
+from weightsmith.kernels.stored import WRITTEN, Stored, dots
 from weightsmith.methods.karcher import Karcher
 from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.ops import noise
@@ -317,6 +317,24 @@ def test_kernels_draw_the_noise_that_numpy_draws(offset: int, share: float) -> N
         kept = noise.bernoulli(5, "w", expert, "dare", offset, rows * width, share).reshape(rows, width)
         assert np.array_equal(totals["masked"].values[i], kept.sum(1))
         assert np.array_equal(totals["whole"].values[i], np.full(rows, width))
+
+
+@pytest.mark.parametrize("deltas", [True, False])
+@pytest.mark.parametrize("size", [0, 1, STRIP - 1, STRIP, 3 * STRIP + 5])
+def test_dots_of_stored_bits(size: int, deltas: bool) -> None:
+    """With one other array, whatever each input is stored as; a broken input shows in its own sum."""
+    draw = torch.Generator().manual_seed(size)
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+    base, other, *experts = (torch.randn(size, generator=draw) for _ in range(6))
+    inputs = [x.to(kind) for x, kind in zip(experts, kinds, strict=True)]
+    views = {torch.float32: torch.uint32, torch.float8_e4m3fn: torch.uint8}
+    bits = [x.view(views.get(x.dtype, torch.uint16)).numpy() for x in [*inputs, base]]
+    stored = Stored(bits[:-1], [str(kind)[6:] for kind in kinds], bits[-1], "float32")
+    want = torch.stack([(x.float() - base * deltas).double() @ other.double() for x in inputs]).numpy()
+    np.testing.assert_allclose(dots(stored, other.numpy(), deltas), want, rtol=1e-6, atol=1e-5)
+    if size > 1:
+        bits[1][size // 2] = 0x7FC0
+        assert np.isnan(dots(stored, other.numpy(), deltas)).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 64, STRIP - 1, STRIP, 3 * STRIP + 5])

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from weightsmith.core.errors import PlanError, did_you_mean
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
@@ -27,11 +29,14 @@ from weightsmith.core.settings import DEFAULT, Settings, cores
 from weightsmith.core.task import Task, Way, takes_deltas
 from weightsmith.engine.carry import context_of
 from weightsmith.engine.context import Context
+from weightsmith.engine.execute import carried_out_here
 from weightsmith.engine.model import measure_model
-from weightsmith.engine.passes import Chain, measure, ranges
+from weightsmith.engine.passes import Chain, measure, ranges, refuse_bad_inputs
+from weightsmith.engine.rows import StoredRows
 from weightsmith.engine.runner import SerialRunner, ThreadRunner, one_thread_each
 from weightsmith.engine.sites import Reader
 from weightsmith.inputs.opened import Inputs
+from weightsmith.kernels.stored import dots
 from weightsmith.ops.combine import Summed
 from weightsmith.plan.plan import Plan
 
@@ -120,8 +125,7 @@ class Pullback:
         self.tensors = tensors_of(tasks)
         self._tasks: dict[str, list[Task]] = {}
         for task in tasks:
-            way = Way.ROWS if task.way is Way.KERNEL else task.way
-            self._tasks.setdefault(task.key.name, []).append(replace(task, way=way))
+            self._tasks.setdefault(task.key.name, []).append(carried_out_here(task))
         self.names = tuple(self._tasks)
         self._keys = {key.name: key for key in keys}
         self._context = context
@@ -193,6 +197,8 @@ def _contracted(task: Task, gradient: Tensor, context: Context) -> dict[int, Ten
 
 def _by_autograd(task: Task, live: Pipeline, gradient: Tensor, context: Context) -> Iterator[Tensor]:
     """Block by block <gradient, merged>, whose derivative is wanted; a graph lives as long as its block."""
+    if task.way is Way.KERNEL:  # the kernels keep no graph
+        task = replace(task, way=Way.ROWS)
     assert task.pipeline is not None
     reader, chain = Reader(), Chain(task, context)
     measure([chain], reader, None)
@@ -230,15 +236,28 @@ def _by_products(task: Task, live: Pipeline, gradient: Tensor, context: Context)
 
 def _dense(task: Task, gradient: Tensor, context: Context) -> Tensor:
     """<gradient, x_i> of the rows of a task, x_i a task vector where the method takes those: float64 [n]."""
-    count, deltas = len(context.inputs.experts), takes_deltas(task.pipeline)
-    products, reader = torch.zeros(count, dtype=torch.float64), Reader()
+    total = torch.zeros(len(context.inputs.experts), dtype=torch.float64)
     for start, stop in ranges(task, context.merged):
-        site = reader.site(task.key, task, context, start, stop)
-        rows = _rows(gradient, start, stop, site.stack.dtype, context).flatten()
-        stack = (site.deltas if deltas else site.experts).reshape(count, -1)
-        for i, vector in enumerate(stack):  # one by one: a product of matrices adds in an order of its own
-            products[i] += torch.dot(vector, rows).cpu()
-    return products
+        total += (_by_kernel if task.way is Way.KERNEL else _by_torch)(task, gradient, context, start, stop)
+    return total
+
+
+def _by_kernel(task: Task, gradient: Tensor, context: Context, start: int, stop: int) -> Tensor:
+    """The inner products of a block, from the stored bits."""
+    rows = _rows(gradient, start, stop, torch.float32, context).contiguous().numpy()
+    found = dots(StoredRows(task.key, context)(start, stop), rows, takes_deltas(task.pipeline))
+    if not np.isfinite(found).all():
+        refuse_bad_inputs(task.key, start, stop, context)
+    return torch.from_numpy(found)
+
+
+def _by_torch(task: Task, gradient: Tensor, context: Context, start: int, stop: int) -> Tensor:
+    """The same in torch."""
+    site = Reader().site(task.key, task, context, start, stop)
+    rows = _rows(gradient, start, stop, site.stack.dtype, context).flatten()
+    stack = site.deltas if takes_deltas(task.pipeline) else site.experts
+    # One by one: a product of matrices adds in an order of its own.
+    return torch.stack([torch.dot(vector.flatten(), rows) for vector in stack]).double().cpu()
 
 
 def _low_rank(task: Task, gradient: Tensor, context: Context) -> Tensor | None:

@@ -29,7 +29,7 @@ from weightsmith.kernels.loops import (
     subtract,
 )
 from weightsmith.kernels.record import HIGH, STRIP
-from weightsmith.kernels.sums import row_products, row_sizes
+from weightsmith.kernels.sums import dots, row_products, row_sizes
 
 __all__ = ["KERNELS"]
 
@@ -347,6 +347,7 @@ KERNELS: Mapping[str, Any] = {
         sloped,
         drawn,
         row_products,
+        dots,
         row_sizes,
     )
 }

@@ -56,6 +56,7 @@ SIGNATURES = {
     "sloped": "iiii",
     "drawn": "iii",
     "row_products": "iiiiiiiiiii",
+    "dots": "iiiiiiiiii",
     "row_sizes": "iiiiiii",
 }
 """Kernel -> its arguments: i is a 64-bit integer (or an address), f a float32.  All return a 64-bit integer."""

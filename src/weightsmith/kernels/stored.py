@@ -12,7 +12,7 @@ from weightsmith.kernels import native
 from weightsmith.kernels.record import BF16, E4M3, E5M2, F16, F32, STRIP
 
 __all__ = [
-    "READ", "WRITTEN", "Stored", "base_address", "empty", "input_addresses", "kernel",
+    "READ", "WRITTEN", "Stored", "base_address", "dots", "empty", "input_addresses", "kernel",
     "room", "row_products", "row_sizes", "scratch", "wide",
 ]  # fmt: skip
 
@@ -129,6 +129,19 @@ def row_products(
         rows, width, room("values", (count + 1) * width, np.float32), wide(1, width),
     )  # fmt: skip
     return found, bad
+
+
+def dots(stored: Stored, other: np.ndarray, deltas: bool) -> np.ndarray:
+    """Inner products of the experts, or of their task vectors, with a float32 array of their size: float64 [n].
+
+    Not finite where an input is not, or where products are too large.
+    """
+    found = np.empty(len(stored.experts))
+    kernel("dots")(
+        *input_addresses(stored, found)[:2], len(found), *base_address(stored if deltas else None), deltas,
+        other.ctypes.data, found.ctypes.data, stored.size, scratch(2 + len(found)),
+    )  # fmt: skip
+    return found
 
 
 def row_sizes(address: int, kind: int, shape: tuple[int, int]) -> np.ndarray:

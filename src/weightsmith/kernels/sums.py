@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from weightsmith.kernels.loops import OPTIONS, broken, decode, exported, fold, pointer, subtract
+from weightsmith.kernels.loops import OPTIONS, broken, decode, exported, fold, pointer, strip, subtract
+from weightsmith.kernels.record import STRIP
 
-__all__ = ["row_products", "row_sizes"]
+__all__ = ["dots", "row_products", "row_sizes"]
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
@@ -56,6 +57,48 @@ def row_products(
                 found[pair, row] = fold(folded)
                 pair += 1
     return bad
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _multiplied(value: Any, origin: Any, against: Any, total: Any, deltas: Any) -> None:
+    """Add the products of a strip to sums of its places."""
+    if deltas:
+        for j in range(value.size):
+            total[j] += (value[j] - origin[j]) * against[j]
+    else:
+        for j in range(value.size):
+            total[j] += value[j] * against[j]
+
+
+@exported
+def dots(
+    inputs: Any, kinds: Any, count: Any, base: Any, base_kind: Any, deltas: Any, other: Any, found: Any, size: Any,
+    scratch: Any,
+) -> Any:  # fmt: skip
+    """Inner products of inputs, or of their differences from a base if `deltas`, with one other array.
+
+    other [size] float32; found [count] float64; inputs, kinds [count] int64; scratch (count + 2) STRIP float32.
+    """
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    total = carray(pointer(found), (count,), np.float64)
+    against = carray(pointer(other), (size,), np.float32)
+    # A float32 sum for each place of a strip: short enough to be exact to the last bits, and done by whole vectors.
+    for i in range(count):
+        strip(scratch, 2 + i, STRIP)[:] = 0
+    for low in range(0, size, STRIP):
+        n = min(STRIP, size - low)
+        value, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+        if deltas:
+            decode(base, base_kind, low, origin)
+        for i in range(count):
+            decode(address[i], kind[i], low, value)
+            _multiplied(value, origin, against[low : low + n], strip(scratch, 2 + i, n), deltas)
+    for i in range(count):
+        part = strip(scratch, 2 + i, STRIP)
+        total[i] = 0
+        for j in range(STRIP):
+            total[i] += np.float64(part[j])
+    return 0
 
 
 @exported
