@@ -159,9 +159,14 @@ def test_a_trained_head_is_named_as_one(tmp_path: Path) -> None:
     tuned = folder(tmp_path / "tuned", {NARROW: torch.zeros(2, 2), "score.weight": torch.ones(3, 2)})
     with pytest.raises(PlanError) as caught:
         run(tmp_path, base=base, models={"t": tuned}, method="task_arithmetic")
-    text = next(line for line in str(caught.value).splitlines() if "score.weight is in t but not in base" in line)
-    assert "(a trained head: the result has the config.json of base, which does not load it; to merge it" in text
-    assert "did you mean" not in text
+    (text,) = str(caught.value).splitlines()
+    assert "t is another kind of model than base, with another head" in text
+    assert "score.weight" in text
+    assert "lm_head.weight" in text
+    assert "leave t out" in text
+    assert "exclude" not in text
+    with pytest.raises(PlanError, match="name the model that it was trained from as the base"):
+        run(tmp_path, "average", models={"base_": base, "t": tuned}, method="linear")
 
 
 def test_heads_with_other_labels_are_no_vocabularies(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.architectures import TIED
+from weightsmith.io.read.headed import labels_of
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Source
@@ -81,11 +82,25 @@ def unlike_configs(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
             yield True, Problem(Code.FIT, leaf, text)
         else:
             yield False, Problem(Code.COMPANION, leaf, f"config.json: {both}; the result has that of {label}")
+    yield from _unlike_labels(inputs)
     methods = {name: _quantisation(source) for name, source in inputs.models}
     if len(set(methods.values())) > 1:
         each = ", ".join(f"{method or 'none'} in {name}" for name, method in methods.items())
         text = f"config.json: quantization is {each}; what is merged are the weights, and the result is not quantised"
         yield False, Problem(Code.COMPANION, "quantization_config", text)
+
+
+def _unlike_labels(inputs: Inputs) -> Iterator[tuple[bool, Problem]]:
+    """Labels that the models number otherwise: the rows of their heads stand for other classes."""
+    named = {name: found for name, source in inputs.models if (found := labels_of(_config(source)))}
+    (label, mine), *others = named.items() or [("", [])]
+    for name, theirs in others:
+        if len(theirs) == len(mine) and [n.lower() for n in theirs] != [n.lower() for n in mine]:
+            text = (
+                f"config.json: id2label is {_shown(mine, theirs)} in {label}, {_shown(theirs, mine)} in {name}: the "
+                f"rows of their heads stand for unlike labels; the result has those of {label}"
+            )
+            yield False, Problem(Code.COMPANION, "id2label", text)
 
 
 def _said_by_one(one: Config, two: Config) -> Iterator[str]:

@@ -22,7 +22,7 @@ from weightsmith.io.read.aligned import aligned, read_alignment
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
-from weightsmith.io.read.headed import headed
+from weightsmith.io.read.headed import HeadsError, headed
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.prefixes import named_like, renamed
 from weightsmith.io.read.source import Source
@@ -121,8 +121,10 @@ def open_inputs(
     made = _opened(recipe, _Opener(nested, recipe.names), given or {}, keep)
     try:
         whole = headed(dict(made.models))
-    except SourceError as error:
-        return replace(made, problems=(*made.problems, *problems_of(error)))
+    except HeadsError as error:
+        lost = made.missing.union(error.owners)  # nothing more is to be said of these
+        kept = {name: source for name, source in made.experts.items() if name not in lost}
+        return replace(made, experts=kept, missing=lost, problems=(*made.problems, *problems_of(error)))
     models: Mapping[str, Source] = untied(whole, lambda name: _matches(name, recipe.exclude))
     problems: list[Problem] = []
     if not made.missing:  # of those that are there alone, the vocabulary would be another

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from weightsmith.core.errors import nearest
-from weightsmith.core.keys import Key, role_of
+from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
@@ -53,6 +53,9 @@ class Fitting:
 
     def _fits(self, key: Key, name: str, source: Source) -> bool:
         if not has(source, key.name):
+            if key.role == "head" and self._other_heads(source):
+                self.problems.share(Code.SURPLUS, key.name, (name, "head"), partial(self._unlike_heads, name))
+                return False
             tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
             text = partial(self._missing, name, source, tied)
             self.problems.share(Code.MISSING, key.name, (name, tied), text)
@@ -84,10 +87,22 @@ class Fitting:
                     self.problems.say(Code.TIED, key.name, text + more)
                 elif not there and kept:
                     self.carried.setdefault(key.name, name)
+                elif not there and key.role == "head":
+                    self.problems.share(Code.SURPLUS, key.name, (name, "head"), partial(self._unlike_heads, name))
                 elif not there and not _is_buffer(key):
                     self.problems.share(Code.SURPLUS, key.name, name, partial(self._surplus, name))
 
+    def _other_heads(self, source: Source) -> bool:
+        """Whether a model has a head that the reference lacks."""
+        return any(key.role == "head" and not has(self.reference, key.name) for key in source.keys.values())
+
     # -- texts
+
+    def _unlike_heads(self, name: str, tensors: Tensors) -> str:
+        way = "name the model that it was trained from as the base, or " if self.inputs.base is None else ""
+        return (
+            f"{name} is another kind of model than {self.label}, with another head ({tensors}); {way}leave {name} out"
+        )
 
     def _missing(self, name: str, source: Source, tied: bool, tensors: Tensors) -> str:
         it = tensors["it|them"]
@@ -100,12 +115,7 @@ class Fitting:
 
     def _surplus(self, name: str, tensors: Tensors) -> str:
         hint = ""
-        if all(role_of(tensor) == "head" for tensor in tensors.names):
-            hint = (
-                f" (a trained head: the result has the config.json of {self.label}, which does not load it; to merge "
-                "it give a base that has such a head)"
-            )
-        elif len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
+        if len(tensors.names) == 1 and len(self.reference.keys) < _COMPARED:
             hint = nearest(tensors.names[0], self.reference.keys)
         it = tensors["it|them"]
         return (

@@ -147,8 +147,8 @@ class Planner:
         here = self.fitting.everywhere(key)
         if not key.numel and here:
             return None, self.fitting.name, "empty"
-        if here and gathered(key.name) and (averaged := self._averaged(key, pipeline)) is not None:
-            return averaged
+        if here and (found := self._averaged(key, pipeline)) is not None:
+            return found
         if not key.floating:
             self._compared.add(key.name)
             return None, self.fitting.name, f"{key.dtype}, must be equal everywhere"
@@ -180,8 +180,14 @@ class Planner:
         return Pipeline(informed), "", reason
 
     def _averaged(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline | None, str, str] | None:
-        """What becomes of running statistics, unless a rule singles them out; None: what becomes of any tensor."""
+        """What becomes of running statistics, and of heads that several models trained and the base does not have.
+
+        None where a rule singles them out, and of other tensors.
+        """
         assert self.resolver is not None
+        head = self.inputs.base is not None and key.name in self.inputs.base.origin.heads
+        if not (head or gathered(key.name)):
+            return None
         neighbour = Key(f"{key.name.rpartition('.')[0]}.weight", key.shape, key.dtype)
         if pipeline.codec is not None or pipeline.grain is Grain.GROUP or self.resolver.singles_out(key, neighbour):
             return None
@@ -190,6 +196,8 @@ class Planner:
         mean = averaged(pipeline, len(self.inputs.experts))
         if mean is None:
             return None
+        if head:
+            return mean, "", "heads that the base lacks: averaged"
         self.warnings.share(Code.STAGE, key.name, averaged, averaging)
         return mean, "", "running statistics: averaged"
 

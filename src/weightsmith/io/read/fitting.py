@@ -15,7 +15,7 @@ import numpy as np
 from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
 from weightsmith.io.read.changes import Change, Changes
-from weightsmith.io.read.headed import is_classifier
+from weightsmith.io.read.headed import is_classifier, of_tokens
 from weightsmith.io.read.lora import Adapter, Module
 from weightsmith.io.read.lora_names import finder_of, placed
 from weightsmith.io.read.modules import Modules
@@ -59,9 +59,7 @@ def _as_classifier(found: Changes, adapter: Adapter, base: Source, modules: Modu
     if not is_classifier(adapter):
         found.says.append(f"trained {heads}, which the base lacks: added, with config.json as it is")
         return
-    root = (modules.output_layer or "").partition(".")[0]
-    names = (*base.keys, *base.aliases)
-    found.dropped = frozenset(name for name in names if root and modules.in_memory(name).startswith(f"{root}."))
+    found.dropped = of_tokens(base, modules)
     less = f", without {some(sorted(found.dropped))}" if found.dropped else ""
     found.says.append(f"trained {heads}, which the base lacks: the result is a classifier with that head{less}")
 

@@ -1,7 +1,8 @@
-"""Heads that only an adapter has: a classifier trained on a language model whose base has no such module.
+"""Heads that only experts have: classifiers trained on a language model whose base has no such module.
 
 The result is then a classifier: it has the head, no longer the output layer over tokens, and a config.json that says
-so.  The base and models without the head are shown with the adapter's, so that merging leaves it as it was trained.
+so.  The base and models without the head are shown with the expert's, so that merging leaves it as it was trained.
+Where several experts trained one, they are shown with the mean of these, which is what the result gets.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from weightsmith.core.errors import SourceError
+from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
-from weightsmith.io.read.source import Source
+from weightsmith.core.lazy import torch
+from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.modules import Modules
+from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.io.read.views import JoinedSource
 
 if TYPE_CHECKING:
     from weightsmith.io.read.lora import Adapter
 
-__all__ = ["HeadedSource", "headed", "headed_config", "is_classifier"]
+__all__ = ["HeadedSource", "HeadsError", "headed", "headed_config", "is_classifier", "labels_of", "of_tokens"]
 
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -29,11 +33,37 @@ _CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 _ENDING = re.compile(r"(For\w+|LMHeadModel|DoubleHeadsModel|Model)$")
+_OF_HEADS = re.compile(r"architectures|id2label|label2id|num_labels|problem_type|classifier_\w+|summary_\w+")
+"""Fields of config.json that belong to a head."""
+
+
+class HeadsError(SourceError):
+    """Heads that do not go together; `owners` are the models that have them."""
+
+    def __init__(self, text: str, owners: Sequence[str]) -> None:
+        super().__init__(text)
+        self.owners = tuple(owners)
 
 
 def is_classifier(adapter: Adapter) -> bool:
     """Whether an adapter makes another kind of model of its base."""
     return adapter.config.get("task_type") in _CLASSES
+
+
+def labels_of(config: Mapping[str, Any]) -> list[str]:
+    """What a config.json calls its labels, in the order of their numbers; empty where they have no names."""
+    named = config.get("id2label")
+    if not isinstance(named, dict) or not all(str(number).isdecimal() for number in named):
+        return []
+    names = [str(name) for _, name in sorted(named.items(), key=lambda pair: int(pair[0]))]
+    return [] if all(name.startswith("LABEL_") for name in names) else names
+
+
+def of_tokens(source: Source, modules: Modules) -> frozenset[str]:
+    """The tensors of the output layer over tokens, which a model with another head does not have."""
+    root = (modules.output_layer or "").partition(".")[0]
+    names = (*source.keys, *source.aliases)
+    return frozenset(name for name in names if root and modules.in_memory(name).startswith(f"{root}."))
 
 
 def headed_config(text: str, adapter: Adapter, heads: Sequence[Key]) -> str:
@@ -52,46 +82,153 @@ def headed_config(text: str, adapter: Adapter, heads: Sequence[Key]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """A model with a trained head that the base lacks.
+
+    heads  names of its tensors
+    whole  whether it is a full model, which its own config.json describes
+    """
+
+    name: str
+    source: Source
+    heads: tuple[str, ...]
+    whole: bool = False
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return Modules(self.source).config
+
+    @property
+    def labels(self) -> list[str]:
+        """What its own config.json calls its labels."""
+        return labels_of(self.config) if self.whole else []
+
+
 class HeadedSource(JoinedSource):
-    """A model with the head of another, and without the tensors that the other does not have."""
+    """A model with the head of others, and without the tensors that they do not have.
+
+    held  the head's tensors
+    """
 
     shows = "headed"
 
-    def __init__(self, source: Source, lender: Source, heads: Sequence[str]) -> None:
+    def __init__(self, source: Source, owners: Sequence[_Owner], held: Source) -> None:
+        lender = owners[0]
         names = (*source.keys, *source.aliases)
-        kept = {name: (0, name) for name in names if name in lender.keys or name in lender.aliases}
-        origin = source.origin.beside(lender.origin, remarks=source.origin.remarks, config=lender.origin.config)
-        super().__init__((source, lender), kept | {name: (1, name) for name in heads}, origin)
+        there = lender.source
+        kept = {name: (0, name) for name in names if name in there.keys or name in there.aliases}
+        config = _config(source, lender) if lender.whole else there.origin.config
+        several = len(owners) > 1
+        origin = source.origin.beside(
+            *(owner.source.origin for owner in owners),
+            remarks=source.origin.remarks,
+            config=config,
+            heads=lender.heads if several else (),
+        )
+        super().__init__((source, held), kept | {name: (1, name) for name in lender.heads}, origin)
+        self._owners = tuple(owner.source for owner in owners)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"view": self.shows, "source": self.source.fingerprint(), "heads": self.parts[1].fingerprint()}
+        heads = [owner.fingerprint() for owner in self._owners]
+        return {"view": self.shows, "source": self.source.fingerprint(), "heads": heads if heads[1:] else heads[0]}
 
 
 def headed(models: Mapping[str, Source]) -> dict[str, Source]:
-    """The models, those without a head that an adapter trained shown with that adapter's.
+    """The models, those without a head that experts trained shown with theirs.
 
-    Raises SourceError where several adapters trained one, differently.
+    models  by name, the base called 'base'
+    Errors: HeadsError where several experts trained heads that do not go together.
     """
-    owners = {name: source for name, source in models.items() if source.origin.heads}
+    owners = [owner for name, source in models.items() if (owner := _owner(name, source, models.get("base")))]
     if not owners or len(owners) == len(models):
         return dict(models)
-    lender, first = next(iter(owners.items()))
-    heads = first.origin.heads
-    for name, source in owners.items():
-        for head in heads:
-            if head not in source.keys or not _same(first, source, head):
-                raise SourceError(
-                    f"{lender} and {name} each trained a head of their own ({head}), and the base has none to compare "
-                    "them with; leave one out, or give a base that has such a head"
-                )
-    return {
-        name: source if all(head in source.keys for head in heads) else HeadedSource(source, first, heads)
-        for name, source in models.items()
-    }
+    first = owners[0]
+    for other in owners[1:]:
+        _check(first, other)
+    held = first.source if len(owners) == 1 else _mean(owners)
+    having = {owner.name for owner in owners}
+    found = {name: s if name in having else HeadedSource(s, owners, held) for name, s in models.items()}
+    shown = next(source for name, source in found.items() if name not in having)
+    shown.origin = shown.origin.beside(remarks=(*shown.origin.remarks, *_remarks(owners, models)))
+    return found
 
 
-def _same(one: Source, other: Source, name: str) -> bool:
-    if one is other:
-        return True
-    a, b = one.key(name), other.key(name)
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(one.bits(name), other.bits(name))
+def _owner(name: str, source: Source, base: Source | None) -> _Owner | None:
+    """The model as one with a head of its own, if it is one."""
+    if source.origin.heads:
+        return _Owner(name, source, source.origin.heads)
+    if base is None or source is base or config_of(source) is None or config_of(base) is None:
+        return None
+    modules, ours = Modules(source), Modules(base)
+    kinds = [_class_of(one.config) for one in (modules, ours)]
+    names, known = {*source.keys, *source.aliases}, {*base.keys, *base.aliases}
+    heads = tuple(name for name in source.keys if name not in known)
+    same_backbone = known - names <= of_tokens(base, ours) and bool(known & names)
+    if not kinds[0].endswith(tuple(_CLASSES.values())) or kinds[0] == kinds[1] or not heads or not same_backbone:
+        return None
+    return _Owner(name, source, heads, whole=True)
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def _check(first: _Owner, other: _Owner) -> None:
+    """Raise where the mean of two heads would mean nothing."""
+    both = (first.name, other.name)
+    pair = f"{first.name} and {other.name}"
+    if {*first.heads} != {*other.heads}:
+        raise HeadsError(
+            f"{pair} trained heads of unlike kinds ({some(first.heads)}; {some(other.heads)}); leave one out", both
+        )
+    for head in first.heads:
+        a, b = first.source.key(head).shape, other.source.key(head).shape
+        if a[1:] == b[1:] and a != b:
+            raise HeadsError(
+                f"unlike heads: {head} has {a[0]} labels in {first.name} but {b[0]} in {other.name}; leave one out",
+                both,
+            )
+        if a != b:
+            raise HeadsError(f"unlike heads: {head} is {list(a)} in {first.name} but {list(b)} in {other.name}; "
+                             "leave one out", both)  # fmt: skip
+    named = [[label.lower() for label in owner.labels] for owner in (first, other)]
+    if all(named) and named[0] != named[1]:
+        raise HeadsError(
+            f"unlike heads: the labels are {first.labels} in {first.name} but {other.labels} in {other.name} "
+            "(id2label of config.json): the rows of their heads mean different things; leave one out",
+            both,
+        )
+
+
+def _mean(owners: Sequence[_Owner]) -> MemorySource:
+    """The mean of the heads, [rows, ...] each, in the first one's dtype."""
+    found = {}
+    for head in owners[0].heads:
+        total = sum((owner.source.read(head).double() for owner in owners), torch.zeros((), dtype=torch.float64))
+        found[head] = (total / len(owners)).to(getattr(torch, owners[0].source.key(head).dtype))
+    return MemorySource(found, "the mean of the heads")
+
+
+def _remarks(owners: Sequence[_Owner], models: Mapping[str, Source]) -> list[str]:
+    first, heads = owners[0], some(owners[0].heads)
+    if len(owners) > 1:
+        names = " and ".join(owner.name for owner in owners)
+        return [f"lacks {heads}, which {names} have: the result has their mean, whatever the method"]
+    base = models.get("base")
+    if not first.whole or base is None:
+        return []  # the adapter says it
+    gone = of_tokens(base, Modules(base))
+    less = f", without {some(sorted(gone))}" if gone else ""
+    return [f"lacks {heads}, which {first.name} has: the result is a classifier with that head{less}"]
+
+
+def _config(source: Source, lender: _Owner) -> str:
+    """The config.json of a model as the head of another model needs it."""
+    theirs = lender.config
+    config = {n: v for n, v in Modules(source).config.items() if not _OF_HEADS.fullmatch(n)}
+    config |= {name: value for name, value in theirs.items() if _OF_HEADS.fullmatch(name)}
+    if config.get("pad_token_id") is None and theirs.get("pad_token_id") is not None:
+        config["pad_token_id"] = theirs["pad_token_id"]
+    return json.dumps(config, indent=2) + "\n"
