@@ -125,7 +125,7 @@ def test_an_adapters_own_tokenizer_and_template(tmp_path: Path) -> None:
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
     assert any(
-        "ends with '<|end|>' (6), generation_config.json stops at 1: set eos_token_id" in t
+        "ends with '<|end|>' (6), generation_config.json stops at 1, config.json stops at 1: set eos" in t
         for t in texts(result.warnings)
     )
     merged(tmp_path, {"a": "adapter"}, chat_template="a")

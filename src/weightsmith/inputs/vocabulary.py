@@ -181,6 +181,8 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
     home = tokenizer_folder(recipe, inputs) or reference.folder
     template = chat_template(recipe, inputs) or (template_of(home) if home is not None else None)
     ending = _ending(home)
+    chosen = recipe.tokenizer.source if recipe.tokenizer is not None and reference.numbering is None else ""
+    unlike = list(_unlike_ending(ending, home, reference)) if chosen and ending else []
     for name, source in inputs.experts.items():
         theirs, last = own_template(source.origin), _ending(tokenizer_home(source.origin))
         if theirs and theirs.strip() != (template or "").strip():
@@ -191,11 +193,12 @@ def what_is_lost(recipe: Recipe, inputs: Inputs) -> Iterator[Problem]:
             text = f"{name} ends with {last!r}, the result's tokenizer with {ending!r} (tokenizer: {name} takes its)"
             yield Problem(Code.TOKENIZER, name, text)
         if reference.numbering is None and home is not None:
-            yield from _tokens_that_vanish(name, source.origin, home, reference)
+            yield from _tokens_that_vanish(name, source.origin, home)
+            if not unlike or name != chosen:
+                yield from _unlike_stops(name, source.origin, reference)
     yield from unlike_modules(inputs.models)
     yield from told(Code.COMPANION, modules_beside(inputs)[1])
-    if recipe.tokenizer is not None and ending and reference.numbering is None:
-        yield from told(Code.TOKENIZER, list(_unlike_ending(ending, home, reference)), "tokenizer")
+    yield from told(Code.TOKENIZER, unlike, "tokenizer")
 
 
 def outlook(recipe: Recipe, inputs: Inputs, keys: Iterable[Key]) -> dict[str, str]:
@@ -227,8 +230,8 @@ def outlook(recipe: Recipe, inputs: Inputs, keys: Iterable[Key]) -> dict[str, st
     return found
 
 
-def _tokens_that_vanish(name: str, origin: Origin, home: Path, reference: Origin) -> Iterator[Problem]:
-    """Special tokens of an expert that the result's tokenizer lacks, and tokens that only the expert stops at."""
+def _tokens_that_vanish(name: str, origin: Origin, home: Path) -> Iterator[Problem]:
+    """Special tokens of an expert that the result's tokenizer lacks."""
     theirs, file = tokenizer_home(origin), "tokenizer.json"
     if theirs is not None and theirs != home and (home / file).is_file() and not _equal(home / file, theirs / file):
         try:
@@ -239,6 +242,10 @@ def _tokens_that_vanish(name: str, origin: Origin, home: Path, reference: Origin
         if special:
             text = f"{name} has special tokens that the result's tokenizer lacks: {some(list(map(repr, special)))} "
             yield Problem(Code.TOKENIZER, name, text + "(tokenizer: union, or the model's name, takes them)")
+
+
+def _unlike_stops(name: str, origin: Origin, reference: Origin) -> Iterator[Problem]:
+    """Tokens that only an expert stops at."""
     folder = origin.checkpoint or origin.folder
     ours, stops = (_stops(_small(place, "generation_config.json")) for place in (reference.folder, folder))
     if ours and stops - ours:
@@ -289,13 +296,14 @@ def _unlike_ending(ending: str, home: Path | None, reference: Origin) -> Iterato
     """Where the tokenizer that was chosen ends a text with a token that generation does not stop at."""
     tokens = read_tokens(home) if home is not None else None
     number = None if tokens is None else tokens.ids.get(ending)
-    for file in ("generation_config.json", "config.json"):
-        found = _small(reference.folder, file).get("eos_token_id")
-        stops = found if isinstance(found, list) else [found]
-        if found is not None:
-            if number is not None and number not in stops:
-                yield f"the tokenizer ends with {ending!r} ({number}), {file} stops at {found}: set eos_token_id there"
-            return
+    files = ("generation_config.json", "config.json")
+    said = {file: found for file in files if (found := _small(reference.folder, file).get("eos_token_id")) is not None}
+    other = {
+        file: found for file, found in said.items() if number not in (found if isinstance(found, list) else [found])
+    }
+    if number is not None and other:
+        stops = ", ".join(f"{file} stops at {found}" for file, found in other.items())
+        yield f"the tokenizer ends with {ending!r} ({number}), {stops}: set eos_token_id there"
 
 
 def _ending(folder: Path | None) -> str | None:

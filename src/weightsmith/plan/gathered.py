@@ -1,16 +1,28 @@
-"""Running statistics (BatchNorm's mean and variance): averaged by default, whatever the method.
+"""What is averaged by default, whatever the method: running statistics, and heads that the base does not have.
 
-A method that drops changes, or goes beyond the models, makes variances negative and the model's outputs NaN.
+A method that drops changes, or goes beyond the models, makes variances (of BatchNorm) negative and the model's outputs
+NaN.  Heads that several models trained and the base lacks have no base that they changed from.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from weightsmith.core.keys import Key, gathered
 from weightsmith.core.method import Pipeline, registry
 from weightsmith.core.problem import Tensors
+from weightsmith.inputs.opened import Inputs
 
-__all__ = ["averaged", "averaging"]
+__all__ = ["STATISTICS", "averaged", "averaged_kind", "averaging"]
+
+STATISTICS = "running statistics"
+
+
+def averaged_kind(key: Key, inputs: Inputs) -> str:
+    """What a tensor is, in words, if it is averaged; '' for all others."""
+    if inputs.base is not None and key.name in inputs.base.origin.heads:
+        return "heads that the base lacks"
+    return STATISTICS if gathered(key.name) else ""
 
 
 def averaged(pipeline: Pipeline, count: int) -> Pipeline | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from weightsmith.core.checks import Case, Level
 from weightsmith.core.errors import WeightsmithError, problems_of, some
-from weightsmith.core.keys import Key, depths, gathered
+from weightsmith.core.keys import Key, depths
 from weightsmith.core.method import BASE, Grain, GroupMethod, Pipeline, Stage
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.core.symmetry import groups
@@ -22,7 +22,7 @@ from weightsmith.io.read.stats import how_to_make
 from weightsmith.plan.carried import carried_reason, has, ownerless, owners
 from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
-from weightsmith.plan.gathered import averaged, averaging
+from weightsmith.plan.gathered import STATISTICS, averaged, averaged_kind, averaging
 from weightsmith.plan.logs import TrainerLogs, common_notes
 from weightsmith.plan.peak import factored_peak, group_peak, kernel_peak, task_peak
 from weightsmith.plan.remarks import foreign_statistics, what_inputs_say
@@ -180,26 +180,20 @@ class Planner:
         return Pipeline(informed), "", reason
 
     def _averaged(self, key: Key, pipeline: Pipeline) -> tuple[Pipeline | None, str, str] | None:
-        """What becomes of running statistics, and of heads that several models trained and the base does not have.
-
-        None where a rule singles them out, and of other tensors.
-        """
+        """What becomes of tensors that are averaged, unless a rule singles them out; None: what becomes of any."""
         assert self.resolver is not None
-        head = self.inputs.base is not None and key.name in self.inputs.base.origin.heads
-        if not (head or gathered(key.name)):
-            return None
+        kind = averaged_kind(key, self.inputs)
         neighbour = Key(f"{key.name.rpartition('.')[0]}.weight", key.shape, key.dtype)
-        if pipeline.codec is not None or pipeline.grain is Grain.GROUP or self.resolver.singles_out(key, neighbour):
+        if not kind or pipeline.codec is not None or pipeline.grain is Grain.GROUP:
+            return None
+        if self.resolver.singles_out(key, neighbour):
             return None
         if not key.floating:
             return None, self.fitting.name, "counts batches: kept"
         mean = averaged(pipeline, len(self.inputs.experts))
-        if mean is None:
-            return None
-        if head:
-            return mean, "", "heads that the base lacks: averaged"
-        self.warnings.share(Code.STAGE, key.name, averaged, averaging)
-        return mean, "", "running statistics: averaged"
+        if mean is not None and kind == STATISTICS:
+            self.warnings.share(Code.STAGE, key.name, averaged, averaging)
+        return None if mean is None else (mean, "", f"{kind}: averaged")
 
     def _has_base(self, pipeline: Pipeline) -> bool:
         if BASE not in pipeline.needs or self.inputs.has_base:
