@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from weightsmith.jobs.api import merge
     from weightsmith.jobs.recipe import Recipe
     from weightsmith.jobs.soup import greedy_soup
+    from weightsmith.search.api import search
     from weightsmith.tune.api import tune
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "merge",
     "open_source",
     "registered",
+    "search",
     "tune",
 ]
 
@@ -70,7 +72,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name at first use; any other capitalised name is a method's class."""
-    if name == "tune":
+    if name in ("search", "tune"):
         value = importlib.import_module(f"weightsmith.{name}")  # which may be called
     elif name in __all__:
         value = getattr(importlib.import_module(f"weightsmith.{_HOMES.get(name, 'core.errors')}"), name)

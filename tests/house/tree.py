@@ -30,8 +30,9 @@ LAYERS = (
     ("engine",),
     ("jobs",),
     ("observe",),
-    ("align", "inspect", "lora", "moe", "search", "study", "train"),
+    ("align", "inspect", "lora", "moe", "study", "train"),
     ("runtime", "tune"),
+    ("search",),
     ("cli",),
     ("__init__", "__main__"),
 )

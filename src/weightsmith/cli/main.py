@@ -39,6 +39,7 @@ _VERBS = {
     "lora": "Combine, average, resize or extract LoRA adapters.",
     "soup": "Merge those models of a recipe that are better together, by their scores.",
     "tune": "Learn numbers of a recipe from a handful of inputs.",
+    "search": "Find values of a recipe by scoring candidates.",
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
     "moe": "Build a mixture of experts of dense models.",
@@ -55,7 +56,7 @@ _VERBS = {
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
     **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe", "train", "tune"), "; continue with --resume"),
-    **dict.fromkeys(("bench", "soup"), "; the same command goes on where it stopped"),
+    **dict.fromkeys(("bench", "search", "soup"), "; the same command goes on where it stopped"),
 }
 
 

@@ -155,7 +155,10 @@ class Job:
         self.prepare()
         sink = MemorySink()
         carry.carry_out(self.plan, self.inputs, sink, progress=settings.progress)
-        merged = sink.tensors()
+        return self.with_aliases(sink.tensors())
+
+    def with_aliases(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The output's tensors, tied ones under each of their names."""
         _, reference = self.inputs.models[0]
         return merged | {alias: merged[name] for alias, name in reference.aliases.items() if name in merged}
 
@@ -187,14 +190,16 @@ class Job:
             "resume": settings.resume,
             "overwrite": settings.overwrite,
             "weight_name": self.weights,
-            "metadata": {"format": "pt", **self._tied()},
+            "metadata": self.metadata,
         }
         return UrlSink(place, **options) if isinstance(place, Url) else FolderSink(place, **options)
 
-    def _tied(self) -> dict[str, str]:
-        """Tied name -> the name that is written, as `safetensors.torch.save_model` notes them."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What stands in the files' headers: tied name -> the name that is written, as safetensors notes them."""
         written = {key.name for key in self.plan.keys}
-        return {alias: name for alias, name in self.inputs.models[0][1].aliases.items() if name in written}
+        tied = {alias: name for alias, name in self.inputs.models[0][1].aliases.items() if name in written}
+        return {"format": "pt", **tied}
 
     # -- what is noted of it
 

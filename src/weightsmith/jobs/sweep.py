@@ -32,7 +32,16 @@ from weightsmith.plan.reading import bytes_read
 from weightsmith.plan.room import Machine, Room, resident
 from weightsmith.recipe.schema import ModelRef, Recipe
 
-__all__ = ["Sweep", "SweepResult", "plan_sweep", "run_sweep", "variants_in"]
+__all__ = [
+    "Sweep",
+    "SweepResult",
+    "bytes_shared",
+    "peak_together",
+    "plan_sweep",
+    "run_sweep",
+    "variants_in",
+    "what_is_read",
+]
 
 _STATE = 1 << 20
 """Bytes per expert that a variant keeps between two of its turns: what is counted for it in a measuring pass."""
@@ -88,7 +97,7 @@ def plan_sweep(
     opened: dict[str, Inputs] = {}
     jobs: dict[str, Job] = {}
     for name, recipe in recipes.items():
-        if (key := _what_is_read(recipe)) not in opened:
+        if (key := what_is_read(recipe)) not in opened:
             opened[key] = with_fingerprints(sources if sources is not None else open_inputs(recipe), settings)
         jobs[name] = merge_job(recipe, alone, out / name, opened[key])
     done = frozenset(name for name, job in jobs.items() if settings.resume and job.finished(out / name))
@@ -97,8 +106,8 @@ def plan_sweep(
     bundles = side_by_side([job.plan.tasks for job in jobs.values()])
     work = [Work(tuple(task for _, task in bundle), inputs[bundle[0][0]]) for bundle in bundles]
     loaded = max(resident(job.plan.tasks, job.inputs) for job in jobs.values())
-    room = Machine.of(settings).room(work, [_peak(one) for one in work], loaded, problems)
-    read = 0 if problems else sum(_read(bundle, inputs) for bundle in bundles)
+    room = Machine.of(settings).room(work, [peak_together(one) for one in work], loaded, problems)
+    read = 0 if problems else sum(bytes_shared(bundle, inputs) for bundle in bundles)
     return Sweep(absolute(out), jobs, done, room, tuple(problems), read)
 
 
@@ -161,14 +170,14 @@ def variants_in(out: Path) -> dict[str, Path]:
     return found
 
 
-def _what_is_read(recipe: Recipe) -> str:
+def what_is_read(recipe: Recipe) -> str:
     """Equal for recipes with the same base, models and statistics; the models' own parameters do not count."""
     fields = tuple(ModelRef.model_fields)
     read = {name: {f: getattr(ref, f) for f in fields} for name, ref in recipe.models.items()}
     return repr((recipe.base, read))
 
 
-def _read(bundle: Bundle, inputs: Sequence[Inputs]) -> int:
+def bytes_shared(bundle: Bundle, inputs: Sequence[Inputs]) -> int:
     """Bytes that tasks side by side read: of the same inputs, what the one that reads most does."""
     total = 0
     for read in {id(inputs[i]): inputs[i] for i, _ in bundle}.values():
@@ -177,7 +186,7 @@ def _read(bundle: Bundle, inputs: Sequence[Inputs]) -> int:
     return total
 
 
-def _peak(work: Work) -> int:
+def peak_together(work: Work) -> int:
     """Predicted bytes of tasks that go on side by side: they share what is read, and take turns with the rest.
 
     What one task reads expert by expert is held for several.

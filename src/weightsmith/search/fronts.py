@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from weightsmith.core.errors import WeightsmithError, did_you_mean
 
-__all__ = ["front", "pick", "preferences"]
+__all__ = ["front", "pick", "preferences", "shares"]
 
 Array = NDArray[np.float64]
 
@@ -33,6 +33,13 @@ def pick(scores: Array, weights: Sequence[float]) -> int:
     if r.shape != np.shape(scores)[1:] or (r < 0).any() or not np.isfinite(r).all() or not r.any():
         raise WeightsmithError(f"expected {np.shape(scores)[1]} weights >= 0, one above 0, got {list(weights)}")
     return int(np.argmax(np.asarray(scores) @ (r / np.linalg.norm(r))))
+
+
+def shares(scores: Array) -> Array:
+    """Scores as shares of their range: [n, k], 0 the least and 1 the most of each; 1 where all are equal."""
+    scores = np.asarray(scores, np.float64)
+    low, high = scores.min(0), scores.max(0)
+    return np.where(high > low, (scores - low) / np.where(high > low, high - low, 1.0), 1.0)
 
 
 def preferences(words: str, names: Sequence[str]) -> list[float]:

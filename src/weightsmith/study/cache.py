@@ -54,11 +54,14 @@ class Ledger:
     def get(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """The record under `key`; measured and written down if there is none."""
         if key not in self.known:
-            value = measure()
-            self._append({"key": key, "value": value})
-            self.known[key] = value
-            self.fresh += 1
+            self.put(key, measure())
         return self.known[key]
+
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
+        """Write down a record that was just measured."""
+        self._append({"key": key, "value": value})
+        self.known[key] = value
+        self.fresh += 1
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = ("\n" if self._torn else "") + json.dumps(record) + "\n"

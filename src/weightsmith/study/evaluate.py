@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from weightsmith.observe.model import LoadedModel
 
-__all__ = ["Scorer", "digest", "scorer"]
+__all__ = ["Scorer", "digest", "measured", "scorer"]
 
 _OPTION = "--evaluator"
 
@@ -80,14 +80,9 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
         return Scorer(study, _function(evaluator, arguments), _identity(evaluator, arguments), f"{_OPTION} {evaluator}")
     if evaluator is not None:
         raise RecipeError(f"{_OPTION} {evaluator}: {study.file} is scored by the built-in {kind}; leave one out")
-    measure = {"bits_per_byte": _bits_per_byte, "accuracy": _accuracy}[kind]
 
     def score(model: Path, split: str) -> dict[str, float]:
-        from weightsmith.observe.model import load_model
-
-        wanted = {"bits_per_byte": "causal-lm", "accuracy": "image-classification"}[kind]
-        loaded = load_model(model, kind=wanted, device=device)
-        return {name: measure(loaded, Path(files[split])) for name, files in arguments.items()}
+        return measured(kind, model, {name: Path(files[split]) for name, files in arguments.items()}, device)
 
     contents = {name: {split: digest(Path(file)) for split, file in files.items()} for name, files in arguments.items()}
     return Scorer(study, score, [kind, contents], kind)
@@ -135,6 +130,18 @@ def digest(file: Path) -> str:
 
 
 # --- built in --------------------------------------------------------------------------------------
+
+
+def measured(kind: str, model: Path, files: Mapping[str, Path], device: str = "auto") -> dict[str, float]:
+    """Task -> score of a model folder by a built-in evaluator, `accuracy` or `bits_per_byte`."""
+    from weightsmith.observe.model import load_model
+
+    measure, wanted = {
+        "bits_per_byte": (_bits_per_byte, "causal-lm"),
+        "accuracy": (_accuracy, "image-classification"),
+    }[kind]
+    loaded = load_model(model, kind=wanted, device=device)
+    return {name: measure(loaded, file) for name, file in files.items()}
 
 
 def _bits_per_byte(loaded: LoadedModel, file: Path) -> float:

@@ -21,10 +21,10 @@ from weightsmith.tune.registry import make
 from weightsmith.tune.setting import Preset, Setting
 from weightsmith.tune.space import Free
 
-__all__ = ["TaskData", "TuneFile", "load", "loads"]
+__all__ = ["Chosen", "TaskData", "TuneFile", "load", "loads", "recipe_or_path"]
 
 
-def _recipe(value: Any, info: ValidationInfo) -> Any:
+def recipe_or_path(value: Any, info: ValidationInfo) -> Any:
     """A recipe as it is, or the path of one."""
     reading: Reading = info.context or PYTHON
     if not isinstance(value, str):
@@ -48,7 +48,7 @@ class TaskData(Grammar):
 
 
 class Chosen(Grammar):
-    """A preset or objective: its name, or its name with options."""
+    """Something by its name, or by its name with options."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -100,7 +100,7 @@ class TuneFile(Grammar):
 
     ROOT: ClassVar[str] = "the tuning"
 
-    recipe: Annotated[Recipe, BeforeValidator(_recipe)] = Field(
+    recipe: Annotated[Recipe, BeforeValidator(recipe_or_path)] = Field(
         description="a recipe or its path", examples=["recipe.yaml"]
     )
     preset: Chosen | None = Field(default=None, description="a preset, or {preset: {option: value}}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.tune.setting import Setting
 from weightsmith.tune.space import Numbers
 
-__all__ = ["Work", "prepared"]
+__all__ = ["Work", "prepared", "without"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Set
     tree = dict(tree)
     if setting.method is not None:
         tree["method"] = list(setting.method)
-    tree = _without(tree, setting.free)
+    tree = without(tree, setting.free)
     recipe = Recipe.model_validate(tree)
     inputs = open_inputs(recipe, given)
     reference = inputs.models[0][1] if inputs.models else None
@@ -92,9 +92,10 @@ def _keys(plan: Plan) -> list[Key]:
     return list({task.key.name: task.key for task in plan.tasks if task.pipeline is not None}.values())
 
 
-def _without(tree: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+def without(tree: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The recipe without the parameters that are learned, wherever they stand outside rules."""
     made = Recipe.model_validate(tree).model_dump(mode="json", exclude_defaults=True)
+    names = frozenset(names)
 
     def cleared(values: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key not in names}

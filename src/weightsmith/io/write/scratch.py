@@ -1,0 +1,52 @@
+"""A folder of weights that is read once and deleted: laid out as a result is, without lock, journal or flush."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from weightsmith.core.keys import Key
+from weightsmith.io import system
+from weightsmith.io.disk import remove, writing
+from weightsmith.io.write.layout import Shard, Stores, plan_shards
+from weightsmith.io.write.sink import Sink
+from weightsmith.io.write.writer import ShardWriter, lay_out
+
+__all__ = ["ScratchSink"]
+
+
+class ScratchSink(Sink):
+    """Writes safetensors shards into `folder`, in place of what is there.
+
+    The bytes are those of a `FolderSink`, but they may be lost with the machine.
+    """
+
+    def __init__(
+        self, folder: Path, *, shard_size: int, weight_name: str | Stores, metadata: Mapping[str, str]
+    ) -> None:
+        self.folder = folder
+        self.shards: list[Shard] = []
+        self._options = (shard_size, weight_name, metadata)
+        self._writer = ShardWriter(folder, ())
+
+    def begin(self, keys: Sequence[Key]) -> None:
+        self.shards = plan_shards(keys, *self._options)
+        opened: dict[str, int] = {}
+        self._writer = ShardWriter(self.folder, self.shards, opened)
+        with writing(self.folder):
+            remove(self.folder)
+            system.call(self.folder.mkdir, parents=True)
+        for shard in self.shards:
+            lay_out(self.folder, shard, opened)
+
+    def write(self, name: str, start: int, bits: np.ndarray) -> None:
+        self._writer.put(name, start, bits)
+
+    def close(self) -> None:
+        """Let go of the files, which are complete."""
+        self._writer.abort()
+
+    def abort(self) -> None:
+        self._writer.abort()

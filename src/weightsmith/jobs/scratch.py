@@ -1,0 +1,140 @@
+"""Merges that are made to be looked at once: many recipes in one pass over the models, nothing flushed to the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.core.errors import PlanError, WeightsmithError
+from weightsmith.core.problem import Problems
+from weightsmith.core.settings import Settings
+from weightsmith.core.units import parse_size
+from weightsmith.engine import carry
+from weightsmith.engine.model import side_by_side
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.disk import remove, write_file, writing
+from weightsmith.io.write.layout import indices
+from weightsmith.io.write.scratch import ScratchSink
+from weightsmith.io.write.sink import MemorySink, Sink
+from weightsmith.jobs.job import Job
+from weightsmith.jobs.merge import merge_job
+from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.sweep import bytes_shared, peak_together, what_is_read
+from weightsmith.plan.fit import Work
+from weightsmith.plan.room import Machine, resident
+from weightsmith.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Batch", "Workshop"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What came of some recipes, by name.
+
+    made        a folder each, or tensors by name
+    failed      why a recipe could not be merged
+    read_bytes  what several share counts once
+    """
+
+    made: Mapping[str, Path | dict[str, Tensor]]
+    failed: Mapping[str, WeightsmithError]
+    read_bytes: int
+
+
+class Workshop:
+    """Makes merges in the folder `room`, or in memory; models are opened once, however many recipes name them."""
+
+    def __init__(self, room: Path, settings: Settings, inputs: Mapping[str, Any] | None = None) -> None:
+        self.room, self.settings, self._given = room, settings, inputs
+        self._opened: dict[str, Inputs] = {}
+
+    def inputs(self, recipe: Recipe) -> Inputs:
+        """A recipe's models, opened; that it may speak of tensors of models which are left out is no problem."""
+        if (key := what_is_read(recipe)) not in self._opened:
+            self._opened[key] = replace(open_inputs(recipe, self._given), partial=True)
+        return self._opened[key]
+
+    def plan(self, recipe: Recipe) -> Job:
+        """The job of a recipe; PlanError for all that speaks against it."""
+        job = merge_job(recipe, self.settings, self.room / "candidate", self.inputs(recipe))
+        if job.plan.problems:
+            raise PlanError(job.plan.problems)
+        return job
+
+    def make(self, recipes: Mapping[str, Recipe], *, in_memory: bool = False) -> Batch:
+        """Merge recipes side by side; one that fails does not keep the others from being made."""
+        jobs: dict[str, Job] = {}
+        failed: dict[str, WeightsmithError] = {}
+        for name, recipe in recipes.items():
+            try:
+                jobs[name] = self.plan(recipe)
+                jobs[name].prepare()
+            except WeightsmithError as error:
+                failed[name] = error
+        try:
+            made, read = self._carried_out(jobs, in_memory) if jobs else ({}, 0)
+        except WeightsmithError as error:
+            for name in jobs:
+                self.remove(name)
+            if len(jobs) == 1:
+                return Batch({}, {**failed, next(iter(jobs)): error}, 0)
+            apart = [self.make({name: recipes[name]}, in_memory=in_memory) for name in jobs]
+            return Batch(
+                {name: one for batch in apart for name, one in batch.made.items()},
+                {**failed, **{name: why for batch in apart for name, why in batch.failed.items()}},
+                sum(batch.read_bytes for batch in apart),
+            )
+        return Batch(made, failed, read)
+
+    def remove(self, name: str) -> None:
+        """Delete a merge that was looked at."""
+        with writing(self.room):
+            remove(self.room / name)
+
+    def clear(self) -> None:
+        """Delete all, also what a run that was killed has left."""
+        with writing(self.room):
+            remove(self.room)
+
+    def _carried_out(self, jobs: Mapping[str, Job], in_memory: bool) -> tuple[dict[str, Any], int]:
+        inputs = [job.inputs for job in jobs.values()]
+        bundles = side_by_side([job.plan.tasks for job in jobs.values()])
+        work = [Work(tuple(task for _, task in bundle), inputs[bundle[0][0]]) for bundle in bundles]
+        loaded = max(resident(job.plan.tasks, job.inputs) for job in jobs.values())
+        problems = Problems()
+        room = Machine.of(self.settings).room(work, [peak_together(one) for one in work], loaded, problems)
+        if problems:
+            raise PlanError(tuple(problems))
+        sinks = {name: self._sink(name, job, in_memory) for name, job in jobs.items()}
+        parts = [carry.Job(job.plan, job.inputs, sinks[name]) for name, job in jobs.items()]
+        records = carry.carry_out_all(parts, threads=room.threads, fit=room.fit)
+        read = sum(bytes_shared(bundle, inputs) for bundle in bundles)
+        found: dict[str, Any] = {}
+        for (name, job), record in zip(jobs.items(), records, strict=True):
+            sink = sinks[name]
+            if isinstance(sink, MemorySink):
+                found[name] = job.with_aliases(sink.tensors())
+            else:
+                assert isinstance(sink, ScratchSink)
+                found[name] = _packed(sink, job, record)
+        return found, read
+
+    def _sink(self, name: str, job: Job, in_memory: bool) -> Sink:
+        if in_memory:
+            return MemorySink()
+        size = parse_size(job.plan.recipe.output.shard_size)
+        return ScratchSink(self.room / name, shard_size=size, weight_name=job.weights, metadata=job.metadata)
+
+
+def _packed(sink: ScratchSink, job: Job, records: Mapping[str, Any]) -> Path:
+    sink.close()
+    for name, text in indices(sink.shards).items():
+        write_file(sink.folder / name, text)
+    with writing(sink.folder):
+        list(job.package(job, records, sink.folder))
+    return sink.folder

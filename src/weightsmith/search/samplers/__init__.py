@@ -1,0 +1,1 @@
+"""Samplers: where the next candidates lie, from what was found so far."""
