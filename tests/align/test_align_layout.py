@@ -170,7 +170,7 @@ def test_heads_that_share_a_table_of_another_block_are_frozen(tmp_path: Path) ->
 def test_a_layout_that_lacks_any_axis_is_refuted(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     source = open_source(folders[family])
     with proof._doubles():
-        small = proof._Small(small_config(source, (folders[family] / "config.json").read_text()), tmp_path, family)
+        small = proof.SmallModel(small_config(source, (folders[family] / "config.json").read_text()), tmp_path, family)
         for group in (g for g in layout(small.source).groups if ".1." not in g.name):
             lacking = [replace(group, inside=(), axes=_without(group.axes, i)) for i in range(len(group.axes))]
             for inner in group.inside:

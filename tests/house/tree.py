@@ -31,7 +31,7 @@ LAYERS = (
     ("jobs",),
     ("observe",),
     ("align", "inspect", "lora", "moe", "study", "train"),
-    ("runtime", "tune"),
+    ("protect", "runtime", "tune"),
     ("search",),
     ("cli",),
     ("__init__", "__main__"),

@@ -35,7 +35,8 @@ from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import block_counts
 
-__all__ = ["TOLERANCE", "drawn", "proved", "random_numbers", "refuted", "small_config"]
+__all__ = ["TOLERANCE", "SmallModel", "drawn", "kind_of", "pattern", "proved", "random_numbers", "refuted",
+           "small_config", "small_model"]  # fmt: skip
 
 TOLERANCE = 1e-8
 """Largest change of an output, in float64, relative to the largest output (or to 1)."""
@@ -57,16 +58,12 @@ def proved(source: Source) -> Layout:
     Raises SourceError where no model can be built to prove it on, MissingExtra without transformers.
     """
     full = layout(source)
-    text = config_of(source)
-    if text is None:
-        raise SourceError(f"{source}: no config.json, so nothing proves that a permutation keeps what it computes")
-    with tempfile.TemporaryDirectory(prefix="weightsmith-proof-") as name, _doubles():
-        small = _Small(small_config(source, text), Path(name), str(source))
+    with small_model(source) as small:
         broken, seen = _tried(small)
     groups = []
     frozen = dict(full.frozen)
     for group in full.groups:
-        kind = _kind(group, small.prefix)
+        kind = kind_of(group, small.prefix)
         if kind in broken:
             frozen[group.name] = broken[kind]
         elif kind not in seen:
@@ -76,12 +73,22 @@ def proved(source: Source) -> Layout:
     return Layout(tuple(groups), frozen)
 
 
-def _tried(small: _Small) -> tuple[dict[str, str], set[str]]:
+@contextmanager
+def small_model(source: Source) -> Iterator[SmallModel]:
+    """A small model of a model's architecture, in float64; SourceError where none can be built."""
+    text = config_of(source)
+    if text is None:
+        raise SourceError(f"{source}: no config.json, so nothing proves that a permutation keeps what it computes")
+    with tempfile.TemporaryDirectory(prefix="weightsmith-proof-") as name, _doubles():
+        yield SmallModel(small_config(source, text), Path(name), str(source))
+
+
+def _tried(small: SmallModel) -> tuple[dict[str, str], set[str]]:
     """Kinds of groups that change an output, with the reason, and all kinds there are."""
     groups = layout(small.source).groups
     refused = refuted(groups, small.change)
-    broken = {_kind(group, small.prefix): refused[group.name] for group in groups if group.name in refused}
-    return broken, {_kind(group, small.prefix) for group in groups}
+    broken = {kind_of(group, small.prefix): refused[group.name] for group in groups if group.name in refused}
+    return broken, {kind_of(group, small.prefix) for group in groups}
 
 
 def refuted(groups: Sequence[SymmetryGroup], change: Callable[[Sequence[SymmetryGroup]], float]) -> dict[str, str]:
@@ -96,17 +103,18 @@ def refuted(groups: Sequence[SymmetryGroup], change: Callable[[Sequence[Symmetry
     return found
 
 
-def _kind(group: SymmetryGroup, prefix: str) -> str:
+def kind_of(group: SymmetryGroup, prefix: str) -> str:
     """What groups of different blocks have in common: names without numbers, also of all that they hold.
 
     prefix: of the class's names in memory, which older files may lack.
     """
     inside = [small.name for small in group.inside]
-    names = sorted({_pattern(name.removeprefix(prefix)) for name in group.names})
-    return " ".join((_pattern(group.name.removeprefix(prefix)), *inside, *names))
+    names = sorted({pattern(name.removeprefix(prefix)) for name in group.names})
+    return " ".join((pattern(group.name.removeprefix(prefix)), *inside, *names))
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """A name without its numbers: what tensors of all blocks have in common."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
@@ -133,7 +141,7 @@ def _shown(source: Source, stack: str, count: int) -> int:
     kinds: dict[str, int] = {}
     for name in source.keys:
         if (place := layer_of(name)) is not None and place[0] == stack:
-            kind = _pattern(name)
+            kind = pattern(name)
             kinds[kind] = min(kinds.get(kind, count), place[1])
     return max(2, 1 + max(kinds.values(), default=0))
 
@@ -143,7 +151,8 @@ def _narrow(scope: dict[str, Any]) -> None:
     heads = next((scope[n] for n in ("num_attention_heads", "n_head", "num_heads") if isinstance(scope.get(n), int)), 0)
     width = next((scope[n] for n in ("hidden_size", "n_embd", "d_model") if isinstance(scope.get(n), int)), 0)
     head = scope.get("head_dim") or scope.get("d_kv") or (width // heads if heads else 0)
-    factor = head // _HEAD if isinstance(head, int) and head % _HEAD == 0 and head else 1
+    small = next((n for n in (_HEAD, 2 * _HEAD, 4 * _HEAD) if _in_pairs(scope, n)), head)
+    factor = head // small if isinstance(head, int) and head and head % small == 0 else 1
     widths = [n for n, v in scope.items() if _WIDTHS.fullmatch(n) and isinstance(v, int) and not isinstance(v, bool)]
     if factor > 1 and all(scope[name] % factor == 0 for name in widths):
         scope.update({name: scope[name] // factor for name in widths})
@@ -153,7 +162,15 @@ def _narrow(scope: dict[str, Any]) -> None:
             scope[name] = 0 if name.startswith("pad") else 1
 
 
-class _Small:
+def _in_pairs(scope: Mapping[str, Any], head: int) -> bool:
+    """Whether the share of a head that rotary position embeddings turn is made of pairs."""
+    scopes = (scope, *(v for v in scope.values() if isinstance(v, dict)))
+    words = ("partial_rotary_factor", "rotary_pct")
+    share = next((one[n] for one in scopes for n in words if isinstance(one.get(n), float)), 1.0)
+    return int(share * head) % 2 == 0 < int(share * head) and abs(share * head - int(share * head)) < 1e-6
+
+
+class SmallModel:
     """A small model in a folder, which is read anew after each permutation of its tensors."""
 
     def __init__(self, config: dict[str, Any], folder: Path, label: str) -> None:
@@ -175,6 +192,10 @@ class _Small:
         tensors = self.tensors
         for group in groups:
             tensors = {**tensors, **permute(tensors, group, drawn(group, draw))}
+        return self.differs(tensors)
+
+    def differs(self, tensors: Mapping[str, Tensor]) -> float:
+        """Largest change of an output where the model has these tensors, relative to the largest output."""
         found = self._outputs(tensors)
         if not bool(torch.isfinite(found).all()):
             return float("inf")
@@ -262,13 +283,19 @@ def _run(model: Any) -> Tensor:
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         shape = (2, getattr(config, "num_channels", 3), size, size)
         out = model(pixel_values=torch.randn(shape, generator=draw, dtype=torch.float64))
+    elif hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):  # both towers of CLIP
+        size = config.vision_config.image_size
+        pixels = torch.randn((2, 3, size, size), generator=draw, dtype=torch.float64)
+        ids = torch.randint(2, config.get_text_config().vocab_size, (2, _TOKENS), generator=draw)
+        found = model(input_ids=ids, pixel_values=pixels)
+        return torch.cat([found.text_embeds, found.image_embeds])
     else:
         ids = torch.randint(2, config.get_text_config().vocab_size, (2, _TOKENS), generator=draw)
         decoder = {"decoder_input_ids": ids.flip(1)} if getattr(config, "is_encoder_decoder", False) else {}
         out = model(input_ids=ids, **decoder)
     logits = getattr(out, "logits", None)
-    found: Tensor = out[0] if logits is None else logits
-    return found
+    given: Tensor = out[0] if logits is None else logits
+    return given
 
 
 # --- float64 all the way ---------------------------------------------------------------------------

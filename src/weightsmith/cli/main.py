@@ -48,6 +48,8 @@ _VERBS = {
     "barrier": "Measure the loss on the line between two models.",
     "heads": "Find channels between attention heads.",
     "edit": "Scale components of attention heads.",
+    "lock": "Write a model in another basis, so that it cannot be merged naively.",
+    "unlock": "Write a locked model as it was.",
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
     "tokenizer": "Move a model to another tokenizer.",

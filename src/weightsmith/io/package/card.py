@@ -66,16 +66,17 @@ def model_card(
     licences   name -> licence, as `licences` returns them
     about      library_name, pipeline_tag and tags, as `about` returns them
     stacked    how many models its layers or modules are taken from, if it is put together of such
-    command    what makes the same folder again from the recipe
+    command    what makes the same folder again from the recipe; '': nothing does without a key
     Only hub ids go into `base_model`: the hub refuses a card that names a local folder there.
     """
     known = licences or {}
     everyone = [*([base] if base else []), *models]
     front: dict[str, Any] = {}
+    repeated = command != ""
     hub_ids = list(dict.fromkeys(model.hub_id for model in everyone if model.hub_id))
     if hub_ids:
         front |= {"base_model": hub_ids, "base_model_relation": "merge"}
-    tags = list(dict.fromkeys([*about.get("tags", ()), "merge", "weightsmith"]))
+    tags = list(dict.fromkeys([*about.get("tags", ()), *(["merge"] if repeated else []), "weightsmith"]))
     front |= {"library_name": about.get("library_name", "transformers")}
     front |= {"pipeline_tag": about["pipeline_tag"]} if about.get("pipeline_tag") else {}
     front |= {"tags": tags, **_licence_fields(known)}
@@ -89,11 +90,14 @@ def model_card(
         f"## Models\n\n{_table(models, base, known)}",
         *_notes(known),
         f"## Recipe\n\n```yaml\n{yaml_text(shown)}```\n",
-        "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
-        f"```\n{command}\n```\n\n"
-        f"gives the same bytes{_PATHS if shown != without_secrets(recipe) else ''}; "
-        "`weightsmith.json` holds the checksums of inputs and output.\n",
     ]
+    if repeated:
+        parts.append(
+            "## Reproduce\n\nSave the recipe as `recipe.yaml`, then\n\n"
+            f"```\n{command}\n```\n\n"
+            f"gives the same bytes{_PATHS if shown != without_secrets(recipe) else ''}; "
+            "`weightsmith.json` holds the checksums of inputs and output.\n"
+        )
     if citations:
         lines = [f"- {each.method}: {_link(each.paper)}" for each in dict.fromkeys(citations)]
         parts.append("## Citation\n\n" + "\n".join(lines) + "\n")

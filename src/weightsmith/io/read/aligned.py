@@ -25,7 +25,8 @@ from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
 from weightsmith.io.read.widened import Halves, WidenedSource
 
-__all__ = ["KIND", "ORDERS", "AlignedSource", "Alignment", "aligned", "group_json", "identified", "read_alignment"]
+__all__ = ["KIND", "ORDERS", "AlignedSource", "Alignment", "ReorderedSource", "aligned", "group_json", "identified",
+           "read_alignment"]  # fmt: skip
 
 KIND = "alignment"
 """What weightsmith.json calls such a folder."""
@@ -149,23 +150,19 @@ def aligned(source: Source, alignment: Alignment) -> Source:
     return WidenedSource(laid_out_like(AlignedSource(source, alignment), source), alignment.halves, 1)
 
 
-class AlignedSource(View):
-    """A source with its units in the order of an alignment; experts are shown packed.
+class ReorderedSource(View):
+    """A source whose tensors have other entries at the places of some axes: see `core.symmetry.indices`.
 
-    Raises SourceError where the alignment was made for another model.
+    told  what tells this view from another of the same source
     """
 
-    shows = "aligned"
+    shows = "reordered"
 
-    def __init__(self, source: Source, alignment: Alignment) -> None:
-        mine = identified(source)
-        if alignment.moving and mine and mine != alignment.moving:
-            raise SourceError(f"{alignment.path}: made for another model than {source}; align this one anew")
-        packed = packed_like_memory(source)
-        super().__init__(packed)
-        self.alignment = alignment.path
-        self._places = indices(alignment.groups, alignment.orders, _shapes(packed, alignment))
-        self.origin = source.origin.beside(locations=(*source.origin.locations, alignment.path))
+    def __init__(
+        self, source: Source, places: Mapping[str, Mapping[int, np.ndarray]], told: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(source)
+        self._places, self._told = places, dict(told or {})
         self._reset()
 
     def _reset(self) -> None:
@@ -201,11 +198,12 @@ class AlignedSource(View):
         return super().read_cost(name) + (2.0 * _KEPT if 0 in places else 1.0 if places else 0.0)
 
     def fingerprint(self) -> dict[str, Any]:
-        orders = SafetensorsSource(self.alignment / f"{ORDERS}.safetensors").fingerprint()
-        return {"view": self.shows, "source": self.source.fingerprint(), "orders": orders}
+        return {"view": self.shows, "source": self.source.fingerprint(), **self._told}
 
     def _rows(self, key: Key, wanted: np.ndarray) -> Block:
         """Rows of the source, in their order."""
+        if len(wanted) and (np.diff(wanted) == 1).all():
+            return self.source.block(key.name, int(wanted[0]), int(wanted[-1]) + 1)
         if key.nbytes // max(key.rows, 1) >= _FAR:
             rows = [self.source.block(key.name, int(row), int(row) + 1) for row in wanted]
             return _joined(rows, key)
@@ -217,6 +215,28 @@ class AlignedSource(View):
                 while len(self._whole) > _KEPT:
                     self._whole.popitem(last=False)
         return Bits(whole.array[wanted], whole.dtype) if isinstance(whole, Bits) else whole[torch.from_numpy(wanted)]
+
+
+class AlignedSource(ReorderedSource):
+    """A source with its units in the order of an alignment; experts are shown packed.
+
+    Raises SourceError where the alignment was made for another model.
+    """
+
+    shows = "aligned"
+
+    def __init__(self, source: Source, alignment: Alignment) -> None:
+        mine = identified(source)
+        if alignment.moving and mine and mine != alignment.moving:
+            raise SourceError(f"{alignment.path}: made for another model than {source}; align this one anew")
+        packed = packed_like_memory(source)
+        super().__init__(packed, indices(alignment.groups, alignment.orders, _shapes(packed, alignment)))
+        self.alignment = alignment.path
+        self.origin = source.origin.beside(locations=(*source.origin.locations, alignment.path))
+
+    def fingerprint(self) -> dict[str, Any]:
+        orders = SafetensorsSource(self.alignment / f"{ORDERS}.safetensors").fingerprint()
+        return {"view": self.shows, "source": self.source.fingerprint(), "orders": orders}
 
 
 def _joined(rows: Sequence[Block], key: Key) -> Block:
