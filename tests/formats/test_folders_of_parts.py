@@ -154,18 +154,46 @@ def test_unlike_modules_are_said_with_both_values(tmp_path: Path) -> None:
 def test_a_module_that_one_model_lacks_stays_the_first_models(tmp_path: Path) -> None:
     models = {"a": sentence(tmp_path / "a", 0), "b": sentence(tmp_path / "b", 10, dense=False)}
     said = merged(tmp_path, models=models, method="linear")
-    assert "2_Dense is Dense in a, not there in b; the result has that of a" in said
+    assert said == ["2_Dense (Dense) is in a, not in b: the result has that of a, as it is"]
     files = [tmp_path / name / "2_Dense/model.safetensors" for name in ("a", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    said = merged(tmp_path, "other", models=dict(reversed(models.items())), method="linear")
+    assert said == ["2_Dense (Dense) is in a, not in b: the result has none"]
+    assert not (tmp_path / "other/2_Dense").exists()
+
+
+def test_modules_that_all_have_are_merged_beside_those_that_one_lacks(tmp_path: Path) -> None:
+    models = {name: sentence(tmp_path / name, 10 * i) for i, name in enumerate("ab")}
+    put(tmp_path / "b/3_LayerNorm/model", {"norm.weight": noise(3)}, dimension=3)
+    listed = json.loads((tmp_path / "b/modules.json").read_text())
+    entry = {"path": "3_LayerNorm", "type": "sentence_transformers.models.LayerNorm"}
+    (tmp_path / "b/modules.json").write_text(json.dumps([*listed, entry]))
+    said = merged(tmp_path, models=models, method="linear")
+    assert said == ["3_LayerNorm (LayerNorm) is in b, not in a: the result has none"]
+    a, b, made = (load_file(tmp_path / n / "2_Dense/model.safetensors")["linear.weight"] for n in ("a", "b", "out"))
+    torch.testing.assert_close(made, (a + b) / 2)
+
+
+def test_a_base_without_modules_makes_a_result_without(tmp_path: Path) -> None:
+    models = {name: sentence(tmp_path / name, 10 * i) for i, name in enumerate("ab")}
+    put(tmp_path / "base/model", {"encoder.w": noise(4, 4, seed=5)}, model_type="bert")
+    said = merged(tmp_path, base=str(tmp_path / "base"), models=models, method={"task_arithmetic": {"lambda": 0.5}})
+    assert "base has no modules.json of Sentence-Transformers, nor has the result; a, b have one" in said
+    assert not (tmp_path / "out/2_Dense").exists()
 
 
 def test_models_whose_weights_lie_in_modules_alone(tmp_path: Path) -> None:
-    """A router of two static embeddings."""
+    """A router of two static embeddings, in the folder itself (as Sentence-Transformers 6 saves it) or one below."""
     for seed, name in enumerate("ab"):
         for part in ("document_0_StaticEmbedding", "query_0_StaticEmbedding"):
             put(tmp_path / name / part / "model", {"embedding.weight": noise(6, 3, seed=seed)})
         modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}]
         (tmp_path / name / "modules.json").write_text(json.dumps(modules))
+    models = {name: str(tmp_path / name) for name in "ab"}
+    merged(tmp_path, "flat", models=models, method="linear")
+    made = load_file(tmp_path / "flat/query_0_StaticEmbedding/model.safetensors")
+    torch.testing.assert_close(made["embedding.weight"], (noise(6, 3, seed=0) + noise(6, 3, seed=1)) / 2)
+    (tmp_path / "a/modules.json").write_text("[]")
     with pytest.raises(SourceError, match="no model here"):
         ws.merge([tmp_path / "a", tmp_path / "b"], "average")
     for name in "ab":
@@ -174,6 +202,6 @@ def test_models_whose_weights_lie_in_modules_alone(tmp_path: Path) -> None:
         (tmp_path / name / "0_Router").mkdir()
         for part in ("document_0_StaticEmbedding", "query_0_StaticEmbedding"):
             (tmp_path / name / part).rename(tmp_path / name / "0_Router" / part)
-    merged(tmp_path, models={name: str(tmp_path / name) for name in "ab"}, method="linear")
+    merged(tmp_path, models=models, method="linear")
     made = load_file(tmp_path / "out/0_Router/query_0_StaticEmbedding/model.safetensors")
     torch.testing.assert_close(made["embedding.weight"], (noise(6, 3, seed=0) + noise(6, 3, seed=1)) / 2)

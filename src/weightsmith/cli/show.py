@@ -144,10 +144,10 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
 
 
 def files_in(folder: Path | Url) -> tuple[int, int]:
-    """Number and bytes of the safetensors files in a folder."""
+    """Number and bytes of the safetensors files in a folder, and in those of its parts."""
     try:
         if isinstance(folder, Path):
-            sizes = [path.stat().st_size for path in system.call(list, folder.glob("*.safetensors"))]
+            sizes = [path.stat().st_size for path in system.call(list, folder.rglob("*.safetensors"))]
         else:
             sizes = [size or 0 for name, size in stored_at(folder).items() if name.endswith(".safetensors")]
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ __all__ = ["merged_with_modules", "modules_merged", "unlike_modules"]
 Models = Sequence[tuple[str, Source]]
 """Names and models, the base first where there is one."""
 
+Described = dict[str, dict[str, Any]]
+
 _LIMIT = 16_000_000
 _POOLING = "pooling_mode_"
 _SAID = ("config_sentence_transformers.json", "sentence_bert_config.json")
@@ -32,21 +33,23 @@ def merged_with_modules(models: Mapping[str, Source]) -> dict[str, Source]:
 
     An adapter has those that were trained beside it, else its base's.
     """
-    homes = {name: _home(source) for name, source in models.items()}
-    folders = {name: module_folders(home) if home is not None else [] for name, home in homes.items()}
-    if not models or not all(folders.values()) or len({tuple(sorted(found)) for found in folders.values()}) > 1:
+    homes = {name: home for name, source in models.items() if (home := _home(source)) is not None}
+    if not models or len(homes) < len(models) or any(isinstance(source, PartsSource) for source in models.values()):
         return dict(models)
-    if any(isinstance(source, PartsSource) for source in models.values()):
-        return dict(models)
-    found: dict[str, Source] = {}
-    for name, source in models.items():
-        home = homes[name]
-        made = None if home is None else with_modules(home, source, partial(_own, home, source.origin.checkpoint))
-        found[name] = source if made is None else made
-    first, *others = found.values()
-    extra = [n for n in first.keys if n not in next(iter(models.values())).keys]
-    fit = all(n in other.keys and other.key(n).shape == first.key(n).shape for other in others for n in extra)
-    return found if fit else dict(models)
+    opened = {
+        name: {f: _own(homes[name], source.origin.checkpoint, homes[name] / f) for f in module_folders(homes[name])}
+        for name, source in models.items()
+    }
+    first = next(iter(opened.values()))
+    shared = [folder for folder in first if len({_shapes(own.get(folder)) for own in opened.values()}) == 1]
+    return {
+        name: with_modules(homes[name], source, {folder: opened[name][folder] for folder in shared}) or source
+        for name, source in models.items()
+    }
+
+
+def _shapes(module: Source | None) -> frozenset[tuple[str, tuple[int, ...]]] | None:
+    return None if module is None else frozenset((key.name, key.shape) for key in module.keys.values())
 
 
 def _own(home: Path, checkpoint: Path | None, module: Path) -> Source:
@@ -61,17 +64,40 @@ def modules_merged(models: Models) -> bool:
 
 
 def unlike_modules(models: Models) -> Iterator[Problem]:
-    """Settings of modules (pooling, normalisation, prompts) that are not the same in all models: both values."""
+    """Modules that some models lack, and settings (pooling, prompts) that are not the same in all: both values."""
     described = {name: _described(home) for name, source in models if (home := _home(source)) is not None}
-    if len(described) < 2:
+    if not described:
         return
-    (label, mine), *others = described.items()
-    for name, theirs in others:
-        for what in dict.fromkeys((*mine, *theirs)):
-            a, b = mine.get(what, "not there"), theirs.get(what, "not there")
-            if a != b:
-                text = f"{what} is {_shown(a)} in {label}, {_shown(b)} in {name}; the result has that of {label}"
-                yield Problem(Code.COMPANION, name, text)
+    label = models[0][0]
+    if label not in described:
+        names = ", ".join(described)
+        text = f"{label} has no {MODULES} of Sentence-Transformers, nor has the result; {names} have one"
+        yield Problem(Code.COMPANION, MODULES, text)
+        return
+    yield from _lacking(models, described)
+    mine = described.pop(label)
+    for name, theirs in described.items():
+        for path in mine:
+            for what in dict.fromkeys((*mine[path], *theirs.get(path, {}))) if path in theirs else ():
+                a, b = (values[path].get(what, "not there") for values in (mine, theirs))
+                if a != b:
+                    text = f"{what} is {_shown(a)} in {label}, {_shown(b)} in {name}; the result has that of {label}"
+                    yield Problem(Code.COMPANION, name, text)
+
+
+def _lacking(models: Models, described: Mapping[str, Described]) -> Iterator[Problem]:
+    """A line for every module that only some of the models have: it is merged with nothing."""
+    label = models[0][0]
+    adapters = {name for name, source in models if source.origin.checkpoint not in (None, source.origin.folder)}
+    for path in dict.fromkeys(path for modules in described.values() for path in modules):
+        owners = [name for name, modules in described.items() if path in modules]
+        others = [name for name in described if name not in owners]
+        kind = described[owners[0]][path].get(path)
+        if not others or (label in others and adapters.intersection(owners)):
+            continue
+        what = f"that of {label}, as it is" if label in owners else "none"
+        text = f"{path} ({kind}) is in {', '.join(owners)}, not in {', '.join(others)}: the result has {what}"
+        yield Problem(Code.COMPANION, path, text)
 
 
 def _home(source: Source) -> Path | None:
@@ -80,27 +106,24 @@ def _home(source: Source) -> Path | None:
     return next((folder for folder in folders if folder is not None and (folder / MODULES).is_file()), None)
 
 
-def _described(home: Path) -> dict[str, Any]:
-    """What is set where: '1_Pooling: pooling' -> 'mean', 'max_seq_length' -> 512."""
-    found: dict[str, Any] = {}
+def _described(home: Path) -> Described:
+    """What is set where: '1_Pooling' -> '1_Pooling: pooling' -> 'mean', '' -> 'max_seq_length' -> 512."""
+    found: Described = {}
     listed = _read(home / MODULES)
     for entry in listed if isinstance(listed, list) else ():
         path, kind = entry.get("path", ""), str(entry.get("type", "")).rpartition(".")[2]
         if not path or kind in ("Transformer", "Router", "Asym"):
             continue
-        found[path] = kind
         config = _read(home / path / "config.json")
         config = config if isinstance(config, dict) else {}
-        if modes := _modes(config):
-            found[f"{path}: pooling"] = modes
-        else:
-            found |= {
-                f"{path}: {n}": v for n, v in config.items() if isinstance(v, (bool, int, float, str)) and v != ""
-            }
+        values = {"pooling": modes} if (modes := _modes(config)) else config
+        plain = {f"{path}: {n}": v for n, v in values.items() if isinstance(v, (bool, int, float, str)) and v != ""}
+        found[path] = {path: kind, **plain}
+    found[""] = {}
     for file in _SAID:
         config = _read(home / file)
         config = config if isinstance(config, dict) else {}
-        found |= {n: config[n] for n in _FIELDS if config.get(n) not in (None, {}, [])}
+        found[""] |= {n: config[n] for n in _FIELDS if config.get(n) not in (None, {}, [])}
     return found
 
 

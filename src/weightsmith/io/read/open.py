@@ -167,9 +167,9 @@ def _pipeline(asked: Asked) -> Source:
 
 
 def _modules(asked: Asked) -> Source:
-    from weightsmith.io.read.parts import with_modules
+    from weightsmith.io.read.parts import module_folders, with_modules
 
-    found = with_modules(asked.ref, None, open_source)
+    found = with_modules(asked.ref, None, {name: open_source(asked.ref / name) for name in module_folders(asked.ref)})
     assert found is not None  # `without_root` saw some
     return found
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io import system
@@ -82,9 +83,8 @@ def without_root(folder: Path) -> bool:
     return (folder / MODULES).is_file() and not _has_weights(folder, "") and bool(module_folders(folder))
 
 
-def with_modules(folder: Path, root: Source | None, opened: Callable[[Path], Source]) -> PartsSource | None:
-    """A model with the modules of the Sentence-Transformers folder; None where no module has weights of its own."""
-    modules = {name: opened(folder / name) for name in module_folders(folder)}
+def with_modules(folder: Path, root: Source | None, modules: Mapping[str, Source]) -> PartsSource | None:
+    """A model with the opened modules of its Sentence-Transformers folder; None where there are none."""
     if not modules:
         return None
     origin = Origin(str(folder), folder, locations=(folder,)) if root is None else root.origin
@@ -96,16 +96,21 @@ def module_folders(folder: Path) -> list[str]:
     """The folders below that hold weights of modules, in the order of modules.json, relative to it."""
     try:
         listed = read_json(folder / MODULES, _LIMIT)
-        paths = [module["path"] for module in listed if module["path"]]
+        paths = [module["path"] for module in listed if module["path"] or _is_router(module)]
     except (SourceError, TypeError, KeyError) as error:
         text = f"{folder / MODULES}: not a list of modules with a path each ({error}); repair or remove it"
         raise SourceError(text) from error
     return [inner for path in dict.fromkeys(map(str, paths)) for inner in _weighty(folder, path)]
 
 
+def _is_router(module: Mapping[str, Any]) -> bool:
+    """Whether an entry of modules.json is a router, whose parts lie in folders below it (its own path may be '')."""
+    return str(module.get("type", "")).rpartition(".")[2] in ("Router", "Asym")
+
+
 def _weighty(folder: Path, path: str) -> Iterator[str]:
     """The folder of a module, or (of a router) those below it, that hold weights."""
-    if not is_inside(folder, path) or not (folder / path).is_dir():
+    if not is_inside(folder, path or ".") or not (folder / path).is_dir():
         return
     if _has_weights(folder, path):
         yield path
