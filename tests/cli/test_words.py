@@ -25,6 +25,8 @@ def every() -> Iterator[tuple[list[str], Callable[..., Any]]]:
         found = getattr(importlib.import_module(f"weightsmith.cli.{verb}"), verb)
         for one in found.verbs if isinstance(found, Verbs) else [found]:
             yield ([verb, one.__name__] if isinstance(found, Verbs) else [verb]), one
+        if isinstance(found, Verbs) and found.plain is not None:
+            yield [verb], found.plain
 
 
 VERBS = {" ".join(words): (words, one) for words, one in every()}

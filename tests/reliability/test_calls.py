@@ -117,7 +117,7 @@ OTHERS = {
     "cli/schema.py": "the same", "cli/verify.py": "the same",
     "inputs/opened.py": "a model, by what opens models", "io/read/open.py": "the same",
     "lora/recipe.py": "recipe.load.read_text", "moe/recipe.py": "the same", "recipe/load.py": "the same",
-    "train/recipe.py": "the same", "tune/schema.py": "the same",
+    "train/multitask/recipe.py": "the same", "train/recipe.py": "the same", "tune/schema.py": "the same",
 }  # fmt: skip
 
 

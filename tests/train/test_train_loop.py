@@ -78,7 +78,7 @@ def test_a_broken_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str):
     def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
         net = network(dropout=0.4)
         recipe = TrainRecipe(model="m", data="d", optimizer={kind: {} if kind == "adamw" else {"rank": 3}})
-        return net, optimizer_of(recipe, net)[0]
+        return net, optimizer_of(recipe.optimizer, net)[0]
 
     net, optimizer = parts()
     rows = fit(net, optimizer, squares(net), range(10), pace, valid=[10, 11])
@@ -146,7 +146,7 @@ def test_the_global_random_state_is_left_alone():
 def test_groups_follow_shapes():
     net = nn.ModuleDict({"wide": nn.Linear(9, 6), "small": nn.Linear(6, 2), "norm": nn.LayerNorm(6)})
     recipe = loads("{model: m, data: d, optimizer: {dct_adamw: {rank: 4, weight_decay: 0.1, norm: 2}}}")
-    optimizer, projected = optimizer_of(recipe, net)
+    optimizer, projected = optimizer_of(recipe.optimizer, net)
     assert isinstance(optimizer, DCTAdamW)
     assert projected == 1
     groups = {tuple(g["param_names"]): (g["rank"], g["weight_decay"], g["norm"]) for g in optimizer.param_groups}
@@ -155,10 +155,10 @@ def test_groups_follow_shapes():
         ("wide.bias", "small.bias", "norm.weight", "norm.bias"): (None, 0.0, 2),
         ("small.weight",): (None, 0.1, 2),
     }
-    trion, _ = optimizer_of(loads("{model: m, data: d, optimizer: {trion: {rank: 4, scale: dion}}}"), net)
+    trion, _ = optimizer_of(loads("{model: m, data: d, optimizer: {trion: {rank: 4, scale: dion}}}").optimizer, net)
     assert isinstance(trion, Trion)
     assert trion.defaults["scale"] == "dion"
-    plain, _ = optimizer_of(loads("{model: m, data: d, optimizer: adamw}"), net)
+    plain, _ = optimizer_of(loads("{model: m, data: d, optimizer: adamw}").optimizer, net)
     assert type(plain) is torch.optim.AdamW
 
 

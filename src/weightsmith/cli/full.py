@@ -45,6 +45,8 @@ def __getattr__(name: str) -> Any:
     if not isinstance(found, Verbs):
         return _annotated(found)
     app = cyclopts.App(name=verb, help=found.help, **_STYLE)
+    if found.plain is not None:
+        app.default(_annotated(found.plain))
     for inner in found.verbs:
         app.command(_annotated(inner))
     return app

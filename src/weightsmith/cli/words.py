@@ -31,10 +31,11 @@ class Parameter(NamedTuple):
 
 
 class Verbs(NamedTuple):
-    """A verb that has verbs of its own."""
+    """A verb that has verbs of its own; `plain` is called where the first word names none of them."""
 
     help: str
     verbs: Sequence[Callable[..., Any]]
+    plain: Callable[..., Any] | None = None
 
 
 class Call(NamedTuple):
@@ -57,7 +58,9 @@ def read(verb: Callable[..., Any] | Verbs, words: Sequence[str]) -> Call | None:
     """The call that these words mean; None: they are not plain enough to tell."""
     if isinstance(verb, Verbs):
         inner = next((one for one in verb.verbs if words and one.__name__ == words[0]), None)
-        return None if inner is None else read(inner, words[1:])
+        if inner is None:
+            return None if verb.plain is None else read(verb.plain, words)
+        return read(inner, words[1:])
     try:
         return _read(verb, words)
     except (LookupError, TypeError, ValueError, WeightsmithError):

@@ -23,7 +23,7 @@ import xxhash
 from weightsmith.core.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io import system
 from weightsmith.plugins import line_in, neighbours, run_file
-from weightsmith.study.schema import FUNCTION, Study
+from weightsmith.study.schema import FUNCTION, TASKS, Study
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -80,6 +80,11 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
         return Scorer(study, _function(evaluator, arguments), _identity(evaluator, arguments), f"{_OPTION} {evaluator}")
     if evaluator is not None:
         raise RecipeError(f"{_OPTION} {evaluator}: {study.file} is scored by the built-in {kind}; leave one out")
+    if kind == TASKS:
+        from weightsmith.study import multitask
+
+        given = multitask.TaskScores(study, Path(arguments["recipe"]), arguments["own"], device)
+        return Scorer(study, given, given.identity(digest), kind)
 
     def score(model: Path, split: str) -> dict[str, float]:
         return measured(kind, model, {name: Path(files[split]) for name, files in arguments.items()}, device)

@@ -32,11 +32,12 @@ from weightsmith.recipe.reader import Location
 from weightsmith.recipe.schema import Recipe
 from weightsmith.study.grids import Candidate, candidates
 
-__all__ = ["BUILT_IN", "FUNCTION", "Evaluation", "Study", "load_study"]
+__all__ = ["BUILT_IN", "FUNCTION", "TASKS", "Evaluation", "Study", "load_study"]
 
 FILE = "study.yaml"
 FUNCTION = "function"
-BUILT_IN = {"bits_per_byte": ("bits per byte", False), "accuracy": ("accuracy, %", True)}
+TASKS = "tasks"
+BUILT_IN = {"bits_per_byte": ("bits per byte", False), "accuracy": ("accuracy, %", True), TASKS: ("score", True)}
 """Evaluators that need no code: name -> (what the score is called, whether higher is better)."""
 
 
@@ -99,12 +100,22 @@ class Data(Grammar):
             )
 
 
+class TaskFile(Grammar):
+    """Tasks as `weightsmith train multitask` reads them, and whose heads a merged model gets."""
+
+    recipe: Annotated[Located, AfterValidator(_file)] = Field(examples=["TASKS.yaml"])
+    own: dict[str, Annotated[Located, AfterValidator(_beside)]] = Field(
+        default={}, description="task: the result whose own parts score it; default: its expert, if that is one"
+    )
+
+
 class Evaluation(Grammar):
     """How models are scored: by a function of the user's file, with these arguments, or by a built-in evaluator."""
 
     function: dict[str, Any] | None = None
     bits_per_byte: dict[str, Data] | None = None
     accuracy: dict[str, Data] | None = None
+    tasks: TaskFile | None = None
 
     @classmethod
     def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
@@ -120,7 +131,9 @@ class Evaluation(Grammar):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the function; for a built-in evaluator task -> split -> absolute path of the data."""
+        """Of the function; task -> split -> absolute path of the data; the fields of a TaskFile."""
+        if self.tasks is not None:
+            return self.tasks.model_dump()
         found: dict[str, Any] = getattr(self, self.kind)
         return {key: value.model_dump() if isinstance(value, Data) else value for key, value in found.items()}
 
@@ -200,7 +213,7 @@ _OF_THE_RECIPE = Recipe.model_fields.keys() - {"method", "parameters"}
 def _missing_data(evaluate: Any, scored: list[str]) -> Iterator[Fault]:
     """Tasks and guards for which a built-in evaluator has no data, and the other way round."""
     kind = next(iter(evaluate)) if isinstance(evaluate, Mapping) and evaluate else ""
-    data = evaluate[kind] or {} if kind in BUILT_IN else None
+    data = evaluate[kind] or {} if kind in BUILT_IN and kind != TASKS else None
     if not isinstance(data, Mapping):
         return
     for name in scored:

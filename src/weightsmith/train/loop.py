@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -57,13 +57,14 @@ class Pace:
 
 @dataclass(frozen=True)
 class Row:
-    """A point of the curve: means over the steps since the last one; validation afterwards."""
+    """A point of the curve: means over the steps since the last one; validation afterwards; figures of one's own."""
 
     step: int
     loss: float | None
     rate: float
     gradient: float | None
     valid: float | None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def fit(
     store: Store | None = None,
     bf16: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[], Mapping[str, float]] = dict,
+    update: Callable[[int], object] | None = None,
 ) -> list[Row]:
     """Train a module in place, and return the curve.
 
@@ -101,6 +104,8 @@ def fit(
                      forward passes
     store            has its last checkpoint taken up, and gets one every `pace.every` steps and at the end
     bf16             autocast
+    watch            more figures of a row, taken in eval mode without gradients
+    update           carries out a step, given its number; default: `optimizer.step()`
 
     The same machine and thread count give the same bits, broken off or not.  Errors: NumericError with the step and the
     examples where the loss or its gradient is not finite; the last checkpoint stays.
@@ -114,14 +119,13 @@ def fit(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return loss(numbers)
 
+    def row(step: int, loss: float | None, rate: float, gradient: float | None) -> Row:
+        return Row(step, loss, rate, gradient, _mean(module, run, valid, pace.batch), _figures(module, watch))
+
     with torch.random.fork_rng(devices):
         torch.manual_seed(pace.seed)
         found = store.last() if store is not None else None
-        rows, first = (
-            (list(found.rows), found.step)
-            if found
-            else ([Row(0, None, 0.0, None, _mean(module, run, valid, pace.batch))], 0)
-        )
+        rows, first = (list(found.rows), found.step) if found else ([row(0, None, 0.0, None)], 0)
         if found:
             _restore(found, trained, optimizer, devices)
         sums: list[tuple[float, float]] = []
@@ -130,10 +134,10 @@ def fit(
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * pace.rate(step)
             batches = [[examples[i] for i in micro] for micro in pace.micro_batches(step, len(examples))]
-            sums.append(_step(list(trained.values()), optimizer, run, batches, pace.clip, step))
+            sums.append(_step(list(trained.values()), optimizer, run, batches, pace.clip, step, update))
             if step % pace.every == 0 or step == pace.steps:
                 means = [sum(values) / len(sums) for values in zip(*sums, strict=True)]
-                rows.append(Row(step, means[0], pace.rate(step), means[1], _mean(module, run, valid, pace.batch)))
+                rows.append(row(step, means[0], pace.rate(step), means[1]))
                 sums = []
                 if store is not None:
                     store.save(_state(step, rows, trained, optimizer, devices))
@@ -150,6 +154,7 @@ def _step(
     batches: list[list[int]],
     clip: float | None,
     step: int,
+    update: Callable[[int], object] | None,
 ) -> tuple[float, float]:
     """One step; the mean loss and the norm of the gradient."""
     optimizer.zero_grad(set_to_none=True)
@@ -171,8 +176,14 @@ def _step(
     if not math.isfinite(norm):
         used = [number for batch in batches for number in batch]
         raise NumericError(f"step {step}: the gradient is {norm} on examples {used}; lower the learning rate")
-    optimizer.step()
+    optimizer.step() if update is None else update(step)
     return total / count, norm
+
+
+@torch.no_grad()
+def _figures(module: nn.Module, watch: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+    module.eval()
+    return dict(watch())
 
 
 @torch.no_grad()

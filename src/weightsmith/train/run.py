@@ -31,11 +31,12 @@ from weightsmith.report.table import Column, Table
 from weightsmith.train import svfit
 from weightsmith.train.checkpoints import Checkpoints
 from weightsmith.train.loop import Loss, Pace, Row, fit
+from weightsmith.train.multitask.mtadamw import MTAdamW
 from weightsmith.train.optim import DCTAdamW, Trion
-from weightsmith.train.recipe import Svfit, TrainRecipe
+from weightsmith.train.recipe import Optimizer, Svfit, TrainRecipe
 from weightsmith.train.save import save_folder
 
-__all__ = ["Trained", "optimizer_of", "train"]
+__all__ = ["CURVE", "Trained", "kept_bytes", "optimizer_of", "save_model", "train"]
 
 CURVE = "training.html"
 
@@ -86,7 +87,7 @@ def train(
     valid, used = sorted(order[:held]), sorted(order[held:])
     loss = _loss_of(loaded, examples)
     tuned = _prepared(recipe, loaded)
-    optimizer, projected = optimizer_of(recipe, loaded.module)
+    optimizer, projected = optimizer_of(recipe.optimizer, loaded.module)
     pace = Pace(**{name: getattr(recipe, name) for name in Pace.__dataclass_fields__})
     options: dict[str, Any] = {"store": checkpoints, "bf16": recipe.bf16, "progress": settings.progress}
     rows = fit(loaded.module, optimizer, loss, used, pace, valid=valid, **options)
@@ -96,9 +97,8 @@ def train(
         assert isinstance(what, Svfit)
         tuned.save(out, bases=what.bases, overwrite=settings.overwrite, texts={CURVE: curve})
     else:
-        _save_model(loaded, out, asked, curve, settings.overwrite)
+        save_model(loaded, out, asked, {CURVE: curve}, overwrite=settings.overwrite)
     checkpoints.clear()
-    state = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
     return Trained(
         out=out,
         seconds=time.perf_counter() - began,
@@ -106,7 +106,7 @@ def train(
         examples=len(used),
         valid=len(valid),
         trained=sum(p.numel() for p in loaded.module.parameters() if p.requires_grad),
-        kept=sum(tensor.nbytes for tensor in state),
+        kept=kept_bytes(optimizer),
         projected=projected,
     )
 
@@ -124,13 +124,18 @@ def _identity(asked: Mapping[str, Any], loaded: Any, examples: Sequence[Any]) ->
     return {"recipe": asked, "examples": data.hexdigest(), "model": weights.hexdigest()}
 
 
-def optimizer_of(recipe: TrainRecipe, module: nn.Module) -> tuple[torch.optim.Optimizer, int]:
-    """The optimizer of what trains, and how many matrices it projects.
+def kept_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state."""
+    return sum(v.nbytes for own in optimizer.state.values() for v in own.values() if isinstance(v, Tensor))
+
+
+def optimizer_of(asked: Optimizer, module: nn.Module, **more: Any) -> tuple[torch.optim.Optimizer, int]:
+    """The optimizer of what trains, and how many matrices it projects; `more` goes to its constructor.
 
     Matrices with a smaller side below `rank` get plain AdamW; vectors get no weight decay.
     """
-    name, given = recipe.optimizer.chosen
-    options = given.model_dump()
+    name, given = asked.chosen
+    options = given.model_dump() | more
     decay, rank = options.pop("weight_decay"), options.pop("rank", None)
     groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for label, p in module.named_parameters():
@@ -139,15 +144,17 @@ def optimizer_of(recipe: TrainRecipe, module: nn.Module) -> tuple[torch.optim.Op
             groups.setdefault((p.ndim > 1, fits), []).append((label, p))
     made: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay if matrices else 0.0}
-        | ({} if name == "adamw" else {"rank": rank if fits else None})
+        | ({"rank": rank if fits else None} if name in _PROJECTING else {})
         for (matrices, fits), params in groups.items()
     ]
-    if name == "adamw":
-        return torch.optim.AdamW(made, **options), 0
-    kind = {"dct_adamw": DCTAdamW, "trion": Trion}[name]
-    optimizer = kind(made, rank=rank, **options)
+    if name not in _PROJECTING:
+        return {"adamw": torch.optim.AdamW, "mt_adamw": MTAdamW}[name](made, **options), 0
+    optimizer = _PROJECTING[name](made, rank=rank, **options)
     sides = (max(p.shape[0], p[0].numel()) for _, p in groups.get((True, True), ()))
     return optimizer, sum(side < optimizer.defaults["max_size"] for side in sides)
+
+
+_PROJECTING: Mapping[str, type[DCTAdamW] | type[Trion]] = {"dct_adamw": DCTAdamW, "trion": Trion}
 
 
 def _prepared(recipe: TrainRecipe, loaded: Any) -> svfit.SVFit | None:
@@ -209,11 +216,27 @@ def _padded(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 # --- results ---------------------------------------------------------------------------------------
 
 
-def _save_model(loaded: Any, out: Path, asked: Mapping[str, Any], curve: str, overwrite: bool) -> None:
-    """The base's files with the trained values, each tensor in the dtype that it is stored in there."""
+def save_model(
+    loaded: Any,
+    out: Path,
+    asked: Mapping[str, Any],
+    texts: Mapping[str, str],
+    *,
+    blobs: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """The base's files with the trained values, each tensor in the dtype that it is stored in there.
+
+    texts, blobs  more files, name -> content
+    """
+
+    def more(folder: Path) -> Iterable[Path]:
+        contents: dict[str, str | bytes] = {**texts, **(blobs or {})}
+        return [write_file(folder / name, content) for name, content in contents.items()]
+
     if (base := loaded.names.source) is None:  # a module from Python, without files
         state = loaded.module.state_dict()
-        save_folder(out, state, made=asked, how="trained", kind="training", texts={CURVE: curve}, overwrite=overwrite)
+        save_folder(out, state, made=asked, how="trained", kind="training", overwrite=overwrite, package=more)
         return
     found, _ = loaded.names.convert({name: p.detach().cpu() for name, p in loaded.module.named_parameters()})
     tensors = {}
@@ -224,7 +247,7 @@ def _save_model(loaded: Any, out: Path, asked: Mapping[str, Any], curve: str, ov
 
     def package(folder: Path) -> Iterable[Path]:
         copied = copy_companions(loaded.folder, folder, base.origin.files)
-        return [*(folder / name for name in copied.files), write_file(folder / CURVE, curve)]
+        return [*(folder / name for name in copied.files), *more(folder)]
 
     save_folder(out, tensors, made=asked, how="trained", kind="training", overwrite=overwrite, package=package)
 

@@ -33,6 +33,7 @@ _LEFT: tuple[tuple[str, str], ...] = (
     (".cache/*", "download cache"),
     ("checkpoint-*/*", "training checkpoint"),
     ("training.html", "of a training run"),
+    ("multitask.json", "of a training run"),
     ("trainer_state.json", "of a training run: it cannot go on from merged weights"),
     ("README.md", "replaced by the new model card"),
     ("weightsmith.json", "replaced by the new manifest"),

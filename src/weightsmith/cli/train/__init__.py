@@ -1,4 +1,4 @@
-"""`weightsmith train`."""
+"""`weightsmith train`: one task, or with `multitask` several."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Annotated
 
 from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
-from weightsmith.cli.words import Parameter
+from weightsmith.cli.train.multitask import multitask
+from weightsmith.cli.words import Parameter, Verbs
 
 __all__ = ["train"]
 
 
-def train(
+def one(
     recipe: Annotated[Path, Parameter(help="What to train on what, YAML or JSON.")],
     out: Out,
     /,
@@ -50,3 +51,8 @@ def train(
         say(f"{result.trained:,} numbers trained on {result.examples} examples, {result.valid} kept for validation")
         say(f"optimizer state: {size(result.kept)}, {result.projected} matrices in subspaces")
         say(f"wrote {result.out} in {duration(result.seconds)}; its curve is in {result.out / 'training.html'}")
+
+
+train = Verbs(
+    "Fine-tune one model, or its singular values: a baseline for merges, or an expert for them.", (multitask,), one
+)

@@ -1,0 +1,265 @@
+"""`weightsmith train multitask`: results, resuming to the bit, the joint row of bench, recipes that make no sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from multitask_cases import bright, first, images, last, save, texts
+from torch import nn
+
+import weightsmith as ws
+from weightsmith.cli.main import main
+from weightsmith.core.errors import OutputError, RecipeError
+from weightsmith.io.read.open import open_source
+from weightsmith.train.multitask.build import build, open_body, restore
+from weightsmith.train.multitask.data import read_tasks
+from weightsmith.train.multitask.recipe import MultiTaskRecipe, loads
+from weightsmith.train.multitask.run import fit_system, train_multitask
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> dict[str, Any]:
+    """Two classifications of words by a small BERT."""
+    tasks = {
+        "first": {"data": str(texts(tmp_path / "first.jsonl", 60, first)), "candidates": ["low", "high"]},
+        "last": {"data": str(texts(tmp_path / "last.jsonl", 40, last, 1)), "candidates": ["soft", "hard"]},
+    }
+    return {
+        "model": str(save("bert", tmp_path / "bert")),
+        "tasks": tasks,
+        "steps": 6,
+        "every": 3,
+        "valid": 0.2,
+        "batch": 6,
+    }
+
+
+def write(tmp_path: Path, recipe: dict[str, Any], name: str = "tasks.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        source = open_source(str(file))
+        found |= {f"{file.name}:{name}": source.read(name) for name in source.keys}
+    return found
+
+
+# --- results -----------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_a_model_its_parts_and_every_curve(
+    tmp_path: Path, words: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", "multitask", write(tmp_path, words), str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["step"] for row in told["rows"]] == [0, 3, 6]
+    for name in ("first", "last"):
+        assert {f"{name}/valid", f"{name}/score"} <= set(told["rows"][0]["figures"])
+    assert "first/loss" in told["rows"][1]["figures"]
+    out = tmp_path / "out"
+    page = (out / "training.html").read_text()
+    assert "Validation score" in page
+    assert not (tmp_path / "out.training").exists()
+    base, made = open_source(str(tmp_path / "bert")), open_source(str(out))
+    assert list(made.keys) == list(base.keys)  # merges take it
+    recipe = loads(yaml.safe_dump(words))
+    system = restore(out, read_tasks(recipe))
+    task = system.tasks["last"]
+    assert system.score(task, task.parts["test"], 4) == told["scores"]["last"]
+    assert main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("by", ["plain", "uni_perceiver", "task_expert"])
+def test_a_broken_run_goes_on_to_the_same_bits(tmp_path: Path, words: dict[str, Any], by: str):
+    recipe = loads(yaml.safe_dump({**words, "by": by, "accumulation": 2, "steps": 7}))
+    train_multitask(recipe, tmp_path / "whole", device="cpu")
+
+    def stop(done: int, _: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_multitask(recipe, tmp_path / "broken", ws.Settings(progress=stop), device="cpu")
+    assert not (tmp_path / "broken").exists()
+    with pytest.raises(OutputError, match="a previous run was interrupted; pass --resume"):
+        train_multitask(recipe, tmp_path / "broken", device="cpu")
+    found = train_multitask(recipe, tmp_path / "broken", ws.Settings(resume=True), device="cpu")
+    assert [row.step for row in found.rows] == [0, 3, 6, 7]
+    one, other = state(tmp_path / "whole"), state(tmp_path / "broken")
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    said = [json.loads((tmp_path / name / "multitask.json").read_text())["scores"] for name in ("whole", "broken")]
+    assert said[0] == said[1]
+
+
+def test_data_that_changed_are_not_resumed(tmp_path: Path, words: dict[str, Any]):
+    recipe = loads(yaml.safe_dump(words))
+
+    def stop(done: int, _: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_multitask(recipe, tmp_path / "out", ws.Settings(progress=stop), device="cpu")
+    texts(tmp_path / "last.jsonl", 40, last, 7)
+    with pytest.raises(OutputError, match="belongs to a run with another examples"):
+        train_multitask(recipe, tmp_path / "out", ws.Settings(resume=True), device="cpu")
+
+
+def test_both_tasks_are_learnt_and_one_alone_is_a_special_case(tmp_path: Path, words: dict[str, Any]):
+    more = {"steps": 120, "every": 120, "batch": 16, "optimizer": {"adamw": {"lr": 0.005}}, "sampling": "mixed"}
+    for name, make in (("first", first), ("last", last)):
+        texts(Path(words["tasks"][name]["data"]), 300, make)
+    found = train_multitask(loads(yaml.safe_dump({**words, **more})), tmp_path / "out", device="cpu")
+    assert min(found.scores.values()) > 90
+    assert found.skipped == {}
+
+
+def test_a_module_from_python_takes_images(tmp_path: Path):
+    recipe = MultiTaskRecipe(
+        tasks={"one": {"data": str(images(tmp_path / "a.npz", 20, bright, key="y"))}}, steps=2, valid=0.2, batch=4
+    )  # fmt: skip
+    module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = module[0].weight.detach().clone()
+    result = train_multitask(recipe, tmp_path / "out", module=module)
+    assert not torch.equal(before, module[0].weight)
+    assert torch.equal(state(result.out)["model.safetensors:0.weight"], module[0].weight)
+
+
+# --- bench -------------------------------------------------------------------------------------------
+
+
+def test_the_joint_row_of_bench(tmp_path: Path, words: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    """Experts, their merge with each expert's own head, and the multi-task model, on the same test examples."""
+    for name, make in (("first", first), ("last", last)):
+        texts(Path(words["tasks"][name]["data"]), 300, make)
+        for part, seed in (("valid", 11), ("test", 12)):
+            words["tasks"][name][part] = str(texts(tmp_path / f"{name}-{part}.jsonl", 40, make, seed))
+    words |= {"steps": 60, "every": 60, "batch": 16, "optimizer": {"adamw": {"lr": 0.003}}}
+    scores = {}
+    for name in ("joint", "first", "last"):
+        tasks = words["tasks"] if name == "joint" else {name: words["tasks"][name]}
+        scores[name] = train_multitask(loads(yaml.safe_dump({**words, "tasks": tasks})), tmp_path / name).scores
+    write(tmp_path, words)
+    study = {
+        "title": "words", "base": "bert", "models": {"first": "first", "last": "last"}, "joint": "joint",
+        "evaluate": {"tasks": {"recipe": "tasks.yaml"}}, "methods": {"average": "linear"},
+    }  # fmt: skip
+    assert main(["bench", write(tmp_path, study, "study.yaml"), "--out", str(tmp_path / "bench"), "--json"]) == 0
+    rows = {row["name"]: row["tasks"] for row in json.loads(capsys.readouterr().out)[0]["rows"]}
+    assert rows["joint training"] == pytest.approx(scores["joint"])
+    assert rows["expert first"]["first"] == pytest.approx(scores["first"]["first"])
+    assert rows["expert last"]["last"] == pytest.approx(scores["last"]["last"])
+    assert set(rows["average"]) == {"first", "last"}
+    words["tasks"]["last"].pop("test")
+    write(tmp_path, words)
+    assert main(["bench", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "bench2")]) == 2
+    assert "task 'last' has no test data in" in capsys.readouterr().err
+
+
+# --- what makes no sense -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": {}}, "tasks is empty; name at least one"),
+        ({"model": None}, "takes model or net, one of them"),
+        ({"by": "instruckt"}, "by: names no kind, is 'instruckt'; did you mean 'instruct'"),
+        ({"optimizer": "mt_adamw", "sampling": "mixed"}, "is mt_adamw, which needs sampling: unmixed"),
+        ({"tasks.first.rate": 0.5, "tasks.last.rate": 0.4}, "rates sum to 0.9, not to 1"),
+        ({"tasks.first.rate": 0.5}, "tasks.last has no rate, but other tasks do"),
+        ({"tasks.first.invalid": 0.0, "tasks.first.legal": [0, 10]}, "is 0, which is a legal value of 0 .. 10"),
+        ({"tasks.first.candidates": ["low", "low", "high"]}, "task 'first': candidate 'low' stands twice"),
+        ({"tasks.first.metric": "rmse"}, "task 'first': metric 'rmse' does not fit its labels"),
+        ({"tasks.first.candidates": ["low", "up"]}, "the answer 'high' is none of the candidates"),
+        ({"by": "instruct"}, "by: instruct needs a language model"),
+        ({"by": "prompt"}, "by: prompt needs a language model or CLIP"),
+        ({"by": "conditioned"}, "by: conditioned is for tasks with maps"),
+        ({"by": "uni_perceiver", "tasks.first.candidates": None, "tasks.last.data": "IMAGES"}, "has images, but"),
+        ({"tasks.first.data": "EMPTY"}, "task 'first' has no examples"),
+        ({"tasks.first.data": "MISSING.jsonl"}, "MISSING.jsonl"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, words: dict[str, Any], capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+):
+    (tmp_path / "EMPTY").with_suffix(".jsonl").write_text("\n")
+    images(tmp_path / "IMAGES.npz", 4, bright, key="y")
+    files = {"IMAGES": str(tmp_path / "IMAGES.npz"), "EMPTY": str(tmp_path / "EMPTY.jsonl")}
+    for key, value in change.items():
+        *path, end = key.split(".")
+        place: Any = words
+        for step in path:
+            place = place[step]
+        place[end] = files.get(value, value) if isinstance(value, str) else value
+    assert main(["train", "multitask", write(tmp_path, words), str(tmp_path / "out")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_data_that_make_no_sense(tmp_path: Path):
+    def tasks(file: str, **more: Any) -> Any:
+        return read_tasks(MultiTaskRecipe(tasks={"t": {"data": str(tmp_path / file), **more}}))
+
+    (tmp_path / "a.jsonl").write_text('{"input": "x", "label": 3}\n{"input": "y", "label": 0}\n')
+    with pytest.raises(RecipeError, match="label 3 numbers none of its 2 candidates"):
+        tasks("a.jsonl", candidates=("a", "b"))
+    (tmp_path / "b.jsonl").write_text('{"input": "x", "label": 3}\n{"input": "y", "output": "b"}\n')
+    with pytest.raises(RecipeError, match="some answers are texts and some are numbers"):
+        tasks("b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"input": "x"}\n')
+    with pytest.raises(RecipeError, match="line 1: needs an input"):
+        tasks("c.jsonl")
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 4, 4)))
+    with pytest.raises(RecipeError, match=r"needs x with y \(labels\) or target"):
+        tasks("d.npz")
+    np.savez(tmp_path / "e.npz", x=np.zeros((2, 4, 4)), y=np.zeros(3))
+    with pytest.raises(RecipeError, match="2 images but 3 answers"):
+        tasks("e.npz")
+    (tmp_path / "f.csv").write_text("x")
+    with pytest.raises(RecipeError, match=r"use \.jsonl or \.npz"):
+        tasks("f.csv")
+    (tmp_path / "g.npz").write_bytes(b"PK nothing")
+    with pytest.raises(RecipeError, match="not a readable"):
+        tasks("g.npz")
+
+
+def test_a_prompt_knows_its_base(tmp_path: Path):
+    """Adapting and scoring refuse another base; a model of other shapes gets no foreign parts."""
+    data = str(texts(tmp_path / "a.jsonl", 20, first))
+    recipe = {"model": str(save("llama", tmp_path / "llama")), "by": {"prompt": {"n_ctx": 3}}, "steps": 2, "batch": 4,
+              "tasks": {"a": {"data": data, "candidates": ["low", "high"]}}, "answer": 8, "valid": 0.3}  # fmt: skip
+    source = loads(yaml.safe_dump(recipe))
+    out = train_multitask(source, tmp_path / "out").out
+    tasks = read_tasks(source)
+    system = build(source, open_body(source, tasks), tasks)
+    before = {name: p.clone() for name, p in system.base.named_parameters()}
+    fit_system(source, system)
+    assert all(torch.equal(before[name], p) for name, p in system.base.named_parameters())
+    adapt = loads(yaml.safe_dump({**recipe, "by": {"prompt": {"n_ctx": 3, "init": str(out)}}}))
+    body = open_body(adapt, tasks)
+    again = build(adapt, body, tasks)
+    assert torch.equal(again.own["prompt"].text, state(out)["multitask.safetensors:prompt.text"])  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="a prompt with n_ctx 3, not 4"):
+        build(loads(yaml.safe_dump({**recipe, "by": {"prompt": {"n_ctx": 4, "init": str(out)}}})), body, tasks)
+    with torch.no_grad():
+        next(body.module.parameters()).add_(1)
+    with pytest.raises(RecipeError, match="a prompt of another base"):
+        build(adapt, body, tasks)
+    body.module.save_pretrained(tmp_path / "llama")
+    with pytest.raises(OutputError, match="has changed since"):
+        restore(out, tasks)
+    merged = ws.merge({"a": str(out), "b": str(out)}, "average")  # a prompt is a mergeable artefact
+    assert torch.equal(merged["prompt.text"], state(out)["multitask.safetensors:prompt.text"])
