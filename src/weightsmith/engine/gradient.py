@@ -169,7 +169,8 @@ class Pullback:
 
 
 def _traced(pipeline: Pipeline) -> list[Traced | Vector]:
-    return [value for stage in pipeline.stages for value in traced(stage) if isinstance(value, (Traced, Vector))]
+    found = (value for stage in pipeline.stages for value in traced(stage))
+    return [v for v in found if isinstance(v, Traced) or (isinstance(v, Vector) and v.tensor.requires_grad)]
 
 
 def _contracted(task: Task, gradient: Tensor, context: Context) -> dict[int, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from weightsmith.io import system
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Table", "checked", "digest", "file_of", "table_of", "write_table"]
+__all__ = ["Table", "checked", "digest", "file_of", "read_table", "table_in_memory", "table_of", "write_table"]
 
 KEYS = {"file", "sha256"}
 
@@ -43,6 +43,11 @@ class Table:
             names = ", ".join(by_model)
             raise RecipeError(f"{self.label}: no coefficients of {model or 'all models'}; it has those of {names}")
         return by_model[model]
+
+
+def table_in_memory(label: str, models: Sequence[str], values: Mapping[str, Tensor]) -> Table:
+    """A table of tensor -> [n] or [n, c] values, as a file of coefficients holds them."""
+    return Table({key: _by_model(label, key, list(models), tensor) for key, tensor in values.items()}, label)
 
 
 def file_of(value: Any) -> str | None:
@@ -89,6 +94,17 @@ def write_table(path: Path, models: tuple[str, ...], values: Mapping[str, Mappin
     system.call(
         save_file, flat, path, {"models": json.dumps(models)}
     )  # one entry: safetensors writes several in any order
+
+
+def read_table(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What `write_table` has written: parameter -> tensor -> values."""
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry, values in system.call(load_file, path).items():
+        name, _, key = entry.partition("/")
+        found.setdefault(name, {})[key] = values
+    return found
 
 
 @lru_cache(maxsize=64)

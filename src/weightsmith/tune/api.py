@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from weightsmith.io.package.card import yaml_text
 from weightsmith.io.read.open import open_source
 from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
-from weightsmith.recipe.table import digest, write_table
+from weightsmith.recipe.table import digest, read_table, write_table
 from weightsmith.tune.controls import Control, compare
 from weightsmith.tune.descent import Descent
 from weightsmith.tune.journal import Journal, write_curve
@@ -29,7 +29,7 @@ from weightsmith.tune.objective import Objective, labels_of
 from weightsmith.tune.objectives.imitate import Imitate
 from weightsmith.tune.registry import make
 from weightsmith.tune.resident import Resident
-from weightsmith.tune.setting import Preset, Setting
+from weightsmith.tune.setting import Found, Preset, Setting
 from weightsmith.tune.space import Free, Numbers
 from weightsmith.tune.teachers import taught
 from weightsmith.tune.tuner import Data, Function, Tuner
@@ -37,7 +37,7 @@ from weightsmith.tune.work import Work, prepared
 
 __all__ = ["Tuned", "tune"]
 
-FILE = "coefficients.safetensors"
+FILE, FIRST = "coefficients.safetensors", "first"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,29 +105,77 @@ def tune(
     settings, options = settings.taken_from(options)
     if settings.ray is not None:
         raise RecipeError("tune runs on this machine: the model is in its memory; leave --ray out")
-    threads = settings.threads or cores()
     tree, given = _recipe(recipe, models, base)
     names = tuple(tree["models"])
     setting = _setting(space, objective, descent, names, options)
     batches = _checked(data, validation or {}, setting.objective)
-    functions = _functions(function, batches)
-    work = prepared(tree, given, setting, module)
-    numbers, plan, inputs, places = work.numbers, work.plan, work.inputs, work.places
-    resident = Resident(module, places, plan, inputs, threads)
+    held = Data(batches, dict(validation or {}), _functions(function, batches))
     folder = None if out is None else Path(out)
     if folder is not None:
         _prepare(folder, settings)
-    journal = Journal(folder, _identity(work, setting, batches, every, settings.fingerprint == "full"))
-    held = Data(batches, dict(validation or {}), functions)
+    asked = _Asked(tree, given, module, held, settings, every, progress, folder)
+    if setting.then is not None:
+        first = replace(setting, then=None)
+        setting = setting.then(first, _before(asked, first))
+    made = _learned(asked, setting, prepared(tree, given, setting, module), folder, controls)
+    if folder is not None:
+        Journal(folder, "").done()
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What all parts of a tuning share; home: the folder of the results."""
+
+    tree: Mapping[str, Any]
+    given: dict[str, Any] | None
+    module: nn.Module
+    data: Data
+    settings: Settings
+    every: int
+    progress: Callable[[int, int, float], None] | None
+    home: Path | None
+
+
+def _before(asked: _Asked, setting: Setting) -> Found:
+    """The tuning that comes first, into OUT/first; taken from there where a run that is resumed had got through it."""
+    work = prepared(dict(asked.tree), asked.given, setting, asked.module)
+    keys = list({key.name: key for one in work.numbers for key in one.keys}.values())
+    folder = None if asked.home is None else asked.home / FIRST
+    identity = _identity(asked, setting, work)
+    if folder is not None and asked.settings.resume and _noted(folder) == identity:
+        return Found(read_table(folder / FILE), work.inputs, keys)
+    if folder is not None:
+        system.call(folder.mkdir, exist_ok=True)
+    made = _learned(asked, setting, work, folder, controls=False)
+    if folder is not None:
+        replace_file(folder / "identity", identity.encode())  # last: all is there
+        Journal(folder, "").done()
+    return Found(made.coefficients, work.inputs, keys)
+
+
+def _noted(folder: Path) -> str:
+    path = folder / "identity"
+    return system.read_file(path).decode() if path.is_file() else ""
+
+
+def _learned(asked: _Asked, setting: Setting, work: Work, folder: Path | None, controls: bool) -> Tuned:
+    """One tuning, and its files."""
+    numbers, threads = work.numbers, asked.settings.threads or cores()
+    resident = Resident(asked.module, work.places, work.plan, work.inputs, threads)
+    journal, held = Journal(folder, _identity(asked, setting, work)), asked.data
     if isinstance(setting.objective, Imitate):
-        held = _taught(held, setting.objective, resident, folder, keep=settings.resume)
+        held = _taught(held, setting.objective, resident, asked.home, keep=asked.settings.resume)
     tuner = Tuner(setting, numbers, resident, held, journal)
-    tuner.run(every=every, progress=progress)
+    tuner.run(every=asked.every, progress=asked.progress)
     learned = {one.name: one.learned() for one in numbers}
-    known = compare(tuner, work, given, threads, every) if controls and any(held.validation.values()) else ()
+    known = (
+        compare(tuner, work, asked.given, threads, asked.every) if controls and any(held.validation.values()) else ()
+    )
+    many = {one.name: learned[one.name] for one in numbers if one.free.per != "model" or folder != asked.home}
     made = Tuned(
-        recipe=_with_values(work.tree, numbers, folder),
-        coefficients=learned,
+        recipe=_with_values(work.tree, numbers, {*many, *setting.given}, folder),
+        coefficients={**setting.given, **learned},
         curve=tuner.state.curve,
         best=tuner.state.best,
         stopped=tuner.stopped,
@@ -136,8 +184,7 @@ def tune(
         out=folder,
     )
     if folder is not None:
-        _write(made, numbers, names, folder)
-        journal.done()
+        _write(made, {**setting.given, **many}, tuple(work.inputs.experts), folder)
     return made
 
 
@@ -150,13 +197,9 @@ def _prepare(folder: Path, settings: Settings) -> None:
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from None
     if not settings.resume:
-        for name in (
-            "recipe.yaml",
-            FILE,
-            "curve.csv",
-            "report.html",
-        ):  # of an earlier run: none may pass for this one's
+        for name in ("recipe.yaml", FILE, "curve.csv", "report.html"):  # none may pass for this run's
             system.call((folder / name).unlink, missing_ok=True)
+        system.call(shutil.rmtree, folder / FIRST, ignore_errors=True)
         Journal(folder, "").done()
 
 
@@ -263,37 +306,38 @@ def _taught(data: Data, objective: Imitate, resident: Resident, folder: Path | N
 # --- results -------------------------------------------------------------------------------------
 
 
-def _with_values(tree: Mapping[str, Any], numbers: Sequence[Numbers], folder: Path | None) -> dict[str, Any]:
+def _with_values(
+    tree: Mapping[str, Any], numbers: Sequence[Numbers], many: Collection[str], folder: Path | None
+) -> dict[str, Any]:
     """The recipe with what was learned: plainly where there is one number per model, else through the file."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {name: {"file": FILE if folder is not None else f"(in memory) {FILE}"} for name in many}
     for one in numbers:
-        if one.free.per == "model" and not one.free.several:
+        if one.name not in many:
             row = next(iter(one.learned().values())).tolist()
             values[one.name] = row[0] if one.models == ("",) else dict(zip(one.models, row, strict=True))
-        else:
-            values[one.name] = {"file": FILE if folder is not None else f"(in memory) {FILE}"}
     made = {**tree, "parameters": {**tree.get("parameters", {}), **values}}
     return {key: value for key, value in made.items() if value not in ({}, [], ())}
 
 
-def _write(made: Tuned, numbers: Sequence[Numbers], names: tuple[str, ...], folder: Path) -> None:
-    large = {one.name: one.learned() for one in numbers if one.free.per != "model"}
-    if large:
-        write_table(folder / FILE, names, large)
+def _write(made: Tuned, many: Mapping[str, Mapping[str, Tensor]], names: tuple[str, ...], folder: Path) -> None:
+    if many:
+        write_table(folder / FILE, names, many)
     write_curve(folder / "curve.csv", made.curve)
-    values = {name: value | {"sha256": digest(folder / FILE)} if name in large else value
+    values = {name: value | {"sha256": digest(folder / FILE)} if name in many else value
               for name, value in made.recipe["parameters"].items()}  # fmt: skip
     text = yaml_text({**made.recipe, "parameters": values})
     replace_file(folder / "recipe.yaml", text.encode())  # last: all is there
 
 
-def _identity(work: Work, setting: Setting, data: Mapping[str, Sequence[Any]], every: int, full: bool) -> str:
+def _identity(asked: _Asked, setting: Setting, work: Work) -> str:
     """Hash of what the numbers depend on."""
     seen = hashlib.sha256()
-    told = {name: fields for name, fields in vars(setting).items() if name != "objective"}
-    seen.update(repr((sorted(told.items()), setting.objective, every)).encode())
-    seen.update(json.dumps([work.tree, replace(work.inputs, full=full).fingerprints()], default=str).encode())
-    for task, batches in data.items():
+    told = {name: fields for name, fields in vars(setting).items() if name not in ("objective", "given")}
+    seen.update(repr((sorted(told.items()), setting.objective, asked.every)).encode())
+    _add(seen, [values for table in setting.given.values() for values in table.values()])
+    inputs = replace(work.inputs, full=asked.settings.fingerprint == "full")
+    seen.update(json.dumps([work.tree, inputs.fingerprints()], default=str).encode())
+    for task, batches in asked.data.train.items():
         seen.update(task.encode())
         _add(seen, batches)
     return seen.hexdigest()

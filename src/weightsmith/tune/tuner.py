@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import NumericError
-from weightsmith.tune.descent import restore, state_of
+from weightsmith.tune.descent import Descent, restore, state_of
 from weightsmith.tune.journal import Journal, State
 from weightsmith.tune.objective import logits_of
 from weightsmith.tune.resident import Resident
@@ -48,7 +48,12 @@ class Tuner:
     ) -> None:
         self.setting, self.numbers, self.resident, self.data, self.journal = setting, numbers, resident, data, journal
         self.raw = [raw for one in numbers for raw in one.raw]
-        self.optimizer = setting.descent.optimizer_of(self.raw)
+        ahead = () if setting.ahead is None else setting.ahead.names
+        self._inner, self._outer = ([n for n in numbers if (n.name in ahead) == inner] for inner in (True, False))
+        self.optimizer = setting.descent.optimizer_of([raw for one in self._outer for raw in one.raw])
+        self._inner_optimizer = None
+        if setting.ahead is not None:
+            self._inner_optimizer = setting.ahead.descent.optimizer_of([r for one in self._inner for r in one.raw])
         self.state = State()
         self.best = [raw.detach().clone() for raw in self.raw]
         self.stopped = ""
@@ -115,10 +120,32 @@ class Tuner:
         self.resident.refresh()
 
     def _learn(self, step: int) -> dict[str, float]:
+        if self._inner_optimizer is None:
+            losses = self._moved(step, self._outer, self.optimizer, self.setting.descent, step)
+        else:
+            assert self.setting.ahead is not None
+            self._moved(2 * step, self._inner, self._inner_optimizer, self.setting.ahead.descent, step)
+            self._refresh(step)  # the same draw
+            losses = self._moved(2 * step + 1, self._outer, self.optimizer, self.setting.descent, step)
+            self._back()
+        self._collapsed(step)
+        return losses
+
+    def _back(self) -> None:
+        """Put the inner numbers back to their start."""
+        begun = {id(raw): first for raw, first in zip(self.raw, self._begun, strict=True)}
+        with torch.no_grad():
+            for raw in (raw for one in self._inner for raw in one.raw):
+                raw.copy_(begun[id(raw)])
+
+    def _moved(
+        self, visit: int, numbers: Sequence[Numbers], optimizer: torch.optim.Optimizer, descent: Descent, step: int
+    ) -> dict[str, float]:
+        """Move some of the numbers once, on the batches of a visit; the losses by task."""
         losses: dict[str, float] = {}
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         with self.resident.gathering() as found:
-            for task, place, share in self._turns(step):
+            for task, place, share in self._turns(visit):
                 batches = self.data.train[task]
                 batch = batches[place % len(batches)]
                 loss = self._loss(task, batch, watch=True)
@@ -132,13 +159,12 @@ class Tuner:
                     )
                 torch.autograd.backward(loss * share)
                 losses[task] = losses.get(task, 0.0) + value * share
-        for one in self.numbers:
+        for one in numbers:
             one.backward(found)
-        self._pull()
-        self.setting.descent.step(self.optimizer, step)
-        for one in self.numbers:
+        self._pull(numbers)
+        descent.step(optimizer, step)
+        for one in numbers:
             one.project()
-        self._collapsed(step)
         return losses
 
     def _turns(self, step: int) -> list[tuple[str, int, float]]:
@@ -156,11 +182,13 @@ class Tuner:
             self._watch(task, logits_of(outputs))
         return self.setting.objective.loss(outputs, batch, task)
 
-    def _pull(self) -> None:
+    def _pull(self, numbers: Sequence[Numbers]) -> None:
         """Add the gradient of pull * sum |value - start| / (numbers per model)."""
         if not self.setting.pull:
             return
         for one, first in zip(self.numbers, self._first, strict=True):
+            if one not in numbers:
+                continue
             per_model = one.count / len(one.models)
             far = sum((value - start).abs().sum() for value, start in zip(one.values(), first, strict=True))
             torch.autograd.backward(torch.as_tensor(self.setting.pull * far / per_model))
@@ -207,14 +235,17 @@ class Tuner:
         self.state = found
         self._put([found.tensors[f"raw.{i}"] for i in range(len(self.raw))])
         self.best = [found.tensors[f"best.{i}"].clone() for i in range(len(self.raw))]
-        state = {n.removeprefix("opt."): t for n, t in found.tensors.items() if n.startswith("opt.")}
-        if state:
-            restore(self.optimizer, state)
+        for prefix, optimizer in (("opt.", self.optimizer), ("inner.", self._inner_optimizer)):
+            state = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
+            if state and optimizer is not None:
+                restore(optimizer, state)
 
     def _note(self) -> None:
         tensors = {f"raw.{i}": raw.detach().clone() for i, raw in enumerate(self.raw)}
         tensors |= {f"best.{i}": best for i, best in enumerate(self.best)}
         tensors |= {f"opt.{name}": tensor for name, tensor in state_of(self.optimizer).items()}
+        if self._inner_optimizer is not None:
+            tensors |= {f"inner.{name}": tensor for name, tensor in state_of(self._inner_optimizer).items()}
         self.state.tensors = tensors
         self.journal.write(self.state)
 

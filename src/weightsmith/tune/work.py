@@ -17,6 +17,7 @@ from weightsmith.jobs.nested import open_inputs
 from weightsmith.observe.names import Naming
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.table import table_in_memory
 from weightsmith.tune.setting import Setting
 from weightsmith.tune.space import Numbers
 
@@ -47,7 +48,7 @@ def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Set
     tree = dict(tree)
     if setting.method is not None:
         tree["method"] = list(setting.method)
-    tree = without(tree, setting.free)
+    tree = without(tree, {*setting.free, *setting.given})
     recipe = Recipe.model_validate(tree)
     inputs = open_inputs(recipe, given)
     reference = inputs.models[0][1] if inputs.models else None
@@ -72,7 +73,9 @@ def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Set
         if not keys:
             raise RecipeError(f"free: {name} concerns no tensor that the recipe merges")
         numbers.append(Numbers(name, free, owners[name], tuple(inputs.experts), keys))
-    values = {**tree.get("parameters", {}), **{one.name: one.table for one in numbers}}
+    models = tuple(inputs.experts)
+    given_values = {name: table_in_memory(name, models, values) for name, values in setting.given.items()}
+    values = {**tree.get("parameters", {}), **given_values, **{one.name: one.table for one in numbers}}
     plan = make_plan(Recipe.model_validate(working | {"parameters": values}), sources=inputs)
     return Work(tree, numbers, plan, inputs, places)
 
