@@ -1,25 +1,33 @@
 """Adam's second moments, read from what a trainer saved: the statistic "second_moment".
 
-Three forms are read: safetensors (`NAME` or `NAME.exp_avg_sq`), torch's optimizer state under the parameters' names
-(distributed training), and torch's numbered state (`optimizer.pt`).  Numbers have names only through the order in which
-the optimizer got the parameters: that of `param_names` where torch (2.6 or later) noted it, else that of the model's
-parameters, in one group or in transformers' two (decayed or not).  Whatever fits neither is refused.
+Five forms are read: safetensors (`NAME` or `NAME.exp_avg_sq`), torch's optimizer state under the parameters' names
+(distributed training), torch's numbered state (`optimizer.pt`), folders of torch.distributed.checkpoint, and
+DeepSpeed's universal checkpoints, which its `ds_to_universal.py` makes of ZeRO's shards.  Numbers have names only
+through the order in which the optimizer got the parameters: that of `param_names` where torch (2.6 or later) noted it,
+else that of the model's parameters, in one group or in transformers' two (decayed or not).
+Whatever fits neither is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weightsmith.core.errors import OutputError, SourceError, some
+from weightsmith.core.keys import DTYPES
+from weightsmith.io import system
+from weightsmith.io.read.dcp import METADATA, Checkpoint
 from weightsmith.io.read.pickle import PICKLES, load_pickle
 from weightsmith.io.read.prefixes import unwrapped
 from weightsmith.io.read.safetensors import SafetensorsSource
+from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.observe.files import Statistic, stat_path, write_statistic
 from weightsmith.observe.model import LoadedModel, identity, load_model
 
@@ -53,7 +61,8 @@ def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, 
     """Write OUT/second_moment.safetensors: float32, shaped like the weights, under the checkpoint's names.
 
     model      folder or hub id[@revision] of the checkpoint that the optimizer made
-    optimizer  a .safetensors or torch file with the state of Adam, AdamW or another with `exp_avg_sq`
+    optimizer  a .safetensors or torch file, or a folder of torch.distributed.checkpoint or a universal checkpoint of
+               DeepSpeed, with the state of Adam, AdamW or another with `exp_avg_sq`
 
     Moments are divided by 1 - beta2^step where the file says both, so that models of different length compare.
 
@@ -82,6 +91,8 @@ def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, 
 
 def _read(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
     """Parameter name, as the file or the module has it -> its moment."""
+    if path.is_dir():
+        return _of_folder(path, loaded)
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
     if path.suffix not in PICKLES:
@@ -90,6 +101,11 @@ def _read(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
+    return _of_state(path, state, loaded)
+
+
+def _of_state(path: Path, state: Any, loaded: LoadedModel) -> dict[str, _Moment]:
+    """The moments in an optimizer's state_dict."""
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
         raise SourceError(f"{path}: not an optimizer's state; expected the entries 'state' and 'param_groups'")
     groups = state.get("param_groups") or []
@@ -103,6 +119,73 @@ def _read(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
     if not moments:
         raise SourceError(f"{path}: no parameter has {MOMENT!r}; only Adam and its relatives keep second moments")
     return moments
+
+
+def _of_folder(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
+    if (path / METADATA).is_file():
+        return _of_state(path, _distributed(path), loaded)
+    for zero in (path, path / "zero"):
+        if found := _universal(zero):
+            return found
+    names = [entry.name for entry in system.call(list, path.iterdir())]
+    if any(fnmatchcase(name, "*zero_pp_rank_*optim_states.pt") for name in names):
+        raise SourceError(
+            f"{path}: shards of ZeRO, whose parts have no names; consolidate them with DeepSpeed's ds_to_universal.py "
+            "and give the folder that it writes"
+        )
+    raise SourceError(
+        f"{path}: neither a folder of torch.distributed.checkpoint ({METADATA}) nor a universal checkpoint of "
+        f"DeepSpeed (zero/NAME/{MOMENT}.pt); give one of these, or a file"
+    )
+
+
+def _distributed(path: Path) -> dict[str, Any]:
+    """The optimizer's state in a folder of torch.distributed.checkpoint, as its state_dict was."""
+    checkpoint = Checkpoint(path)
+    state: dict[Any, dict[str, Any]] = {}
+    groups: dict[int, dict[str, Any]] = {}
+    for full, (place, _, pieces) in checkpoint.tensors.items():
+        match [str(part) for part in place[:-2]], *place[-2:]:
+            case [*_, "state"], parameter, ("exp_avg_sq" | "step") as kind:
+                whole = np.empty(checkpoint.shapes[full], np.dtype(f"u{DTYPES[checkpoint.tensors[full][1]].itemsize}"))
+                for piece in pieces:
+                    spot = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.shape, strict=True))
+                    whole[spot] = checkpoint.rows(full, piece, 0, piece.shape[0] if piece.shape else 1)
+                number = int(parameter) if str(parameter).isdecimal() else parameter  # torch saves keys as texts
+                state.setdefault(number, {})[kind] = bits_to_tensor(whole, checkpoint.tensors[full][1])
+    for full, (place, _) in checkpoint.values.items():
+        match [str(part) for part in place[:-2]], *place[-2:]:
+            case [*_, "param_groups"], number, ("params" | "betas" | "param_names") as kind:
+                groups.setdefault(int(number), {})[kind] = checkpoint.value(full)
+    if not state:
+        raise SourceError(f"{path}: the checkpoint has no optimizer's state with {MOMENT!r}; it was saved without one")
+    return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}
+
+
+def _universal(zero: Path) -> dict[str, _Moment]:
+    """The moments of a universal checkpoint: a folder for each parameter, under its name."""
+    files = {file.parent.name: file for file in sorted(system.call(list, zero.glob(f"*/{MOMENT}.pt")))}
+    if not files:
+        return {}
+    kept = zero / "optimizer_state.pt"
+    noted = load_pickle(kept) if kept.is_file() else {}
+    groups = noted.get("param_groups") if isinstance(noted, Mapping) else None
+    betas = {g["betas"][1] for g in groups or () if isinstance(g, Mapping) and "betas" in g}
+    beta2 = betas.pop() if len(betas) == 1 else None
+    found = {}
+    for name, file in files.items():
+        step = _alone(file.with_name("step.pt")) if file.with_name("step.pt").is_file() else None
+        values = _alone(file)
+        if not isinstance(values, Tensor):
+            raise SourceError(f"{file}: expected one tensor, got a {type(values).__name__}")
+        found[name] = _Moment(values, None if step is None else float(step), beta2)
+    return found
+
+
+def _alone(file: Path) -> Any:
+    """The value in a file of a universal checkpoint, which may stand under 'param'."""
+    value = load_pickle(file)
+    return value.get("param") if isinstance(value, Mapping) else value
 
 
 def _of_safetensors(path: Path) -> dict[str, _Moment]:

@@ -180,6 +180,12 @@ def _shards(asked: Asked) -> Source:
     return ShardedSource(asked.ref)
 
 
+def _distributed(asked: Asked) -> Source:
+    from weightsmith.io.read.dcp import DcpSource
+
+    return DcpSource(asked.ref)
+
+
 def _safetensors(asked: Asked) -> Source:
     source = SafetensorsSource(asked.ref)
     if any(word.startswith("DCP_") for word in source.header.metadata):
@@ -245,6 +251,7 @@ FORMATS: tuple[Format, ...] = (
     Format("pipeline of diffusers", lambda ref: _has(ref, "model_index.json"), _pipeline),
     Format("modules of Sentence-Transformers", _apart, _modules),
     Format("shards of a distributed checkpoint", _sharded, _shards, raw=True),
+    Format("distributed checkpoint", lambda ref: _has(ref, ".metadata"), _distributed, raw=True),
     Format("model folder", _folder, _folder_model, raw=True),
     Format("shard index", lambda ref: _file(ref, INDEX), lambda asked: FolderSource(asked.ref), raw=True),
     Format("safetensors", lambda ref: _file(ref, ".safetensors"), _safetensors, raw=True),

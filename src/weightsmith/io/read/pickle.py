@@ -23,7 +23,7 @@ from weightsmith.io.read.source import Bits, MemorySource, Source, beside_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PICKLES", "PickleSource", "left_out", "load_pickle"]
+__all__ = ["PICKLES", "PickleSource", "Strided", "gather", "left_out", "load_pickle"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -75,7 +75,7 @@ class PickleSource(Source):
             first, last, _ = slice(low, high).indices(key.rows)
             shape = (max(last - first, 0), *shape[1:])
             offset += first * strides[0] * unsigned.itemsize
-        return Bits(_gather(self._file, unsigned, shape, Strided(offset, strides), repr(key.name)), key.dtype)
+        return Bits(gather(self._file, unsigned, shape, Strided(offset, strides), repr(key.name)), key.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         self._file.refuse_changed()
@@ -146,7 +146,7 @@ def _mapped(path: Path) -> list[tuple[int, int]]:
     return found
 
 
-def _gather(file: File, unsigned: np.dtype[Any], shape: tuple[int, ...], place: Strided, what: str) -> np.ndarray:
+def gather(file: File, unsigned: np.dtype[Any], shape: tuple[int, ...], place: Strided, what: str) -> np.ndarray:
     """The numbers of a tensor in the order of its axes: one read for each run of the file that holds a part of it.
 
     A tensor saved as it was computed is one run.  Of a transposed one, rows are read out of every column.

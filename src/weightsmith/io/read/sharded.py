@@ -25,7 +25,7 @@ from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Bits, Origin, Source
 
-__all__ = ["ShardedSource", "refuse_shard", "shards_in", "with_lost_scalars"]
+__all__ = ["Piece", "ShardedSource", "fitted", "refuse_shard", "shards_in", "with_lost_scalars"]
 
 _SHARD = re.compile(r"shard-(\d+)-model-\d+-of-\d+\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
@@ -71,7 +71,7 @@ class ShardedSource(Source):
                     raise SourceError(
                         f"{label}: {key.name!r} is {dtypes[key.name]} in one shard, {key.dtype} in {name}"
                     )
-        self._pieces = {name: _fitted(name, found, label) for name, found in pieces.items()}
+        self._pieces = {name: fitted(name, found, label) for name, found in pieces.items()}
         self.keys = {name: Key(name, _whole(found), dtypes[name]) for name, found in self._pieces.items()}
         files = [part.path for part in self._parts.values()]
         self.origin = Origin(label, folder, tuple(names), (folder, *files), checkpoint=folder)
@@ -117,7 +117,7 @@ def _offsets(part: SafetensorsSource, label: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _fitted(name: str, pieces: list[Piece], label: str) -> tuple[Piece, ...]:
+def fitted(name: str, pieces: list[Piece], label: str) -> tuple[Piece, ...]:
     """The parts that hold something, which together have to be the whole tensor."""
     held = [piece for piece in pieces if math.prod(piece.shape)] or pieces[:1]
     if len({len(piece.shape) for piece in pieces}) > 1:
