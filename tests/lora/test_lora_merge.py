@@ -254,3 +254,14 @@ def test_peft_loads_a_convolution_in_groups(method: str, tmp_path: Path) -> None
     assert config["r"] == len(tensors["base_model.model.conv.lora_A.weight"])
     assert want.abs().max() > 0.01
     torch.testing.assert_close(run(tmp_path / "out"), want, atol=1e-5, rtol=1e-5)
+    for name, rank in (("half", 2), ("least", 1)):  # of both groups together, but one for each
+        for made in (
+            lora.resize(paths["a1"], tmp_path / f"r-{name}", rank=rank),
+            lora.merge(paths, "svd", tmp_path / f"m-{name}", rank=rank),
+        ):
+            assert json.loads((made.out / "adapter_config.json").read_text())["r"] == 2
+            assert run(made.out).abs().max() > 0.01
+    assert any(
+        "convolution in 2 groups: of rank 2" in text
+        for text in texts(lora.resize(paths["a1"], tmp_path / "again_", rank=1).warnings)
+    )

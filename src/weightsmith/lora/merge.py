@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,19 @@ def _made(
     for module in modules:
         who = [(label, a, w) for (label, a), w in zip(adapters.items(), weights, strict=True) if module in a.modules]
         pieces = [adapter.factors(module) for _, adapter, _ in who]
+        own, most = _of_one_group(method, limit, who[0][1].modules[module].groups)
         made = []
         for i, factors in enumerate(zip(*pieces, strict=True)):
             parts = [Part(f, a.modules[module].scale, w, label) for f, (label, a, w) in zip(factors, who, strict=True)]
-            made.append(method.combine(parts, module if len(pieces[0]) == 1 else f"{module}.{i}", seed, limit))
+            made.append(own.combine(parts, module if len(pieces[0]) == 1 else f"{module}.{i}", seed, most))
         yield module, made
+
+
+def _of_one_group(method: Combine | Averaged, limit: int, groups: int) -> tuple[Combine | Averaged, int]:
+    """The method and the limit of ranks for one group of a convolution, of which peft counts all together."""
+    if groups > 1 and isinstance(method, Combine) and isinstance(method.rank, int):
+        method = replace(method, rank=max(method.rank // groups, 1))
+    return method, max(limit // groups, 1)
 
 
 def _limit(adapters: Adapters) -> int:

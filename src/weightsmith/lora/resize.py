@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.core.errors import RecipeError
+from weightsmith.io.read.lora import Module
 from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.lora.compare import combinable
 from weightsmith.lora.extract import check_rank
@@ -26,18 +27,24 @@ def resize(
 ) -> Written:
     """Write the adapter at no more than `rank`, or per module at the smallest rank that keeps the share `energy`.
 
+    The rank of a convolution in groups is that of all groups together, as peft counts it, and that of fused experts is
+    one expert's.  A convolution keeps one direction per group at least, and a warning says so.
+
     The scale goes into the factors (alpha = r).  Tensors kept in full are copied.  Raises SourceError or PlanError.
     """
     if rank is None and energy is None:
         raise RecipeError("give a rank or an energy")
     check_rank(rank, energy, 1)
     found = combinable(read_adapter(adapter))
+    notes: list[str] = []
     with Writer(Path(out), [found.path], overwrite=overwrite, kind=found.kind) as writer:
         for name, module in found.modules.items():
             wanted = [Factors(b * module.scale, a) for b, a in found.factors(name)]
             cut = [svd_of_factors(part) for part in wanted]
             squares = [float(part.s.square().sum()) for part in cut]
-            counts = [rank_for(p.s, square, rank=rank, energy=energy) for p, square in zip(cut, squares, strict=True)]
+            most, more = _rank_of_one(module, rank)
+            notes += more
+            counts = [rank_for(p.s, square, rank=most, energy=energy) for p, square in zip(cut, squares, strict=True)]
             kept = sum(float(p.s[:n].square().sum()) for p, n in zip(cut, counts, strict=True))
             writer.add(
                 module,
@@ -70,4 +77,14 @@ def resize(
             command="weightsmith lora resize ADAPTER OUT",
             base=config["base_model_name_or_path"],
         )
-        return writer.finish(config, about, saved=tuple(found.whole))
+        return writer.finish(config, about, saved=tuple(found.whole), warnings=notes)
+
+
+def _rank_of_one(module: Module, rank: int | None) -> tuple[int | None, list[str]]:
+    """The rank of each group of a convolution, and what to say of it; of all other modules the rank itself."""
+    groups = module.groups
+    if rank is None or groups == 1:
+        return rank, []
+    if rank < groups:
+        return 1, [f"{module.name} is a convolution in {groups} groups: of rank {groups}, one direction for each"]
+    return rank // groups, []

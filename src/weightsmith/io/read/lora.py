@@ -84,6 +84,11 @@ class Module:
         return self.update.rank
 
     @property
+    def groups(self) -> int:
+        """Of a convolution: what peft calls its rank is that of all groups together."""
+        return self.update.groups if isinstance(self.update, Product) else 1
+
+    @property
     def embedding(self) -> bool:
         """Whether A and B belong to an embedding, whose weight is stored [inputs, outputs]."""
         return isinstance(self.update, Product) and self.update.table
@@ -92,7 +97,7 @@ class Module:
     def form(self) -> tuple[Any, ...]:
         """What two adapters of one module have in common: all but the rank."""
         update = self.update
-        return self.embedding, update.shape, self.parameter, update.groups if isinstance(update, Product) else 1
+        return self.embedding, update.shape, self.parameter, self.groups
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of a module."""
-        return max((module.rank for module in self.modules.values()), default=0)
+        """The largest rank of a module, as peft counts it."""
+        return max((module.rank * module.groups for module in self.modules.values()), default=0)
 
     @property
     def dtypes(self) -> set[str]:
