@@ -20,7 +20,8 @@ from goldens import adapter_cases, alignment, coefficients, mergekit, surgery, t
 from goldens.encoded import encoded
 from weightsmith import merge
 from weightsmith.core.method import Pipeline, Stage, registry
-from weightsmith.moe import grouping, router
+from weightsmith.experts import grouping
+from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
 from weightsmith.ops.moments import rank_one
 from weightsmith.search.frank_wolfe import FrankWolfe

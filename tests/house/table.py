@@ -34,7 +34,7 @@ LINES = {
     "devices": 450,
     "engine": 1700,
     "jobs": 800,
-    **dict.fromkeys(("lora", "moe", "tokens", "inspect", "observe", "study", "train"), 1500),
+    **dict.fromkeys(("experts", "lora", "moe", "tokens", "inspect", "observe", "study", "train"), 1500),
 }
 """Part -> lines of source it is to have at most."""
 

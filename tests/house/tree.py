@@ -30,7 +30,7 @@ LAYERS = (
     ("engine",),
     ("jobs",),
     ("observe",),
-    ("align", "inspect", "lora", "moe", "train"),
+    ("align", "experts", "inspect", "lora", "moe", "train"),
     ("study",),
     ("protect", "runtime", "tune"),
     ("search",),

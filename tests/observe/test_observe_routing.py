@@ -11,7 +11,7 @@ import torch
 from observe_models import saved, tiny_llama, token_rows
 from safetensors.torch import load_file
 
-from moe.mixture_models import EXPERTS, FAMILIES, mixture, mixture_saved
+from experts.mixture_models import EXPERTS, FAMILIES, mixture, mixture_saved
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.observe import routing as module
 from weightsmith.observe.collect import observe
@@ -141,7 +141,7 @@ def test_blocks_asked_for(tmp_path: Path) -> None:
 
 def test_blocks_that_config_does_not_count_are_left_out(tmp_path: Path) -> None:
     """A head for further tokens is not run; transformers drops it, too."""
-    from moe.mixture_models import edited
+    from experts.mixture_models import edited
 
     folder = mixture_saved(tmp_path / "m", "deepseek_v3", num_nextn_predict_layers=1)
     edited(folder, lambda t: t | {n.replace(".1.", ".2."): v.clone() for n, v in t.items() if ".layers.1." in n})

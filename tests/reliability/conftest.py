@@ -47,7 +47,7 @@ def zygote(scenes: dict[str, Scene], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def writers(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
-    """compress, restore, moe, lora merge, tokenizer transplant, and a sweep."""
+    """compress, restore, moe, moe shrink, lora merge, tokenizer transplant, and a sweep."""
     made = make_writers(tmp_path_factory.mktemp("writers") / "made")
     for scene in made.values():
         zygote.warm(scene)

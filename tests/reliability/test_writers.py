@@ -9,7 +9,7 @@ import pytest
 
 from reliability.trials import ERRORS, calls_of, end_at, fail_at
 
-WRITERS = ["compress", "restore", "sweep", "moe", "lora", "transplant"]
+WRITERS = ["compress", "restore", "sweep", "moe", "shrink", "lora", "transplant"]
 KINDS = itertools.cycle(ERRORS)
 
 

@@ -33,6 +33,7 @@ def make_writers(folder: Path) -> dict[str, Scene]:
             folder, merged.recipe, words=("merge", str(merged.recipe), "{out}", "--set", "seed=1,2", *QUIET), apart=True
         ),
         "moe": _moe(folder / "moe"),
+        "shrink": _shrink(folder / "shrink"),
         "lora": _lora(folder / "lora"),
         "transplant": _transplant(folder / "transplant"),
     }
@@ -47,6 +48,29 @@ def _moe(folder: Path) -> Scene:
     made = {"base": str(folder / "base"), "experts": experts, "router": "random", "experts_per_token": 1}
     recipe.write_text(json.dumps(made))
     return Scene(folder, recipe, words=("moe", str(recipe), "{out}", *QUIET))
+
+
+def _shrink(folder: Path) -> Scene:
+    """Four experts of one layer become two."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    layer = "model.layers.0.mlp"
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, HIDDEN), "lm_head.weight": (ROWS, HIDDEN)}
+    shapes |= {f"{layer}.gate.weight": (4, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes |= {f"{layer}.experts.{e}.{part}_proj.weight": (INNER, HIDDEN) for e in range(4) for part in ("gate", "up")}
+    shapes |= {f"{layer}.experts.{e}.down_proj.weight": (HIDDEN, INNER) for e in range(4)}
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 1,
+              "tie_word_embeddings": False}  # fmt: skip
+    _model(folder / "model", {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}, config)
+    seen = {"counts": torch.tensor([4.0, 3, 2, 1]), "saliency": torch.tensor([1.0, 2, 3, 4])}
+    grams = ("logits_gram", "outputs_cosine", "means_gram", "gated_means_gram")
+    seen |= {gram: torch.eye(4) + 0.1 * torch.ones(4, 4) for gram in grams}
+    notes = {"stat": "routing", "examples": 1, "rows": 10}
+    (folder / "stats").mkdir()
+    save_file({f"{layer}.experts.{n}": t for n, t in seen.items()}, folder / "stats" / "routing.safetensors",
+              {"weightsmith": json.dumps(notes)})  # fmt: skip
+    words = ("moe", "shrink", str(folder / "model"), "{out}", "--stats", str(folder / "stats"), "--experts", "2")
+    return Scene(folder, folder / "model", words=(*words, "--by", "m_smoe", *QUIET))
 
 
 def _llama(folder: Path, seed: int) -> None:

@@ -42,7 +42,7 @@ _VERBS = {
     "search": "Find values of a recipe by scoring candidates.",
     "bench": "Compare methods on models of your own, every method on every task.",
     "convert": "Print a mergekit config as the recipe that does the same.",
-    "moe": "Build a mixture of experts of dense models.",
+    "moe": "Build a mixture of experts of dense models, or make one smaller.",
     "train": "Fine-tune a model, or its singular values, as a baseline or an expert.",
     "align": "Put one model's units into the order of another's, so that averages make sense.",
     "barrier": "Measure the loss on the line between two models.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from weightsmith.io.url import Url
 
 __all__ = ["verify"]
+
+_MAKERS = {"moe": "weightsmith.moe.build", "shrunk": "weightsmith.experts.shrink"}  # of other kinds: jobs.verify
 
 
 def verify(
@@ -52,9 +55,6 @@ def _problems(place: Path | Url, rerun: bool) -> list[str]:
 
     problems = list(verify_folder(place))
     if rerun:
-        if read_manifest(place)["kind"] == "moe":
-            from weightsmith.moe.build import rerun as run_again
-        else:
-            from weightsmith.jobs.verify import rerun as run_again
-        problems += run_again(place)
+        maker = importlib.import_module(_MAKERS.get(read_manifest(place)["kind"], "weightsmith.jobs.verify"))
+        problems += maker.rerun(place)
     return problems

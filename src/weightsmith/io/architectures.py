@@ -3,6 +3,7 @@
     io.read.modules   names in memory and in files, orientation, output layers
     io.read.layers    fields that count and describe layers
     io.read.experts   experts in one tensor or in many
+    experts           fields that count experts
     align             which outputs of fused experts belong together
     observe           sizes that follow from no field
     plan.fitting      buffers that old files have and new ones do not
@@ -144,6 +145,11 @@ EXPERT_WORDS: Mapping[str, tuple[str, str, str]] = {
 """Family -> what it calls the three matrices of an expert; '' is all others."""
 MIXTRAL_MODULE = ("block_sparse_moe", "mlp")
 """Where Mixtral's experts are: in files with a tensor for each, and with all in one."""
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of routed experts of a layer."""
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
+"""And of those that a token goes through."""
 
 # --- buffers ---------------------------------------------------------------------------------------
 

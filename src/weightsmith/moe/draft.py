@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from weightsmith.core.errors import SourceError, WeightsmithError, problems_of
+from weightsmith.core.errors import WeightsmithError, problems_of
 from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problem, told
-from weightsmith.io.read.layers import config_of
+from weightsmith.io.read.layers import config_mapping
 from weightsmith.io.read.open import open_source
-from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.vocabulary import difference
 from weightsmith.moe.layouts import MLP, Facts, Layout, choose, config_json
@@ -85,7 +84,7 @@ def _drafted(recipe: MoeRecipe, given: Mapping[str, Source]) -> tuple[Draft | No
         return None, problems
     base = sources["base"]
     try:
-        config = _config(base)
+        config = config_mapping(base)
     except WeightsmithError as error:
         return None, [*problems, *problems_of(error)]
     blocks = _blocks(base, "base", problems)
@@ -152,16 +151,6 @@ def _opened(recipe: MoeRecipe, given: Mapping[str, Source], problems: list[Probl
         except WeightsmithError as error:
             problems += [one.of(name) for one in problems_of(error)]
     return sources
-
-
-def _config(base: Source) -> dict[str, Any]:
-    text = config_of(base)
-    if text is None or base.origin.folder is None:
-        raise SourceError(f"{base}: no config.json, which the mixture's is made from; give a model folder")
-    config = parse_json(text.encode(errors="surrogateescape"), f"{base}: config.json")
-    if not isinstance(config, dict):
-        raise SourceError(f"{base}: config.json holds {type(config).__name__}, not an object")
-    return config
 
 
 def _blocks(source: Source, who: str, problems: list[Problem | str]) -> dict[str, str]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.disk import replace_file, sync_folder, writing
 from weightsmith.io.read.stats import METADATA
-from weightsmith.io.write.layout import plan_shards
 from weightsmith.io.write.lock import FolderLock
+from weightsmith.io.write.single import file_of
 
 __all__ = ["Statistic", "stat_path", "write_statistic"]
 
@@ -63,18 +62,9 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
     lock = FolderLock(out / f".{final.name}.lock", final)
     lock.acquire()
     try:
-        replace_file(final, _file(statistic.tensors, {METADATA: json.dumps(metadata)}))
+        replace_file(final, file_of(statistic.tensors, {METADATA: json.dumps(metadata)}))
         with writing(final):
             sync_folder(out)
     finally:
         lock.release()
     return final
-
-
-def _file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
-    """The bytes of a safetensors file, a tensor at a time."""
-    keys = [Key(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items()]
-    (shard,) = plan_shards(keys, sum(key.nbytes for key in keys), "model", metadata)
-    yield shard.header
-    for key in keys:
-        yield tensors[key.name].detach().cpu().contiguous().numpy().tobytes()

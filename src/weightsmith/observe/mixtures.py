@@ -117,10 +117,10 @@ class _Rows(Mixture):
         yield from rows.reshape(self.count, *x.shape)
 
 
-def mixtures(loaded: LoadedModel, rename: Callable[[str], str] = lambda name: name) -> list[Mixture]:
+def mixtures(loaded: LoadedModel, called: Callable[[str], str] = lambda name: name) -> list[Mixture]:
     """Every mixture of a model, in its order.
 
-    rename  what becomes of the checkpoint's names
+    called  what becomes of the checkpoint's names
 
     Raises WeightsmithError for a model without any, and for experts that are called in a way not known here.
     """
@@ -139,7 +139,7 @@ def mixtures(loaded: LoadedModel, rename: Callable[[str], str] = lambda name: na
         stored = loaded.names.name(f"{prefix}.{word}.weight")
         if stored is None:
             raise WeightsmithError(f"{loaded.label}: the checkpoint has no tensor for {prefix}.{word}.weight")
-        name = f"{rename(stored).removesuffix(f'.{word}.weight')}.experts"
+        name = f"{called(stored).removesuffix(f'.{word}.weight')}.experts"
         kind = _Rows if type(experts).__name__.startswith("Llama4") else _Indexed
         found.append(kind(name, router, experts))
     if not found:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from weightsmith.cli.show import say, show_json, size, table, warn
 
 if TYPE_CHECKING:
+    from weightsmith.experts.smaller import Smaller
     from weightsmith.moe.draft import Draft
 
-__all__ = ["preview", "sizes"]
+__all__ = ["fewer", "preview", "preview_fewer", "sizes"]
 
 
 def sizes(draft: Draft) -> str:
@@ -43,3 +44,40 @@ def preview(draft: Draft, json: bool) -> None:
     for text in draft.warnings:
         warn(text)
     say(sizes(draft))
+
+
+def fewer(found: Smaller) -> str:
+    before, after = (sum(counts[i] for counts in found.counts.values()) for i in (0, 1))
+    now, was = (sum(key.nbytes for key in source.keys.values()) for source in (found.source, found.original))
+    return (
+        f"{found.asked.by}: {after} of {before} experts in {len(found.counts)} layers, {found.chosen} per token; "
+        f"{size(now)} (the model has {size(was)})"
+    )
+
+
+def preview_fewer(found: Smaller, json: bool) -> None:
+    if json:
+        show_json({
+            "by": found.asked.by,
+            "layers": {
+                layer.stack.name: {
+                    "experts": layer.grouping.count,
+                    "of": layer.stack.count,
+                    "labels": list(layer.grouping.labels),
+                }
+                for layer in found.layers
+            },
+            "bytes": sum(key.nbytes for key in found.source.keys.values()),
+            "model_bytes": sum(key.nbytes for key in found.original.keys.values()),
+            "warnings": found.warnings,
+        })  # fmt: skip
+        return
+    rows = []
+    for layer in found.layers:
+        groups = [layer.grouping.members(number) for number in range(layer.grouping.count)]
+        told = " ".join("+".join(map(str, group)) for group in groups)
+        rows.append((layer.stack.name, f"{layer.grouping.count} of {layer.stack.count}", told))
+    table("Experts", ["layer", "kept", "made of"], rows)
+    for text in found.warnings:
+        warn(text)
+    say(fewer(found))

@@ -23,6 +23,7 @@ __all__ = [
     "Stacked",
     "adopt_config",
     "blocks_held",
+    "config_mapping",
     "config_of",
     "counted_blocks",
     "cut_config",
@@ -64,6 +65,14 @@ def config_of(source: Source) -> str | None:
     folder = source.origin.folder
     path = None if folder is None else folder / "config.json"
     return read_small(path, _LIMIT).decode(errors="surrogateescape") if path is not None and path.is_file() else None
+
+
+def config_mapping(source: Source) -> dict[str, Any]:
+    """The values of a source's config.json; SourceError where there is none, or no folder that it lies in."""
+    text = config_of(source)
+    if text is None or source.origin.folder is None:
+        raise SourceError(f"{source}: no config.json, which the mixture's is made from; give a model folder")
+    return _parsed(text, source.origin.label)
 
 
 def counted_blocks(config: Mapping[str, Any]) -> tuple[str, set[int]] | None:

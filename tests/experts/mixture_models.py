@@ -61,6 +61,8 @@ def mixture(family: str, seed: int = 0, **more: Any) -> Any:
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(("router.weight", "mlp.gate.weight")):
                 value.normal_(0, 0.5)
+            elif name.endswith("embed_tokens.weight"):
+                value.normal_()  # tokens are unlike
             elif name.endswith("bias") or ".experts." in name:
                 value.normal_(0, 0.1)
     return model

@@ -21,7 +21,7 @@ from weightsmith.ops.assign import similarity as profit
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["EPSILON", "affinity", "budget", "group", "merged", "unit_order"]
+__all__ = ["EPSILON", "affinity", "budget", "cosines", "group", "merged", "shares", "unit_order"]
 
 EPSILON = 1e-7
 """Added to the sum of usages, as the authors do."""
@@ -39,26 +39,40 @@ def affinity(vectors: Tensor) -> Tensor:
     return ((unit @ unit.T + 1) / 2).clamp_(0, 1).fill_diagonal_(1)
 
 
-def budget(usage: Sequence[NDArray[np.floating]], total: int) -> list[int]:
+def cosines(gram: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Cosines [E, E] of vectors with these inner products, the diagonal 1; 0 with a vector of length 0."""
+    wide = np.asarray(gram, np.float64)
+    norms = np.sqrt(np.clip(np.diag(wide), 0, None))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: NDArray[np.float64] = np.nan_to_num(wide / norms[:, None] / norms[None], nan=0.0, posinf=0.0, neginf=0.0)
+    found = np.clip(found, -1, 1)
+    np.fill_diagonal(found, 1)
+    return found
+
+
+def budget(usage: Sequence[NDArray[np.floating]], total: int, least: int = 1) -> list[int]:
     """How many groups each layer gets of `total`: the experts that are used most, whatever their layer.
 
     usage  a layer's share of the tokens that its router gives to each expert, [E] each
+    least  groups that every layer has
 
-    Each layer keeps its most used expert.  Of equal shares those of earlier layers, then of lower numbers, come first
+    Each layer keeps its `least` most used experts (the authors: one).
+    Of equal shares those of earlier layers, then of lower numbers, come first
     (the authors lose all that are equal at the threshold).
     """
     layers = len(usage)
     experts = sum(len(shares) for shares in usage)
-    if not layers <= total <= experts:
-        raise WeightsmithError(f"{total} groups in all; expected {layers} (one a layer) to {experts} (no merging)")
-    found = [1] * layers
+    if not layers * least <= total <= experts:
+        few = f"{layers * least} ({'one' if least == 1 else least} a layer)"
+        raise WeightsmithError(f"{total} groups in all; expected {few} to {experts} (no merging)")
+    found = [least] * layers
     rest = [
         (-float(share), layer, expert)
         for layer, shares in enumerate(usage)
         for expert, share in enumerate(shares)
-        if expert != int(np.argmax(shares))
+        if expert not in np.argsort(-np.asarray(shares, np.float64), kind="stable")[:least]
     ]
-    for _, layer, _ in sorted(rest)[: total - layers]:
+    for _, layer, _ in sorted(rest)[: total - layers * least]:
         found[layer] += 1
     return found
 
@@ -81,16 +95,17 @@ def group(usage: NDArray[np.floating], alike: NDArray[np.floating], count: int) 
 
 def merged(weights: Sequence[Tensor], usage: Sequence[float]) -> Tensor:
     """One matrix of a group's: sum_e u_e W_e / (sum_e u_e + 1e-7); unused ones give the plain mean, not zeros."""
-    shares = [float(u) for u in usage]
-    total = sum(shares)
-    if total <= 0:
-        shares, total = [1.0] * len(shares), float(len(shares))
-    else:
-        total += EPSILON
-    out = weights[0] * (shares[0] / total)
-    for weight, share in zip(weights[1:], shares[1:], strict=True):
-        out = out + weight * (share / total)
+    parts = shares(usage)
+    out = weights[0] * parts[0]
+    for weight, share in zip(weights[1:], parts[1:], strict=True):
+        out = out + weight * share
     return out
+
+
+def shares(usage: Sequence[float]) -> list[float]:
+    """u_e / (sum_e u_e + 1e-7) of a group's experts; all the same where none is used."""
+    total = sum(map(float, usage))
+    return [float(u) / (total + EPSILON) for u in usage] if total > 0 else [1 / len(usage)] * len(usage)
 
 
 def unit_order(

@@ -8,7 +8,7 @@ import torch
 
 from kit import noise
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.moe.grouping import affinity, budget, group, merged, unit_order
+from weightsmith.experts.grouping import affinity, budget, group, merged, unit_order
 
 
 def test_affinity_is_a_cosine_between_0_and_1():

@@ -1,4 +1,4 @@
-"""`weightsmith moe`."""
+"""`weightsmith moe RECIPE OUT`, or `weightsmith moe build`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from weightsmith.cli.show import progress_bar, say
 from weightsmith.cli.shown.result import summary
 from weightsmith.cli.words import Parameter
 
-__all__ = ["moe"]
+__all__ = ["build"]
 
 
-def moe(
+def build(
     recipe: Annotated[Path, Parameter(help="Recipe of the mixture, YAML or JSON; mergekit-moe's configs too.")],
     out: Out,
     /,
@@ -27,7 +27,8 @@ def moe(
 ) -> None:
     """Build a mixture of experts: MLPs of several dense models, everything else of one, routers from prompts."""
     from weightsmith.cli.shown.mixture import preview, sizes
-    from weightsmith.moe.build import build, prepared_draft
+    from weightsmith.moe.build import build as run
+    from weightsmith.moe.build import prepared_draft
     from weightsmith.moe.recipe import load
 
     made = load(recipe, set_)
@@ -38,5 +39,5 @@ def moe(
     if not json and not quiet:
         say(sizes(draft))
     with progress_bar("building", quiet=quiet or json) as progress:
-        result = build(draft, out, settings, drift=not skip_drift, files=(recipe,), progress=progress)
+        result = run(draft, out, settings, drift=not skip_drift, files=(recipe,), progress=progress)
     summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')

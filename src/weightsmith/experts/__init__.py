@@ -1,0 +1,1 @@
+"""Mixtures of experts with fewer of them: left out, or merged."""
