@@ -14,7 +14,7 @@ from types import ModuleType
 
 from weightsmith.core.errors import RecipeError, WeightsmithError
 
-__all__ = ["blamed", "line_in", "load_file", "neighbours", "run_file"]
+__all__ = ["blamed", "home_of", "line_in", "load_file", "neighbours", "run_file"]
 
 _RUN: dict[str, str] = {}
 """File that was run, as its code knows it -> the option and the file as the user named them."""
@@ -99,6 +99,14 @@ def _kinds(kind: type) -> Iterator[type]:
     derived: list[type] = kind.__subclasses__()
     for one in derived:
         yield from _kinds(one)
+
+
+def home_of(kind: type) -> str:
+    """Where a class from outside the package is defined: '--plugin mine.py', or a file; '' for one of the package."""
+    if kind.__module__.startswith("weightsmith."):
+        return ""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
+    return _RUN.get(file, file)
 
 
 def blamed(error: BaseException) -> str:

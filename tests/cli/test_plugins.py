@@ -33,6 +33,11 @@ def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.Captu
         assert tensor == pytest.approx(1 + 0.75 / 3)  # median 1, mean 4/3
     assert main(["verify", str(tmp_path / "out"), "--rerun", "--plugin", str(EXAMPLE)]) == 0
     assert "the recipe gives the same bytes again" in capsys.readouterr().out
+    core_method._registered.pop("median")
+    assert main(["verify", str(tmp_path / "out"), "--rerun"]) == 2
+    said = capsys.readouterr().out
+    assert "unknown method 'median'" in said
+    assert "a method from a file of yours is known once that is named: --plugin FILE" in said
     assert main(["methods", "median", "--plugin", str(EXAMPLE)]) == 0
     assert "share of the mean that is mixed in" in capsys.readouterr().out
     assert (
@@ -59,7 +64,8 @@ class Broken(Method, name="broken"):
     [
         ("site.stack.mean(0) + missing", "{file}:9: NameError: name 'missing' is not defined"),
         ("site.stack @ site.stack.double()", "{file}:9: RuntimeError: Expected "),
-        ("None", "broken returned NoneType, not a tensor"),
+        ("None", "broken ({plugin}) returned NoneType, not a tensor"),
+        ("site.stack", "broken ({plugin}) returned shape [2, "),
     ],
 )
 @pytest.mark.usefixtures("registry")
@@ -72,7 +78,7 @@ def test_what_a_plugin_does_wrong_is_said_of_it(
     for named in (str(file), os.path.relpath(file)):
         assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", named]) == 2
         said = capsys.readouterr().err
-        assert text.format(file=f"error: --plugin {named}") in said
+        assert text.format(file=f"error: --plugin {named}", plugin=f"--plugin {named}") in said
         core_method._registered.pop("broken")
     assert "report" not in said
     assert not (tmp_path / "out").exists()

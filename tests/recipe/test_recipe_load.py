@@ -123,7 +123,7 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: []", r"r\.yaml:3:\d+: method is an empty list; name a method$"),
         (TWO + "method: 3", r"r\.yaml:3:\d+: method should name one method per stage; "),
         (TWO + "method: {ties: {}, dare: {}}", r"several as a list: \[dare, ties\]$"),
-        (TWO + "method: {ties: 3}", r"method\.ties should be a mapping of parameters, is 3$"),
+        (TWO + "method: {ties: 3}", r"method: ties should be a mapping of parameters, is 3; write \{ties: \{density: 3\}\}$"),
         (TWO + "method: {name: 3}", r"method\.name should be a text, is 3$"),
         (TWO + "method: [ties, tall_masks, lines]", r"method: tall_masks is a codec; put it last$"),
         (TWO + "method: [ties, ties]", r"'ties \| ties' has 2$"),

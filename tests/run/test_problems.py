@@ -127,6 +127,21 @@ def test_a_missing_base_causes_no_other_problem_and_hides_none(tmp_path: Path) -
     assert not any("needs a base" in text for text in texts(found))
 
 
+def test_words_that_no_tensor_meets_are_said_without_a_model(tmp_path: Path) -> None:
+    """Those of the models that are there count: a missing one could hold more, but hardly does."""
+    models = {"a": on_disk(tmp_path / "a"), "b": str(tmp_path / "gone")}
+    rules = [
+        {"match": "down", "method": "keep"},
+        {"role": "router", "method": "keep"},
+        {"layers": [7, 9], "method": "keep"},
+    ]
+    tree = {"base": on_disk(tmp_path / "base"), "models": models, "method": "ties", "exclude": ["zzz*"], "rules": rules}
+    unmet = [p.text for p in refused(tree) if p.code is Code.UNMATCHED]
+    assert unmet[0] == "exclude: no tensor (of the models that are there, without b) matches 'zzz*'"
+    assert unmet[1].endswith("matches 'down'; a rule with role: down means the tensors of that role")
+    assert [text.split(":")[0] for text in unmet] == ["exclude", "rules[0]", "rules[1]", "rules[2]"]
+
+
 @pytest.mark.parametrize("gone", ["base", "a", "both"])
 def test_methods_are_checked_without_the_models(gone: str, tmp_path: Path) -> None:
     there = {name: on_disk(tmp_path / name) for name in ("base", "a") if gone not in (name, "both")}

@@ -29,6 +29,7 @@ from weightsmith.engine.sites import Reader
 from weightsmith.io.read.source import bits_to_tensor, holds_nonfinite
 from weightsmith.io.write.sink import Sink
 from weightsmith.kernels.merge import Merge, available
+from weightsmith.plugins import home_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,7 +188,8 @@ def _encode(variant: Variant, site: Site, found: Mapping[int, Any]) -> None:
         rows = made[part.key.name]
         wanted = (high - low, *part.key.shape[1:]) if part.key.shape else ()
         if tuple(rows.shape) != wanted:
-            raise NumericError(f"{part.key.name}: the codec returned shape {list(rows.shape)} for {list(wanted)}")
+            shapes = f"{list(rows.shape)} for {list(wanted)}"
+            raise NumericError(f"{part.key.name}: {_who(variant.pipeline)} returned shape {shapes}")
         if part.key.floating:
             refuse_bad_result(part.key, low, rows, context)
         stored[part.key.name] = cast(rows, part.key, low)
@@ -223,12 +225,20 @@ _WAYS = {
 def _finish(variant: Variant, out: Tensor, key: Key, site: Site) -> None:
     """Check, cast and hand over the rows of a merged block."""
     if not isinstance(out, torch.Tensor):
-        raise NumericError(f"{key.name}: {variant.pipeline.name} returned {type(out).__name__}, not a tensor")
+        raise NumericError(f"{key.name}: {_who(variant.pipeline)} returned {type(out).__name__}, not a tensor")
     if tuple(out.shape) != site.block_shape:
-        raise NumericError(f"{key.name}: the method returned shape {list(out.shape)} for {list(site.block_shape)}")
+        shapes = f"{list(out.shape)} for {list(site.block_shape)}"
+        raise NumericError(f"{key.name}: {_who(variant.pipeline)} returned shape {shapes}")
     refuse_bad_result(key, site.start, out, variant.context)
     variant.sample.of_site(key, out, site)
     _fetch(variant, cast(out, key, site.start), key, site.start)
+
+
+def _who(pipeline: Pipeline) -> str:
+    """Whose fault a wrong result is: the stage that is not built in, with its file, else the last one's."""
+    own = [(stage, place) for stage in pipeline.stages if (place := home_of(type(stage)))]
+    stage, place = own[-1] if own else (pipeline.stages[-1], "")
+    return f"{stage.name} ({place})" if place else stage.name
 
 
 def _fetch(variant: Variant, made: Tensor, key: Key, start: int) -> None:

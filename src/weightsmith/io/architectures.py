@@ -117,6 +117,9 @@ EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "tokens_embed"),
     "word_embedding",
 )
+LOOKED_UP = ("position_embeddings", "token_type_embeddings", "wpe")
+"""Embeddings of positions and types whose models only call them, where they are of torch's own class (BERT and its
+kind, GPT-2).  Others read their weight themselves (Whisper, OPT), which peft's factors would miss."""
 HEADS = ("lm_head", "embed_out")
 """What the modules with a row for each token are called."""
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from weightsmith.core.errors import OutputError, PlanError, WeightsmithError, problems_of
 from weightsmith.core.keys import Key
+from weightsmith.core.problem import Code
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.carry import carry_out
 from weightsmith.io.package.manifest import merge_parts, read_manifest
@@ -70,7 +71,10 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
         if job.plan.problems:
             raise PlanError(job.plan.problems)
     except WeightsmithError as error:
-        return [f"the recipe cannot be run again: {problem}" for problem in problems_of(error)]
+        found = problems_of(error)
+        hint = ["a method from a file of yours is known once that is named: --plugin FILE"]
+        unknown = any(problem.code is Code.UNKNOWN for problem in found)
+        return [*(f"the recipe cannot be run again: {problem}" for problem in found), *(hint if unknown else ())]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
     return differences(job, out, manifest, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from weightsmith.core.errors import PlanError, SourceError, some
 from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
 from weightsmith.engine.stream import each_tensor
-from weightsmith.io.architectures import EMBEDDINGS
+from weightsmith.io.architectures import EMBEDDINGS, LOOKED_UP
 from weightsmith.io.read.source import Source
 
 __all__ = ["Changes", "find_changes", "holds_experts", "is_embedding"]
@@ -56,13 +56,23 @@ class Changes:
 
 
 def find_changes(
-    tuned: Source, origin: Source, include: Sequence[str], exclude: Sequence[str], whole_embeddings: bool
+    tuned: Source,
+    origin: Source,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    whole_embeddings: bool,
+    plain: Callable[[str], bool] = lambda name: False,
 ) -> Changes:
     """Compare two models, tensor by tensor.  `whole_embeddings`: those are kept in full, as they are if longer now.
 
+    plain  whether the weight of an embedding of positions or types is known to be looked up as one of tokens is
+
     Raises SourceError where `origin` is not what `tuned` was made from.
     """
-    fates = {key.name: _fate(key, tuned, origin, whole_embeddings) for key in _changed(tuned, origin, include, exclude)}
+    fates = {
+        key.name: _fate(key, tuned, origin, whole_embeddings, plain)
+        for key in _changed(tuned, origin, include, exclude)
+    }
     notes = [note for _, note in fates.values() if note]
     gone = [name for name in origin.keys if name not in tuned.keys and name not in tuned.aliases]
     if gone:
@@ -152,7 +162,9 @@ def _unfit(key: Key) -> str:
     )
 
 
-def _fate(key: Key, tuned: Source, origin: Source, whole_embeddings: bool) -> tuple[str, str]:
+def _fate(
+    key: Key, tuned: Source, origin: Source, whole_embeddings: bool, plain: Callable[[str], bool]
+) -> tuple[str, str]:
     """What becomes of a changed tensor (low, saved, bias, lost), and a note or ''."""
     known = origin.keys.get(origin.aliases.get(key.name, key.name))
     if _unfit(key):
@@ -172,8 +184,10 @@ def _fate(key: Key, tuned: Source, origin: Source, whole_embeddings: bool) -> tu
         return "low", ""
     module, _, leaf = key.name.rpartition(".")
     weight = tuned.keys.get(f"{module}.weight")
-    matrix = weight is not None and len(weight.shape) == 2 and not _is_other_embedding(weight)
-    matrix = matrix and not (whole_embeddings and weight is not None and is_embedding(weight))
+    matrix = weight is not None and len(weight.shape) == 2
+    if weight is not None and matrix and (_is_other_embedding(weight) or is_embedding(weight)):
+        called = is_embedding(weight) or (_own(weight) in LOOKED_UP and plain(weight.name))
+        matrix = called and not whole_embeddings
     if not matrix:
         return "saved", ""
     return ("low" if leaf == "weight" else "bias"), ""

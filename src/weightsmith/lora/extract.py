@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.problem import Code, told
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.lora import PREFIX
+from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.lora.changes import find_changes
@@ -57,7 +59,8 @@ def extract(
     energy      per matrix the smallest rank whose squared singular values make up this share, up to max_rank
     epsilon     singular values up to this are left out
     uniform     one rank for all modules (missing columns are zero), for programs that read no rank_pattern
-    whole_embeddings  changed embeddings in full, instead of as LoRA
+    whole_embeddings  changed embeddings in full, instead of as LoRA; those of positions and types are so anyway where
+                a model looks them up in a way of its own, or transformers and peft are not there to tell
     skip        leave out changed tensors that are no matrices, or cannot be stored, instead of keeping or refusing them
     include/exclude  globs over tensor names; what they leave out is not in the adapter
     fan_in_fan_out   whether weights are stored [in, out]; default: by the class of each layer
@@ -70,7 +73,9 @@ def extract(
     tuned, origin = packed_like_memory(open_source(model)), packed_like_memory(open_source(base))
     for source in (tuned, origin):
         source.prepare()
-    chosen = find_changes(tuned, origin, include, exclude, whole_embeddings)
+    shell = Modules(origin).shell if find_spec("peft") is not None else None
+    plain = (lambda name: False) if shell is None else shell.looks_up_plainly
+    chosen = find_changes(tuned, origin, include, exclude, whole_embeddings, plain)
     if skip:
         chosen = chosen.without_whole()
     chosen.refuse_lost()

@@ -26,16 +26,16 @@ class Unmatched:
     """Finds them among the tensors of all models.
 
     names     every tensor's name, tied ones too
-    certain   whether these are all of the tensors; else only what has a near match is a problem
+    missing   models that could not be opened: their tensors are not among these
     """
 
     names: tuple[str, ...]
-    certain: bool = True
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def among(cls, inputs: Inputs) -> Unmatched:
         found = dict.fromkeys(n for _, source in inputs.models for n in (*source.keys, *source.aliases))
-        return cls(tuple(found), certain=not inputs.missing)
+        return cls(tuple(found), tuple(sorted(inputs.missing)))
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Problem, bool]]:
         """(problem, whether the recipe says that it may be one of another model)."""
@@ -68,12 +68,12 @@ class Unmatched:
         """What no tensor meets of one selector: each of its globs, its roles, its blocks, else all of it together."""
         match, role, layers = _words(given.get("match", "*")), _words(given.get("role")), given.get("layers")
         texts = [text for glob in match or () if (text := self._glob(glob))]
-        if self.certain and role is not None and not self._any(["*"], role, None):
+        if role is not None and not self._any(["*"], role, None):
             texts.append(self._no_role(role))
-        if self.certain and layers is not None and not self._any(["*"], None, layers):
+        if layers is not None and not self._any(["*"], None, layers):
             texts.append(self._no_layers(layers))
-        if self.certain and not texts and location[0] == "rules" and not self._any(match or ["*"], role, layers):
-            texts.append("no tensor meets all of its conditions")
+        if not texts and location[0] == "rules" and not self._any(match or ["*"], role, layers):
+            texts.append(f"no tensor{self._of_those} meets all of its conditions")
         for text in texts:
             where = spell(location)
             yield Problem(Code.UNMATCHED, where, f"{where}: {text}"), bool(given.get("optional"))
@@ -85,11 +85,17 @@ class Unmatched:
         """What to say of a glob that no name matches; '' where one does."""
         if any(fnmatchcase(name, glob) for name in self.names):
             return ""
-        near = self._near(glob)
-        return f"no tensor matches {glob!r}{near}" if near or self.certain else ""
+        return f"no tensor{self._of_those} matches {glob!r}{self._near(glob)}"
+
+    @property
+    def _of_those(self) -> str:
+        """What was looked at, where a model is missing."""
+        return f" (of the models that are there, without {', '.join(self.missing)})" if self.missing else ""
 
     def _near(self, glob: str) -> str:
         """The nearest name for one without wildcards, else for its words the nearest components of names."""
+        if glob in RULE_ROLES and self._any(["*"], [glob], None):
+            return f"; a rule with role: {glob} means the tensors of that role"
         if not re.search(r"[*?\[]", glob):
             return nearest(glob, self.names)
         known = dict.fromkeys(part for name in self.names for part in name.split("."))
@@ -103,7 +109,7 @@ class Unmatched:
     def _no_role(self, role: Sequence[str]) -> str:
         there = [one for one in RULE_ROLES if one != "other" and any(plays(name, one) for name in self.names)]
         known = f"; there are {', '.join(there)}" if there else ""
-        return f"no tensor plays the role {' or '.join(map(repr, role))}{known}"
+        return f"no tensor{self._of_those} plays the role {' or '.join(map(repr, role))}{known}"
 
     def _no_layers(self, layers: Any) -> str:
         if layers == OUTSIDE:

@@ -128,7 +128,7 @@ class Checker:
                 try:
                     cls = look_up(stage)
                 except RecipeError as error:
-                    self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})")
+                    self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})", "stage")
                 slots.append(Slot(cls, stage, own, inside))
         for slot in slots:
             self.inside(slot)

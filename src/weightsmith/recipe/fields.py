@@ -1,12 +1,14 @@
 """Types of fields that several models share: words, blocks, paths, stages, values that depend on the tensor."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
-from weightsmith.core.errors import did_you_mean
+from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.keys import DTYPES, RULE_ROLES
+from weightsmith.core.method import registry
 from weightsmith.core.parameter import plain_number
 from weightsmith.recipe import table
 from weightsmith.recipe.aliases import expand
@@ -180,9 +182,21 @@ class StageSpec(Grammar):
             return given, {}
         if isinstance(given, Mapping) and len(given) == 1:
             ((name, parameters),) = given.items()
+            if not isinstance(parameters, Mapping) and parameters is not None:
+                raise ValueError(_as_mapping(str(name), parameters))
             return {"name": name, "parameters": parameters}, {"name": (), "parameters": (name,)}
         raise ValueError("should name one method per stage; "
                          "write one as {ties: {density: 0.3}}, several as a list: [dare, ties]")  # fmt: skip
+
+
+def _as_mapping(stage: str, value: Any) -> str:
+    """What is wrong with a value where the parameters of a stage belong, with how its first parameter is written."""
+    try:
+        first = next((parameter.name for parameter in registry(stage).parameters()), "")
+    except RecipeError:  # which is said by itself
+        first = ""
+    hint = f"; write {{{stage}: {{{first}: {json.dumps(value, default=repr)}}}}}" if first else ""
+    return f"{stage} should be a mapping of parameters, is {value!r}{hint}"
 
 
 def _stages(value: Any, info: ValidationInfo) -> Any:

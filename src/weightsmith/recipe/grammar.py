@@ -74,7 +74,7 @@ class Fault(NamedTuple):
     def caught(cls, detail: Any, model: type[Grammar], reading: Reading) -> Fault:
         """What one line of a ValidationError says, in words; `model` lacks, or does not know, the key."""
         kind, location, given, context = detail["type"], detail["loc"], detail["input"], detail.get("ctx", {})
-        if kind in ("said", "value", "lacking", "unknown", "nested"):
+        if kind in ("said", "value", "lacking", "unknown", "stage", "nested"):
             return cls(location, context["text"], kind, context["hint"])
         if kind == "extra_forbidden":
             key = str(location[-1])
@@ -93,7 +93,7 @@ class Fault(NamedTuple):
         )
 
 
-_CODES = {"value": Code.VALUE, "lacking": Code.LACKING, "unknown": Code.UNKNOWN}
+_CODES = {"value": Code.VALUE, "lacking": Code.LACKING, "unknown": Code.UNKNOWN, "stage": Code.UNKNOWN}
 
 _WANTED = {
     "string_type": "should be a text",

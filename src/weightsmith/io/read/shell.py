@@ -61,6 +61,14 @@ class Shell:
             return "conv1d"
         return "linear" if isinstance(found, torch.nn.Linear) else "other"
 
+    def looks_up_plainly(self, name: str) -> bool:
+        """Whether a tensor of the files is the weight of an `nn.Embedding` itself, whose look-up is what peft knows."""
+        try:
+            found = self.model.get_submodule(self.renamed(name).removesuffix(".weight"))
+        except AttributeError:
+            return False
+        return type(found) is torch.nn.Embedding
+
     @property
     def output_layer(self) -> str | None:
         """The module that gives the logits of tokens."""
