@@ -96,7 +96,7 @@ class Targets:
             self.parameters.add(name)
         outputs, inputs = reversed(key.shape) if flip else key.shape
         a, b = (stored_name(name, part, embedding) for part in "AB")
-        return Target(key, Module(name, Product(a, b, (0, inputs), (outputs, 0)), 1.0), flip)
+        return Target(key, Module(name, Product(a, b, (0, inputs), (outputs, 0), table=embedding), 1.0), flip)
 
     def _fused_modules(self) -> dict[str, str]:
         """Parameter of fused experts -> the wrapper that peft keeps its factors under: the first is the innermost."""
