@@ -12,9 +12,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["MiniCache", "XkvCache", "release"]
+__all__ = ["MiniCache", "Routed", "Router", "XkvCache", "compare", "release", "train_router"]
 
-_PLACES = {"MiniCache": "cache", "XkvCache": "cache", "release": "binding"}
+_PLACES = {
+    "MiniCache": "cache",
+    "Routed": "routed",
+    "Router": "router",
+    "XkvCache": "cache",
+    "compare": "routed",
+    "release": "binding",
+    "train_router": "router",
+}
 
 
 def __getattr__(name: str) -> Any:

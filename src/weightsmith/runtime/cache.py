@@ -95,7 +95,7 @@ class XkvCache(Cache):  # type: ignore[misc]
     model         the transformers model that runs; hooks are put on it, and its attention reads the cache in tiles
     group         layers of a group; `groups` says which layers instead, others stay exact
     rank_k, rank_v  r of a group's keys and values; or `energy`: the fewest that hold this share of the squared singular
-                  values (default 0.95 where no rank is given).  A latent cache (MLA: DeepSeek-V2, V3) compresses the
+                  values (default 0.995 where no rank is given).  A latent cache (MLA: DeepSeek-V2, V3) compresses the
                   latents by rank_k; its rotary key stays exact unless rank_v is given
     recent, sink  last and first tokens that stay exact
     least         fewer tokens stay exact; so do groups in which the factors would take as much
@@ -126,7 +126,7 @@ class XkvCache(Cache):  # type: ignore[misc]
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         latent = getattr(config, "kv_lora_rank", None) is not None
         if energy is None and rank_k is None and rank_v is None:
-            energy = 0.95
+            energy = 0.995
         keys = Rule(rank_k, None if rank_k else energy, always)
         values = Rule(rank_v, None if rank_v or latent else energy, always)
         chosen = _groups(config, group, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from weightsmith.cli.lora.average import average
+from weightsmith.cli.lora.experts import experts
 from weightsmith.cli.lora.extract import extract
 from weightsmith.cli.lora.merge import merge
 from weightsmith.cli.lora.resize import resize
@@ -12,5 +13,5 @@ __all__ = ["lora"]
 
 lora = Verbs(
     "Combine LoRA adapters, average a run's, make them smaller, or get them out of models.",
-    (merge, extract, average, resize),
+    (merge, extract, average, resize, experts),
 )

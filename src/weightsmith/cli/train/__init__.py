@@ -1,4 +1,4 @@
-"""`weightsmith train`: one task, or with `multitask` several."""
+"""`weightsmith train`: one task; with `multitask` several, with `router` what chooses between experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
 from weightsmith.cli.train.multitask import multitask
+from weightsmith.cli.train.router import router
 from weightsmith.cli.words import Parameter, Verbs
 
 __all__ = ["train"]
@@ -53,6 +54,5 @@ def one(
         say(f"wrote {result.out} in {duration(result.seconds)}; its curve is in {result.out / 'training.html'}")
 
 
-train = Verbs(
-    "Fine-tune one model, or its singular values: a baseline for merges, or an expert for them.", (multitask,), one
-)
+_HELP = "Fine-tune one model, or its singular values: a baseline for merges, or an expert for them."
+train = Verbs(_HELP, (multitask, router), one)

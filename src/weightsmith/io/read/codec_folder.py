@@ -36,7 +36,16 @@ from weightsmith.io.read.views import View
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WEIGHTS", "CodecFolder", "CodecSource", "ConsensusSource", "describe", "open_codec", "own_name"]
+__all__ = [
+    "WEIGHTS",
+    "CodecFolder",
+    "CodecSource",
+    "ConsensusSource",
+    "SharedSource",
+    "describe",
+    "open_codec",
+    "own_name",
+]
 
 WEIGHTS = "experts"
 """Not 'model': nothing that looks for a model shall take the parts for one."""
@@ -307,6 +316,19 @@ class ConsensusSource(_Decoded):
 
     def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
         return consensus_of(parts, base, offset, self.k, self.scale)
+
+
+class SharedSource(_Decoded):
+    """What all experts of a folder have in common: base + tau where that is stored, the mean of whole tensors."""
+
+    def __init__(self, codec_folder: CodecFolder, base: Source) -> None:
+        super().__init__(codec_folder, base, codec_folder.experts, _shared(codec_folder, base), "shared")
+
+    def _rebuild(self, codec: Codec, parts: Mapping[str, Mapping[str, Tensor]], base: Tensor, offset: int) -> Tensor:
+        own = [parts[expert] for expert in self.experts]
+        if "whole" in own[0]:
+            return torch.stack([part["whole"] for part in own]).mean(0)
+        return base + own[0]["tau"] if "tau" in own[0] else base
 
 
 def open_codec(path: Path, base: Source | None, expert: str | None, opener: Callable[[Any], Source]) -> CodecSource:
