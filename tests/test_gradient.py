@@ -64,6 +64,7 @@ WITHOUT = {
     "mwa": {"value": "from logs", "penalty": "from logs"},
     "weight_matching": {"weight": "an assignment"},
     "ffg": {"density": "ranks", "threshold": "a threshold"},
+    "codiemb": {"power": "of measured lengths"},
     "ota": {"power": "of statistics", "epsilon": "a threshold"},
     "fwsvd": {"ratio": "a codec", "floor": "a codec"},
     "tall_masks": {"lambda": "a codec"},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["PURPOSES", "by_purpose", "cost_at_7b", "describe", "describe_pipeline", "explain", "facts", "listing"]
 
 PURPOSES: Mapping[str, tuple[str, ...]] = {
-    "Average models": ("linear", "soup", "mwa", "model_stock", "karcher", "multislerp"),
+    "Average models": ("linear", "soup", "mwa", "codiemb", "model_stock", "karcher", "multislerp"),
     "Add the changes of fine-tunes to their base": ("task_arithmetic",),
     "Add changes that contradict each other, entry by entry": (
         "ties", "pcb", "sce", "widen", "ram", "ramplus_tl", "magmax", "emr",
