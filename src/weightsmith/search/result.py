@@ -87,7 +87,7 @@ def found(search: Search, say: Callable[[str], None] = lambda text: None) -> Fou
         lines.append(_line(search, f"front: best {goal}", search.space.recipe(one.point), one.scores))
     lines.append(_line(search, "recipe as it is", search.start))
     lines.append(_expert(search))
-    if search.file.controls and search.sampler.name not in ("random",):
+    if search.file.controls and search.space.drawn and search.sampler.name != "random":
         say(f"control: {len(search.trials)} candidates at random")
         lines.append(_random(search))
     failed = [trial for trial in search.trials if trial.failed]

@@ -257,12 +257,12 @@ def prepared(
     opened = workshop.inputs(file.recipe)
     if opened.problems:
         raise PlanError(opened.problems)
-    space, aim = space_of(file, opened), Aim.of(file)
+    space, aim = space_of(file, opened, out), Aim.of(file)
     found = score if score is not None else scorer(file, settings.device)
     if file.halving is not None and (aim.weights is None or not found.halves):
         why = "a front has no best" if aim.weights is None else f"{found.label} cannot be asked for a few items"
         raise RecipeError(f"halving: {why}; leave it out" + ("" if aim.weights is None else ", or take {items} in"))
-    sampler = sampler_of(file, space, aim, out)
+    sampler = sampler_of(file, space, aim, out, settings)
     workshop.plan(space.recipe(space.begin))
     try:
         workshop.plan(file.recipe)
@@ -271,13 +271,15 @@ def prepared(
         start = space.recipe(space.begin)
     ledger = Ledger(out / "scores.jsonl")
     evaluations = Evaluations(found, ledger, workshop, out / "stderr", file.together)
-    return Search(file, out, space, aim, sampler, found, evaluations, start, _identity(file, found, opened))
+    return Search(file, out, space, aim, sampler, found, evaluations, start, _identity(file, found, opened, sampler))
 
 
-def _identity(file: SearchFile, score: Scorer, inputs: Any) -> str:
+def _identity(file: SearchFile, score: Scorer, inputs: Any, sampler: Sampler) -> str:
     """Hash of what the history depends on; a larger budget goes on with the same."""
     told = file.model_dump(mode="json", exclude={"evaluations", "together", "rescore", "controls", "score"})
-    return hashlib.sha256(json.dumps([told, score.identity, inputs.fingerprints()], default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([told, score.identity, inputs.fingerprints(), sampler.identity], default=str).encode()
+    ).hexdigest()
 
 
 def begin_anew(out: Path) -> None:

@@ -17,7 +17,7 @@ from weightsmith.recipe.grammar import Fault, Grammar, Reading, kind_of, mapping
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Document, Location
 from weightsmith.recipe.schema import Recipe
-from weightsmith.tune.schema import Chosen, recipe_or_path
+from weightsmith.tune.schema import Chosen, TaskData, recipe_or_path
 
 __all__ = ["Genes", "Halving", "MembersSpec", "ScoreSpec", "SearchFile", "SlicesSpec", "Splits", "load", "loads"]
 
@@ -201,6 +201,12 @@ class ScoreSpec(Grammar):
             yield Fault((), "has no 'data'; write data: {search: FILE, report: FILE}, two different files", "lacking")
         if given and not needs and tree.get("data") is not None:
             yield Fault(("data",), f"stands with the tasks of {given[0]}", "value")
+        where = {"": tree.get("data")} if needs else mapping(tree.get(given[0])) if given else {}
+        for name, splits in where.items() if given != ["lm_eval"] else ():
+            for split, path in mapping(splits).items():
+                if isinstance(path, str) and not Path(reading.located(path)).exists():
+                    here = ("data",) if needs else (given[0], name)
+                    yield Fault((*here, split), f"no file or folder {path!r}")
         if tree.get("arguments") and given != ["file"]:
             yield Fault(("arguments",), "are for the function of a file", "value")
 
@@ -216,6 +222,19 @@ class ScoreSpec(Grammar):
             assert self.data is not None
             return {"": self.data}
         return dict(found)
+
+
+class PoolSpec(Grammar):
+    """What sampler frank_wolfe follows: the loss of data that it may learn from."""
+
+    data: Annotated[dict[str, TaskData], named("data", ", as math: math.jsonl")] = Field(
+        description="task -> data", examples=["{math: math.jsonl}"]
+    )
+    objective: Chosen = Field(default_factory=lambda: Chosen.model_validate("labels"))
+    kind: str = "auto"
+    batch: int = Field(default=16, ge=1)
+    examples: int = Field(default=100, ge=1, description="examples of each task")
+    length: int = Field(default=256, ge=2)
 
 
 class Halving(Grammar):
@@ -269,6 +288,7 @@ class SearchFile(Grammar):
     batch: int | None = Field(default=None, ge=1, description="candidates of a generation; default: the sampler's")
     together: int = Field(default=4, ge=1, description="candidates that are built in one pass over the models")
     halving: Halving | None = None
+    pool: PoolSpec | None = Field(default=None, description="of sampler frank_wolfe: the data whose loss it follows")
     rescore: int = Field(default=3, ge=0, description="how often the incumbent is scored again")
     controls: bool = Field(default=True, description="search at random too, with an equal budget, for comparison")
     seed: int = 0

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
+from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.recipe.schema import Recipe
 from weightsmith.search.genes import Gene
 from weightsmith.search.samplers.base import Grid, Random, Sampler
 from weightsmith.search.samplers.by_cmaes import Cmaes
+from weightsmith.search.samplers.by_gradient import FrankWolfe, PoolSpace
 from weightsmith.search.samplers.by_optuna import Gp, Nsga2, Nsga3, Tpe
 from weightsmith.search.schema import Genes, SearchFile
 from weightsmith.search.score import Scored
@@ -83,8 +85,13 @@ class Aim:
         return value
 
 
-def space_of(file: SearchFile, inputs: Inputs) -> Space:
+def space_of(file: SearchFile, inputs: Inputs, folder: Path = Path()) -> Space:
     """The space of a search; RecipeError or PlanError with all that does not fit."""
+    if file.sampler.name == FrankWolfe.name:
+        if file.space or file.members or file.slices:
+            raise RecipeError("sampler frank_wolfe finds a weight for each tensor itself; leave space, members and "
+                              "slices out")  # fmt: skip
+        return PoolSpace(file, folder)
     recipe, problems = file.recipe, []
     entries = []
     for where, genes in file.space.items():
@@ -166,11 +173,12 @@ def _slots(file: SearchFile, inputs: Inputs) -> Slots:
     return Slots(names, blocks_in_groups(_blocks(inputs), spec.group, "slices"), spec.repeats, spec.skip)
 
 
-def sampler_of(file: SearchFile, space: Space, aim: Aim, folder: Path) -> Sampler:
+def sampler_of(file: SearchFile, space: Space, aim: Aim, folder: Path, settings: Settings = DEFAULT) -> Sampler:
     """The sampler that a file names."""
-    name, options = file.sampler.name, file.sampler.options
+    name, known = file.sampler.name, [*SAMPLERS, FrankWolfe.name]
+    if name == FrankWolfe.name:
+        return FrankWolfe.of(file, space, aim.names, folder, settings)
     if name not in SAMPLERS:
-        raise RecipeError(
-            f"sampler: unknown sampler {name!r}{did_you_mean(name, SAMPLERS)}; known are {', '.join(SAMPLERS)}"
-        )
-    return SAMPLERS[name](space, aim.names, file.seed, options, folder, file.evaluations)
+        hint = f"{did_you_mean(name, known)}; known are {', '.join(known)}"
+        raise RecipeError(f"sampler: unknown sampler {name!r}{hint}")
+    return SAMPLERS[name](space, aim.names, file.seed, file.sampler.options, folder, file.evaluations)

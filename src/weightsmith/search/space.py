@@ -24,9 +24,13 @@ REST = "rest"
 
 
 class Space(ABC):
-    """Genes, and the recipe of a point."""
+    """Genes, and the recipe of a point.
+
+    drawn  whether any point in the genes' ranges is a candidate
+    """
 
     genes: Sequence[Gene]
+    drawn: bool = True
 
     @abstractmethod
     def recipe(self, point: Point) -> Recipe:

@@ -66,7 +66,7 @@ class Resident:
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in free)
         module.eval()
-        self._pullback: Pullback | None = None
+        self.pullback: Pullback | None = None
         self._found: dict[Tensor, Tensor] = {}
 
     def begin(self) -> None:
@@ -82,7 +82,7 @@ class Resident:
         self._tasks = [_renewed(task) for task in self._tasks]
         self._context = replace(self._context, found=self._measure())
         self._fill(self._tasks, self._context)
-        self._pullback = Pullback(self._tasks, self.plan.keys, self._context)
+        self.pullback = Pullback(self._tasks, self.plan.keys, self._context)
 
     def _measure(self) -> Mapping[Pipeline, Results]:
         count = len(self.inputs.experts)
@@ -107,9 +107,9 @@ class Resident:
     @contextlib.contextmanager
     def gathering(self) -> Iterator[dict[Tensor, Tensor]]:
         """Within: what backward finds of the module's weights is contracted, added up and freed."""
-        assert self._pullback is not None
+        assert self.pullback is not None
         self._found = {tensor: torch.zeros_like(tensor) for tensor in self.tensors}
-        names = {id(self.places[name]): name for name in self._pullback.names}
+        names = {id(self.places[name]): name for name in self.pullback.names}
         handles = []
         for parameter in self.module.parameters():
             if (name := names.get(id(parameter))) is not None:
@@ -125,8 +125,8 @@ class Resident:
         def contract(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            assert self._pullback is not None
-            for tensor, value in self._pullback.one(name, gradient).items():
+            assert self.pullback is not None
+            for tensor, value in self.pullback.one(name, gradient).items():
                 self._found[tensor] += value
 
         return contract

@@ -36,6 +36,8 @@ class Sampler(ABC):
     name     how a file calls it
     options  option -> its default
     batch    candidates of a generation, where the file does not say
+    fronts   whether it takes several goals
+    identity  what it asks depends on, beside the space, its options and what it was told
     promise  what resuming gives
     """
 
@@ -43,6 +45,7 @@ class Sampler(ABC):
     options: ClassVar[Mapping[str, Any]] = {}
     batch: int = 8
     fronts: ClassVar[bool] = True
+    identity: Any = None
     promise: ClassVar[str] = "bit for bit"
 
     def __init__(
