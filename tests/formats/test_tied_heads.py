@@ -106,6 +106,35 @@ def test_what_encoder_and_decoder_share_stays(name: str, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_decoder_inside_with_its_own_tie(said: bool, tmp_path: Path) -> None:
+    """Of two models with a table each: adapters on the tables are refused, all others merged."""
+    import json
+
+    import transformers as tf
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        parts = (tf.BertConfig(**BERT), tf.BertConfig(**BERT))
+        config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+        return tf.EncoderDecoderModel(config=config).eval()
+
+    make().save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    for part in ("encoder", "decoder") if not said else ():
+        assert config[part].pop("tie_word_embeddings") is True
+    path.write_text(json.dumps(config))
+    tables = adapter(tmp_path / "a", make, 1, r=2, target_modules=["word_embeddings"])
+    with pytest.raises(WeightsmithError, match=r"the output layer of .* is tied to cannot be told"):
+        ws.merge({"a": tables}, "task_arithmetic", tmp_path / "base", out=tmp_path / "out")
+    queries = adapter(tmp_path / "b", make, 1, r=2, target_modules=["query"])
+    ws.merge({"b": queries}, "task_arithmetic", tmp_path / "base", out=tmp_path / "out")
+    model, info = tf.EncoderDecoderModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(logits(model.eval()), logits(loaded(make, {"b": queries})), atol=1e-6, rtol=1e-5)
+
+
 def test_a_head_of_its_own_beside_a_shared_embedding_is_said(tmp_path: Path) -> None:
     make = maker("T5ForConditionalGeneration")
     make().save_pretrained(tmp_path / "base")

@@ -113,6 +113,17 @@ TIED_BY_DEFAULT = frozenset(
      "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso", "youtu", "zamba", "zamba2", "zaya")
 )  # fmt: skip
 """The model types that tie output layer and embedding where config.json does not say, which transformers 4 left out."""
+TIED_BY_PARTS = frozenset(
+    (
+        "blip-2",
+        "encoder-decoder",
+        "instructblip",
+        "instructblipvideo",
+        "speech-encoder-decoder",
+        "vision-encoder-decoder",
+    )
+)
+"""The model types whose language model, a part with a model type of its own, has its own default."""
 EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "tokens_embed"),
     "word_embedding",

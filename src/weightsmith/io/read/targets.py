@@ -176,7 +176,8 @@ class Targets:
 
     def _refuse_unknown(self, found: Changes) -> None:
         """Refuse a change of an embedding that may or may not be the tied one."""
-        if self.tie is not None or self._shared or not self.modules.ties or self._embedding is not None:
+        nested = self._shared and self.modules.output_layer is None  # a decoder of its own inside, with its own ties
+        if self.tie is not None or self._embedding is not None or not (self.modules.ties or nested):
             return
         names = {key.name for key in tables(self.base)}
         changed = [name for name in found.tensors if name in names]

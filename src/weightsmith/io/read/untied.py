@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import EMBEDDINGS, TEXT_TO_TEXT, TIED, TIED_BY_DEFAULT
+from weightsmith.io.architectures import EMBEDDINGS, TEXT_TO_TEXT, TIED, TIED_BY_DEFAULT, TIED_BY_PARTS
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
@@ -122,7 +122,10 @@ def tables(source: Source) -> list[Key]:
 def says_tied(config: Mapping[str, Any]) -> bool:
     """Whether config.json ties the output layer to the embedding: for the model, for a part of it, or by default."""
     said = [scope[TIED] for scope in _scopes(config) if scope.get(TIED) is not None]
-    return any(value is True for value in said) if said else config.get("model_type") in TIED_BY_DEFAULT
+    if said:
+        return any(value is True for value in said)
+    parts = _scopes(config)[1:] if config.get("model_type") in TIED_BY_PARTS else [config]
+    return any(part.get("model_type") in TIED_BY_DEFAULT for part in parts)
 
 
 def shares(config: Mapping[str, Any]) -> bool:
