@@ -69,6 +69,18 @@ def test_a_classifier_tuned_in_full(tied: bool, tmp_path: Path) -> None:
     logits(CLASS, tmp_path / "out")
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_what_a_class_begins_at_random_is_said(pooled: bool, tmp_path: Path) -> None:
+    """BERT's classifier has a pooler, which peft does not save and a base for masked tokens lacks."""
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = tf.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=16)
+    (tf.BertModel if pooled else tf.BertForMaskedLM)(config).save_pretrained(tmp_path / "base")
+    model = CLASS.from_pretrained(tmp_path / "base", num_labels=3)
+    trained(tmp_path / "a", model, task_type="SEQ_CLS", target_modules=["query"])
+    said = [text for text in texts(merged(tmp_path, {"a": "a"}).warnings) if "begins them at random" in text]
+    assert [("bert.pooler.dense.weight" in text) for text in said] == ([] if pooled else [True])
+
+
 def test_heads_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
     llama(tmp_path / "base")
     adapter(tmp_path / "three", 1, 3)

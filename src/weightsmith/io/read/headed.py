@@ -9,23 +9,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import SourceError, some
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import Key, layer_of
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.modules import Modules
+from weightsmith.io.read.shell import shell_of
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.io.read.views import JoinedSource
 
 if TYPE_CHECKING:
     from weightsmith.io.read.lora import Adapter
 
-__all__ = ["HeadedSource", "HeadsError", "headed", "headed_config", "is_classifier", "labels_of", "of_tokens"]
+__all__ = [
+    "HeadedSource",
+    "HeadsError",
+    "headed",
+    "headed_config",
+    "is_classifier",
+    "labels_of",
+    "of_tokens",
+    "untrained",
+]
 
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -80,6 +90,19 @@ def headed_config(text: str, adapter: Adapter, heads: Sequence[Key]) -> str:
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
         config.pop("num_labels", None)
     return json.dumps(config, indent=2) + "\n"
+
+
+def untrained(text: str, names: Iterable[str]) -> list[str]:
+    """Parameters outside the blocks that a config.json's class has and a model with these tensors lacks.
+
+    Empty where transformers is not there to tell.
+    """
+    shell = shell_of(json.dumps(json.loads(text), sort_keys=True))
+    if shell is None:
+        return []
+    have = {shell.renamed(name) for name in names}
+    every = (name for name, _ in shell.model.named_parameters())
+    return [name for name in every if name not in have and layer_of(name) is None]
 
 
 @dataclass(frozen=True)

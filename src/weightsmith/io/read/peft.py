@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightsmith.core.errors import some
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.changes import Change, Changes
 from weightsmith.io.read.experts import laid_out_for
 from weightsmith.io.read.fitting import fitted
-from weightsmith.io.read.headed import headed_config
+from weightsmith.io.read.headed import headed_config, untrained
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.lora import Adapter
 from weightsmith.io.read.mlx_lora import read_folder
@@ -68,6 +69,12 @@ class AdapterSource(View):
             config=self._config(found),
         )
         self._cache = _Recent(4)
+        if found.heads and (text := self.origin.config) and (random := untrained(text, (*self.keys, *self.aliases))):
+            said = (
+                f"neither the adapter nor its base has {some(random)} of the class that the result has: transformers "
+                "begins them at random"
+            )
+            self.origin = replace(self.origin, remarks=(*self.origin.remarks, said))
 
     def _config(self, found: Changes) -> str | None:
         """The base's config.json, changed where the result is no longer tied, has more tokens, or another head."""
