@@ -110,3 +110,12 @@ def test_shared_singular_directions() -> None:
     found = of({"w": torch.full((30, 30), 90.0)}, deltas)
     assert said("singular interference / by chance", ">= 1.5x", "tsvm", model=found)
     assert said("|tau|^2 kept by 1/n of the rank = 100% >= 90%", model=found)
+
+
+def test_an_expert_that_is_the_base_is_named() -> None:
+    found = of_vectors([1.0, 2.0], [1.0, 0.5], [0.0, 0.0])
+    assert said("experts equal to the base = 1", "the task vector of b is zero", model=found)
+    nothing = of_vectors([1.0, 2.0], [0.0, 0.0], [0.0, 0.0])
+    (only,) = nothing.advice  # no word on how well they go together
+    assert "the task vector of a, b is zero" in only.text
+    assert not said("equal to the base", model=of_vectors([1.0, 2.0], [1.0, 0.5], [0.0, 0.1]))

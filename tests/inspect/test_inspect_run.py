@@ -123,3 +123,12 @@ def test_one_expert_has_nobody_to_disagree_with() -> None:
     assert found.model.spectra is not None
     assert found.model.spectra.by_chance is None
     assert not any("cos|" in a.rule or "outvoted" in a.rule or "overlap" in a.rule for a in found.advice)
+
+
+def test_what_the_recipe_excludes_is_not_looked_at() -> None:
+    sources = [MemorySource(random(i, **{"a.weight": (4, 4), "head.weight": (4, 4)})) for i in range(3)]
+    tree = {"base": "base", "models": {"a": "a", "b": "b"}, "method": "ties", "exclude": ["head*"]}
+    inputs = Inputs(sources[0], {"a": sources[1], "b": sources[2]})
+    found = inspect(Recipe.model_validate(tree), sources=inputs)
+    assert list(found.tensors) == ["a.weight"]
+    assert found.left_out == {"head.weight": "excluded by the recipe"}

@@ -73,8 +73,9 @@ class Rule:
 
 
 def advise(model: Measures, experts: Sequence[str]) -> tuple[Advice, ...]:
-    """What every rule that holds says, in the order of the table."""
-    return tuple(found for rule in RULES if (found := rule.on(model, experts)))
+    """What every rule that holds says, in the order of the table; the first alone where no expert changed anything."""
+    rules = RULES if any(model.norm) else RULES[:1]
+    return tuple(found for rule in rules if (found := rule.on(model, experts)))
 
 
 # --- figures -----------------------------------------------------------------------------------------
@@ -91,6 +92,10 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 def _cosine(model: Measures) -> float | None:
     return _mean(pairs(model.cosine))
+
+
+def _still(model: Measures) -> float:
+    return float(sum(not norm for norm in model.norm))
 
 
 def _angle(model: Measures) -> float | None:
@@ -150,6 +155,7 @@ def _words(model: Measures, experts: Sequence[str]) -> dict[str, str]:
         "far": experts[far],
         "long": experts[long],
         "short": experts[short],
+        "still": ", ".join(name for name, norm in zip(experts, model.norm, strict=True) if not norm),
         "pair": f"{experts[i]} and {experts[j]}",
         "lambdas": f"{1 / count:.2g} (the mean){to_one}",
         "independent": _shown(model.chance or 0.0, "%"),
@@ -162,6 +168,14 @@ def _words(model: Measures, experts: Sequence[str]) -> dict[str, str]:
 _HEURISTIC = "heuristic"
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "experts equal to the base",
+        _still,
+        "the task vector of {still} is zero: it adds nothing to a sum and draws means towards the base; leave it out, "
+        "or see whether the right files are named",
+        "measured",
+        above=1,
+    ),
     Rule(
         "largest |tau|/|base|",
         lambda m: _largest(m.relative),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ def inspect(
     sources: Inputs | None = None,
     **options: Any,
 ) -> Inspection:
-    """Measure the task vectors of a recipe's models; its method, rules and output do not matter.
+    """Measure the task vectors of a recipe's models, without what `exclude` keeps; its method and rules do not matter.
 
     spectra   measure singular spectra of matrices up to this smaller side (and 16 spectra^2 entries); 0: of none
     options   change single settings: threads, device, progress
@@ -83,7 +84,7 @@ def inspect(
     """
     settings = settings.but(**options)
     inputs = sources if sources is not None else open_inputs(recipe)
-    keys, left_out = _comparable(inputs)
+    keys, left_out = _comparable(inputs, recipe.exclude)
     context = looking(inputs, settings, nonfinite=recipe.nonfinite)
     found = each_tensor(keys, partial(_totals, context=context, side=spectra), settings)
     inputs.fingerprints()  # refuses inputs that were changed meanwhile
@@ -115,7 +116,7 @@ def inspect(
 # --- which tensors -----------------------------------------------------------------------------------
 
 
-def _comparable(inputs: Inputs) -> tuple[list[Key], dict[str, str]]:
+def _comparable(inputs: Inputs, exclude: Sequence[str] = ()) -> tuple[list[Key], dict[str, str]]:
     """The tensors that the base and all experts hold in one shape, and why the others are not looked at."""
     if inputs.problems:
         raise PlanError(inputs.problems)
@@ -124,7 +125,8 @@ def _comparable(inputs: Inputs) -> tuple[list[Key], dict[str, str]]:
     unlike = {name: _unlike(inputs, name) for name in inputs.experts}
     keys, left_out = [], {}
     for key in inputs.base.keys.values():
-        if reason := _reason(key, inputs, unlike):
+        excluded = any(fnmatchcase(key.name, glob) for glob in exclude)
+        if reason := "excluded by the recipe" if excluded else _reason(key, inputs, unlike):
             left_out[key.name] = reason
         else:
             keys.append(key)
