@@ -333,7 +333,11 @@ def test_compress_and_restore(recipe: Path, tmp_path: Path, capsys: Captured) ->
     assert "2 models in " in shown
     assert "of the 288 B that they take in full" in shown
     assert main(["restore", str(packed), str(back), "--expert", "b", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["files"] == 1
+    said = json.loads(capsys.readouterr().out)
+    noted = json.loads((packed / "weightsmith.json").read_text())["codec"]["error"]
+    assert (said["files"], said["lost"]) == (1, noted["b"])
+    assert main(["restore", str(packed), str(tmp_path / "a2"), "--expert", "a"]) == 0
+    assert f"compression lost {noted['a']:.2%} of it" in capsys.readouterr().out
     restored = load_file(back / "model.safetensors")
     assert {name: tensor.shape for name, tensor in restored.items()} == {
         name: tensor.shape for name, tensor in load_file(tmp_path / "b/model.safetensors").items()

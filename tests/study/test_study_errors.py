@@ -39,6 +39,7 @@ def refused(capsys: Captured, *words: object) -> str:
         ("{function: {data: DATA}}", "{fuction: {}}", "evaluate takes one of function, bits_per_byte, accuracy"),
         ("{function: {data: DATA}}", "{function: 3}", "evaluate.function should be a mapping, is 3"),
         ("{function: {data: DATA}}", "bits_per_byte", "evaluate takes one of"),
+        ("{function: {data: DATA}}", "mine.py", "name the file of yours by --evaluator mine.py"),
         ("linear", "linaer", "average: unknown method 'linaer'; did you mean 'linear'?"),
         ("average: linear", "average: [[linear]]", "average: a stage is a name, or a name with its parameters"),
         ("[0.25, 0.5, 1.0]", "[]", "sum: task_arithmetic.lambda is an empty list"),

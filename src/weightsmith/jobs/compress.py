@@ -102,7 +102,8 @@ def restore(
     reference = ModelRef(model=str(folder), expert=expert)
     recipe = Recipe(models={name: reference}, method="keep", output={"dtype": dtype})  # type: ignore[arg-type]
     inputs = Inputs(None, {name: source})
-    return run(recipe, out, settings, sources=inputs)
+    made = run(recipe, out, settings, sources=inputs)
+    return replace(made, lost=read_manifest(Path(folder))["codec"].get("error", {}).get(expert))
 
 
 def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Iterable[Path]:

@@ -74,6 +74,7 @@ class Result:
 
     warnings  things the user should look at
     storage   of a compression
+    lost      of a restored model: the share of its change (of its weights, without a base) that compression lost
     complete  the run to resume had got through: nothing was done
     resumed   a part may have been done by an earlier run
     """
@@ -85,6 +86,7 @@ class Result:
     peak_bytes: int
     warnings: tuple[Problem, ...] = ()
     storage: Storage | None = None
+    lost: float | None = None
     complete: bool = False
     resumed: bool = False
 

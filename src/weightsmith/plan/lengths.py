@@ -14,10 +14,11 @@ from weightsmith.ops.length import AUTO, fitted
 
 __all__ = ["Length", "lengths"]
 
-ALIKE, APART, SHORT = 1.5, 2.0, 0.5
+ALIKE, APART, SHORT = 1.5, 2.0, 0.3
 """How many times what suits a merged change may be before something is said of it: sums of 8 and 9 experts were best at
 0.7 to 1.4 times an expert's length, and far below their base at 2.9; methods that keep experts apart bear more
-(docs/study.md).  So short: only where there is a factor to raise, for a mean is short by nature."""
+(docs/study.md).  So short: only where there is a factor to raise, for a mean is short by nature; half as long
+costs a point or two."""
 
 MINOR = 0.2
 """Share of all merged entries below which nothing is said of what merges them: vectors beside a method's matrices."""

@@ -122,7 +122,9 @@ class Evaluation(Grammar):
         found = {given: {}} if given == FUNCTION else given
         kinds = (FUNCTION, *BUILT_IN)
         if not isinstance(found, Mapping) or len(found) != 1 or next(iter(found)) not in kinds:
-            raise ValueError(f"takes one of {', '.join(kinds)}, is {json.dumps(given, default=repr)[:80]}")
+            own = isinstance(given, str) and given.endswith(".py")
+            hint = f"; write evaluate: {FUNCTION}, and name the file of yours by --evaluator {given}" if own else ""
+            raise ValueError(f"takes one of {', '.join(kinds)}, is {json.dumps(given, default=repr)[:80]}{hint}")
         return {kind: {} if arguments is None else arguments for kind, arguments in found.items()}, {}
 
     @property

@@ -68,6 +68,7 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
             "complete": result.complete,
             "peak_bytes": result.peak_bytes,
             "storage": result.storage,
+            **({} if result.lost is None else {"lost": result.lost}),
             "warnings": result.warnings,
         })  # fmt: skip
         return
@@ -80,6 +81,8 @@ def summary(result: Result, *, json: bool, quiet: bool, next_step: str) -> None:
             say(f"{result.out} is already complete: {size(nbytes)} in {count}")
         else:
             say(f"wrote {result.out}: {size(nbytes)} in {count}, {duration(result.seconds)}{speed}")
+        if result.lost is not None:
+            say(f"compression lost {result.lost:.2%} of it (relative norm of its change, or of all without a base)")
         if (kept := result.storage) is not None:
             beside = f" beside the base's {size(kept.base)}" if kept.base else ""
             who, taken = ("1 model", "it takes") if kept.count == 1 else (f"{kept.count} models", "they take")
