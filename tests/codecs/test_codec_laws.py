@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[list[Any], float]] = {
     "randes": (["randes"], 1.05),
     "emr_masks": (["emr", "emr_masks"], 1.15),  # tau, and 3 bits per weight
     "tall_masks": (["tall_masks"], 1.15),
+    "mbat": ([{"mbat": {"binder": "hadamard", "denoise": "sparse"}}], 1.2),
     "exact": (["exact"], 3.01),
     "tsvc": ([{"tsvc": {"rank_fraction": 0.3}}], 1.2),
     "twin": (["ties", {"twin": {"density": 0.3}}], 2.2),

@@ -32,7 +32,7 @@ LAYERS = (
     ("observe",),
     ("align", "experts", "inspect", "lora", "moe", "train"),
     ("study",),
-    ("protect", "runtime", "tune"),
+    ("protect", "runtime", "tune", "vsa"),
     ("search",),
     ("cli",),
     ("__init__", "__main__"),

@@ -20,6 +20,8 @@ _LATENT |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_interm
 
 MODELS: Mapping[str, Callable[[], Any]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_GROUPED, attention_bias=True)),
+    "wide_heads": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, "hidden_size": 64, "head_dim": 32})),
+    "part_of_wide_heads": lambda: t.StableLmForCausalLM(t.StableLmConfig(**{**_GROUPED, "hidden_size": 64})),
     "one_kv_head": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, "num_key_value_heads": 1})),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_GROUPED, head_dim=8)),
     "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_GROUPED)),

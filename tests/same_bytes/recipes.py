@@ -232,6 +232,10 @@ CODECS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "bitdelta": ("odd", ("bitdelta",)),
     "exact": ("odd", ("exact",)),
     "randes": ("odd", ("randes",)),
+    "mbat": ("odd", (
+        "{mbat: {binder: hadamard, denoise: sparse}}", "{mbat: {denoise: lowrank, rank: 2}}",
+        "{mbat: {binder: dense, denoise: sparse}}",
+    )),
     "fwsvd": ("stats", (
         "fwsvd", "{fwsvd: {rank: 2}}", "{fwsvd: {weighting: none, head: true, always: true}}",
         "{fwsvd: {weighting: element, ratio: 0.8}}", "{fwsvd: {transposed: true, balanced: true, always: true}}",

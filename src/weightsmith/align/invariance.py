@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from weightsmith.align.bases import Attention, Bases, Branch, Hidden, Run, bases
-from weightsmith.align.commute import Pairing, commutant, dense, refuse_unless_commuting, scales
+from weightsmith.align.commute import Commutant, Pairing, commutant, dense, refuse_unless_commuting, scales
 from weightsmith.align.proof import TOLERANCE, SmallModel, drawn, kind_of, small_model
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.symmetry import permute
@@ -30,13 +30,18 @@ Draw = Callable[..., np.random.Generator]
 class Scheme:
     """What queries and keys of one branch may be multiplied by.
 
-    pairing  and turned: entries that positions turn, and how they are paired, see `commute`
+    pairing  of the entries that positions turn, see `commute`
+    whole    all entries of a head are turned, whatever config.json says; else those that it says
     norm     of a norm behind the projections: 'signs' signs of entries (of both of a pair) and gains, 'gains' only
     """
 
     pairing: Pairing = "none"
-    turned: int = 0
+    whole: bool = False
     norm: Literal["", "signs", "gains"] = ""
+
+    def commutant(self, branch: Branch) -> Commutant:
+        """What commutes with the rotations of a branch, whose heads may be wider than those of the proof."""
+        return commutant(branch.width, branch.width if self.whole else branch.turned, self.pairing)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def attention_turns(
 
 
 def _commuting(branch: Branch, scheme: Scheme, draws: Sequence[np.random.Generator], condition: float) -> np.ndarray:
-    allowed = commutant(branch.width, scheme.turned, scheme.pairing)
+    allowed = scheme.commutant(branch)
     found = np.stack([allowed.drawn(draw, condition) for draw in draws])
     for matrix in found:
         refuse_unless_commuting(matrix, allowed)
@@ -129,7 +134,7 @@ def _normed(
     equal: np.ndarray | None,
 ) -> list[Turn]:
     """Orthogonal matrices that a norm lets through, and gains: g_q r and g_k / r, r equal inside a pair."""
-    allowed = commutant(branch.width, scheme.turned, scheme.pairing)
+    allowed = scheme.commutant(branch)
     units = [*allowed.pairs, *((entry,) for entry in allowed.free)]
 
     def spread(numbers: np.ndarray) -> np.ndarray:
@@ -186,10 +191,11 @@ def hidden_turns(
 
 def candidates(branch: Branch) -> list[Scheme]:
     """The ways in which queries and keys may be multiplied, the likeliest first."""
-    ways: list[tuple[Pairing, int]] = [] if branch.turned else [("none", 0)]
-    for turned in dict.fromkeys((branch.turned or branch.width, branch.width)):
-        if turned % 2 == 0:
-            ways += [("half", turned), ("interleaved", turned)]
+    ways: list[tuple[Pairing, bool]] = [] if branch.turned else [("none", False)]
+    for whole in (False, True):
+        entries = branch.width if whole else branch.turned
+        if entries and entries % 2 == 0 and not (whole and branch.turned == branch.width):
+            ways += [("half", whole), ("interleaved", whole)]
     if not branch.normed:
         return [Scheme(*way) for way in ways]
     return [Scheme(*way, norm) for norm in ("signs", "gains") for way in ways]

@@ -50,6 +50,8 @@ _VERBS = {
     "edit": "Scale components of attention heads.",
     "lock": "Write a model in another basis, so that it cannot be merged naively.",
     "unlock": "Write a locked model as it was.",
+    "audit": "Say what a lock is worth, and what is strange about a model.",
+    "find": "Find recipes and models by example.",
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
     "tokenizer": "Move a model to another tokenizer.",

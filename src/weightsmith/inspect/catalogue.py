@@ -30,7 +30,7 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
     "Merge networks that were trained apart": ("weight_matching",),
     "Take tensors as they are, in rules and slices": ("keep", "passthrough"),
     'Keep every expert, in less space ("weightsmith compress")': (
-        "exact", "tall_masks", "emr_masks", "bitdelta", "randes", "tsvc", "twin", "rmm", "fwsvd",
+        "exact", "tall_masks", "emr_masks", "bitdelta", "randes", "mbat", "tsvc", "twin", "rmm", "fwsvd",
     ),
 }  # fmt: skip
 """Purpose -> methods, the simplest first.  Another method is listed last under its own `purpose`, or under OTHERS."""

@@ -10,8 +10,7 @@ import numpy as np
 import xxhash
 
 from weightsmith.align.bases import Attention, Bases, Branch, Hidden, bases
-from weightsmith.align.commute import commutant
-from weightsmith.align.invariance import Known, attention_turns, hidden_turns
+from weightsmith.align.invariance import Known, Scheme, attention_turns, hidden_turns
 from weightsmith.core.errors import PlanError, SourceError, some
 from weightsmith.core.symmetry import Orders, SymmetryGroup, identity, indices
 from weightsmith.core.turn import Turn, inverse
@@ -117,7 +116,7 @@ def equal_gains(source: Source, found: Bases, known: Known) -> dict[str, tuple[s
         masks = []
         for branch, scheme in zip(one.qk, known.schemes.get(known.kind(one), ()), strict=False):
             if branch.normed and branch.shared and scheme is not None and scheme.norm == "signs":
-                masks.append(_equal(packed, branch, scheme.turned, scheme.pairing))
+                masks.append(_equal(packed, branch, scheme))
             else:
                 masks.append("")
         if any(masks):
@@ -125,9 +124,9 @@ def equal_gains(source: Source, found: Bases, known: Known) -> dict[str, tuple[s
     return out
 
 
-def _equal(source: Source, branch: Branch, turned: int, pairing: str) -> str:
+def _equal(source: Source, branch: Branch, scheme: Scheme) -> str:
     gains = [source.read(run.name).double() for side in branch.gains for run in side]
-    pairs = commutant(branch.width, turned, pairing).pairs  # type: ignore[arg-type]
+    pairs = scheme.commutant(branch).pairs
     return "".join("1" if gains and all(bool(g[a] == g[b]) for g in gains) else "0" for a, b in pairs)
 
 

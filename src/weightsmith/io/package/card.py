@@ -15,7 +15,17 @@ from weightsmith.io import system
 from weightsmith.io.read.folder import is_inside
 from weightsmith.io.url import without_secrets
 
-__all__ = ["UNKNOWN", "CardModel", "Citation", "about", "licence_problems", "licences", "model_card", "yaml_text"]
+__all__ = [
+    "UNKNOWN",
+    "CardModel",
+    "Citation",
+    "about",
+    "front_matter",
+    "licence_problems",
+    "licences",
+    "model_card",
+    "yaml_text",
+]
 
 UNKNOWN = "unknown"
 _ABOUT: Mapping[str, Any] = {"library_name": "transformers"}
@@ -120,7 +130,7 @@ def about(folder: Path | None, made: Path) -> dict[str, Any]:
 
     A folder of sentence-transformers is one, whatever the card says.
     """
-    said = _front_matter(folder / "README.md") if folder is not None else {}
+    said = front_matter(folder / "README.md") if folder is not None else {}
     tags = [tag for tag in said.get("tags", []) if _TAG.fullmatch(tag) and tag not in _OF_ITS_TRAINING]
     library, pipeline = (next(iter(said.get(name, [])), "") for name in ("library_name", "pipeline_tag"))
     if (made / "modules.json").exists():
@@ -167,7 +177,7 @@ def licence_problems(licences: Mapping[str, str]) -> list[Problem]:
 
 
 def _licence(folder: Path | None) -> str:
-    front = _front_matter(folder / "README.md") if folder is not None else {}
+    front = front_matter(folder / "README.md") if folder is not None else {}
     words = [_plain(word) for word in front.get("license", []) if word.strip()]
     own = _plain(" ".join(front.get("license_name", [])))
     return " + ".join(f"other ({own})" if word == "other" and own else word for word in words) or UNKNOWN
@@ -179,7 +189,7 @@ def _plain(text: str) -> str:
     return " ".join(kept.split())[:100]
 
 
-def _front_matter(path: Path) -> Mapping[str, list[str]]:
+def front_matter(path: Path) -> Mapping[str, list[str]]:
     """Words and lists of words at the top level of a card's YAML; a card that cannot be read states nothing."""
     from ruamel.yaml.error import YAMLError
 
