@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from weightsmith.core.errors import PlanError, WeightsmithError
+from weightsmith.io import system
 from weightsmith.io.disk import gigabytes
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.api import merge
@@ -128,7 +129,7 @@ def _room(base: Source) -> Iterator[Path]:
     size = sum(key.nbytes for key in base.keys.values())
     held = int(_HELD * 4 * sum(key.numel for key in base.keys.values()))
     with tempfile.TemporaryDirectory(prefix="weightsmith-audit-") as name:
-        free, memory = shutil.disk_usage(name).free, available_memory(torch.device("cpu"))
+        free, memory = system.call(shutil.disk_usage, name).free, available_memory(torch.device("cpu"))
         if 2 * size > free:
             raise PlanError([
                 f"a merge takes {gigabytes(2 * size)} in {Path(name).parent}, and {gigabytes(free)} are free; "

@@ -99,7 +99,7 @@ def read_key(path: Path) -> Key:
     Raises SourceError, which never shows what is in it, for a file that is none, is damaged, or that others may read.
     """
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        mode = stat.S_IMODE(system.call(path.stat).st_mode)
     except OSError as error:
         raise SourceError(f"{path}: the key cannot be read ({error.strerror}); nothing is unlocked without") from None
     if mode & 0o077:
