@@ -25,7 +25,7 @@ def lock(
     modules: Annotated[tuple[str, ...], Parameter(help="Glob of attentions and MLPs to lock; may be repeated.")] = (),
     seed: Annotated[int | None, Parameter(help="Draw the key from a number, which then is the key.")] = None,
     base: Annotated[Path | None, Parameter(help="The model of the adapter, locked or not.")] = None,
-    compare: Annotated[bool, Parameter(help="Run the model before and after.", show_default=True)] = True,
+    no_compare: Annotated[bool, Parameter(help="Do not run the model before and after.")] = False,
     settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
@@ -44,6 +44,6 @@ def lock(
         with progress_bar("locking", quiet=quiet or json) as progress:
             made = run(
                 model, out, key, parts=parts.split(","), condition=condition, modules=modules or ("*",), seed=seed,
-                compare=compare, settings=settings, progress=progress,
+                compare=not no_compare, settings=settings, progress=progress,
             )  # fmt: skip
     summary(made, key, "locked", json=json, quiet=quiet)

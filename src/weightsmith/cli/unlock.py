@@ -19,7 +19,7 @@ def unlock(
     *,
     key: Annotated[Path, Parameter(help="File of its key.")],
     base: Annotated[Path | None, Parameter(help="The model of the adapter, locked or not.")] = None,
-    compare: Annotated[bool, Parameter(help="Run the model before and after.", show_default=True)] = True,
+    no_compare: Annotated[bool, Parameter(help="Do not run the model before and after.")] = False,
     settings: Run = DEFAULTS,
     json: Json = False,
     quiet: Quiet = False,
@@ -33,5 +33,5 @@ def unlock(
         made = unlock_adapter(model, base, out, key, settings=settings)
     else:
         with progress_bar("unlocking", quiet=quiet or json) as progress:
-            made = run(model, out, key, compare=compare, settings=settings, progress=progress)
+            made = run(model, out, key, compare=not no_compare, settings=settings, progress=progress)
     summary(made, key, "unlocked", json=json, quiet=quiet)
