@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from weightsmith.io.read.source import MemorySource
 from weightsmith.recipe.load import load
 from weightsmith.tune.api import Tuned, tune
 from weightsmith.tune.importance import chunks_by, importance
-from weightsmith.tune.objectives.entropy import Entropy
+from weightsmith.tune.objectives.entropy import Entropy, entropy
 from weightsmith.tune.space import rescaled
 
 TAUGHT = {f"e{i}": batches for i, batches in enumerate(DATA.values())}
@@ -160,3 +161,32 @@ def test_killed_in_either_part_it_goes_on_to_the_same_bits(tmp_path: Path, how: 
 def test_wrong_options_of_two_parts(tmp_path: Path, space: str, options: dict[str, Any], text: str):
     with pytest.raises(RecipeError, match=text):
         tune(recipe(tmp_path), space, data=TAUGHT, module=fresh(), **options)
+
+
+# --- objectives ----------------------------------------------------------------------------------
+
+
+def test_entropy_is_that_of_autograd_and_masked_classes_add_nothing():
+    logits = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.testing.assert_close(entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.autograd.gradcheck(entropy, (logits,))
+    masked = torch.cat([logits.detach(), torch.full((3, 5, 2), -torch.inf)], -1).requires_grad_()
+    found = entropy(masked)
+    torch.testing.assert_close(found, entropy(logits))
+    (found.sum()).backward()
+    assert masked.grad is not None
+    assert bool((masked.grad[..., 7:] == 0).all())
+    assert bool(torch.isfinite(masked.grad).all())
+
+
+def test_forgetting_stops_where_another_task_loses_too_much(tmp_path: Path):
+    """The numbers taken have the lowest accuracy of the target among those that keep the others'."""
+    how = {"space": "atlas", "data": DATA, "goal": "negation", "target": "t0", "lr": 0.01, "steps": 40}
+    validation = {task: list(batches) for task, batches in DATA.items()}
+    found = go(recipe(tmp_path), tmp_path / "out", how, validation=validation, every=1, controls=False)
+    seen = [(row["validation t0"], row["validation t1"]) for row in found.curve if "validation" in row]
+    kept = [target for target, control in seen if control >= 0.95 * seen[0][1]]
+    assert found.best is not None
+    assert found.best[0] == min(kept) < seen[0][0]
+    assert seen[-1][1] < 0.95 * seen[0][1]
+    assert re.match(r"stopped at step \d+: the accuracy of t1 fell from", found.stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,18 @@ class Objective(Named):
     @abstractmethod
     def loss(self, outputs: Any, batch: Any, task: str = "") -> Tensor:
         """The mean over a batch, []."""
+
+    def measure(self, outputs: Any, batch: Any, task: str = "") -> Tensor:
+        """What validation looks at, the mean over a batch, []."""
+        return self.loss(outputs, batch, task)
+
+    def judge(self, first: Mapping[str, float], now: Mapping[str, float]) -> float:
+        """How bad numbers are, by the measures of the tasks: at the start, and with them; Inf: not to be taken."""
+        return sum(now.values())
+
+    def ended(self, first: Mapping[str, float], now: Mapping[str, float]) -> str:
+        """Why to stop here, or ''."""
+        return ""
 
 
 def logits_of(outputs: Any) -> Tensor:

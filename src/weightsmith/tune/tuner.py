@@ -22,6 +22,9 @@ __all__ = ["Data", "Tuner"]
 
 Function = Callable[[nn.Module, Any], Any]
 
+SEEN = "validation "
+"""Start of the columns with a task's measure."""
+
 WINDOW = 50
 """Steps over which predicted classes are counted."""
 MOST = 0.99
@@ -68,7 +71,7 @@ class Tuner:
         """
         self._resume()
         steps = self.setting.descent.steps
-        while self.state.step < steps and not self.stopped:
+        while self.state.step < steps and not self._over():
             step = self.state.step
             row: dict[str, float] = {"step": step}
             if step % every == 0 and self._drawn:
@@ -77,6 +80,8 @@ class Tuner:
             self._refresh(step)
             if step % every == 0 and not self._drawn:
                 self._validate(row)
+            if self._over():
+                break
             losses = self._learn(step)
             row["loss"] = sum(losses.values())
             row |= {f"loss {task}": value for task, value in losses.items()}
@@ -93,12 +98,17 @@ class Tuner:
             self._refresh()
         self._note()
 
+    def _over(self) -> bool:
+        return bool(self.stopped)
+
     def evaluate(self, data: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]:
-        """Task -> the loss of every batch, with the module as it is."""
+        """Task -> what the objective measures of every batch, with the module as it is."""
         found: dict[str, list[float]] = {}
         with torch.no_grad():
             for task, batches in data.items():
-                found[task] = [float(self._loss(task, batch)) for batch in batches]
+                outputs = (self.data.function[task](self.resident.module, batch) for batch in batches)
+                pairs = zip(outputs, batches, strict=True)
+                found[task] = [float(self.setting.objective.measure(made, batch, task)) for made, batch in pairs]
         return found
 
     def put(self, values: Sequence[Tensor]) -> None:
@@ -198,12 +208,17 @@ class Tuner:
     def _validate(self, row: dict[str, float]) -> bool:
         if not any(self.data.validation.values()):
             return False
-        losses = self.evaluate(self.data.validation)
-        mean = sum(sum(values) / len(values) for values in losses.values() if values)
-        row["validation"] = mean
-        if self.state.best is None or mean < self.state.best[0]:
-            self.state.best = (mean, self.state.step)
+        found = self.evaluate(self.data.validation)
+        now = {task: sum(values) / len(values) for task, values in found.items() if values}
+        row |= {f"{SEEN}{task}": value for task, value in now.items()}
+        start = next((seen for seen in self.state.curve if any(name.startswith(SEEN) for name in seen)), row)
+        first = {name.removeprefix(SEEN): value for name, value in start.items() if name.startswith(SEEN)}
+        row["validation"] = self.setting.objective.judge(first, now)
+        if self.state.best is None or row["validation"] < self.state.best[0]:
+            self.state.best = (row["validation"], self.state.step)
             self.best = [raw.detach().clone() for raw in self.raw]
+        if (why := self.setting.objective.ended(first, now)) and not self.stopped:
+            self.stopped = f"stopped at step {self.state.step}: {why}"
         return True
 
     def _watch(self, task: str, logits: Tensor) -> None:
