@@ -38,6 +38,7 @@ from weightsmith.recipe.aliases import PIPELINES, spelled
 from weightsmith.recipe.json_schema import schema as json_schema
 from weightsmith.report.units import roughly
 from weightsmith.train import recipe as train_recipe
+from weightsmith.train.multitask import recipe as multitask_recipe
 
 __all__ = ["generate", "markdown", "pages", "problems_by_method"]
 
@@ -467,12 +468,19 @@ def _python_page() -> str:
     return "\n".join(lines)
 
 
-_TRAIN = ("optim", "svfit", "dmm", "embed", "fuse")
+_TRAIN = ("optim", "svfit", "dmm", "embed", "fuse", "multitask")
 """Modules of `weightsmith.train`, in the order of the page."""
 
 _TRAIN_PARTS = (
     *(train_recipe.Tune, train_recipe.Svfit, train_recipe.Optimizer),
     *(train_recipe.AdamW, train_recipe.DctAdamw, train_recipe.Trion),
+)
+
+
+_MULTITASK_PARTS = (
+    *(multitask_recipe.MultiTaskRecipe, multitask_recipe.TaskSpec, multitask_recipe.InstructionSpec),
+    *(multitask_recipe.By, multitask_recipe.UniPerceiver, multitask_recipe.TaskExpert, multitask_recipe.Instruct),
+    *(multitask_recipe.Prompt, multitask_recipe.SoftTokens, multitask_recipe.MTAdamWSpec, multitask_recipe.NetSpec),
 )
 
 
@@ -483,6 +491,13 @@ def _train_page() -> str:
         spec = defs if cls is train_recipe.TrainRecipe else defs["$defs"][cls.__name__]
         lines += ["", f"### {cls.__name__}", "", markdown(inspect.cleandoc(cls.__doc__ or "")), ""]
         lines += _fields(cls, spec["properties"])
+    lines += ["", "## The recipe of weightsmith train multitask"]
+    defs = multitask_recipe.MultiTaskRecipe.model_json_schema()
+    for made in _MULTITASK_PARTS:
+        spec = defs if made is multitask_recipe.MultiTaskRecipe else defs["$defs"][made.__name__]
+        if spec.get("properties"):
+            lines += ["", f"### {made.__name__}", "", markdown(inspect.cleandoc(made.__doc__ or "")), ""]
+            lines += _fields(made, spec["properties"])
     lines += ["", "The other parts are plain torch, for any training loop."]
     for name in _TRAIN:
         module = importlib.import_module(f"weightsmith.train.{name}")

@@ -6,6 +6,7 @@
     ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
     ```yaml moe file=NAME     the same, for a mixture of experts
     ```yaml train file=NAME     a training run that loads
+    ```yaml multitask file=NAME one of several tasks
     ```yaml adapters file=NAME  is a recipe of adapters that loads
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
@@ -40,6 +41,7 @@ from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
 from weightsmith.study.schema import load_study
+from weightsmith.train.multitask.recipe import load as load_multitask
 from weightsmith.train.recipe import load as load_train
 
 __all__ = ["Block", "Page", "blocks"]
@@ -89,7 +91,9 @@ class Page:
             return "directive"
         if "norun" in block.words:
             return "not run"
-        unknown = [w for w in block.words if not re.fullmatch(r"output|moe|adapters|train|file=\S+|exit=\d+", w)]
+        unknown = [
+            w for w in block.words if not re.fullmatch(r"output|moe|adapters|train|multitask|file=\S+|exit=\d+", w)
+        ]
         assert not unknown, f"unknown words {unknown}"
         if (name := block.option("file")) is not None:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +109,10 @@ class Page:
             case "yaml" if "adapters" in block.words:
                 assert name is not None
                 lora.load(name)
+                return "recipe"
+            case "yaml" if "multitask" in block.words:
+                assert name is not None
+                load_multitask(name)
                 return "recipe"
             case "yaml" if "train" in block.words:
                 assert name is not None

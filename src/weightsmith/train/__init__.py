@@ -5,6 +5,7 @@
     dmm     distillation of several denoisers into one with a style
     embed   CoDiEmb's losses and batches for embeddings of text
     fuse    one language model from the token distributions of several
+    multitask  one model for several tasks: samplers, losses, seven systems
 
 `weightsmith train` is `recipe`, `run` and `loop`.  A part is imported, and torch with it, when it is asked for.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["dmm", "embed", "fuse", "optim", "svfit"]
+__all__ = ["dmm", "embed", "fuse", "multitask", "optim", "svfit"]
 
 
 def __getattr__(name: str) -> ModuleType:
