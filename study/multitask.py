@@ -160,9 +160,11 @@ def of_images(data: Path, room: Path) -> None:
     import transformers
 
     tasks = images(data, room)
-    head("Images of three kinds: one small network, accuracy in percent", "model", *tasks, "mean", "training, s")
-    beside_merges(tasks, 150, 300, net={"width": 24, "depth": 3}, by="plain", sampling="mixed", batch=24)
     torch.manual_seed(0)
+    vit = transformers.ViTConfig(image_size=SIDE, patch_size=4, **SIZES)
+    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(room / "vit")
+    head("Images of three kinds: one small ViT, accuracy in percent", "model", *tasks, "mean", "training, s")
+    beside_merges(tasks, 300, 300, model=str(room / "vit"), by="plain", sampling="mixed", batch=24)
     text = {"vocab_size": 256, "max_position_embeddings": 32, "eos_token_id": 255, "bos_token_id": 254, **SIZES}
     config = transformers.CLIPConfig(
         text_config=text, vision_config={"image_size": SIDE, "patch_size": 4, **SIZES}, projection_dim=32
