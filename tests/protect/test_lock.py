@@ -65,6 +65,18 @@ def test_outputs_that_moved_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []
 
 
+def test_positions_that_only_the_class_knows_of(tmp_path: Path) -> None:
+    """Old config files do not speak of rotations: what the small model does counts for the large one."""
+    model = saved("wide_heads", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["rope_parameters"]
+    (model / "config.json").write_text(json.dumps(config))
+    lock(model, tmp_path / "locked", tmp_path / "key")
+    (scheme,) = read_key(tmp_path / "key").known.schemes.values()
+    assert scheme[0] is not None
+    assert (scheme[0].pairing, scheme[0].turned) == ("half", scheme[0].width)
+
+
 def test_bfloat16_within_its_tolerance(tmp_path: Path) -> None:
     saved("qwen3", tmp_path / "model", torch.bfloat16)
     made = lock(tmp_path / "model", tmp_path / "locked", tmp_path / "key")

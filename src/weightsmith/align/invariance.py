@@ -15,7 +15,7 @@ import numpy as np
 from weightsmith.align.bases import Attention, Bases, Branch, Hidden, Run, bases
 from weightsmith.align.commute import Commutant, Pairing, commutant, dense, refuse_unless_commuting, scales
 from weightsmith.align.proof import TOLERANCE, SmallModel, drawn, kind_of, small_model
-from weightsmith.core.errors import RecipeError
+from weightsmith.core.errors import RecipeError, SourceError
 from weightsmith.core.symmetry import permute
 from weightsmith.core.turn import Turn, apply_turns
 from weightsmith.io.read.source import Source
@@ -31,17 +31,21 @@ class Scheme:
     """What queries and keys of one branch may be multiplied by.
 
     pairing  of the entries that positions turn, see `commute`
-    whole    all entries of a head are turned, whatever config.json says; else those that it says
+    turned   and width: so many of so many entries are turned in the small model, and the same share in any other
     norm     of a norm behind the projections: 'signs' signs of entries (of both of a pair) and gains, 'gains' only
     """
 
     pairing: Pairing = "none"
-    whole: bool = False
+    turned: int = 0
+    width: int = 1
     norm: Literal["", "signs", "gains"] = ""
 
     def commutant(self, branch: Branch) -> Commutant:
         """What commutes with the rotations of a branch, whose heads may be wider than those of the proof."""
-        return commutant(branch.width, branch.width if self.whole else branch.turned, self.pairing)
+        turned, rest = divmod(branch.width * self.turned, self.width)
+        if rest:
+            raise SourceError(f"{self.turned} of {self.width} entries are turned, which is no share of {branch.width}")
+        return commutant(branch.width, turned, self.pairing)
 
 
 @dataclass(frozen=True)
@@ -191,11 +195,11 @@ def hidden_turns(
 
 def candidates(branch: Branch) -> list[Scheme]:
     """The ways in which queries and keys may be multiplied, the likeliest first."""
-    ways: list[tuple[Pairing, bool]] = [] if branch.turned else [("none", False)]
-    for whole in (False, True):
-        entries = branch.width if whole else branch.turned
-        if entries and entries % 2 == 0 and not (whole and branch.turned == branch.width):
-            ways += [("half", whole), ("interleaved", whole)]
+    width = branch.width
+    ways: list[tuple[Pairing, int, int]] = [] if branch.turned else [("none", 0, 1)]
+    for turned in dict.fromkeys((branch.turned or width, width)):
+        if turned % 2 == 0:
+            ways += [("half", turned, width), ("interleaved", turned, width)]
     if not branch.normed:
         return [Scheme(*way) for way in ways]
     return [Scheme(*way, norm) for norm in ("signs", "gains") for way in ways]
