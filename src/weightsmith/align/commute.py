@@ -43,7 +43,12 @@ class Commutant:
         found = np.zeros((self.width, self.width))
         if self.free:
             found[np.ix_(self.free, self.free)] = dense(draw, len(self.free), condition)
-        for same in self.turning:
+        alone = np.array([same[0] for same in self.turning if len(same) == 1], dtype=np.int64).reshape(-1, 2)
+        one, two = alone.T
+        turns = scales(draw, len(alone), condition) * np.exp(1j * draw.uniform(0, 2 * np.pi, len(alone)))
+        found[one, one] = found[two, two] = turns.real
+        found[two, one], found[one, two] = turns.imag, -turns.imag
+        for same in (same for same in self.turning if len(same) > 1):
             mixed = _complex(draw, len(same), condition)
             for i, (a, b) in enumerate(same):
                 for j, (c, d) in enumerate(same):
@@ -106,7 +111,7 @@ def _haar(draw: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _complex(draw: np.random.Generator, size: int, condition: float) -> np.ndarray:
-    """The same over complex numbers; of one entry: any phase, and a scale."""
+    """The same over complex numbers."""
     sides = []
     for _ in range(2):
         q, r = np.linalg.qr(draw.standard_normal((size, size)) + 1j * draw.standard_normal((size, size)))

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import xxhash
 
-from weightsmith.align.bases import Attention, Bases, Branch, Hidden, bases
+from weightsmith.align.bases import Attention, Bases, Branch, Hidden
 from weightsmith.align.invariance import Known, Scheme, attention_turns, hidden_turns
 from weightsmith.core.errors import PlanError, SourceError, some
 from weightsmith.core.symmetry import Orders, SymmetryGroup, identity, indices
@@ -133,19 +133,17 @@ def _equal(source: Source, branch: Branch, scheme: Scheme) -> str:
 # --- views -----------------------------------------------------------------------------------------
 
 
-def locked(source: Source, key: Key) -> Source:
+def locked(source: Source, key: Key, change: Change) -> Source:
     """The model as the key locks it.  Raises SourceError where tensors cannot be changed."""
     packed = packed_like_memory(source)
-    change = change_of(key, bases(source))
     _refuse_tensors(packed, change)
     moved = ReorderedSource(packed, places_of(packed, change.groups, change.orders))
     return laid_out_like(TurnedSource(moved, change.turns, {"lock": key.hash}), source)
 
 
-def unlocked(source: Source, key: Key) -> Source:
+def unlocked(source: Source, key: Key, change: Change) -> Source:
     """A locked model as it was."""
     packed = packed_like_memory(source)
-    change = change_of(key, bases(source))
     _refuse_tensors(packed, change)
     orders = inverted(change.groups, change.orders)
     moved = ReorderedSource(packed, places_of(packed, change.groups, orders))

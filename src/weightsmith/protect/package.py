@@ -20,7 +20,6 @@ from weightsmith.io.package.manifest import read_manifest
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.job import Job, Records, Result
 from weightsmith.protect.key import Key
-from weightsmith.protect.locking import change_of
 from weightsmith.protect.logits import TOLERANCES, Agreement, before_cast, difference, loadable, outputs
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
@@ -51,13 +50,17 @@ class Locked:
 
 @dataclass(frozen=True)
 class Work:
-    """One lock to carry out: `verb` lock or unlock, the model, and the view of it that is written."""
+    """One lock to carry out: `verb` lock or unlock, the model, and the view of it that is written.
+
+    names  of the tensors that are changed
+    """
 
     verb: str
     source: Source
     view: Source
     key: Key
     found: Bases
+    names: tuple[str, ...]
     compare: bool
 
     @property
@@ -99,7 +102,7 @@ def _package(work: Work, seen: list[Agreement], job: Job, records: Records, fold
     origin, verb, copied = work.source.origin, work.verb, Copied()
     if origin.folder is not None:
         copied = copy_companions(origin.folder, folder, origin.files, config=origin.config)
-    names = change_of(work.key, work.found).names
+    names = work.names
     agreement = _compared(work, folder, names) if work.compare else None
     if agreement is not None:
         seen.append(agreement)

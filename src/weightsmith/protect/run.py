@@ -61,13 +61,13 @@ def lock(
     own = key_for(source, found, parts, condition, modules, new_secret(seed)) if new else read_key(path)
     if not new:
         refuse_other_lock(path, own, source, found, parts, condition, modules, seed)
-    view = locked(source, own)
-    names = change_of(own, found).names
+    change = change_of(own, found)
+    view, names = locked(source, own, change), change.names
     refuse_memory(source, compare, settings)
     own = replace(own, unlocked=sample(source, names), locked=sample(view, names))
     if new:
         write_key(path, own)
-    made = written(Work("lock", source, view, own, found, compare), out, settings)
+    made = written(Work("lock", source, view, own, found, change.names, compare), out, settings)
     return replace(made, new_key=new)
 
 
@@ -92,9 +92,10 @@ def unlock(
     source.prepare()
     found = bases(source)
     warnings = refuse_other_model(path, own, source, found)
-    view = unlocked(source, own)
+    change = change_of(own, found)
+    view = unlocked(source, own, change)
     refuse_memory(source, compare, settings)
-    made = written(Work("unlock", source, view, own, found, compare), out, settings)
+    made = written(Work("unlock", source, view, own, found, change.names, compare), out, settings)
     return replace(made, result=replace(made.result, warnings=(*made.result.warnings, *warnings)))
 
 
