@@ -59,7 +59,10 @@ _VERBS = {
 }
 _COMPLETION = "Complete weightsmith's words in the shell."
 _HOW_TO_GO_ON = {
-    **dict.fromkeys(("merge", "compress", "restore", "tokenizer", "moe", "train", "tune"), "; continue with --resume"),
+    **dict.fromkeys(
+        ("merge", "compress", "restore", "lock", "unlock", "tokenizer", "moe", "train", "tune"),
+        "; continue with --resume",
+    ),
     **dict.fromkeys(("bench", "search", "soup"), "; the same command goes on where it stopped"),
 }
 
