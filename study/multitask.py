@@ -137,10 +137,6 @@ def images(data: Path, room: Path) -> dict[str, Any]:
     with np.load(data / "omniglot8.npz") as held:
         alphabet = sorted(key.removesuffix("/x") for key in held.files if key.endswith("/x"))[0]
         sources["letters"] = (held[f"{alphabet}/x"], held[f"{alphabet}/y"])
-    words = {
-        "cifar": ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        "signs": tuple(f"sign {i}" for i in range(10)),
-    }
     tasks = {}
     for name, (x, y) in sources.items():
         small = torch.from_numpy(np.ascontiguousarray(x)).float()
@@ -148,7 +144,7 @@ def images(data: Path, room: Path) -> dict[str, Any]:
         small = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear", antialias=True).round().byte()
         _, y = np.unique(y, return_inverse=True)
         order = np.random.default_rng(0).permutation(len(y))
-        spec: dict[str, Any] = {"candidates": words.get(name, tuple(f"letter {i}" for i in range(y.max() + 1)))}
+        spec = {}
         for part, chosen in (("data", order[400:]), ("valid", order[:50]), ("test", order[50:400])):
             np.savez(room / f"{name}-{part}.npz", x=small.numpy()[chosen].transpose(0, 2, 3, 1), y=y[chosen])
             spec[part] = str(room / f"{name}-{part}.npz")
@@ -165,54 +161,57 @@ def of_images(data: Path, room: Path) -> None:
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(room / "vit")
     head("Images of three kinds: one small ViT, accuracy in percent", "model", *tasks, "mean", "training, s")
     beside_merges(tasks, 300, 300, model=str(room / "vit"), by="plain", sampling="mixed", batch=24)
+
+
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+def coloured(path: Path, channel: int, count: int, seed: int) -> str:
+    """Images of one colour, and whether one of its channels is bright."""
+    draw = np.random.default_rng(seed)
+    x = draw.integers(0, 256, (count, 1, 1, 3), dtype=np.uint8).repeat(SIDE, 1).repeat(SIDE, 2)
+    np.savez(path, x=x, y=(x[:, 0, 0, channel] > 127).astype(int))
+    return str(path)
+
+
+def of_prompts(data: Path, room: Path) -> None:
+    """Four examples of a decision on a frozen CLIP of random weights, from prompts of the same or another decision."""
+    import transformers
+
+    torch.manual_seed(0)
     text = {"vocab_size": 256, "max_position_embeddings": 32, "eos_token_id": 255, "bos_token_id": 254, **SIZES}
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config={"image_size": SIDE, "patch_size": 4, **SIZES}, projection_dim=32
-    )
-    transformers.CLIPModel(config).save_pretrained(room / "clip")
-    head("Likelihood over candidates: a small CLIP from random weights", "training", *tasks, "mean", "s")
-    clip = {"model": str(room / "clip"), "by": "uni_perceiver"}
-    kinds = {
-        "mixed, AdamW": {"sampling": "mixed", "batch": 24},
-        "unmixed, AdamW": {"batch": 24},
-        "unmixed, MT-AdamW": {"batch": 24, "optimizer": {"mt_adamw": {"lr": 1e-3}}},
-    }
-    for label, more in kinds.items():
-        system, found, took = run(tasks, 500, **{"optimizer": {"adamw": {"lr": 1e-3}}, **clip, **more})
-        say(label, *found.values(), mean(found), f"{took:.0f}")
-    scaled = {name: {**spec, "weight": {"cifar": 100.0}.get(name, 1.0)} for name, spec in tasks.items()}
-    _, found, took = run(scaled, 500, **{"optimizer": {"adamw": {"lr": 1e-3}}, **clip, "batch": 24})
-    say("unmixed, AdamW, the first loss times 100", *found.values(), mean(found), f"{took:.0f}")
-    system.base.save_pretrained(room / "clip")  # type: ignore[operator]
-    prompts(tasks, room)
+    vision = {"image_size": SIDE, "patch_size": 4, **SIZES}
+    transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    ).save_pretrained(room / "clip")
+    columns = ("kind", "from scratch", "same decision", "another decision", "both", "200 examples")
+    head("Soft prompts, four examples: accuracy in percent, mean of three seeds", *columns)
+    for kind in ("text", "visual", "unified"):
+        rows = [few_shots(room, kind, seed) for seed in range(3)]
+        say(kind, *(sum(column) / 3 for column in zip(*rows, strict=True)))
 
 
-def prompts(tasks: Mapping[str, Any], room: Path) -> None:
-    """Few shots of one task on the CLIP that was just trained, from prompts of the others."""
-    columns = ("task", "from scratch", "with all its data", *(f"from {name}" for name in tasks))
-    head("Soft prompts on that CLIP: accuracy with 3 examples a class", *columns)
-    made = {}
-    common = {
-        "model": str(room / "clip"),
-        "by": {"prompt": {"n_ctx": 8}},
-        "optimizer": {"adamw": {"lr": 2e-2}},
-        "batch": 32,
-    }
-    given = {"every": 10**6, "examples": 1, "schedule": "cosine", **common}
-    for name in tasks:
-        recipe = MultiTaskRecipe(tasks={name: tasks[name]}, steps=120, **given)
-        made[name] = train_multitask(recipe, room / f"prompt-{name}", device="cpu").out
-    for name, spec in tasks.items():
-        with np.load(spec["data"]) as held:
-            x, y = held["x"], held["y"]
-        few = np.concatenate([np.flatnonzero(y == c)[:3] for c in np.unique(y)])
-        np.savez(room / f"{name}-few.npz", x=x[few], y=y[few])
-        shots = {name: {**spec, "data": str(room / f"{name}-few.npz")}}
-        found = []
-        for source in (None, *made):
-            by = {"prompt": {"n_ctx": 8, **({"init": str(made[source])} if source else {})}}
-            found.append(run(shots, 20, **{**common, "by": by, "optimizer": {"adamw": {"lr": 5e-3}}})[1][name])
-        say(name, found[0], run({name: spec}, 120, **common)[1][name], *found[1:])
+def few_shots(room: Path, kind: str, seed: int) -> list[float]:
+    common = {"model": str(room / "clip"), "batch": 16, "seed": seed, "schedule": "constant"}
+    slow, fast = {"optimizer": {"adamw": {"lr": 2e-3}}}, {"optimizer": {"adamw": {"lr": 2e-2}}}
+    names = {"candidates": ("dark", "bright")}
+    test = coloured(room / "test.npz", 0, 300, 1000)
+    full = {n: {"data": coloured(room / f"{n}.npz", c, 200, seed + c), **names} for n, c in (("red", 0), ("green", 1))}
+    shots = {"t": {"data": coloured(room / "few.npz", 0, 4, 50 + seed), "valid": test, "test": test, **names}}
+    inits: list[str | None] = [None]
+    for chosen in (("red",), ("green",), ("red", "green")):
+        recipe = MultiTaskRecipe(
+            tasks={n: full[n] for n in chosen}, steps=150, every=10**6, examples=1,
+            by={"prompt": {"kind": kind, "n_ctx": 4}}, **common, **fast,
+        )  # fmt: skip
+        out = train_multitask(recipe, room / f"{kind}-{seed}-{'-'.join(chosen)}", device="cpu").out
+        inits.append(str(out))
+    found = []
+    for init in inits:
+        by = {"prompt": {"kind": kind, "n_ctx": 4, **({"init": init} if init else {})}}
+        found.append(run(shots, 10, **common, **slow, by=by)[1]["t"])
+    whole = {"t": {**full["red"], "valid": test, "test": test}}
+    return [*found, run(whole, 150, **common, **fast, by={"prompt": {"kind": kind, "n_ctx": 4}})[1]["t"]]
 
 
 # --- documents -----------------------------------------------------------------------------------------
@@ -390,6 +389,30 @@ def texts(data: Path, room: Path) -> dict[str, Any]:
     return tasks
 
 
+def of_likelihood(data: Path, room: Path) -> None:
+    """Three questions on texts, answered by likelihood among candidates: how tasks are mixed, and how balanced."""
+    import transformers
+
+    tasks = texts(data, room)
+    torch.manual_seed(0)
+    transformers.BertModel(
+        transformers.BertConfig(vocab_size=256, max_position_embeddings=64, **SIZES)
+    ).save_pretrained(room / "bert")
+    common = {"model": str(room / "bert"), "by": "uni_perceiver", "optimizer": {"adamw": {"lr": 1e-3}}}
+    balanced = {"optimizer": {"mt_adamw": {"lr": 1e-3}}}
+    heavy = {name: {**spec, "weight": 100.0 if name == "source" else 1.0} for name, spec in tasks.items()}
+    head("Likelihood over candidates: accuracy in percent, mean of two seeds", "training", *tasks, "mean", "s")
+    for label, chosen, more in (
+        ("mixed, AdamW", tasks, {"sampling": "mixed", "batch": 18}),
+        ("unmixed, AdamW", tasks, {"batch": 18}),
+        ("unmixed, MT-AdamW", tasks, {"batch": 18, **balanced}),
+        ("unmixed, AdamW, first loss times 100", heavy, {"batch": 18}),
+    ):
+        runs = [run(chosen, 500, **{**common, **more}, seed=seed) for seed in (0, 1)]
+        found = {name: sum(own[name] for _, own, _ in runs) / 2 for name in tasks}
+        say(label, *found.values(), mean(found), f"{runs[0][2]:.0f}")
+
+
 def of_texts(data: Path, room: Path) -> None:
     import transformers
 
@@ -414,7 +437,8 @@ def of_texts(data: Path, room: Path) -> None:
 
 
 PARTS: Mapping[str, Callable[[Path, Path], None]] = {
-    "texts": of_texts, "documents": of_documents, "scenes": of_scenes, "images": of_images
+    "texts": of_texts, "likelihood": of_likelihood, "documents": of_documents, "scenes": of_scenes,
+    "images": of_images, "prompts": of_prompts,
 }  # fmt: skip
 
 

@@ -125,6 +125,21 @@ def test_both_tasks_are_learnt_and_one_alone_is_a_special_case(tmp_path: Path, w
     assert found.skipped == {}
 
 
+def test_clipping_can_be_left_out(words: dict[str, Any]):
+    """Plain gradient steps of a first loss times 100: without a clip the weights go elsewhere."""
+    words["tasks"]["first"]["weight"] = 100.0
+    found = []
+    for clip in (1e-3, "none"):
+        recipe = loads(yaml.safe_dump({**words, "steps": 1, "clip": clip, "optimizer": {"adamw": {"eps": 100.0}}}))
+        tasks = read_tasks(recipe)
+        system = build(recipe, open_body(recipe, tasks), tasks)
+        before = [p.clone() for p in system.parameters()]
+        fit_system(recipe, system)
+        pairs = zip(before, system.parameters(), strict=True)
+        found.append(sum(float((a - b).detach().abs().sum()) for a, b in pairs))
+    assert found[1] > 100 * found[0] > 0
+
+
 def test_a_module_from_python_takes_images(tmp_path: Path):
     recipe = MultiTaskRecipe(
         tasks={"one": {"data": str(images(tmp_path / "a.npz", 20, bright, key="y"))}}, steps=2, valid=0.2, batch=4
@@ -228,6 +243,14 @@ def test_data_that_make_no_sense(tmp_path: Path):
     np.savez(tmp_path / "e.npz", x=np.zeros((2, 4, 4)), y=np.zeros(3))
     with pytest.raises(RecipeError, match="2 images but 3 answers"):
         tasks("e.npz")
+    np.savez(tmp_path / "h.npz", x=np.zeros((1, 4, 4)), target=np.array([[[255, 0], [0, 0]]], dtype=np.uint8))
+    with pytest.raises(RecipeError, match=r"map 0 has labels from 0 to 255, outside of legal: 0 .. 9"):
+        tasks("h.npz", legal=(0, 9))
+    found = tasks("h.npz", legal=(0, 9), invalid=255.0)["t"]  # values as they are stored
+    assert found.counts(found.parts["train"][0].answer).tolist() == [[[False, True], [True, True]]]
+    np.savez(tmp_path / "i.npz", x=np.zeros((1, 4, 4)), target=np.full((1, 2, 2), np.nan))
+    with pytest.raises(RecipeError, match="values that are not finite; name the value of pixels without a label"):
+        tasks("i.npz")
     (tmp_path / "f.csv").write_text("x")
     with pytest.raises(RecipeError, match=r"use \.jsonl or \.npz"):
         tasks("f.csv")

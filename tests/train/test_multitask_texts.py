@@ -152,6 +152,17 @@ def test_greedy_decoding_is_that_of_transformers(tmp_path: Path, kind: str):
     assert ours == (theirs[: theirs.index(system.body.end)] if system.body.end in theirs else theirs)
 
 
+def test_answers_that_are_cut_are_told(tmp_path: Path):
+    tasks: Any = {"t": {"data": str(texts(tmp_path / "c.jsonl", 10, lambda w: w + w))}}
+    recipe = {"tasks": tasks, "answer": 4, "valid": 0.3}
+    assert made(tmp_path, "llama", recipe)[1].notes == ["t: 7 of 7 answers are cut to 4 tokens"]
+    tasks["t"]["candidates"] = [f"{word}{word}" for word in dict.fromkeys(map(str, range(3)))]
+    texts(tmp_path / "c.jsonl", 10, lambda w: "00")
+    assert made(tmp_path, "llama", recipe)[1].notes == []
+    with pytest.raises(RecipeError, match="some candidates are alike in their first 1 tokens; raise answer"):
+        made(tmp_path, "llama", {**recipe, "answer": 1})
+
+
 def test_a_candidate_that_begins_like_another_can_lose(tmp_path: Path):
     """Costs include the end token: else the shorter of "a" and "ab" would always win."""
     tasks = {

@@ -62,7 +62,7 @@ class ConditionedInputs(System):
             self.fixed = fixed
             constants = nn.Parameter(torch.randn(len(fixed), PLANES, generator=torch.Generator().manual_seed(0)))
             self.own["fixed"] = nn.ParameterList([constants]).to(body.device)
-        self._priors: dict[int, tuple[Pair, Tensor]] = {}
+        self._priors: dict[tuple[int, str], tuple[Pair, Tensor]] = {}
 
     def conditioned(self, task: Task, pairs: Sequence[Pair], by: str | None = None) -> Tensor:
         """The network's input [batch, 6, H, W]; `by` another prior than the task's."""
@@ -80,7 +80,7 @@ class ConditionedInputs(System):
 
     def _prior(self, name: str, pair: Pair) -> Tensor:
         """Kept for each example: an operator takes longer than a step of a small network."""
-        key = hash((id(pair), name))
+        key = (id(pair), name)  # the pair is kept, too, so that its number stays its own
         if key not in self._priors:
             assert isinstance(pair.input, Tensor)
             self._priors[key] = (pair, prior(name, pair.input, seed=int(pair.input.double().sum() * 1e6) % (1 << 31)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ _ANSWERS = ("label", "output", "answer", "completion", "response")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """input: a text or an image [C, H, W] float32; answer: a class, a text, or a map [channels, H, W] float32."""
+    """input: a text or an image [C, H, W] float32; answer: a class, a text, or a map [channels, H, W] float32.
+
+    Pixels of a map that have no label are NaN.
+    """
 
     input: str | Tensor
     answer: Answer
@@ -72,7 +76,7 @@ class Task:
 
     def counts(self, target: Tensor) -> Tensor:
         """Which pixels of a map have a label."""
-        return torch.ones_like(target, dtype=torch.bool) if self.spec.invalid is None else target != self.spec.invalid
+        return ~target.isnan()
 
 
 Tasks = Mapping[str, Task]
@@ -95,14 +99,14 @@ def read_tasks(recipe: MultiTaskRecipe, parts: Sequence[str] = ("train", "valid"
 def read_task(name: str, spec: TaskSpec, recipe: MultiTaskRecipe, parts: Sequence[str]) -> Task:
     """One task.  Without files of their own, validation is a seeded share of the data, and the test is validation."""
     names = None if spec.candidates is None else checked_candidates(name, spec.candidates)
-    pairs = _read(name, Path(spec.data), names)
+    pairs = _read(name, Path(spec.data), names, spec)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held = 0 if spec.valid else min(len(pairs) - 1, max(1, int(recipe.valid * len(pairs)))) if recipe.valid else 0
     valid = [pairs[i] for i in sorted(order[:held])]
     train = [pairs[i] for i in sorted(order[held:])][: recipe.cap]
     if spec.valid:
-        valid = _read(name, Path(spec.valid), names)
-    test = _read(name, Path(spec.test), names) if spec.test else valid
+        valid = _read(name, Path(spec.valid), names, spec)
+    test = _read(name, Path(spec.test), names, spec) if spec.test else valid
     found = {"train": train, "valid": valid, "test": test}
     kind = _kind(name, [pair for part in found.values() for pair in part])
     notes = []
@@ -155,11 +159,11 @@ def _classes(name: str, kind: str, parts: Mapping[str, Sequence[Pair]], names: t
 # --- files ------------------------------------------------------------------------------------------
 
 
-def _read(name: str, path: Path, candidates: tuple[str, ...] | None) -> list[Pair]:
+def _read(name: str, path: Path, candidates: tuple[str, ...] | None, spec: TaskSpec) -> list[Pair]:
     file = File(path.expanduser())
     raw = file.read(0, file.size).tobytes()
     if path.suffix == ".npz":
-        return _arrays(path, raw)
+        return _arrays(path, raw, spec)
     if path.suffix != ".jsonl":
         raise SourceError(f"{path}: unknown kind of data of task {name!r}; use .jsonl or .npz")
     found = []
@@ -187,7 +191,7 @@ def _line(row: Any, place: str, candidates: tuple[str, ...] | None) -> Pair:
     return Pair(given, answer)
 
 
-def _arrays(path: Path, raw: bytes) -> list[Pair]:
+def _arrays(path: Path, raw: bytes, spec: TaskSpec) -> list[Pair]:
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as file:
             held = {key: file[key] for key in file.files}
@@ -203,7 +207,21 @@ def _arrays(path: Path, raw: bytes) -> list[Pair]:
     inputs = [_planes(image, 3) for image in images]
     if maps is None:
         return [Pair(x, int(y)) for x, y in zip(inputs, answers, strict=True)]
-    return [Pair(x, _planes(y, None)) for x, y in zip(inputs, answers, strict=True)]
+    return [Pair(x, _map(y, spec, f"{path}: map {i}")) for i, (x, y) in enumerate(zip(inputs, answers, strict=True))]
+
+
+def _map(stored: np.ndarray, spec: TaskSpec, place: str) -> Tensor:
+    """A map with NaN where it has no label; `invalid` and `legal` are values as they are stored."""
+    labelled = np.ones(stored.shape, dtype=bool) if spec.invalid is None else stored != spec.invalid
+    values = stored[labelled]
+    if not np.isfinite(values).all():
+        raise SourceError(f"{place} has values that are not finite; name the value of pixels without a label: invalid")
+    if spec.legal is not None and values.size and not spec.legal[0] <= values.min() <= values.max() <= spec.legal[1]:
+        raise SourceError(
+            f"{place} has labels from {values.min():g} to {values.max():g}, outside of legal: "
+            f"{spec.legal[0]:g} .. {spec.legal[1]:g}"
+        )
+    return _planes(stored, None).masked_fill(~_planes(labelled, None).bool(), math.nan)
 
 
 def _planes(image: np.ndarray, channels: int | None) -> Tensor:

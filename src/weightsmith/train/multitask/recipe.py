@@ -172,7 +172,9 @@ class MultiTaskRecipe(Grammar):
     accumulation: int = Field(default=1, ge=1, description="forward passes of one step")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="of the learning rate")
     warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the rate grows from 0")
-    clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null: none")
+    clip: Annotated[float, Field(gt=0)] | Literal["none"] = Field(
+        default=1.0, description="largest norm of the gradient, or none"
+    )
     every: int = Field(default=100, ge=1, description="steps between two checkpoints, which are also validated")
     valid: float = Field(default=0.05, ge=0, lt=1, description="share of data kept for validation")
     examples: int = Field(default=200, ge=1, description="most validation examples of a task during the run")

@@ -121,7 +121,7 @@ def train_multitask(
     rows, optimizer = fit_system(recipe, system, store=checkpoints, progress=settings.progress)
     with torch.no_grad():
         scores = {n: system.score(t, t.parts["test"], recipe.batch) for n, t in tasks.items() if t.parts["test"]}
-    notes = [note for task in tasks.values() for note in task.notes]
+    notes = [*(note for task in tasks.values() for note in task.notes), *system.notes]
     info = {
         "recipe": asked, "base": base, "start": start, "trains_base": system.trains_base, "scores": scores,
         "tasks": {n: {"kind": t.kind, "classes": t.classes, "metric": t.metric} for n, t in tasks.items()},
@@ -160,8 +160,9 @@ def fit_system(
         accumulation=recipe.accumulation, seed=recipe.seed,
     )  # fmt: skip
     examples = [(task, pair) for task in tasks.values() for pair in task.parts["train"]]
-    same = ("steps", "batch", "accumulation", "schedule", "warmup", "clip", "every", "seed")
-    pace = _MultiPace(**{name: getattr(recipe, name) for name in same}, sampler=sampler)
+    same = ("steps", "batch", "accumulation", "schedule", "warmup", "every", "seed")
+    clip = None if recipe.clip == "none" else recipe.clip
+    pace = _MultiPace(**{name: getattr(recipe, name) for name in same}, clip=clip, sampler=sampler)
 
     def update(step: int) -> None:
         if not isinstance(optimizer, MTAdamW):

@@ -31,6 +31,7 @@ class System(nn.Module):
         self.body, self.tasks = body, tasks
         self.base: nn.Module = body.module
         self.own = nn.ModuleDict()
+        self.notes: list[str] = []  # what was done to the data, in words
 
     @abstractmethod
     def loss(self, task: Task, pairs: Sequence[Pair]) -> tuple[Tensor, int]:

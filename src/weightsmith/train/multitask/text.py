@@ -44,6 +44,7 @@ class TextToText(System):
         self.seq2seq = body.loaded.kind == "seq2seq-lm"
         for task in tasks.values():
             self._source(task, "")  # the instruction fits
+            self._check_answers(task)
 
     def _prefix(self) -> Tensor | None:
         """The soft prompt [vectors, d], if there is one."""
@@ -73,6 +74,17 @@ class TextToText(System):
             mode=self.mode, examples=self.examples, task=task.name,
         )  # fmt: skip
         return [*coder.prefix, *coder.encode(shown), *(coder.suffix if self.seq2seq else ())]
+
+    def _check_answers(self, task: Task) -> None:
+        """Note answers that are cut; RecipeError for candidates that are then alike."""
+        whole = [len(self.body.coder.encode(f" {task.text(pair.answer)}")) for pair in task.parts.get("train", ())]
+        if long := sum(count > self.answer for count in whole):
+            self.notes.append(f"{task.name}: {long} of {len(whole)} answers are cut to {self.answer} tokens")
+        ends = [tuple(self._target(name)) for name in task.spec.candidates or ()]
+        if len(set(ends)) < len(ends):
+            raise RecipeError(
+                f"task {task.name!r}: some candidates are alike in their first {self.answer} tokens; raise answer"
+            )
 
     def _target(self, text: str) -> list[int]:
         ids = self.body.coder.encode(text if self.seq2seq else f" {text}")
