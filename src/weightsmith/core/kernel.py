@@ -23,6 +23,7 @@ __all__ = [
     "Products",
     "Program",
     "Ranked",
+    "Times",
     "Vote",
     "WeightedSum",
     "Window",
@@ -159,6 +160,7 @@ class Drop:
 
     place: ClassVar[str] = "before"
     cut: ClassVar[Any] = None
+    values: ClassVar[tuple[float, ...]] = ()
 
     shares: tuple[float, ...]
     salt: str
@@ -182,9 +184,26 @@ class Window:
     salt: ClassVar[str] = ""
     divide: ClassVar[bool] = False
     ranks: ClassVar[Any] = None
+    values: ClassVar[tuple[float, ...]] = ()
 
     cut: Any
     factors: Any = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """A filter: multiply task vector i by values[i]."""
+
+    place: ClassVar[str] = "before"
+    shares: ClassVar[tuple[float, ...]] = ()
+    spans: ClassVar[tuple[float, ...]] = ()
+    salt: ClassVar[str] = ""
+    divide: ClassVar[bool] = False
+    cut: ClassVar[Any] = None
+    factors: ClassVar[Any] = None
+    ranks: ClassVar[Any] = None
+
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -199,7 +218,7 @@ class Agreement:
     scale: float
 
 
-Filter = Drop | Window
+Filter = Drop | Window | Times
 """What filters of task vectors do, one after the other."""
 
 Fused = WeightedSum | Vote | Mix | Filter | Agreement

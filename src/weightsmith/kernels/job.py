@@ -57,6 +57,8 @@ class Job:
         if one.factors is not None and one.factors in found:  # not yet while they are measured
             with np.errstate(over="ignore"):  # Inf as in torch; the merge then counts what is not finite
                 self._set(step, "factors", np.asarray(found[one.factors]).astype(np.float32))
+        if one.values:
+            self._set(step, "factors", np.array(one.values, np.float32))
         if noise is not None:
             # The hash of a stream's name is made once per tensor, not per block.
             self._set(step, "draws", np.ascontiguousarray(noise))

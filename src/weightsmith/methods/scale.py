@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weightsmith.core.kernel import Times
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Filter, choice, number
 from weightsmith.core.parameter import Vector
@@ -37,6 +38,10 @@ class Scale(Filter, name="scale", needs=(BASE,)):
 
     factor: Any = number(1.0, "factor of each task vector", each=True, smooth=True, several=True)
     by: str = choice("chunk", "what several factors belong to", "chunk", "group")
+
+    def fused(self, count: int) -> Times | None:
+        factors = self.factor if isinstance(self.factor, tuple) else (self.factor,) * count
+        return None if any(isinstance(one, Vector) for one in factors) else Times(factors)
 
     def apply(self, site: Site) -> Site:
         factors = self.factor if isinstance(self.factor, tuple) else (self.factor,) * site.count
