@@ -49,15 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def routed_rows(hidden: int = 384, layers: int = 3, experts: int = 8, density: float = 0.1) -> list[list[str]]:
     """Tokens per second of prompts of several lengths, routed and built."""
-    rows = [["tokens of a prompt", "routed, tokens/s", "built, tokens/s", "ratio", "bytes", "whole experts"]]
+    rows = [["tokens", "routed, tokens/s", "built, tokens/s", "ratio", "bytes", "whole experts"]]
     with tempfile.TemporaryDirectory() as place:
         model = Routed.load(_twins(Path(place), hidden, layers, experts, density), device="cpu")
-        for length in (16, 64):
+        for length, new in ((16, 0), (64, 0), (16, 16)):
             ids = torch.randint(1, 1000, (8, length), generator=torch.Generator().manual_seed(0))
-            found = compare(model, {"input_ids": ids}, torch.eye(8, experts))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            found = compare(model, inputs, torch.eye(8, experts), new_tokens=new)
             size = (model.sizes["shared"] + model.sizes["branches"], model.sizes["experts"])
             cells = [f"{found.routed:.0f}", f"{found.built:.0f}", f"{found.ratio:.1f}"]
-            rows.append([f"8 x {length}", *cells, *(f"{n / 1e6:.0f} MB" for n in size)])
+            rows.append([f"8 x {length}, {new} new", *cells, *(f"{n / 1e6:.0f} MB" for n in size)])
     return rows
 
 

@@ -145,6 +145,7 @@ def test_bytes_and_speed_are_reported(twins: Path) -> None:
     assert model.sizes["experts"] == 3 * model.sizes["shared"]
     found = compare(model, {"input_ids": IDS}, WEIGHTS, repeat=1)
     assert found.ratio == found.routed / found.built > 0
+    assert compare(model, {"input_ids": IDS}, WEIGHTS, new_tokens=2, repeat=1).built > 0
 
 
 # --- the router ------------------------------------------------------------------------------------

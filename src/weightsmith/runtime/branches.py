@@ -48,6 +48,17 @@ class Branch(nn.Module):
         super().__init__()
         self.register_buffer("left", left.contiguous())
         self.register_buffer("right", right.contiguous())
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # index, and the factors of its experts
+
+    def _gathered(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """right [samples, k r, in] and left [samples, k r, out] of a choice; kept for the steps that follow."""
+        if self._kept is None or self._kept[0] is not index:
+            self._kept = (index, self.right[index].flatten(1, 2), self.left[index].flatten(1, 2))
+        return self._kept[1:]
+
+    def drop(self) -> None:
+        """Forget the factors of the last choice."""
+        self._kept = None
 
     def forward(self, x: Tensor, mix: Mix) -> Tensor:
         """x [samples * n, ..., in] -> [the same, out]."""
@@ -63,7 +74,7 @@ class Branch(nn.Module):
             inner = inner * order.repeat_interleave(rank, 1)[:, None].to(inner.dtype)
             found = inner @ self.left.flatten(0, 1)
         else:
-            right, left = (side[mix.index].flatten(1, 2) for side in (self.right, self.left))  # [samples, k r, ...]
+            right, left = self._gathered(mix.index)
             inner = rows @ right.mT
             inner = inner * mix.weights.repeat_interleave(rank, 1)[:, None].to(inner.dtype)
             found = inner @ left
@@ -77,8 +88,9 @@ class Branch(nn.Module):
         if ids.shape[0] == 1:  # positions, the same for all samples
             ids = ids.expand(samples, *ids.shape[1:])
         chosen = _by_sample(ids[..., None], samples)[..., 0]  # [samples, n]
-        # [samples, k, r, n]: the columns of the wanted tokens.
-        left = torch.stack([self.left[own][..., of] for own, of in zip(mix.index, chosen, strict=True)])
+        # [samples, k, r, n]: the columns of the wanted tokens, and of no others.
+        places = torch.arange(self.left.shape[1], device=ids.device)[:, None]
+        left = self.left[mix.index[:, :, None, None], places, chosen[:, None, None]]
         left = left * mix.weights[:, :, None, None].to(left.dtype)
         found = left.flatten(1, 2).mT @ self.right[mix.index].flatten(1, 2)
         return found.view(*ids.shape, self.right.shape[2])

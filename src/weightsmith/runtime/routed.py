@@ -117,6 +117,9 @@ class Routed(nn.Module):
                 [samples, experts] in the order of `experts`; None: the shared model
         """
         self.mix.set(None if chosen is None else self.weights(chosen).to(self.device))
+        for layer in self._wrapped.values():
+            if not isinstance(layer, RoutedNorm) and layer.branch is not None:
+                layer.branch.drop()
         return self
 
     def weights(self, chosen: Chosen) -> Tensor:
@@ -300,24 +303,31 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: Routed, inputs: Mapping[str, Tensor], weights: Tensor, repeat: int = 3) -> Comparison:
-    """Time one forward pass of a batch both ways, the quickest of `repeat`.
+def compare(
+    model: Routed, inputs: Mapping[str, Tensor], weights: Tensor, *, new_tokens: int = 0, repeat: int = 3
+) -> Comparison:
+    """Time a batch both ways, the quickest of `repeat`: routed in one, and sample by sample with weights built for it.
 
-    weights  [samples, experts].  Building needs a second model for the time being.
+    weights     [samples, experts]
+    new_tokens  generated for each sample; 0: one forward pass of the prompts
+
+    Building needs a second model for the time being.
     """
-    plain = _plain(model)
-    ids = inputs["input_ids"]
+    plain, ids = _plain(model), inputs["input_ids"]
+    count = ids.shape[0] * new_tokens or ids.numel()
+    run = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False} if new_tokens else {}
     times: dict[str, list[float]] = {"routed": [], "built": []}
     for _ in range(repeat):
         began = time.perf_counter()
-        model(**inputs, experts=weights)
+        (model.generate if new_tokens else model)(**inputs, experts=weights, **run)
         times["routed"].append(time.perf_counter() - began)
         began = time.perf_counter()
         for row in range(ids.shape[0]):
             plain.load_state_dict(model.explicit(weights[row]), strict=False)
-            plain(**{name: value[row : row + 1] for name, value in inputs.items()})
+            own = {name: value[row : row + 1] for name, value in inputs.items()}
+            (plain.generate if new_tokens else plain)(**own, **run)
         times["built"].append(time.perf_counter() - began)
-    return Comparison(ids.numel() / min(times["routed"]), ids.numel() / min(times["built"]), model.sizes)
+    return Comparison(count / min(times["routed"]), count / min(times["built"]), model.sizes)
 
 
 def _plain(model: Routed) -> Any:
