@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m demo
 
-# Every method on three families of models.  DATA=FOLDER names a folder of .npz files with images and labels.
+# Every method on four families of models.  DATA=FOLDER names a folder of .npz files with images and labels, and of GSM8K.
 study: setup
 	$(BIN)/python -m study $(if $(DATA),--data "$(DATA)")
 

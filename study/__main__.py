@@ -1,7 +1,8 @@
 """Train families of models, then compare every method on them with `weightsmith bench`.
 
-    python -m study                      eight views of scikit-learn's digits, and the demo's two families
-    python -m study --data FOLDER        the data sets of a folder of .npz files instead of the eight views
+    python -m study                      eight views of scikit-learn's digits, the demo's two families, and questions
+    python -m study --data FOLDER        the data sets of a folder of .npz files instead of the eight views, and GSM8K's
+                                         problems (gsm8k_train.jsonl, gsm8k_test.jsonl) among the questions
     python -m study --seeds 2            repetitions of each family, where it has as many
     python -m study --only digits text   some of the families
 
@@ -24,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".study"
-FAMILIES = {"images": 1, "digits": 2, "text": 1}
+FAMILIES = {"images": 1, "digits": 2, "text": 1, "questions": 1}
 """Family -> repetitions, if nothing else is asked for; the digits are the quickest to train."""
 
 Say = Callable[[str], None]
@@ -101,6 +102,38 @@ def of_the_demo(home: Path, name: str, seeds: int, say: Say) -> list[Path]:
     return files
 
 
+def asked(home: Path, data: Path | None, seeds: int, say: Say) -> tuple[list[Path], list[Path]]:
+    """Train the language models that answer questions; returns the study files, and those of the suite in_the_wild."""
+    from study.questions import family
+
+    files, wild = [], []
+    for seed in range(seeds):
+        folder = family(
+            home, ROOT / ".demo" / "text", data, seed, lambda text, seed=seed: say(f"questions, seed {seed}: {text}")
+        )  # type: ignore[misc]
+        tasks = sorted(path.name.removesuffix(".test.jsonl") for path in folder.glob("*.test.jsonl"))
+        common = {"base": "base", "models": {task: task for task in tasks}, "joint": "joint", "seed": seed}
+        study = {
+            **common,
+            "title": "A small Llama that continues texts",
+            "about": f"Which of four texts goes on: {', '.join(tasks)}; a byte-level Llama, experts stopped at 2.5%.",
+            "score": "accuracy, %",
+            "evaluate": {"function": {"family": "questions", "data": str(folder), "seed": seed}},
+        }
+        files.append(write(folder / "study.yaml", study))
+        run = {
+            **common,
+            "suite": "in_the_wild",
+            "title": f"Random subsets of small language models, seed {seed}",
+            "subsets": 10,
+            "counts": [2, 3, 4, 5],
+            "tasks": {task: {"domain": task, "choices": {"file": f"{task}.test.jsonl", "joint": ""}} for task in tasks},
+        }
+        del run["joint"]
+        wild.append(write(folder / "wild.yaml", run))
+    return files, wild
+
+
 def write(file: Path, study: dict[str, object]) -> Path:
     """Write a study; JSON is YAML."""
     file.write_text(json.dumps(study, indent=1) + "\n", "utf-8")
@@ -124,15 +157,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     say: Say = lambda text: print(text, flush=True)  # noqa: E731
     files: list[Path] = []
+    wild: list[Path] = []
     for name, count in FAMILIES.items():
         seeds = chosen.seeds or count
         if name in chosen.only and name == "images":
             files += vision(HOME, chosen.data, seeds, say)
+        elif name in chosen.only and name == "questions":
+            studies, wild = asked(HOME, chosen.data, seeds, say)
+            files += studies
         elif name in chosen.only:
             files += of_the_demo(ROOT / ".demo", name, seeds, say)
     evaluator = Path(__file__).with_name("score.py")
     out = HOME / "-".join(["bench", *(["data"] if chosen.data else []), *(n for n in FAMILIES if n in chosen.only)])
-    return weightsmith(["bench", *map(str, files), "--evaluator", str(evaluator), "--out", str(out)])
+    code = weightsmith(["bench", *map(str, files), "--evaluator", str(evaluator), "--out", str(out)])
+    for at, run in enumerate(wild):
+        code = code or weightsmith(["bench", str(run), "--out", str(HOME / f"wild-seed{at}")])
+    return code
 
 
 if __name__ == "__main__":

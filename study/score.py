@@ -23,7 +23,22 @@ def scores(model: Path, split: str, family: str, seed: int = 0, data: str = "", 
         from study.vision import Training, accuracies
 
         return accuracies(weights(model), images(data), split, Training())
+    if family == "questions":
+        return answers(model, split, Path(data))
     return demo_family(family, home).scores(model, seed, split)
+
+
+def answers(model: Path, split: str, folder: Path) -> dict[str, float]:
+    """Percent of the questions of every task whose likeliest continuation is the right one."""
+    from weightsmith.study.evaluators.specs import Choices
+    from weightsmith.study.evaluators.subject import Setting, Subject
+    from weightsmith.study.evaluators.text_tasks import choices
+
+    subject = Subject(model.name, model, Setting(device="cpu", batch=64))
+    files = {file.name.removesuffix(f".{split}.jsonl"): file for file in sorted(folder.glob(f"*.{split}.jsonl"))}
+    return {
+        task: 100 * choices(subject, Choices(file=str(file), joint="")).metrics["acc"] for task, file in files.items()
+    }
 
 
 def weights(model: Path) -> Path:

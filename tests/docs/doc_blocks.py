@@ -3,7 +3,7 @@
     ```python                 runs, in one namespace per page
     ```python file=NAME       is written to NAME
     ```yaml                   is a recipe whose plan has no problems
-    ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study)
+    ```yaml file=NAME         is written to NAME, and is a recipe that loads (study.yaml: a study, run.yaml: a suite's)
     ```yaml moe file=NAME     the same, for a mixture of experts
     ```yaml train file=NAME     a training run that loads
     ```yaml multitask file=NAME one of several tasks
@@ -41,6 +41,7 @@ from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
 from weightsmith.study.schema import load_study
+from weightsmith.study.suite_file import load_run
 from weightsmith.train.multitask.recipe import load as load_multitask
 from weightsmith.train.recipe import load as load_train
 
@@ -160,6 +161,8 @@ def _checked(text: str, name: str | None) -> None:
         _planned(text)
     elif Path(name).name == "study.yaml":
         load_study(name)
+    elif Path(name).name == "run.yaml":
+        load_run(name)
     else:
         load(name)
 

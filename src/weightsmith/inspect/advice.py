@@ -177,6 +177,16 @@ RULES: tuple[Rule, ...] = (
         above=1,
     ),
     Rule(
+        "experts",
+        lambda m: float(len(m.norm)),
+        "of fine-tunes of one language model begin with task_arithmetic, search its lambda, and hold every other "
+        "method against that and the base; most of the gain comes with the first few experts",
+        "published: arXiv:2511.21437 (on public fine-tunes of 3 to 8 B only task arithmetic reliably beat the base), "
+        "arXiv:2509.24244 (the gain of more experts falls about as 1/k)",
+        above=2,
+        methods=("task_arithmetic",),
+    ),
+    Rule(
         "largest |tau|/|base|",
         lambda m: _largest(m.relative),
         "{far} moved far from the base; expect every merge to lose much of what the experts learnt. Fine-tune with a "

@@ -113,10 +113,12 @@ def load_model(
     kind: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> LoadedModel:
     """Load a folder or hub id[@revision] through transformers in float32, without dropout.
 
     A module is used where and as it is; `resting` puts its modes back.
+    state  the weights, where they are not to be the folder's: names and shapes as there.  float32 ones are not copied
     Raises SourceError for what cannot be loaded or would be partly random, MissingExtra without transformers.
     """
     if kind not in ("auto", *KINDS):
@@ -136,7 +138,7 @@ def load_model(
         kind = kind_of(architectures, label)
         if kind == "causal-lm" and (folder / SENTENCES).is_file():
             kind = "encoder"
-    module = _from_pretrained(folder, label, kind, architectures, trust_remote_code)
+    module = _from_pretrained(folder, label, kind, architectures, trust_remote_code, state)
     module = module.eval().to(pick_device(device))
     return LoadedModel(module, kind, label, Naming(module, FolderSource(folder)), folder)
 
@@ -347,7 +349,12 @@ _AUTO = {"causal-lm": "AutoModelForCausalLM", "image-classification": "AutoModel
 
 
 def _from_pretrained(
-    folder: Path, label: str, kind: str, architectures: list[str], trust_remote_code: bool
+    folder: Path,
+    label: str,
+    kind: str,
+    architectures: list[str],
+    trust_remote_code: bool,
+    state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     transformers = _transformers()
     named: Any = next((made for name in architectures if (made := class_of(name))), None)
@@ -355,13 +362,23 @@ def _from_pretrained(
     if (folder / SENTENCES).is_file() and kind == "encoder":
         fits = False  # the hidden states, without the head of a language model
     factory: Any = named if fits else getattr(transformers, _AUTO.get(kind, "AutoModel"))
+    given: dict[str, Any] = {}
     with _quiet(transformers), _load_errors(label, "transformers cannot load it"):
+        if state is not None:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            if named is None or not fits:  # the automatic classes take a folder only
+                with torch.device("meta"):
+                    factory = type(factory.from_config(config))
+            given = {"config": config, "state_dict": dict(state)}
         module, info = factory.from_pretrained(
-            folder,
+            None if state is not None else folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,  # None would ask on the terminal
             output_loading_info=True,
             dtype=torch.float32,
+            **given,
         )
     for problem in ("missing_keys", "mismatched_keys"):
         found = sorted(str(key) for key in info.get(problem) or ())

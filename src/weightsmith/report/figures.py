@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 __all__ = ["BLUE", "BOTH", "RED", "STYLE", "Bars", "Curve", "Curves", "Figure", "Heat", "LabelledBar", "Points",
-           "figure"]  # fmt: skip
+           "figure", "scatter"]  # fmt: skip
 
 Number = float | None
 
@@ -194,23 +194,42 @@ class _Frame:
 
 
 def _points(drawn: Points) -> str:
-    if not drawn.points:
+    points = [(name, math.log10(x), y) for name, x, y in drawn.points]
+    return scatter(points, drawn.x, drawn.y, drawn.title, powers=True)
+
+
+def scatter(
+    points: Sequence[tuple[str, float, float]],
+    x: str,
+    y: str,
+    title: str,
+    *,
+    powers: bool = False,
+    mark: frozenset[str] | None = None,
+) -> str:
+    """Named points over two axes, drawn for both widths.
+
+    powers  the first numbers are logarithms;  mark: names of the class `on`, all others being `off`
+    """
+    if not points:
         return ""
-    xs, ys = [math.log10(x) for _, x, _ in drawn.points], [y for _, _, y in drawn.points]
-    x, y = _widened(min(xs), max(xs), 0.06), _widened(min(ys), max(ys), 0.1)
+    xs, ys = [a for _, a, _ in points], [b for _, _, b in points]
+    across, up = _widened(min(xs), max(xs), 0.06), _widened(min(ys), max(ys), 0.1)
 
     def draw(size: tuple[int, int]) -> str:
-        frame = _Frame(size, x, y)
-        parts = [*_axes(frame, list(_powers(*x)), _ticks(*y), drawn.x, drawn.y, power=True)]
+        frame = _Frame(size, across, up)
+        steps = list(_powers(*across)) if powers else _ticks(*across)
+        parts = [*_axes(frame, steps, _ticks(*up), x, y, power=powers)]
         spots = [frame.place(a, b) for a, b in zip(xs, ys, strict=True)]
         taken = [(a - 6, b - 6, a + 6, b + 6) for a, b in spots]
-        for (name, value, share), (a, b) in zip(drawn.points, spots, strict=True):
-            about = f"{name}: {_short(value)}, {_short(share)}"
-            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="5"><title>{escape(about)}</title></circle>')
+        for (name, value, share), (a, b) in zip(points, spots, strict=True):
+            about = f"{name}: {_short(10**value if powers else value)}, {_short(share)}"
+            kind = "" if mark is None else f' class="{"on" if name in mark else "off"}"'
+            parts.append(f'<circle{kind} cx="{a:.1f}" cy="{b:.1f}" r="5"><title>{escape(about)}</title></circle>')
             if (spot := _room(name, a, b, taken, size)) is not None:
                 taken.append(spot)
                 parts.append(f'<text class="tag" x="{spot[0]:.1f}" y="{spot[3] - 3:.1f}">{escape(name)}</text>')
-        return _svg(size, parts, drawn.title)
+        return _svg(size, parts, title)
 
     return _twice(draw)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from weightsmith.report.figures import STYLE, Figure, figure
+from weightsmith.report.pareto import PICKER_STYLE, Picker, picker
 from weightsmith.report.table import Table
 from weightsmith.report.table import html as table_html
 
@@ -21,7 +22,7 @@ class Text:
     paragraphs: Sequence[str] = ()
 
 
-Section = Text | Table | Figure
+Section = Text | Table | Figure | Picker
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
@@ -31,7 +32,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE}{PICKER_STYLE}</style></head>\n"
         f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main></body></html>\n"
     )
 
@@ -40,6 +41,8 @@ def _section(section: Section) -> str:
     if isinstance(section, Text):
         heading = f"<h2>{escape(section.title)}</h2>" if section.title else ""
         return heading + "".join(f"<p>{escape(text)}</p>" for text in section.paragraphs)
+    if isinstance(section, Picker):
+        return picker(section)
     return table_html(section) if isinstance(section, Table) else figure(section)
 
 

@@ -36,7 +36,7 @@ from weightsmith.study.run import (
 )
 from weightsmith.study.schema import Study
 
-__all__ = ["Result", "Row", "bench", "file_name", "plain"]
+__all__ = ["Counter", "Result", "Row", "alone", "bench", "file_name", "plain"]
 
 Say = Callable[[str], None]
 
@@ -150,8 +150,8 @@ def bench(
             for s in group
         ]
         prepared.append((benches, *chosen_methods(benches, methods)))
-    counter = _Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), settings.progress)
-    with _alone(folder):
+    counter = Counter(sum(_evaluations(benches, made.values()) for benches, made, _ in prepared), settings.progress)
+    with alone(folder):
         return tuple(
             _result(benches, made, left_out, folder, say or (lambda text: None), counter)
             for benches, made, left_out in prepared
@@ -159,7 +159,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One study per folder at a time; afterwards nothing of a merge is left, interrupted or not."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Counter:
+class Counter:
     """Counts evaluations for a progress bar."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
@@ -196,7 +196,7 @@ def _result(
     left_out: Mapping[str, str],
     folder: Path,
     say: Say,
-    counter: _Counter,
+    counter: Counter,
 ) -> Result:
     study = benches[0].study
     say(f"{study.title}: {len(methods)} methods, {len(study.tasks)} tasks"

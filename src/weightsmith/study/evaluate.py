@@ -162,17 +162,7 @@ def _bits_per_byte(loaded: LoadedModel, file: Path) -> float:
 
 def _accuracy(loaded: LoadedModel, file: Path) -> float:
     """Percent of the labelled images of an .npz file whose class a classifier finds."""
-    import torch
+    from weightsmith.study.evaluators.pictures import hits
 
-    from weightsmith.observe.data import batches, read_examples
-    from weightsmith.observe.model import resting
-
-    examples = read_examples(file, loaded, examples=2**31)
-    labels = [example.label for example in examples]
-    if None in labels:
-        raise SourceError(f"{file}: images without labels; an accuracy needs both")
-    answers: list[int] = []
-    with resting(loaded.module), torch.no_grad():
-        for part in batches(examples, 64):
-            answers += loaded.logits(part.inputs).argmax(-1).tolist()
-    return 100 * sum(a == b for a, b in zip(answers, labels, strict=True)) / len(labels)
+    found = hits(loaded, file)
+    return 100 * sum(found) / len(found)

@@ -32,7 +32,7 @@ from weightsmith.study.figures import Reference, Scores, mean_over
 from weightsmith.study.grids import Candidate, candidates, offered
 from weightsmith.study.schema import Study
 
-__all__ = ["BASE", "JOINT", "Bench", "Measured", "chosen_methods", "grouped"]
+__all__ = ["BASE", "JOINT", "Bench", "Measured", "chosen_methods", "grouped", "whole"]
 
 BASE, JOINT = "base", "joint"
 
@@ -88,8 +88,8 @@ class Bench:
                 return {"scores": self.scorer(path, split)}
             ref = recipe.base if name == BASE else recipe.models[name]
             assert ref is not None
-            if (whole := _whole(ref)) is not None:
-                return {"scores": self.scorer(whole, split)}
+            if (place := whole(ref)) is not None:
+                return {"scores": self.scorer(place, split)}
             alone = recipe.model_copy(update={"models": {name: ref}, "exclude": (), "rules": ()})
             return self._merged_and_scored(alone, split)
 
@@ -152,7 +152,7 @@ class Bench:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _whole(ref: ModelRef) -> Path | None:
+def whole(ref: ModelRef) -> Path | None:
     """The path of a checkpoint that can be scored as it lies there; None for adapters, views, hub ids and recipes."""
     if not isinstance(ref.model, str) or ref.layers or ref.expert or not (path := Path(ref.model)).exists():
         return None

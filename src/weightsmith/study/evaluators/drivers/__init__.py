@@ -1,0 +1,1 @@
+"""Scripts that run in another environment; nothing here is imported."""
