@@ -79,8 +79,8 @@ def test_disjoint_experts_come_back():
             assert torch.equal(made.mask(name, expert), weights[name] != base[name]), (name, expert)
             assert within_an_ulp(made.rebuilt(name, expert, base[name]), weights[name], base[name])
     summed = weightsmith.merge(experts, "task_arithmetic", base)
-    kept = weightsmith.merge(experts, "consensus", base, k=1)
-    dropped = weightsmith.merge(experts, "consensus", base, k=2)
+    kept = weightsmith.merge(experts, "consensus", base, k=1, lambda_=1)
+    dropped = weightsmith.merge(experts, "consensus", base, k=2, lambda_=1)
     assert all(torch.equal(kept[n], summed[n]) and torch.equal(dropped[n], base[n]) for n in base)
     assert not torch.equal(summed["norm.weight"], base["norm.weight"])
 
@@ -89,7 +89,7 @@ def test_disjoint_experts_come_back():
 def test_consensus_of_none_is_the_merge_and_of_too_many_the_base(models, front):
     base, experts = models
     merged = weightsmith.merge(experts, front, base)
-    none = weightsmith.merge(experts, [front, {"consensus": {"k": 0}}], base)
+    none = weightsmith.merge(experts, [front, {"consensus": {"k": 0, "lambda": 1}}], base)
     many = weightsmith.merge(experts, [front, {"consensus": {"k": 5}}], base)
     some = weightsmith.merge(experts, [front, {"consensus": {"k": 2}}], base)
     for name in base:

@@ -90,7 +90,7 @@ class TestBehind:
             deltas = [e[name] - BASE_MODEL[name] for e in EXPERTS.values()]
             votes = sum((d.abs() > strictness * (tau - d).abs()).int() for d in deltas)
             want[name] = torch.where(votes >= k, tau, 0.0)
-        got = merge(method, Consensus(k=k, tall_mask_lambda=strictness))
+        got = merge(method, Consensus(k=k, lambda_=1.0, tall_mask_lambda=strictness))
         equal(got, around_base(want))
         assert k == 1 or changed(got, around_base(plain))
 

@@ -208,7 +208,10 @@ class Times:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A filter of the merged task vector tau: keep what k task masks |delta_i| > strict[i] |tau - delta_i| select."""
+    """A filter of the merged task vector tau: keep what k task masks |delta_i| > strict[i] |tau - delta_i| select.
+
+    factor  pass that finds the scale, or None
+    """
 
     place: ClassVar[str] = "after"
     cut: ClassVar[Any] = None
@@ -216,6 +219,16 @@ class Agreement:
     k: int
     strict: tuple[float, ...]
     scale: float
+    factor: Any = None
+
+    def total(self, found: Mapping[Any, Any]) -> float:
+        """The scale, given what its pass has found."""
+        return self.scale if self.factor is None else float(found[self.factor])
+
+    @property
+    def unscaled(self) -> Agreement:
+        """The same, while the scale is not known yet."""
+        return self if self.factor is None else replace(self, factor=None, scale=1.0)
 
 
 Filter = Drop | Window | Times
@@ -260,9 +273,16 @@ class Program:
 
     @property
     def unscaled(self) -> Program:
-        """The same, while the scale of the merged task vector is not known yet."""
+        """The same, while no scale of the merged task vector is known yet."""
         unknown: dict[str, Any] = {"factor": None}
-        return self if self.combine.factor is None else replace(self, combine=replace(self.combine, **unknown))
+        combine = self.combine if self.combine.factor is None else replace(self.combine, **unknown)
+        return replace(self, combine=combine, after=self.after and self.after.unscaled)
+
+    def at(self, index: int) -> Program:
+        """What merges before stage `index` scales: all up to it, itself at scale 1."""
+        if index <= len(self.before) or self.after is None:
+            return replace(self.unscaled, after=None)
+        return replace(self, after=self.after.unscaled)
 
     @property
     def wants_base(self) -> bool:

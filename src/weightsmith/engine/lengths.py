@@ -41,7 +41,7 @@ class Kept:
     """The sampled rows of task vectors that are read one at a time: task vector -> its ranges, flat."""
 
     def __init__(self, key: Key, experts: int, start: int, stop: int) -> None:
-        self._ranges, self._start = sampled_rows(key, experts, start, stop), start
+        self._ranges, self._start = (sampled_rows(key, experts, start, stop) if key.shape else []), start
         self._of: dict[int, list[Tensor]] = {}
 
     def keep(self, index: int, task: Tensor) -> None:

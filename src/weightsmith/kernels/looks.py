@@ -8,7 +8,7 @@ is counted in one pass over the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -190,7 +190,7 @@ class _Lengths:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
-        self._merge = Merge(replace(one.program.unscaled, after=None), one.found, one.noise, bare=True)
+        self._merge = Merge(one.program.at(one.index), one.found, one.noise, bare=True)
         self._joined, self._found = one.joined, list[np.ndarray]()
 
     def add(self, stored: Stored, offset: int) -> int:

@@ -76,7 +76,8 @@ class Merge:
         record["zero"] = sign_of_zero(combine.zero, own[combine.signs]) if combine.signs in own else 1.0
         record["divisor"], record["scale"] = total.divisor, total.scale
         record["bare"] = self._bare
-        record["k"], record["after"] = (after.k, after.scale) if after else (0, 1.0)
+        last = found.get(len(program.before) + 1, {})
+        record["k"], record["after"] = (after.k, after.total(last)) if after else (0, 1.0)
         return job
 
     def merge(self, stored: Stored, out_dtype: str, offset: int = 0) -> tuple[np.ndarray, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.method import BASE, Pass, number
+from weightsmith.core.method import BASE, Method, Pass, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import disjoint, elect_sign
 from weightsmith.ops.length import AUTO, Lengthened
@@ -17,7 +17,7 @@ __all__ = ["Emr"]
 
 
 @dataclass(frozen=True)
-class Emr(Lengthened, name="emr", needs=(BASE,)):
+class Emr(Lengthened, Method, name="emr", needs=(BASE,)):
     """Take the largest change of the elected sign, entry by entry.
 
     Result: base + lambda tau: the sign of sum_i delta_i and the largest |delta_i| of that sign; 0 if the sum is.

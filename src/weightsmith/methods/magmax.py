@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Pass, number
+from weightsmith.core.method import BASE, Method, Pass, number
 from weightsmith.core.site import Site
 from weightsmith.ops.length import AUTO, Lengthened
 
@@ -17,7 +17,7 @@ __all__ = ["Magmax"]
 
 
 @dataclass(frozen=True)
-class Magmax(Lengthened, name="magmax", needs=(BASE,)):
+class Magmax(Lengthened, Method, name="magmax", needs=(BASE,)):
     """Keep the largest change of every entry.
 
     Result: base + lambda delta, delta of the model that changed the entry most; of +x and -x, +x.

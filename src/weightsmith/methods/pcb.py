@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Pass, Rows, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Method, Pass, Rows, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import weighted_sum
@@ -24,7 +24,7 @@ __all__ = ["Pcb"]
 
 
 @dataclass(frozen=True)
-class Pcb(Lengthened, name="pcb", needs=(BASE,)):
+class Pcb(Lengthened, Method, name="pcb", needs=(BASE,)):
     """Score changes by size and agreement, and average those with the best scores.
 
     delta_i are n task vectors with d entries over the scope; norm(x) = (x - min) / (max - min), 0 where all are equal.

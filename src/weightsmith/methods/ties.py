@@ -10,7 +10,7 @@ from weightsmith.core import kernel
 from weightsmith.core.checks import Case, Verdict, remark
 from weightsmith.core.kernel import Vote, sign_of_zero
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Pass, Scope, choice, number
+from weightsmith.core.method import BASE, Each, Method, Pass, Scope, choice, number
 from weightsmith.core.pass_ import State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import AGGREGATES, SIGN_RULES, disjoint, elect_sign, spread, weigh
@@ -25,7 +25,7 @@ __all__ = ["Balance", "Ballot", "Ties"]
 
 
 @dataclass(frozen=True)
-class Ties(Lengthened, name="ties", needs=(BASE,)):
+class Ties(Lengthened, Method, name="ties", needs=(BASE,)):
     """Trim small changes, elect one sign per weight, average the changes that agree with it.
 
     1. Trim each task vector to its largest |delta|.  scope global (the authors' code): every entry at or above

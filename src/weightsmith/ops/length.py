@@ -25,7 +25,7 @@ import numpy as np
 
 from weightsmith.core import kernel
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import Method
+from weightsmith.core.method import Filter, Method, Stage
 from weightsmith.core.pass_ import Pass, Rows, State
 from weightsmith.core.site import Site
 from weightsmith.ops.reduce import block_squares, pairwise_sum, row_squares
@@ -50,15 +50,17 @@ def fitted(merged: float, squares: Sequence[float], added: float | None = None) 
 
 @dataclass(frozen=True)
 class Length(Pass[float]):
-    """The factor of a method on one tensor, by the first rule.
+    """The factor of a method, or of a filter behind one, on one tensor, by the first rule.
 
-    stage  the method with factor 1
+    stage  with factor 1
     """
 
-    stage: Method
+    stage: Method | Filter
 
     def see(self, site: Site) -> State:
-        merged = self.stage.merge(site.at_zero()).detach()
+        stage = self.stage
+        made = stage.merge(site.at_zero()) if isinstance(stage, Method) else stage.apply(site).deltas[0]
+        merged = made.detach()
         experts = (site.origin or site).deltas.detach()
         squares = torch.stack([row_squares(one) for one in (merged, *experts)])
         return {"squares": Rows(squares.cpu())}
@@ -76,16 +78,18 @@ class Length(Pass[float]):
         return kernel.Lengths()
 
 
-class Lengthened(Method):
-    """A method with a factor `lambda` that may be auto."""
+class Lengthened(Stage):
+    """Beside a kind of stage: it has a factor `lambda` that may be auto."""
 
     lambda_: Any
 
     @property
     def length(self) -> Length | None:
         """The pass that finds the factor."""
-        one: dict[str, Any] = {"lambda_": 1.0}
-        return Length(replace(self, **one)) if self.lambda_ == AUTO else None
+        if self.lambda_ != AUTO:
+            return None
+        one: Any = replace(self, **{"lambda_": 1.0})
+        return Length(one)
 
     def lengths(self) -> tuple[Pass[Any], ...]:
         """The same for `passes`: the last of them, for it merges."""

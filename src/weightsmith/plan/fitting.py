@@ -100,8 +100,12 @@ class Fitting:
 
     def _unlike_heads(self, name: str, tensors: Tensors) -> str:
         way = "name the model that it was trained from as the base, or " if self.inputs.base is None else ""
+        carry = ""
+        if not any(key.role == "head" for key in self.reference.keys.values()):
+            carry = f', or carry {tensors["it|them"]} over unchanged: add {tensors["it|them"]} to "exclude"'
         return (
             f"{name} is another kind of model than {self.label}, with another head ({tensors}); {way}leave {name} out"
+            f"{carry}"
         )
 
     def _missing(self, name: str, source: Source, tied: bool, tensors: Tensors) -> str:
