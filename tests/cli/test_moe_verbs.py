@@ -67,3 +67,17 @@ def test_a_recipe_needs_no_verb(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert "nowhere" in capsys.readouterr().err
     assert main(["moe", "--help"]) == 0
     assert "shrink" in capsys.readouterr().out
+
+
+def test_calibrate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["moe", "shrink", str(place / "m"), str(tmp_path / "small"), "--stats", str(place / "s"), "--experts", "6"]
+    assert main([*words, "--quiet"]) == 0
+    (tmp_path / "t.jsonl").write_text("\n".join([ROWS] * 3))
+    words = ["moe", "calibrate", str(tmp_path / "small"), str(tmp_path / "out"), "--data", str(tmp_path / "t.jsonl")]
+    capsys.readouterr()
+    assert main([*words, "--steps", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["perplexity"]) == {"original", "before", "after"}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(words) == 2
+    assert "not empty" in capsys.readouterr().err

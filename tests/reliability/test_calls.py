@@ -115,7 +115,6 @@ OTHERS = {
     "cli/main.py": "/dev/null",
     "cli/options.py": "plugins.load_file", "cli/bench.py": "the same", "cli/methods.py": "the same",
     "cli/schema.py": "the same", "cli/search.py": "the same", "cli/verify.py": "the same",
-    "observe/mixtures.py": "a function of names that is called rename",
     "search/score.py": "the user's data, which are only read",
     "inputs/opened.py": "a model, by what opens models", "io/read/open.py": "the same",
     "lora/recipe.py": "recipe.load.read_text", "moe/recipe.py": "the same", "recipe/load.py": "the same",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
-_MAKERS = {"moe": "weightsmith.moe.build", "shrunk": "weightsmith.experts.shrink"}  # of other kinds: jobs.verify
+_MAKERS = {"moe": "moe.build", "shrunk": "experts.shrink", "calibrated": "experts.calibrate"}
 
 
 def verify(
@@ -55,6 +55,6 @@ def _problems(place: Path | Url, rerun: bool) -> list[str]:
 
     problems = list(verify_folder(place))
     if rerun:
-        maker = importlib.import_module(_MAKERS.get(read_manifest(place)["kind"], "weightsmith.jobs.verify"))
+        maker = importlib.import_module(f"weightsmith.{_MAKERS.get(read_manifest(place)['kind'], 'jobs.verify')}")
         problems += maker.rerun(place)
     return problems

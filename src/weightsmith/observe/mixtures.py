@@ -71,6 +71,14 @@ class Mixture(ABC):
         """Have `seen` called after each run; returns what is to be removed at the end."""
 
     @abstractmethod
+    def traced(self, seen: Callable[[Tensor, Tensor], None]) -> list[Any]:
+        """The same with (what router and experts read, the sum of the experts' outputs), [tokens, hidden] each."""
+
+    @abstractmethod
+    def output(self, x: Tensor) -> Tensor:
+        """Route tokens and run the experts chosen: [tokens, hidden]; has a derivative by the router's parameters."""
+
+    @abstractmethod
     def each(self, x: Tensor) -> Iterator[Tensor]:
         """The output of one expert after the other for all tokens: [tokens, hidden]."""
 
@@ -88,6 +96,18 @@ class _Indexed(Mixture):
             seen(Routed(x, index, gates.float(), torch.stack(norms, 1)))
 
         return [self.experts.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def traced(self, seen: Callable[[Tensor, Tensor], None]) -> list[Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            seen(x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1]))
+
+        return [self.experts.register_forward_hook(hook, with_kwargs=True)]
+
+    def output(self, x: Tensor) -> Tensor:
+        _, gates, index = self.router(x)
+        out: Tensor = self.experts(x, index, gates)
+        return out
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         ones = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
@@ -111,6 +131,23 @@ class _Rows(Mixture):
             seen(Routed(x.reshape(-1, x.shape[-1]), index, gates, lengths / gates.clamp_min(1e-30)))
 
         return [self.router.register_forward_hook(routed), self.experts.register_forward_hook(ran)]
+
+    def traced(self, seen: Callable[[Tensor, Tensor], None]) -> list[Any]:
+        last: list[Tensor] = []
+
+        def routed(_: nn.Module, args: tuple[Any, ...]) -> None:
+            last[:] = [args[0].reshape(-1, args[0].shape[-1])]
+
+        def ran(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> None:
+            seen(last[0], out.reshape(self.count, *last[0].shape).sum(0))
+
+        return [self.router.register_forward_pre_hook(routed), self.experts.register_forward_hook(ran)]
+
+    def output(self, x: Tensor) -> Tensor:
+        scores, _ = self.router(x)
+        rows = x.repeat(self.count, 1) * scores.T.reshape(-1, 1)
+        out: Tensor = self.experts(rows).reshape(self.count, *x.shape).sum(0)
+        return out
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         rows = self.experts.forward(x.repeat(self.count, 1))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from weightsmith.cli.show import say, show_json, size, table, warn
 
 if TYPE_CHECKING:
+    from weightsmith.experts.calibrate import Calibrated
     from weightsmith.experts.smaller import Smaller
     from weightsmith.moe.draft import Draft
 
-__all__ = ["fewer", "preview", "preview_fewer", "sizes"]
+__all__ = ["calibrated", "fewer", "preview", "preview_fewer", "sizes"]
 
 
 def sizes(draft: Draft) -> str:
@@ -81,3 +82,20 @@ def preview_fewer(found: Smaller, json: bool) -> None:
     for text in found.warnings:
         warn(text)
     say(fewer(found))
+
+
+def calibrated(found: Calibrated, *, json: bool, quiet: bool) -> None:
+    """Say what fitting the routers has changed."""
+    if json:
+        made = {"out": found.result.out, "perplexity": found.perplexity, "errors": found.errors}
+        show_json({**made, "tokens": found.tokens, "warnings": found.result.warnings})
+        return
+    for text in found.result.warnings:
+        warn(text)
+    if quiet:
+        return
+    rows = [(name, f"{before:.3%}", f"{after:.3%}") for name, (before, after) in found.errors.items()]
+    table("Error of a layer's routed output", ["experts", "before", "after"], rows, right=(1, 2))
+    said = [(name, f"{value:.4g}") for name, value in found.perplexity.items()]
+    table("Perplexity on text held back", ["model", "perplexity"], said, right=(1,))
+    say(f"wrote {found.result.out}: routers fitted on {found.tokens} tokens")
