@@ -7,6 +7,7 @@
     ```yaml moe file=NAME     the same, for a mixture of experts
     ```yaml train file=NAME     a training run that loads
     ```yaml multitask file=NAME one of several tasks
+    ```yaml fuse file=NAME      the same, from several models
     ```yaml adapters file=NAME  is a recipe of adapters that loads
     ```sh                     every line is run: weightsmith, python, make (whose target must exist; it is not run)
     ```sh exit=2              the last command ends with this code
@@ -42,6 +43,7 @@ from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
 from weightsmith.study.schema import load_study
 from weightsmith.study.suite_file import load_run
+from weightsmith.train.fuse.recipe import load as load_fuse
 from weightsmith.train.multitask.recipe import load as load_multitask
 from weightsmith.train.recipe import load as load_train
 
@@ -93,7 +95,7 @@ class Page:
         if "norun" in block.words:
             return "not run"
         unknown = [
-            w for w in block.words if not re.fullmatch(r"output|moe|adapters|train|multitask|file=\S+|exit=\d+", w)
+            w for w in block.words if not re.fullmatch(r"output|moe|adapters|train|multitask|fuse|file=\S+|exit=\d+", w)
         ]
         assert not unknown, f"unknown words {unknown}"
         if (name := block.option("file")) is not None:
@@ -118,6 +120,10 @@ class Page:
             case "yaml" if "train" in block.words:
                 assert name is not None
                 load_train(name)
+                return "recipe"
+            case "yaml" if "fuse" in block.words:
+                assert name is not None
+                load_fuse(name)
                 return "recipe"
             case "yaml":
                 _checked(block.text, name)

@@ -119,7 +119,8 @@ OTHERS = {
     "inputs/opened.py": "a model, by what opens models", "io/read/open.py": "the same",
     "lora/recipe.py": "recipe.load.read_text", "moe/recipe.py": "the same", "recipe/load.py": "the same",
     "search/schema.py": "the same",
-    "train/multitask/recipe.py": "the same", "train/recipe.py": "the same", "tune/schema.py": "the same",
+    "train/fuse/recipe.py": "the same", "train/multitask/recipe.py": "the same", "train/recipe.py": "the same",
+    "tune/schema.py": "the same",
 }  # fmt: skip
 
 

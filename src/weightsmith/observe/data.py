@@ -19,7 +19,7 @@ from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError,
 from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, TextCoder, text_coder
 
-__all__ = ["Batch", "Example", "batches", "read_examples"]
+__all__ = ["Batch", "Example", "batches", "read_examples", "read_texts"]
 
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _IMAGE_ARRAYS = ("x", "x_train", "images", "pixel_values")
@@ -83,6 +83,23 @@ def read_examples(
             found.append(_example_of(item, loaded.kind, length, coder[0] if coder else None))
     if not found:
         raise SourceError(f"{_label(data)}: no example in it")
+    return found
+
+
+def read_texts(data: str | Path, field: str | None = None) -> list[str]:
+    """The texts of a .txt, of a folder of .txt (a text each), or of a .jsonl (one a line, as in `read_examples`)."""
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder of texts")
+    files = sorted(p for p in path.iterdir() if p.suffix == ".txt") if path.is_dir() else [path]
+    if path.suffix == ".jsonl":
+        found = [_text_of(row, place, field) for place, row in _rows(path)]
+    elif not files or files[0].suffix != ".txt":
+        raise SourceError(f"{path}: unknown kind of texts; use .txt, .jsonl, or a folder of .txt")
+    else:
+        found = [_read_text(file) for file in files]
+    if not any(found):
+        raise SourceError(f"{path}: no text in it")
     return found
 
 
@@ -207,27 +224,9 @@ class _Reader:
 
     def _lines(self, path: Path) -> Iterator[tuple[str, int | None]]:
         """Texts and, for a classifier of texts, their labels."""
-        for number, line in enumerate(_read_text(path).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}, line {number}: {type(row).__name__} instead of an object")
+        for place, row in _rows(path):
             label = row.get("label") if self.loaded.kind in _LABELLED else None
-            yield self._text_of(row, f"{path}, line {number}"), label if isinstance(label, int) else None
-
-    def _text_of(self, row: Mapping[str, Any], place: str) -> str:
-        options = ((self.field,),) if self.field else _TEXT_FIELDS
-        for names in options:
-            values = [row[name] for name in names if isinstance(row.get(name), str)]
-            if len(values) == len(names) and any(values):
-                return "\n".join(values)
-        if self.field:
-            raise SourceError(f"{place}: no text in field {self.field!r}{did_you_mean(self.field, row)}")
-        raise SourceError(f"{place}: no known text field among {', '.join(row)}; name it with field=")
+            yield _text_of(row, place, self.field), label if isinstance(label, int) else None
 
     def _arrays(self, path: Path) -> list[Example]:
         try:
@@ -280,6 +279,30 @@ class _Reader:
         colour = [np.repeat(a[..., None], 3, axis=-1) if a.ndim == 2 else a for a in arrays]
         pixels: Tensor = processor(images=colour, return_tensors="pt")["pixel_values"]
         return list(pixels)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a .jsonl, and how messages call their places."""
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise SourceError(f"{path}, line {number}: {type(row).__name__} instead of an object")
+        yield f"{path}, line {number}", row
+
+
+def _text_of(row: Mapping[str, Any], place: str, field: str | None) -> str:
+    for names in ((field,),) if field else _TEXT_FIELDS:
+        values = [row[name] for name in names if isinstance(row.get(name), str)]
+        if len(values) == len(names) and any(values):
+            return "\n".join(values)
+    if field:
+        raise SourceError(f"{place}: no text in field {field!r}{did_you_mean(field, row)}")
+    raise SourceError(f"{place}: no known text field among {', '.join(row)}; name it with field=")
 
 
 def _first(present: Iterable[str], wanted: Sequence[str], path: Path | None) -> str | None:

@@ -150,7 +150,7 @@ def unweighted(model: str | Path, *, kind: str = "auto", trust_remote_code: bool
     transformers = _transformers()
     chosen = kind_of(architectures, label) if kind == "auto" else kind
     if chosen != "causal-lm":
-        raise SourceError(f"{label}: a model for {chosen}; only language models are read block by block")
+        raise SourceError(f"{label}: a model for {chosen}, not a causal language model")
     with _quiet(transformers), _load_errors(label, "transformers cannot build it"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code

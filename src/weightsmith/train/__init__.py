@@ -7,7 +7,8 @@
     fuse    one language model from the token distributions of several
     multitask  one model for several tasks: samplers, losses, seven systems
 
-`weightsmith train` is `recipe`, `run` and `loop`.  A part is imported, and torch with it, when it is asked for.
+`weightsmith train` is `recipe`, `run` and `loop`; `train fuse` is `fuse.recipe` and `fuse.run`.
+A part is imported, and torch with it, when it is asked for.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def fit(
     progress: Callable[[int, int], None] | None = None,
     watch: Callable[[], Mapping[str, float]] = dict,
     update: Callable[[int], object] | None = None,
+    whole: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> list[Row]:
     """Train a module in place, and return the curve.
 
@@ -106,6 +107,7 @@ def fit(
     bf16             autocast
     watch            more figures of a row, taken in eval mode without gradients
     update           carries out a step, given its number; default: `optimizer.step()`
+    whole            a term of all examples of a step together, however they are cut, that is added to their mean loss
 
     The same machine and thread count give the same bits, broken off or not.  Errors: NumericError with the step and the
     examples where the loss or its gradient is not finite; the last checkpoint stays.
@@ -134,7 +136,7 @@ def fit(
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * pace.rate(step)
             batches = [[examples[i] for i in micro] for micro in pace.micro_batches(step, len(examples))]
-            sums.append(_step(list(trained.values()), optimizer, run, batches, pace.clip, step, update))
+            sums.append(_step(list(trained.values()), optimizer, run, batches, pace.clip, step, update, whole))
             if step % pace.every == 0 or step == pace.steps:
                 means = [sum(values) / len(sums) for values in zip(*sums, strict=True)]
                 rows.append(row(step, means[0], pace.rate(step), means[1]))
@@ -155,8 +157,10 @@ def _step(
     clip: float | None,
     step: int,
     update: Callable[[int], object] | None,
+    whole: Callable[[Sequence[int]], Tensor] | None,
 ) -> tuple[float, float]:
     """One step; the mean loss and the norm of the gradient."""
+    used = [number for batch in batches for number in batch]
     optimizer.zero_grad(set_to_none=True)
     total, count = 0.0, 0
     for batch in batches:
@@ -166,15 +170,17 @@ def _step(
         torch.autograd.backward(value)
         total, count = total + number, count + own
     if not count:
-        used = [number for batch in batches for number in batch]
         raise NumericError(f"step {step}: examples {used} have nothing to predict (texts of one token?)")
+    if whole is not None:
+        term = whole(used) * count
+        torch.autograd.backward(term)
+        total += term.detach().item()
     # The sum over all tokens of the step, divided by their number: unequal micro-batches weigh as they should.
     for p in params:
         if p.grad is not None:
             p.grad /= count
     norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip).item()
     if not math.isfinite(norm):
-        used = [number for batch in batches for number in batch]
         raise NumericError(f"step {step}: the gradient is {norm} on examples {used}; lower the learning rate")
     optimizer.step() if update is None else update(step)
     return total / count, norm

@@ -14,7 +14,7 @@ from weightsmith.recipe.grammar import Fault, Grammar, Reading
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
 
-__all__ = ["TrainRecipe", "load", "loads"]
+__all__ = ["AdamW", "OneOf", "Optimizer", "Schedule", "TrainRecipe", "load", "loads"]
 
 
 class OneOf(Grammar):
@@ -107,15 +107,9 @@ class Tune(OneOf):
     svfit: Svfit | None = Field(default=None, description="singular values")
 
 
-class TrainRecipe(Grammar):
-    """One model, one file of examples, what trains, and how long."""
+class Schedule(Grammar):
+    """How long, how fast, on how much of the data: what runs with one file of examples have in common."""
 
-    ROOT: ClassVar[str] = "the recipe"
-
-    model: Located = Field(description="folder or hub id[@revision]", examples=["PATH"])
-    data: Located = Field(description=".txt, .jsonl, .npz, or a folder of texts or images", examples=["texts.jsonl"])
-    tune: Tune = Field(default=Tune(full=Full()), description="what trains: full, or svfit")
-    optimizer: Optimizer = Field(default=Optimizer(adamw=AdamW()), description="adamw, dct_adamw or trion")
     steps: int = Field(default=1000, ge=1, description="of the optimizer")
     batch: int = Field(default=8, ge=1, description="examples of one forward pass")
     accumulation: int = Field(default=1, ge=1, description="forward passes of one step")
@@ -129,6 +123,17 @@ class TrainRecipe(Grammar):
     field: str | None = Field(default=None, description="which field of a .jsonl or .npz to read")
     bf16: bool = Field(default=False, description="run the model under bfloat16 autocast")
     seed: int = Field(default=0, ge=0, description="of the order, the validation set, and dropout")
+
+
+class TrainRecipe(Schedule):
+    """One model, one file of examples, what trains, and how long."""
+
+    ROOT: ClassVar[str] = "the recipe"
+
+    model: Located = Field(description="folder or hub id[@revision]", examples=["PATH"])
+    data: Located = Field(description=".txt, .jsonl, .npz, or a folder of texts or images", examples=["texts.jsonl"])
+    tune: Tune = Field(default=Tune(full=Full()), description="what trains: full, or svfit")
+    optimizer: Optimizer = Field(default=Optimizer(adamw=AdamW()), description="adamw, dct_adamw or trion")
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), files: list[Path] | None = None) -> TrainRecipe:

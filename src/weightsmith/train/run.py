@@ -26,7 +26,7 @@ from weightsmith.io.read.source import tensor_to_bits
 from weightsmith.io.url import output_of
 from weightsmith.io.write.output import check_output
 from weightsmith.report.figures import Curve, Curves
-from weightsmith.report.html import Text, page
+from weightsmith.report.html import Section, Text, page
 from weightsmith.report.table import Column, Table
 from weightsmith.train import svfit
 from weightsmith.train.checkpoints import Checkpoints
@@ -36,7 +36,8 @@ from weightsmith.train.optim import DCTAdamW, Trion
 from weightsmith.train.recipe import Optimizer, Svfit, TrainRecipe
 from weightsmith.train.save import save_folder
 
-__all__ = ["CURVE", "Trained", "kept_bytes", "optimizer_of", "save_model", "train"]
+__all__ = ["CURVE", "Trained", "curve_sections", "identify", "kept_bytes", "optimizer_of", "padded", "save_model",
+           "train", "train_all"]  # fmt: skip
 
 CURVE = "training.html"
 
@@ -80,7 +81,7 @@ def train(
     if problems := check_output(out, (*settings.files, *filter(None, [loaded.folder])), settings.overwrite, False, 0):
         raise PlanError(problems)
     asked = json.loads(recipe.model_dump_json(exclude_none=True))
-    identity = _identity(asked, loaded, examples)
+    identity = identify(asked, loaded, examples)
     checkpoints = Checkpoints(out, identity, resume=settings.resume, overwrite=settings.overwrite)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held = int(recipe.valid * len(examples))
@@ -111,7 +112,7 @@ def train(
     )
 
 
-def _identity(asked: Mapping[str, Any], loaded: Any, examples: Sequence[Any]) -> dict[str, Any]:
+def identify(asked: Mapping[str, Any], loaded: Any, examples: Sequence[Any]) -> dict[str, Any]:
     """What decides the run, bit for bit."""
     data = xxhash.xxh3_128()
     for example in examples:
@@ -161,13 +162,18 @@ def _prepared(recipe: TrainRecipe, loaded: Any) -> svfit.SVFit | None:
     """Freeze what does not train; None where everything does."""
     _, what = recipe.tune.chosen
     if not isinstance(what, Svfit):
-        loaded.module.requires_grad_(True)
-        _, lost = loaded.names.convert({name: p.detach() for name, p in loaded.module.named_parameters()})
-        if lost:
-            raise PlanError([f"{loaded.label}: {', '.join(lost[:3])} would train, but its files have no such tensor"])
+        train_all(loaded)
         return None
     options = what.model_dump(exclude={"bases", "target_modules"})
     return svfit.wrap(loaded.module, target_modules=what.target_modules or svfit.TARGETS, **options)
+
+
+def train_all(loaded: Any) -> None:
+    """Let every parameter train; PlanError where one could not be saved."""
+    loaded.module.requires_grad_(True)
+    _, lost = loaded.names.convert({name: p.detach() for name, p in loaded.module.named_parameters()})
+    if lost:
+        raise PlanError([f"{loaded.label}: {', '.join(lost[:3])} would train, but its files have no such tensor"])
 
 
 # --- losses ----------------------------------------------------------------------------------------
@@ -190,9 +196,9 @@ def _loss_of(loaded: Any, examples: Sequence[Any]) -> Loss:
 
 def _next_tokens(loaded: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The summed cross-entropy of each next token [tokens], and their number."""
-    padded, mask = _padded(inputs)
-    labels = torch.where(mask, padded, -100)[:, 1:].to(loaded.device)
-    logits = loaded.logits(padded, None if bool(mask.all()) else mask)
+    tokens, mask = padded(inputs)
+    labels = torch.where(mask, tokens, -100)[:, 1:].to(loaded.device)
+    logits = loaded.logits(tokens, None if bool(mask.all()) else mask)
     value = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100)
     return value, int((labels >= 0).sum())
 
@@ -201,13 +207,13 @@ def _classes(loaded: Any, chosen: Sequence[Any]) -> tuple[Tensor, int]:
     """The summed cross-entropy of labels, and their number."""
     inputs = [example.inputs for example in chosen]
     text = inputs[0].ndim == 1 and inputs[0].dtype == torch.int64
-    stacked, mask = _padded(inputs) if text else (torch.stack(inputs), None)
+    stacked, mask = padded(inputs) if text else (torch.stack(inputs), None)
     logits = loaded.logits(stacked, mask)
     labels = torch.tensor([example.label for example in chosen], device=loaded.device)
     return cross_entropy(logits.float(), labels, reduction="sum"), len(chosen)
 
 
-def _padded(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens [batch, longest], padded on the right with 0, and where there are some."""
     mask = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in inputs], True)
     return pad_sequence(list(inputs), True), mask
@@ -254,6 +260,12 @@ def save_model(
 
 def _curve(rows: Sequence[Row], recipe: TrainRecipe) -> str:
     """The run as a page."""
+    asked = Text("What was asked for", [recipe.model_dump_json(exclude_none=True)])
+    return page("Training", [*curve_sections(rows), asked])
+
+
+def curve_sections(rows: Sequence[Row]) -> list[Section]:
+    """The losses, drawn and as a table."""
     columns = (
         Column("step", "Step", 0),
         Column("loss", "Training", 4, meaning="Mean loss since the row before."),
@@ -267,6 +279,4 @@ def _curve(rows: Sequence[Row], recipe: TrainRecipe) -> str:
         for name, title in (("loss", "training"), ("valid", "validation"))
         if seen[name]
     ]
-    drawn = Curves("Loss", lines, "step", "loss")
-    asked = Text("What was asked for", [recipe.model_dump_json(exclude_none=True)])
-    return page("Training", [drawn, Table("Losses", columns, [asdict(row) for row in rows]), asked])
+    return [Curves("Loss", lines, "step", "loss"), Table("Losses", columns, [asdict(row) for row in rows])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from weightsmith.io.package.manifest import build_manifest, write_manifest
 from weightsmith.io.read.source import tensor_to_bits
 from weightsmith.io.write.output import FolderSink, check_output
 
-__all__ = ["save_folder"]
+__all__ = ["save_folder", "save_rows"]
 
 
 def save_folder(
@@ -40,11 +40,31 @@ def save_folder(
     package  writes more files into the folder and returns their paths
     Errors: PlanError with what is wrong with OUT, before anything is written.
     """
+    keys = [Key(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
+    rows = ((n, 0, t) for n, t in tensors.items())
+
+    def more(folder: Path) -> Iterable[Path]:
+        return [*(write_file(folder / file, text) for file, text in (texts or {}).items()), *package(folder)]
+
+    return save_rows(out, keys, rows, made=made, how=how, kind=kind, name=name, package=more, overwrite=overwrite)
+
+
+def save_rows(
+    out: str | Path,
+    keys: Sequence[Key],
+    rows: Iterable[tuple[str, int, Tensor]],
+    *,
+    made: Mapping[str, Any],
+    how: str,
+    kind: str,
+    name: str = "model",
+    package: Callable[[Path], Iterable[Path]] = lambda folder: (),
+    overwrite: bool = False,
+) -> Path:
+    """As `save_folder`, of tensors that come in pieces: (name, first row, rows), which make up every key."""
     out = Path(out)
     if problems := check_output(out, (), overwrite, False, 0):
         raise PlanError(problems)
-    bits = {n: tensor_to_bits(t.cpu()) for n, t in tensors.items()}
-    keys = [Key(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
     sink = FolderSink(
         out,
         shard_size=1 << 62,
@@ -55,16 +75,17 @@ def save_folder(
     sink.begin(keys)
     records = []
     try:
-        for key in keys:
-            sink.write(key.name, 0, bits[key.name])
-            digest = xxhash.xxh3_128_hexdigest(bits[key.name].tobytes())
-            records.append({"parts": [[key.name, 0, key.rows, digest]]})
+        for tensor, first, piece in rows:
+            bits = tensor_to_bits(piece.cpu())
+            sink.write(tensor, first, bits)
+            last = first + (len(bits) if bits.ndim else 1)
+            records.append({"parts": [[tensor, first, last, xxhash.xxh3_128_hexdigest(bits.tobytes())]]})
     except BaseException:
         sink.abort()
         raise
 
     def finish(folder: Path) -> list[Path]:
-        paths = [*(write_file(folder / file, text) for file, text in (texts or {}).items()), *package(folder)]
+        paths = list(package(folder))
         manifest = build_manifest(
             folder, recipe=made, inputs={}, keys=keys, records=records, made_by={k.name: how for k in keys}, kind=kind
         )

@@ -1,4 +1,4 @@
-"""`weightsmith train`: one task; with `multitask` several, with `router` what chooses between experts."""
+"""`weightsmith train`: one task; `multitask` several; `fuse` from several models; `router` what chooses experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
+from weightsmith.cli.train.fuse import fuse
 from weightsmith.cli.train.multitask import multitask
 from weightsmith.cli.train.router import router
 from weightsmith.cli.words import Parameter, Verbs
@@ -55,4 +56,4 @@ def one(
 
 
 _HELP = "Fine-tune one model, or its singular values: a baseline for merges, or an expert for them."
-train = Verbs(_HELP, (multitask, router), one)
+train = Verbs(_HELP, (fuse, multitask, router), one)

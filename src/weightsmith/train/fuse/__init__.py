@@ -5,7 +5,8 @@
     fusion = Fusion(Gate(3))                     # train it along: optimizer over student and fusion
     loss = fusion(student_logits, labels, candidates, losses)
 
-The models may have other tokenizers: `align` brings their cached distributions to the target's tokens.
+The models may have other tokenizers: `align` brings their cached distributions to the target's tokens.  `run` is the
+whole from a file, which `recipe` reads; `texts` and `cache` are its data.
 """
 
 from __future__ import annotations

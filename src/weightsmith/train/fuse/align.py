@@ -154,12 +154,24 @@ class Alignment:
         """
         k = min(found.ids.shape[2], own.ids.shape[2])
         ids, logits = own.ids[..., :k].clone(), own.logits[..., :k].clone()
-        mapped = self.vocabulary[found.ids.long()]
-        known = torch.where(mapped >= 0, found.logits, -torch.inf)
-        for row, pair in enumerate(zip(source, target, strict=True)):
-            for at, other in enumerate(match(*pair)):
-                if other >= 0 and bool((mapped[row, other] >= 0).any()):
-                    best = known[row, other].topk(k).indices
-                    ids[row, at] = mapped[row, other, best].clamp(min=0).to(ids.dtype)
-                    logits[row, at] = known[row, other, best]
+        rows, at, other = self.matched(found, source, target)
+        mapped = self.vocabulary[found.ids[rows, other].long()]
+        known = torch.where(mapped >= 0, found.logits[rows, other], -torch.inf)
+        values, best = known.topk(k, -1)
+        ids[rows, at] = mapped.gather(-1, best).clamp(min=0).to(ids.dtype)
+        logits[rows, at] = values
         return TopK(ids, logits)
+
+    def matched(
+        self, found: TopK, source: Sequence[Sequence[Place | None]], target: Sequence[Sequence[Place | None]]
+    ) -> Tensor:
+        """Where the source speaks: int64 [3, n] of sequence, target position, source position."""
+        pairs = [
+            (row, at, other)
+            for row, pair in enumerate(zip(source, target, strict=True))
+            for at, other in enumerate(match(*pair))
+            if other >= 0
+        ]
+        where = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).T
+        known = self.vocabulary[found.ids[where[0], where[2]].long()] >= 0
+        return where[:, known.any(-1)]

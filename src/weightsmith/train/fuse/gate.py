@@ -46,7 +46,8 @@ class Gate(nn.Module):
         there = torch.isfinite(losses)
         if not bool(there.any(-1).all()):
             raise PlanError(["a sequence has no candidate with a finite loss; give the target's own at least"])
-        scores = self.mlp(rewards(losses)).masked_fill(~there, -torch.inf)
+        with torch.autocast(losses.device.type, enabled=False):  # rewards that lie close are one in bfloat16
+            scores = self.mlp(rewards(losses)).masked_fill(~there, -torch.inf)
         shares = scores.softmax(-1)
         chosen = (shares > self.threshold) & there
         chosen |= ~chosen.any(-1, keepdim=True) & (shares == shares.amax(-1, keepdim=True)) & _first(shares)

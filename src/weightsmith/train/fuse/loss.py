@@ -89,6 +89,21 @@ class Fusion(nn.Module):
         self.teacher_temperature = teacher_temperature
         self.last: dict[str, float] = {}
 
+    def parts(
+        self, logits: Tensor, labels: Tensor, candidates: Sequence[TopK], weights: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Sums of the LM and the fused loss over positions that have a next token, and how many these are.
+
+        They add up over the micro-batches of a step.  `weights` are what the gate gives for all of them.
+        """
+        ids, probabilities = stacked(candidates, self.teacher_temperature)
+        following = labels[:, 1:]
+        mask, count = following != IGNORED, int((following != IGNORED).sum())
+        kept = logits[:, :-1].float()
+        lm = cross_entropy(kept.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum")
+        fused = fused_loss(kept, ids[:, :-1], probabilities[:, :-1], weights, mask, self.kind)
+        return lm, fused * count, count
+
     def forward(self, logits: Tensor, labels: Tensor, candidates: Sequence[TopK], losses: Tensor) -> Tensor:
         """A scalar.
 

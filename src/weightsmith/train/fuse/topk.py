@@ -29,6 +29,10 @@ class TopK:
         """softmax(logits / temperature) over the k: float32 [batch, length, k]."""
         return (self.logits.float() / temperature).softmax(-1)
 
+    def to(self, device: torch.device) -> TopK:
+        """The same on another device."""
+        return TopK(self.ids.to(device), self.logits.to(device))
+
     @property
     def nbytes(self) -> int:
         """6 bytes per position and token."""
