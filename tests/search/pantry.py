@@ -41,7 +41,7 @@ def scores_of_tensors(tensors, data):
         file.write(Path(data).stem + "\\n")
     if str(count) == os.environ.get("DIE"):
         os.kill(os.getpid(), 9)
-    found = {k: v.numpy() for k, v in tensors.items()}
+    found = {k: v.float().numpy() for k, v in tensors.items()}
     base = MODELS["base"]
     aim = {k: base[k] + sum(w * (MODELS[n][k] - base[k]) for n, w in WANTED.items()) for k in found}
     return {"near": -float(sum(((found[k] - aim[k]) ** 2).sum() for k in found)),

@@ -12,8 +12,8 @@ __all__ = ["LINKS", "Gene", "Point"]
 Point = Mapping[str, Any]
 """Gene -> its value, as JSON has it."""
 
-LINKS = ("identity", "abs", "share")
-"""What a recipe has of a gene's value: itself, its size, its size up to 1."""
+LINKS = ("identity", "abs", "share", "free")
+"""What a recipe has of a gene's value: itself, its size, its size up to 1; free: itself, and no bounds hold it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,6 @@ class Gene:
 
     def linked(self, value: Any) -> Any:
         """What the recipe has."""
-        if self.link == "identity":
+        if self.link in ("identity", "free"):
             return value
         return abs(value) if self.link == "abs" else min(abs(value), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ found = simple_evaluate(
     model="hf", model_args=asked["model_args"], tasks=asked["tasks"], num_fewshot=asked["shots"], limit=asked["limit"],
     batch_size=asked["batch"], task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
 )
-name = asked["metric"].partition(",")[0]
+names = {task: metric.partition(",")[0] for task, metric in asked["metrics"].items()}
 items = {}
 for task, samples in found["samples"].items():
-    values = [sample.get(name) for sample in samples]
+    values = [sample.get(names.get(task)) for sample in samples]
     items[task] = values if all(isinstance(v, (int, float)) for v in values) else None
 results = {t: {k: v for k, v in r.items() if isinstance(v, (int, float))} for t, r in found["results"].items()}
 print()
@@ -55,26 +55,26 @@ def there(python: str) -> bool:
         return False
 
 
-def command(python: str, model: Path, tasks: Sequence[str], asked: LmEval, limit: int | None) -> list[str]:
-    """The words of the process that scores a model on tasks."""
+def command(python: str, model: Path, metrics: Mapping[str, str], asked: LmEval, limit: int | None) -> list[str]:
+    """The words of the process that scores a model on tasks; metrics: task -> what is asked of it."""
     arguments = ",".join(word for word in (f"pretrained={model}", asked.arguments) if word)
     told = {
         "model_args": arguments,
-        "tasks": list(tasks),
+        "tasks": list(metrics),
         "shots": asked.shots,
         "limit": limit,
         "batch": asked.batch,
         "include": asked.include,
-        "metric": asked.metric,
+        "metrics": dict(metrics),
     }
     return [python, "-c", _SCRIPT, json.dumps(told)]
 
 
-def picked(found: Any, wanted: Mapping[str, str], metric: str) -> dict[str, Any]:
+def picked(found: Any, wanted: Mapping[str, str], metrics: Mapping[str, str]) -> dict[str, Any]:
     """Score -> its items, or its value where there are none that make it up."""
     scores: dict[str, Any] = {}
     for name, task in wanted.items():
-        results = found["results"].get(task, {})
+        results, metric = found["results"].get(task, {}), metrics[task]
         if metric not in results:
             known = sorted(key for key in results if "stderr" not in key)
             raise ProgramError(

@@ -264,10 +264,12 @@ def prepared(
         raise RecipeError(f"halving: {why}; leave it out" + ("" if aim.weights is None else ", or take {items} in"))
     sampler = sampler_of(file, space, aim, out, settings)
     workshop.plan(space.recipe(space.begin))
+    start = file.recipe
     try:
         workshop.plan(file.recipe)
-        start = file.recipe
     except PlanError:
+        start = space.recipe(space.begin)
+    if file.genome is not None:  # which names no recipe beside it
         start = space.recipe(space.begin)
     ledger = Ledger(out / "scores.jsonl")
     evaluations = Evaluations(found, ledger, workshop, out / "stderr", file.together)

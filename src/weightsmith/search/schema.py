@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.errors import did_you_mean
 from weightsmith.recipe.fields import Located, Selector, Words, named
 from weightsmith.recipe.grammar import Fault, Grammar, Reading, kind_of, mapping
 from weightsmith.recipe.load import read_file, read_text
-from weightsmith.recipe.reader import Document, Location
+from weightsmith.recipe.reader import Location
 from weightsmith.recipe.schema import Recipe
+from weightsmith.search.evolve import Genome, translated
 from weightsmith.tune.schema import Chosen, TaskData, recipe_or_path
 
 __all__ = ["Genes", "Halving", "MembersSpec", "ScoreSpec", "SearchFile", "SlicesSpec", "Splits", "load", "loads"]
@@ -164,7 +165,7 @@ class LmEval(Grammar):
 
     tasks: dict[str, Splits] = Field(description="name of the score -> {search: TASK, report: TASK}")
     include: Located | None = Field(default=None, description="folder with the tasks' YAML files")
-    metric: str = "acc,none"
+    metric: str | dict[str, str] = Field(default="acc,none", description="of all tasks, or score -> metric")
     shots: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, ge=1, description="items of each task")
     python: str | None = Field(default=None, description="python that has lm_eval; default: this one")
@@ -270,6 +271,7 @@ class SearchFile(Grammar):
     recipe: Annotated[Recipe, BeforeValidator(recipe_or_path)] = Field(
         description="a recipe or its path", examples=["recipe.yaml"]
     )
+    genome: Genome | None = Field(default=None, description="mergekit-evolve's, in place of recipe and space")
     space: dict[str, Genes] = Field(default_factory=dict, description="parameter or path -> what is searched of it")
     members: MembersSpec | None = Field(default=None, description="search which models take part: {least: 2}")
     slices: SlicesSpec | None = Field(default=None, description="search a stack of the models' layers: {group: 4}")
@@ -294,21 +296,13 @@ class SearchFile(Grammar):
     seed: int = 0
 
     @classmethod
-    def document(cls, documents: Sequence[Document]) -> Document:
-        tree = documents[0].tree
-        if isinstance(tree, Mapping) and "genome" in tree:
-            raise RecipeError(
-                f"{documents[0].at(('genome',))}: this is a config of mergekit-evolve; it has to name "
-                "data to report on too: see docs/mergekit.md"
-            )
-        return super().document(documents)
-
-    @classmethod
     def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        if isinstance(given, Mapping) and "genome" in given and "recipe" not in given:
+            given = translated(given)
         if isinstance(given, Mapping) and isinstance(given.get("weights"), Mapping):
             weights = {k: float(v) if type(v) is int else v for k, v in given["weights"].items()}
             return {**given, "weights": weights}, {}
-        return super().long_form(given, reading)
+        return given, {}
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ from typing import Any
 from weightsmith.core.errors import RecipeError, WeightsmithError, did_you_mean
 from weightsmith.plugins import line_in, neighbours, run_file
 from weightsmith.search.program import ProgramError, filled, run, words_of
-from weightsmith.search.schema import ScoreSpec, SearchFile
+from weightsmith.search.schema import LmEval, ScoreSpec, SearchFile
 from weightsmith.study.evaluate import digest, measured
 
 __all__ = ["SPLITS", "Scored", "Scorer", "read", "scorer"]
@@ -255,11 +255,16 @@ def _harness(spec: ScoreSpec, names: Sequence[str]) -> Scorer:
 
     def score(model: Any, split: str, items: int | None, messages: Path) -> Any:
         wanted = {name: getattr(asked.tasks[name], split) for name in names}
+        metrics = {task: _metric(asked, name) for name, task in wanted.items()}
         limit = items if items is not None else asked.limit
-        words = harness.command(python, model, list(dict.fromkeys(wanted.values())), asked, limit)
+        words = harness.command(python, model, metrics, asked, limit)
         found = _printed(partial(run, words, spec.timeout, messages, harness.OFFLINE), spec, "lm_eval")
-        return harness.picked(found, wanted, asked.metric)
+        return harness.picked(found, wanted, metrics)
 
     folder = None if asked.include is None else _contents(asked.include)
     identity = ["lm_eval", asked.model_dump(mode="json"), folder]
     return Scorer(names, score, identity, "lm_eval")
+
+
+def _metric(asked: LmEval, name: str) -> str:
+    return asked.metric if isinstance(asked.metric, str) else asked.metric.get(name, "acc,none")

@@ -12,6 +12,7 @@ from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.recipe.schema import Recipe
+from weightsmith.search.evolve import EvolveSpace
 from weightsmith.search.genes import Gene
 from weightsmith.search.samplers.base import Grid, Random, Sampler
 from weightsmith.search.samplers.by_cmaes import Cmaes
@@ -92,6 +93,14 @@ def space_of(file: SearchFile, inputs: Inputs, folder: Path = Path()) -> Space:
             raise RecipeError("sampler frank_wolfe finds a weight for each tensor itself; leave space, members and "
                               "slices out")  # fmt: skip
         return PoolSpace(file, folder)
+    if file.genome is not None:
+        if file.space or file.members or file.slices:
+            raise RecipeError("genome: stands in place of space, members and slices; keep one of them")
+        paths = [str(ref.model) for ref in file.recipe.models.values()]
+        base: Any = None if file.recipe.base is None else file.recipe.base.model
+        if base is None and file.genome.base_model is not None:  # it is one of the models
+            base = paths[file.genome.models.index(file.genome.base_model)]
+        return EvolveSpace(file.genome, paths, base, _blocks(inputs))
     recipe, problems = file.recipe, []
     entries = []
     for where, genes in file.space.items():
