@@ -63,19 +63,29 @@ class Genome(Grammar):
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A file with a genome in the words of a search; other keys of a search may stand beside mergekit's."""
-    own = ("tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn")
+    own = (
+        "tasks",
+        "include",
+        "python",
+        "limit",
+        "num_fewshot",
+        "shuffle",
+        "random_init",
+        "apply_chat_template",
+        "fewshot_as_multiturn",
+    )
     made = {key: value for key, value in tree.items() if key not in own}
     tasks = [dict(mapping(task)) for task in listing(tree.get("tasks"))]
     names = [str(task.get("name")) for task in tasks]
-    if tasks and "score" not in made:
-        splits = {
-            name: {"search": name, "report": task.get("report", name)} for name, task in zip(names, tasks, strict=True)
-        }
-        metrics = {name: task.get("metric", "acc,none") for name, task in zip(names, tasks, strict=True)}
+    given = mapping(made.get("score"))
+    if tasks and set(given) <= {"lm_eval", "timeout", "retries"}:
+        named = dict(zip(names, tasks, strict=True))
+        splits = {name: {"search": name, "report": task.get("report", name)} for name, task in named.items()}
+        metrics = {name: task.get("metric", "acc,none") for name, task in named.items()}
         harness = {"tasks": splits, "metric": metrics, "limit": tree.get("limit"), "shots": tree.get("num_fewshot"),
-                   "include": tree.get("include")}  # fmt: skip
-        made["score"] = {"lm_eval": {key: value for key, value in harness.items() if value is not None}}
-        made.pop("include", None)
+                   "include": tree.get("include"), "python": tree.get("python")}  # fmt: skip
+        harness |= mapping(given.get("lm_eval"))
+        made["score"] = {**given, "lm_eval": {key: value for key, value in harness.items() if value is not None}}
     if tasks and "goals" not in made:
         made["goals"] = dict.fromkeys(names, "max")
         made["weights"] = {name: float(task.get("weight", 1.0)) for name, task in zip(names, tasks, strict=True)}

@@ -25,14 +25,15 @@ OFFLINE = {
 # Seeds are fixed; batch size too, for log-likelihoods move with it.  Without include_defaults the index of all tasks
 # would take half a minute.
 _SCRIPT = """
-import json, sys
+import json, sys, torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 asked = json.loads(sys.argv[1])
 manager = TaskManager(include_path=asked["include"], include_defaults=asked["include"] is None)
 found = simple_evaluate(
     model="hf", model_args=asked["model_args"], tasks=asked["tasks"], num_fewshot=asked["shots"], limit=asked["limit"],
-    batch_size=asked["batch"], task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
+    batch_size=asked["batch"], task_manager=manager, log_samples=True, bootstrap_iters=0,
+    device="cuda" if torch.cuda.is_available() else "cpu", verbosity="ERROR",
 )
 names = {task: metric.partition(",")[0] for task, metric in asked["metrics"].items()}
 items = {}

@@ -93,7 +93,7 @@ def found(search: Search, say: Callable[[str], None] = lambda text: None) -> Fou
     failed = [trial for trial in search.trials if trial.failed]
     if failed:
         notes.append(f"{len(failed)} of {len(search.trials)} candidates failed, the first: {failed[0].failed}")
-    notes += _edges(search, best)
+    notes += [*_edges(search, best), *search.sampler.notes()]
     return Found(search, best, again, front, lines, search.evaluations.cost, notes)
 
 

@@ -96,7 +96,7 @@ class Search:
             if not points:
                 break
             made = self.generation(points, self.trials)
-            self.sampler.tell(points, [trial.told for trial in made])
+            self.sampler.tell(points, [None if t.failed and not self.sampler.punished else t.told for t in made])
             history.add({"trials": [asdict(trial) for trial in made], "state": self.sampler.state()})
             before, best = self.best(self.trials), self.best([*self.trials, *made])
             self.trials += made

@@ -18,6 +18,7 @@ from weightsmith.search.samplers.base import Grid, Random, Sampler
 from weightsmith.search.samplers.by_cmaes import Cmaes
 from weightsmith.search.samplers.by_gradient import FrankWolfe, PoolSpace
 from weightsmith.search.samplers.by_optuna import Gp, Nsga2, Nsga3, Tpe
+from weightsmith.search.samplers.by_surrogate import Map
 from weightsmith.search.schema import Genes, SearchFile
 from weightsmith.search.score import Scored
 from weightsmith.search.space import (
@@ -33,7 +34,7 @@ from weightsmith.search.space import (
 
 __all__ = ["SAMPLERS", "Aim", "sampler_of", "space_of"]
 
-SAMPLERS: Mapping[str, type[Sampler]] = {cls.name: cls for cls in (Random, Grid, Tpe, Gp, Nsga2, Nsga3, Cmaes)}
+SAMPLERS: Mapping[str, type[Sampler]] = {cls.name: cls for cls in (Random, Grid, Tpe, Gp, Nsga2, Nsga3, Cmaes, Map)}
 
 
 @dataclass(frozen=True)
@@ -190,4 +191,6 @@ def sampler_of(file: SearchFile, space: Space, aim: Aim, folder: Path, settings:
     if name not in SAMPLERS:
         hint = f"{did_you_mean(name, known)}; known are {', '.join(known)}"
         raise RecipeError(f"sampler: unknown sampler {name!r}{hint}")
-    return SAMPLERS[name](space, aim.names, file.seed, file.sampler.options, folder, file.evaluations)
+    made = SAMPLERS[name](space, aim.names, file.seed, file.sampler.options, folder, file.evaluations)
+    made.signs = [aim.sign(goal) for goal in aim.goals] if aim.weights is None else [1.0]
+    return made

@@ -37,7 +37,9 @@ class Sampler(ABC):
     options  option -> its default
     batch    candidates of a generation, where the file does not say
     fronts   whether it takes several goals
+    punished  whether it is told of a failure as of the worst score so far, or not at all
     identity  what it asks depends on, beside the space, its options and what it was told
+    signs    of each goal: -1 where less is better and its negative is told
     promise  what resuming gives
     """
 
@@ -45,7 +47,9 @@ class Sampler(ABC):
     options: ClassVar[Mapping[str, Any]] = {}
     batch: int = 8
     fronts: ClassVar[bool] = True
+    punished: ClassVar[bool] = True
     identity: Any = None
+    signs: Sequence[float] = ()
     promise: ClassVar[str] = "bit for bit"
 
     def __init__(
@@ -75,6 +79,10 @@ class Sampler(ABC):
 
     def begin(self) -> None:  # noqa: B027  (most have nothing to prepare)
         """Make ready for the first question."""
+
+    def notes(self) -> list[str]:
+        """What is to be said at the end."""
+        return []
 
     @abstractmethod
     def ask(self, count: int) -> list[dict[str, Any]]:
