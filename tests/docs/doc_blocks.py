@@ -41,6 +41,7 @@ from weightsmith.jobs.nested import open_inputs
 from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.load import load, loads
+from weightsmith.search.schema import load as load_search
 from weightsmith.study.schema import load_study
 from weightsmith.study.suite_file import load_run
 from weightsmith.train.fuse.recipe import load as load_fuse
@@ -169,6 +170,8 @@ def _checked(text: str, name: str | None) -> None:
         load_study(name)
     elif Path(name).name == "run.yaml":
         load_run(name)
+    elif Path(name).name == "search.yaml":
+        load_search(name)
     else:
         load(name)
 
