@@ -47,10 +47,10 @@ def tiny(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 
 def prompts(lengths: tuple[int, ...], seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random tokens of several lengths, padded on the left."""
+    """Random tokens of several lengths, padded on the left, with tokens too: what is masked must not matter."""
     ids = torch.randint(1, 100, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
     mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], count: int, **more: Any) -> Any:
