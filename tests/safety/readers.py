@@ -61,6 +61,38 @@ def stats_seeds() -> list[bytes]:
     return [struct.pack("<Q", len(raw)) + raw + bytes(4)]
 
 
+def checkpoint_seeds() -> list[bytes]:
+    import warnings
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process only
+        dcp.save({"model": {"w": torch.ones(3, 2), "n": torch.tensor(1)}}, checkpoint_id=folder, no_dist=True)
+        return [Path(folder, ".metadata").read_bytes()]
+
+
+def key_seeds() -> list[bytes]:
+    from weightsmith.protect.key import Key, Known, new_secret, write_key
+
+    key = Key(
+        new_secret(1), ("qk", "vo"), 4.0, ("*",), Known("model.", {}, {}, frozenset(), {}, {}), {"a": ("01",)}, "x"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_key(Path(folder, "key"), key)
+        return [Path(folder, "key").read_bytes()]
+
+
+def found_seeds() -> list[bytes]:
+    from weightsmith.vsa.encode import Encoder
+    from weightsmith.vsa.index import Index
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Index.of(Encoder(dim=16), {"a": {"lambda": 0.5}, "b": ["x"]}, {"a": "note"})
+        return [made.save(Path(folder, "index")).read_bytes()]
+
+
 WORDS = {"added_tokens": [{"id": 3, "content": "<s>"}], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}}}
 UNIGRAM = {"added_tokens": [], "model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}
 LOGGED = [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0, "eval_loss": 2.1}]
@@ -122,6 +154,9 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "adapters": lambda: [ADAPTERS, b"models: [a, b]\nmethod: {knots: {density: 0.5}}\nweights: {a: 1}\n"],
     "stats": stats_seeds,
     "quantised": lambda: [json.dumps({"quantization_config": QUANTISED}).encode()],
+    "checkpoint": checkpoint_seeds,
+    "key": key_seeds,
+    "found": found_seeds,
     "shard": lambda: [json.dumps({"w": {"saved_offsets": [0, 0]}, "s": {"saved_offsets": []}}).encode()],
 }  # fmt: skip
 
@@ -345,6 +380,58 @@ def reads_shard(place: Path) -> Callable[[bytes], None]:
         save_file(tensors, path, {"DCP_SHARDING_INFO": data.decode("utf-8", "replace")})
         source = ShardedSource(place)
         assert source.read("w").shape == (3, 2)
+
+    return read
+
+
+def reads_checkpoint(place: Path) -> Callable[[bytes], None]:
+    import warnings
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from weightsmith.io.read.dcp import DcpSource
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": {"w": torch.ones(3, 2), "n": torch.tensor(1)}}, checkpoint_id=place, no_dist=True)
+
+    def read(data: bytes) -> None:
+        (place / ".metadata").write_bytes(data)
+        source = DcpSource(place)
+        for name in source.keys:
+            source.bits(name, 0, 2)
+
+    return read
+
+
+def reads_key(place: Path) -> Callable[[bytes], None]:
+    from weightsmith.protect.key import _sum, read_key
+
+    path = place / "key"
+    path.touch(0o600)
+
+    def read(data: bytes) -> None:
+        noted = None
+        with contextlib.suppress(ValueError, RecursionError):
+            noted = json.loads(data)
+        if isinstance(noted, dict):  # with a checksum that fits
+            noted.pop("sum", None)
+            with contextlib.suppress(ValueError, UnicodeEncodeError):
+                data = json.dumps({**noted, "sum": _sum(noted)}).encode()
+        path.write_bytes(data)
+        assert "secret" not in repr(read_key(path))
+
+    return read
+
+
+def reads_found(place: Path) -> Callable[[bytes], None]:
+    from weightsmith.vsa.index import Index
+
+    def read(data: bytes) -> None:
+        (place / "index").write_bytes(data)
+        found = Index.load(place / "index")
+        assert len(found.names) == len(found.vectors)
 
     return read
 
