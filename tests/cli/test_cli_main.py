@@ -75,7 +75,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["frobnicate"], 'unknown command "frobnicate"; see "weightsmith --help"'),
         (["merge", "r.yaml"], 'command "merge" parameter OUT requires an argument; see "weightsmith merge --help"'),
         (["merge", "a", "b", "--thread", "3"], "unknown option: --thread. Did you mean --threads?"),
-        (["merge", "a", "b", "c"], "unexpected argument 'c'; see"),
+        (["merge", "a", "b", "c"], "unexpected argument 'c'; usage: weightsmith merge [OPTIONS] RECIPE OUT; see"),
+        (["lora", "merge", "a", "b", "c"], "unexpected argument 'c'; usage: weightsmith lora merge"),
         (["merge", "a", "b", "--threads", "many"], 'invalid value for --threads: unable to convert "many" into int'),
         (["merge", "a", "b", "--no-json"], "unknown option: --no-json"),
         (

@@ -37,7 +37,7 @@ def test_a_file_adds_a_method(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["verify", str(tmp_path / "out"), "--rerun"]) == 2
     said = capsys.readouterr().out
     assert "unknown method 'median'" in said
-    assert "a method from a file of yours is known once that is named: --plugin FILE" in said
+    assert "run again before the file that its method comes from is named (--plugin FILE): unknown method" in said
     assert main(["methods", "median", "--plugin", str(EXAMPLE)]) == 0
     assert "share of the mean that is mixed in" in capsys.readouterr().out
     assert (

@@ -99,6 +99,11 @@ def test_recipes_give_methods(text: str, want: Any) -> None:
             "models: {a: {model: a, wieght: 1}}\nmethod: ties",
             "unknown key 'wieght' in models.a; did you mean 'weight'?",
         ),
+        (
+            "models: {a: {model: base, adapter: a}}\nmethod: svd",
+            "r.yaml:1:27: a model with an adapter is one for weightsmith merge, which merges whole models; here write "
+            "the adapter's folder alone, a: FOLDER, and the model that all of them stand on once, base: MODEL",
+        ),
         ("models: {a: a}\nmethod: svd\nrules: []", "r.yaml:3:1: unknown key 'rules' in the recipe"),
         ("models: {a: a}\nmethod: svd\noutput: {dtyp: x}", "unknown key 'dtyp' in output; did you mean 'dtype'?"),
         ("models: {a: a}\nmethod: svd\noutput: {dtype: float8_e5m2}", "unknown dtype 'float8_e5m2'"),

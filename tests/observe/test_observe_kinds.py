@@ -21,7 +21,7 @@ from weightsmith.observe.check import check, sample_text
 from weightsmith.observe.collect import observe
 from weightsmith.observe.kinds import kind_of
 from weightsmith.observe.model import load_model, text_coder
-from weightsmith.observe.probe import probe
+from weightsmith.observe.probe import Found, apart, probe
 from weightsmith.recipe.schema import Recipe
 
 torch.set_num_threads(1)
@@ -118,6 +118,17 @@ def test_nan_is_found_in_every_kind(name: str, tmp_path: Path) -> None:
     report = check(folder)
     assert (report["ok"], report["finite"]) == (False, False)
     assert f"{hurt}: NaN or Inf in the weights" in report["problems"]
+
+
+def test_why_outputs_cannot_be_compared_is_said() -> None:
+    def found(rows: int, width: int, tokens: int = 4, logits: bool = True) -> Found:
+        return Found(torch.zeros(rows, width), logits, "1 texts", True, texts=(torch.zeros(tokens),))
+
+    mine = found(4, 7)
+    assert apart(mine, found(4, 9)) == "it gives 9 logits (another vocabulary, or other labels), the result 7"
+    assert apart(mine, found(6, 7, tokens=6)).startswith("its tokenizer makes 6 tokens of the texts, the result's 4")
+    assert apart(mine, found(1, 7, logits=False)) == "it has another head: only one of the two gives logits"
+    assert apart(found(1, 7, logits=False), found(1, 9, logits=False)).startswith("it gives 9 numbers for each input")
 
 
 def test_the_comparison_is_that_of_mean_pooled_tokens(tmp_path: Path) -> None:

@@ -134,3 +134,13 @@ def test_points_of_one_place_do_not_write_over_each_other() -> None:
 @pytest.mark.parametrize("drawn", [replace(POINTS, points=[]), replace(POINTS, points=POINTS.points[:1])])
 def test_few_points(drawn: Points) -> None:
     assert figure(drawn).count("<circle") == 2 * len(drawn.points)
+
+
+@pytest.mark.parametrize("low", [100.02, 1e-3, 2.5, 1200.0])
+@pytest.mark.parametrize("span", [0.26, 3.0, 500.0])
+def test_numbers_beside_an_axis_differ(low: float, span: float) -> None:
+    drawn = Points("P", [("a", 0.041, low), ("b", 0.048, low + span)], "x", "y")
+    for part in figure(drawn).split('<div class="slim">'):
+        for place in ("end", "middle"):
+            found = re.findall(rf'<text x="[^"]*" y="[^"]*" text-anchor="{place}">([^<]*)</text>', part)
+            assert len(set(found)) == len(found) >= 2, found

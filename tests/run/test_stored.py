@@ -316,3 +316,19 @@ def test_what_changes_the_meaning_of_weights_is_refused(change: dict[str, Any], 
     names["b"] = folder(tmp_path / "b", tensors, **{**LLAMA, **inner, **change})
     with pytest.raises(PlanError, match=f"config.json: {field}: their weights mean different things; leave b out"):
         run(tmp_path, models=names, method="linear")
+
+
+def test_a_model_of_another_kind_is_one_problem(tmp_path: Path) -> None:
+    def kind(name: str, said: str, tensors: dict[str, torch.Tensor]) -> str:
+        made = folder(tmp_path / name, tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": said}))
+        return made
+
+    vit = kind("vit", "vit", {"layer.0.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)})
+    clip = kind("clip", "clip", {"text.0.weight": torch.ones(2, 2), "vision.1.weight": torch.ones(2)})
+    with pytest.raises(PlanError) as caught:
+        run(tmp_path, base=vit, models={"a": vit, "b": clip}, method="ties")
+    assert str(caught.value) == (
+        "b is another kind of model than base (clip, not vit): no tensor is in both; "
+        "leave b out, or merge it with models of its kind"
+    )

@@ -183,12 +183,24 @@ def _usage(error: cyclopts.CycloptsError, words: Sequence[str]) -> str:
     import cyclopts
 
     if isinstance(error, cyclopts.UnusedCliTokensError):
-        text = f"unexpected argument {' '.join(error.unused_tokens or [])!r}"
+        text = f"unexpected argument {' '.join(error.unused_tokens or [])!r}{_takes(error)}"
     else:
         text = " ".join(str(error).split()).partition(" Available commands:")[0].rstrip(".")
         text = text[:1].lower() + text[1:]
     verb = f" {words[0]}" if words and words[0] in _VERBS else ""
     return f'{text}; see "weightsmith{verb} --help"'
+
+
+def _takes(error: cyclopts.CycloptsError) -> str:
+    """What the command that was given too much takes: '; usage: weightsmith merge [OPTIONS] RECIPE OUT'."""
+    import inspect
+
+    if error.target is None:
+        return ""
+    taken = [one for one in inspect.signature(error.target).parameters.values() if one.kind is one.POSITIONAL_ONLY]
+    names = [one.name.strip("_").upper() for one in taken]
+    shown = [f"[{name}]" if one.default is not one.empty else name for one, name in zip(taken, names, strict=True)]
+    return f"; usage: weightsmith {' '.join([*(error.command_chain or ()), '[OPTIONS]', *shown])}"
 
 
 def _fail(text: str, code: int, debug: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from weightsmith.core.problem import Code, Problem, told
 from weightsmith.inputs.modules import modules_merged, unlike_modules
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
+from weightsmith.io.architectures import LOOKED_UP
 from weightsmith.io.package.companions import tokenizer_files, tokenizer_home, trained_modules
 from weightsmith.io.package.template import AUTO, CHATML, most_common_template, template_of
 from weightsmith.io.read.peft import adapter_in
@@ -36,6 +38,8 @@ __all__ = [
 ]
 
 _LIMIT = 16_000_000
+_OTHER_ROWS = re.compile("|".join((*LOOKED_UP, "norm", "embed_positions", "pos_embed")), re.IGNORECASE)
+"""In names of tensors beside embeddings whose rows are no tokens: `bert.embeddings.LayerNorm.weight`."""
 
 
 def tokenizer_folder(recipe: Recipe, inputs: Inputs) -> Path | None:
@@ -56,6 +60,7 @@ def vocabulary_problems(
     """Rows of merged embeddings must stand for the same tokens in every model."""
     if isinstance(reference, VocabularyView):
         return  # a view of every model in one vocabulary
+    merged = [name for name in merged if not _OTHER_ROWS.search(name)]
     for name, source in experts.items() if merged else ():
         try:
             found = difference(_home(reference, merged), _home(source, merged)) if source is not reference else None

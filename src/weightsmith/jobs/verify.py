@@ -72,9 +72,10 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
             raise PlanError(job.plan.problems)
     except WeightsmithError as error:
         found = problems_of(error)
-        hint = ["a method from a file of yours is known once that is named: --plugin FILE"]
+        # The way out first: what follows may list every method there is.
         unknown = any(problem.code is Code.UNKNOWN for problem in found)
-        return [*(f"the recipe cannot be run again: {problem}" for problem in found), *(hint if unknown else ())]
+        hint = " before the file that its method comes from is named (--plugin FILE)" if unknown else ""
+        return [f"the recipe cannot be run again{hint}: {problem}" for problem in found]
     except ValueError as error:
         raise OutputError(f"{out}: the recipe in weightsmith.json is not one of this version ({error})") from error
     return differences(job, out, manifest, settings)

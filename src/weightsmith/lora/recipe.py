@@ -31,6 +31,11 @@ __all__ = ["AdapterRecipe", "AdapterRef", "load", "loads", "method_of"]
 
 Method = Combine | SharedBasis | Averaged
 
+_ON_A_BASE = (
+    "a model with an adapter is one for weightsmith merge, which merges whole models; here write the adapter's folder "
+    "alone, {name}: FOLDER, and the model that all of them stand on once, base: MODEL"
+)
+
 
 class AdapterRef(WithParameters):
     """One adapter: its folder.  Any further key is a parameter of the method for this adapter alone."""
@@ -61,6 +66,10 @@ class AdapterRecipe(Grammar):
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
         own = {name: AdapterRef.own(ref) for name, ref in mapping(tree.get("models")).items()}
+        for name, given in own.items():
+            if "adapter" in given:
+                del given["adapter"]
+                yield Fault(("models", name, "adapter"), _ON_A_BASE.format(name=name), "unknown")
         check = Checker(own, ramps=False)
         slots = check.slots(tree.get("method"), ("method",), named)
         check.outside(tree.get("parameters"), ("parameters",), [slots])

@@ -227,11 +227,12 @@ def _figures(loaded: LoadedModel, prose: str, length: int) -> dict[str, float]:
 
 def _alike(loaded: LoadedModel, prose: str, found: Found) -> dict[str, float]:
     """How a parent's outputs for the same inputs lie to the result's."""
-    from weightsmith.observe.probe import compared, probe
+    from weightsmith.observe.probe import apart, compared, probe
 
-    alike = compared(found, probe(loaded, prose, found))
+    theirs = probe(loaded, prose, found)
+    alike = compared(found, theirs)
     if alike is None:
-        raise WeightsmithError("its outputs have another shape")
+        raise WeightsmithError(apart(found, theirs))
     return alike
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from weightsmith.observe.model import LoadedModel
 
-__all__ = ["Found", "buffer_problems", "compared", "probe", "takes_pictures"]
+__all__ = ["Found", "apart", "buffer_problems", "compared", "probe", "takes_pictures"]
 
 _TEXTS = 16
 _TOKENS = 64
@@ -85,6 +85,19 @@ def compared(one: Found, other: Found) -> dict[str, float] | None:
     if one.logits:
         found["agreement"] = float((one.features.argmax(-1) == other.features.argmax(-1)).double().mean())
     return found
+
+
+def apart(one: Found, other: Found) -> str:
+    """Why the outputs of a result and of a parent, which have other shapes, cannot be compared."""
+    mine, theirs = (sum(len(text) for text in found.texts) for found in (one, other))
+    if one.logits is not other.logits:
+        return "it has another head: only one of the two gives logits"
+    if one.features.shape[1] != other.features.shape[1]:
+        what = "logits (another vocabulary, or other labels)" if one.logits else "numbers for each input"
+        return f"it gives {other.features.shape[1]} {what}, the result {one.features.shape[1]}"
+    if mine != theirs:
+        return f"its tokenizer makes {theirs} tokens of the texts, the result's {mine}: no outputs are of one token"
+    return f"it gives {len(other.features)} outputs for the same inputs, the result {len(one.features)}"
 
 
 def takes_pictures(loaded: LoadedModel) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from weightsmith.core.errors import nearest
+from weightsmith.core.errors import SourceError, nearest
 from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.architectures import BUFFERS, CAUSAL_MASKS
+from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.untied import is_output_layer
 from weightsmith.plan.carried import has
@@ -41,6 +44,7 @@ class Fitting:
         self.name = "" if inputs.base is not None else next(iter(inputs.experts), "")
         self.label = self.name or "base"
         self.carried: dict[str, str] = {}
+        self._strangers = frozenset(self._find_strangers())
 
     def everywhere(self, key: Key) -> bool:
         """Whether all experts hold this tensor in this shape; else a problem is noted."""
@@ -51,7 +55,24 @@ class Fitting:
         """Whether a tensor is a buffer that some files have and others lack; then the reference's stays."""
         return _is_buffer(key) and not all(has(source, key.name) for source in self.inputs.experts.values())
 
+    def _find_strangers(self) -> Iterator[str]:
+        """Models of another type than the reference with none of its tensors; one problem for each."""
+        kind = _kind(self.reference)
+        for name, source in self.inputs.experts.items():
+            other = _kind(source)
+            names = list(self.reference.keys)
+            if not (kind and other and kind != other) or any(has(source, one) for one in names):
+                continue
+            if not _renamed(names, source):
+                text = (
+                    f"{name} is another kind of model than {self.label} ({other}, not {kind}): no tensor is in both; "
+                )
+                self.problems.say(Code.SURPLUS, name, f"{text}leave {name} out, or merge it with models of its kind")
+                yield name
+
     def _fits(self, key: Key, name: str, source: Source) -> bool:
+        if name in self._strangers:
+            return False
         if not has(source, key.name):
             if key.role == "head" and self._other_heads(source):
                 self.problems.share(Code.SURPLUS, key.name, (name, "head"), partial(self._unlike_heads, name))
@@ -73,7 +94,8 @@ class Fitting:
     def extra_tensors(self, keeps: Callable[[Key], bool]) -> None:
         """Tensors that the reference lacks: carried over where a rule keeps them, else refused."""
         for name, source in self.inputs.experts.items():
-            for key in source.keys.values() if source is not self.reference else ():
+            other = source is not self.reference and name not in self._strangers
+            for key in source.keys.values() if other else ():
                 there, tied = has(self.reference, key.name), key.name in self.reference.aliases
                 if there and not tied:
                     continue  # of a large model nearly all, and asking what becomes of a tensor takes time
@@ -157,6 +179,13 @@ class Fitting:
             )
 
         self.problems.share(Code.SHAPE, key.name, (name, a, b), text)
+
+
+def _kind(source: Source) -> str:
+    """The model_type of a model's config.json; '' where none is said."""
+    with contextlib.suppress(SourceError, OSError, ValueError, AttributeError):
+        return str(json.loads(config_of(source) or "{}").get("model_type", ""))
+    return ""
 
 
 def _is_buffer(key: Key) -> bool:

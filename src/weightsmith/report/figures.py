@@ -218,7 +218,7 @@ def scatter(
 
     def draw(size: tuple[int, int]) -> str:
         frame = _Frame(size, across, up)
-        steps = list(_powers(*across)) if powers else _ticks(*across)
+        steps = _powers(*across) if powers else _ticks(*across)
         parts = [*_axes(frame, steps, _ticks(*up), x, y, power=powers)]
         spots = [frame.place(a, b) for a, b in zip(xs, ys, strict=True)]
         taken = [(a - 6, b - 6, a + 6, b + 6) for a, b in spots]
@@ -283,15 +283,18 @@ def _axes(
     """Lines, numbers (`power`: of 10 across) and what they are."""
     left, bottom = frame.place(frame.x[0], frame.y[0])
     right, top = frame.place(frame.x[1], frame.y[1])
-    for value in across:
+    up = _readable(up)
+    texts = [_short(10**value) for value in across] if power else _apart(across)
+    if len(set(texts)) < len(texts):
+        texts = _apart([10**value for value in across])
+    for value, text in zip(across, texts, strict=True):
         place, _ = frame.place(value, frame.y[0])
-        text = _short(10**value if power else value)
         yield f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         yield f'<text x="{place:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{text}</text>'
-    for value in up:
+    for value, text in zip(up, _apart(up), strict=True):
         _, place = frame.place(frame.x[0], value)
         yield f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{place:.1f}" y2="{place:.1f}"/>'
-        yield f'<text x="{left - 6:.1f}" y="{place + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+        yield f'<text x="{left - 6:.1f}" y="{place + 4:.1f}" text-anchor="end">{text}</text>'
     middle = (left + right) / 2
     yield f'<text class="soft" x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle">{escape(x)}</text>'
     turn = (top + bottom) / 2
@@ -299,6 +302,24 @@ def _axes(
         f'<text class="soft" x="14" y="{turn:.1f}" text-anchor="middle" transform="rotate(-90 14 {turn:.1f})">'
         f"{escape(y)}</text>"
     )
+
+
+def _apart(ticks: Sequence[float]) -> list[str]:
+    """Evenly spaced numbers with as many digits behind the point as tell them apart."""
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    if digits > 6:
+        return [_short(value) for value in ticks]
+    return [f"{value:.{digits}f}".replace("-", "−") for value in ticks]
+
+
+def _readable(ticks: Sequence[float]) -> Sequence[float]:
+    """Without those of more digits than there is room for, if two are left."""
+    texts = _apart(ticks)
+    if max(map(len, texts), default=0) <= 5:
+        return ticks
+    fewer = [value for value, text in zip(ticks, texts, strict=True) if "." in text and text.endswith("0")]
+    return fewer if len(fewer) > 1 else ticks
 
 
 def _widened(low: float, high: float, share: float) -> tuple[float, float]:
@@ -314,13 +335,12 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _powers(low: float, high: float) -> Iterator[float]:
-    """Logarithms of powers of ten from low to high, and where there are few of 2 and 5 times them."""
-    own = (1,) if high - low > 3 else (1, 2, 5)
-    for power in range(math.floor(low), math.ceil(high) + 1):
-        for digit in own:
-            if low <= (place := power + math.log10(digit)) <= high:
-                yield place
+def _powers(low: float, high: float) -> list[float]:
+    """Logarithms of powers of ten from low to high; where there are few of 2 and 5 times them, of any."""
+    digits = (1,) if high - low > 3 else (1, 2, 5)
+    every = (power + math.log10(digit) for power in range(math.floor(low), math.ceil(high) + 1) for digit in digits)
+    found = [place for place in every if low <= place <= high]
+    return found if len(found) > 1 else [math.log10(tick) for tick in _ticks(10**low, 10**high)]
 
 
 _BODIES: dict[type, Callable[..., str]] = {Bars: _bars, Heat: _heat, Points: _points, Curves: _curves}
