@@ -279,7 +279,7 @@ def test_that_no_space_is_saved_is_said(there: Path) -> None:
     (text,) = texts(lossy(there, 3.0, "exact").warnings)
     assert text == (
         "no space is saved: base and result take 150% of what the models take in full, which lose nothing; "
-        "keep those, or take a codec with few bits for each model (bitdelta, tsvc)"
+        "keep those, or take a codec with few bits for each model (bitdelta)"
     )
     assert not texts(lossy(there, 3.0, "bitdelta", "bits").warnings)
 

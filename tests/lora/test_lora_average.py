@@ -119,6 +119,26 @@ def test_average_is_the_plain_mean(run: Path, tmp_path: Path) -> None:
     assert set(lora.merge(paths, "average", tmp_path / "out").weights.values()) == {1 / 3}
 
 
+@pytest.mark.parametrize("method", ["average", "linear"])
+def test_factors_that_do_not_belong_together_are_said(run: Path, tmp_path: Path, method: str) -> None:
+    """A and B of independent adapters, combined by themselves, are far from the sum of the changes."""
+    paths = {f"c{i}": adapter(tmp_path / f"c{i}", llama, i, r=3, target_modules=["q_proj"]) for i in (1, 2)}
+    made = lora.merge(paths, method, tmp_path / "out")
+    share = 0.5 if method == "average" else 1.0
+    first, second, got = (deltas(loaded(llama, {"x": p}), "x") for p in (*paths.values(), tmp_path / "out"))
+    far = []
+    for name, tensor in got.items():
+        want = share * (first[name] + second[name])
+        far.append(float((tensor - want).norm() / want.norm()))
+    assert sorted(m.error for m in made.modules) == pytest.approx(sorted(far), rel=1e-3)
+    (warning,) = texts(made.warnings)
+    assert f"{max(far):.0%} off the sum of the weighted changes" in warning
+    again = adapter(tmp_path / "again", llama, 1, r=3, target_modules=["q_proj"])
+    alike = lora.merge({"a": paths["c1"], "b": again}, "average", tmp_path / "same")
+    assert alike.worst < 1e-6
+    assert not any("off the sum" in text for text in texts(alike.warnings))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

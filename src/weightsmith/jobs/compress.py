@@ -56,7 +56,7 @@ def compress(
     idle = storage.base + storage.stored >= storage.experts
     text = (
         f"no space is saved: base and result take {storage.ratio:.0%} of what the models take in full, which lose "
-        "nothing; keep those, or take a codec with few bits for each model (bitdelta, tsvc)"
+        "nothing; keep those, or take a codec with few bits for each model (bitdelta)"
     )
     warnings = [Problem(Code.CODEC, "method", text)] if idle else []
     return replace(made, storage=storage, warnings=(*made.warnings, *warnings))

@@ -29,7 +29,7 @@ from weightsmith.lora.naming import TARGETING, config_of
 from weightsmith.lora.recipe import AdapterRecipe, method_of
 from weightsmith.lora.rules import Averaged, Combine, Made, Part, SharedBasis
 from weightsmith.lora.whole import token_rows, whole_tensors
-from weightsmith.lora.write import Description, Writer, Written
+from weightsmith.lora.write import Description, ModuleReport, Writer, Written
 
 __all__ = ["merge", "run"]
 
@@ -106,6 +106,7 @@ def run(
             )
             if progress:
                 progress(done + 1, len(modules))
+        notes += _unlike_factors(writer.worst, method)
         averaged = isinstance(method, Averaged) or method.saved == "average"
         whole, more = whole_tensors(adapters, weights, averaged=averaged)
         rows, indices = token_rows(adapters, weights, averaged=averaged)
@@ -146,6 +147,20 @@ def _made(
             parts = [Part(f, a.modules[module].scale, w, label) for f, (label, a, w) in zip(factors, who, strict=True)]
             made.append(own.combine(parts, module if len(pieces[0]) == 1 else f"{module}.{i}", seed, most))
         yield module, made
+
+
+FAR = 0.3
+"""Share of a module's summed change by which the product of summed factors may be off without a word.  Chosen."""
+
+
+def _unlike_factors(worst: ModuleReport | None, method: Method) -> Iterator[str]:
+    """What to say where (sum B)(sum A) is not nearly the sum of the products B A."""
+    if worst is not None and not isinstance(method, SharedBasis) and method.apart and worst.error > FAR:
+        way = "space: product" if isinstance(method, Averaged) else "svd, or cat at a larger rank,"
+        yield (
+            f"A and B are combined by themselves, which suits adapters that began alike (of one run): {worst.name} is "
+            f"{worst.error:.0%} off the sum of the weighted changes; {way} combines the changes"
+        )
 
 
 def _of_one_group(method: Combine | Averaged, limit: int, groups: int) -> tuple[Combine | Averaged, int]:

@@ -120,6 +120,11 @@ class Combine(Stage):
         return self.kind
 
     @property
+    def apart(self) -> bool:
+        """Whether A and B are combined by themselves, where the sum of the changes is meant."""
+        return self.kind == "linear"
+
+    @property
     def rule(self) -> Rule:
         return KINDS[self.kind]
 
@@ -147,7 +152,9 @@ class Combine(Stage):
             a = self._joined([p.factors.a for p in parts], turned, parts, f"{module}.lora_A", seed)
             b = self._joined([p.factors.b for p in parts], roots, parts, f"{module}.lora_B", seed)
             found = Factors(b, a)
-            return Made(found, found)
+            if self.kind != "linear":
+                return Made(found, found)
+            return Made(found, stacked([part.factors for part in parts], [part.strength for part in parts]))
         if self.rule.on == "stack":
             found = stacked([part.factors for part in parts], [part.strength for part in parts])
             return self._cut(svd_of_factors(found), found, limit) if self.rule.svd else Made(found, found)
@@ -248,7 +255,12 @@ class Averaged(Stage):
             weighted_sum(torch.stack([part.factors.b * part.weight for part in parts])),
             weighted_sum(torch.stack([part.factors.a * part.weight for part in parts])),
         )
-        return Made(found, found)
+        return Made(found, stacked([part.factors for part in parts], [part.weight for part in parts]))
+
+    @property
+    def apart(self) -> bool:
+        """Whether A and B are combined by themselves."""
+        return self.space == "factors"
 
 
 METHODS: Mapping[str, Callable[..., Combine | SharedBasis | Averaged]] = {

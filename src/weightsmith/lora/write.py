@@ -138,6 +138,11 @@ class Writer:
     def ranks(self) -> dict[str, int]:
         return {report.name: report.rank for report in self._reports}
 
+    @property
+    def worst(self) -> ModuleReport | None:
+        """The module with the largest error so far."""
+        return max(self._reports, key=lambda report: report.error, default=None)
+
     def add(
         self,
         module: Module,
