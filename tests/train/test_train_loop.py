@@ -18,6 +18,7 @@ from weightsmith.io.read.open import open_source
 from weightsmith.train import loop
 from weightsmith.train.checkpoints import Checkpoints
 from weightsmith.train.loop import Pace, fit
+from weightsmith.train.multitask import recipe as multitask
 from weightsmith.train.optim import DCTAdamW, Trion
 from weightsmith.train.recipe import TrainRecipe, loads
 from weightsmith.train.run import optimizer_of
@@ -160,6 +161,18 @@ def test_groups_follow_shapes():
     assert trion.defaults["scale"] == "dion"
     plain, _ = optimizer_of(loads("{model: m, data: d, optimizer: adamw}").optimizer, net)
     assert type(plain) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("said", ["null", "none"])
+def test_no_clipping_is_said_in_two_ways(said: str):
+    assert loads(f"{{model: m, data: d, clip: {said}}}").clip == "none"
+    assert loads("{model: m, data: d}", overrides=[f"clip={said}"]).clip == "none"
+    assert multitask.loads(f"{{model: m, tasks: {{a: {{data: d}}}}, clip: {said}}}").clip == "none"
+    net = network()
+    large: loop.Loss = lambda numbers: (1e3 * squares(net)(numbers)[0], len(numbers))  # noqa: E731
+    fit(net, torch.optim.SGD(net.parameters(), 1e-6), large, range(12), Pace(1, 12, clip="none"))
+    moved = [(a - b).norm() for a, b in zip(net.parameters(), network().parameters(), strict=True)]
+    assert torch.stack(moved).norm() > 10e-6  # a norm cut to 1 moves by 1e-6
 
 
 @pytest.mark.parametrize(

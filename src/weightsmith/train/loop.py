@@ -30,7 +30,7 @@ class Pace:
     accumulation: int = 1
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: float = 0.0
-    clip: float | None = None
+    clip: float | Literal["none"] = "none"
     every: int = 100
     seed: int = 0
 
@@ -154,7 +154,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     run: Loss,
     batches: list[list[int]],
-    clip: float | None,
+    clip: float | Literal["none"],
     step: int,
     update: Callable[[int], object] | None,
     whole: Callable[[Sequence[int]], Tensor] | None,
@@ -179,7 +179,7 @@ def _step(
     for p in params:
         if p.grad is not None:
             p.grad /= count
-    norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip).item()
+    norm = nn.utils.clip_grad_norm_(params, math.inf if clip == "none" else clip).item()
     if not math.isfinite(norm):
         raise NumericError(f"step {step}: the gradient is {norm} on examples {used}; lower the learning rate")
     optimizer.step() if update is None else update(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from weightsmith.recipe.grammar import Fault, Grammar, Reading
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
 
-__all__ = ["AdamW", "OneOf", "Optimizer", "Schedule", "TrainRecipe", "load", "loads"]
+__all__ = ["AdamW", "Clip", "OneOf", "Optimizer", "Schedule", "TrainRecipe", "load", "loads", "null_clip"]
 
 
 class OneOf(Grammar):
@@ -107,6 +107,14 @@ class Tune(OneOf):
     svfit: Svfit | None = Field(default=None, description="singular values")
 
 
+Clip = Annotated[float, Field(gt=0)] | Literal["none"]
+
+
+def null_clip(given: Any) -> Any:
+    """`clip: null` says none: a key without a value would leave the default."""
+    return {**given, "clip": "none"} if isinstance(given, Mapping) and given.get("clip", 0) is None else given
+
+
 class Schedule(Grammar):
     """How long, how fast, on how much of the data: what runs with one file of examples have in common."""
 
@@ -115,7 +123,7 @@ class Schedule(Grammar):
     accumulation: int = Field(default=1, ge=1, description="forward passes of one step")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="of the learning rate")
     warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the rate grows from 0")
-    clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null: none")
+    clip: Clip = Field(default=1.0, description="largest norm of the gradient, or none")
     every: int = Field(default=100, ge=1, description="steps between two checkpoints, which are also validated")
     valid: float = Field(default=0.05, ge=0, lt=1, description="share of the examples kept for validation")
     examples: int = Field(default=1_000_000, ge=1, description="at most so many are read")
@@ -123,6 +131,10 @@ class Schedule(Grammar):
     field: str | None = Field(default=None, description="which field of a .jsonl or .npz to read")
     bf16: bool = Field(default=False, description="run the model under bfloat16 autocast")
     seed: int = Field(default=0, ge=0, description="of the order, the validation set, and dropout")
+
+    @classmethod
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        return super().long_form(null_clip(given), reading)
 
 
 class TrainRecipe(Schedule):

@@ -11,7 +11,8 @@ from pydantic import Field
 from weightsmith.recipe.fields import Located, Words, named
 from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
 from weightsmith.recipe.load import read_file, read_text
-from weightsmith.train.recipe import AdamW, OneOf, Optimizer
+from weightsmith.recipe.reader import Location
+from weightsmith.train.recipe import AdamW, Clip, OneOf, Optimizer, null_clip
 
 __all__ = ["By", "MultiTaskRecipe", "NetSpec", "TaskSpec", "load", "loads"]
 
@@ -172,9 +173,7 @@ class MultiTaskRecipe(Grammar):
     accumulation: int = Field(default=1, ge=1, description="forward passes of one step")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="of the learning rate")
     warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the rate grows from 0")
-    clip: Annotated[float, Field(gt=0)] | Literal["none"] = Field(
-        default=1.0, description="largest norm of the gradient, or none"
-    )
+    clip: Clip = Field(default=1.0, description="largest norm of the gradient, or none")
     every: int = Field(default=100, ge=1, description="steps between two checkpoints, which are also validated")
     valid: float = Field(default=0.05, ge=0, lt=1, description="share of data kept for validation")
     examples: int = Field(default=200, ge=1, description="most validation examples of a task during the run")
@@ -182,6 +181,10 @@ class MultiTaskRecipe(Grammar):
     answer: int = Field(default=64, ge=1, description="tokens of an answer")
     bf16: bool = Field(default=False, description="run the model under bfloat16 autocast")
     seed: int = Field(default=0, ge=0, description="of the order, the validation set, dropout, and new weights")
+
+    @classmethod
+    def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
+        return super().long_form(null_clip(given), reading)
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterable[Fault]:

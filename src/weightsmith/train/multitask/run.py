@@ -160,9 +160,8 @@ def fit_system(
         accumulation=recipe.accumulation, seed=recipe.seed,
     )  # fmt: skip
     examples = [(task, pair) for task in tasks.values() for pair in task.parts["train"]]
-    same = ("steps", "batch", "accumulation", "schedule", "warmup", "every", "seed")
-    clip = None if recipe.clip == "none" else recipe.clip
-    pace = _MultiPace(**{name: getattr(recipe, name) for name in same}, clip=clip, sampler=sampler)
+    same = ("steps", "batch", "accumulation", "schedule", "warmup", "every", "seed", "clip")
+    pace = _MultiPace(**{name: getattr(recipe, name) for name in same}, sampler=sampler)
 
     def update(step: int) -> None:
         if not isinstance(optimizer, MTAdamW):
