@@ -90,6 +90,15 @@ def test_choices(folder: Path, tmp_path: Path) -> None:
         assert choices(subject(folder), Choices(file=one, joint="")).examples["acc"] == wanted[:1]
 
 
+def test_choices_that_stand_twice_are_right_twice_and_lines_end_at_line_feeds_only(
+    folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "d.jsonl"
+    item = {"question": "a\u2028b\x85", "choices": ["c", "c"], "answer": 1}
+    file.write_text(json.dumps(item, ensure_ascii=False) + "\r\n", "utf-8")
+    assert choices(subject(folder), Choices(file=str(file))).metrics == {"acc": 1.0, "acc_norm": 1.0}
+
+
 def test_likelihood_of_texts(folder: Path, tmp_path: Path) -> None:
     items = [{"prompt": "ab", "target": "cd"}, {"text": "hello"}]
     found = likelihood(subject(folder), Texts(file=lines(tmp_path / "t.jsonl", items)))
@@ -184,11 +193,14 @@ def test_exact_match_by_rules(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert (found.metrics["exact_match"], found.metrics["flexible_extract"]) == (0.0, 1.0)
     items = [{"question": "", "answer": one} for one in ("2+2=4", '{"a":[1,2]}', "Yes.")]
     file = lines(tmp_path / "e.jsonl", items)
-    for rule, hits in (("exact", [0, 0, 1]), ("contains", [1, 0, 1]), ("json", [0, 1, 0])):
-        assert generate(subject(folder), Generate(file=file, rule=rule)).examples["exact_match"] == hits  # type: ignore[arg-type]
-    wrong = lines(tmp_path / "w.jsonl", [{"question": "2+2?", "answer": "four"}])
-    with pytest.raises(SourceError, match=r"w\.jsonl, example 1: its answer has no number behind '####'"):
-        generate(subject(folder), Generate(file=wrong, rule="gsm8k"))
+    quoted = lines(tmp_path / "j.jsonl", [{"question": "", "answer": one} for one in ("[1]", '{"a":[1,2]}', '"Yes."')])
+    for said_in, rule, hits in ((file, "exact", [0, 0, 1]), (file, "contains", [1, 0, 1]), (quoted, "json", [0, 1, 0])):
+        assert generate(subject(folder), Generate(file=said_in, rule=rule)).examples["exact_match"] == hits  # type: ignore[arg-type]
+    for rule, answer, why in (("gsm8k", "four", "has no number behind '####'"), ("json", "Yes.", "is not valid JSON"),
+                              ("contains", " ", "is empty, which everything contains")):  # fmt: skip
+        wrong = lines(tmp_path / "w.jsonl", [{"question": "2+2?", "answer": answer}])
+        with pytest.raises(SourceError, match=rf"w\.jsonl, example 1: .*{why}"):
+            generate(subject(folder), Generate(file=wrong, rule=rule))  # type: ignore[arg-type]
 
 
 BAD = [

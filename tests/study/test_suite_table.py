@@ -98,7 +98,7 @@ def test_nothing_is_measured_twice_and_a_changed_byte_is_seen(tmp_path: Path) ->
 
 def test_a_changed_task_file_or_setting_is_measured_anew(tmp_path: Path) -> None:
     from weightsmith.study.evaluators.measure import version
-    from weightsmith.study.evaluators.specs import Choices
+    from weightsmith.study.evaluators.specs import Choices, Program, Retrieval
     from weightsmith.study.evaluators.subject import Setting
 
     file = tmp_path / "a.jsonl"
@@ -111,6 +111,17 @@ def test_a_changed_task_file_or_setting_is_measured_anew(tmp_path: Path) -> None
     assert version("choices", Choices(file=str(file), prefix="x"), setting, {}) != first
     file.write_text("two")
     assert version("choices", spec, setting, {}) != first
+    program = Program(command=f"python {file} {{model}}")
+    first = version("program", program, setting, {})
+    file.write_text("three")
+    assert version("program", program, setting, {}) != first
+    for name in ("queries", "corpus"):  # two files of one name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(name)
+    pair = Retrieval(file=str(tmp_path / "queries" / "a.jsonl"), corpus=str(tmp_path / "corpus" / "a.jsonl"))
+    first = version("retrieval", pair, setting, {})
+    (tmp_path / "queries" / "a.jsonl").write_text("others")
+    assert version("retrieval", pair, setting, {}) != first
 
 
 def test_killed_and_resumed_gives_the_same_json(tmp_path: Path) -> None:
@@ -175,6 +186,7 @@ FAULTS = [
     ('print(\'{"metrics": {"acc": 1}}\')', "unknown metric 'score'"),
     ("print('NaN')", "score is nan, not a finite number"),
     ('print(\'{"score": "high"}\')', "score is 'high', not a finite number"),
+    ('print(\'{"score": 1, "examples": [NaN, 1]}\')', "the score of an example is not a finite number"),
     ("", "the last line that it prints should be JSON, is ''"),
 ]
 
@@ -243,6 +255,31 @@ def test_no_interval_is_claimed_without_examples_and_no_share_of_nothing(tmp_pat
     assert all(row.figures.figure is None for row in result.rows)
     assert "math, coding, safety: no part of the normalised score" in "; ".join(in_words(result))
     assert document(result)
+
+
+def test_what_is_not_above_0_divides_nothing_and_turns_no_choice_round(tmp_path: Path) -> None:
+    scale = Scale((A,), Rule("."), {"a": -2.0}, {"x": {"a": -1.0}}, {"one": "x"})
+    assert scale.figures({"a": -3.0}).normalised == {}
+    run = make(tmp_path, TUNED.replace("role: proxy, direction: lower,", "role: proxy,"))
+    (tmp_path / "score.py").write_text(
+        PROGRAM + 'if task == "red_loss": print(json.dumps(-1 - abs(values[0] - base[0] - 2)))\n'
+    )
+    result = bench_suite(run, tmp_path / "out", methods=["sum"])
+    assert result.rows[-1].chosen == "lambda 0.5"  # -1; divided by the best expert's -3, -2 would be more
+
+
+def test_scores_that_a_direction_does_not_take_are_refused(tmp_path: Path) -> None:
+    for direction, code, said in (("lower", "37", "a rate from 0 to 1, is 37"), ("per unit", "0", "above 0, is 0")):
+        run = make(tmp_path, RUN.replace("domain: math,", f"domain: math, direction: {direction},"))
+        (tmp_path / "score.py").write_text(f"print({code})")
+        with pytest.raises(RecipeError, match=said):
+            bench_suite(run, tmp_path / "out")
+
+
+def test_examples_that_do_not_have_the_score_as_their_mean_give_no_interval(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (tmp_path / "score.py").write_text(PROGRAM.replace('"score": sum(examples) / n', '"score": 0.9'))
+    assert not any(row.versus for row in bench_suite(run, tmp_path / "out").rows)
 
 
 def test_flags_reach_the_pages(tmp_path: Path) -> None:

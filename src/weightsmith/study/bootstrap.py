@@ -73,7 +73,7 @@ def resample(
         else:
             raw = np.broadcast_to([scores[model][task.name] for model in models], (draws, len(models)))
         domains.setdefault(task.domain, []).append(_up(task, raw))
-    means = {d: np.mean(parts, axis=0) for d, parts in domains.items() if reference[d]}
+    means = {d: np.mean(parts, axis=0) for d, parts in domains.items() if reference[d] > 0}
     shares = {d: value / reference[d] for d, value in means.items()}
     figures = np.asarray(rule.combine(shares))
     points = {model: _point(tasks, rule, reference, scores[model]) for model in models}
@@ -96,4 +96,4 @@ def _up(task: Task, raw: Array) -> Array:
 
 def _point(tasks: Sequence[Task], rule: Rule, reference: Mapping[str, float], scores: Mapping[str, float]) -> float:
     found = domain_scores(tasks, scores)
-    return float(rule.combine({d: value / reference[d] for d, value in found.items() if reference[d]}))
+    return float(rule.combine({d: value / reference[d] for d, value in found.items() if reference[d] > 0}))

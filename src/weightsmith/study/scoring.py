@@ -29,7 +29,7 @@ class Figures:
     """One model's row.
 
     domains      domain -> score, higher is better
-    normalised   domain -> share of what the rule divides by; a domain is left out if that is 0
+    normalised   domain -> share of what the rule divides by; a domain is left out if that is 0 or less
     gain         domain -> (model - base) / (reference - base), left out where the reference hardly gains
     figure       the rule's combination of `normalised`; None without any
     mean         mean of `domains`;  worst: the domain with the least normalised score
@@ -76,7 +76,7 @@ class Scale:
             domain_scores(self.tasks, self.base),
             self.reference(),
         )
-        normalised = {d: value / reference[d] for d, value in domains.items() if reference[d]}
+        normalised = {d: value / reference[d] for d, value in domains.items() if reference[d] > 0}
         gaining = [d for d in domains if reference[d] - base[d] >= self._least_gain(d, reference[d])]
         lost, kept = forgetting(self.tasks, scores, self.base)
         return Figures(
@@ -111,7 +111,7 @@ def forgetting(tasks: Sequence[Task], scores: Scores, base: Scores) -> tuple[flo
     """(mean of score - base's, mean of score / base's) over the guards, higher is better; None without any."""
     guards = [task for task in tasks if task.role == "guard"]
     pairs = [(task.up(scores[task.name]), task.up(base[task.name])) for task in guards]
-    shares = [model / at for model, at in pairs if at]
+    shares = [model / at for model, at in pairs if at > 0]
     lost = statistics.fmean(model - at for model, at in pairs) if pairs else None
     return lost, statistics.fmean(shares) if shares else None
 

@@ -43,11 +43,15 @@ class Task:
     chance: float | None = None
 
     def up(self, score: float) -> float:
-        """The score so that higher is better; a perfect `per unit` score of 0 is infinite."""
+        """The score so that higher is better; ValueError for one that the direction does not take."""
+        if self.direction == LOWER and not -1e-9 <= score <= 1 + 1e-9:
+            raise ValueError(f"direction: lower takes a rate from 0 to 1, is {score:g}; of an amount say: per unit")
+        if self.direction == PER_UNIT and score <= 0:
+            raise ValueError(f"direction: per unit takes an amount above 0, is {score:g}")
         if self.direction == LOWER:
             return 1 - score
         if self.direction == PER_UNIT:
-            return 1 / score if score else float("inf")
+            return 1 / score
         return score
 
 

@@ -15,6 +15,7 @@ from weightsmith.study.bench import Counter, alone
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest
 from weightsmith.study.evaluators.measure import HARNESSES
+from weightsmith.study.suite import Suite
 from weightsmith.study.suite_file import Bound, SuiteRun, bound_tasks, load_run
 from weightsmith.study.suite_lab import Lab, peak_rss
 from weightsmith.study.suite_methods import methods_of
@@ -56,6 +57,7 @@ def bench_suite(
     run, chosen = load_run(file, suite)
     bound = bound_tasks(run, chosen)
     _allowed(run, bound, allow_code_execution)
+    _used(run, chosen, bound)
     ledger = Ledger(folder / "scores.jsonl")
     setting = run.setting(str(settings.device), limit)
     counter = Counter(1, settings.progress)
@@ -100,6 +102,23 @@ def _allowed(run: SuiteRun, bound: Mapping[str, Bound], allow: bool) -> None:
             faults.append(f"{run.file}: environments.{name}: only {' and '.join(HARNESSES)} have one")
     if faults:
         raise PlanError(faults)
+
+
+_ONLY: Mapping[bool, tuple[str, ...]] = {True: ("homes", "checkpoints", "tune", "budget"), False: ("counts", "subsets")}
+"""Whether all experts are merged -> what only such a design takes."""
+
+
+def _used(run: SuiteRun, chosen: Suite, bound: Mapping[str, Bound]) -> None:
+    """RecipeError for what the suite's design would leave unread."""
+    whole = chosen.design == "table"
+    kind = "merges all experts" if whole else "merges subsets, with one setting per method"
+    faults = [f"{run.file}: {name}: {chosen.name} {kind}; leave it out" for name in _ONLY[not whole]
+              if name in run.model_fields_set]  # fmt: skip
+    if not whole:
+        faults += [f"{run.file}: tasks.{name}: {chosen.name} has no use for role: {one.task.role}; leave it out"
+                   for name, one in bound.items() if one.task.role in ("proxy", "guard")]  # fmt: skip
+    if faults:
+        raise RecipeError(*faults)
 
 
 def _evaluations(run: SuiteRun, chosen: Any, lab: Lab, bound: Mapping[str, Bound], wanted: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ class Cell:
 
     size, base   of the rung: its size and kind;  mean: over all test tasks, higher is better
     held_in      score / the expert's, mean over the merged experts' tasks;  held_out: score / the base's
-    marked       tasks of which the difference stands instead of the share: the divisor is 0, or the base at chance
+    marked       tasks of which the difference stands for the share: the divisor is 0 or less, or the base at chance
     above_base, above_best   whether `mean` is above the base's, and the best merged checkpoint's
     """
 
@@ -206,7 +206,7 @@ def _cell(
     def share(one: Bound, against: str) -> float:
         value, divisor = one.task.up(raw[one.name]), one.task.up(trained[against][one.name])
         at_chance = one.task.chance is not None and abs(base[one.name] - one.task.chance) < SMALL and against == BASE
-        if abs(divisor) < SMALL or at_chance:
+        if divisor < SMALL or at_chance:
             marked.append(one.name)
             return float(value - divisor)
         return float(value / divisor)

@@ -266,7 +266,7 @@ def _data(one: Bound) -> Any:
     from weightsmith.study.evaluate import digest
 
     files = [digest(path) for path in one.spec.files() if path.is_file()]
-    if files:
+    if files and one.kind != "program":
         return sorted(files)
     named = one.name if "{task}" in getattr(one.spec, "command", "") else ""
     return [one.kind, one.spec.model_dump(mode="json", exclude={"seconds", "max_new_tokens"}), named]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import PlanError, WeightsmithError, problems_of
+from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, problems_of
 from weightsmith.core.problem import Problem
 from weightsmith.core.settings import Settings
 from weightsmith.inputs.opened import Inputs
@@ -56,8 +56,14 @@ Scores = Mapping[str, Found]
 
 
 def scores_of(found: Scores, tasks: Sequence[Bound], label: str) -> dict[str, float]:
-    """Task -> raw score."""
-    return {one.name: found[one.name].score(one.task.metric, f"{label}, task {one.name}") for one in tasks}
+    """Task -> raw score; RecipeError, see `Found.score`, also for one that the task's direction does not take."""
+    scores = {one.name: found[one.name].score(one.task.metric, f"{label}, task {one.name}") for one in tasks}
+    for one in tasks:
+        try:
+            one.task.up(scores[one.name])
+        except ValueError as error:
+            raise RecipeError(f"{label}, task {one.name}: {one.task.metric}: {error}") from None
+    return scores
 
 
 @dataclass(frozen=True)
@@ -274,7 +280,7 @@ class Lab:
     def _measured(self, subject: Subject, one: Bound) -> dict[str, Any]:
         began = time.perf_counter()
         found = measure(subject, one.kind, one.spec, one.name, self.environments)
-        found.score(one.task.metric, f"{subject.label}, task {one.name}")  # refused before it is kept
+        scores_of({one.name: found}, [one], subject.label)  # refused before it is kept
         return {"found": found.plain(), "seconds": round(time.perf_counter() - began, 4)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def table(
     found: dict[str, Scores] = {BASE: lab.trained(BASE, tests, costs.setdefault(BASE, Cost()))}
     for name in lab.experts:
         found[f"expert {name}"] = lab.trained(name, tests, costs.setdefault(f"expert {name}", Cost()))
+    _told_apart(run, lab, made)
     others = {**({JOINT: lab.rung.joint} if lab.rung.joint else {}), **run.checkpoints}
     for label, path in others.items():
         found[label] = lab.given(label, path, tests, costs.setdefault(label, Cost()))
@@ -137,6 +138,17 @@ def table(
     )
 
 
+def _told_apart(run: SuiteRun, lab: Lab, methods: Iterable[str]) -> None:
+    """RecipeError for a row that would take another's name."""
+    taken = {BASE, JOINT, *(f"expert {name}" for name in lab.experts)}
+    wrong = [f"{run.file}: checkpoints.{name}: the name of another row; choose one" for name in run.checkpoints
+             if name in taken]  # fmt: skip
+    taken |= run.checkpoints.keys()
+    wrong += [f"{run.file}: methods.{name}: the name of another row; choose one" for name in methods if name in taken]
+    if wrong:
+        raise RecipeError(*wrong)
+
+
 def _task_told(one: Bound) -> dict[str, Any]:
     return {**asdict(one.task), "evaluator": one.kind, "told": one.spec.model_dump(mode="json", exclude={"seconds"})}
 
@@ -149,6 +161,8 @@ def _homes(run: SuiteRun, suite: Suite, lab: Lab, tasks: Sequence[Task]) -> dict
         for d, n in run.homes.items()
         if n not in lab.experts
     ]
+    wrong += [f"{run.file}: homes.{d}: no task has this domain{did_you_mean(d, domains)}" for d in run.homes
+              if d not in domains]  # fmt: skip
     homes = {d: run.homes.get(d, d) for d in domains if run.homes.get(d, d) in lab.experts}
     if suite.rule.against == "expert":
         wrong += [
@@ -169,7 +183,8 @@ def _judge(lab: Lab, proxies: Sequence[Bound], suite: Suite, run: SuiteRun) -> C
 
     def judge(found: Scores) -> float:
         figures = scale.figures(scores_of(found, proxies, "a candidate"))
-        return figures.figure if figures.figure is not None else figures.mean
+        whole = len(figures.normalised) == len(figures.domains)  # else the rest would be chosen without a domain
+        return figures.figure if whole and figures.figure is not None else figures.mean
 
     return judge
 
@@ -247,11 +262,12 @@ def _examples(one: Bound, found: Mapping[str, Scores]) -> bool:
 
 def _unknown(tests: Sequence[Bound], scale: Scale, found: Mapping[str, Scores]) -> Iterator[str]:
     """What the figures leave out."""
-    if nothing := [domain for domain, value in scale.reference().items() if not value]:
-        yield f"{', '.join(nothing)}: no part of the normalised score, as what it is divided by scores 0"
+    if nothing := [domain for domain, value in scale.reference().items() if value <= 0]:
+        yield f"{', '.join(nothing)}: no part of the normalised score, as what it is divided by scores 0 or less"
     silent = [one.name for one in tests if one.task.role == "test" and not _examples(one, found)]
     if silent:
-        yield f"{', '.join(silent)}: no scores of single examples, so the intervals do not know its uncertainty"
+        what = "no scores of single examples with that mean, so the intervals do not know its uncertainty"
+        yield f"{', '.join(silent)}: {what}"
 
 
 def _warnings(run: SuiteRun, suite: Suite, lab: Lab, bound: Mapping[str, Bound], tune: bool) -> Iterator[str]:

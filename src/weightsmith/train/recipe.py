@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, WrapValidator
 
 from weightsmith.core.errors import did_you_mean
 from weightsmith.recipe.fields import Located, Words
@@ -107,7 +107,14 @@ class Tune(OneOf):
     svfit: Svfit | None = Field(default=None, description="singular values")
 
 
-Clip = Annotated[float, Field(gt=0)] | Literal["none"]
+def _in_one_line(given: Any, handler: Callable[[Any], Any]) -> Any:
+    try:
+        return handler(given)
+    except ValidationError:
+        raise ValueError(f"should be a number above 0, or none; is {given!r}") from None
+
+
+Clip = Annotated[Annotated[float, Field(gt=0)] | Literal["none"], WrapValidator(_in_one_line)]
 
 
 def null_clip(given: Any) -> Any:

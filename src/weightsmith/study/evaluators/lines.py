@@ -30,7 +30,7 @@ def read_lines(file: Path, limit: int | None = None) -> list[Mapping[str, Any]]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: not readable as UTF-8 text ({error})") from None
     found: list[Mapping[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         if limit is not None and len(found) == limit:

@@ -53,7 +53,7 @@ def in_memory(kind: str) -> bool:
 def version(kind: str, spec: Spec, setting: Setting, environments: Mapping[str, str]) -> list[Any]:
     """All that a score depends on besides the model: the task's text and files, the setting, the evaluator's code."""
     told = spec.model_dump(mode="json", exclude={"file", "corpus", "train", "include", "seconds"})
-    files = {path.name: _digest(path) for path in spec.files()}
+    files = [[path.name, _digest(path)] for path in spec.files()]
     return [kind, told, files, setting.identity(), environments.get(kind), _code()]
 
 

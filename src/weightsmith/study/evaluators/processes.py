@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -109,8 +110,19 @@ def answer(given: Any, where: str) -> Found:
         for key, values in parts["examples"].items()
         if isinstance(values, list) and values and all(isinstance(one, (int, float)) for one in values)
     }
+    for key in list(examples):
+        if not all(map(math.isfinite, examples[key])):
+            raise RecipeError(f"{where}: the {key} of an example is not a finite number")
+        if not _is_mean(parts["metrics"].get(key), examples[key]):  # resampling them would say nothing about it
+            del examples[key]
     of_them = of_examples(examples).errors
     return Found(parts["metrics"], {**of_them, **errors}, examples, parts["notes"])
+
+
+def _is_mean(score: Any, examples: Sequence[float]) -> bool:
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        return False
+    return math.isclose(score, math.fsum(examples) / len(examples), rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _run(words: Sequence[str], seconds: float, where: str, room: Path | None, given: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -85,6 +86,14 @@ class Generate(Spec):
     form: str = "Question: {question}\nAnswer:"
     stop: Words = ("\nQuestion:", "\n\n")
     max_new_tokens: Count = 256
+
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        if isinstance(form := tree.get("form"), str) and "{question}" not in form:
+            yield Fault(("form",), f"should have {{question}} in it, is {form[:40]!r}", "value")
+        stop = tree.get("stop", ())
+        if stop == "" or (isinstance(stop, (list, tuple)) and "" in stop):
+            yield Fault(("stop",), "has an empty text, which cuts every answer to nothing", "value")
 
 
 class Code(Spec):
@@ -215,12 +224,20 @@ class Mteb(Process):
 class Program(Process):
     """Any program that prints JSON last: a number, {"score": ...}, or {"metrics", "errors", "examples"}.
 
-    {model}, {task} and {limit} in the command are replaced.
+    {model}, {task} and {limit} in the command are replaced.  Files that the command names are a part of its version;
+    `version` is for what else it reads.
     """
 
     SHORT: ClassVar[str] = "command"
     command: str = Field(examples=["python score.py {model}"])
     version: str = Field(default="", description="changes when the program's data do")
+
+    def files(self) -> list[Path]:
+        try:
+            words = shlex.split(self.command)
+        except ValueError:  # said when it is run
+            return []
+        return [path for word in words if (path := Path(word).expanduser()).is_file()]
 
 
 EVALUATORS: Mapping[str, type[Spec]] = {

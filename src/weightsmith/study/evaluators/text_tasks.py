@@ -39,7 +39,10 @@ def likelihood(subject: Subject, spec: Texts) -> Found:
 
 
 def choices(subject: Subject, spec: Choices) -> Found:
-    """acc: the likeliest choice is right; acc_norm: the likeliest per byte of its text.  Equal ones: the first."""
+    """acc: the likeliest choice is right; acc_norm: the likeliest per byte of its text.  Equal ones: the first.
+
+    A choice that stands twice is right wherever it stands.
+    """
     items = rows(Path(spec.file), subject.setting.limit, _choice)
     pairs = [(spec.prefix + question, spec.joint + one) for question, offered, _ in items for one in offered]
     found, cut = language(subject).targets(pairs)
@@ -49,8 +52,8 @@ def choices(subject: Subject, spec: Choices) -> Found:
         at += len(offered)
         sums = [one.log_likelihood for one in mine]
         shares = [total / max(len(text.encode()), 1) for total, text in zip(sums, offered, strict=True)]
-        plain.append(float(sums.index(max(sums)) == right))
-        normed.append(float(shares.index(max(shares)) == right))
+        plain.append(float(offered[sums.index(max(sums))] == offered[right]))
+        normed.append(float(offered[shares.index(max(shares))] == offered[right]))
     return of_examples({"acc": plain, "acc_norm": normed}, {"prompts cut": cut} if cut else {})
 
 
@@ -109,7 +112,9 @@ def generate(subject: Subject, spec: Generate) -> Found:
     """Greedy answers against the right ones, by the spec's rule."""
 
     def one(item: Mapping[str, Any]) -> tuple[str, Any]:
-        answer = item["answer"] if spec.rule == "json" else texts(item, "answer")
+        answer = _wanted(item["answer"]) if spec.rule == "json" else texts(item, "answer")
+        if spec.rule == "contains" and not answer.strip():
+            raise ValueError("answer is empty, which everything contains")
         return texts(item, "question", "prompt"), answer
 
     items = rows(Path(spec.file), subject.setting.limit, one)
@@ -135,13 +140,22 @@ def generate(subject: Subject, spec: Generate) -> Found:
     return of_examples({"exact_match": [float(_fits(text, right, spec.rule)) for text, right in pairs]}, notes)
 
 
+def _wanted(answer: Any) -> Any:
+    """What a text of JSON says; any other value is meant itself."""
+    if not isinstance(answer, str):
+        return answer
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError):
+        raise ValueError(f"answer {answer[:40]!r} is not valid JSON: nothing could equal it") from None
+
+
 def _fits(text: str, right: Any, rule: str) -> bool:
     if rule == "contains":
         return right.strip() in text
     if rule == "exact":
         return bool(text.strip() == right.strip())
     try:
-        wanted = json.loads(right) if isinstance(right, str) else right
-        return bool(json.loads(text.strip()) == wanted)
+        return bool(json.loads(text.strip()) == right)
     except (ValueError, RecursionError):
         return False
