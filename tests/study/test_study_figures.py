@@ -52,6 +52,14 @@ def test_an_expert_that_gained_nothing_is_not_divided_by() -> None:
     assert failed.normalised({"a": 1.0}) is None
 
 
+def test_scores_that_are_not_above_0_have_no_share_and_no_gain() -> None:
+    nothing = Reference({"a": 0.0}, {"a": 0.0}, higher_is_better=True)
+    assert nothing.gain_kept({"a": 0.1}) is None
+    likelihood = Reference({"a": -3.0}, {"a": -2.0}, higher_is_better=True)
+    assert likelihood.normalised({"a": -4.0}) is None  # a share of 2
+    assert likelihood.gain_kept({"a": -2.5}) == 0.5
+
+
 def test_tau() -> None:
     assert tau([1, 2, 3], [10, 20, 30]) == 1
     assert tau([1, 2, 3], [30, 20, 10]) == -1

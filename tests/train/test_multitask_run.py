@@ -243,6 +243,18 @@ def test_data_that_make_no_sense(tmp_path: Path):
     np.savez(tmp_path / "e.npz", x=np.zeros((2, 4, 4)), y=np.zeros(3))
     with pytest.raises(RecipeError, match="2 images but 3 answers"):
         tasks("e.npz")
+    for number, y in enumerate(([0.0, 0.9], [[0, 1], [1, 0]], ["a", "b"], [0, np.nan])):
+        np.savez(tmp_path / f"y{number}.npz", x=np.zeros((2, 4, 4)), y=np.array(y))
+        with pytest.raises(RecipeError, match="a whole number for each image"):
+            tasks(f"y{number}.npz")
+    np.savez(tmp_path / "two.npz", x=np.zeros((2, 2, 5, 5)), y=np.array([0, 1]))
+    with pytest.raises(RecipeError, match="1, 3 or 4 channels"):
+        tasks("two.npz")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"input": "caf\xe9", "output": "x"}\n')
+    with pytest.raises(RecipeError, match="not readable as UTF-8"):
+        tasks("latin.jsonl")
+    (tmp_path / "lines.jsonl").write_text('{"input": "a\u2028b", "output": "x"}\n', "utf-8")
+    assert tasks("lines.jsonl")["t"].parts["train"][0].input == "a\u2028b"
     np.savez(tmp_path / "h.npz", x=np.zeros((1, 4, 4)), target=np.array([[[255, 0], [0, 0]]], dtype=np.uint8))
     with pytest.raises(RecipeError, match=r"map 0 has labels from 0 to 255, outside of legal: 0 .. 9"):
         tasks("h.npz", legal=(0, 9))
@@ -275,6 +287,8 @@ def test_a_prompt_knows_its_base(tmp_path: Path):
     body = open_body(adapt, tasks)
     again = build(adapt, body, tasks)
     assert torch.equal(again.own["prompt"].text, state(out)["multitask.safetensors:prompt.text"])  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="nothing trains"):
+        train_multitask(loads(yaml.safe_dump({**recipe, "by": {"prompt": {"n_ctx": 0}}})), tmp_path / "none")
     with pytest.raises(RecipeError, match="a prompt with n_ctx 3, not 4"):
         build(loads(yaml.safe_dump({**recipe, "by": {"prompt": {"n_ctx": 4, "init": str(out)}}})), body, tasks)
     with torch.no_grad():

@@ -34,9 +34,8 @@ class Reference:
 
     def gaining(self) -> tuple[str, ...]:
         """Tasks whose expert is better than the base by at least MIN_GAIN of its own score."""
-        return tuple(
-            t for t in self.tasks if self._sign * (self.expert[t] - self.base[t]) >= MIN_GAIN * abs(self.expert[t])
-        )
+        gains = {t: self._sign * (self.expert[t] - self.base[t]) for t in self.tasks}
+        return tuple(t for t, gain in gains.items() if gain > 0 and gain >= MIN_GAIN * abs(self.expert[t]))
 
     def better(self, a: float, b: float) -> bool:
         """Whether score a is better than score b."""
@@ -49,11 +48,11 @@ class Reference:
     def normalised_by_task(self, model: Scores) -> dict[str, float]:
         """Task -> score as a share of the expert's own (expert / model where lower is better).
 
-        A task is left out if the share would divide by zero.
+        A task is left out if the divisor is not above 0: of log-likelihoods the share would turn the order round.
         """
         pairs = {t: (model[t], self.expert[t]) if self.higher_is_better else (self.expert[t], model[t])
                  for t in self.tasks}  # fmt: skip
-        return {t: a / b for t, (a, b) in pairs.items() if b != 0}
+        return {t: a / b for t, (a, b) in pairs.items() if b > 0}
 
     def normalised(self, model: Scores) -> float | None:
         """Mean of `normalised_by_task`; None if no task has one."""

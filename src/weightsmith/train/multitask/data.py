@@ -167,7 +167,11 @@ def _read(name: str, path: Path, candidates: tuple[str, ...] | None, spec: TaskS
     if path.suffix != ".jsonl":
         raise SourceError(f"{path}: unknown kind of data of task {name!r}; use .jsonl or .npz")
     found = []
-    for number, line in enumerate(raw.decode("utf-8", "replace").splitlines(), 1):
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not readable as UTF-8 text ({error})") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             found.append(
                 _line(parse_json(line.encode(), f"{path}, line {number}"), f"{path}, line {number}", candidates)
@@ -205,9 +209,18 @@ def _arrays(path: Path, raw: bytes, spec: TaskSpec) -> list[Pair]:
     if len(images) != len(answers):
         raise SourceError(f"{path}: {len(images)} images but {len(answers)} answers")
     inputs = [_planes(image, 3) for image in images]
+    if any(x.ndim != 3 or len(x) != 3 for x in inputs):
+        raise SourceError(f"{path}: images of shape {images.shape[1:]}; they have 1, 3 or 4 channels")
     if maps is None:
+        whole = answers.ndim == 1 and (answers.dtype.kind in "iu" or _are_whole(answers))
+        if not whole:
+            raise SourceError(f"{path}: y should be a whole number for each image; is {answers.dtype} {answers.shape}")
         return [Pair(x, int(y)) for x, y in zip(inputs, answers, strict=True)]
     return [Pair(x, _map(y, spec, f"{path}: map {i}")) for i, (x, y) in enumerate(zip(inputs, answers, strict=True))]
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" and bool((np.isfinite(values) & (values == np.round(values))).all())
 
 
 def _map(stored: np.ndarray, spec: TaskSpec, place: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from weightsmith.core.errors import PlanError
+from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.read.source import tensor_to_bits
 from weightsmith.io.url import output_of
@@ -114,6 +114,8 @@ def train_multitask(
     tasks = body.prepared(tasks)
     base = digest(body.module)
     system = build(recipe, body, tasks)
+    if not any(p.requires_grad and p.numel() for p in system.parameters()):
+        raise RecipeError("nothing trains: the model is frozen and its prompt has no vectors; raise n_ctx")
     start = digest(system.own)
     asked = json.loads(recipe.model_dump_json(exclude_none=True))
     identity = {"recipe": asked, "examples": _hashed(tasks), "model": digest(system)}
