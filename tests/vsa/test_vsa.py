@@ -248,6 +248,28 @@ def test_a_folder_is_searched_by_example(folder: Path, tmp_path: Path) -> None:
     assert find(query, folder, Encoder(binder="hadamard", seed=1), rebuild=True).read == 5
 
 
+def test_a_field_that_a_hit_lacks_is_not_read_out_of_noise(folder: Path, tmp_path: Path) -> None:
+    for i in range(9):
+        (folder / f"other{i}.yaml").write_text(f"unlike{i}: {i}\n")
+    query = tmp_path / "q.yaml"
+    query.write_text("method: {ties: {density: 0.2}}\n")
+    found = find(query, folder, Encoder(binder="hadamard"), path="method.ties.density", count=20)
+    assert found.probed["r0.yaml"][0] == 0.2
+    assert not any(name.startswith("other") for name in found.probed)
+
+
+def test_numbers_beyond_floats_and_links_to_nowhere_stop_no_search(folder: Path, tmp_path: Path) -> None:
+    (folder / "large.json").write_text('{"a": 1e305, "b": 1' + "0" * 400 + ', "c": 1e999}')
+    (folder / "gone.yaml").symlink_to(folder / "nowhere")
+    query = tmp_path / "q.yaml"
+    query.write_text("a: 1.0e+306\n")
+    found = find(query, folder, Encoder(binder="hadamard"))
+    assert found.hits[0].name == "large.json"
+    for weight in (math.nan, math.inf):
+        with pytest.raises(RecipeError, match="no finite number"):
+            Encoder(weights={"a": weight})
+
+
 def test_what_cannot_be_read_is_left_out_and_said(folder: Path, tmp_path: Path) -> None:
     (folder / "twice.json").write_text('{"a": {"b": 1, "b": 2}}')
     (folder / "deep.json").write_text('{"a":' * 70 + "1" + "}" * 70)

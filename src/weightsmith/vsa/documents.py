@@ -35,7 +35,13 @@ def documents(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             wanted = name == "README.md" or (name.endswith(_SUFFIXES) and not name.endswith(".index.json"))
-            if wanted and name not in _NOT and not name.startswith(".") and "/." not in f"{here}/"[len(str(folder)) :]:
+            if (
+                wanted
+                and (Path(here) / name).is_file()
+                and name not in _NOT
+                and not name.startswith(".")
+                and "/." not in f"{here}/"[len(str(folder)) :]
+            ):
                 yield Path(here) / name
 
 

@@ -70,6 +70,9 @@ class Encoder:
     _atoms: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        for glob, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise RecipeError(f"weight of {glob} = {weight} is no finite number")
         if not 16 <= self.dim <= 65536:
             raise RecipeError(f"dim = {self.dim} is outside [16, 65536]")
         if self.binder not in ("", "dense", "hadamard"):
@@ -126,7 +129,7 @@ class Encoder:
         if value is None or isinstance(value, bool):
             return self._atom("constant", str(value))
         if isinstance(value, (int, float, np.integer, np.floating)):
-            return self._number(float(value), path)
+            return self._number(_float(value), path)
         if isinstance(value, str):
             return self._bind("text", self._string(value))
         raise RecipeError(f"{path or 'the value'}: {type(value).__name__} is no JSON value")
@@ -172,7 +175,8 @@ class Encoder:
             return self._atom("constant", repr(value))
         scale = next((found for glob, found in self.scales.items() if fnmatchcase(path, glob)), None)
         if scale is None:
-            place = math.copysign(math.log1p(abs(value) / _SMALL), value) / _KNOT
+            # apart from log(_SMALL), as the quotient of the largest numbers would be infinite
+            place = math.copysign(math.log(abs(value) + _SMALL) - math.log(_SMALL), value) / _KNOT
         else:
             low, high = scale
             place = (value - low) / ((high - low) or 1.0) * 20
@@ -246,6 +250,14 @@ class Encoder:
 def path_of(text: str) -> list[str]:
     """'a.b' as ['a', 'b']; a dot that belongs to a key is written '\\.'."""
     return [part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", text)]
+
+
+def _float(value: Any) -> float:
+    """A number, infinite where an integer is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

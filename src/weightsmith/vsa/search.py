@@ -20,13 +20,15 @@ INDEX = ".weightsmith-index"
 """The file in a folder that keeps its vectors."""
 
 _PROBED = 200  # values that a probe is compared with
+_CERTAIN = 4  # standard deviations of noise from which a probed value is told
 
 
 @dataclass(frozen=True)
 class Found:
     """What a search gave.
 
-    hits      the nearest entries;  probed: name -> (value, cosine) of the field that was asked for
+    hits      the nearest entries
+    probed    name -> (value, cosine) of the field that was asked for, where it stands out from noise
     total     entries of the index, of which `read` were read now
     noise     predicted for the query's fields;  spread: measured standard deviation of all cosines around their mean
     warnings  files that could not be read
@@ -148,7 +150,8 @@ def _probed(encoder: Encoder, index: Index, hits: list[Hit], folder: Path, path:
     for hit in hits:
         vector = encoder.probe(index.vectors[place[hit.name]], path)
         cosine, value = encoder.nearest(vector, values[:_PROBED], path)[0]
-        out[hit.name] = (value, cosine)
+        if cosine > _CERTAIN * noise(1, encoder.dim, 1).spread:  # a vector without the field gives noise
+            out[hit.name] = (value, cosine)
     return out
 
 

@@ -28,6 +28,10 @@ def weights_of(words: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def _probed(found: Found, name: str, probe: str | None) -> list[str]:
+    return [str(found.probed[name][0]) if name in found.probed else "-"] if probe else []
+
+
 def show(found: Found, warnings: Sequence[str], probe: str | None, *, json: bool, quiet: bool) -> None:
     """The hits, and what they have to stand out from."""
     if json:
@@ -35,7 +39,7 @@ def show(found: Found, warnings: Sequence[str], probe: str | None, *, json: bool
         return
     for text in warnings:
         warn(text)
-    rows = [(f"{h.cosine:.3f}", h.name, *map(str, found.probed.get(h.name, ())[:1])) for h in found.hits]
+    rows = [(f"{h.cosine:.3f}", h.name, *_probed(found, h.name, probe)) for h in found.hits]
     table(f"nearest of {found.total}", ["cosine", "name", *([probe] if probe else [])], rows, (0,))
     if quiet:
         return
