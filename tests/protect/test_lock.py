@@ -231,6 +231,22 @@ def test_a_changed_locked_model_is_unlocked_with_a_warning(llama: Path, tmp_path
     assert moved(answers(target), answers(tmp_path / "back")) < 1e-4
 
 
+def test_a_change_of_the_last_layer_alone_is_seen(tmp_path: Path) -> None:
+    """A merge of late layers, without the manifest, is not unlocked as if nothing were."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=6, **sizes)).save_pretrained(tmp_path / "model")
+    lock(tmp_path / "model", tmp_path / "locked", tmp_path / "key", compare=False)
+    (tmp_path / "locked" / "weightsmith.json").unlink()
+    tensors = load_file(tmp_path / "locked" / "model.safetensors")
+    for part in ("self_attn", "mlp"):
+        merged = {n: x + 0.01 if f"layers.5.{part}" in n else x for n, x in tensors.items()}
+        save_file(merged, tmp_path / "locked" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SourceError, match="is not what this key locked"):
+            unlock(tmp_path / "locked", tmp_path / "back", tmp_path / "key")
+
+
 def test_a_seed_is_a_key(llama: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         lock(llama / "model", tmp_path / name, tmp_path / f"key_{name}", seed=3, compare=False)
@@ -335,3 +351,49 @@ def test_adapters_that_cannot_be_carried_over_are_refused(llama: Path, tmp_path:
     with pytest.raises(SourceError, match=r"lora_magnitude_vector.*cannot be carried over"):
         lock_adapter(tmp_path / "dora", llama / "model", tmp_path / "out", llama / "key")
     assert not (tmp_path / "out").exists()
+
+
+@peft_warns
+def test_biases_of_an_adapter_are_carried_over(tmp_path: Path) -> None:
+    """Under peft's name for a wrapped layer."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_bias=True, mlp_bias=True, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    lock(tmp_path / "model", tmp_path / "locked", tmp_path / "key", compare=False)
+    lock_adapter(tmp_path / "adapter", tmp_path / "model", tmp_path / "carried", tmp_path / "key")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "locked")
+    carried = peft.PeftModel.from_pretrained(whole, tmp_path / "carried").eval()
+    ids = torch.randint(3, 60, (2, 9))
+    with torch.no_grad():
+        assert float((carried(ids).logits - adapted.eval()(ids).logits).abs().max()) < 1e-4
+
+
+@peft_warns
+def test_an_adapter_is_carried_once_and_to_its_own_model(llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(llama / "model")
+    peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    key = llama / "key"
+    lock_adapter(tmp_path / "adapter", llama / "model", tmp_path / "carried", key)
+    noted = json.loads((tmp_path / "carried" / "adapter_config.json").read_text())
+    assert noted["base_model_name_or_path"] is None  # where the locked model lies is not known
+    with pytest.raises(SourceError, match="was locked with this key already"):
+        lock_adapter(tmp_path / "carried", llama / "locked", tmp_path / "twice", key)
+    lock_adapter(tmp_path / "adapter", llama / "locked", tmp_path / "known", key)
+    noted = json.loads((tmp_path / "known" / "adapter_config.json").read_text())
+    assert noted["base_model_name_or_path"] == str(llama / "locked")
+    other = saved("llama", tmp_path / "other", seed=1)
+    with pytest.raises(SourceError, match="the key of another model"):
+        lock_adapter(tmp_path / "adapter", other, tmp_path / "twice", key)
+    assert not (tmp_path / "twice").exists()

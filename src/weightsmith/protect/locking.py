@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -189,10 +190,11 @@ def shapes_of(source: Source) -> str:
 
 
 def sample(source: Source, names: Iterable[str]) -> str:
-    """A digest of the first rows of some tensors, as they are stored or will be."""
+    """A digest of the first rows of some tensors, spread over all layers, as they are stored or will be."""
     packed = packed_like_memory(source)
     digest = xxhash.xxh3_128()
-    for name in list(names)[:_SAMPLED]:
+    chosen = list(names)
+    for name in chosen[:: math.ceil(len(chosen) / _SAMPLED) or 1]:
         key = packed.key(name)
         rows = packed.read(name, 0, min(_ROWS, key.rows))
         digest.update(name.encode() + encode(rows, key, 0).tobytes())
