@@ -15,6 +15,7 @@ from kit import noise
 from weightsmith.cli.main import main
 from weightsmith.core.errors import NumericError, OutputError, RecipeError
 from weightsmith.io.read.open import open_source
+from weightsmith.observe.data import _rows
 from weightsmith.train import loop
 from weightsmith.train.checkpoints import Checkpoints
 from weightsmith.train.loop import Pace, fit
@@ -38,6 +39,11 @@ def squares(net: nn.Module) -> loop.Loss:
         return (net(XS[numbers]) - YS[numbers]).square().sum(), len(numbers)
 
     return loss
+
+
+def test_lines_of_examples_end_at_line_feeds_only(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n{"text": "c\x85"}\n', "utf-8")
+    assert [row["text"] for _, row in _rows(tmp_path / "a.jsonl")] == ["a\u2028b", "c\x85"]
 
 
 def test_a_step_is_that_of_the_mean_over_its_examples():

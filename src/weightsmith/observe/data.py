@@ -283,7 +283,7 @@ class _Reader:
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The objects of a .jsonl, and how messages call their places."""
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -80,7 +80,7 @@ def program(subject: Subject, spec: Program, task: str) -> Found:
     for name, value in values.items():
         words = [word.replace(name, value) for word in words]
     printed = _run([sys.executable if words[0] == "python" else words[0], *words[1:]], spec.seconds, where, None)
-    last = (printed.strip().splitlines() or [""])[-1]
+    last = printed.strip().split("\n")[-1]
     try:
         return answer(json.loads(last), where)
     except ValueError:
