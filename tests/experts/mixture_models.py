@@ -47,13 +47,24 @@ _FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
+_ODD: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "phimoe": ("Phimoe", "Phimoe", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
+    "minimax_m2": (
+        "MiniMaxM2", "MiniMaxM2", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe", "Ernie4_5_Moe",
+        {"moe_num_experts": EXPERTS, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0},
+    ),
+}  # fmt: skip
+"""Families whose routers are called otherwise in files than in memory, or have their bias somewhere else."""
 
 
 def mixture(family: str, seed: int = 0, **more: Any) -> Any:
     """A model whose routers have opinions, and whose biases are none of them zero."""
     import transformers
 
-    config_name, model_name, own = _FAMILIES[family]
+    config_name, model_name, own = {**_FAMILIES, **_ODD}[family]
     config = getattr(transformers, f"{config_name}Config")(**{**_SIZES, **own, **more})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{model_name}ForCausalLM")(config).eval()

@@ -76,6 +76,12 @@ def test_fields_of_json_lines(loaded: LoadedModel, tmp_path: Path, row: dict, fi
     assert texts(read_examples(tmp_path / "d.jsonl", loaded, field=field)) == [text]
 
 
+def test_line_separators_of_unicode_end_no_json_line(loaded: LoadedModel, tmp_path: Path) -> None:
+    text = "a\u2028b\u0085c"  # str.splitlines would cut here
+    (tmp_path / "d.jsonl").write_text(f'{{"text": "{text}"}}\r\n{{"text": "d"}}', "utf-8", newline="")
+    assert texts(read_examples(tmp_path / "d.jsonl", loaded)) == [text, "d"]
+
+
 def test_a_tokenizer_and_its_first_token_are_used(tmp_path: Path) -> None:
     folder = saved(tiny_llama(), tmp_path / "m")
     word_tokenizer(folder, "the cat sat")

@@ -72,7 +72,8 @@ def _block(name: str) -> tuple[str, int]:
 
 
 def _of_router(name: str) -> bool:
-    return name.rpartition(".")[0].rpartition(".")[2] in ("gate", "router")
+    *_, module, word = name.split(".")
+    return module in ("gate", "router") or word == "e_score_correction_bias"
 
 
 def _put_experts(experts: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -87,12 +88,13 @@ def _put_router(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Another number of rows."""
     router: Any = getattr(module, "gate", None) or module.router
     for word, value in tensors.items():
-        old = getattr(router, word)
+        owner: Any = router if hasattr(router, word) else module  # MiniMax keeps the bias beside its router
+        old = getattr(owner, word)
         value = value.to(old.device, old.dtype)
         if isinstance(old, torch.nn.Parameter):
-            setattr(router, word, torch.nn.Parameter(value, requires_grad=False))
+            setattr(owner, word, torch.nn.Parameter(value, requires_grad=False))
         else:
-            router.register_buffer(word, value)
+            owner.register_buffer(word, value)
         for field in ("num_experts", "n_routed_experts", "out_features"):
             if hasattr(router, field):
                 setattr(router, field, len(value))

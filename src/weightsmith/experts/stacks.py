@@ -30,6 +30,7 @@ _INSIDE = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<rest>.+)")
 _ONE = re.compile(r"(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)")
 _ALL = re.compile(r"(?P<part>gate_up_proj|down_proj)(?P<kind>|_bias)")
 _ROUTER = re.compile(r"(?:(?:gate|router)\.[\w.]+|e_score_correction_bias|expert_bias)")
+_ODD = re.compile(r"^\.(?:gate|router)\.|\.(?:e_score_correction_bias|expert_bias)$")  # ERNIE's has [1, experts]
 _DOWN = ("down_proj", "w2")
 
 
@@ -171,9 +172,7 @@ def _stack(source: Source, config: Mapping[str, Any], module: str, tensors: Mapp
     )
     if not any(len(source.key(name).shape) == 2 for name in router):
         return f"{module}: no router of {count} rows beside it ({parent}gate.weight or {parent}router.weight)"
-    odd = [
-        n for n, k in beside.items() if count in k.shape and n not in router and _ROUTER.match(n.removeprefix(parent))
-    ]
+    odd = [n for n, k in beside.items() if count in k.shape and n not in router and _ODD.search(n[len(parent) - 1 :])]
     if odd:
         return f"{odd[0]} has {list(source.key(odd[0]).shape)} for {count} experts, which cannot be reduced here"
     return Stack(module, count, parts, fused, router, hidden)

@@ -6,6 +6,7 @@ chosen for each, and their gates; Llama 4 with a row for each expert and token, 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from weightsmith.observe.model import LoadedModel
 __all__ = ["Mixture", "Routed", "mixtures"]
 
 _ROUTERS = ("gate", "router")
+_STORED = re.compile(r"\.(?:gate|router)(?:\.\w+)?\.weight$")  # not always the word in memory (Phi-MoE, Granite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +45,13 @@ class Mixture(ABC):
     """Router and experts of one layer.
 
     name   what the checkpoint calls the module of its experts
+    bias   [experts], the router's correction bias where its block keeps and hands it over (MiniMax)
     """
 
     name: str
     router: nn.Module
     experts: nn.Module
+    bias: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -105,7 +109,7 @@ class _Indexed(Mixture):
         return [self.experts.register_forward_hook(hook, with_kwargs=True)]
 
     def output(self, x: Tensor) -> Tensor:
-        _, gates, index = self.router(x)
+        _, gates, index = self.router(x) if self.bias is None else self.router(x, self.bias)
         out: Tensor = self.experts(x, index, gates)
         return out
 
@@ -176,9 +180,9 @@ def mixtures(loaded: LoadedModel, called: Callable[[str], str] = lambda name: na
         stored = loaded.names.name(f"{prefix}.{word}.weight")
         if stored is None:
             raise WeightsmithError(f"{loaded.label}: the checkpoint has no tensor for {prefix}.{word}.weight")
-        name = f"{called(stored).removesuffix(f'.{word}.weight')}.experts"
+        name = f"{_STORED.sub('', called(stored))}.experts"
         kind = _Rows if type(experts).__name__.startswith("Llama4") else _Indexed
-        found.append(kind(name, router, experts))
+        found.append(kind(name, router, experts, getattr(module, "e_score_correction_bias", None)))
     if not found:
         raise WeightsmithError(f"{loaded.label}: no layer with experts; routing is observed of mixtures of experts")
     return found
