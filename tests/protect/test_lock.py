@@ -397,3 +397,19 @@ def test_an_adapter_is_carried_once_and_to_its_own_model(llama: Path, tmp_path: 
     with pytest.raises(SourceError, match="the key of another model"):
         lock_adapter(tmp_path / "adapter", other, tmp_path / "twice", key)
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_merge_of_a_locked_model_is_warned_of(llama: Path, tmp_path: Path) -> None:
+    """Models of one lock go together; one among others does not."""
+    from weightsmith.core.problem import Code
+    from weightsmith.jobs.merge import run
+    from weightsmith.recipe.schema import Recipe
+
+    def said(*models: Path) -> list[str]:
+        recipe = Recipe.model_validate({"models": {f"m{i}": str(m) for i, m in enumerate(models)}, "method": "linear"})
+        return [str(one) for one in run(recipe, tmp_path / "out", overwrite=True).warnings if one.code is Code.SOURCE]
+
+    model, locked = llama / "model", llama / "locked"
+    assert [text for text in said(model, locked) if "m1: locked, so in another basis than the rest" in text]
+    assert not said(locked, locked)
+    assert not said(model, model)

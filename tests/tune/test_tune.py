@@ -291,6 +291,7 @@ def test_what_is_asked_wrongly_is_one_line_each():
         ({"per": "chunk", "link": "softmax"}, r"^free: link softmax is over the models"),
         ({"link": "softmax", "shared": True}, r"^free: link softmax is over the models"),
         ({"per": "entry", "link": "concrete"}, r"^free: link concrete is one mask for all models"),
+        ({"temperature": 0.0}, r"^free: temperature = 0 is not above 0$"),
         ({"link": "sigmod"}, r"^free: link 'sigmod' is unknown; did you mean 'sigmoid'\?$"),
     ],
 )

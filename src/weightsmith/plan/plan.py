@@ -18,6 +18,7 @@ from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
+from weightsmith.io.package.manifest import lock_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, parse_url
 from weightsmith.plan.cost import estimate
@@ -129,7 +130,7 @@ def make_plan(
     planner = Planner(recipe, sources, encode=encode, kernels=machine.accelerator is None and kernels_there())
     tasks = planner.tasks()
     keys = planner.output_keys(tasks)
-    problems, warnings = Problems(), list(planner.warnings)
+    problems, warnings = Problems(), [*planner.warnings, *_locked(sources)]
     problems.add(*sources.problems, *planner.problems)
     free = None
     if out is not None:
@@ -158,6 +159,16 @@ def make_plan(
     if strict and plan.problems:
         raise PlanError(plan.problems)
     return plan
+
+
+def _locked(sources: Inputs) -> list[Problem]:
+    """A warning where models lie in different bases: locked by different keys, or some of them not locked."""
+    keys = {name: lock_of(source.origin.folder).get("key") for name, source in sources.models}
+    if len(set(keys.values())) < 2:
+        return []
+    locked = ", ".join(name for name, key in keys.items() if key)
+    text = f"{locked}: locked, so in another basis than the rest, and a merge makes no sense of both; unlock first"
+    return [Problem(Code.SOURCE, "models", text)]
 
 
 def _info(inputs: Inputs) -> Iterable[InputInfo]:

@@ -13,7 +13,7 @@ from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceE
 from weightsmith.core.problem import Code, Problem
 from weightsmith.core.settings import Settings
 from weightsmith.io.disk import gigabytes
-from weightsmith.io.package.manifest import MANIFEST, read_manifest
+from weightsmith.io.package.manifest import MANIFEST, lock_of
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
@@ -61,15 +61,7 @@ def refuse_locked(source: Source) -> None:
 
 def lock_notes(source: Source) -> Mapping[str, Any]:
     """What a model's manifest says of its lock; empty where it is not locked, or has no manifest."""
-    folder = source.origin.folder
-    if folder is None or not (folder / MANIFEST).is_file():
-        return {}
-    try:
-        manifest = read_manifest(folder)
-    except OutputError:
-        return {}
-    noted = manifest.get("lock")
-    return noted if manifest.get("kind") == "lock" and isinstance(noted, dict) else {}
+    return lock_of(source.origin.folder)
 
 
 def refuse_obstacles(source: Source, out: Path, settings: Settings, more: Sequence[Path]) -> None:

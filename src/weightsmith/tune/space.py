@@ -90,6 +90,8 @@ class Free:
             raise RecipeError(
                 "free: link softmax is over the models; use it with per: model, layer or tensor, not shared"
             )
+        if not self.temperature > 0:
+            raise RecipeError(f"free: temperature = {self.temperature:g} is not above 0")
         if self.link == "concrete" and not (self.per == "entry" and self.shared):
             raise RecipeError("free: link concrete is one mask for all models; use it with per: entry and shared: true")
         link = LINKS[self.link]

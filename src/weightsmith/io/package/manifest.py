@@ -33,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "MOST",
     "build_manifest",
+    "lock_of",
     "merge_parts",
     "read_manifest",
     "story",
@@ -162,6 +163,16 @@ def story(folder: Path) -> dict[str, Any]:
     except OutputError:
         return {}
     return {part: manifest[part] for part in ("weightsmith", "kind", "recipe", "made_from") if part in manifest}
+
+
+def lock_of(folder: Path | None) -> dict[str, Any]:
+    """What the manifest of a folder says of its lock; {} where it is not locked, or has no manifest."""
+    try:
+        manifest = read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else {}
+    except OutputError:
+        return {}
+    noted = manifest.get("lock")
+    return noted if manifest.get("kind") == "lock" and isinstance(noted, dict) else {}
 
 
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
