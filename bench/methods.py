@@ -33,8 +33,8 @@ from weightsmith.recipe.schema import Recipe
 __all__ = ["Case", "case", "main"]
 
 
-GIVEN: Mapping[str, Mapping[str, float]] = {"mwa": {"value": 1.0}}
-"""Parameters that are otherwise read from files."""
+GIVEN: Mapping[str, Mapping[str, float]] = {"mwa": {"value": 1.0}, "consensus": {"lambda": 1.0}}
+"""Parameters that are otherwise read from files or from the task vectors."""
 
 
 @dataclass(frozen=True)

@@ -38,21 +38,37 @@ def sampled_rows(key: Key, experts: int, start: int, stop: int) -> list[tuple[in
 
 
 class Kept:
-    """The sampled rows of task vectors that are read one at a time: task vector -> its ranges, flat."""
+    """The sampled rows of task vectors that are read one at a time.
+
+    Their room is made once: small pieces left between large ones would keep the memory of those from being given back.
+    """
 
     def __init__(self, key: Key, experts: int, start: int, stop: int) -> None:
-        self._ranges, self._start = (sampled_rows(key, experts, start, stop) if key.shape else []), start
-        self._of: dict[int, list[Tensor]] = {}
+        ranges = sampled_rows(key, experts, start, stop) if key.shape else []
+        self._ranges = [(low - start, high - start) for low, high in ranges]
+        self._at = {low: sum(high - low for low, high in ranges[:i]) for i, (low, _) in enumerate(ranges)}
+        self._long = {low: high - low for low, high in ranges}
+        self._experts, self._seen = experts, set[int]()
+        self._held: Tensor | None = None
 
     def keep(self, index: int, task: Tensor) -> None:
         """Keep the sample of a task vector's rows."""
-        if index not in self._of:
-            self._of[index] = [task[low - self._start : high - self._start].clone() for low, high in self._ranges]
+        if index in self._seen or not self._ranges:
+            return
+        if self._held is None:
+            self._held = task.new_empty((self._experts, sum(self._long.values()), *task.shape[1:]))
+        at = 0
+        for low, high in self._ranges:
+            self._held[index, at : at + high - low] = task[low:high]
+            at += high - low
+        self._seen.add(index)
 
     def rows(self, count: int, low: int) -> list[Tensor] | None:
         """Of all task vectors, the range that begins at a row; None where one of them was not read."""
-        at = next((i for i, (first, _) in enumerate(self._ranges) if first == low), None)
-        return None if at is None or len(self._of) < count else [self._of[i][at] for i in range(count)]
+        if self._held is None or low not in self._at or len(self._seen) < count:
+            return None
+        at = self._at[low]
+        return [self._held[i, at : at + self._long[low]] for i in range(count)]
 
 
 class Sample:

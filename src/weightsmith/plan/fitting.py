@@ -109,14 +109,20 @@ class Fitting:
                     self.problems.say(Code.TIED, key.name, text + more)
                 elif not there and kept:
                     self.carried.setdefault(key.name, name)
-                elif not there and key.role == "head":
+                elif self._new_head(key):
                     self.problems.share(Code.SURPLUS, key.name, (name, "head"), partial(self._unlike_heads, name))
                 elif not there and not _is_buffer(key):
                     self.problems.share(Code.SURPLUS, key.name, name, partial(self._surplus, name))
 
     def _other_heads(self, source: Source) -> bool:
         """Whether a model has a head that the reference lacks."""
-        return any(key.role == "head" and not has(self.reference, key.name) for key in source.keys.values())
+        return any(map(self._new_head, source.keys.values()))
+
+    def _new_head(self, key: Key) -> bool:
+        """Whether a tensor is of a head that the reference lacks, not of its own under a longer name."""
+        if key.role != "head" or has(self.reference, key.name):
+            return False
+        return not any(k.role == "head" and key.name.endswith(f".{k.name}") for k in self.reference.keys.values())
 
     # -- texts
 
@@ -183,7 +189,7 @@ class Fitting:
 
 def _kind(source: Source) -> str:
     """The model_type of a model's config.json; '' where none is said."""
-    with contextlib.suppress(SourceError, OSError, ValueError, AttributeError):
+    with contextlib.suppress(SourceError, OSError, ValueError, AttributeError, RecursionError):
         return str(json.loads(config_of(source) or "{}").get("model_type", ""))
     return ""
 
