@@ -84,7 +84,8 @@ def test_the_plan_says_what_the_result_will_be(
     found = re.search(r"^result:   (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert (code, found is None) == ((2, True) if said is None else (0, False))
     if found is not None:
-        assert found[1] == f"{said}; the merged change about 1.7 times an expert's (in a sample)"
+        said = f"{said}; the merged change about 1.7 times an expert's (in a sample)"
+        assert found[1] == said
         assert main(["plan", "r.yaml", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)["output"]["result"]
         assert "; ".join(result.values()) == said

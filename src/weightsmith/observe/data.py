@@ -288,7 +288,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise SourceError(f"{path}, line {number}: {type(row).__name__} instead of an object")

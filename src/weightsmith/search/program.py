@@ -95,6 +95,8 @@ def _end(child: subprocess.Popen[str]) -> None:
         if child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.communicate(timeout=GRACE)
+    if child.stdout is not None:  # of one that was not waited for to its end
+        child.stdout.close()
 
 
 def _last_line(messages: Path) -> str:

@@ -157,7 +157,7 @@ def _json(printed: str, label: Any) -> Any:
     for text in (lines[-1] if lines else "", printed):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     last = repr((lines or [""])[-1][:80])
     raise ProgramError(

@@ -107,7 +107,7 @@ class Index:
         try:
             names, notes = json.loads(file.bits("entries").tobytes().decode("utf-8", "surrogatepass"))
             fits = len(names) == len(vectors) and isinstance(notes, dict) and vectors.shape[1] == json.loads(schema)[1]
-        except (ValueError, TypeError, IndexError):
+        except (ValueError, TypeError, IndexError, RecursionError):
             fits = False
         if not fits:
             raise SourceError(f"{path}: the index is damaged; remove it, and it is made anew")

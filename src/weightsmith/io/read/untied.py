@@ -157,7 +157,7 @@ def _config(source: Source) -> dict[str, Any] | None:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # whoever needs it will say what is wrong with it
     return found if isinstance(found, dict) else {}
 
