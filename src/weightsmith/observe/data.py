@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import MissingExtra, SourceError, WeightsmithError, did_you_mean
+from weightsmith.io.read.small import json_lines
 from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, TextCoder, text_coder
 
@@ -283,16 +283,10 @@ class _Reader:
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The objects of a .jsonl, and how messages call their places."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path}, line {number}: not valid JSON ({error})") from None
+    for place, row in json_lines(_read_text(path), path):
         if not isinstance(row, dict):
-            raise SourceError(f"{path}, line {number}: {type(row).__name__} instead of an object")
-        yield f"{path}, line {number}", row
+            raise SourceError(f"{place}: {type(row).__name__} instead of an object")
+        yield place, row
 
 
 def _text_of(row: Mapping[str, Any], place: str, field: str | None) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.files import File, Ranged
 
-__all__ = ["MAX_VALUES", "parse_json", "read_json", "read_small", "refuse_above", "short", "word"]
+__all__ = ["MAX_VALUES", "json_lines", "parse_json", "read_json", "read_small", "refuse_above", "short", "word"]
 
 MAX_VALUES = 8_000_000
 """Most commas and opening brackets in a JSON text; the largest tokenizers have about two million.  It bounds time and
@@ -44,6 +45,22 @@ def parse_json(raw: bytes, label: str) -> Any:
         raise SourceError(f"{label}: names {short(error.args[0])} twice") from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{label}: not valid JSON ({type(error).__name__}: {error})") from None
+
+
+def json_lines(text: str, label: object) -> Iterator[tuple[str, Any]]:
+    """(place for messages, value) of every line of a JSON-lines text that is not empty.
+
+    Lines end at line feeds only: other separators may stand in a text.  SourceError for bad syntax, with the line.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{label}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{place}: not valid JSON ({error})") from None
+        yield place, value
 
 
 def short(value: object) -> str:

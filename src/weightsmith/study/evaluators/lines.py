@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import json
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from weightsmith.core.errors import SourceError, did_you_mean
 from weightsmith.io import system
+from weightsmith.io.read.small import json_lines
 
 __all__ = ["read_lines", "rows", "texts"]
 
@@ -30,17 +31,9 @@ def read_lines(file: Path, limit: int | None = None) -> list[Mapping[str, Any]]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: not readable as UTF-8 text ({error})") from None
     found: list[Mapping[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(found) == limit:
-            break
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{file}, line {number}: not valid JSON ({error})") from None
+    for place, item in itertools.islice(json_lines(text, file), limit):
         if not isinstance(item, dict):
-            raise SourceError(f"{file}, line {number}: should be an object, is {type(item).__name__}")
+            raise SourceError(f"{place}: should be an object, is {type(item).__name__}")
         found.append(item)
     if not found:
         raise SourceError(f"{file}: no example in it")
