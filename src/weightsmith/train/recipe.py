@@ -14,7 +14,7 @@ from weightsmith.recipe.grammar import Fault, Grammar, Reading
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
 
-__all__ = ["AdamW", "Clip", "OneOf", "Optimizer", "Schedule", "TrainRecipe", "load", "loads", "null_clip"]
+__all__ = ["AdamW", "Clip", "OneOf", "Optimizer", "Schedule", "Timing", "TrainRecipe", "load", "loads", "null_clip"]
 
 
 class OneOf(Grammar):
@@ -122,8 +122,8 @@ def null_clip(given: Any) -> Any:
     return {**given, "clip": "none"} if isinstance(given, Mapping) and given.get("clip", 0) is None else given
 
 
-class Schedule(Grammar):
-    """How long, how fast, on how much of the data: what runs with one file of examples have in common."""
+class Timing(Grammar):
+    """How long and how fast: what all runs have in common."""
 
     steps: int = Field(default=1000, ge=1, description="of the optimizer")
     batch: int = Field(default=8, ge=1, description="examples of one forward pass")
@@ -132,6 +132,11 @@ class Schedule(Grammar):
     warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the rate grows from 0")
     clip: Clip = Field(default=1.0, description="largest norm of the gradient, or none")
     every: int = Field(default=100, ge=1, description="steps between two checkpoints, which are also validated")
+
+
+class Schedule(Timing):
+    """Also on how much of the data: what runs with one file of examples have in common."""
+
     valid: float = Field(default=0.05, ge=0, lt=1, description="share of the examples kept for validation")
     examples: int = Field(default=1_000_000, ge=1, description="at most so many are read")
     length: int = Field(default=512, ge=2, description="tokens of an example")

@@ -12,7 +12,7 @@ from weightsmith.recipe.fields import Located, Words, named
 from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
-from weightsmith.train.recipe import AdamW, Clip, OneOf, Optimizer, null_clip
+from weightsmith.train.recipe import AdamW, OneOf, Optimizer, Timing, null_clip
 
 __all__ = ["By", "MultiTaskRecipe", "NetSpec", "TaskSpec", "load", "loads"]
 
@@ -151,7 +151,7 @@ class NetSpec(Grammar):
     depth: int = Field(default=4, ge=1, description="residual blocks")
 
 
-class MultiTaskRecipe(Grammar):
+class MultiTaskRecipe(Timing):
     """Tasks, one model, and how long."""
 
     ROOT: ClassVar[str] = "the recipe"
@@ -168,13 +168,6 @@ class MultiTaskRecipe(Grammar):
     temperature: float = Field(default=2.0, gt=0, description="T of rates n^(1/T), where none are given")
     cap: int | None = Field(default=None, ge=1, description="most training examples of a task")
     optimizer: Optimizers | None = Field(default=None, description="adamw; for uni_perceiver unmixed: mt_adamw")
-    steps: int = Field(default=1000, ge=1, description="of the optimizer")
-    batch: int = Field(default=8, ge=1, description="examples of one forward pass")
-    accumulation: int = Field(default=1, ge=1, description="forward passes of one step")
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="of the learning rate")
-    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the rate grows from 0")
-    clip: Clip = Field(default=1.0, description="largest norm of the gradient, or none")
-    every: int = Field(default=100, ge=1, description="steps between two checkpoints, which are also validated")
     valid: float = Field(default=0.05, ge=0, lt=1, description="share of data kept for validation")
     examples: int = Field(default=200, ge=1, description="most validation examples of a task during the run")
     length: int = Field(default=512, ge=2, description="tokens of an input")
