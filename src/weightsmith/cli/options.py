@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULTS",
     "Device",
+    "GoOn",
     "Json",
     "Memory",
     "Out",
@@ -93,6 +94,7 @@ Memory = Annotated[str | None, _option("memory")]
 Threads = Annotated[int | None, _option("threads")]
 Device = Annotated[str, _option("device")]
 Overwrite = Annotated[bool, _option("overwrite")]
+GoOn = Annotated[bool, Parameter(help="Go on from the last checkpoint of an interrupted run.")]
 
 if TYPE_CHECKING:
     Run = Settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
-from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
+from weightsmith.cli.options import Device, GoOn, Json, Out, Overwrite, Quiet, Sets, chosen
+from weightsmith.cli.show import duration, progress_bar, say, show_json, size
 from weightsmith.cli.train.fuse import fuse
 from weightsmith.cli.train.multitask import multitask
 from weightsmith.cli.train.router import router
@@ -22,12 +22,13 @@ def one(
     *,
     set_: Sets = (),
     device: Device = "auto",
-    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint of an interrupted run.")] = False,
+    resume: GoOn = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune one model, or its singular values: a baseline for merges, or an expert for them."""
+    from weightsmith.cli.shown.training import curve
     from weightsmith.observe.data import read_examples
     from weightsmith.observe.model import load_model
     from weightsmith.train.recipe import load
@@ -46,10 +47,7 @@ def one(
         show_json(result)
         return
     if not quiet:
-        rows = [
-            tuple("" if v is None else f"{v:.4g}" for v in (r.step, r.loss, r.valid, r.gradient)) for r in result.rows
-        ]
-        table("Curve", ["step", "training", "validation", "gradient"], rows, right=(0, 1, 2, 3))
+        curve(result.rows)
         say(f"{result.trained:,} numbers trained on {result.examples} examples, {result.valid} kept for validation")
         say(f"optimizer state: {size(result.kept)}, {result.projected} matrices in subspaces")
         say(f"wrote {result.out} in {duration(result.seconds)}; its curve is in {result.out / 'training.html'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
+from weightsmith.cli.options import Device, GoOn, Json, Out, Overwrite, Quiet, Sets, chosen
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
 from weightsmith.cli.words import Parameter
 
@@ -19,12 +19,13 @@ def fuse(
     *,
     set_: Sets = (),
     device: Device = "auto",
-    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint of an interrupted run.")] = False,
+    resume: GoOn = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train one language model on the next-token distributions of several, whatever their tokenizers (Fusion-X)."""
+    from weightsmith.cli.shown.training import curve
     from weightsmith.train.fuse.recipe import load
     from weightsmith.train.fuse.run import train_fused
 
@@ -42,10 +43,7 @@ def fuse(
             for one in result.candidates
         ]
         table("Candidates", ["model", "loss per byte", "matched", "weight", "chosen"], models, right=(1, 2, 3, 4))
-        rows = [
-            tuple("" if v is None else f"{v:.4g}" for v in (r.step, r.loss, r.valid, r.gradient)) for r in result.rows
-        ]
-        table("Curve", ["step", "training", "validation", "gradient"], rows, right=(0, 1, 2, 3))
+        curve(result.rows)
         for note in result.notes:
             say(f"note: {note}")
         if result.left_out:

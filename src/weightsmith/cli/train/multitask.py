@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from weightsmith.cli.options import Device, Json, Out, Overwrite, Quiet, Sets, chosen
+from weightsmith.cli.options import Device, GoOn, Json, Out, Overwrite, Quiet, Sets, chosen
 from weightsmith.cli.show import duration, progress_bar, say, show_json, size, table
 from weightsmith.cli.words import Parameter
 
@@ -19,7 +19,7 @@ def multitask(
     *,
     set_: Sets = (),
     device: Device = "auto",
-    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint of an interrupted run.")] = False,
+    resume: GoOn = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
