@@ -11,8 +11,8 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from weightsmith.align.disentangle import disentanglement_error, disentanglement_map, local_energy, ntk
-from weightsmith.align.tangent import advantage, linearize
 from weightsmith.core.errors import NumericError, RecipeError, SourceError, WeightsmithError
+from weightsmith.observe.tangent import advantage, linearize
 
 
 def net(seed: int = 0) -> nn.Module:

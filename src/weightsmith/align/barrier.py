@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import NumericError, SourceError
+from weightsmith.observe.tangent import Linearized
 from weightsmith.report.figures import Curve as Line
 from weightsmith.report.figures import Curves
 from weightsmith.report.html import page
@@ -129,13 +130,17 @@ def plane(
 
 
 def _states(modules: Sequence[nn.Module]) -> list[dict[str, torch.Tensor]]:
-    """Their tensors; SourceError unless they are of the same names and shapes."""
+    """Their tensors; SourceError unless they are of the same names and shapes, and all ordinary or around one point."""
+    if len({type(module) is Linearized for module in modules}) > 1:
+        raise SourceError("no line from one to the other: one is linearised, the other an ordinary model")
     found = [{n: t.detach() for n, t in module.state_dict().items()} for module in modules]
     for other in found[1:]:
         for name in found[0].keys() | other.keys():
             shapes = [list(state[name].shape) if name in state else None for state in (found[0], other)]
             if shapes[0] != shapes[1]:
                 raise SourceError(f"no line from one to the other: {name} is {shapes[0]} and {shapes[1]}")
+            if name.startswith("origin.") and not torch.equal(found[0][name], other[name]):
+                raise SourceError("no line from one to the other: they are linearised around different points")
     return found
 
 

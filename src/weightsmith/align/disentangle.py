@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightsmith.align.tangent import Delta, Linearized, Pick, logits_of
 from weightsmith.core.errors import NumericError, RecipeError
+from weightsmith.observe.tangent import Delta, Linearized, Pick, logits_of
 
 __all__ = ["disentanglement_error", "disentanglement_map", "local_energy", "ntk"]
 

@@ -256,6 +256,7 @@ class Job:
             stores={} if isinstance(self.weights, str) else self.weights,
         )
         noted |= {"made_from": behind} if behind else {}
+        noted |= self.plan.tangent.plain() if self.plan.tangent is not None else {}
         return write_manifest(folder, noted | {name: value for name, value in more.items() if value is not None})
 
     def result(self, out: Path, seconds: float, warnings: Iterable[Problem], complete: bool = False) -> Result:

@@ -74,6 +74,8 @@ class Workshop:
             try:
                 jobs[name] = self.plan(recipe)
                 jobs[name].prepare()
+                if in_memory:
+                    jobs[name].plan.refuse_tangent()
             except WeightsmithError as error:
                 failed[name] = error
         try:

@@ -24,6 +24,7 @@ from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, identity, load_model, pick_device, unweighted
 from weightsmith.observe.moments import SECOND_MOMENT, second_moment
 from weightsmith.observe.routing import routing as take_routing
+from weightsmith.observe.tangents import refuse_tangent
 
 __all__ = ["STATISTICS", "asked", "observe"]
 
@@ -108,6 +109,7 @@ def observe(
         loaded = _streamed(model, wanted, kind, trust_remote_code)
     else:
         loaded = load_model(model, kind=kind, device=device, trust_remote_code=trust_remote_code)
+        refuse_tangent(loaded)
     if loaded.kind == "seq2seq-lm":
         raise WeightsmithError(
             f"{loaded.label}: nothing can be observed of an encoder with a decoder: its data would be pairs of texts"

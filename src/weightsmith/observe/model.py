@@ -20,6 +20,7 @@ from weightsmith.io.read.source import Source
 from weightsmith.jobs.verify import lasting
 from weightsmith.observe.kinds import KINDS, class_of, kind_of
 from weightsmith.observe.names import Naming
+from weightsmith.observe.tangents import in_tangent_space
 
 __all__ = ["LoadedModel", "TextCoder", "block_model", "folder_coder", "identity", "load_model", "pick_device",
            "resting", "text_coder", "unweighted"]  # fmt: skip
@@ -117,7 +118,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a folder or hub id[@revision] through transformers in float32, without dropout.
 
-    A module is used where and as it is; `resting` puts its modes back.
+    A module is used where and as it is; `resting` puts its modes back.  A folder that was trained in a tangent space
+    gives its `Linearized` model, around the model that it names.
     state  the weights, where they are not to be the folder's: names and shapes as there.  float32 ones are not copied
     Raises SourceError for what cannot be loaded or would be partly random, MissingExtra without transformers.
     """
@@ -140,7 +142,8 @@ def load_model(
             kind = "encoder"
     module = _from_pretrained(folder, label, kind, architectures, trust_remote_code, state)
     module = module.eval().to(pick_device(device))
-    return LoadedModel(module, kind, label, Naming(module, FolderSource(folder)), folder)
+    found = LoadedModel(module, kind, label, Naming(module, FolderSource(folder)), folder)
+    return found if state is not None else in_tangent_space(found, device, load_model)
 
 
 def unweighted(model: str | Path, *, kind: str = "auto", trust_remote_code: bool = False) -> LoadedModel:

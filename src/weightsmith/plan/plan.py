@@ -19,12 +19,14 @@ from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.io.package.manifest import lock_of
+from weightsmith.io.package.tangent import Tangent
 from weightsmith.io.read.source import Source
 from weightsmith.io.url import Url, parse_url
 from weightsmith.plan.cost import estimate
 from weightsmith.plan.planner import Planner
 from weightsmith.plan.reading import all_bytes_read
 from weightsmith.plan.room import Fit, Machine, Room, resident
+from weightsmith.plan.tangents import tangents
 from weightsmith.plan.way import kernels_there
 from weightsmith.recipe.schema import Recipe
 
@@ -68,6 +70,7 @@ class Plan:
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
     depth: Mapping[str, float] = field(default_factory=dict)
+    tangent: Tangent | None = None
     nested_seconds: float = 0.0
     """Of the inputs that are merges themselves, computed as they are read."""
     read_bytes: int = 0
@@ -108,6 +111,12 @@ class Plan:
         own = estimate(self.tasks, experts, self.read_bytes, self.write_bytes)
         return None if own is None else own + self.nested_seconds * self.readings
 
+    def refuse_tangent(self) -> None:
+        """Raise PlanError where the result has a meaning in a tangent space only: tensors in memory carry no mark."""
+        if self.tangent is not None:
+            said = "are run from folders, which say so; merge to one, or cast them"
+            raise PlanError([f"models linearised around {self.tangent} {said}"])
+
 
 def make_plan(
     recipe: Recipe,
@@ -131,7 +140,10 @@ def make_plan(
     tasks = planner.tasks()
     keys = planner.output_keys(tasks)
     problems, warnings = Problems(), [*planner.warnings, *_locked(sources)]
-    problems.add(*sources.problems, *planner.problems)
+    linear = tangents(recipe, sources)
+    problems.add(*sources.problems, *planner.problems, *linear.problems)
+    if linear.result is not None:
+        warnings += _rounded(keys)
     free = None
     if out is not None:
         free = _free_bytes(out)
@@ -151,6 +163,7 @@ def make_plan(
         problems=tuple(problems),
         warnings=tuple(warnings),
         depth=planner.depth,
+        tangent=linear.result,
         nested_seconds=sum(source.origin.cost.seconds for _, source in sources.models),
         read_bytes=0 if problems else all_bytes_read(tasks, sources),
     )
@@ -169,6 +182,15 @@ def _locked(sources: Inputs) -> list[Problem]:
     locked = ", ".join(name for name, key in keys.items() if key)
     text = f"{locked}: locked, so in another basis than the rest, and a merge makes no sense of both; unlock first"
     return [Problem(Code.SOURCE, "models", text)]
+
+
+def _rounded(keys: Iterable[Key]) -> list[Problem]:
+    """A warning where a dtype would lose the small distances from the point that models were linearised around."""
+    narrow = sorted({key.dtype for key in keys if key.floating and key.dtype not in ("float32", "float64")})
+    if not narrow:
+        return []
+    text = f"linearised models are small steps from one point, which {narrow[0]} rounds away; set output.dtype: float32"
+    return [Problem(Code.DTYPE, "output", text)]
 
 
 def _info(inputs: Inputs) -> Iterable[InputInfo]:

@@ -83,6 +83,9 @@ class ModelRef(WithParameters):
         default=None, description="which blocks `layers` counts (model.decoder.layers), where a model has several kinds"
     )
     expert: str | None = Field(default=None, description="which model of a compressed folder")
+    tangent: Literal["keep", "cast"] = Field(
+        default="keep", description="cast: take weights of a linearised model as ordinary ones, or the other way round"
+    )
     names: dict[str, str] = Field(
         default_factory=dict, description="beginnings of its tensors' names -> what stands in their place"
     )

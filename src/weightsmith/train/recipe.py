@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -100,11 +101,27 @@ class Svfit(Grammar):
             yield Fault((), "takes r or energy, not both", "value")
 
 
+class Linear(Grammar):
+    """The model linearised around its weights trains (arXiv:2305.12827); the result says so, and merges heed it."""
+
+    rank: int | None = Field(default=None, ge=1, description="of the changes: an adapter (L-LoRA); default: full")
+    modules: str | None = Field(default=None, description="regular expression of names of modules; default: all")
+
+    @classmethod
+    def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterable[Fault]:
+        if isinstance(given := tree.get("modules"), str):
+            try:
+                re.compile(given)
+            except re.error as error:
+                yield Fault(("modules",), f"is no regular expression: {error}", "value")
+
+
 class Tune(OneOf):
     """What trains."""
 
     full: Full | None = Field(default=None, description="every parameter")
     svfit: Svfit | None = Field(default=None, description="singular values")
+    linear: Linear | None = Field(default=None, description="the model's tangent space")
 
 
 def _in_one_line(given: Any, handler: Callable[[Any], Any]) -> Any:
@@ -156,7 +173,7 @@ class TrainRecipe(Schedule):
 
     model: Located = Field(description="folder or hub id[@revision]", examples=["PATH"])
     data: Located = Field(description=".txt, .jsonl, .npz, or a folder of texts or images", examples=["texts.jsonl"])
-    tune: Tune = Field(default=Tune(full=Full()), description="what trains: full, or svfit")
+    tune: Tune = Field(default=Tune(full=Full()), description="what trains: full, svfit or linear")
     optimizer: Optimizer = Field(default=Optimizer(adamw=AdamW()), description="adamw, dct_adamw or trion")
 
 

@@ -25,15 +25,17 @@ from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.read.source import tensor_to_bits
 from weightsmith.io.url import output_of
 from weightsmith.io.write.output import check_output
+from weightsmith.recipe.grammar import Grammar
 from weightsmith.report.figures import Curve, Curves
 from weightsmith.report.html import Section, Text, page
 from weightsmith.report.table import Column, Table
 from weightsmith.train import svfit
 from weightsmith.train.checkpoints import Checkpoints
+from weightsmith.train.linear import linearized, save_linear
 from weightsmith.train.loop import Loss, Pace, Row, fit
 from weightsmith.train.multitask.mtadamw import MTAdamW
 from weightsmith.train.optim import DCTAdamW, Trion
-from weightsmith.train.recipe import Optimizer, Svfit, TrainRecipe
+from weightsmith.train.recipe import Linear, Optimizer, Svfit, TrainRecipe
 from weightsmith.train.save import save_folder
 
 __all__ = ["CURVE", "Trained", "curve_sections", "identify", "kept_bytes", "optimizer_of", "padded", "save_model",
@@ -86,15 +88,19 @@ def train(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held = int(recipe.valid * len(examples))
     valid, used = sorted(order[:held]), sorted(order[held:])
+    _, what = recipe.tune.chosen
+    if isinstance(what, Linear):
+        loaded = linearized(loaded, what.modules, what.rank, recipe.seed, examples[used[0]].inputs)
     loss = _loss_of(loaded, examples)
-    tuned = _prepared(recipe, loaded)
+    tuned = _prepared(what, loaded)
     optimizer, projected = optimizer_of(recipe.optimizer, loaded.module)
     pace = Pace(**{name: getattr(recipe, name) for name in Pace.__dataclass_fields__})
     options: dict[str, Any] = {"store": checkpoints, "bf16": recipe.bf16, "progress": settings.progress}
     rows = fit(loaded.module, optimizer, loss, used, pace, valid=valid, **options)
     curve = _curve(rows, recipe)
-    if tuned is not None:
-        _, what = recipe.tune.chosen
+    if isinstance(what, Linear):
+        save_linear(loaded, out, asked, {CURVE: curve}, overwrite=settings.overwrite)
+    elif tuned is not None:
         assert isinstance(what, Svfit)
         tuned.save(out, bases=what.bases, overwrite=settings.overwrite, texts={CURVE: curve})
     else:
@@ -158,11 +164,11 @@ def optimizer_of(asked: Optimizer, module: nn.Module, **more: Any) -> tuple[torc
 _PROJECTING: Mapping[str, type[DCTAdamW] | type[Trion]] = {"dct_adamw": DCTAdamW, "trion": Trion}
 
 
-def _prepared(recipe: TrainRecipe, loaded: Any) -> svfit.SVFit | None:
-    """Freeze what does not train; None where everything does."""
-    _, what = recipe.tune.chosen
+def _prepared(what: Grammar, loaded: Any) -> svfit.SVFit | None:
+    """Freeze what does not train; None where it is frozen, or everything trains."""
     if not isinstance(what, Svfit):
-        train_all(loaded)
+        if not isinstance(what, Linear):
+            train_all(loaded)
         return None
     options = what.model_dump(exclude={"bases", "target_modules"})
     return svfit.wrap(loaded.module, target_modules=what.target_modules or svfit.TARGETS, **options)

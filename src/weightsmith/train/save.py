@@ -31,6 +31,7 @@ def save_folder(
     texts: Mapping[str, str] | None = None,
     package: Callable[[Path], Iterable[Path]] = lambda folder: (),
     overwrite: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write OUT/NAME.safetensors, the texts (file -> content) and weightsmith.json.
 
@@ -38,6 +39,7 @@ def save_folder(
     how      how the tensors were made, in words
     kind     of the folder, as its manifest says it
     package  writes more files into the folder and returns their paths
+    notes    more fields of the manifest
     Errors: PlanError with what is wrong with OUT, before anything is written.
     """
     keys = [Key(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
@@ -46,7 +48,8 @@ def save_folder(
     def more(folder: Path) -> Iterable[Path]:
         return [*(write_file(folder / file, text) for file, text in (texts or {}).items()), *package(folder)]
 
-    return save_rows(out, keys, rows, made=made, how=how, kind=kind, name=name, package=more, overwrite=overwrite)
+    return save_rows(out, keys, rows, made=made, how=how, kind=kind, name=name, package=more, overwrite=overwrite,
+                     notes=notes)  # fmt: skip
 
 
 def save_rows(
@@ -60,6 +63,7 @@ def save_rows(
     name: str = "model",
     package: Callable[[Path], Iterable[Path]] = lambda folder: (),
     overwrite: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """As `save_folder`, of tensors that come in pieces: (name, first row, rows), which make up every key."""
     out = Path(out)
@@ -89,6 +93,6 @@ def save_rows(
         manifest = build_manifest(
             folder, recipe=made, inputs={}, keys=keys, records=records, made_by={k.name: how for k in keys}, kind=kind
         )
-        return [*paths, write_manifest(folder, manifest)]
+        return [*paths, write_manifest(folder, {**manifest, **(notes or {})})]
 
     return sink.finish(finish)

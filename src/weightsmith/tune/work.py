@@ -63,6 +63,7 @@ def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Set
         tree["exclude"] = list(dict.fromkeys([*_listed(tree.get("exclude", ())), *more]))
     working = tree | {"output": {**tree.get("output", {}), "dtype": "float32"}}
     first = make_plan(Recipe.model_validate(working), sources=inputs)
+    first.refuse_tangent()
     owners = _owners(recipe)
     numbers = []
     for name, free in setting.free.items():

@@ -24,6 +24,7 @@ Pick = Callable[[Any], Tensor]
 """What of a network's output is linearised."""
 Delta = Mapping[str, Tensor]
 """Parameter name -> theta - theta_0; parameters that are left out stay as they are."""
+Only = Callable[[str], bool]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -32,14 +33,25 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def linearize(module: nn.Module, *args: Any, pick: Pick = logits_of, **kwargs: Any) -> Linearized:
+def linearize(
+    module: nn.Module,
+    *args: Any,
+    pick: Pick = logits_of,
+    only: Only | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Linearized:
     """The tangent model of a network around its present weights, in eval mode; the network itself is not changed.
 
     args, kwargs  an input to try forward-mode differentiation with, if there is one
+    only          which parameters move, by name; everything outside has no tangent and costs nothing
+    rank, seed    matrices move by U V, V [rank, in] drawn at random, and U [out, rank] trains; nothing else moves
+                  (the tangent of LoRA at its start, L-LoRA)
     Attention and experts of transformers are switched to implementations that have it (`Linearized.switched`).
     Raises SourceError that names the first module without it.
     """
-    made = Linearized(module, pick)
+    made = Linearized(module, pick, only, rank, seed)
     if args or kwargs:
         made.refuse_unsupported(*args, **kwargs)
     return made
@@ -48,21 +60,52 @@ def linearize(module: nn.Module, *args: Any, pick: Pick = logits_of, **kwargs: A
 class Linearized(nn.Module):
     """See `linearize`.  Parameters: `theta`, in float32 at least, and frozen `origin` (theta_0), by the same names.
 
-    Gradients with respect to theta flow through the forward-mode pass.  A tied weight has one tangent.
+    Gradients with respect to theta flow through the forward-mode pass.  A tied weight has one tangent.  With a `rank`,
+    theta are the factors U, by the names of their matrices.
     """
 
-    def __init__(self, module: nn.Module, pick: Pick = logits_of) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        pick: Pick = logits_of,
+        only: Only | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.origin = copy.deepcopy(module).eval().requires_grad_(False)
         self.switched = _with_forward_mode(self.origin)
         self.theta = nn.ParameterDict()
+        self.down: dict[str, Tensor] = {}
         self._names = {}
+        draw = torch.Generator().manual_seed(seed)
         for name, parameter in self.origin.named_parameters():
-            if parameter.is_floating_point():
-                wide = torch.promote_types(parameter.dtype, torch.float32)  # bfloat16 would lose the small difference
-                self._names[name] = name.replace(".", "|")  # no dots in names of a ParameterDict
-                self.theta[self._names[name]] = nn.Parameter(parameter.detach().clone().to(wide))
+            if not parameter.is_floating_point() or not (only is None or only(name)):
+                continue
+            if rank is not None and (parameter.ndim != 2 or min(parameter.shape) < rank):
+                continue
+            wide = torch.promote_types(parameter.dtype, torch.float32)  # bfloat16 would lose the small difference
+            self._names[name] = name.replace(".", "|")  # no dots in names of a ParameterDict
+            start = parameter.detach().clone().to(wide)
+            if rank is not None:
+                size = parameter.shape[1]
+                self.down[name] = (torch.randn(rank, size, generator=draw, dtype=wide) / size**0.5).to(parameter.device)
+                start = start.new_zeros(len(start), rank)
+            self.theta[self._names[name]] = nn.Parameter(start)
+        if not self._names:
+            low = "" if rank is None else f"; a rank of {rank} is of matrices with both sides at least as long"
+            raise SourceError(f"{type(module).__name__}: no parameter of it moves{low}")
         self.pick = pick
+
+    @property
+    def config(self) -> Any:
+        """The network's transformers configuration; None of others."""
+        return getattr(self.origin, "config", None)
+
+    @property
+    def main_input_name(self) -> str:
+        """What transformers calls the network's input."""
+        return str(self.origin.main_input_name)
 
     def train(self, mode: bool = True) -> Linearized:
         """Dropout and batch statistics stay off: f must be a function."""
@@ -73,14 +116,23 @@ class Linearized(nn.Module):
     @property
     def delta(self) -> dict[str, Tensor]:
         """The task vector theta - theta_0, by parameter name; part of the graph."""
+        if self.down:
+            return {name: self.theta[key] @ self.down[name] for name, key in self._names.items()}
         origin = dict(self.origin.named_parameters())
         return {name: self.theta[key] - origin[name].to(self.theta[key].dtype) for name, key in self._names.items()}
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """With a `rank`: name of a matrix -> U and V of its change U V."""
+        return {name: (self.theta[key], self.down[name]) for name, key in self._names.items() if name in self.down}
 
     def load_delta(self, delta: Delta) -> None:
         """Set theta = theta_0 + delta; an ordinary task vector makes the post-hoc linearised model.
 
-        Raises SourceError for names or shapes that the network does not have.
+        Raises SourceError for names or shapes that the network does not have, and for a model of some `rank`.
         """
+        if self.down:
+            raise SourceError("a task vector has no place in a model whose changes are of low rank; linearize without")
         origin = dict(self.origin.named_parameters())
         _refuse_unknown(delta, {name: origin[name] for name in self._names})
         with torch.no_grad():
@@ -113,8 +165,11 @@ class Linearized(nn.Module):
 
     def refuse_unsupported(self, *args: Any, **kwargs: Any) -> None:
         """Raise SourceError that names the first module without forward-mode differentiation, for an input."""
-        delta = {name: torch.zeros_like(p) for name, p in self.origin.named_parameters() if name in self._names}
-        if (found := unsupported(self.origin, lambda: self.terms(delta, *args, **kwargs))) is not None:
+        self.refuse_unsupported_run(lambda: self(*args, **kwargs))
+
+    def refuse_unsupported_run(self, run: Callable[[], object]) -> None:
+        """The same for whatever runs the model."""
+        if (found := unsupported(self.origin, run)) is not None:
             name, error = found
             raise SourceError(f"{name} has no forward-mode differentiation, so it cannot be linearised: {error}")
 
