@@ -34,6 +34,7 @@ LAYERS = (
     ("study",),
     ("protect", "runtime", "tune", "vsa"),
     ("search",),
+    ("studio",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -55,6 +55,7 @@ _VERBS = {
     "diff": "Say how two models differ, tensor by tensor.",
     "lineage": "Show what a model was made from, and that from what.",
     "tokenizer": "Move a model to another tokenizer.",
+    "studio": "Merge, look and compare in a browser, on this machine only.",
     "schema": "Print the JSON Schema of recipes, for editors.",
 }
 _COMPLETION = "Complete weightsmith's words in the shell."

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import OutputError
 from weightsmith.io import system
+from weightsmith.io.disk import write_file
 from weightsmith.io.url import Url, stored_at
-from weightsmith.report.units import roughly
+from weightsmith.report.units import duration, roughly, size
 
 __all__ = ["duration", "printable", "progress_bar", "roughly", "say", "show_json", "size", "table", "warn"]
 
@@ -32,25 +35,6 @@ def say(text: str = "") -> None:
 def warn(text: object) -> None:
     """Say a warning, or a problem as what it is."""
     sys.stderr.write(f"{getattr(text, 'kind', 'warning')}: {printable(text)}\n")
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: 961 kB, 1.92 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 100
-        else f"{seconds / 60:.1f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def show_json(value: Any) -> None:
@@ -104,7 +88,13 @@ def _rich_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str
 
 @contextmanager
 def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr with rate and time left; gives (done, total) -> None, or None where nobody would see it."""
+    """A bar on stderr with rate and time left; gives (done, total) -> None, or None where nobody would see it.
+
+    Where WEIGHTSMITH_PROGRESS names a file, it is written there instead, for a program that shows it.
+    """
+    if file := os.environ.get("WEIGHTSMITH_PROGRESS"):
+        yield _noted(Path(file), "bytes" if nbytes else "")
+        return
     if quiet or not sys.stderr.isatty():
         if not quiet and nbytes:  # a merge, which uses them
             from weightsmith.kernels import native
@@ -141,6 +131,26 @@ def progress_bar(text: str, *, quiet: bool, nbytes: bool = True) -> Iterator[Cal
 
     with bar:
         yield update
+
+
+def _noted(file: Path, unit: str) -> Callable[[int, int], None]:
+    """Progress as one JSON object in a file: {done, total, first, seconds, unit}; `first`: done when it began."""
+    began: list[float] = []
+    last = [0.0]
+
+    def update(done: int, total: int) -> None:
+        now = time.monotonic()
+        if not began:
+            began[:] = [now, done]
+        if done >= total or now - last[0] > 0.1:
+            last[0] = now
+            noted = {"done": done, "total": total, "first": began[1], "seconds": now - began[0], "unit": unit}
+            staged = file.with_name(f".{file.name}.{threading.get_ident()}")
+            with suppress(OSError, OutputError):  # a run does not fail for want of somebody who watches it
+                write_file(staged, json.dumps(noted))
+                system.call(staged.replace, file)
+
+    return update
 
 
 def files_in(folder: Path | Url) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 from weightsmith.recipe.fields import StageSpec
 from weightsmith.recipe.grammar import Grammar
 
-__all__ = ["dumps", "to_tree"]
+__all__ = ["dumps", "flow", "to_tree"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./+\-][A-Za-z0-9_./@+\- ]*(?<! )")
 """Words that mean themselves without quotes in every YAML version, unless they are numbers or special words."""
@@ -53,23 +53,24 @@ def _block(tree: Mapping[str, Any], indent: str) -> list[str]:
         elif isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value) and not _small(value):
             lines.append(head)
             for item in value:
-                inner = _block(item, indent + "    ") if isinstance(item, Mapping) and item else [_flow(item)]
+                inner = _block(item, indent + "    ") if isinstance(item, Mapping) and item else [flow(item)]
                 lines += [f"{indent}  - {inner[0].strip()}", *inner[1:]]
         else:
-            lines.append(f"{head} {_flow(value)}")
+            lines.append(f"{head} {flow(value)}")
     return lines
 
 
 def _small(value: Any) -> bool:
     """Fits on one line beside its key, and nothing in it deserves a line of its own."""
-    return len(_flow(value)) <= 60 and not any(word in str(value) for word in ("models", "slices", "modules"))
+    return len(flow(value)) <= 60 and not any(word in str(value) for word in ("models", "slices", "modules"))
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A value on one line, as YAML."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_scalar(str(k))}: {_flow(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_scalar(str(k))}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(flow, value)) + "]"
     return _scalar(value)
 
 

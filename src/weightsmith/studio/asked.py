@@ -1,0 +1,69 @@
+"""What every page is given: the folders and the queue, and what was asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weightsmith.studio.jobs import Jobs
+from weightsmith.studio.places import Places
+from weightsmith.studio.render import rendered
+
+__all__ = ["Asked", "Studio", "go", "html"]
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What the pages share."""
+
+    places: Places
+    jobs: Jobs
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a page was asked: `path` of the address, `query` (the first value of each name), `form` (all values).
+
+    partial  htmx asks for a part of the page
+    """
+
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    form: Mapping[str, list[str]]
+    partial: bool
+
+    @classmethod
+    def of(cls, request: Any) -> Asked:
+        query = {name: request.query_params.getlist(name)[0] for name in request.query_params}
+        partial = request.headers.get("hx-request") == "true"
+        return cls(request.path_params, query, request.scope.get("state", {}).get("form", {}), partial)
+
+    def __call__(self, name: str, default: str = "") -> str:
+        """A value of the form, else of the query."""
+        return self.form.get(name, [self.query.get(name, default)])[0]
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """A whole number of the query from 0 on; the default for anything else."""
+        text = self(name)
+        return min(int(text), most) if text.isdigit() and len(text) < 10 else default
+
+
+def html(template: str, **values: Any) -> Any:
+    """A page as an answer."""
+    from fastapi.responses import HTMLResponse
+
+    return HTMLResponse(rendered(template, **values))
+
+
+def go(where: str, asked: Asked) -> Any:
+    """Send the browser to another page."""
+    from fastapi.responses import Response
+
+    return Response(status_code=204, headers={"HX-Redirect": where}) if asked.partial else _see(where)
+
+
+def _see(where: str) -> Any:
+    from fastapi.responses import RedirectResponse
+
+    return RedirectResponse(where, 303)

@@ -1,0 +1,224 @@
+// What the pages do beside htmx: fields that change the recipe, ramps drawn by hand, dragging, a job's events.
+"use strict";
+(() => {
+  const $ = (selector, within = document) => within.querySelector(selector);
+  const editor = () => $(".editor");
+  let refocus = "";
+
+  // --- the recipe ---
+  const post = (where, values) => {
+    refocus = document.activeElement ? document.activeElement.id : "";
+    return htmx.ajax("POST", where, {
+      target: "#form", swap: "innerHTML", source: "#form",
+      values: { path: editor().dataset.recipe, yaml: $("#yaml").value, ...values },
+    });
+  };
+  const places = () => [...document.querySelectorAll("#form details[id]")].map((d) => [d.id, d.open]);
+  let open = [];
+
+  document.addEventListener("change", (event) => {
+    const input = event.target;
+    if (!editor() || !input.closest("#form")) return;
+    if (input.dataset.key) post("/recipe/set", { key: input.dataset.key, value: input.value, kind: input.dataset.kind || "yaml" });
+    else if (input.dataset.rename !== undefined) post("/recipe/model", { do: "rename-model", name: input.dataset.rename, value: input.value });
+    else if (input.dataset.stage !== undefined) post("/recipe/stage", { do: "set-stage", index: input.dataset.stage, value: input.value });
+  });
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (!button) return;
+    if (button.dataset.copy !== undefined) {
+      const said = button.textContent;
+      (navigator.clipboard ? navigator.clipboard.writeText(button.dataset.copy) : Promise.reject())
+        .then(() => "copied", () => "not allowed")
+        .then((text) => { button.textContent = text; setTimeout(() => { button.textContent = said; }, 1200); });
+    }
+    if (!editor()) return;
+    const { do: what, path, name, index, ramp } = button.dataset;
+    if (ramp !== undefined) {
+      const drawn = button.closest(".field").querySelector(".ramp");
+      const number = parseFloat(button.dataset.default);
+      const value = Number.isFinite(number) ? number : 0.5;
+      const first = drawn ? JSON.parse(drawn.dataset.values)[0] : null;
+      post("/recipe/set", { key: ramp, kind: "yaml", value: drawn ? String(first) : `[${[value, value, value, value, value].join(", ")}]` });
+    } else if (what === "add-model" || what === "set-base") post("/recipe/model", { do: what, model: path });
+    else if (what === "remove-model") post("/recipe/model", { do: what, name });
+    else if (what && what.endsWith("-stage")) post("/recipe/stage", { do: what, index: index || "0" });
+    else if (what && what.endsWith("-rule")) post("/recipe/rule", { do: what, index: index || "0" });
+  });
+
+  let typing = 0;
+  document.addEventListener("input", (event) => {
+    if (event.target.id === "yaml") {
+      clearTimeout(typing);
+      typing = setTimeout(() => post("/recipe/yaml", {}), 350);
+    }
+    if (event.target.id === "out") {
+      const code = $(".run-card .command code");
+      const words = event.target.value.trim() || "OUT";
+      code.textContent = `weightsmith merge ${editor().dataset.recipe} ${words}`;
+      $(".run-card .command button").dataset.copy = code.textContent;
+    }
+    if (event.target.dataset.filter) {
+      const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const row of document.querySelectorAll(event.target.dataset.filter)) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+      }
+    }
+    const output = event.target.type === "range" && event.target.parentElement.querySelector("output");
+    if (output) output.value = event.target.value;
+  });
+
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    if (event.detail.target.id === "form") open = places();
+    if (event.detail.xhr.status >= 400) {
+      event.detail.shouldSwap = false;
+      $("#toast").innerHTML = "";
+      const said = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
+      $("#toast").textContent = said.body.textContent.trim().replace(/\s*\n\s*/g, "\n");
+    } else if (event.detail.target.id === "form") $("#toast").textContent = "";
+  });
+  document.addEventListener("htmx:afterSettle", (event) => {
+    if (event.detail.target.id !== "form") return;
+    for (const [id, was] of open) { const found = document.getElementById(id); if (found) found.open = was; }
+    ramps();
+    const found = refocus && document.getElementById(refocus);
+    if (found && document.activeElement !== found && (document.activeElement === document.body || !document.activeElement)) found.focus({ preventScroll: true });
+  });
+  document.addEventListener("htmx:sendError", () => { $("#toast").textContent = "The studio does not answer; start it again with weightsmith studio."; });
+
+  // --- ramps ---
+  const NS = "http://www.w3.org/2000/svg";
+  const W = 600, H = 150, L = 34, R = 12, T = 12, B = 22;
+  function ramps() {
+    for (const box of document.querySelectorAll(".ramp:empty")) draw(box);
+  }
+  function draw(box) {
+    let values = JSON.parse(box.dataset.values);
+    const low = +box.dataset.low, high = +box.dataset.high, step = (high - low) / 100;
+    const digits = Math.max(0, 2 - Math.floor(Math.log10(high - low)));
+    const round = (v) => Number(Math.min(high, Math.max(low, v)).toFixed(digits));
+    const make = (tag, at, into) => { const e = document.createElementNS(NS, tag); for (const a in at) e.setAttribute(a, at[a]); into.append(e); return e; };
+    const x = (i) => L + (W - L - R) * (values.length > 1 ? i / (values.length - 1) : 0.5);
+    const y = (v) => H - B - (H - T - B) * (v - low) / (high - low);
+    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "group", "aria-label": `${box.dataset.label} from the first block to the last` }, box);
+    const row = document.createElement("div");
+    row.className = "row";
+    const label = document.createElement("label"), count = document.createElement("input");
+    count.type = "number"; count.min = 1; count.max = 200; count.value = values.length; count.id = `count-${box.dataset.key.replace(/\W+/g, "-")}`;
+    label.append("points", count);
+    const said = document.createElement("span");
+    said.textContent = "drag to draw; arrow keys move a point";
+    row.append(label, said);
+    box.append(row);
+    const send = () => post("/recipe/set", { key: box.dataset.key, kind: "yaml", value: `[${values.join(", ")}]` });
+    let waiting = 0;
+    const later = () => { clearTimeout(waiting); waiting = setTimeout(send, 500); };
+
+    function paint() {
+      svg.replaceChildren();
+      const lines = make("g", { class: "lines" }, svg);
+      for (const v of [low, (low + high) / 2, high]) {
+        make("line", { x1: L, x2: W - R, y1: y(v), y2: y(v) }, lines);
+        make("text", { x: L - 5, y: y(v) + 4, "text-anchor": "end" }, svg).textContent = Number(v.toPrecision(3));
+      }
+      make("text", { x: L, y: H - 6 }, svg).textContent = "first block";
+      make("text", { x: W - R, y: H - 6, "text-anchor": "end" }, svg).textContent = "last block";
+      const points = values.map((v, i) => `${x(i)},${y(v)}`);
+      make("polygon", { points: [`${x(0)},${y(low)}`, ...points, `${x(values.length - 1)},${y(low)}`].join(" ") }, svg);
+      make("polyline", { points: points.join(" ") }, svg);
+      values.forEach((v, i) => {
+        const dot = make("circle", { cx: x(i), cy: y(v), r: values.length > 40 ? 3 : 5, tabindex: 0, role: "slider", id: `${count.id}-${i}`,
+          "aria-label": `point ${i + 1} of ${values.length}`, "aria-valuemin": low, "aria-valuemax": high, "aria-valuenow": v }, svg);
+        dot.addEventListener("keydown", (event) => {
+          const by = { ArrowUp: 5, ArrowRight: 5, ArrowDown: -5, ArrowLeft: -5, PageUp: 20, PageDown: -20 }[event.key];
+          if (by === undefined) return;
+          event.preventDefault();
+          values[i] = round(values[i] + (event.shiftKey ? Math.sign(by) : by) * step);
+          paint();
+          document.getElementById(dot.id).focus();
+          later();
+        });
+      });
+    }
+    const at = (event) => {
+      const rect = svg.getBoundingClientRect();
+      const px = (event.clientX - rect.left) / rect.width * W, py = (event.clientY - rect.top) / rect.height * H;
+      const i = Math.round((px - L) / (W - L - R) * (values.length - 1));
+      return [Math.min(values.length - 1, Math.max(0, i || 0)), round(low + (H - B - py) / (H - T - B) * (high - low))];
+    };
+    let last = null;
+    const touch = (event) => {
+      const [i, v] = at(event);
+      if (last !== null && Math.abs(last[0] - i) > 1) { // a fast stroke: fill in what it went over
+        const [j, w] = last, s = Math.sign(i - j);
+        for (let k = j + s; k !== i; k += s) values[k] = round(w + (v - w) * (k - j) / (i - j));
+      }
+      values[i] = v;
+      last = [i, v];
+      paint();
+    };
+    svg.addEventListener("pointerdown", (event) => { svg.setPointerCapture(event.pointerId); last = null; touch(event); event.preventDefault(); });
+    svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) touch(event); });
+    svg.addEventListener("pointerup", (event) => { svg.releasePointerCapture(event.pointerId); send(); });
+    count.addEventListener("change", (event) => {
+      event.stopPropagation();
+      const n = Math.min(200, Math.max(1, Math.round(+count.value) || 1)), old = values;
+      values = Array.from({ length: n }, (_, i) => {
+        const place = n > 1 ? i / (n - 1) * (old.length - 1) : 0, j = Math.floor(place);
+        return round(old[j] + (old[Math.min(j + 1, old.length - 1)] - old[j]) * (place - j));
+      });
+      send();
+    });
+    paint();
+  }
+
+  // --- dragging models ---
+  let carried = "";
+  document.addEventListener("dragstart", (event) => {
+    const item = event.target.closest("[data-path][draggable]");
+    if (!item) return;
+    carried = item.dataset.path;
+    event.dataTransfer.setData("text/plain", carried);
+    event.dataTransfer.effectAllowed = "copy";
+  });
+  const zone = (event) => carried && event.target.closest("[data-zone], [data-drop]");
+  document.addEventListener("dragover", (event) => { const z = zone(event); if (z) { event.preventDefault(); z.classList.add("over"); } });
+  document.addEventListener("dragleave", (event) => { const z = event.target.closest && event.target.closest(".over"); if (z && !z.contains(event.relatedTarget)) z.classList.remove("over"); });
+  document.addEventListener("dragend", () => { carried = ""; document.querySelectorAll(".over").forEach((e) => e.classList.remove("over")); });
+  document.addEventListener("drop", (event) => {
+    const z = zone(event);
+    if (!z) return;
+    event.preventDefault();
+    z.classList.remove("over");
+    if (z.dataset.zone) post("/recipe/model", { do: z.dataset.zone === "base" ? "set-base" : "add-model", model: carried });
+    else {
+      const form = $("form.shelf");
+      form.recipe.value = z.dataset.drop;
+      for (const box of form.querySelectorAll("input[name=path]")) if (box.value === carried) box.checked = true;
+      form.submit();
+    }
+  });
+
+  // --- a job ---
+  function follow() {
+    const job = $("#job");
+    if (!job || !job.dataset.events) return;
+    const source = new EventSource(job.dataset.events), was = job.dataset.state;
+    source.onmessage = (event) => {
+      const now = JSON.parse(event.data), log = $("#log");
+      $("#state").textContent = now.state;
+      $("#state").className = `state ${now.state}`;
+      $("#words").textContent = now.words;
+      $("#progress").value = now.share;
+      const end = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+      log.textContent = now.log + now.output;
+      if (end) log.scrollTop = log.scrollHeight;
+      if (now.over) { source.close(); if (was !== now.state) location.reload(); }
+    };
+    source.onerror = () => { if (source.readyState === EventSource.CLOSED) $("#words").textContent = "The studio does not answer; the job's state is kept in the folder."; };
+  }
+
+  document.addEventListener("DOMContentLoaded", () => { ramps(); follow(); });
+})();

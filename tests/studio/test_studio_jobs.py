@@ -1,0 +1,134 @@
+"""Jobs: one at a time, found again by a page, a tab or a server that comes later."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import until  # type: ignore[import-not-found]
+from fastapi.testclient import TestClient
+
+from weightsmith.core.errors import OutputError, SourceError
+from weightsmith.studio.jobs import Job, Jobs
+
+PLUGIN = (Path(__file__).parents[1] / "cli/example_plugin.py").read_text()
+
+
+@pytest.fixture
+def jobs(folder: Path) -> Iterator[Jobs]:
+    made = Jobs(folder / ".weightsmith-studio", folder)
+    made.open()
+    yield made
+    made.close()
+
+
+def ended(jobs: Jobs, number: str) -> Job:
+    return until(lambda: job if (job := jobs.get(number)).over else None)  # type: ignore[no-any-return]
+
+
+def slow(folder: Path) -> list[str]:
+    """The words of a command that runs until it is stopped: it reads a pipe that nobody writes to."""
+    pipe = folder / "pipe"
+    if not pipe.exists():
+        os.mkfifo(pipe)
+    plugin = folder / "wait.py"
+    plugin.write_text(f"open({str(pipe)!r}).read()\n{PLUGIN}")
+    return ["merge", "blend.yaml", "slow", "--plugin", "wait.py"]
+
+
+def test_a_merge_runs_verifies_and_is_shown(client: TestClient, folder: Path) -> None:
+    answer = client.post("/recipe/run", data={"path": "blend.yaml", "out": "merged"})
+    assert answer.headers["location"] == "/run/0001"
+    jobs = client.app.app.state.studio.jobs  # type: ignore[attr-defined]
+    assert ended(jobs, "0001").state == "finished"
+    page = client.get("/run/0001").text
+    assert "weightsmith merge blend.yaml merged" in page
+    assert "Verify" in page
+    assert (folder / "merged/model.safetensors").exists()
+    where = client.post("/verify", data={"out": "merged"}).headers["location"]
+    assert ended(jobs, where.rpartition("/")[2]).state == "finished"
+    assert "as it was written" in client.get(where).text
+    with client.stream("GET", "/run/0001/events") as stream:
+        lines = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]
+    assert lines[-1]["state"] == "finished"
+    assert lines[-1]["share"] == 1
+    assert "merged" in client.get("/models").text
+    listed = client.get("/run", headers={"hx-request": "true"}).text
+    assert listed.count("finished") >= 2
+    assert "<html" not in listed
+
+
+def test_a_failed_job_says_why(jobs: Jobs) -> None:
+    job = ended(jobs, jobs.add(["merge", "nothing.yaml", "x"], "x").id)
+    assert (job.state, job.code) == ("failed", 2)
+    assert "no such recipe file" in job.log()
+    assert job.resumable
+
+
+def test_one_at_a_time_and_the_others_wait(jobs: Jobs, folder: Path) -> None:
+    first, second, third = (
+        jobs.add(slow(folder), "slow"),
+        jobs.add(["verify", "models"], "b"),
+        jobs.add(["plan", "blend.yaml"], "c"),
+    )
+    until(lambda: jobs.get(first.id).state == "running")
+    assert [job.state for job in jobs.all()] == ["queued", "queued", "running"]
+    assert jobs.stop(second.id).state == "stopped"
+    with pytest.raises(OutputError, match="only one that was stopped"):
+        jobs.resume(first.id)
+    until((jobs.folder / first.id / "pid").exists)
+    jobs.stop(first.id)
+    assert ended(jobs, first.id).state == "stopped"
+    assert ended(jobs, third.id).state == "finished"
+    jobs.remove(second.id)
+    with pytest.raises(SourceError, match="no job"):
+        jobs.get(second.id)
+
+
+def test_a_server_that_comes_later_finds_the_running_job(jobs: Jobs, folder: Path) -> None:
+    job = jobs.add(slow(folder), "slow")
+    until((jobs.folder / job.id / "pid").exists)
+    other = Jobs(folder / ".weightsmith-studio", folder)  # as after a kill: it knows nothing but the folder
+    assert other.get(job.id).state == "running"
+    queued = other.add(["plan", "blend.yaml"], "plan")
+    other._next()
+    assert other.get(queued.id).state == "queued"
+    other.stop(job.id)
+    assert ended(other, job.id).state == "stopped"
+
+
+def test_a_killed_job_goes_on_with_resume(jobs: Jobs, folder: Path) -> None:
+    job = jobs.add(slow(folder), "slow")
+    pid = until(lambda: (jobs.folder / job.id / "pid").exists() and int((jobs.folder / job.id / "pid").read_text()))
+    os.kill(pid, signal.SIGKILL)
+    assert ended(jobs, job.id).state == "interrupted"
+    (folder / "wait.py").write_text(PLUGIN)
+    again = jobs.resume(job.id)
+    assert again.command.endswith("--plugin wait.py --resume")
+    assert ended(jobs, job.id).state == "finished"
+    assert (folder / "slow/weightsmith.json").exists()
+
+
+def test_a_server_that_is_stopped_stops_its_job(jobs: Jobs, folder: Path) -> None:
+    job = jobs.add(slow(folder), "slow")
+    until((jobs.folder / job.id / "pid").exists)
+    jobs.close()
+    assert ended(jobs, job.id).state == "stopped"
+
+
+def test_a_command_writes_how_far_it_is_where_it_is_told(folder: Path) -> None:
+    file = folder / "progress"
+    words = [sys.executable, "-m", "weightsmith", "merge", "blend.yaml", "merged", "--json"]
+    subprocess.run(
+        words, cwd=folder, env={**os.environ, "WEIGHTSMITH_PROGRESS": str(file)}, check=True, capture_output=True
+    )
+    noted = json.loads(file.read_text())
+    assert noted["done"] == noted["total"] > 0
+    assert noted["unit"] == "bytes"
+    assert not list(folder.glob(".progress*"))

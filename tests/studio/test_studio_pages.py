@@ -1,0 +1,176 @@
+"""Pages over HTTP: what is shown, and what the form and the YAML do to each other."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_model  # type: ignore[import-not-found]
+from fastapi.testclient import TestClient
+
+from weightsmith.core.method import registered
+from weightsmith.recipe.schema import Output, Recipe
+from weightsmith.studio.form import form, parameters_of
+
+PATH = "blend.yaml"
+
+
+def sent(client: TestClient, where: str, text: str, **more: Any) -> str:
+    """Send a change of the recipe; the text that the form makes of it."""
+    answer = client.post(f"/recipe/{where}", data={"path": PATH, "yaml": text, **more})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["hx-trigger"] == "planned"
+    found = re.search(r"<textarea[^>]*>\n?(.*?)</textarea>", answer.text, re.DOTALL)
+    return html.unescape(found[1]) if found else text
+
+
+def planned(client: TestClient, out: str = "") -> str:
+    return html.unescape(client.get("/recipe/plan", params={"path": PATH, "out": out}).text)
+
+
+def test_the_models_are_listed_with_what_is_known_of_them(client: TestClient, folder: Path) -> None:
+    (folder / "models/math/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    shown = client.get("/models").text
+    for text in ("models/base", "models/math", "LlamaForCausalLM", "float32", "apache-2.0", "blend.yaml"):
+        assert text in shown
+    detail = client.get("/model", params={"path": "models/math"}).text
+    assert "model.layers.2.mlp.up_proj.weight" in detail
+    assert "16×16" in detail
+
+
+def test_long_tables_come_a_page_at_a_time(client: TestClient, folder: Path) -> None:
+    write_model(folder / "models/many", 9, layers=150, size=1)
+    first = client.get("/model", params={"path": "models/many"}).text
+    assert first.count("up_proj") + first.count("q_proj") == 100
+    found = client.get("/model", params={"path": "models/many", "q": "layers.149. up"}, headers={"hx-request": "true"})
+    assert found.text.count("mlp.up_proj") == 1
+    assert "<html" not in found.text
+    last = client.get("/model", params={"path": "models/many", "first": "99999", "sort": "0"}).text
+    assert "201 to 300" in last
+
+
+def test_every_field_of_the_grammar_and_every_parameter_is_in_the_form() -> None:
+    made = form({"models": {"a": "x"}, "rules": [{}]})
+    keys = {tuple(json.loads(field.key)) for field in made.settings}
+    own = {"base", "models", "method", "parameters", "rules", "output"}
+    assert keys == {(name,) for name in set(Recipe.model_fields) - own} | {("output", n) for n in Output.model_fields}
+    assert made.rules[0][1]
+    for name, cls in registered().items():
+        (stage,) = form({"method": name}).stages
+        assert [field.label for field in stage.fields] == [p.name for p in cls.parameters()]
+        assert all(field.help for field in stage.fields)
+    assert {p.name for p in parameters_of("dare_ties")} > {"density", "scope"}
+
+
+def test_the_form_changes_the_yaml_and_keeps_what_is_not_its_own(client: TestClient, folder: Path) -> None:
+    text = (folder / PATH).read_text()
+    text = sent(client, "set", text, key='["stage", 0, "density"]', value="0.3")
+    assert text == (folder / PATH).read_text() + "parameters:\n  density: 0.3\n"
+    text = sent(client, "set", text, key='["models", "math", "weight"]', value="0.7")
+    assert "  math:\n    model: models/math\n    weight: 0.7\n" in text
+    text = sent(client, "set", text, key='["models", "math", "weight"]', value="")
+    text = sent(client, "set", text, key='["stage", 0, "density"]', value="")
+    assert text == (folder / PATH).read_text()
+    text = sent(client, "set", text, key='["output", "dtype"]', value="bfloat16")
+    assert text.endswith("output:\n  dtype: bfloat16\n")
+    text = sent(client, "stage", text, do="add-stage")
+    assert "method: [dare, ties]" in text or "method:\n  - dare\n  - ties" in text
+    text = sent(client, "set", text, key='["stage", 0, "density"]', value="0.5")
+    assert "dare: {density: 0.5}" in text
+    assert "Ready" in planned(client)
+    text = sent(client, "stage", text, do="remove-stage", index="0")
+    text = sent(client, "rule", text, do="add-rule")
+    text = sent(client, "rule", text, do="add-rule")
+    assert text.count("keep") == 2
+    text = sent(client, "rule", text, do="remove-rule", index="1")
+    text = sent(client, "rule", text, do="remove-rule", index="0")
+    assert "rules" not in text
+    assert text.startswith("# kept\n")
+
+
+def test_models_are_added_renamed_and_removed(client: TestClient, folder: Path) -> None:
+    text = sent(client, "model", "models: {}\nmethod: ties\n", do="add-model", model="models/math")
+    text = sent(client, "model", text, do="add-model", model="models/code")
+    text = sent(client, "model", text, do="add-model", model="models/code")
+    text = sent(client, "model", text, do="set-base", model="models/base")
+    assert text == (
+        "models:\n  math: models/math\n  code: models/code\n  code-2: models/code\nmethod: ties\nbase: models/base\n"
+    )
+    assert "the same model as" in planned(client)
+    text = sent(client, "model", text, do="remove-model", name="code-2")
+    assert "Ready to run" in planned(client)
+    text = sent(client, "model", text, do="rename-model", name="math", value="sums")
+    assert list(form(_tree(text)).names) == ["sums", "code"]
+    answer = client.post(
+        "/recipe/model", data={"path": PATH, "yaml": text, "do": "rename-model", "name": "sums", "value": "code"}
+    )
+    assert answer.status_code == 400
+    assert "there already" in answer.text
+
+
+def _tree(text: str) -> Any:
+    from weightsmith.recipe.reader import read
+
+    return read(text, "text").tree
+
+
+def test_a_problem_appears_beside_the_form_and_vanishes(client: TestClient, folder: Path) -> None:
+    text = (folder / PATH).read_text()
+    text = sent(client, "set", text, key='["stage", 0, "density"]', value="3")
+    assert "1 problem" in planned(client)
+    assert "density = 3 is outside (0, 1]" in planned(client)
+    sent(client, "set", text, key='["stage", 0, "density"]', value="0.3")
+    shown = planned(client, "out")
+    assert "Ready to run" in shown
+    for text in ("memory", "writes", "disk", "merged by ties"):
+        assert text in shown
+    sent(client, "yaml", "models: [")
+    assert "not valid YAML" in planned(client)
+    assert "returns as soon as the YAML can be read" in client.get("/recipe", params={"path": PATH}).text
+
+
+def test_a_ramp_is_shown_where_the_value_is_a_list(client: TestClient, folder: Path) -> None:
+    text = sent(client, "set", (folder / PATH).read_text(), key='["stage", 0, "density"]', value="[0.1, 0.9]")
+    assert "density: [0.1, 0.9]" in text
+    assert 'data-values="[0.1, 0.9]"' in client.get("/recipe", params={"path": PATH}).text
+
+
+def test_what_is_typed_outlives_the_page_and_is_saved_when_asked(client: TestClient, folder: Path) -> None:
+    before = (folder / PATH).read_text()
+    sent(client, "yaml", before + "seed: 7\n")
+    assert (folder / PATH).read_text() == before
+    page = client.get("/recipe", params={"path": PATH}).text
+    assert "seed: 7" in page
+    assert "not saved yet" in page
+    client.post("/recipe/save", data={"path": PATH, "yaml": before + "seed: 7\n"})
+    assert (folder / PATH).read_text() == before + "seed: 7\n"
+    assert "not saved yet" not in client.get("/recipe", params={"path": PATH}).text
+    sent(client, "yaml", "seed: 8\n")
+    client.post("/recipe/revert", data={"path": PATH})
+    assert "seed: 8" not in client.get("/recipe", params={"path": PATH}).text
+
+
+def test_chosen_models_make_a_new_recipe(client: TestClient, folder: Path) -> None:
+    answer = client.post("/recipe/add", data={"recipe": "", "path": ["models/math", "models/code"]})
+    assert answer.headers["location"] == "/recipe?path=recipe.yaml"
+    page = client.get("/recipe", params={"path": "recipe.yaml"}).text
+    assert "math: models/math" in page
+    assert "recipe.yaml" in client.get("/models").text  # though it is not saved
+    assert client.get("/recipe").headers["location"] == "/recipe?path=recipe-2.yaml"
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "task_arithmetic"])
+def test_methods_say_when_to_use_them(client: TestClient, name: str) -> None:
+    page = client.get(f"/methods/{name}").text
+    assert "Use it when" in page
+    assert "You want to " in page
+    assert name in client.get("/methods").text
+
+
+def test_an_unknown_method_page_names_the_nearest(client: TestClient) -> None:
+    assert "did you mean" in client.get("/methods/tise").text
+    assert client.get("/nowhere").status_code == 404

@@ -1,0 +1,205 @@
+"""Who gets in, and what a hostile file can do: nothing but be shown as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import EVIL, HOME, PORT, TOKEN, write_model  # type: ignore[import-not-found]
+from fastapi.testclient import TestClient
+
+from weightsmith.studio.app import build
+from weightsmith.studio.pages import ROUTES
+
+GETS = [path.replace("{id}", "0001").replace("{name}", "ties") for method, path, *_ in ROUTES if method == "GET"]
+POSTS = [path.replace("{id}", "0001") for method, path, *_ in ROUTES if method == "POST"]
+
+
+@pytest.fixture
+def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A client without the token."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return TestClient(build((folder,), TOKEN, PORT), base_url=HOME, follow_redirects=False)
+
+
+@pytest.mark.parametrize("path", [*GETS, "/static/studio.js", "/nothing", "/models?token=", "/models?token=guessed"])
+def test_without_the_token_nothing_is_answered(stranger: TestClient, path: str) -> None:
+    answer = stranger.get(path)
+    assert answer.status_code == 403
+    assert "token" in answer.text
+    assert "models/" not in answer.text
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_nothing_changes_without_the_token_or_from_elsewhere(
+    stranger: TestClient, client: TestClient, folder: Path, path: str
+) -> None:
+    assert stranger.post(path, data={"out": "x"}, headers={"origin": HOME}).status_code == 403
+    for origin in ("http://evil.example", f"http://127.0.0.1:{PORT + 1}", f"https://127.0.0.1:{PORT}", "null"):
+        answer = client.post(path, data={"path": "blend.yaml", "out": "x"}, headers={"origin": origin})
+        assert answer.status_code == 403
+        assert "another site" in answer.text
+    del client.headers["origin"]
+    assert client.post(path, data={"path": "blend.yaml", "out": "x"}).status_code == 403
+    assert not (folder / "x").exists()
+    assert not list((folder / ".weightsmith-studio/jobs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", f"evil.example:{PORT}", "127.0.0.1", f"127.0.0.1:{PORT + 1}", f"127.0.0.1.nip.io:{PORT}",
+             f"[::1]:{PORT}", f"0.0.0.0:{PORT}", ""],
+)  # fmt: skip
+def test_another_name_of_this_machine_is_refused(client: TestClient, host: str) -> None:
+    """A page of another site may have its name point here, with the token in nobody's hand but its cookie's."""
+    assert client.get("/models", headers={"host": host}).status_code == 421
+    assert client.get("/models", params={"token": TOKEN}, headers={"host": host}).status_code == 421
+
+
+def test_the_cookie_is_no_other_sites(stranger: TestClient) -> None:
+    answer = stranger.get("/recipe", params={"token": TOKEN, "path": "a b.yaml"})
+    assert answer.headers["location"] == "/recipe?path=a+b.yaml"
+    cookie = answer.headers["set-cookie"]
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert stranger.get("/models", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    assert stranger.get("/models", headers={"sec-fetch-site": "none"}).status_code == 200
+    away = stranger.get(f"{HOME}//evil.example/x", params={"token": TOKEN})
+    assert away.headers["location"] == "/evil.example/x"
+
+
+def test_every_answer_forbids_scripts_that_are_not_ours(client: TestClient) -> None:
+    for path in ("/models", "/static/studio.js", "/nothing", "/recipe?path=../x.yaml"):
+        headers = client.get(path).headers
+        assert "script-src 'self';" in headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+def test_other_methods_are_refused(client: TestClient, method: str) -> None:
+    assert client.request(method, "/models").status_code == 405
+
+
+@pytest.mark.parametrize("way", ["../secret.yaml", "/etc/passwd.yaml", "models/../../secret.yaml", "link.yaml",
+                                 "out/secret.yaml", "x\0.yaml"])  # fmt: skip
+def test_no_path_leads_out_of_the_folders(client: TestClient, folder: Path, way: str) -> None:
+    secret = folder.parent / "secret.yaml"
+    secret.write_text("models: {a: SECRET}\nmethod: linear\n")
+    (folder / "link.yaml").symlink_to(secret)
+    (folder / "out").symlink_to(folder.parent)
+    for answer in (
+        client.get("/recipe", params={"path": way}),
+        client.get("/recipe/plan", params={"path": way}),
+        client.get("/model", params={"path": way}),
+        client.post("/recipe/save", data={"path": way, "yaml": "broken"}),
+        client.post("/recipe/set", data={"path": way, "yaml": "method: linear", "key": '["seed"]', "value": "1"}),
+        client.post("/recipe/run", data={"path": way, "out": "x"}),
+        client.post("/recipe/run", data={"path": "blend.yaml", "out": way}),
+        client.post("/recipe/add", data={"path": way, "recipe": "blend.yaml"}),
+        client.post("/verify", data={"out": way}),
+        client.post("/check", data={"out": way}),
+    ):
+        assert answer.status_code == 403
+        assert "outside the folders that the studio was started with" in answer.text
+        assert "SECRET" not in answer.text
+    assert secret.read_text().endswith("linear\n")
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "stats", "nested", "linked weights", "address"])
+def test_a_recipe_leads_nowhere_else(client: TestClient, folder: Path, kind: str) -> None:
+    """A recipe that somebody sent is looked at while it is open: what it names elsewhere stays closed."""
+    elsewhere = write_model(folder.parent / "elsewhere", 7)
+    (folder / "inner.yaml").write_text(f"models: {{a: {elsewhere}, b: models/math}}\nmethod: linear\n")
+    write_model(folder / "models/linked", 8)
+    (folder / "models/linked/model.safetensors").unlink()
+    (folder / "models/linked/model.safetensors").symlink_to(elsewhere / "model.safetensors")
+    ref = {
+        "model": str(elsewhere), "adapter": f"{{model: models/code, adapter: {elsewhere}}}",
+        "stats": "{model: models/code, stats: [../elsewhere]}", "nested": "inner.yaml",
+        "linked weights": "models/linked", "address": "http://127.0.0.1:9/x",
+    }[kind]  # fmt: skip
+    text = f"base: models/base\nmodels: {{math: models/math, x: {ref}}}\nmethod: ties\n"
+    client.post("/recipe/yaml", data={"path": "blend.yaml", "yaml": text})
+    shown = client.get("/recipe/plan", params={"path": "blend.yaml"}).text
+    assert "outside the folders that the studio was started with" in shown
+    assert "Ready" not in shown
+    answer = client.post("/recipe/run", data={"path": "blend.yaml", "out": "x"})
+    assert answer.status_code == 400
+    assert not list((folder / ".weightsmith-studio/jobs").iterdir())
+
+
+BOMBS = {
+    "aliases": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{n}: &{n} [{','.join([f'*{chr(ord(n) - 1)}'] * 9)}]\n" for n in "bcdefghi"),
+    "depth": "[" * 100_000,
+    "tag": "models: !!python/object/apply:os.system ['touch pwned']\nmethod: ties\n",
+    "merge key": "x: &x {a: b}\nmodels: {<<: *x}\nmethod: ties\n",
+    "number": "seed: " + "9" * 200_000,
+    "control": "models: {a: \x1b[31m}\nmethod: ties\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_of_yaml_are_a_problem_and_no_more(client: TestClient, folder: Path, name: str) -> None:
+    for where, more in (
+        ("yaml", {}),
+        ("set", {"key": '["seed"]', "value": "1"}),
+        ("set", {"key": '["seed"]', "value": BOMBS[name]}),
+    ):
+        answer = client.post(f"/recipe/{where}", data={"path": "blend.yaml", "yaml": BOMBS[name], **more})
+        assert answer.status_code in (200, 400)
+        assert answer.elapsed.total_seconds() < 20
+    page = client.get("/recipe", params={"path": "blend.yaml"})
+    assert page.status_code == 200
+    assert "problem" in page.text
+    assert not (folder / "pwned").exists()
+
+
+def test_large_forms_are_refused(client: TestClient) -> None:
+    large = "x" * 10_000_000
+    assert client.post("/recipe/yaml", data={"path": "blend.yaml", "yaml": large}).status_code == 413
+    chunks = (b"yaml=" + b"x" * 1_000_000 for _ in range(10))  # no length is announced
+    assert client.post("/recipe/yaml", content=chunks).status_code == 413
+    assert client.post("/recipe/yaml", content=b"&".join([b"a=1"] * 6000)).status_code == 400
+    assert client.post("/recipe/yaml", content=b"\xff\xfe").status_code in (400, 403)
+    assert client.post("/recipe/yaml", data={"path": "blend.yaml", "yaml": "x" * 1_500_000}).status_code in (200, 400)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "[]", "7", "{", '[["a"]]', "[" * 9000, '["stage", 9, "density"]', '["a", 5, "b"]', "[null]"]
+)
+def test_a_field_that_is_none_is_refused(client: TestClient, key: str) -> None:
+    text = "models: {a: models/math}\nmethod: linear\n"
+    answer = client.post("/recipe/set", data={"path": "blend.yaml", "yaml": text, "key": key, "value": "1"})
+    assert answer.status_code in (200, 400)
+    if answer.status_code == 200:
+        assert "problem" in client.get("/recipe/plan", params={"path": "blend.yaml"}).text
+
+
+def test_markup_from_files_is_text(client: TestClient, folder: Path) -> None:
+    model = write_model(folder / "models/evil", 3, evil=True)
+    (model / "README.md").write_text(f"---\nlicense: '{EVIL}'\n---\n<script>alert(2)</script> {EVIL}")
+    (model / "config.json").write_text('{"architectures": ["<script>alert(3)</script>"], "torch_dtype": "<b>x"}')
+    named = folder / "models/<script>alert(4)<"
+    write_model(named, 4)
+    name = EVIL.replace('"', "")
+    text = f"models: {{'{name}': 'models/evil', b: models/math}}\nmethod: '<script>alert(5)</script>'\n"
+    pages = [
+        client.get("/models"),
+        client.get("/model", params={"path": "models/evil"}),
+        client.get("/model", params={"path": f"models/{named.name}"}),
+        client.get("/model", params={"path": "models/evil", "q": EVIL}),
+        client.post("/recipe/yaml", data={"path": "blend.yaml", "yaml": text}),
+        client.get("/recipe", params={"path": "blend.yaml"}),
+        client.get("/recipe/plan", params={"path": "blend.yaml"}),
+        client.get("/recipe", params={"path": f"{EVIL}.yaml"}),
+        client.get("/methods/" + "%3Cscript%3Ealert(6)%3C%2Fscript%3E"),
+    ]
+    for page in pages:
+        assert page.status_code in (200, 400, 404)
+        assert "<script>alert" not in page.text
+        assert "<img" not in page.text
+        assert "<b>x" not in page.text
+    assert "&lt;script&gt;alert(2)" in pages[1].text
+    assert "&lt;img src=x" in pages[1].text
