@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from weightsmith.jobs.verify import lasting
 __all__ = ["Node", "lineage", "tree_lines"]
 
 _DEEPEST = 100
+
+May = Callable[[Path], bool]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,16 @@ class Node:
     parts: tuple[Node, ...] = ()
 
 
-def lineage(out: Path) -> Node:
+def lineage(out: Path, may: May = lambda path: True) -> Node:
     """The tree behind the folder `out`; OutputError if it has no manifest, or a damaged one.
 
     Manifests of its inputs are followed where the inputs still are; of those that are gone, what the manifest above has
     taken over from theirs.  Nothing but manifests, configs and headers is
     read, nothing is downloaded.
+
+    may  whether a path may be looked at; what may not counts as elsewhere
     """
-    return _made("", str(out), out, read_manifest(out), (), ())
+    return _made("", str(out), out, read_manifest(out), (), (), may)
 
 
 def tree_lines(node: Node) -> list[str]:
@@ -72,7 +76,13 @@ def _line(node: Node) -> str:
 
 
 def _made(
-    name: str, model: str, folder: Path, manifest: Mapping[str, Any], notes: tuple[str, ...], above: tuple[Path, ...]
+    name: str,
+    model: str,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    notes: tuple[str, ...],
+    above: tuple[Path, ...],
+    may: May,
 ) -> Node:
     """The node of a folder with a manifest."""
     recipe = manifest["recipe"]
@@ -83,55 +93,57 @@ def _made(
         _how(recipe),
         str(manifest.get("weightsmith", "")),
         notes,
-        tuple(_parts(recipe, manifest["inputs"], (*above, folder.resolve()), manifest.get("made_from"))),
+        tuple(_parts(recipe, manifest["inputs"], (*above, folder.resolve()), manifest.get("made_from"), may)),
     )
 
 
-def _parts(recipe: Mapping[str, Any], inputs: Mapping[str, Any], above: tuple[Path, ...], told: Any) -> Iterator[Node]:
+def _parts(
+    recipe: Mapping[str, Any], inputs: Mapping[str, Any], above: tuple[Path, ...], told: Any, may: May
+) -> Iterator[Node]:
     """The models that a recipe names, in its order; `told`: what the manifest says of those that were made here."""
     told = told if isinstance(told, dict) else {}
     if recipe.get("base") is not None:
-        yield from _part("base", recipe["base"], inputs.get("base"), above, told.get("base"))
+        yield from _part("base", recipe["base"], inputs.get("base"), above, told.get("base"), may)
     for group in ("models", "experts", "shared"):
         named = recipe.get(group)
         for name, ref in named.items() if isinstance(named, dict) else ():
-            yield from _part(name, ref, inputs.get(name), above, told.get(name))
+            yield from _part(name, ref, inputs.get(name), above, told.get(name), may)
 
 
-def _part(name: str, ref: Any, noted: Any, above: tuple[Path, ...], told: Any = None) -> Iterator[Node]:
+def _part(name: str, ref: Any, noted: Any, above: tuple[Path, ...], told: Any, may: May) -> Iterator[Node]:
     if isinstance(ref, str):
-        yield _model(name, ref, noted, above, told)
+        yield _model(name, ref, noted, above, told, may)
         return
     if not isinstance(ref, dict):
         return
     model = ref.get("model", ref)
     if isinstance(model, str):
-        yield _model(name, model, noted, above, told)
+        yield _model(name, model, noted, above, told, may)
     elif isinstance(model, dict) and "models" in model:
         inner = noted.get("inputs", {}) if isinstance(noted, dict) else {}
-        yield Node(name, "", "recipe", _how(model), parts=tuple(_parts(model, inner, above, None)))
+        yield Node(name, "", "recipe", _how(model), parts=tuple(_parts(model, inner, above, None, may)))
     elif isinstance(model, dict):  # put together of several models: slices, modules
         named = {f"slice {i}": part for i, part in enumerate(model.get("slices") or ())}
         named |= {name: part.get("model") for name, part in (model.get("modules") or {}).items()}
-        found = [node for part, inner in named.items() for node in _part(part, inner, None, above)]
+        found = [node for part, inner in named.items() for node in _part(part, inner, None, above, None, may)]
         yield Node(name, "", "recipe", "slices" if "slices" in model else "modules", parts=tuple(found))
     if isinstance(ref.get("adapter"), str):
-        yield _model(f"{name} adapter", ref["adapter"], None, above)
+        yield _model(f"{name} adapter", ref["adapter"], None, above, None, may)
 
 
-def _model(name: str, model: str, noted: Any, above: tuple[Path, ...], told: Any = None) -> Node:
+def _model(name: str, model: str, noted: Any, above: tuple[Path, ...], told: Any, may: May) -> Node:
     """The node of a path or hub id; its own manifest is followed, or if it is gone what is told of that."""
     path = expanded(Path(model))
     try:
-        there = path.exists()
+        there = path.exists() if may(path) else None
     except (OSError, ValueError):
         there = False
     if not there:
         hub = model.startswith(PREFIX) or (model.count("/") == 1 and not model.startswith((".", "/", "~")))
-        gone = () if hub else ("no longer there",)
+        gone = () if hub else ("no longer there",) if there is False else ("elsewhere; not looked at",)
         if not isinstance(told, dict) or not isinstance(recipe := told.get("recipe"), dict) or len(above) > _DEEPEST:
             return Node(name, model, "model", notes=gone)
-        parts = tuple(_parts(recipe, {}, (*above, path), told.get("made_from")))
+        parts = tuple(_parts(recipe, {}, (*above, path), told.get("made_from"), may))
         return Node(name, model, str(told.get("kind", "")), _how(recipe), str(told.get("weightsmith", "")), gone, parts)
     notes = _changed(path, noted)
     if not (path / MANIFEST).is_file():
@@ -139,7 +151,7 @@ def _model(name: str, model: str, noted: Any, above: tuple[Path, ...], told: Any
     if path.resolve() in above or len(above) > _DEEPEST:
         return Node(name, model, "model", notes=(*notes, "stands above already; not followed"))
     try:
-        return _made(name, model, path, read_manifest(path), notes, above)
+        return _made(name, model, path, read_manifest(path), notes, above, may)
     except WeightsmithError as error:
         return Node(name, model, "model", notes=(*notes, str(error)))
 

@@ -5,22 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from weightsmith.core.errors import some
-from weightsmith.inspect.facts import Matrix, Measures, pairs
+from weightsmith.core.errors import SourceError, some
+from weightsmith.inspect.advice import Advice
+from weightsmith.inspect.facts import Matrix, Measures, SpectralMeasures, pairs
 from weightsmith.inspect.run import Inspection
 from weightsmith.inspect.spectra import POINTS
 from weightsmith.report.figures import BLUE, BOTH, RED, Curve, Curves, Heat
 from weightsmith.report.html import Section, Text, page
 from weightsmith.report.table import Column, Table
 
-__all__ = ["advice_lines", "html_page", "plain", "summary", "tables"]
+__all__ = ["advice_lines", "figures", "from_plain", "html_page", "plain", "summary", "tables"]
 
 Number = float | None
 
 
 def plain(found: Inspection) -> dict[str, Any]:
-    """What `--json` prints: `Measures` under their own names, without the tables' cells."""
-    return {name: getattr(found, name) for name in found.__dataclass_fields__ if name != "cells"}
+    """What `--json` prints: `Measures` under their own names."""
+    return {name: getattr(found, name) for name in found.__dataclass_fields__}
+
+
+def from_plain(told: Mapping[str, Any]) -> Inspection:
+    """The inspection that `--json` has printed; SourceError where it is none."""
+
+    def read(one: Mapping[str, Any]) -> Measures:
+        spectra = one["spectra"]
+        return Measures(**{**one, "spectra": None if spectra is None else SpectralMeasures(**spectra)})
+
+    def each(some: Mapping[str, Any]) -> dict[str, Measures]:
+        return {name: read(one) for name, one in some.items()}
+
+    try:
+        return Inspection(
+            experts=tuple(told["experts"]),
+            model=read(told["model"]),
+            layers=each(told["layers"]),
+            roles=each(told["roles"]),
+            cells={layer: each(roles) for layer, roles in told["cells"].items()},
+            tensors=each(told["tensors"]),
+            left_out=dict(told["left_out"]),
+            side=int(told["side"]),
+            advice=tuple(Advice(**one) for one in told["advice"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise SourceError('not what "weightsmith inspect --json" prints') from None
 
 
 def advice_lines(found: Inspection) -> list[str]:
@@ -150,31 +177,33 @@ def html_page(found: Inspection, title: str) -> str:
         Text("The whole model"),
         _experts(found),
     ]
-    if len(found.experts) > 1:
-        sections += [
-            _heat("Cosines of task vectors", found.model.cosine, found.experts, found.experts, BOTH, (-1, 1), ".2f"),
-            _heat(
-                "Overlap of the largest 20% of changes (Jaccard index)",
-                found.model.overlap,
-                found.experts,
-                found.experts,
-                BLUE,
-                (0, 1),
-                ".2f",
-                "Independent task vectors: 0.11.",
-            ),
-        ]
-    if found.model.spectra:
-        sections.append(_curves(found))
-    sections.append(Text("By layer"))
-    names = list(found.layers)
-    moved = [[None if v is None else 100 * v for v in m.relative] for m in found.layers.values()]
-    sections.append(
-        _heat("How far each expert moved, |tau| / |base|, %", moved, found.experts, names, BLUE, (0, None), ".2f")
-    )
-    sections += [figure for figure in (_cells(found, *spec) for spec in _MAPS) if figure is not None]
+    maps = figures(found)
+    whole = [figure for figure in maps if figure.title in _WHOLE]
+    sections += [*whole, Text("By layer"), *(figure for figure in maps if figure.title not in _WHOLE)]
     sections += [_groups("Layers", found.layers), _groups("Roles", found.roles)]
     return page(title, sections)
+
+
+_COSINES = "Cosines of task vectors"
+_OVERLAP = "Overlap of the largest 20% of changes (Jaccard index)"
+_SPECTRA = "Singular spectra of task vectors"
+_WHOLE = (_COSINES, _OVERLAP, _SPECTRA)
+
+
+def figures(found: Inspection) -> list[Heat | Curves]:
+    """All figures: those of the whole model, then those by layer."""
+    names = found.experts
+    drawn: list[Heat | Curves] = []
+    if len(names) > 1:
+        drawn.append(_heat(_COSINES, found.model.cosine, names, names, BOTH, (-1, 1), ".2f"))
+        note = "Independent task vectors: 0.11."
+        drawn.append(_heat(_OVERLAP, found.model.overlap, names, names, BLUE, (0, 1), ".2f", note))
+    if found.model.spectra:
+        drawn.append(_curves(found))
+    moved = [[None if v is None else 100 * v for v in m.relative] for m in found.layers.values()]
+    title = "How far each expert moved, |tau| / |base|, %"
+    drawn.append(_heat(title, moved, names, list(found.layers), BLUE, (0, None), ".2f"))
+    return [*drawn, *(figure for figure in (_cells(found, *spec) for spec in _MAPS) if figure is not None)]
 
 
 _MAPS = (
@@ -232,4 +261,4 @@ def _curves(found: Inspection) -> Curves:
     lines = [Curve(name, places, [v or 0.0 for v in curve]) for name, curve in spectra]
     note = f"Mean over matrices with a smaller side of up to {found.side}."
     across, up = "place in the spectrum, %", "singular value / largest"
-    return Curves("Singular spectra of task vectors", lines, across, up, note)
+    return Curves(_SPECTRA, lines, across, up, note)

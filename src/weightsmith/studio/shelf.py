@@ -14,12 +14,12 @@ from weightsmith.io import system
 from weightsmith.io.package.card import UNKNOWN, licences
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER
+from weightsmith.io.read.open import ENDINGS
 from weightsmith.io.read.small import read_json
 from weightsmith.studio.places import Places
 
 __all__ = ["Model", "Shelf", "shelf"]
 
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _CONFIG_LIMIT, _RECIPE_LIMIT = 5_000_000, 1_000_000
 _DEEPEST, _MOST = 6, 20_000  # levels, folders
 _RECIPE = re.compile(rb"""^\{?\s*["']?(models|merge_method)["']?\s*:""", re.MULTILINE)
@@ -79,7 +79,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _shelve(found: Shelf, here: Path, names: list[str], places: Places, details: bool) -> None:
-    weights = [name for name in names if name.endswith(_WEIGHTS) and places.holds(here / name)]
+    weights = [name for name in names if name.endswith(ENDINGS) and places.holds(here / name)]
     if MANIFEST in names:
         found.results.append(here)
     if _RESULT in names and "recipe.yaml" in names:

@@ -28,7 +28,7 @@ from weightsmith.io.read.small import read_json, short
 from weightsmith.io.read.source import MemorySource, Source
 from weightsmith.io.url import Url, parse_url
 
-__all__ = ["CONTENTS", "FORMATS", "Asked", "Format", "expanded", "folder_kind", "open_source"]
+__all__ = ["CONTENTS", "ENDINGS", "FORMATS", "Asked", "Format", "expanded", "folder_kind", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,9 @@ FORMATS: tuple[Format, ...] = (
     Format("PyTorch checkpoint", lambda ref: _file(ref, *PICKLES), _pickle, raw=True),
 )
 """In the order in which they are tried: the first that accepts a ref opens it."""
+
+ENDINGS = (".safetensors", ".gguf", *PICKLES)
+"""How the names of files end that are a model, or a part of one, by themselves."""
 
 
 # --- what tensors may turn out to be ---------------------------------------------------------------

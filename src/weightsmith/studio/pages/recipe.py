@@ -13,14 +13,14 @@ from weightsmith.plan.plan import Plan
 from weightsmith.recipe.reader import Location
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
-from weightsmith.studio.form import form, method_groups, stages_of, with_parameter, with_stages
+from weightsmith.studio.form import form, method_groups, parameters_of, stages_of, with_parameter, with_stages
 from weightsmith.studio.recipes import Look, changed, plan, value_of, written
 from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
 from weightsmith.studio.shelf import shelf
 
-__all__ = ["add", "inspect", "model", "out_of", "page", "plan_of", "revert", "rule", "run", "save", "saved",
-           "set_value", "stage", "typed"]  # fmt: skip
+__all__ = ["add", "fresh", "model", "out_of", "page", "plan_of", "revert", "rule", "run", "save", "saved",
+           "set_value", "stage", "typed", "use"]  # fmt: skip
 
 _MAP: Mapping[str, Any] = {}
 
@@ -30,7 +30,7 @@ def page(studio: Studio, asked: Asked) -> Any:
     found = shelf(studio.places)
     there = [*found.recipes, *drafts.unsaved()]
     if not asked("path"):
-        return go(address("recipe", path=_fresh(studio, there)), asked)
+        return go(address("recipe", path=fresh(studio, there)), asked)
     path = drafts.path(asked("path"))
     text, is_saved = drafts.text(path)
     look = look_at(studio.places, path, text)
@@ -41,7 +41,7 @@ def page(studio: Studio, asked: Asked) -> Any:
     )  # fmt: skip
 
 
-def _fresh(studio: Studio, there: list[Path]) -> str:
+def fresh(studio: Studio, there: list[Path]) -> str:
     """The name of a recipe that there is not yet."""
     taken = {path.name for path in there if path.parent == studio.places.home}
     names = ("recipe.yaml", *(f"recipe-{i}.yaml" for i in range(2, 10_000)))
@@ -136,12 +136,7 @@ def stage(studio: Studio, asked: Asked) -> Any:
     text = asked("yaml")
     match asked("do"):
         case "set-stage":
-            kept = _fitting(asked("value"), stages[index][1] if stages else {})
-            stages = [*stages[:index], (asked("value"), kept), *stages[index + 1 :]]
-            common = tree.get("parameters")
-            for name in common if isinstance(common, Mapping) and len(stages) == 1 else ():
-                if not _fitting(asked("value"), {name: None}):
-                    text = changed(text, ("parameters", str(name)), None)
+            return _again(studio, asked, _with_method(text, tree, index, asked("value")))
         case "add-stage":
             stages = [("dare", {}), *stages] if stages else [("task_arithmetic", {})]
         case "remove-stage":
@@ -151,10 +146,20 @@ def stage(studio: Studio, asked: Asked) -> Any:
     return _again(studio, asked, changed(text, ("method",), with_stages(stages)))
 
 
+def _with_method(text: str, tree: Mapping[str, Any], index: int, name: str, alone: bool = False) -> str:
+    """The text with another method at a stage (`alone`: as the only one), and with those parameters that it has."""
+    stages = stages_of(tree)
+    kept = _fitting(name, stages[index][1] if stages else {})
+    stages = [(name, kept)] if alone else [*stages[:index], (name, kept), *stages[index + 1 :]]
+    common = tree.get("parameters")
+    for key in common if isinstance(common, Mapping) and len(stages) == 1 else ():
+        if not _fitting(name, {key: None}):
+            text = changed(text, ("parameters", str(key)), None)
+    return changed(text, ("method",), with_stages(stages))
+
+
 def _fitting(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Those parameters that another method has as well."""
-    from weightsmith.studio.form import parameters_of
-
     known = {p.name for p in parameters_of(name)}
     return {key: value for key, value in own.items() if key in known}
 
@@ -227,7 +232,7 @@ def add(studio: Studio, asked: Asked) -> Any:
     drafts = Drafts(studio.places)
     name = asked("recipe")
     if not name:
-        name = _fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
+        name = fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
     path = drafts.path(name)
     chosen = [studio.places.inside(one) for one in asked.form.get("path", ())]
     text, _ = drafts.text(path)
@@ -266,9 +271,13 @@ def run(studio: Studio, asked: Asked) -> Any:
     return go(f"/run/{job.id}", asked)
 
 
-def inspect(studio: Studio, asked: Asked) -> Any:
-    """Save, and queue an inspection."""
-    path = saved(studio, asked("path"))
-    name = studio.places.shown(path)
-    job = studio.jobs.add(["inspect", name, "--json"], f"inspect {name}", {"recipe": name})
-    return go(f"/inspect/{job.id}", asked)
+def use(studio: Studio, asked: Asked) -> Any:
+    """Take a method that an inspection speaks for."""
+    drafts = Drafts(studio.places)
+    path = drafts.path(asked("path"))
+    text, _ = drafts.text(path)
+    tree = look_at(studio.places, path, text).tree
+    if not isinstance(tree, Mapping):
+        raise RecipeError("the recipe cannot be read; mend its YAML first")
+    drafts.keep(path, _with_method(text, tree, 0, asked("method"), alone=True))
+    return go(address("recipe", path=asked("path")), asked)

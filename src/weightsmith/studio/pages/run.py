@@ -107,5 +107,6 @@ def verify(studio: Studio, asked: Asked) -> Any:
 def check(studio: Studio, asked: Asked) -> Any:
     """Queue a look whether a model works: perplexity beside its parents'."""
     out = studio.places.shown(studio.places.inside(asked("out")))
-    job = studio.jobs.add(["check", out], f"check {out}", {"out": out})
+    more = ["--json"] if asked("json") else []
+    job = studio.jobs.add(["check", out, *more], f"check {out}", {"out": out})
     return go(f"/run/{job.id}", asked)

@@ -1,0 +1,62 @@
+"""What was made in the folders: every result with its manifest, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightsmith.core.errors import RecipeError, WeightsmithError
+from weightsmith.inspect.lineage import lineage
+from weightsmith.io.package.card import yaml_text
+from weightsmith.io.package.manifest import MANIFEST, read_manifest
+from weightsmith.studio.asked import Asked, Studio, go, html
+from weightsmith.studio.drafts import Drafts
+from weightsmith.studio.pages.recipe import fresh
+from weightsmith.studio.render import address
+from weightsmith.studio.shelf import shelf
+
+__all__ = ["again", "every", "one"]
+
+
+def every(studio: Studio, asked: Asked) -> Any:
+    found: list[dict[str, Any]] = []
+    for folder in shelf(studio.places, details=False).results:
+        try:
+            node = lineage(folder, studio.places.holds)
+            row = {"kind": node.kind, "how": node.how, "version": node.version, "parts": len(node.parts), "bad": ""}
+        except WeightsmithError as error:
+            row = {"kind": "–", "how": "", "version": "", "parts": 0, "bad": str(error)}
+        found.append({"name": studio.places.shown(folder), "when": (folder / MANIFEST).stat().st_mtime, **row})
+    found.sort(key=lambda row: -row["when"])
+    return html("history.html", title="History", page="history", results=found)
+
+
+def one(studio: Studio, asked: Asked) -> Any:
+    """One result: its recipe, the tree behind it, its files."""
+    folder = studio.places.inside(asked("path"))
+    manifest = read_manifest(folder)
+    output = manifest.get("output", {})
+    files = output.get("files", {}) if isinstance(output, Mapping) else {}
+    tensors = output.get("tensors", {}) if isinstance(output, Mapping) else {}
+    facts = [
+        ("kind", str(manifest["kind"])), ("weightsmith", str(manifest.get("weightsmith", ""))),
+        ("tensors", f"{len(tensors):,}"), ("files", f"{len(files):,}"),
+    ]  # fmt: skip
+    return html(
+        "result.html", title=asked("path"), page="history", name=studio.places.shown(folder), facts=facts,
+        tree=lineage(folder, studio.places.holds), recipe=yaml_text(manifest["recipe"]),
+        merged=manifest["kind"] in ("merge", "codec"),
+        jobs=[job for job in studio.jobs.all() if job.about.get("out") == studio.places.shown(folder)],
+    )  # fmt: skip
+
+
+def again(studio: Studio, asked: Asked) -> Any:
+    """Take the recipe of a result as a new one, to change it and run it."""
+    manifest = read_manifest(studio.places.inside(asked("path")))
+    recipe = manifest["recipe"]
+    if not isinstance(recipe, Mapping) or "models" not in recipe:
+        raise RecipeError(f"this was made by weightsmith {manifest['kind']}, whose recipes have no form here")
+    drafts = Drafts(studio.places)
+    name = fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
+    drafts.keep(drafts.path(name), yaml_text(recipe))
+    return go(address("recipe", path=name), asked)
