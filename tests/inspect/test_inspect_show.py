@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from weightsmith.cli.main import main
+from weightsmith.core.errors import SourceError
+from weightsmith.inspect.show import from_plain, html_page
 
 Captured = pytest.CaptureFixture[str]
 SHAPES = {
@@ -129,3 +131,13 @@ def test_mistakes_cost_one_line(recipe: Path, words: list[str], message: str, ca
     assert re.search(message, shown.err)
     assert len(shown.err.splitlines()) == 1
     assert shown.out == ""
+
+
+def test_what_is_printed_as_json_is_the_whole_inspection(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(recipe), "--json", "--html", str(page)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert html_page(from_plain(told), "Task vectors of <b>math, code") == page.read_text()
+    for broken in ({}, {**told, "layers": 3}, {**told, "model": {}}, {**told, "cells": {"0": []}}, []):
+        with pytest.raises(SourceError, match=r"not what .* prints"):
+            from_plain(broken)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError
-from weightsmith.inspect.lineage import lineage, tree_lines
+from weightsmith.inspect.ancestry import ancestry, tree_lines
 from weightsmith.jobs.compress import compress, restore
 from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import load
@@ -40,7 +40,7 @@ def family(tmp_path: Path) -> Path:
 
 
 def test_manifests_and_nested_recipes_are_followed(family: Path) -> None:
-    found = lineage(family / "second")
+    found = ancestry(family / "second")
     assert (found.kind, found.how) == ("merge", "task_arithmetic")
     base, first, inner = found.parts
     assert (base.kind, base.parts, base.notes) == ("model", (), ())
@@ -54,10 +54,10 @@ def test_manifests_and_nested_recipes_are_followed(family: Path) -> None:
 def test_what_is_gone_is_known_from_the_manifest_above(family: Path) -> None:
     (family / "third.yaml").write_text("base: base\nmodels: {second: second, c: c}\nmethod: task_arithmetic\n")
     run(load(family / "third.yaml"), family / "third")
-    whole = tree_lines(lineage(family / "third"))
+    whole = tree_lines(ancestry(family / "third"))
     for name in ("second", "first"):
         shutil.rmtree(family / name)
-    found = lineage(family / "third")
+    found = ancestry(family / "third")
     second = found.parts[1]
     assert (second.kind, second.how, second.notes) == ("merge", "task_arithmetic", ("no longer there",))
     first = second.parts[1]
@@ -72,7 +72,7 @@ def test_a_compressed_folder_that_is_gone(family: Path) -> None:
     made = restore(family / "c1", "a", family / "again").out
     shutil.rmtree(family / "c1")
     shutil.rmtree(family / "first")
-    (restored,) = lineage(Path(str(made))).parts
+    (restored,) = ancestry(Path(str(made))).parts
     assert (restored.kind, restored.how, restored.notes) == ("codec", "exact", ("no longer there",))
     base, *others = restored.parts
     assert (base.kind, base.how) == ("merge", "ties(density=0.5)")
@@ -83,33 +83,40 @@ def test_what_changed_or_went_is_told(family: Path) -> None:
     make_again = family / "a/model.safetensors"
     save_file({"layers.0.up_proj.weight": torch.ones(4, 2), "more": torch.ones(1)}, make_again)
     shutil.rmtree(family / "b")
-    first = lineage(family / "second").parts[1]
+    first = ancestry(family / "second").parts[1]
     assert first.parts[1].notes == ("changed since",)
     assert first.parts[2].notes == ("no longer there",)
     manifest = family / "first/weightsmith.json"
     manifest.write_text(manifest.read_text().replace("ties", "tips"))
-    damaged = lineage(family / "second").parts[1]
+    damaged = ancestry(family / "second").parts[1]
     assert "damaged or was edited" in damaged.notes[0]
     with pytest.raises(OutputError, match="was this folder made by weightsmith"):
-        lineage(family / "base")
+        ancestry(family / "base")
 
 
 def test_models_put_together_of_several(family: Path) -> None:
-    from weightsmith.inspect.lineage import _part
+    from weightsmith.inspect.ancestry import _part
 
     slices = {"model": {"slices": [{"model": str(family / "a"), "layers": [0, 1]}, {"model": str(family / "first")}]}}
-    (node,) = _part("stack", slices, None, ())
+    (node,) = _part("stack", slices, None, (), None, lambda path: True)
     assert (node.kind, node.how, [p.name for p in node.parts]) == ("recipe", "slices", ["slice 0", "slice 1"])
     assert node.parts[1].how == "ties(density=0.5)"
     modules = {"modules": {"eyes": {"match": ["v*"], "model": {"model": str(family / "b")}}}}
-    (node,) = _part("both", modules, None, ())
+    (node,) = _part("both", modules, None, (), None, lambda path: True)
     assert [(p.name, p.model) for p in node.parts] == [("eyes", str(family / "b"))]
+
+
+def test_what_may_not_be_looked_at_counts_as_elsewhere(family: Path) -> None:
+    (family / "first/weightsmith.json").write_text("damaged")
+    first = ancestry(family / "second", lambda path: path != family / "first").parts[1]
+    assert first.notes == ("elsewhere; not looked at",)
+    assert first.how == "ties(density=0.5)"  # as the manifest of `second` has it
 
 
 def test_a_loop_ends(family: Path) -> None:
     shutil.rmtree(family / "a")
     shutil.copytree(family / "second", family / "a")  # what `first` was made from is now made from `first`
-    lines = tree_lines(lineage(family / "second"))
+    lines = tree_lines(ancestry(family / "second"))
     assert any("stands above already" in line for line in lines)
 
 

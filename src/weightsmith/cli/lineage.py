@@ -19,8 +19,8 @@ def lineage(
     json: Json = False,
 ) -> None:
     """Show what a model was made from, and that from what, as far as the folders are still there."""
-    from weightsmith.inspect.lineage import lineage as behind
-    from weightsmith.inspect.lineage import tree_lines
+    from weightsmith.inspect.ancestry import ancestry as behind
+    from weightsmith.inspect.ancestry import tree_lines
 
     found = behind(out)
     if json:

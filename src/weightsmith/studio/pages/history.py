@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.core.errors import RecipeError, WeightsmithError
-from weightsmith.inspect.lineage import lineage
+from weightsmith.inspect.ancestry import ancestry
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.studio.asked import Asked, Studio, go, html
@@ -22,7 +22,7 @@ def every(studio: Studio, asked: Asked) -> Any:
     found: list[dict[str, Any]] = []
     for folder in shelf(studio.places, details=False).results:
         try:
-            node = lineage(folder, studio.places.holds)
+            node = ancestry(folder, studio.places.holds)
             row = {"kind": node.kind, "how": node.how, "version": node.version, "parts": len(node.parts), "bad": ""}
         except WeightsmithError as error:
             row = {"kind": "–", "how": "", "version": "", "parts": 0, "bad": str(error)}
@@ -44,7 +44,7 @@ def one(studio: Studio, asked: Asked) -> Any:
     ]  # fmt: skip
     return html(
         "result.html", title=asked("path"), page="history", name=studio.places.shown(folder), facts=facts,
-        tree=lineage(folder, studio.places.holds), recipe=yaml_text(manifest["recipe"]),
+        tree=ancestry(folder, studio.places.holds), recipe=yaml_text(manifest["recipe"]),
         merged=manifest["kind"] in ("merge", "codec"),
         jobs=[job for job in studio.jobs.all() if job.about.get("out") == studio.places.shown(folder)],
     )  # fmt: skip

@@ -15,7 +15,7 @@ from weightsmith.io.read.hub import PREFIX
 from weightsmith.io.read.open import expanded, open_source
 from weightsmith.jobs.verify import lasting
 
-__all__ = ["Node", "lineage", "tree_lines"]
+__all__ = ["Node", "ancestry", "tree_lines"]
 
 _DEEPEST = 100
 
@@ -43,7 +43,7 @@ class Node:
     parts: tuple[Node, ...] = ()
 
 
-def lineage(out: Path, may: May = lambda path: True) -> Node:
+def ancestry(out: Path, may: May = lambda path: True) -> Node:
     """The tree behind the folder `out`; OutputError if it has no manifest, or a damaged one.
 
     Manifests of its inputs are followed where the inputs still are; of those that are gone, what the manifest above has
