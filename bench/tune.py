@@ -1,8 +1,9 @@
 """python -m bench.tune [--hidden 512 --experts 2 4 12] : memory and time of learning coefficients of a language model.
 
-Peak memory is that of a process of its own that tunes for a few steps, with several numbers of experts, against the
-parts that it should consist of: the module in float32, its largest gradient, the activations, and 150 MB.  Time is that
-of one step in parts: refresh (the streaming merge into the module), and within backward the contraction.
+Peak memory is that of a process of its own that tunes for a few steps, with the command line's settings of the
+allocator and several numbers of experts; against the parts that it should consist of (the module in float32, its
+largest gradient, the activations, and 150 MB), and against what another process predicts as `tune --dry-run` does.
+Time is that of one step in parts: refresh (the streaming merge into the module), and within backward the contraction.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from weightsmith.cli.process import for_learning, own_process
 from weightsmith.engine.gradient import Pullback
 from weightsmith.observe.model import load_model
 from weightsmith.tune.api import tune
-from weightsmith.tune.job import activations, resident
+from weightsmith.tune.job import memory, resident
 from weightsmith.tune.objective import Batch
 from weightsmith.tune.resident import Resident
 
@@ -49,48 +51,61 @@ def make(folder: Path, experts: int, hidden: int, layers: int, vocabulary: int) 
         (folder / f"e{i}" / "config.json").write_text((folder / "base" / "config.json").read_text())
 
 
+def peak() -> int:
+    """Bytes of this process in memory at most; getrusage counts the process that began it, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def loaded_with(folder: Path) -> tuple[Any, list[Batch], Callable[[Any, Batch], Any]]:
+    """The base, batches, and how it is run."""
+    loaded = load_model(folder / "base")
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = loaded.config.vocab_size
+    data = [Batch(torch.randint(vocabulary, (BATCH, LENGTH), generator=draw)) for _ in range(STEPS)]
+    return loaded.module, data, lambda module, batch: module(input_ids=batch.inputs, use_cache=False).logits
+
+
+def predict(folder: Path, experts: int, queue: Any) -> None:
+    """Tell what learning will take; the number of experts is no part of it."""
+    own_process()
+    for_learning()
+    module, data, function = loaded_with(folder)
+    queue.put(memory(module, [lambda: function(module, data[0])]))
+
+
 def run(folder: Path, experts: int, queue: Any) -> None:
     """Tune, and tell peak memory and the time of each part."""
+    own_process()
+    for_learning()
     spent: dict[str, float] = {"refresh": 0.0, "contraction": 0.0}
 
     def timed(cls: Any, method: str, name: str) -> None:
         plain = getattr(cls, method)
 
         def around(*given: Any, **more: Any) -> Any:
-            began = time.perf_counter()
+            began = time.thread_time()
             try:
                 return plain(*given, **more)
             finally:
-                spent[name] += time.perf_counter() - began
+                spent[name] += time.thread_time() - began
 
         setattr(cls, method, around)
 
     timed(Resident, "refresh", "refresh")
     timed(Pullback, "one", "contraction")
-    loaded = load_model(folder / "base")
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = loaded.config.vocab_size
-    data = {"t": [Batch(torch.randint(vocabulary, (BATCH, LENGTH), generator=draw)) for _ in range(STEPS)]}
+    module, data, function = loaded_with(folder)
+    held = resident()
     recipe = {"base": str(folder / "base"), "models": {f"e{i}": str(folder / f"e{i}") for i in range(experts)},
               "method": "task_arithmetic"}  # fmt: skip
-
-    def scored() -> Any:
-        return loaded.module(input_ids=data["t"][0].inputs, use_cache=False).logits.log_softmax(-1).sum()
-
-    kept = activations(loaded.module, scored)
-    before = dict(spent)
-    held = resident()
-    began = time.perf_counter()
-    tune(recipe, "adamerging", data=data, module=loaded.module, steps=STEPS,
-         function=lambda module, batch: module(input_ids=batch.inputs, use_cache=False).logits)  # fmt: skip
-    whole = time.perf_counter() - began
-    weights = sum(p.numel() * 4 for p in loaded.module.parameters())
-    largest = max(p.numel() * 4 for p in loaded.module.parameters())
+    began = time.process_time()
+    tune(recipe, "adamerging", data={"t": data}, module=module, steps=STEPS, function=function, threads=1)
+    whole = time.process_time() - began
+    weights = sum(p.numel() * 4 for p in module.parameters())
     queue.put({
-        "experts": experts, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "before": held, "parts": weights + largest + kept + (150 << 20), "module": weights, "largest gradient": largest,
-        "activations": kept, "seconds per step": whole / STEPS,
-        "refresh": (spent["refresh"] - before["refresh"]) / (STEPS + 1), "contraction": spent["contraction"] / STEPS,
+        "experts": experts, "peak": peak(),
+        "libraries": held - weights, "seconds per step": whole / STEPS,
+        "refresh": spent["refresh"] / (STEPS + 1), "contraction": spent["contraction"] / STEPS,
     })  # fmt: skip
 
 
@@ -106,12 +121,25 @@ def main() -> None:
         folder = Path(name)
         make(folder, max(given.experts), given.hidden, given.layers, given.vocabulary)
         context = multiprocessing.get_context("spawn")
+        predicted = _apart(context, predict, folder, 0)
+        parts = sum(predicted[name] for name in ("module", "largest gradient", "activations")) + (150 << 20)
+        print(json.dumps(predicted))
         for experts in given.experts:
-            queue = context.Queue()
-            process = context.Process(target=run, args=(folder, experts, queue))
-            process.start()
-            print(json.dumps(queue.get()))
-            process.join()
+            found = _apart(context, run, folder, experts)
+            share = (found["refresh"] + found["contraction"]) / found["seconds per step"]
+            found |= {"peak / parts": found["peak"] / parts, "peak / predicted": found["peak"] / predicted["in all"],
+                      "share of a step": share}  # fmt: skip
+            print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+
+
+def _apart(context: Any, work: Callable[..., None], folder: Path, experts: int) -> dict[str, float]:
+    """What a process of its own tells."""
+    queue = context.Queue()
+    process = context.Process(target=work, args=(folder, experts, queue))
+    process.start()
+    found: dict[str, float] = queue.get()
+    process.join()
+    return found
 
 
 if __name__ == "__main__":
