@@ -202,3 +202,7 @@ def test_every_verb_is_a_file_of_its_own() -> None:
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "weightsmith recipe"
+    assert main(["schema", "tune"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "weightsmith tuning"
+    assert main(["schema", "tunes"]) == 2
+    assert "tunes" in capsys.readouterr().err

@@ -26,6 +26,7 @@ def tune(
     quiet: Quiet = False,
 ) -> None:
     """Learn numbers of a recipe from a handful of inputs; OUT/recipe.yaml is the recipe that has them."""
+    from weightsmith.cli.process import for_learning
     from weightsmith.cli.shown.tuning import listing, prediction, result
     from weightsmith.core.errors import RecipeError
 
@@ -37,6 +38,7 @@ def tune(
     from weightsmith.tune.job import job
     from weightsmith.tune.schema import load
 
+    for_learning()
     sets = (*set_, f"descent.steps={steps}") if steps is not None else set_
     work = job(load(tuning, sets), settings)
     if dry_run or settings.memory is not None:

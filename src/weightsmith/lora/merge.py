@@ -15,6 +15,7 @@ from weightsmith.core.site import Site
 from weightsmith.io.read.lora import Adapter, Module
 from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.io.read.updates import Experts, Product
+from weightsmith.lora.coefficients import Weights, weights_by
 from weightsmith.lora.compare import (
     Adapters,
     Method,
@@ -90,12 +91,13 @@ def run(
     notes += twice(adapters, method)
     method, weights = weighted(method, adapters)
     modules = modules_of(adapters, method)
+    by = weights_by(recipe.coefficients, method, adapters, modules, weights)
     notes += differences(adapters, modules, method)
     kind = next(iter(adapters.values())).kind
     dtype = recipe.output.dtype or _common(adapters)
     folders = [adapter.path for adapter in adapters.values()]
     with Writer(Path(out), folders, overwrite=overwrite, kind=kind) as writer:
-        for done, (module, made) in enumerate(_made(adapters, modules, method, weights, recipe.seed)):
+        for done, (module, made) in enumerate(_made(adapters, modules, method, by, recipe.seed)):
             writer.add(
                 _one(adapters, module),
                 [part.factors for part in made],
@@ -131,7 +133,7 @@ def run(
 
 
 def _made(
-    adapters: Adapters, modules: Sequence[str], method: Method, weights: Sequence[float], seed: int
+    adapters: Adapters, modules: Sequence[str], method: Method, weights: Weights, seed: int
 ) -> Iterator[tuple[str, list[Made]]]:
     """Module -> what becomes of it, by expert or group where it has several."""
     if isinstance(method, SharedBasis):
@@ -139,7 +141,11 @@ def _made(
         return
     limit = _limit(adapters)
     for module in modules:
-        who = [(label, a, w) for (label, a), w in zip(adapters.items(), weights, strict=True) if module in a.modules]
+        who = [
+            (label, a, w)
+            for (label, a), w in zip(adapters.items(), weights(module), strict=True)
+            if module in a.modules
+        ]
         pieces = [adapter.factors(module) for _, adapter, _ in who]
         own, most = _of_one_group(method, limit, who[0][1].modules[module].groups)
         made = []

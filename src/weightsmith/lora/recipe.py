@@ -60,6 +60,9 @@ class AdapterRecipe(Grammar):
     method: StageSpec = Field(examples=["svd"])
     base: str | None = Field(default=None, description="noted in the result as its base; default: the adapters' own")
     parameters: Values = Field(default_factory=dict)
+    coefficients: Located | None = Field(
+        default=None, description="a file of weights by tensor, in place of `weight` (cat, svd, linear)"
+    )
     output: AdapterOutput = Field(default_factory=AdapterOutput)
     seed: int = Field(default=0, description="of the masks that are drawn")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
@@ -11,7 +11,7 @@ from weightsmith.core.method import Parameter, Stage, registered
 from weightsmith.recipe.fields import Case
 from weightsmith.recipe.schema import ModelRef, Module, Modules, Recipe, Rule, Slices
 
-__all__ = ["schema"]
+__all__ = ["definitions", "schema"]
 
 
 def schema(plugins: bool = True) -> dict[str, Any]:
@@ -25,8 +25,7 @@ def schema(plugins: bool = True) -> dict[str, Any]:
         for name, cls in registered().items()
         if plugins or cls.__module__.startswith(("weightsmith.methods.", "weightsmith.codecs."))
     }
-    models = [(kind, "validation") for kind in (Recipe, ModelRef, Slices, Modules, Module, Rule, Case)]
-    defs = _with_short_forms(models_json_schema(models, schema_generator=_Untitled)[1]["$defs"])  # type: ignore[arg-type]
+    defs = definitions((Recipe, ModelRef, Slices, Modules, Module, Rule, Case))
     defs["ModelRef"]["properties"]["model"]["anyOf"] = [{"type": "string"}, *_COMPOSED]
     for owner in ("Recipe", "Rule"):
         for name in ("method", "parameters"):
@@ -45,6 +44,14 @@ def schema(plugins: bool = True) -> dict[str, Any]:
         "$ref": "#/$defs/Recipe",
         "$defs": defs,
     }
+
+
+def definitions(kinds: Iterable[type]) -> dict[str, Any]:
+    """What the schema says of some forms of files, by name, with the short forms of what they hold."""
+    models = [(kind, "validation") for kind in kinds]
+    found: dict[str, Any] = models_json_schema(models, schema_generator=_Untitled)[1]["$defs"]  # type: ignore[arg-type]
+    made: dict[str, Any] = _with_short_forms(found)
+    return made
 
 
 class _Untitled(GenerateJsonSchema):

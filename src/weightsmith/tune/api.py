@@ -22,18 +22,21 @@ from weightsmith.io.read.open import open_source
 from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import digest, read_table, write_table
+from weightsmith.tune.adapters import ADAPTER, write_adapter
 from weightsmith.tune.controls import Control, compare
 from weightsmith.tune.descent import Descent
 from weightsmith.tune.journal import Journal, write_curve
 from weightsmith.tune.objective import Objective, labels_of
 from weightsmith.tune.objectives.imitate import Imitate
+from weightsmith.tune.objectives.pseudo import Pseudo
 from weightsmith.tune.registry import make
 from weightsmith.tune.resident import Resident
 from weightsmith.tune.setting import Found, Preset, Setting
 from weightsmith.tune.space import Free, Numbers
-from weightsmith.tune.teachers import taught
+from weightsmith.tune.teachers import refuse_other_tokens, taught
 from weightsmith.tune.tuner import Data, Function, Tuner
-from weightsmith.tune.work import Work, prepared
+from weightsmith.tune.views import viewed
+from weightsmith.tune.work import Work, as_one, prepared
 
 __all__ = ["Tuned", "tune"]
 
@@ -50,6 +53,7 @@ class Tuned:
     best          step whose numbers these are, and its loss on the validation data; None without such data
     stopped       why it ended before the last step, or ''
     controls      the loss on validation data of this, the untuned recipe, task arithmetic and tuned random changes
+    told          whether OUT/adapter.yaml was written, of adapters; else ''
     classes       task -> predicted class -> count over the last steps, for objectives that may collapse
     """
 
@@ -61,6 +65,7 @@ class Tuned:
     classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     controls: Sequence[Control] = ()
     out: Path | None = None
+    told: str = ""
 
 
 def tune(
@@ -108,6 +113,8 @@ def tune(
     tree, given = _recipe(recipe, models, base)
     names = tuple(tree["models"])
     setting = _setting(space, objective, descent, names, options)
+    if setting.first:
+        tree, given = as_one(tree, given, setting.first)
     batches = _checked(data, validation or {}, setting.objective)
     held = Data(batches, dict(validation or {}), _functions(function, batches))
     folder = None if out is None else Path(out)
@@ -166,6 +173,8 @@ def _learned(asked: _Asked, setting: Setting, work: Work, folder: Path | None, c
     journal, held = Journal(folder, _identity(asked, setting, work)), asked.data
     if isinstance(setting.objective, Imitate):
         held = _taught(held, setting.objective, resident, asked.home, keep=asked.settings.resume)
+    if isinstance(setting.objective, Pseudo):
+        held = _seen_twice(held, setting.objective, resident)
     tuner = Tuner(setting, numbers, resident, held, journal)
     tuner.run(every=asked.every, progress=asked.progress)
     learned = {one.name: one.learned() for one in numbers}
@@ -183,6 +192,8 @@ def _learned(asked: _Asked, setting: Setting, work: Work, folder: Path | None, c
         controls=known,
         out=folder,
     )
+    if folder is not None and folder == asked.home:
+        made = replace(made, told=write_adapter(work.tree, made.coefficients, work.inputs, folder))
     if folder is not None:
         _write(made, {**setting.given, **many}, tuple(work.inputs.experts), folder)
     return made
@@ -197,7 +208,7 @@ def _prepare(folder: Path, settings: Settings) -> None:
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from None
     if not settings.resume:
-        for name in ("recipe.yaml", FILE, "curve.csv", "report.html"):  # none may pass for this run's
+        for name in ("recipe.yaml", FILE, "curve.csv", "report.html", *ADAPTER):  # none may pass for this run's
             system.call((folder / name).unlink, missing_ok=True)
         system.call(shutil.rmtree, folder / FIRST, ignore_errors=True)
         Journal(folder, "").done()
@@ -278,12 +289,27 @@ def _outputs(module: nn.Module, batch: Any) -> Any:
     return module(inputs)
 
 
+def _seen_twice(data: Data, objective: Pseudo, resident: Resident) -> Data:
+    """The images beside views of them, and the base's answers where they are trusted."""
+    base, given = resident.inputs.base, {"trusted": objective.trusted, "seed": objective.seed}
+    with torch.no_grad():
+        for name, place in resident.places.items():
+            if base is not None:
+                place.copy_(base.read(name))
+    train = {t: viewed(b, resident.module, data.function[t], **given) for t, b in data.train.items()}
+    validation = {t: viewed(b, resident.module, data.function[t], **given, times=1) if len(b) else b
+                  for t, b in data.validation.items()}  # fmt: skip
+    resident.begin()
+    return Data(train, validation, data.function)
+
+
 def _taught(data: Data, objective: Imitate, resident: Resident, folder: Path | None, keep: bool) -> Data:
     """The same batches with the experts' answers; the module then holds the merged weights again.
 
     Answers are kept under a hash of what they depend on; of models in memory, which have none, for this run only.
     """
     inputs = resident.inputs
+    refuse_other_tokens(inputs.base, inputs.experts, data.train)
     given: dict[str, Any] = {"top": objective.top, "layers": objective.layers}
     seen = hashlib.sha256(json.dumps([inputs.fingerprints(), str(given)], default=str).encode())
     for batches in (*data.train.values(), *data.validation.values()):

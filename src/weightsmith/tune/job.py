@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from weightsmith.tune.report import sections
 from weightsmith.tune.schema import TuneFile
 from weightsmith.tune.setting import Setting
 
-__all__ = ["Job", "activations", "job", "resident"]
+__all__ = ["Job", "activations", "job", "memory", "resident"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +73,27 @@ class Job:
 
     def predicted(self) -> dict[str, int]:
         """Bytes: the module, its largest gradient, activations of the first batch (by running it), and the rest."""
-        weights = sum(t.numel() * t.element_size() for t in self.loaded.module.state_dict().values())
-        largest = max(p.numel() * p.element_size() for p in self.loaded.module.parameters())
-        process = max(resident() - weights, 150 << 20)  # libraries and data, as far as they are loaded
-        module = self.loaded.module.eval().requires_grad_(True)
         firsts = [found[0] for found in self.data.values()]
-        most = max((activations(module, partial(self.function, module, first)) for first in firsts), default=0)
-        found = {"module": weights, "largest gradient": largest, "activations": most, "process": process}
-        return found | {"in all": sum(found.values())}
+        return memory(self.loaded.module, [partial(self.function, self.loaded.module, first) for first in firsts])
+
+
+def memory(module: nn.Module, runs: Sequence[Callable[[], Any]]) -> dict[str, int]:
+    """Bytes that learning takes: the module, its largest gradient, activations (by these forward passes), the rest."""
+    weights = sum(t.numel() * t.element_size() for t in _each_once(module))
+    largest = max(p.numel() * p.element_size() for p in module.parameters())
+    process = max(resident() - weights, 150 << 20)  # libraries and data, as far as they are loaded
+    module.eval().requires_grad_(True)
+    most = max((activations(module, run) for run in runs), default=0)
+    found = {"module": weights, "largest gradient": largest, "activations": most, "process": process}
+    return found | {"in all": sum(found.values())}
+
+
+def _each_once(module: nn.Module) -> Iterable[Tensor]:
+    return {t.data_ptr(): t for t in module.state_dict().values()}.values()
 
 
 def activations(module: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes of the tensors that a forward pass keeps for the backward one, parameters apart."""
+    """Bytes of the tensors that a forward pass keeps for the backward one, parameters apart, and of its scores."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -96,6 +105,8 @@ def activations(module: nn.Module, run: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = run()  # held until the sum is taken: what is freed gives its address away
+        if isinstance(scores := getattr(outputs, "logits", outputs), Tensor):
+            pack(scores)
         total = sum(kept.values())
     del outputs
     return total

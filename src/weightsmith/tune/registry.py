@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from weightsmith.core.errors import RecipeError, did_you_mean
 
@@ -33,6 +33,28 @@ class Named:
     def help(cls) -> str:
         """The first line of the docstring."""
         return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+_KINDS: tuple[tuple[type, Any, str], ...] = (
+    (bool, bool, "true or false"),
+    (int, int, "a whole number"),
+    (float, (int, float), "a number"),
+    (str, str, "a text"),
+    (tuple, (list, tuple), "a list"),
+    (Mapping, Mapping, "a mapping"),
+)
+
+
+def _unlike(value: Any, hint: Any) -> str:
+    """What a value should be, in words, if it is something else; '' otherwise."""
+    kind = get_origin(hint) or hint
+    for declared, fits, words in _KINDS:
+        if kind is declared:
+            good = isinstance(value, fits) and (kind is bool or not isinstance(value, bool))
+            if good and kind is tuple and get_args(hint):
+                return next((inner for one in value if (inner := _unlike(one, get_args(hint)[0]))), "")
+            return "" if good else words
+    return ""
 
 
 @cache
@@ -65,7 +87,10 @@ def make(kind: type[N], what: str, name: str, options: Mapping[str, Any]) -> N:
     if name not in known:
         raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
-    for option in options:
+    hints = get_type_hints(known[name])
+    for option, value in options.items():
         if option not in fields:
             raise RecipeError(f"{what} {name}: unknown option {option!r}{did_you_mean(option, fields)}")
+        if problem := _unlike(value, hints[option]):
+            raise RecipeError(f"{what} {name}: {option} should be {problem}, is {value!r}")
     return known[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

@@ -28,12 +28,14 @@ def summary(made: Tuned) -> list[str]:
         said.append(
             f"validation {seen[0]:.4g} before, {made.best[0]:.4g} at step {made.best[1]}, whose numbers are taken"
         )
-    if made.best is None:
+    if not losses and not made.stopped:
+        said.append("no step was taken (steps: 0): the numbers are those of the start")
+    elif made.best is None:
         said.append("no validation data: the numbers of the last step are taken")
     for control in made.controls[1:]:
         said.append(f"{control.name}: {control.loss:.4g} ({control.low:.4g} to {control.high:.4g}); "
                     f"tuned {made.controls[0].loss:.4g}")  # fmt: skip
-    return [*said, made.stopped] if made.stopped else said
+    return [*said, *filter(None, (made.stopped, made.told))]
 
 
 def sections(made: Tuned, models: Sequence[str]) -> list[Section]:

@@ -56,6 +56,8 @@ class Setting:
     free       parameter name -> what is learned of it
     objective  what is minimised
     descent    how
+    first      stages that make one model of all models beforehand: it stands in their place
+    budget     of each tensor, the models whose numbers are learned, by their gradients at the start; 0: all
     turns      tasks take turns, `descent.accumulate` batches per step; else every step sums one batch of each
     pull       strength of the mean |value - start|, over models summed: keeps the values near their start
     exclude    globs of tensors that keep the base's values
@@ -69,6 +71,8 @@ class Setting:
     objective: Objective
     descent: Descent = field(default_factory=Descent)
     method: tuple[Any, ...] | None = None
+    first: tuple[Any, ...] = ()
+    budget: int = 0
     turns: bool = False
     pull: float = 0.0
     exclude: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -14,9 +14,10 @@ from weightsmith.core.errors import SourceError, did_you_mean
 from weightsmith.io import system
 from weightsmith.io.disk import replace_file
 from weightsmith.io.read.source import Source
+from weightsmith.tokens.vocabulary import vocabulary_of
 from weightsmith.tune.objective import logits_of
 
-__all__ = ["Lesson", "Lessons", "hidden_of", "taught"]
+__all__ = ["Lesson", "Lessons", "hidden_of", "refuse_other_tokens", "taught"]
 
 Function = Callable[[nn.Module, Any], Any]
 
@@ -143,6 +144,21 @@ def taught(
                 answers |= {f"hidden.{j}": state.float() for j, state in enumerate(hidden_of(outputs, layers))}
                 lessons.keep(i, answers)
     return found
+
+
+def refuse_other_tokens(base: Source | None, experts: Mapping[str, Source], tasks: Iterable[str]) -> None:
+    """Raise SourceError where an expert's tokenizer numbers tokens otherwise: it would be asked about another text."""
+    own = None if base is None else vocabulary_of(base)
+    for task in tasks:
+        theirs = vocabulary_of(experts[task]) if own is not None and task in experts else None
+        if own is None or theirs is None:
+            continue
+        for token, number in own.ids.items():
+            if (there := theirs.ids.get(token, number)) != number:
+                raise SourceError(
+                    f"imitate: {task} has another tokenizer than the base: {token!r} is {there} there and {number} "
+                    "here; its answers would be about another text"
+                )
 
 
 def _answers(logits: Tensor, top: int) -> dict[str, Tensor]:

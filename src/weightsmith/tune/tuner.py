@@ -25,6 +25,8 @@ Function = Callable[[nn.Module, Any], Any]
 SEEN = "validation "
 """Start of the columns with a task's measure."""
 
+LOOKS = 8
+"""Steps' batches from which a budget is judged."""
 WINDOW = 50
 """Steps over which predicted classes are counted."""
 MOST = 0.99
@@ -62,6 +64,7 @@ class Tuner:
         self.stopped = ""
         self._drawn = any(one.drawn for one in numbers)
         self._begun = [raw.detach().clone() for raw in self.raw]
+        self._kept: list[Tensor] = []
         self._first = [[value.detach().clone() for value in one.values()] for one in numbers]
 
     def run(self, *, every: int = 10, progress: Callable[[int, int, float], None] | None = None) -> None:
@@ -70,6 +73,8 @@ class Tuner:
         every  steps between two looks at the validation data
         """
         self._resume()
+        if self.setting.budget and not self._kept:
+            self._choose()
         steps = self.setting.descent.steps
         while self.state.step < steps and not self._over():
             step = self.state.step
@@ -152,8 +157,40 @@ class Tuner:
         self, visit: int, numbers: Sequence[Numbers], optimizer: torch.optim.Optimizer, descent: Descent, step: int
     ) -> dict[str, float]:
         """Move some of the numbers once, on the batches of a visit; the losses by task."""
+        losses = self._slopes(visit, numbers, step)
+        self._pull(numbers)
+        for raw, kept in zip(self.raw, self._kept, strict=False):
+            if raw.grad is not None:
+                raw.grad *= kept
+        descent.step(optimizer, step)
+        for one in numbers:
+            one.project()
+        with torch.no_grad():  # weight decay moves those without a gradient too
+            for raw, kept, begun in zip(self.raw, self._kept, self._begun, strict=False):
+                raw.copy_(torch.where(kept, raw, begun))
+        return losses
+
+    def _choose(self) -> None:
+        """Of each tensor, keep the models whose numbers have the largest gradients at the start, over a few batches."""
+        self._refresh()
+        total = [torch.zeros_like(raw) for raw in self.raw]
+        for visit in range(min(LOOKS, max(map(len, self.data.train.values())))):
+            self._slopes(visit, self.numbers, 0)
+            for slope, raw in zip(total, self.raw, strict=True):
+                slope += torch.zeros_like(raw) if raw.grad is None else raw.grad
+        for one in self.numbers:
+            for raw in one.raw:
+                slope = total[next(i for i, own in enumerate(self.raw) if own is raw)]
+                size = slope.norm(dim=1) if one.free.several else slope.abs()
+                kept = torch.zeros_like(size, dtype=torch.bool)
+                kept.scatter_(-1, size.topk(min(self.setting.budget, size.shape[-1]), dim=-1).indices, True)
+                self._kept.append(kept[:, None].expand_as(raw) if one.free.several else kept)
+
+    def _slopes(self, visit: int, numbers: Sequence[Numbers], step: int) -> dict[str, float]:
+        """Give the numbers the gradient of the batches of a visit; the losses by task."""
         losses: dict[str, float] = {}
-        optimizer.zero_grad(set_to_none=True)
+        for raw in (raw for one in numbers for raw in one.raw):
+            raw.grad = None
         with self.resident.gathering() as found:
             for task, place, share in self._turns(visit):
                 batches = self.data.train[task]
@@ -171,10 +208,6 @@ class Tuner:
                 losses[task] = losses.get(task, 0.0) + value * share
         for one in numbers:
             one.backward(found)
-        self._pull(numbers)
-        descent.step(optimizer, step)
-        for one in numbers:
-            one.project()
         return losses
 
     def _turns(self, step: int) -> list[tuple[str, int, float]]:
@@ -250,6 +283,7 @@ class Tuner:
         self.state = found
         self._put([found.tensors[f"raw.{i}"] for i in range(len(self.raw))])
         self.best = [found.tensors[f"best.{i}"].clone() for i in range(len(self.raw))]
+        self._kept = [found.tensors[f"kept.{i}"] for i in range(len(self.raw)) if f"kept.{i}" in found.tensors]
         for prefix, optimizer in (("opt.", self.optimizer), ("inner.", self._inner_optimizer)):
             state = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
             if state and optimizer is not None:
@@ -258,6 +292,7 @@ class Tuner:
     def _note(self) -> None:
         tensors = {f"raw.{i}": raw.detach().clone() for i, raw in enumerate(self.raw)}
         tensors |= {f"best.{i}": best for i, best in enumerate(self.best)}
+        tensors |= {f"kept.{i}": kept for i, kept in enumerate(self._kept)}
         tensors |= {f"opt.{name}": tensor for name, tensor in state_of(self.optimizer).items()}
         if self._inner_optimizer is not None:
             tensors |= {f"inner.{name}": tensor for name, tensor in state_of(self._inner_optimizer).items()}

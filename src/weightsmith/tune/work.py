@@ -13,15 +13,19 @@ from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.core.keys import Key
 from weightsmith.core.method import Parameter, registry
 from weightsmith.inputs.opened import Inputs
-from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.nested import RecipeSource, open_inputs
 from weightsmith.observe.names import Naming
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import table_in_memory
+from weightsmith.tune.once import Once
 from weightsmith.tune.setting import Setting
-from weightsmith.tune.space import Numbers
+from weightsmith.tune.space import Free, Numbers
 
-__all__ = ["Work", "prepared", "without"]
+__all__ = ["Work", "as_one", "prepared", "without"]
+
+ONE = "merged"
+"""What the model is called that all models are made into beforehand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,21 @@ class Work:
     plan: Plan
     inputs: Inputs
     places: dict[str, Tensor]
+
+
+def as_one(
+    tree: Mapping[str, Any], given: Mapping[str, Any] | None, stages: tuple[Any, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe of one model, which is the merge of the recipe's by these stages: a nested recipe.
+
+    The model is at hand, merged once and not at every step.
+    """
+    inner = {name: tree[name] for name in ("base", "models", "exclude") if name in tree}
+    inner |= {"method": list(stages), "output": {"dtype": "float32"}}
+    recipe = Recipe.model_validate(inner)
+    source = Once(RecipeSource(recipe, open_inputs(recipe, given), "the models made into one"))
+    known = {name: found for name, found in (given or {}).items() if name == "base"}
+    return {**tree, "models": {ONE: {"model": inner}}}, {**known, ONE: source}
 
 
 def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Setting, module: nn.Module) -> Work:
@@ -74,11 +93,25 @@ def prepared(tree: dict[str, Any], given: Mapping[str, Any] | None, setting: Set
         if not keys:
             raise RecipeError(f"free: {name} concerns no tensor that the recipe merges")
         numbers.append(Numbers(name, free, owners[name], tuple(inputs.experts), keys))
+        _refuse_strangers(name, free, keys, tuple(inputs.experts), () if reference is None else tuple(reference.keys))
     models = tuple(inputs.experts)
     given_values = {name: table_in_memory(name, models, values) for name, values in setting.given.items()}
     values = {**tree.get("parameters", {}), **given_values, **{one.name: one.table for one in numbers}}
     plan = make_plan(Recipe.model_validate(working | {"parameters": values}), sources=inputs)
     return Work(tree, numbers, plan, inputs, places)
+
+
+def _refuse_strangers(
+    name: str, free: Free, keys: Sequence[Key], models: tuple[str, ...], every: tuple[str, ...]
+) -> None:
+    """Raise RecipeError for models that a start names and that are none, and for globs that match nothing learned."""
+    if unknown := [m for m in (free.start if isinstance(free.start, Mapping) else ()) if m not in models]:
+        raise RecipeError(f"free: {name}: start names {unknown[0]!r}, no model{did_you_mean(unknown[0], models)}")
+    for glob, count in free.parts.items() if isinstance(free.parts, Mapping) else ():
+        if glob != "*" and count > 0 and not any(fnmatchcase(key.name, glob) for key in keys):
+            still = next((tensor for tensor in every if fnmatchcase(tensor, glob)), None)
+            why = "matches no tensor" if still is None else f"matches {still}, which is not learned: it stays as it is"
+            raise RecipeError(f"free: {name}: {glob!r} {why}")
 
 
 def _owners(recipe: Recipe) -> dict[str, Parameter]:

@@ -12,7 +12,7 @@ from weightsmith.tune.space import Free
 
 __all__ = ["Concrete"]
 
-INNER = {"task_arithmetic": "", "task_wise": "model", "layer_wise": "tensor"}
+INNER = {"task_arithmetic": "", "tsvm": "", "task_wise": "model", "layer_wise": "tensor"}
 """What is merged under the mask -> how finely its coefficients are learned."""
 
 
@@ -26,7 +26,8 @@ class Concrete(Preset, name="concrete"):
     sigmoid(x), divided by its mean.  The file of coefficients is as large as the model in float32, and learning holds
     three times that.
 
-    inner    task_arithmetic: all lambda_k are `scaling`.  task_wise, layer_wise (Concrete AdaMerging): before every
+    inner    task_arithmetic: all lambda_k are `scaling`.  tsvm: the mask lies over what tsvm makes of the task vectors,
+             with its own factor (`scaling` is not used).  task_wise, layer_wise (Concrete AdaMerging): before every
              step of the mask the coefficients take one of their own, at `base_lr`, and are put back to `scaling`
              after it; then the mask stays as it is, and AdaMerging learns them in `adamerging_steps`
     scaling  coefficient, or the start of learned ones
@@ -57,6 +58,8 @@ class Concrete(Preset, name="concrete"):
         )
         if self.inner == "task_arithmetic":
             return plain
+        if self.inner == "tsvm":
+            return replace(plain, first=("tsvm",), method=("scale", "task_arithmetic"))
         weight = Free(per=INNER[self.inner], start=self.scaling)
         then = UnderTheMask(replace(weight, link="clamp", low=0.0, high=1.0), self.adamerging_lr, self.adamerging_steps)
         ahead = Ahead(("weight",), Descent("adam", lr=self.base_lr))
