@@ -61,10 +61,11 @@ class Job:
             sink.done(key.name, records[key.name])
         return records
 
-    def write(self, out: Path, extra: Callable[[Path], Iterable[Path]] | None = None, **options: Any) -> dict[str, Any]:
+    def write(self, out: Path, extra: Callable[[Path], object] = lambda folder: None, **options: Any) -> dict[str, Any]:
         sink = self.sink(out, **options)
         records = self.run(sink)
-        sink.finish(extra)
+        with sink.finishing() as folder:
+            extra(folder)
         return records
 
     def check(self, out: Path) -> None:

@@ -25,8 +25,7 @@ from weightsmith.io.package.manifest import (
 def make(job, out: Path, **options) -> Path:
     sink = job.sink(out, shard_size=70, **options)
     records = job.run(sink)
-
-    def extra(folder: Path) -> list[Path]:
+    with sink.finishing() as folder:
         (folder / "2_Dense").mkdir()
         files = [folder / "config.json", folder / "2_Dense/model.safetensors"]
         for path in files:
@@ -39,9 +38,8 @@ def make(job, out: Path, **options) -> Path:
             records=records.values(),
             made_by={key.name: "linear" if key.floating else "copied" for key in job.keys},
         )
-        return [*files, write_manifest(folder, manifest)]
-
-    return sink.finish(extra)
+        write_manifest(folder, manifest)
+    return out
 
 
 @pytest.fixture

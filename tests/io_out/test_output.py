@@ -77,13 +77,9 @@ def test_transformers_loads_it(out, shard_size):
     sink.begin([Key(name, tuple(tensor.shape), "float32") for name, tensor in state.items()])
     for name, tensor in state.items():
         sink.write(name, 0, tensor_to_bits(tensor))
-
-    def extra(folder: Path) -> list[Path]:
-        config.architectures = ["LlamaForCausalLM"]
+    config.architectures = ["LlamaForCausalLM"]
+    with sink.finishing() as folder:
         config.save_pretrained(folder)
-        return [folder / "config.json"]
-
-    sink.finish(extra)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_size < 10**9)
     loaded, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
@@ -232,21 +228,22 @@ def test_resume_refuses_damaged_files(job, out, damage):
 
 
 def test_a_failed_finish_can_be_resumed_and_leaves_no_half_written_file(job, out):
-    def fail(folder: Path) -> list[Path]:
+    def fail(folder: Path) -> None:
         (folder / "sub").mkdir()
         (folder / "sub/half.json").write_text("{")
         raise OutputError("disk full")
 
     sink = job.sink(out)
     job.run(sink)
-    with pytest.raises(OutputError, match="disk full"):
-        sink.finish(fail)
+    with pytest.raises(OutputError, match="disk full"), sink.finishing() as folder:
+        fail(folder)
     sink.abort()
     assert not out.exists()
     sink = job.sink(out, resume=True)
     job.run(sink, 0)
     assert len(sink.completed()) == len(job.keys)
-    sink.finish()
+    with sink.finishing():
+        pass
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
@@ -283,7 +280,8 @@ def test_overwrite_replaces_the_whole_folder_at_the_end(job, out):
     sink = job.sink(out, overwrite=True)
     job.run(sink)
     assert sorted(path.name for path in out.iterdir()) == old
-    sink.finish()
+    with sink.finishing():
+        pass
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
     job.check(out)
@@ -310,8 +308,8 @@ def test_a_crash_while_replacing_loses_neither_old_nor_new(job, out, tree, monke
     monkeypatch.setattr(Path, "rename", dying)
     if moment == "after":
         monkeypatch.setattr(output, "remove", lambda path: dying(path, path))
-    with pytest.raises(Killed):
-        sink.finish()
+    with pytest.raises(Killed), sink.finishing():
+        pass
     monkeypatch.undo()
     sink._lock.release()  # as the kernel does
     held = tree(out.parent)
@@ -330,7 +328,8 @@ def test_a_crash_while_replacing_loses_neither_old_nor_new(job, out, tree, monke
         sink = job.sink(out, resume=True, overwrite=True)
         job.run(sink, 0)
         assert len(sink.completed()) == len(job.keys)
-        sink.finish()
+        with sink.finishing():
+            pass
     job.check(out)
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
 
@@ -340,8 +339,11 @@ def test_an_output_filled_during_the_run_is_kept(job, out):
     job.run(sink)
     out.mkdir()
     (out / "other.txt").write_text("other")
-    with pytest.raises(OutputError, match="was filled by somebody else during the run; move it away, then"):
-        sink.finish()
+    with (
+        pytest.raises(OutputError, match="was filled by somebody else during the run; move it away, then"),
+        sink.finishing(),
+    ):
+        pass
     sink.abort()
     assert (out / "other.txt").read_text() == "other"
     out.rename(out.parent / "elsewhere")
@@ -373,16 +375,13 @@ def test_everything_is_on_the_disk_before_it_becomes_visible(job, out, monkeypat
         synced.clear()
         return rename(path, target)
 
-    def extra(folder: Path) -> list[Path]:
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling/config.json").write_text("{}")
-        return [folder / "1_Pooling/config.json"]
-
     sink = job.sink(out, shard_size=70)
     job.run(sink)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", checked)
-    sink.finish(extra)
+    with sink.finishing() as folder:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text("{}")
     assert synced == {out.parent.stat().st_ino}  # and then the new name itself
     assert len(list(out.rglob("*"))) > 4
 

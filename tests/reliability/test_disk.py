@@ -161,8 +161,11 @@ def test_cleaning_up_that_fails_is_said_and_the_result_is_there(tmp_path, monkey
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("weightsmith.io.write.output.remove", fail)
-    with pytest.raises(OutputError, match=r"out is complete, but .*out\.partial could not be removed \(Input/output"):
-        sink.finish()
+    with (
+        pytest.raises(OutputError, match=r"out is complete, but .*out\.partial could not be removed \(Input/output"),
+        sink.finishing(),
+    ):
+        pass
     assert (tmp_path / "out/model.safetensors").exists()
     assert not sink._lock.held
 

@@ -210,12 +210,8 @@ def test_two_runs_on_one_output(memory: Any, models: Path) -> None:
     # Another machine, whose locks are its own, takes the place over.
     memory.pipe_file("/store/out/.weightsmith/run.json", json.dumps({"token": "another"}).encode())
 
-    def manifest(folder: Path) -> Iterable[Path]:
+    with pytest.raises(OutputError, match="another run has taken this place over"), first.finishing() as folder:
         (folder / "weightsmith.json").write_text("{}")
-        return [folder / "weightsmith.json"]
-
-    with pytest.raises(OutputError, match="another run has taken this place over"):
-        first.finish(manifest)
     assert "/store/out/weightsmith.json" not in stored(memory)
     assert left_here() == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +252,8 @@ def _write(out: Path, found: Aligned, sources: Sequence[Source], settings: Setti
     except BaseException:
         sink.abort()
         raise
-    sink.finish(partial(_package, found=found, sources=sources, made=made, inputs=inputs, keys=keys, records=records))
+    with sink.finishing() as folder:
+        _package(folder, found, sources, made, inputs, keys, records)
 
 
 def _package(
@@ -264,7 +264,7 @@ def _package(
     inputs: Mapping[str, Any],
     keys: Sequence[Key],
     records: Sequence[Mapping[str, Any]],
-) -> list[Path]:
+) -> None:
     how = dict.fromkeys((key.name for key in keys), "found by weight matching")
     manifest = build_manifest(folder, recipe=made, inputs=inputs, keys=keys, records=records, made_by=how, kind=KIND)
     notes = {
@@ -278,4 +278,4 @@ def _package(
         "moved": {name: list(counts) for name, counts in found.moved.items()},
         "spectrum": {name: list(values) for name, values in found.spectrum.items()},
     }
-    return [write_manifest(folder, {**manifest, "alignment": notes})]
+    write_manifest(folder, {**manifest, "alignment": notes})

@@ -291,8 +291,8 @@ def _job(shown: _Fitted, original: str, data: object, fit: Fit, settings: Settin
     return Job(inputs, plan, _nothing, recipe=told, parents={NAME: shown.source}, identify=inputs.fingerprints)
 
 
-def _nothing(job: Job, records: Records, folder: Path) -> Iterable[Path]:
-    return ()
+def _nothing(job: Job, records: Records, folder: Path) -> None:
+    """Write nothing beside the weights."""
 
 
 def _written(
@@ -308,7 +308,7 @@ def _written(
     return replace(job, plan=plan, package=partial(_package, found)).run(out, settings)
 
 
-def _package(found: Mapping[str, Any], job: Job, records: Records, folder: Path) -> Iterable[Path]:
+def _package(found: Mapping[str, Any], job: Job, records: Records, folder: Path) -> None:
     source = job.parents[NAME]
     assert source.origin.folder is not None
     copied = copy_companions(source.origin.folder, folder, source.origin.files)
@@ -321,13 +321,10 @@ def _package(found: Mapping[str, Any], job: Job, records: Records, folder: Path)
         licences=job.licences(),
         version=__version__,
     )
-    paths = [folder / name for name in copied.files]
-    paths.append(
-        write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe calibrate"))
-    )
+    write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe calibrate"))
     made_by = {
         key.name: "router, fitted" if key.name.rpartition(".")[0].endswith((".gate", ".router")) else "copied"
         for key in job.plan.keys
     }
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
-    return [*paths, job.manifest(folder, records, "calibrated", made_by, companions=companions, calibration=found)]
+    job.manifest(folder, records, "calibrated", made_by, companions=companions, calibration=found)

@@ -44,15 +44,15 @@ class ExpertMap:
         return {name: int(labels.max()) + 1 for name, labels in self.labels.items()}
 
 
-def write_map(made: Smaller, folder: Path) -> list[Path]:
-    """Write the map of a smaller mixture into its folder; returns its path."""
+def write_map(made: Smaller, folder: Path) -> None:
+    """Write the map of a smaller mixture into its folder."""
     tensors: dict[str, Tensor] = {}
     for layer in made.layers:
         tensors[f"{layer.stack.name}{_LABELS}"] = torch.tensor(layer.grouping.labels, dtype=torch.int32)
         if layer.merges:
             tensors |= {name: made.original.read(name) for name in layer.stack.router}
     notes = {"by": made.asked.by, "counts": {name: now for name, (_, now) in made.counts.items()}}
-    return [write_file(folder / MAP, file_of(tensors, {_NOTES: json.dumps(notes)}))]
+    write_file(folder / MAP, file_of(tensors, {_NOTES: json.dumps(notes)}))
 
 
 def read_map(folder: Path) -> ExpertMap:

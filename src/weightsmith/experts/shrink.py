@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,13 +85,13 @@ def _ready(made: Smaller) -> list[Problem]:
     return [Problem(Code.FOUND, "align", f"hidden units of {moved} of {merged} experts were put into another order")]
 
 
-def _package(made: Smaller, job: Job, records: Records, folder: Path) -> Iterable[Path]:
-    """Write config, companion files, map, model card and weightsmith.json; return their paths."""
+def _package(made: Smaller, job: Job, records: Records, folder: Path) -> None:
+    """Write config, companion files, map, model card and weightsmith.json."""
     origin = made.original.origin
     assert origin.folder is not None
     copied = copy_companions(origin.folder, folder, origin.files)
-    paths = [folder / name for name in copied.files if name != "config.json"]
-    paths += [write_file(folder / "config.json", made.config), *write_map(made, folder)]
+    write_file(folder / "config.json", made.config)
+    write_map(made, folder)
     was = {before for before, _ in made.counts.values()}
     now = sorted({after for _, after in made.counts.values()})
     words = (
@@ -108,8 +107,8 @@ def _package(made: Smaller, job: Job, records: Records, folder: Path) -> Iterabl
         version=__version__,
     )
     card = card.replace("weightsmith merge recipe", "weightsmith moe shrink")
-    paths.append(write_file(folder / "README.md", card))
+    write_file(folder / "README.md", card)
     made_by = {name: made.source.story(name) for name in made.source.keys}
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
     experts = {name: list(counts) for name, counts in made.counts.items()}
-    return [*paths, job.manifest(folder, records, KIND, made_by, companions=companions, experts=experts)]
+    job.manifest(folder, records, KIND, made_by, companions=companions, experts=experts)

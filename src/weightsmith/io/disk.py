@@ -151,14 +151,15 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder, os.O_DIRECTORY)
 
 
-def sync_tree(paths: Iterable[Path], folder: Path) -> None:
-    """Make files durable, and the folders from each of them up to `folder`."""
-    folders = {folder}
-    for path in paths:
-        sync_file(path)
-        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
-    for each in sorted(folders):
-        sync_folder(each)
+def sync_tree(folder: Path) -> None:
+    """Make a folder with all that is in it durable."""
+    for name in sorted(system.call(os.listdir, folder)):
+        path = folder / name
+        if path.is_dir():
+            sync_tree(path)
+        else:
+            sync_file(path)
+    sync_folder(folder)
 
 
 def remove(path: Path) -> None:

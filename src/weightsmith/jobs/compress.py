@@ -109,14 +109,12 @@ def restore(
     return replace(made, lost=read_manifest(Path(folder))["codec"].get("error", {}).get(expert))
 
 
-def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Iterable[Path]:
+def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> None:
     """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
     plan, inputs = job.plan, job.inputs
     (_, reference), *_ = inputs.models
-    written: list[Path] = []
     if inputs.base is None and reference.origin.folder is not None:
-        copied = copy_companions(reference.origin.folder, folder, reference.origin.files)
-        written = [folder / name for name in copied.files]
+        copy_companions(reference.origin.folder, folder, reference.origin.files)
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
     found: dict[str, list[Any]] = {}
@@ -127,7 +125,7 @@ def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Ite
     if not accept_loss:
         _refuse_worse_than_nothing(plan.tasks, about["error"])
     more = {"seed": plan.recipe.seed, "codec": about, "device": plan.device or None}
-    return [*written, job.manifest(folder, records, "codec", treatments(plan), **more)]
+    job.manifest(folder, records, "codec", treatments(plan), **more)
 
 
 def _refuse_worse_than_nothing(tasks: Iterable[Task], error: Mapping[str, float]) -> None:

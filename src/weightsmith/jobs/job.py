@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,7 @@ __all__ = ["Job", "Packager", "Records", "Result", "Storage", "carried_out", "wi
 Records = Mapping[str, Any]
 """Task id -> what `engine.execute` returned for it."""
 
-Packager = Callable[["Job", Records, Path], Iterable[Path]]
+Packager = Callable[["Job", Records, Path], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Result:
 class Job:
     """One output.
 
-    package   (the job, records, folder) -> paths of the files that it has written beside the weights
+    package   (the job, records, folder): writes what goes beside the weights
     weights   how the names of the weight files begin: of all, or by the beginning of tensors' names
     recipe    as the user wrote it, in plain JSON values
     parents   the models whose licences bind the result
@@ -300,7 +299,8 @@ def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> lis
         )
     try:
         for job, sink, found in zip(jobs.values(), sinks, records, strict=True):
-            sink.finish(partial(job.package, job, found))
+            with sink.finishing() as folder:
+                job.package(job, found, folder)
     except BaseException:  # the one has let go of its place; so must those that wait for their turn
         for sink in sinks:
             sink.abort()

@@ -21,8 +21,8 @@ from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
 __all__ = ["package", "treatments"]
 
 
-def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
-    """Write what goes with the weights into their folder; return the paths."""
+def package(job: Job, records: Records, folder: Path) -> None:
+    """Write what goes with the weights into their folder."""
     plan, recipe = job.plan, job.plan.recipe
     reference = job.inputs.models[0][1]
     copied, origin = Copied(), reference.origin
@@ -40,7 +40,8 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
     template = chat_template(recipe, job.inputs)
     if origin.folder is not None and origin.numbering is not None:
         origin.numbering.write(folder)  # only files that were copied just now
-    written = write_template(folder, template) if template is not None else []
+    if template is not None:
+        write_template(folder, template)
     parts = {name: _parts(ref.model) for name, ref in recipe.models.items()}
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
@@ -55,23 +56,19 @@ def package(job: Job, records: Records, folder: Path) -> Iterable[Path]:
         version=__version__,
     )
     notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
-    return [
-        *(folder / name for name in copied.files),
-        *written,
-        write_file(folder / "README.md", card),
-        job.manifest(
-            folder,
-            records,
-            "merge",
-            treatments(plan),
-            companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
-            seed=recipe.seed,
-            notes=notes or None,
-            scales=_scales(plan, records) or None,
-            lengths={one.pipeline.name: float(f"{one.times:.3g}") for one in lengths(plan.tasks, records)} or None,
-            device=plan.device or None,
-        ),
-    ]
+    write_file(folder / "README.md", card)
+    job.manifest(
+        folder,
+        records,
+        "merge",
+        treatments(plan),
+        companions={"files": copied.files, "modules": copied.modules, "left": copied.left},
+        seed=recipe.seed,
+        notes=notes or None,
+        scales=_scales(plan, records) or None,
+        lengths={one.pipeline.name: float(f"{one.times:.3g}") for one in lengths(plan.tasks, records)} or None,
+        device=plan.device or None,
+    )
 
 
 def _scales(plan: Plan, records: Records) -> dict[str, dict[str, float]]:

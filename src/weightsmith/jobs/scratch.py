@@ -138,5 +138,5 @@ def _packed(sink: ScratchSink, job: Job, records: Mapping[str, Any]) -> Path:
     for name, text in indices(sink.shards).items():
         write_file(sink.folder / name, text)
     with writing(sink.folder):
-        list(job.package(job, records, sink.folder))
+        job.package(job, records, sink.folder)
     return sink.folder

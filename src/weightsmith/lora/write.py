@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -224,7 +223,8 @@ class Writer:
         except BaseException:
             sink.abort()
             raise
-        sink.finish(partial(self._package, config=config, about=about, records=records))
+        with sink.finishing() as folder:
+            self._package(folder, config, about, records)
         return Written(
             out=self.out,
             seconds=time.perf_counter() - self._began,
@@ -238,11 +238,10 @@ class Writer:
 
     def _package(
         self, folder: Path, config: Mapping[str, Any], about: Description, records: Sequence[Mapping[str, Any]]
-    ) -> list[Path]:
+    ) -> None:
         stated = licences(about.folders)
-        paths = []
         if self._kind == "peft":
-            paths.append(write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"))
+            write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         card = model_card(
             title=self.out.name,
             models=[CardModel(name) for name in about.folders if name != "base"],
@@ -254,7 +253,7 @@ class Writer:
             version=__version__,
             command=about.command,
         )
-        paths.append(write_file(folder / "README.md", card))
+        write_file(folder / "README.md", card)
         manifest = build_manifest(
             folder,
             recipe=about.made,
@@ -266,7 +265,7 @@ class Writer:
             kind="adapter",
         )
         modules = {report.name: asdict(report) for report in self._reports}
-        return [*paths, write_manifest(folder, {**manifest, "modules": modules})]
+        write_manifest(folder, {**manifest, "modules": modules})
 
 
 def _rounded(value: Tensor, dtype: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -209,13 +209,12 @@ def _told(found: Drift) -> str | None:
 # --- what goes with the weights --------------------------------------------------------------------
 
 
-def _package(made: Draft, job: Job, records: Records, folder: Path) -> Iterable[Path]:
-    """Write config, companion files, model card and weightsmith.json; return their paths."""
+def _package(made: Draft, job: Job, records: Records, folder: Path) -> None:
+    """Write config, companion files, model card and weightsmith.json."""
     base, recipe = made.base, made.recipe
     assert base.origin.folder is not None
     copied = copy_companions(base.origin.folder, folder, base.origin.files)
-    paths = [folder / name for name in copied.files if name != "config.json"]
-    paths.append(write_file(folder / "config.json", made.config))
+    write_file(folder / "config.json", made.config)
     words = f"A mixture of {made.facts.experts} experts ({made.layout.class_name}), {made.facts.chosen} per token: "
     words += "MLPs of the models below, everything else of the base; "
     words += f"routers by {recipe.router}, from prompts." if recipe.router in PROMPTED else f"{recipe.router} routers."
@@ -228,7 +227,7 @@ def _package(made: Draft, job: Job, records: Records, folder: Path) -> Iterable[
         licences=job.licences(),
         version=__version__,
     )
-    paths.append(write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe recipe")))
+    write_file(folder / "README.md", card.replace("weightsmith merge recipe", "weightsmith moe recipe"))
     made_by = {name: piece.story for name, piece in made.source.pieces.items()}
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
-    return [*paths, job.manifest(folder, records, "moe", made_by, companions=companions)]
+    job.manifest(folder, records, "moe", made_by, companions=companions)

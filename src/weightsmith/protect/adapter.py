@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,12 +146,10 @@ def _module(name: str) -> str:
     return found[1] if found else name
 
 
-def _package(
-    verb: str, adapter: Path, fits: Path | None, key: Key, job: Job, records: Records, folder: Path
-) -> Iterable[Path]:
+def _package(verb: str, adapter: Path, fits: Path | None, key: Key, job: Job, records: Records, folder: Path) -> None:
     """fits: the model that the carried adapter belongs to, where it is known; the old one would load and be wrong."""
     edited = dict(read_config(adapter)) | {"base_model_name_or_path": None if fits is None else str(fits)}
-    config = write_file(folder / CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")
     card = model_card(
         title=folder.name if folder.name != "files" else f"{verb.capitalize()}ed adapter",
         models=[CardModel("adapter")],
@@ -163,4 +161,5 @@ def _package(
     )
     how = {k.name: f"{verb}ed" for k in job.plan.keys}
     noted: dict[str, Any] = {verb: {"key": key.hash, "adapter": True}}
-    return [config, write_file(folder / "README.md", card), job.manifest(folder, records, verb, how, **noted)]
+    write_file(folder / "README.md", card)
+    job.manifest(folder, records, verb, how, **noted)

@@ -97,7 +97,7 @@ def left_of(key: Key, found: Bases) -> dict[str, str]:
     return out
 
 
-def _package(work: Work, seen: list[Agreement], job: Job, records: Records, folder: Path) -> Iterable[Path]:
+def _package(work: Work, seen: list[Agreement], job: Job, records: Records, folder: Path) -> None:
     """Companion files, the comparison of outputs, the card and the manifest."""
     origin, verb, copied = work.source.origin, work.verb, Copied()
     if origin.folder is not None:
@@ -113,15 +113,14 @@ def _package(work: Work, seen: list[Agreement], job: Job, records: Records, fold
                 "float32 weights"
             )
     left = left_of(work.key, work.found)
-    card = write_file(folder / "README.md", _card(work, job, folder, agreement, left))
+    write_file(folder / "README.md", _card(work, job, folder, agreement, left))
     noted = {**work.told, "left": left}
     if agreement is not None:
         noted["logits"] = {"before_cast": agreement.before, "after_cast": agreement.after,
                            "tolerance": agreement.tolerance}  # fmt: skip
     how = {k.name: f"{verb}ed" if k.name in names else "copied" for k in job.plan.keys}
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
-    manifest = job.manifest(folder, records, verb, how, companions=companions, **{verb: noted})
-    return [*(folder / name for name in copied.files), card, manifest]
+    job.manifest(folder, records, verb, how, companions=companions, **{verb: noted})
 
 
 def _compared(work: Work, folder: Path, names: Iterable[str]) -> Agreement:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -242,9 +242,10 @@ def save_model(
     texts, blobs  more files, name -> content
     """
 
-    def more(folder: Path) -> Iterable[Path]:
+    def more(folder: Path) -> None:
         contents: dict[str, str | bytes] = {**texts, **(blobs or {})}
-        return [write_file(folder / name, content) for name, content in contents.items()]
+        for name, content in contents.items():
+            write_file(folder / name, content)
 
     if (base := loaded.names.source) is None:  # a module from Python, without files
         state = loaded.module.state_dict()
@@ -257,9 +258,9 @@ def save_model(
         if name in found and not bool(torch.isfinite(tensors[name]).all()):
             raise NumericError(f"{name}: trained values do not fit into {key.dtype}, in which the base stores it")
 
-    def package(folder: Path) -> Iterable[Path]:
-        copied = copy_companions(loaded.folder, folder, base.origin.files)
-        return [*(folder / name for name in copied.files), *more(folder)]
+    def package(folder: Path) -> None:
+        copy_companions(loaded.folder, folder, base.origin.files)
+        more(folder)
 
     save_folder(out, tensors, made=asked, how="trained", kind="training", overwrite=overwrite, package=package)
 

@@ -29,7 +29,7 @@ def save_folder(
     kind: str,
     name: str = "model",
     texts: Mapping[str, str] | None = None,
-    package: Callable[[Path], Iterable[Path]] = lambda folder: (),
+    package: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -38,15 +38,17 @@ def save_folder(
     made     plain values: what was asked for
     how      how the tensors were made, in words
     kind     of the folder, as its manifest says it
-    package  writes more files into the folder and returns their paths
+    package  writes more files into the folder
     notes    more fields of the manifest
     Errors: PlanError with what is wrong with OUT, before anything is written.
     """
     keys = [Key(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
     rows = ((n, 0, t) for n, t in tensors.items())
 
-    def more(folder: Path) -> Iterable[Path]:
-        return [*(write_file(folder / file, text) for file, text in (texts or {}).items()), *package(folder)]
+    def more(folder: Path) -> None:
+        for file, text in (texts or {}).items():
+            write_file(folder / file, text)
+        package(folder)
 
     return save_rows(out, keys, rows, made=made, how=how, kind=kind, name=name, package=more, overwrite=overwrite,
                      notes=notes)  # fmt: skip
@@ -61,7 +63,7 @@ def save_rows(
     how: str,
     kind: str,
     name: str = "model",
-    package: Callable[[Path], Iterable[Path]] = lambda folder: (),
+    package: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -87,12 +89,10 @@ def save_rows(
     except BaseException:
         sink.abort()
         raise
-
-    def finish(folder: Path) -> list[Path]:
-        paths = list(package(folder))
+    with sink.finishing() as folder:
+        package(folder)
         manifest = build_manifest(
             folder, recipe=made, inputs={}, keys=keys, records=records, made_by={k.name: how for k in keys}, kind=kind
         )
-        return [*paths, write_manifest(folder, {**manifest, **(notes or {})})]
-
-    return sink.finish(finish)
+        write_manifest(folder, {**manifest, **(notes or {})})
+    return sink.out

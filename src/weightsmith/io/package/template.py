@@ -44,15 +44,12 @@ def most_common_template(folders: Iterable[Path]) -> str | None:
     return Counter(found).most_common(1)[0][0] if found else None
 
 
-def write_template(folder: Path, text: str) -> list[Path]:
-    """Put the template into a folder, in place of any other; returns the files that are new."""
-    path = folder / _FILE
-    new = [] if path.exists() else [path]
-    write_file(path, text.encode(errors="surrogateescape"))
+def write_template(folder: Path, text: str) -> None:
+    """Put the template into a folder, in place of any other."""
+    write_file(folder / _FILE, text.encode(errors="surrogateescape"))
     config = folder / _CONFIG
     if config.is_file():
         found = read_json(config, _LIMIT)
         if not isinstance(found, dict):
             raise SourceError(f"{config}: not a mapping")
         write_file(config, json.dumps(found | {"chat_template": text}, indent=2, ensure_ascii=False) + "\n")
-    return new

@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,29 +132,25 @@ class FolderSink(Sink):
         assert self._journal is not None, "begin comes first"
         self._journal.add(task, record)
 
-    def finish(self, extra_files: Callable[[Path], Iterable[Path]] | None = None) -> Path:
-        """Write the index, let `extra_files` add its files to the folder it is given, and make OUT visible.
-
-        `extra_files` returns the paths it has written.  Returns OUT.
-        """
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[Path]:
+        """Write the index, give the folder for the files that go with the weights, then make OUT visible with all."""
         assert self._journal is not None, "begin comes first"
         try:
             with writing(self.partial):
-                self._complete(self._journal, extra_files)
+                for name, text in indices(self._shards).items():
+                    write_file(self.folder / name, text)
+                yield self.folder
+                self._complete(self._journal)
         except BaseException as error:
             self.abort(keep=not isinstance(error, NotKept))
             raise
         self._working = False
         self.abort()  # nothing is left to keep: closes what is open, and drops the lock
-        return self.out
 
-    def _complete(self, journal: Journal, extra_files: Callable[[Path], Iterable[Path]] | None) -> None:
-        paths = [self.folder / shard.name for shard in self._shards]
-        paths += [write_file(self.folder / name, text) for name, text in indices(self._shards).items()]
-        if extra_files is not None:
-            paths += extra_files(self.folder)
+    def _complete(self, journal: Journal) -> None:
         with writing(self.partial):
-            sync_tree(paths, self.folder)
+            sync_tree(self.folder)
         with writing(self.out):
             old = self._publish(journal)
         try:

@@ -14,13 +14,14 @@ other is there, the output is not finished; `open_source` refuses it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,15 @@ class UrlSink(Sink):
                 made = {name: found for name, found in self._records.items() if _touches(found, shard)}
             put(self.out / _mark(shard), json.dumps({"size": shard.size, "records": made}).encode())
 
-    def finish(self, extra_files: Callable[[Path], Iterable[Path]] | None = None) -> Url:
-        """Send the index and what `extra_files` adds, see that all is there, and write the manifest.  Returns OUT."""
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[Path]:
+        """Give the folder for the files that go with the weights; then send them and the index, the manifest last."""
         try:
             for name, text in indices(self._shards).items():
-                put(self.out / name, text.encode())
                 write_file(self.folder / name, text)
-            paths = list(extra_files(self.folder)) if extra_files is not None else []
+            yield self.folder
+            sent = {self.folder / shard.name for shard in self._shards}
+            paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in sent)
             for path in sorted(paths, key=lambda path: path.name == MANIFEST):
                 name = path.relative_to(self.folder).as_posix()
                 if name == MANIFEST:
@@ -155,7 +158,6 @@ class UrlSink(Sink):
             raise
         finally:
             self.abort()
-        return self.out
 
     def abort(self) -> None:
         """Remove what is under work on this machine; what was sent stays, for --resume."""

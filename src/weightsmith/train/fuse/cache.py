@@ -127,9 +127,9 @@ def make(
             progress()
         yield "losses", 0, torch.tensor(losses)
 
-    def more(written: Path) -> list[Path]:
+    def more(written: Path) -> None:
         state = {"identity": identity, "matched": runner.matched / max(keys[0].shape[0], 1)}
-        return [write_file(written / _STATE, json.dumps(state))]
+        write_file(written / _STATE, json.dumps(state))
 
     save_rows(folder, keys, rows(), made=identity, how="run", kind="distributions", package=more, overwrite=True)
 
