@@ -13,8 +13,22 @@ from pathlib import Path
 from weightsmith.core.errors import OutputError
 from weightsmith.io import system
 
-__all__ = ["WriteOut", "allocate", "allocated", "gigabytes", "pwrite_all", "remove", "replace_file", "sync_file",
-           "sync_folder", "sync_tree", "write_all", "write_file", "writing"]  # fmt: skip
+__all__ = [
+    "WriteOut",
+    "allocate",
+    "allocated",
+    "files_in",
+    "gigabytes",
+    "pwrite_all",
+    "remove",
+    "replace_file",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "write_all",
+    "write_file",
+    "writing",
+]  # fmt: skip
 
 _AGAIN = "then run again, with --resume if the command knows it"
 _FREE_SPACE = f"free some space, {_AGAIN}"
@@ -151,15 +165,21 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder, os.O_DIRECTORY)
 
 
-def sync_tree(folder: Path) -> None:
-    """Make a folder with all that is in it durable."""
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those inside it, by name."""
     for name in sorted(system.call(os.listdir, folder)):
         path = folder / name
-        if path.is_dir():
-            sync_tree(path)
-        else:
-            sync_file(path)
-    sync_folder(folder)
+        yield from files_in(path) if path.is_dir() else [path]
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder with all that is in it durable."""
+    folders = {folder}
+    for path in files_in(folder):
+        sync_file(path)
+        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
+    for each in sorted(folders):
+        sync_folder(each)
 
 
 def remove(path: Path) -> None:

@@ -31,7 +31,7 @@ from weightsmith.core.errors import NotKept, OutputError
 from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problem, told
 from weightsmith.io import system
-from weightsmith.io.disk import gigabytes, remove, write_file, writing
+from weightsmith.io.disk import files_in, gigabytes, remove, write_file, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import Url, stored_at, without_secrets
 from weightsmith.io.write.journal import refuse_changed
@@ -146,7 +146,7 @@ class UrlSink(Sink):
                 write_file(self.folder / name, text)
             yield self.folder
             sent = {self.folder / shard.name for shard in self._shards}
-            paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in sent)
+            paths = [path for path in files_in(self.folder) if path not in sent]
             for path in sorted(paths, key=lambda path: path.name == MANIFEST):
                 name = path.relative_to(self.folder).as_posix()
                 if name == MANIFEST:
