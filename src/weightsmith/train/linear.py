@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import NumericError, PlanError
-from weightsmith.io.disk import write_file
 from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.package.tangent import Tangent, point_of
 from weightsmith.io.read.adapter import CONFIG
@@ -75,13 +74,12 @@ def save_linear(
     found, _ = loaded.names.convert(moved)
     tensors = {name: found[name] if name in found else base.read(name) for name in base.keys}
 
-    def package(folder: Path) -> Iterable[Path]:
-        copied = copy_companions(loaded.folder, folder, base.origin.files)
-        return [*(folder / name for name in copied.files), *(write_file(folder / n, t) for n, t in texts.items())]
+    def package(folder: Path) -> None:
+        copy_companions(loaded.folder, folder, base.origin.files)
 
     save_folder(
         out, tensors, made=asked, how="trained in the tangent space", kind="training", overwrite=overwrite,
-        package=package, notes=notes,
+        texts=texts, package=package, notes=notes,
     )  # fmt: skip
 
 
