@@ -85,6 +85,31 @@ def test_a_trained_classifier_on_a_language_model(tied: bool, tmp_path: Path) ->
     torch.testing.assert_close(logits(tf.AutoModelForSequenceClassification, tmp_path / "out"), want)
 
 
+CLASSIFIERS = {
+    "tokens, GPT-2": (
+        (tf.GPT2LMHeadModel, tf.GPT2Config, {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}),
+        tf.GPT2ForTokenClassification,
+        {"task_type": "TOKEN_CLS", "target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ),
+    # Two layers: peft trains `pre_classifier` too, whose name ends in `classifier`.
+    "sequences, DistilBERT": (
+        (tf.DistilBertModel, tf.DistilBertConfig, {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}),
+        tf.DistilBertForSequenceClassification,
+        {"task_type": "SEQ_CLS", "target_modules": ["q_lin"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_trained_classifier_of_another_kind(kind: str, tmp_path: Path) -> None:
+    (cls, config, sizes), head, adapter = CLASSIFIERS[kind]
+    torch.manual_seed(0)
+    cls(config(vocab_size=12, bos_token_id=0, eos_token_id=1, **sizes)).save_pretrained(tmp_path / "base")
+    want = trained(tmp_path / "adapter", head.from_pretrained(tmp_path / "base", num_labels=3), **adapter)
+    merged(tmp_path, {"a": "adapter"})
+    torch.testing.assert_close(logits(head, tmp_path / "out"), want)
+
+
 def test_a_head_is_as_trained_whatever_the_weight(tmp_path: Path) -> None:
     """Another adapter beside it, weights, trimming: the one head that there is stays what it is."""
     base = llama(tmp_path / "base")

@@ -22,6 +22,7 @@ from lora.families import (
     gpt_oss,
     granite_moe,
     llama,
+    llama4,
     made,
     mixtral,
     neox,
@@ -82,6 +83,11 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "Qwen3-MoE, square": (qwen_moe, {"target_modules": ["q_proj"], "target_parameters": FUSED, "use_rslora": True}),
     "GPT-OSS": (gpt_oss, {"target_modules": ["q_proj"], "target_parameters": FUSED}),
     "GPT-OSS, square": (lambda: gpt_oss(16), {"target_modules": ["q_proj"], "target_parameters": FUSED[1:]}),
+    "GPT-OSS, biases": (
+        lambda: gpt_oss(8),
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj_bias"]},
+    ),
+    "Llama 4, square": (lambda: llama4(16), {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
     "Granite MoE": (
         granite_moe, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     ),

@@ -89,6 +89,12 @@ def gpt_oss(inner: int = 12) -> torch.nn.Module:
     return tf.GptOssForCausalLM(tf.GptOssConfig(**{**TEXT, "intermediate_size": inner}, **more))
 
 
+def llama4(inner: int = 12) -> torch.nn.Module:
+    """Experts stored [in, out] as those of GPT-OSS, which peft takes for [out, in]; square where inner is 16."""
+    more = {"num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 24}
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**TEXT, "intermediate_size": inner}, **more))
+
+
 def granite_moe() -> torch.nn.Module:
     sizes = {name: value for name, value in TEXT.items() if name != "head_dim"}
     return tf.GraniteMoeForCausalLM(tf.GraniteMoeConfig(**sizes, num_local_experts=3))

@@ -110,7 +110,7 @@ def extract(
         like = {
             "base_model_name_or_path": place,
             "bias": "all" if chosen.biases else "none",
-            "fan_in_fan_out": any(target.flip and not target.module.embedding for target in targets.low),
+            "fan_in_fan_out": any(target.turned for target in targets.low),
             "task_type": task_of(targets.config),
             **({"ensure_weight_tying": True} if targets.tied_factors else {}),
         }

@@ -8,7 +8,6 @@ from typing import Any
 from weightsmith.core.keys import Key
 from weightsmith.io.architectures import TEXT_TO_TEXT
 from weightsmith.io.read.lora import PREFIX, Module, parameter_name
-from weightsmith.io.read.updates import Experts
 
 __all__ = ["TARGETING", "config_of", "keys_of", "stored_name", "task_of"]
 
@@ -78,7 +77,7 @@ def config_of(
     known = modules or {}
     called = {name: parameter_name(name, known[name].parameter) if name in known else name for name in ranks}
     called |= {name: f"{name}.weight" for name in parameters if name in called}
-    fused = [n for n in ranks if n in parameters or (n in known and isinstance(known[n].update, Experts))]
+    fused = [n for n in ranks if n in parameters or (n in known and known[n].parameter != "weight")]
     plain = sorted(called[name] for name in ranks if name not in fused)
     chosen = {"target_modules": plain or None, "target_parameters": sorted(called[n] for n in fused) or None}
     return {

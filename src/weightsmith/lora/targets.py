@@ -32,6 +32,11 @@ class Target:
     module: Module
     flip: bool
 
+    @property
+    def turned(self) -> bool:
+        """Whether peft has to be told so: of embeddings and experts it knows, and refuses to be told of experts."""
+        return self.flip and not self.module.embedding and not isinstance(self.module.update, Experts)
+
 
 class Targets:
     """All that goes into the adapter, under its names in memory.
@@ -83,7 +88,7 @@ class Targets:
     def _target(self, module: str, key: Key) -> Target:
         if holds_experts(key):
             count, *matrix = key.shape
-            flip = bool(self._modules.experts_flipped)
+            flip = bool(self._modules.experts_turned)
             outputs, inputs = reversed(matrix) if flip else matrix
             update: Update = Experts("", "", (0, inputs), (outputs, 0), count)
             parameter = self.called(key.name).rpartition(".")[2]

@@ -84,12 +84,18 @@ def headed_config(text: str, adapter: Adapter, heads: Sequence[Key]) -> str:
         return text
     names = config.get("architectures") or []
     config["architectures"] = [_ENDING.sub(ending, name, count=1) for name in names if isinstance(name, str)]
-    labels = next((key.rows for key in reversed(heads) if len(key.shape) == 2), None)
+    matrices = [key for key in heads if len(key.shape) == 2]
+    labels = next((key.rows for key in reversed(matrices) if key.rows != key.row_numel), _square(matrices))
     if labels is not None and ending != "ForQuestionAnswering" and len(config.get("id2label") or ()) != labels:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
         config.pop("num_labels", None)
     return json.dumps(config, indent=2) + "\n"
+
+
+def _square(matrices: Sequence[Key]) -> int | None:
+    """Labels of a head whose matrices are all square; where others are not, layers before the last one are."""
+    return matrices[-1].rows if matrices else None
 
 
 def untrained(text: str, names: Iterable[str]) -> list[str]:

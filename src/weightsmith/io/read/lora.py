@@ -311,5 +311,7 @@ def _experts(config: Mapping[str, Any], label: str, name: str, a: Key, b: Key, p
         raise SourceError(
             f"{label}: {name!r} has {a.shape[0]} rows in A and {b.shape[1]} columns in B for experts of rank {said}"
         )
-    update = Experts(a.name, b.name, a.shape, b.shape, a.shape[0] // said)
+    update: Update = Experts(a.name, b.name, a.shape, b.shape, a.shape[0] // said)
+    if parameter.endswith("_bias"):  # [experts, outputs], which peft takes for one matrix
+        update = Product(a.name, b.name, a.shape, b.shape)
     return Module(name, update, scale_of(config, called, said), parameter)

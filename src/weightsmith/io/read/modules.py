@@ -24,6 +24,7 @@ from weightsmith.io.architectures import (
     MASKED_HEADS,
     PLAIN_LINEAR,
     RENAMED,
+    UNMARKED_EXPERTS,
     Rules,
 )
 from weightsmith.io.read.layers import config_of
@@ -125,6 +126,12 @@ class Modules:
         """Whether fused experts are stored [experts, in, out]; None where nothing tells."""
         kinds = {kind for _, kind in _types(self.config)}
         return bool(kinds & FLIPPED_EXPERTS) if kinds else None
+
+    @property
+    def experts_turned(self) -> bool | None:
+        """Whether peft takes fused experts for [experts, in, out] as they are in files; None where nothing tells."""
+        kinds = {kind for _, kind in _types(self.config)}
+        return bool(kinds & (FLIPPED_EXPERTS - UNMARKED_EXPERTS)) if kinds else None
 
     # --- the output layer ---
 

@@ -59,7 +59,8 @@ class Shell:
             return "embedding"
         if type(found).__name__ == "Conv1D":
             return "conv1d"
-        return "linear" if isinstance(found, torch.nn.Linear) else "other"
+        # A router may be a linear layer that returns more than its product, which peft's layers cannot wrap.
+        return "linear" if getattr(type(found), "forward", None) is torch.nn.Linear.forward else "other"
 
     def looks_up_plainly(self, name: str) -> bool:
         """Whether a tensor of the files is the weight of an `nn.Embedding` itself, whose look-up is what peft knows."""

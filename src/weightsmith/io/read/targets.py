@@ -59,9 +59,7 @@ class Targets:
         """The key of a tensor that is kept in full; None for a trained module that the base does not have."""
         if (key := self._found(target)) is not None:
             return key
-        module = target.rpartition(".")[0]
-        saved = self.adapter.config.get("modules_to_save") or ()
-        if any(f".{module}.".find(f".{name}.") >= 0 for name in saved):
+        if self._saved(target):
             return None
         raise self._unknown(stored, target)
 
@@ -209,8 +207,14 @@ class Targets:
     def _trained(self, change: Change) -> bool:
         """Whether a tensor that is stored whole was trained, rather than kept as it was."""
         stored = change.replacement or ""
+        return ".modules_to_save." in stored or self._saved(stored)
+
+    def _saved(self, name: str) -> bool:
+        """Whether a tensor is of a module that peft trains whole: one whose name ends so (`pre_classifier` does)."""
+        pieces = name.split(".")[:-1]
+        modules = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
         saved = self.adapter.config.get("modules_to_save") or ()
-        return ".modules_to_save." in stored or any(f".{name}." in f".{stored}" for name in saved)
+        return any(module.endswith(str(name)) for module in modules for name in saved)
 
     def _followed(self, e: Change | None, h: Change | None) -> tuple[Change | None, Change | None]:
         """What peft trains for both although it stores it once."""
