@@ -28,6 +28,8 @@ RULES = {
     "kohya-no-alpha": "no alpha in it: scale 1",
     "kohya-some-alphas": "3 modules have no alpha (lora_unet_down_blocks_0_resnets_0_conv1): the most common one "
     "of the file counts there, as in diffusers' loader for Stable Diffusion",
+    "diffusers-flux-alphas": "1 modules have no alpha (transformer.transformer_blocks.0.attn.to_out.0): the first "
+    "one of the file, 1, counts there, as in diffusers' Flux loader",
     "kohya-flux": "2 modules have no alpha (lora_unet_double_blocks_0_img_mod_lin): scale 1 there, as in "
     "diffusers' Flux loader",
 }
@@ -65,6 +67,10 @@ def test_two_as_one(case: str, tmp_path: Path) -> None:
         ):
             lora.merge({"a": file, "b": file}, "cat", tmp_path / "out", weight=(1.0, 0.5))
         return
+    if case == "xlabs-flux":
+        with pytest.raises(SourceError, match="lora_unet_single_blocks_0_qkv is a part of a layer by XLabs' names"):
+            lora.merge({"a": file, "b": file}, "cat", tmp_path / "out")
+        return
     result = lora.merge({"a": file, "b": file}, "cat", tmp_path / "out", weight=(1.0, 0.5))
     assert result.worst < 1e-5
     assert not (tmp_path / "out/adapter_config.json").exists()
@@ -90,6 +96,23 @@ def test_never_a_model(case: str, tmp_path: Path) -> None:
     merged = ws.merge({"a": tmp_path / "folder"}, "task_arithmetic", base=base)
     for name, tensor in want.items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("OFT", ["lycoris_fc.oft_blocks", "lycoris_fc.alpha"]),
+        ("OFT", ["base_model.model.fc.oft_R.weight"]),
+        (r"\(IA\)\^3", ["lora_unet_fc.weight", "lora_unet_fc.on_input"]),
+        ("GLoRA", [f"lora_unet_fc.{part}" for part in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")]),
+    ],
+)
+def test_adapters_of_other_kinds_are_no_models(kind: str, names: list[str], tmp_path: Path) -> None:
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=f"an {kind} adapter .*, not a model"):
+        ws.merge({"a": tmp_path / "x.safetensors", "b": tmp_path / "x.safetensors"}, "average")
+    with pytest.raises(SourceError, match=f"an {kind} adapter "):
+        lora.merge({"a": tmp_path / "x.safetensors", "b": tmp_path / "x.safetensors"}, "cat", tmp_path / "out")
 
 
 def test_parts_of_a_pipeline_that_the_base_is_not_are_left_out(tmp_path: Path) -> None:

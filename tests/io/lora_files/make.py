@@ -226,6 +226,29 @@ def of_kohya_flux() -> None:
     keep("kohya-flux", lora, flux(), changed(flux(), model))
 
 
+def of_flux() -> None:
+    """diffusers' names with alphas, of which one is missing; XLabs' names (`processor.qkv_lora1.down`)."""
+    torch.manual_seed(10)
+    block = "transformer.transformer_blocks.0.attn."
+    alphas: State = {}
+    for name, alpha in {"to_k": 1.0, "to_q": 4.0, "to_v": 4.0, "to_out.0": None}.items():
+        alphas |= {f"{block}{name}.lora_A.weight": noise(2, 12), f"{block}{name}.lora_B.weight": noise(12, 2)}
+        if alpha is not None:
+            alphas[f"{block}{name}.alpha"] = torch.tensor(alpha)
+    xlabs: State = {}
+    for name, (outputs, inputs) in {
+        "double_blocks.0.processor.qkv_lora1": (36, 12), "double_blocks.0.processor.proj_lora2": (12, 12),
+        "single_blocks.0.processor.qkv_lora": (36, 12), "single_blocks.0.processor.proj_lora": (12, 60),
+    }.items():  # fmt: skip
+        xlabs |= {f"{name}.down.weight": noise(2, inputs), f"{name}.up.weight": noise(outputs, 2)}
+    for case, lora in (("diffusers-flux-alphas", alphas), ("xlabs-flux", xlabs)):
+        model, source = flux(), FluxLoraLoaderMixin
+        save_file(lora, HERE / f"{case}.safetensors")  # an alpha that is missing is the first one of the file
+        state = load_file(HERE / f"{case}.safetensors")
+        source.load_lora_into_transformer(*source.lora_state_dict(state, return_alphas=True), model)
+        keep(case, lora, flux(), changed(flux(), model))
+
+
 # --- LyCORIS -------------------------------------------------------------------------------------------
 
 
@@ -294,5 +317,14 @@ def of_lycoris() -> None:
 
 
 if __name__ == "__main__":
-    for run in (of_diffusers, of_early_diffusers, of_kohya, of_kohya_text, of_kohya_xl, of_kohya_flux, of_lycoris):
+    for run in (
+        of_diffusers,
+        of_early_diffusers,
+        of_kohya,
+        of_kohya_text,
+        of_kohya_xl,
+        of_kohya_flux,
+        of_flux,
+        of_lycoris,
+    ):
         run()

@@ -24,6 +24,7 @@ __all__ = [
     "FIELDS",
     "HINTS",
     "MLX_WEIGHTS",
+    "UNREAD_HINTS",
     "ambiguous",
     "of_module",
     "open_weights",
@@ -38,6 +39,8 @@ MLX_WEIGHTS = "adapters.safetensors"
 """The weights beside it, where mlx-lm wrote both."""
 HINTS = ("lora", "hada_w", "lokr_w", ".diff", "_norm")
 """One of these is in every name that makes a file an adapter: most names of models are told by that at once."""
+UNREAD_HINTS = (".oft_", ".on_input", ".ia3_l", ".b2.weight")
+"""The same of the kinds of adapter that are not read."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 FIELDS: Mapping[str, str] = {

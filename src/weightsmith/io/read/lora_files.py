@@ -17,9 +17,10 @@ from typing import Any
 
 from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
-from weightsmith.io.read.adapter import CONFIG, HINTS, scale_of
+from weightsmith.io.read.adapter import CONFIG, HINTS, UNREAD_HINTS, scale_of
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.lora import PREFIX, Adapter, Module
+from weightsmith.io.read.lora_names import ROWS_OF_LINEAR1
 from weightsmith.io.read.lycoris import PARTS, lycoris_update
 from weightsmith.io.read.mlx_lora import read_folder
 from weightsmith.io.read.pickle import PickleSource
@@ -30,7 +31,7 @@ from weightsmith.io.read.svfit import Singular
 from weightsmith.io.read.updates import Product
 from weightsmith.io.url import Url, parse_url
 
-__all__ = ["lora_kind", "read_adapter", "read_lora_file"]
+__all__ = ["lora_kind", "read_adapter", "read_lora_file", "refuse_unread"]
 
 _ENDINGS = {
     "A": tuple(f"{a}.weight" for a in ("lora_A", "lora_A.default", "lora_down", "lora.down", "lora_linear_layer.down")),
@@ -44,9 +45,17 @@ _ENDINGS = {
 _PART_OF = {ending: part for part, endings in _ENDINGS.items() for ending in endings}
 _SPLIT = re.compile(rf"(?P<module>.+)\.(?P<ending>{'|'.join(map(re.escape, sorted(_PART_OF, key=len, reverse=True)))})")
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
+_XLABS = re.compile(
+    r"(?:diffusion_model\.)?(?P<stack>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<what>qkv|proj)_lora(?P<side>[12]?)"
+    r"\.(?P<part>down|up)\.weight"
+)
 _NOT_IN_MODELS = frozenset(part for part in _ENDINGS if part not in ("alpha", "bias", "magnitude"))
 _FLUX = ("double_blocks", "single_blocks", "single_transformer_blocks")
 METADATA = "lora_adapter_metadata"
+_UNREAD = re.compile(
+    r"(?:.+\.(?P<part>oft_blocks|oft_diag|oft_[rR]|on_input|ia3_l)|(?:lora|lycoris)_[^.]+\.b2\.weight)(\..+)?"
+)
+"""Names that only adapters of other kinds have: OFT, (IA)^3, GLoRA."""
 
 
 def lora_kind(names: Iterable[str]) -> str | None:
@@ -58,6 +67,18 @@ def lora_kind(names: Iterable[str]) -> str | None:
                 return "peft"
             return "diffusers" if "." in found[0] else "kohya"
     return None
+
+
+def refuse_unread(source: Source) -> None:
+    """Raise SourceError where a source is an adapter of a kind that is not read; no model has such tensors."""
+    for name in source.keys:
+        found = _UNREAD.fullmatch(name) if any(hint in name for hint in UNREAD_HINTS) else None
+        if found is not None:
+            kind = {"of": "OFT", "on": "(IA)^3", "ia": "(IA)^3"}.get((found["part"] or "")[:2], "GLoRA")
+            raise SourceError(
+                f"{source}: an {kind} adapter ({name}), not a model; of such files only LoRA, DoRA, LoHa, LoKr and "
+                "full differences are read: put it into its base with the program that made it, and give the result"
+            )
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -76,8 +97,22 @@ def read_adapter(path: str | Path) -> Adapter:
     if place.is_dir() or place.suffix in (".safetensors", ".bin", ".pt"):
         source = _opened(place)
         if source is not None and lora_kind(source.keys) is not None:
-            return read_lora_file(source, label)
+            return _written_back(read_lora_file(source, label))
+        if source is not None:
+            refuse_unread(source)
     raise SourceError(f"{path}: no LoRA adapter here (no {CONFIG}, and no LoRA file)")
+
+
+def _written_back(adapter: Adapter) -> Adapter:
+    """The adapter, unless it has modules that no file could name again."""
+    if lone := next(
+        (name for name in adapter.modules if re.search(rf"single_blocks_\d+_{ROWS_OF_LINEAR1}$", name)), None
+    ):
+        raise SourceError(
+            f"{adapter.label}: {lone} is a part of a layer by XLabs' names, which the result has no name for; merge it "
+            'into its base with "weightsmith merge"'
+        )
+    return adapter
 
 
 def _opened(place: Path) -> Source | None:
@@ -119,8 +154,18 @@ def _split(name: str) -> tuple[str, str] | None:
     if old is not None:
         module = name[: old.start()] + "." + ("to_out.0" if old[1] == "to_out" else old[1])
         return module, "A" if old[2] == "down" else "B"
+    if (xlabs := _XLABS.fullmatch(name)) is not None:
+        return _by_kohya(xlabs), "A" if xlabs["part"] == "down" else "B"
     found = _SPLIT.fullmatch(name)
     return None if found is None else (found["module"], _PART_OF[found["ending"]])
+
+
+def _by_kohya(xlabs: re.Match[str]) -> str:
+    """What kohya calls a module of XLabs' files for Flux; the rows of q, k and v in `linear1` have no name there."""
+    stack, block, what = xlabs["stack"], xlabs["block"], xlabs["what"]
+    if stack == "single":
+        return f"lora_unet_single_blocks_{block}_{'linear2' if what == 'proj' else ROWS_OF_LINEAR1}"
+    return f"lora_unet_double_blocks_{block}_{'txt' if xlabs['side'] == '2' else 'img'}_attn_{what}"
 
 
 def _parts(source: Source, label: str) -> dict[str, dict[str, str]]:
@@ -200,7 +245,15 @@ def _scales(
     alphas = _alphas(parts, source, label)
     ranks = {name: rank for name, own in parts.items() if (rank := _rank(own, source))}
     if alphas and not configs:
-        return {name: alphas.get(name, rank) / rank for name, rank in ranks.items()}, "scales are its alpha / rank"
+        without = [name for name in ranks if name not in alphas]
+        first = next(alphas[own] for name in source.keys for own, part in [_split(name) or ("", "")] if part == "alpha")
+        said = "scales are its alpha / rank"
+        if without:
+            said = (
+                f"{len(without)} modules have no alpha ({without[0]}): the first one of the file, {first:g}, counts "
+                "there, as in diffusers' Flux loader"
+            )
+        return {name: alphas.get(name, first) / rank for name, rank in ranks.items()}, said
     if not configs:
         return {}, "no alpha in it or in its header: scale 1, as diffusers takes it"
     found = {}

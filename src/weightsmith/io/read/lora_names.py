@@ -17,7 +17,7 @@ from weightsmith.io.read.lora import Adapter, Module
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.source import Source
 
-__all__ = ["Finder", "finder_of", "placed"]
+__all__ = ["ROWS_OF_LINEAR1", "Finder", "finder_of", "placed"]
 
 Place = tuple[Module, tuple[Key, ...]]
 """A module of the file, and the weights that its rows belong to, one after the other."""
@@ -46,6 +46,8 @@ _SGM = (
     (r"_emb_layers_1$", "_time_emb_proj"),
     (r"_skip_connection$", "_conv_shortcut"),
 )
+ROWS_OF_LINEAR1 = "qkv"
+"""What XLabs calls the first rows of a single block's `linear1`."""
 _FLUX = {
     "img_attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
     "txt_attn_qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
@@ -59,6 +61,7 @@ _FLUX = {
     "txt_mod_lin": ("norm1_context_linear",),
     "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"),
     "linear2": ("proj_out",),
+    ROWS_OF_LINEAR1: ("attn_to_q", "attn_to_k", "attn_to_v"),
     "modulation_lin": ("norm_linear",),
 }
 _FLUX_OTHERS = {

@@ -19,7 +19,7 @@ from weightsmith.core.lazy import torch
 from weightsmith.io import system
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
-from weightsmith.io.read.adapter import HINTS
+from weightsmith.io.read.adapter import HINTS, UNREAD_HINTS
 from weightsmith.io.read.folder import INDEX, FolderSource
 from weightsmith.io.read.hub import PREFIX, looks_like_hub_id
 from weightsmith.io.read.pickle import PICKLES
@@ -269,12 +269,13 @@ ENDINGS = (".safetensors", ".gguf", *PICKLES)
 
 def _lora_file(source: Source, asked: Asked) -> Source:
     """The model that `base` becomes with the LoRA that a file holds."""
-    if not any(hint in name for name in source.keys for hint in HINTS):
+    if not any(hint in name for name in source.keys for hint in (*HINTS, *UNREAD_HINTS)):
         return source
-    from weightsmith.io.read.lora_files import lora_kind, read_lora_file
+    from weightsmith.io.read.lora_files import lora_kind, read_lora_file, refuse_unread
 
     kind = lora_kind(source.keys)
     if kind is None:
+        refuse_unread(source)
         return source
     if asked.base is not None:
         from weightsmith.io.read.peft import AdapterSource
