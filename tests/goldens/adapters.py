@@ -23,7 +23,7 @@ from weightsmith.core.method import Pipeline, Stage, registry
 from weightsmith.experts import grouping
 from weightsmith.moe import router
 from weightsmith.ops.masks import agreed
-from weightsmith.ops.moments import rank_one
+from weightsmith.ops.moments import product, rank_one
 from weightsmith.search.frank_wolfe import FrankWolfe
 from weightsmith.search.surrogate import fit
 from weightsmith.train import embed
@@ -203,7 +203,9 @@ def ota(case: Case) -> State:
     stats = case.stats("second_moment", tiny_llama.positive)
     if p["rank1_approx"]:
         for kinds in stats.values():
-            kinds["second_moment"] = {n: rank_one(v) if v.ndim == 2 else v for n, v in kinds["second_moment"].items()}
+            kinds["second_moment"] = {
+                n: product(*rank_one(v)) if v.ndim == 2 else v for n, v in kinds["second_moment"].items()
+            }
     given = {
         **{n: p[n] for n in ("power", "epsilon")},
         "epsilon_mode": "absolute",

@@ -11,7 +11,7 @@ from weightsmith.core.checks import Case
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.ffg import Ffg
 from weightsmith.methods.ota import Ota
-from weightsmith.ops.moments import low_rank, rank_one
+from weightsmith.ops.moments import low_rank, product, rank_one
 
 SHAPES = {"w": (6, 4), "b": (5,)}
 BASE = {n: noise(*s, seed=90 + i) for i, (n, s) in enumerate(SHAPES.items())}
@@ -125,10 +125,13 @@ def test_negative_moments_are_an_error():
 
 def test_one_outer_product_says_all_of_an_outer_product():
     v = torch.outer(noise(5, seed=1).square(), noise(4, seed=2).square()) * 1e-20
-    assert torch.allclose(rank_one(v), v, rtol=1e-5, atol=0)
-    assert torch.allclose(low_rank(v, 1), v, rtol=1e-4, atol=0)
+    assert torch.allclose(product(*rank_one(v)), v, rtol=1e-5, atol=0)
+    assert torch.allclose(product(*low_rank(v, 1)), v, rtol=1e-4, atol=0)
     any_v = noise(5, 4, seed=3).square()
+    assert torch.allclose(product(*low_rank(any_v, 4)), any_v, rtol=1e-5, atol=1e-6)
     for found in (rank_one(any_v), low_rank(any_v, 2)):
-        assert (found >= 0).all()
-    assert torch.equal(rank_one(torch.zeros(3, 2)), torch.zeros(3, 2))
-    assert torch.allclose(rank_one(any_v).sum(0), any_v.sum(0), rtol=1e-5)
+        assert (product(*found) >= 0).all()
+    assert (torch.linalg.multi_dot(low_rank(any_v, 2)) < 0).any(), "else nothing was cut off"
+    assert torch.equal(product(*rank_one(torch.zeros(3, 2))), torch.zeros(3, 2))
+    assert torch.equal(product(*low_rank(torch.zeros(3, 2), 2)), torch.zeros(3, 2))
+    assert torch.allclose(product(*rank_one(any_v)).sum(0), any_v.sum(0), rtol=1e-5)

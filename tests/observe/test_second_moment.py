@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kit import noise
-from weightsmith.core.errors import SourceError
+from weightsmith.cli.main import main
+from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.io.read.stats import open_stats
 from weightsmith.observe.moments import second_moment
 
 STEPS = 3
@@ -89,3 +93,59 @@ def test_what_cannot_be_used_is_named(state: dict, text: str, tmp_path: Path):
     torch.save(state, tmp_path / "optimizer.pt")
     with pytest.raises(SourceError, match=text):
         second_moment(folder, tmp_path / "optimizer.pt", tmp_path / "stats")
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_moments_kept_as_products(rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "model")
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    wanted = trained(model, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    words = ["observe", str(folder), "--optimizer", str(tmp_path / "optimizer.pt"), "--rank", str(rank)]
+    assert main([*words, "-o", str(tmp_path / "stats")]) == 0
+    said = re.search(r"(\d+) matrices are kept as products of rank (\d), which miss (.*)% of", capsys.readouterr().out)
+    assert said is not None
+    source = open_stats([tmp_path / "stats"])["second_moment"]
+    assert set(source.keys) == set(wanted)
+    left_out, squares = 0.0, 0.0
+    for name, v in wanted.items():
+        found = source.read(name)
+        if v.ndim == 1 or (rank > 1 and ("embed" in name or "head" in name)):
+            assert torch.allclose(found, v, rtol=1e-5, atol=0)
+            assert not source.computes(name)
+            continue
+        u, s, vt = torch.linalg.svd(v.double())
+        best = ((u[:, :rank] * s[:rank]) @ vt[:rank]).clamp(min=0)
+        sums = torch.outer(v.double().sum(1), v.double().sum(0)) / v.double().sum()
+        assert torch.allclose(found.double(), sums if rank == 1 else best, rtol=1e-4, atol=1e-10), name
+        assert torch.equal(torch.cat([source.read(name, 0, 3), source.read(name, 3)]), found)
+        left_out += float((found - v).square().sum())
+        squares += float(v.square().sum())
+    assert said[2] == str(rank)
+    recipe = {"base": str(folder), "models": {n: {"model": str(folder), "stats": str(tmp_path / "stats")} for n in "ab"},
+              "method": [{"ffg": {"density": 0.4}}, "ota"]}  # fmt: skip
+    (tmp_path / "ota.yaml").write_text(json.dumps(recipe))
+    assert main(["merge", str(tmp_path / "ota.yaml"), str(tmp_path / "merged"), "--quiet"]) == 0
+    assert float(said[3]) == pytest.approx(100 * (left_out / squares) ** 0.5, abs=0.06)
+
+
+def test_a_product_whose_parts_do_not_fit(tmp_path: Path) -> None:
+    notes = {"stat": "second_moment", "examples": 0, "factored": ["w"]}
+    for parts in ({"w.left": torch.ones(3, 2)}, {"w.left": torch.ones(3, 2), "w.right": torch.ones(1, 4)}):
+        save_file(parts, tmp_path / "s.safetensors", {"weightsmith": json.dumps(notes)})
+        with pytest.raises(SourceError, match=r"'w' should be a product of w.left and w.right, which do not fit"):
+            open_stats([tmp_path / "s.safetensors"])
+    with pytest.raises(WeightsmithError, match="rank = 0; expected a whole number from 1 on"):
+        second_moment(tmp_path, tmp_path / "o.pt", tmp_path / "out", rank=0)
+
+
+def test_moments_without_a_step_are_said_to_be_as_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tiny_llama(), tmp_path / "model")
+    save_file({f"{n}.exp_avg_sq": p.detach().square() for n, p in tiny_llama().named_parameters()},
+              tmp_path / "m.safetensors")  # fmt: skip
+    words = ["observe", str(folder), "-o", str(tmp_path / "s")]
+    assert main([*words, "--optimizer", str(tmp_path / "m.safetensors")]) == 0
+    assert "moments are as they were saved, since the file does not say step and beta2" in capsys.readouterr().out
+    assert main([*words, "--data", "x.txt", "--stat", "gram", "--rank", "1"]) == 2
+    assert "rank is for the second moments of an optimizer" in capsys.readouterr().err

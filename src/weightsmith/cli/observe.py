@@ -20,6 +20,9 @@ def observe(
     data: Annotated[Path | None, Parameter(help=".txt, .jsonl, .npz, or a folder of texts or images.")] = None,
     stat: Annotated[str, Parameter(help="Statistics, separated by commas: gram, fisher, routing, routed.")] = "",
     optimizer: Annotated[Path | None, Parameter(help="Optimizer's state in place of data: second moments.")] = None,
+    rank: Annotated[
+        int | None, Parameter(help="Keep second moments as products of this rank; 1: row and column sums.")
+    ] = None,
     examples: Annotated[int, Parameter(help="How many examples to use.", show_default=True)] = 256,
     batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
     length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 512,
@@ -43,6 +46,7 @@ def observe(
     """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg, moe shrink)."""
     from weightsmith.observe.collect import asked
     from weightsmith.observe.collect import observe as collect
+    from weightsmith.observe.moments import what_moments_say
 
     names = asked(stat, data, optimizer)
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
@@ -50,11 +54,14 @@ def observe(
             model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
             field=field, skip_first=skip_first, layers=layers, stream=stream, device=chosen(device=device).device,
             overwrite=overwrite, trust_remote_code=trust_remote_code, optimizer=optimizer,
+            rank=rank,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
         )  # fmt: skip
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:
         say(f"wrote {', '.join(names)} to {out}")
+        for line in what_moments_say(out) if optimizer is not None else ():
+            say(line)
         shrink = f"weightsmith moe shrink {model} OUT --stats {out}"
         say(f"next: {shrink}" if "routing" in names else f'next: add "stats: {out}" to this model in the recipe')

@@ -69,6 +69,7 @@ def observe(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     optimizer: str | Path | None = None,
+    rank: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Run a model over calibration data and write OUT/STAT.safetensors for each statistic; returns OUT.
@@ -87,7 +88,7 @@ def observe(
     share       gram: one matrix for layers with the same input
     layers      blocks [start, end) only; tensors outside the blocks go with the range that starts at 0
     stream      routing, routed: load one block at a time, with activations on the disk in OUT meanwhile
-    optimizer   the optimizer's state, for 'second_moment'; no data then, see `moments.second_moment`
+    optimizer   the optimizer's state, for 'second_moment'; no data then, see `moments.second_moment`; rank: likewise
     progress    called with (statistic, examples done, examples in all)
 
     Raises WeightsmithError and its kinds for bad input; nothing is written then.
@@ -95,7 +96,9 @@ def observe(
     if optimizer is not None:
         if isinstance(model, nn.Module):
             raise WeightsmithError("second moments are written under a checkpoint's names; give its folder")
-        return second_moment(model, optimizer, out, overwrite=overwrite)
+        return second_moment(model, optimizer, out, rank=rank, overwrite=overwrite)
+    if rank is not None:
+        raise WeightsmithError("rank is for the second moments of an optimizer; give one, or leave rank out")
     if data is None:
         raise WeightsmithError(NOTHING.format("--data FILE"))
     wanted = _check(stats, examples, batch, length, fisher, layers)

@@ -30,6 +30,7 @@ class Statistic:
     aliases     name -> the name whose tensor it shares (equal inputs, computed and stored once)
     transposed  weights stored as [in, out] (GPT-2's Conv1D); all others are [out, in]
     skipped     parameter name -> why nothing was observed for it
+    factored    matrices that `tensors` holds as NAME.left and NAME.right, whose product they are
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,6 +39,7 @@ class Statistic:
     aliases: Mapping[str, str] = field(default_factory=dict)
     transposed: Sequence[str] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    factored: Sequence[str] = ()
 
 
 def stat_path(out: Path, stat: str) -> Path:
@@ -48,6 +50,7 @@ def write_statistic(out: Path, stat: str, statistic: Statistic, story: Mapping[s
     """Write OUT/STAT.safetensors in one visible step; `__metadata__["weightsmith"]` is a JSON object."""
     metadata = {
         "stat": stat,
+        **({"factored": list(statistic.factored)} if statistic.factored else {}),
         **story,
         "rows": statistic.rows,
         "counts": dict(statistic.counts),

@@ -21,17 +21,19 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import OutputError, SourceError, some
-from weightsmith.core.keys import DTYPES
+from weightsmith.core.keys import DTYPES, role_of
 from weightsmith.io import system
 from weightsmith.io.read.dcp import METADATA, Checkpoint
 from weightsmith.io.read.pickle import PICKLES, load_pickle
 from weightsmith.io.read.prefixes import unwrapped
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.io.read.stats import SIDES, StatsSource
 from weightsmith.observe.files import Statistic, stat_path, write_statistic
 from weightsmith.observe.model import LoadedModel, identity, load_model
+from weightsmith.ops.moments import low_rank, product, rank_one
 
-__all__ = ["SECOND_MOMENT", "second_moment"]
+__all__ = ["SECOND_MOMENT", "second_moment", "what_moments_say"]
 
 SECOND_MOMENT = "second_moment"
 MOMENT = "exp_avg_sq"
@@ -57,18 +59,24 @@ class _Moment:
         return unbiased
 
 
-def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+def second_moment(
+    model: str | Path, optimizer: str | Path, out: str | Path, *, rank: int | None = None, overwrite: bool = False
+) -> Path:
     """Write OUT/second_moment.safetensors: float32, shaped like the weights, under the checkpoint's names.
 
     model      folder or hub id[@revision] of the checkpoint that the optimizer made
     optimizer  a .safetensors or torch file, or a folder of torch.distributed.checkpoint or a universal checkpoint of
                DeepSpeed, with the state of Adam, AdamW or another with `exp_avg_sq`
+    rank       keep matrices as products: 1: of row and column sums (Adafactor's); more: of that many singular
+               directions, but for embeddings and heads, with negative entries read as 0.  None: all entries
 
     Moments are divided by 1 - beta2^step where the file says both, so that models of different length compare.
 
     Raises SourceError where a moment cannot be given a name, has another shape than its weights, is negative, not
     finite, or was rounded to zero by float16.
     """
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise OutputError(f"rank = {rank!r}; expected a whole number from 1 on")
     path, folder = Path(optimizer), Path(out)
     if stat_path(folder, SECOND_MOMENT).exists() and not overwrite:
         where = stat_path(folder, SECOND_MOMENT)
@@ -84,9 +92,44 @@ def second_moment(model: str | Path, optimizer: str | Path, out: str | Path, *, 
     missing = {} if stored is None else {n: "not in the optimizer's state" for n in stored.keys if n not in tensors}
     corrected = all(m.step and m.beta2 is not None for m in found.values())
     story = {"examples": 0, "model": loaded.label, "optimizer": path.name, "bias_corrected": corrected, "lost": lost}
+    factored: list[str] = []
+    if rank is not None:
+        tensors, factored, missed = _as_products(tensors, rank)
+        story |= {"rank": rank, "missed": missed}
     story |= identity(loaded)
-    write_statistic(folder, SECOND_MOMENT, Statistic(tensors, rows=0, skipped=missing), story)
+    write_statistic(folder, SECOND_MOMENT, Statistic(tensors, rows=0, skipped=missing, factored=factored), story)
     return folder
+
+
+def what_moments_say(out: Path) -> Iterator[str]:
+    """What a user should know of a statistic that was written: a line each."""
+    notes = StatsSource(stat_path(out, SECOND_MOMENT)).origin.metadata
+    if not notes.get("bias_corrected"):
+        yield (
+            "moments are as they were saved, since the file does not say step and beta2 of all parameters; beside "
+            "a model that was trained for longer, take normalize: mean"
+        )
+    if "rank" in notes:
+        count, missed = len(notes.get("factored", ())), notes["missed"]
+        yield f"{count} matrices are kept as products of rank {notes['rank']}, which miss {missed:.1%} of their norm"
+
+
+def _as_products(tensors: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], list[str], float]:
+    """What is kept of moments, which of them as products, and the share of their norm that these miss."""
+    kept: dict[str, Tensor] = {}
+    factored: list[str] = []
+    squares = missed = 0.0
+    for name, values in tensors.items():
+        whole = values.ndim != 2 or rank * sum(values.shape) >= values.numel()
+        if whole or (rank > 1 and role_of(name) in ("embed", "head")):
+            kept[name] = values
+            continue
+        sides = rank_one(values) if rank == 1 else low_rank(values, rank)
+        kept |= {f"{name}.{side}": part.contiguous() for side, part in zip(SIDES, sides, strict=True)}
+        factored.append(name)
+        squares += float(values.double().square().sum())
+        missed += float((product(*sides).double() - values).square().sum())
+    return kept, factored, (missed / squares) ** 0.5 if squares else 0.0
 
 
 def _read(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import NumericError
 from weightsmith.core.lazy import torch
 from weightsmith.core.site import Site
+from weightsmith.ops.spectral import top_svd
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["curvature", "low_rank", "rank_one"]
+__all__ = ["curvature", "low_rank", "product", "rank_one"]
 
 CALLED = {"fisher": "Fisher information", "second_moment": "second moment"}
 
@@ -39,22 +40,31 @@ def curvature(site: Site, statistic: str) -> tuple[Tensor, ...]:
     return found
 
 
-def rank_one(values: Tensor) -> Tensor:
-    """The product of row and column sums, r c^T / sum: what Adafactor keeps of a second moment.
+def rank_one(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums as shares of the total, and column sums: what Adafactor keeps of a second moment.
 
-    [rows, columns] >= 0 -> [rows, columns] >= 0; exact for outer products; zeros stay zeros.
-    Source: Adafactor (Shazeer and Stern, ICML 2018), algorithm 2; arXiv:2509.11167 for merging.
+    [rows, columns] >= 0 -> [rows, 1] and [1, columns], >= 0; exact for outer products, and every row and column keeps
+    its sum.  Source: Adafactor (Shazeer and Stern, ICML 2018), algorithm 2; arXiv:2509.11167 for merging.
     """
     wide = values.double()  # sums of many tiny numbers
-    rows, columns = wide.sum(1), wide.sum(0)
+    rows, columns = wide.sum(1, keepdim=True), wide.sum(0, keepdim=True)
     total = rows.sum()
-    if not total > 0:
-        return torch.zeros_like(values)
-    return torch.outer(rows / total, columns).to(values.dtype)
+    return (rows / total if total > 0 else rows).to(values.dtype), columns.to(values.dtype)
 
 
-def low_rank(values: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank by singular values, its negative entries set to 0: [rows, columns]."""
-    left, scale, right = torch.linalg.svd(values.double(), full_matrices=False)
-    found: Tensor = ((left[:, :rank] * scale[:rank]) @ right[:rank]).clamp_(min=0).to(values.dtype)
-    return found
+def low_rank(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a rank by singular values: [rows, columns] -> [rows, rank] and [rank, columns]."""
+    found = top_svd(values, rank)
+    root = found.s.sqrt()
+    return (found.u * root).to(values.dtype), (root[:, None] * found.v.T).to(values.dtype)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left right with negative entries set to 0: [rows, rank], [rank, columns] -> [rows, columns].
+
+    Summed term by term, so that a row is the same however many are asked for.
+    """
+    total = left.new_zeros(left.shape[0], right.shape[1])
+    for i in range(right.shape[0]):
+        total.add_(left[:, i : i + 1] * right[i])
+    return total.clamp_(min=0)

@@ -4,7 +4,8 @@
 
 `__metadata__["weightsmith"]` is JSON: {"stat": "gram", "examples": 256, "rows": 12345, "model": "...",
 "aliases": {"...k_proj.weight": "...q_proj.weight"}}; aliases are parameters that share one statistic
-(layers that see the same input).
+(layers that see the same input).  "factored": ["...q_proj.weight"] are matrices >= 0 kept as a product: the file has
+NAME.left [rows, rank] and NAME.right [rank, columns].
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.read.safetensors import SafetensorsSource
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Block, Source
 from weightsmith.io.read.views import View
+from weightsmith.ops.moments import product
 
-__all__ = ["METADATA", "StatsSource", "how_to_make", "open_stats"]
+__all__ = ["METADATA", "SIDES", "StatsSource", "how_to_make", "open_stats"]
 
 METADATA = "weightsmith"
+SIDES = ("left", "right")
+
+
+def _fit(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    return len(left) == len(right) == 2 and left[1] == right[0]
 
 
 class StatsSource(View):
@@ -44,12 +54,37 @@ class StatsSource(View):
         self.examples: int = self._field(notes, "examples", int)
         self.rows: int = self._field(notes, "rows", int, 0)
         self.model: str = self._field(notes, "model", str, "")
+        self._factored = frozenset(map(str, self._field(notes, "factored", list, [])))
+        self.keys = self._with_products()
         aliases: dict[str, Any] = self._field(notes, "aliases", dict, {})
         for name, holder in aliases.items():
             if name in self.keys or not isinstance(holder, str) or holder not in self.keys:
                 raise SourceError(f"{self}: the alias {name!r} -> {holder!r} does not fit the tensors in the file")
         self.aliases = aliases
         self.origin = replace(self.origin, folder=None, locations=(self.path,), metadata=notes)
+
+    def _with_products(self) -> dict[str, Key]:
+        """The file's keys, the parts of a product in one."""
+        found = dict(self._file.keys)
+        for name in sorted(self._factored):
+            left, right = (found.pop(f"{name}.{side}", None) for side in SIDES)
+            if left is None or right is None or name in found or not _fit(left.shape, right.shape):
+                raise SourceError(f"{self}: {name!r} should be a product of {name}.left and {name}.right, which do "
+                                  "not fit; make the statistic anew")  # fmt: skip
+            found[name] = Key(name, (left.shape[0], right.shape[1]), "float32")
+        return found
+
+    def computes(self, name: str) -> bool:
+        return self.key(name).name in self._factored or super().computes(name)
+
+    def read_cost(self, name: str) -> float:
+        return float(self.key(name).name in self._factored)  # the term that is added to the sum
+
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        if (held := self.key(name).name) not in self._factored:
+            return super().block(name, low, high, into)
+        left, right = (f"{held}.{side}" for side in SIDES)
+        return product(self._file.read(left, low, high).float(), self._file.read(right).float())
 
     def fingerprint(self) -> dict[str, Any]:
         return self._file.fingerprint()
