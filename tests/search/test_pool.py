@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kit import noise
 from tune.toy import Net, net, world
 from weightsmith.core.errors import RecipeError
+from weightsmith.jobs.nested import RecipeSource, open_inputs
+from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.table import write_table
 from weightsmith.search.frank_wolfe import INITIAL, FrankWolfe
+from weightsmith.search.local import Steps, iterate
 from weightsmith.search.pool import Options, Walk
 from weightsmith.tune.objectives.labels import Labels
 
@@ -71,6 +77,41 @@ def test_the_same_iterates_as_in_weights(score: str, granularity: str) -> None:
             assert torch.allclose(value, step.weights[n], atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["all", "base"])
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_ties_trims_the_way_to_the_vertex(granularity: str, start: str, tmp_path: Path) -> None:
+    """w <- w + size trim(v - w), by the sheet, with the iterate read out of its recipe."""
+    for name, state in {"base": BASE.state_dict(), **EXPERTS}.items():
+        (tmp_path / name).mkdir()
+        save_file(dict(state), tmp_path / name / "model.safetensors")
+    tree = {"base": str(tmp_path / "base"), "models": {name: str(tmp_path / name) for name in EXPERTS}}
+    options = Options(granularity=granularity, local="ties", density=0.3, start=start, step_size=1.0)
+    here = Steps(tree, None, net(), DATA, call, Labels(), options, 1, lambda n: tmp_path / f"{n}.safetensors")
+    base = dict(BASE.state_dict())
+    w = {n: t + (0.3 if start == "all" else 0) * sum(e[n] - t for e in EXPERTS.values()) for n, t in base.items()}
+    pool, inner = {**EXPERTS, INITIAL: dict(w)}, FrankWolfe(granularity, "cosine")
+    chosen = set()
+    for t in range(4):
+        slope = gradient(w)
+        scores = {v: {n: inner.of(slope[n], x[n], w[n]) for n in NAMES} for v, x in pool.items()}
+        best = inner.choose(scores)
+        ways = {n: pool[best[n]][n] - w[n] for n in NAMES}
+        sizes = torch.cat([way.abs().reshape(-1) for way in ways.values()]).sort(descending=True).values
+        for n, way in ways.items():
+            kept = max(1, int(0.3 * way.numel()))
+            each = way.abs().reshape(-1).sort(descending=True).values[kept - 1]
+            least = sizes[int(0.3 * len(sizes))] if granularity == "task" else each
+            w[n] = w[n] + 0.3 * 2 / (t + 2) * torch.where(way.abs() >= least, way, 0.0)
+        stride = here.step(t)
+        assert stride.chosen == best
+        chosen |= set(best.values())
+        write_table(tmp_path / f"{t + 1}.safetensors", here.models, {"weight": here.table()})
+        recipe = Recipe.model_validate(iterate(tree, t + 1, options, lambda n: tmp_path / f"{n}.safetensors"))
+        made = RecipeSource(recipe, open_inputs(recipe))
+        assert all(torch.allclose(made.read(n).float(), w[n], atol=1e-5) for n in NAMES)
+    assert len(chosen) > 1 or granularity == "task"
+
+
 def test_line_search_never_rises() -> None:
     here = walk(Options(score="inner", line_search=True, start="base"))
     losses = [here.loss()]
@@ -83,19 +124,26 @@ def test_line_search_never_rises() -> None:
     assert (here.coefficients.sum(1) <= 1 + 1e-9).all()
 
 
-def test_irrelevant_checkpoints_are_not_chosen_and_the_order_says_nothing() -> None:
-    base = BASE.state_dict()
-    far = {
-        f"x{i}": {n: t + 0.002 * noise(*t.shape, seed=900 + 31 * i + j) for j, (n, t) in enumerate(base.items())}
-        for i in range(4)
-    }
-    options = Options(score="inner", granularity="task", start="base", step_size=0.3)
-    plain, more = walk(options), walk(options, {**far, **EXPERTS})
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_irrelevant_checkpoints_are_not_chosen_and_the_order_says_nothing(granularity: str) -> None:
+    """Checkpoints that lie uphill of the start at every iterate, which is a vertex too."""
+    options = Options(score="inner", granularity=granularity, start="base", step_size=0.3)
+    plain, base = walk(options), BASE.state_dict()
+    slopes, strides = [], []
     for t in range(4):
-        one, other = plain.step(t), more.step(t)
-        assert one.chosen == other.chosen
-    assert torch.allclose(more.coefficients[:, 4:], plain.coefficients, atol=1e-6)
-    assert (more.coefficients[:, :4] == 0).all()
+        slopes.append(gradient(weights(plain.coefficients, plain.names)))
+        strides.append(plain.step(t))
+    far = {}
+    for i in range(16):
+        shares = noise(len(slopes), seed=900 + i).abs().tolist()
+        up = {n: sum(c * g[n] / g[n].norm() for c, g in zip(shares, slopes, strict=True)) for n in NAMES}
+        if all((g[n] * up[n]).sum() > 0 for g in slopes for n in NAMES):
+            far[f"x{i}"] = {n: base[n] + up[n] for n in NAMES}
+    assert len(far) >= 3
+    more = walk(options, {**far, **EXPERTS})
+    assert [more.step(t).chosen for t in range(4)] == [stride.chosen for stride in strides]
+    assert torch.allclose(more.coefficients[:, len(far) :], plain.coefficients, atol=1e-6)
+    assert (more.coefficients[:, : len(far)] == 0).all()
 
 
 @pytest.mark.parametrize("local", ["task_arithmetic", "adamerging"])
@@ -126,7 +174,19 @@ def test_tensors_without_a_gradient_do_not_move() -> None:
         assert still or not name.startswith("head")
 
 
-@pytest.mark.parametrize("given", [{"variant": "medium"}, {"score": "cos"}, {"step_size": 0}, {"inner_steps": 0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"variant": "medium"},
+        {"score": "cos"},
+        {"step_size": 0},
+        {"inner_steps": 0},
+        {"density": 0},
+        {"local": "adamerging"},
+        {"line_search": True, "local": "ties"},
+        {"line_search": True, "variant": "soft"},
+    ],
+)
 def test_options_are_checked(given: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="frank_wolfe: "):
         Options(**given)

@@ -37,8 +37,12 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_frank_wolfe_from_the_command_line(kitchen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", str(kitchen / "search.yaml"), str(tmp_path / "out"), "--json"]) == 0
+@pytest.mark.parametrize("local", ["task_arithmetic", "dare"])
+def test_frank_wolfe_from_the_command_line(
+    kitchen: Path, tmp_path: Path, local: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--set", f"sampler.frank_wolfe.local={local}"]
+    assert main(["search", str(kitchen / "search.yaml"), str(tmp_path / "out"), "--json", *more]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["candidates"] == 3
     assert main(["merge", str(tmp_path / "out" / "recipe.yaml"), str(tmp_path / "merged")]) == 0
@@ -48,8 +52,11 @@ def test_frank_wolfe_from_the_command_line(kitchen: Path, tmp_path: Path, capsys
     assert not any("random" in line["name"] for line in found["table"])
 
 
-def test_frank_wolfe_goes_on_where_it_stopped(kitchen: Path, tmp_path: Path) -> None:
-    whole = search(kitchen / "search.yaml", tmp_path / "whole")
+@pytest.mark.parametrize("local", ["task_arithmetic", "ties"])
+def test_frank_wolfe_goes_on_where_it_stopped(kitchen: Path, tmp_path: Path, local: str) -> None:
+    file = kitchen / f"{local}.yaml"
+    file.write_text(SEARCH.replace("start: base", f"start: base, local: {local}"))
+    whole = search(file, tmp_path / "whole")
 
     class Stopped(Exception):
         pass
@@ -58,8 +65,8 @@ def test_frank_wolfe_goes_on_where_it_stopped(kitchen: Path, tmp_path: Path) -> 
         raise Stopped
 
     with pytest.raises(Stopped):
-        search(kitchen / "search.yaml", tmp_path / "cut", say=stop)  # behind the first improvement
-    again = search(kitchen / "search.yaml", tmp_path / "cut")
+        search(file, tmp_path / "cut", say=stop)  # behind the first improvement
+    again = search(file, tmp_path / "cut")
     assert [t.scores for t in again.search.trials] == [t.scores for t in whole.search.trials]
     assert [t.point for t in again.search.trials] == [t.point for t in whole.search.trials]
 
@@ -68,6 +75,8 @@ def test_frank_wolfe_goes_on_where_it_stopped(kitchen: Path, tmp_path: Path) -> 
     ("words", "text"),
     [
         (["--set", "pool="], "add pool:"),
+        (["--set", "sampler.frank_wolfe.local=ties", "--set", "evaluations=13"], "take at most 12 evaluations"),
+        (["--set", "recipe.models={initial: math, code: code}"], "'initial' is what the start is called"),
         (["--set", "sampler.frank_wolfe.scor=cosine"], "did you mean 'score'"),
         (["--set", "space.weight=[0, 1]"], "leave space, members"),
         (["--set", "score.bits_per_byte.math.report=math.txt"], "is the data that is searched by"),

@@ -5,7 +5,8 @@ The gradient of the loss by c is <gradient, x_v - base>, which `engine.gradient`
 one model and one gradient, whatever the pool.
 
 Source: "FW-Merging: Scaling Model Merging with Frank-Wolfe Optimization" (Chen et al., ICCV 2025), hard and soft, with
-task arithmetic as the local merge.  `search.frank_wolfe` is the same for weights in memory.
+task arithmetic as the local merge; `search.local` has TIES and DARE.  `search.frank_wolfe` is the same for weights in
+memory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from weightsmith.tune.setting import Setting
 from weightsmith.tune.space import Free
 from weightsmith.tune.work import prepared
 
-__all__ = ["Options", "Stride", "Walk"]
+__all__ = ["TRIMMED", "Look", "Options", "Stride", "Walk"]
 
 VARIANTS = ("hard", "soft")
-LOCAL = ("task_arithmetic", "adamerging")
+TRIMMED = ("ties", "dare")
+"""Local merges that drop entries of the way to a vertex."""
+LOCAL = ("task_arithmetic", *TRIMMED, "adamerging")
 SEARCHES = 8
 """Evaluations of the loss of one line search."""
 
@@ -46,7 +49,9 @@ class Options:
     start        all: base + scaling sum of all changes; base: the base
     line_search  the step that the loss likes best in place of the schedule; it never rises then
     tolerance    end where the gap is below it
-    local        soft: how the chosen are merged: task_arithmetic, or adamerging by the objective
+    local        how the chosen are merged around the current weights: task_arithmetic, ties, dare, or (soft) adamerging
+                 by the objective
+    density      ties, dare: share of the way to a vertex that is kept
     inner_steps, inner_lr  of adamerging
     """
 
@@ -59,6 +64,7 @@ class Options:
     line_search: bool = False
     tolerance: float = 0.0
     local: str = "task_arithmetic"
+    density: float = 0.2
     inner_steps: int = 100
     inner_lr: float = 1e-3
 
@@ -74,8 +80,35 @@ class Options:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise RecipeError(f"frank_wolfe: {name} = {value!r}; expected a number above 0")
+        if type(self.density) not in (int, float) or not 0 < self.density <= 1:
+            raise RecipeError(f"frank_wolfe: density = {self.density!r}; expected a number above 0, at most 1")
+        if self.local == "adamerging" and self.variant == "hard":
+            raise RecipeError("frank_wolfe: local: adamerging weighs several vertices; write variant: soft, too")
+        if self.line_search and (self.local != "task_arithmetic" or self.variant == "soft"):
+            raise RecipeError("frank_wolfe: line_search looks along the line to one vertex; it goes with variant: hard "
+                              "and local: task_arithmetic")  # fmt: skip
         if type(self.inner_steps) is not int or self.inner_steps < 1:
             raise RecipeError(f"frank_wolfe: inner_steps = {self.inner_steps!r}; expected a whole number from 1 on")
+
+    def size(self, t: int) -> float:
+        """The share of the way that iteration t goes."""
+        if self.variant == "soft" and t == 0:
+            return self.scaling
+        return self.scaling * self.step_size * 2 / (t + 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What an iteration sees before it moves.
+
+    rounds  a vertex for each tensor (None: no move), once, or once for each task
+    ways    for each round float64 [tensors, models], from here to the vertices
+    """
+
+    rounds: Sequence[Sequence[int | None]]
+    ways: Sequence[Tensor]
+    gap: float
+    loss: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +137,9 @@ class Walk:
         objective: Objective,
         options: Options = Options(),
         threads: int = 1,
+        leave: bool = False,
     ) -> None:
+        """`leave`: begin at the base, whatever the options say of the start."""
         if not tree.get("models"):
             raise RecipeError("frank_wolfe: the pool is empty; name at least one checkpoint under models")
         if not data or not all(data.values()):
@@ -122,7 +157,7 @@ class Walk:
         self.names = list(self._numbers.learned())
         self.models = list(self.work.inputs.experts)
         count = len(self.models)
-        first = options.scaling if options.start == "all" else 0.0
+        first = options.scaling if options.start == "all" and not leave else 0.0
         self.coefficients = torch.full((len(self.names), count), first, dtype=torch.float64)
         self._begin = self.coefficients.clone()
         self._squares: Tensor | None = None
@@ -131,48 +166,44 @@ class Walk:
 
     def step(self, t: int) -> Stride:
         """Take iteration t, counted from 0."""
-        if self.options.variant == "soft":
-            return self._soft(t)
-        slopes, extra, loss = self._slopes(self.data)
-        vertices = self._vertices()
-        chosen = self._choose(slopes, extra, vertices, frozenset())
-        towards = self._towards(chosen, vertices)
-        gap = float(-(slopes * (towards - self.coefficients)).sum())
-        size = self.options.scaling * self.options.step_size * 2 / (t + 2)
+        look, size = self.look(), self.options.size(t)
         if self.options.line_search:
-            size = self._searched(towards, loss)
-        self.coefficients = self.coefficients + size * (towards - self.coefficients)
-        names = [None if i is None else [*self.models, INITIAL][i] for i in chosen]
-        return Stride(dict(zip(self.names, names, strict=True)), gap, size, loss)
+            size = self._searched(self.coefficients + look.ways[0], look.loss)
+        if self.options.local == "adamerging":
+            self.coefficients = self._adamerged(look.ways, 0.3 if t == 0 else 1e-8)
+            size = math.nan
+        else:
+            self.coefficients = self.coefficients + size * torch.stack(list(look.ways)).sum(0)
+        return Stride(self.called(look), look.gap, size, look.loss)
 
-    def _soft(self, t: int) -> Stride:
+    def look(self) -> Look:
+        """Find what the loss gradient at the current weights points away from."""
+        soft = self.options.variant == "soft"
         vertices, taken = self._vertices(), dict[int, set[int]]()
         rounds: list[list[int | None]] = []
-        loss, gap = 0.0, 0.0
-        for task, batches in self.data.items():
-            slopes, extra, part = self._slopes({task: batches})
+        ways: list[Tensor] = []
+        loss = gap = 0.0
+        for data in [{task: batches} for task, batches in self.data.items()] if soft else [self.data]:
+            slopes, extra, part = self._slopes(data)
             loss += part
             chosen = self._choose(slopes, extra, vertices, taken)
             for row, vertex in enumerate(chosen):
                 if vertex is not None:
                     taken.setdefault(row, set()).add(vertex)
-            gap -= float((slopes * (self._towards(chosen, vertices) - self.coefficients)).sum())
             rounds.append(chosen)
+            ways.append(self._towards(chosen, vertices) - self.coefficients)
+            gap -= float((slopes * ways[-1]).sum())
             if len(rounds) >= len(self.models):
                 break
-        ways = [self._towards(chosen, vertices) - self.coefficients for chosen in rounds]
-        if self.options.local == "adamerging":
-            self.coefficients = self._adamerged(ways, 0.3 if t == 0 else 1e-8)
-            size = math.nan
-        else:
-            size = self.options.scaling * (1.0 if t == 0 else self.options.step_size * 2 / (t + 2))
-            self.coefficients = self.coefficients + size * torch.stack(ways).sum(0)
+        return Look(rounds, ways, gap, loss)
+
+    def called(self, look: Look) -> dict[str, str | None]:
+        """Tensor -> the names of its vertices, with + between; None: no move."""
         words = [*self.models, INITIAL]
-        names = {
-            name: "+".join(words[i] for chosen in rounds if (i := chosen[row]) is not None) or None
+        return {
+            name: "+".join(words[i] for chosen in look.rounds if (i := chosen[row]) is not None) or None
             for row, name in enumerate(self.names)
         }
-        return Stride(names, gap, size, loss)
 
     def _adamerged(self, ways: Sequence[Tensor], start: float) -> Tensor:
         """Learn, tensor by tensor, how far to go each way (AdaMerging around the current weights)."""
@@ -187,12 +218,12 @@ class Walk:
         return begin + (far.detach() * directions).sum(0)
 
     def _vertices(self) -> Tensor:
-        """[vertices, tensors, models]: each checkpoint, and the start."""
-        eye = torch.eye(len(self.models), dtype=torch.float64)
-        return torch.cat([eye[:, None].expand(-1, len(self.names), -1), self._begin[None]])
+        """[vertices, tensors, models]: each checkpoint, and the start if it is none of them."""
+        eye = torch.eye(len(self.models), dtype=torch.float64)[:, None].expand(-1, len(self.names), -1)
+        return eye if INITIAL in self.models else torch.cat([eye, self._begin[None]])
 
     def _choose(
-        self, slopes: Tensor, extra: _Extra, vertices: Tensor, taken: Mapping[int, set[int]] | frozenset[int]
+        self, slopes: Tensor, extra: _Extra, vertices: Tensor, taken: Mapping[int, set[int]]
     ) -> list[int | None]:
         """For each tensor the vertex of the least score, the first of equals; None where the gradient is zero."""
         inner = torch.einsum("tm,vtm->vt", slopes, vertices)
@@ -200,13 +231,12 @@ class Walk:
             norms = extra.norms * self._lengths().sqrt()
             inner = torch.where(norms > 0, (inner + extra.base) / norms.clamp(min=1e-300), 0.0)
         scores = torch.where(extra.norms > 0, inner, 0.0)
-        blocked = taken if isinstance(taken, Mapping) else {}
         if self.options.granularity == "task":
             total = scores.sum(1)
-            total[sorted({v for row in blocked.values() for v in row})] = math.inf
+            total[sorted({v for row in taken.values() for v in row})] = math.inf
             best = [int(total.argmin())] * len(self.names)
         else:
-            for row, out in blocked.items():
+            for row, out in taken.items():
                 scores[sorted(out), row] = math.inf
             best = scores.argmin(0).tolist()
         return [vertex if norm > 0 else None for vertex, norm in zip(best, extra.norms.tolist(), strict=True)]
@@ -301,7 +331,7 @@ class Walk:
                 [float(source.read(name).double().square().sum()) for name in self.names]
                 for source in self.work.inputs.experts.values()
             ]
-            self._squares = torch.tensor([*rows, begin], dtype=torch.float64)
+            self._squares = torch.tensor(rows if INITIAL in self.models else [*rows, begin], dtype=torch.float64)
         return self._squares
 
     def table(self) -> dict[str, Tensor]:

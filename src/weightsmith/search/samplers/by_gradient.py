@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.errors import OutputError, RecipeError, did_you_mean
 from weightsmith.core.settings import Settings, cores
@@ -14,10 +14,15 @@ from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import digest, read_table, write_table
+from weightsmith.search.frank_wolfe import INITIAL
 from weightsmith.search.genes import Gene, Point
 from weightsmith.search.samplers.base import Sampler, Values
 from weightsmith.search.schema import SearchFile
 from weightsmith.search.space import Space
+
+if TYPE_CHECKING:
+    from weightsmith.search.local import Steps
+    from weightsmith.search.pool import Options, Walk
 
 __all__ = ["FrankWolfe", "PoolSpace"]
 
@@ -35,7 +40,10 @@ class PoolSpace(Space):
         fields = type(next(iter(file.recipe.models.values()))).model_fields
         refs = self.tree["models"].items()
         self.tree["models"] = {name: {k: v for k, v in ref.items() if k in fields} for name, ref in refs}
+        self.plain = {key: value for key, value in self.tree.items() if key != "method"}
         self.tree["method"] = [{"name": "task_arithmetic"}]
+        self.trimmed: Options | None = None
+        """Options of a walk whose iterates are no sums of the pool."""
         self.folder = folder / FOLDER
         self.first = 0.3
         self.genes = (Gene("iteration", 0, max(file.evaluations, 1), integer=True, start=0),)
@@ -46,6 +54,10 @@ class PoolSpace(Space):
 
     def recipe(self, point: Point) -> Recipe:
         number = int(point["iteration"])
+        if self.trimmed is not None:
+            from weightsmith.search.local import iterate
+
+            return Recipe.model_validate(iterate(self.plain, number, self.trimmed, self.file))
         weight: Any = {"file": str(self.file(number))} if number else self.first
         return Recipe.model_validate({**self.tree, "parameters": {"lambda": 1.0, "weight": weight}})
 
@@ -79,7 +91,8 @@ class FrankWolfe(Sampler):
         super().__init__(space, goals, seed, {}, folder, budget)
 
     def begin(self) -> None:
-        from weightsmith.search.pool import Walk
+        from weightsmith.search.local import LONGEST, Steps
+        from weightsmith.search.pool import TRIMMED, Walk
         from weightsmith.tune.job import job
         from weightsmith.tune.schema import TuneFile
 
@@ -87,6 +100,10 @@ class FrankWolfe(Sampler):
         if spec is None:
             raise RecipeError("sampler frank_wolfe follows a loss: add pool: {data: {math: math.jsonl}}")
         assert isinstance(self.space, PoolSpace)
+        if INITIAL in self.space.plain["models"]:
+            raise RecipeError(
+                f"sampler frank_wolfe: {INITIAL!r} is what the start is called; give that model another name"
+            )
         self.space.first = self.chosen.scaling if self.chosen.start == "all" else 0.0
         asked = {
             **spec.model_dump(exclude_none=True),
@@ -95,10 +112,19 @@ class FrankWolfe(Sampler):
             "objective": spec.objective,
         }
         work = job(TuneFile.model_validate({**asked, "controls": False}), self.settings)
-        self.walk = Walk(
-            self.space.tree, None, work.loaded.module, work.data, work.function, work.setting.objective, self.chosen,
-            self.settings.threads or cores(),
-        )  # fmt: skip
+        rest = (None, work.loaded.module, work.data, work.function, work.setting.objective)
+        threads = self.settings.threads or cores()
+        self.walk: Walk | Steps
+        if self.chosen.local in TRIMMED:
+            if self.file.evaluations > LONGEST:
+                raise RecipeError(
+                    f"sampler frank_wolfe: with local: {self.chosen.local} an iterate is a recipe on the one before; "
+                    f"take at most {LONGEST} evaluations, not {self.file.evaluations}"
+                )
+            self.space.trimmed = self.chosen
+            self.walk = Steps(self.space.plain, *rest, self.chosen, threads, self.space.file)
+        else:
+            self.walk = Walk(self.space.tree, *rest, self.chosen, threads)
         files = {task: digest(data.train) for task, data in spec.data.items() if Path(data.train).is_file()}
         self.identity = [files, spec.model_dump(mode="json")]
         self.done, self.ended = 0, False
@@ -131,11 +157,15 @@ class FrankWolfe(Sampler):
     def restore(self, state: Any) -> None:
         import torch
 
+        from weightsmith.search.pool import Walk
+
         self.done, self.ended = int(state["iteration"]), bool(state["ended"])
         assert isinstance(self.space, PoolSpace)
         path = self.space.file(self.done)
         if not path.is_file():
             raise OutputError(f"{path} is missing; take the folder's history.jsonl away too to begin anew")
+        if not isinstance(self.walk, Walk):
+            return  # the recipe says it all
         table = read_table(path)["weight"]
         self.walk.coefficients = torch.stack([table[name].double() for name in self.walk.names])
 
