@@ -53,15 +53,12 @@ def observe(
         collect(
             model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
             field=field, skip_first=skip_first, layers=layers, stream=stream, device=chosen(device=device).device,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, optimizer=optimizer,
-            rank=rank,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, optimizer=optimizer, rank=rank,
             progress=None if progress is None else lambda _, done, total: progress(done, total),
         )  # fmt: skip
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:
-        say(f"wrote {', '.join(names)} to {out}")
-        for line in what_moments_say(out) if optimizer is not None else ():
-            say(line)
+        say("\n".join([f"wrote {', '.join(names)} to {out}", *what_moments_say(out, names)]))
         shrink = f"weightsmith moe shrink {model} OUT --stats {out}"
         say(f"next: {shrink}" if "routing" in names else f'next: add "stats: {out}" to this model in the recipe')

@@ -101,8 +101,10 @@ def second_moment(
     return folder
 
 
-def what_moments_say(out: Path) -> Iterator[str]:
-    """What a user should know of a statistic that was written: a line each."""
+def what_moments_say(out: Path, written: Sequence[str]) -> Iterator[str]:
+    """What a user should know of second moments, a line each, where they are among the statistics written."""
+    if SECOND_MOMENT not in written:
+        return
     notes = StatsSource(stat_path(out, SECOND_MOMENT)).origin.metadata
     if not notes.get("bias_corrected"):
         yield (
