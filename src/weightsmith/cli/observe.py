@@ -44,13 +44,11 @@ def observe(
     quiet: Quiet = False,
 ) -> None:
     """Collect statistics of a model, once, for methods that need them (regmean, fisher, ota, ffg, moe shrink)."""
-    from weightsmith.observe.collect import asked
-    from weightsmith.observe.collect import observe as collect
-    from weightsmith.observe.moments import what_moments_say
+    from weightsmith.observe import collect
 
-    names = asked(stat, data, optimizer)
+    names = collect.asked(stat, data, optimizer)
     with progress_bar("observing", quiet=quiet or json, nbytes=False) as progress:
-        collect(
+        collect.observe(
             model, data, names, out, examples=examples, batch=batch, length=length, kind=kind, fisher=fisher, seed=seed,
             field=field, skip_first=skip_first, layers=layers, stream=stream, device=chosen(device=device).device,
             overwrite=overwrite, trust_remote_code=trust_remote_code, optimizer=optimizer, rank=rank,
@@ -59,6 +57,4 @@ def observe(
     if json:
         show_json({"out": out, "statistics": names})
     elif not quiet:
-        say("\n".join([f"wrote {', '.join(names)} to {out}", *what_moments_say(out, names)]))
-        shrink = f"weightsmith moe shrink {model} OUT --stats {out}"
-        say(f"next: {shrink}" if "routing" in names else f'next: add "stats: {out}" to this model in the recipe')
+        say("\n".join(collect.said(model, out, names)))

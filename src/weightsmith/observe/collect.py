@@ -22,11 +22,11 @@ from weightsmith.observe.fisher import fisher as take_fisher
 from weightsmith.observe.gram import gram as take_gram
 from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, identity, load_model, pick_device, unweighted
-from weightsmith.observe.moments import SECOND_MOMENT, second_moment
+from weightsmith.observe.moments import SECOND_MOMENT, second_moment, what_moments_say
 from weightsmith.observe.routing import routing as take_routing
 from weightsmith.observe.tangents import refuse_tangent
 
-__all__ = ["STATISTICS", "asked", "observe"]
+__all__ = ["STATISTICS", "asked", "observe", "said"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,13 @@ STATISTICS = ("gram", "fisher", "routing", "routed")
 _MIXTURES = ("routing", "routed")
 """Those of mixtures of experts, taken in one pass."""
 NOTHING = "nothing to observe; give {} (or --optimizer FILE for second moments)"
+
+
+def said(model: str, out: Path, names: Sequence[str]) -> list[str]:
+    """What there is to say of statistics that were written, a line each."""
+    shrink = f"weightsmith moe shrink {model} OUT --stats {out}"
+    after = shrink if "routing" in names else f'add "stats: {out}" to this model in the recipe'
+    return [f"wrote {', '.join(names)} to {out}", *what_moments_say(out, names), f"next: {after}"]
 
 
 def asked(stat: str, data: object, optimizer: object) -> list[str]:
