@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -162,6 +164,28 @@ def test_a_key_is_nobodys_to_see(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "is **locked**" in card
     assert read_key(key).hash in card
     assert "protected" not in card
+
+
+def test_a_key_has_its_name_only_when_it_is_whole(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, half = tmp_path / "key", tmp_path / ".key.partial"
+
+    def full(descriptor: int, data: bytes) -> None:
+        os.write(descriptor, data[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("weightsmith.protect.key.write_all", full)
+        with pytest.raises(OutputError, match="No space left"):
+            lock(llama / "model", tmp_path / "out", key, compare=False)
+    assert [path.name for path in tmp_path.iterdir()] == []
+    half.write_text("left by a kill before the link")
+    lock(llama / "model", tmp_path / "out", key, compare=False)
+    assert not half.exists()
+    assert key.stat().st_mode & 0o777 == 0o600
+    half.write_text("left by a kill behind the link")
+    unlock(tmp_path / "out", tmp_path / "back", key, compare=False)
+    lock(llama / "model", tmp_path / "again", key, compare=False)
+    assert not half.exists()
 
 
 def test_wrong_keys_are_refused(llama: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Scene:
     words    the command, '{out}' for the output; without them a merge of the recipe
     resumes  whether the command knows --resume
     apart    whether it makes several folders inside the output, each complete for itself
+    beside   files that it makes beside the output
     """
 
     folder: Path
@@ -64,10 +65,11 @@ class Scene:
     words: tuple[str, ...] = ()
     resumes: bool = True
     apart: bool = False
+    beside: tuple[str, ...] = ()
 
     def argv(self, place: Path, *more: str) -> list[str]:
         words = self.words or ("merge", str(self.recipe), "{out}", "--quiet", *self.options)
-        return [str(place / "out") if word == "{out}" else word for word in (*words, *more)]
+        return [word.replace("{out}", str(place / "out")) for word in (*words, *more)]
 
     def again(self, place: Path) -> list[str]:
         """What is typed after a run that was stopped."""
@@ -217,7 +219,7 @@ def finish(zygote: Zygote, scene: Scene, place: Path, *more: str, **how: Any) ->
     ended = zygote.run([*scene.again(place), *more], **how)
     assert ended.code == 0, ended.stderr
     assert digest(place / "out") == scene.result
-    assert [path.name for path in place.iterdir()] == ["out"]
+    assert sorted(path.name for path in place.iterdir()) == ["out", *scene.beside]
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

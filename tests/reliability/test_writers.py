@@ -9,7 +9,7 @@ import pytest
 
 from reliability.trials import ERRORS, calls_of, end_at, fail_at
 
-WRITERS = ["compress", "restore", "sweep", "moe", "shrink", "lora", "transplant"]
+WRITERS = ["compress", "restore", "sweep", "moe", "shrink", "lora", "lock", "unlock", "transplant"]
 KINDS = itertools.cycle(ERRORS)
 
 
@@ -34,7 +34,10 @@ def test_failing_calls(zygote, writers, tmp_path, note, name):
     note("failing calls of another command", fail_at(zygote, writers[name], tmp_path, cases))
 
 
-RERUN = dict.fromkeys(WRITERS, "") | {"lora": "was made by weightsmith lora; run that again into another folder"}
+RERUN = dict.fromkeys(WRITERS, "") | {
+    "lora": "was made by weightsmith lora; run that again into another folder",
+    **{name: f"was made with a key; run weightsmith {name} again to compare" for name in ("lock", "unlock")},
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)

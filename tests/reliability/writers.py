@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from reliability.runs import Scene, make_scene
 from weightsmith.jobs.compress import compress
+from weightsmith.protect.run import lock
 from weightsmith.recipe.load import load
 
 QUIET = ("--quiet", "--threads", "1")
@@ -35,6 +36,7 @@ def make_writers(folder: Path) -> dict[str, Scene]:
         "moe": _moe(folder / "moe"),
         "shrink": _shrink(folder / "shrink"),
         "lora": _lora(folder / "lora"),
+        **_locks(folder / "locks"),
         "transplant": _transplant(folder / "transplant"),
     }
 
@@ -87,6 +89,20 @@ def _llama(folder: Path, seed: int) -> None:
               "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "hidden_act": "silu",
               "tie_word_embeddings": False}  # fmt: skip
     _model(folder, {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}, config)
+
+
+def _locks(folder: Path) -> dict[str, Scene]:
+    """A model locked with a key that is made on the way, and unlocked."""
+    folder.mkdir()
+    _llama(folder / "model", 0)
+    model, lone = str(folder / "model"), ("--no-compare", *QUIET)
+    lock(model, folder / "locked", folder / "key", seed=1, compare=False, threads=1)
+    unlocks = ("unlock", str(folder / "locked"), "{out}", "--key", str(folder / "key"), *lone)
+    locks = ("lock", model, "{out}", "--key", "{out}.key", "--seed", "1", *lone)
+    return {
+        "lock": Scene(folder, folder / "model", words=locks, beside=("out.key",)),
+        "unlock": Scene(folder, folder / "model", words=unlocks),
+    }
 
 
 def _lora(folder: Path) -> Scene:

@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import numpy as np
 from weightsmith.align.invariance import Known, Scheme
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.io import system
-from weightsmith.io.disk import sync_file, sync_folder, write_all, writing
+from weightsmith.io.disk import remove, sync_file, sync_folder, write_all, writing
 from weightsmith.io.read.small import read_json
 
-__all__ = ["PARTS", "Key", "new_secret", "read_key", "write_key"]
+__all__ = ["PARTS", "Key", "new_secret", "read_key", "tidy_key", "write_key"]
 
 PARTS = ("qk", "vo", "heads", "mlp")
 """What may be changed: queries and keys, values and outputs, the order of heads, hidden units of MLPs."""
@@ -80,17 +81,34 @@ def write_key(path: Path, key: Key) -> None:
     known = asdict(key.known) | {"still": sorted(key.known.still)}
     noted = {"what": _WHAT, "version": _VERSION, **asdict(key), "known": known}
     text = json.dumps({**noted, "sum": _sum(json.loads(json.dumps(noted)))}, indent=1) + "\n"
+    staged = _staged(path)
     with writing(path):
+        remove(staged)
         try:
-            descriptor = system.call(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            descriptor = system.call(os.open, staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                write_all(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+            sync_file(staged)
+            # Under its name it is whole, and never in place of another key: a rename would be one or the other.
+            system.call(os.link, staged, path)
         except FileExistsError:
             raise OutputError(f"{path} exists already; choose another name for the key") from None
-        try:
-            write_all(descriptor, text.encode())
         finally:
-            os.close(descriptor)
-        sync_file(path)
+            with suppress(OSError):  # there may be an error to report already
+                remove(staged)
         sync_folder(path.parent)
+
+
+def tidy_key(path: Path) -> None:
+    """Remove what a run that was killed has left beside a key."""
+    with writing(path):
+        remove(_staged(path))
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def read_key(path: Path) -> Key:

@@ -12,7 +12,7 @@ from weightsmith.align.invariance import known
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
-from weightsmith.protect.key import PARTS, Key, new_secret, read_key, write_key
+from weightsmith.protect.key import PARTS, Key, new_secret, read_key, tidy_key, write_key
 from weightsmith.protect.locking import change_of, equal_gains, locked, refuse, sample, shapes_of, unlocked
 from weightsmith.protect.package import Locked, Work, written
 from weightsmith.protect.refusals import (
@@ -60,6 +60,7 @@ def lock(
     found, new = bases(source), not path.exists()
     own = key_for(source, found, parts, condition, modules, new_secret(seed)) if new else read_key(path)
     if not new:
+        tidy_key(path)
         refuse_other_lock(path, own, source, found, parts, condition, modules, seed)
     change = change_of(own, found)
     view, names = locked(source, own, change), change.names
