@@ -23,6 +23,7 @@ demo: setup
 # Every method on four families of models.  DATA=FOLDER names a folder of .npz files with images and labels, and of GSM8K.
 study: setup
 	$(BIN)/python -m study $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m study.learned
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 EXPERTS, CLASSES = 8, 20
+GATHER = bool(os.environ.get("GATHER"))
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -62,8 +63,11 @@ def peak() -> int:
 
 
 def tower(folder: Path) -> Any:
-    """The model of a folder."""
-    return transformers.CLIPVisionModel.from_pretrained(folder)
+    """The model of a folder, all of it in memory: transformers maps the file, which counts when it is first read."""
+    made = transformers.CLIPVisionModel.from_pretrained(folder)
+    for parameter in made.parameters():
+        parameter.data = parameter.data.clone()
+    return made
 
 
 def ours(folder: Path, steps: int, learnt: Path) -> dict[str, float]:
@@ -81,7 +85,7 @@ def ours(folder: Path, steps: int, learnt: Path) -> dict[str, float]:
 
     found = tune(
         recipe, "adamerging", data=batches, module=module, function={f"e{i}": of(i) for i in range(EXPERTS)},
-        steps=steps, clamp=(), threads=1, progress=lambda *_: times.append(time.process_time()),
+        steps=steps, clamp=(), threads=1, gather=GATHER, progress=lambda *_: times.append(time.process_time()),
     )  # fmt: skip
     save_file({name: values.contiguous() for name, values in found.coefficients["weight"].items()}, learnt)
     return {"seconds": (times[-1] - times[1]) / (steps - 1), "beyond": peak() - held}

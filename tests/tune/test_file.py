@@ -208,3 +208,5 @@ batch: 4
     assert sum(found.classes["a"].values()) == 8
     labelled = text.replace("preset: {adamerging: {steps: 2}}", "preset: {atlas: {steps: 2}}")
     assert job(loads(labelled, folder=tmp_path)).run(tmp_path / "labelled").curve
+    adapted = text.replace("preset: {adamerging: {steps: 2}}", "preset: {atlas: {goal: test_time, steps: 2}}")
+    assert job(loads(adapted, folder=tmp_path)).run(tmp_path / "adapted").curve

@@ -15,8 +15,10 @@ import weightsmith as ws
 from tune.test_tune import BASE, DATA, EXPERTS, TAUGHT, Killed, fresh, learn, recipe
 from tune.test_tune_levels import go
 from weightsmith.core.errors import RecipeError, SourceError
+from weightsmith.engine.gradient import Pullback
 from weightsmith.io.read.source import MemorySource
 from weightsmith.tune.api import Tuned, tune
+from weightsmith.tune.descent import Descent
 from weightsmith.tune.objectives.entropy import Entropy
 from weightsmith.tune.objectives.pseudo import Pseudo
 from weightsmith.tune.presets.expert_merging import ExpertMergingPp
@@ -259,3 +261,20 @@ def test_a_teacher_with_another_tokenizer(tmp_path: Path):
     refuse_other_tokens(base, {"same": same}, ["same", "unknown"])
     with pytest.raises(SourceError, match=r"^imitate: other has another tokenizer than the base: 'a' is 1 there and"):
         refuse_other_tokens(base, {"same": same, "other": other}, ["same", "other"])
+
+
+@pytest.mark.parametrize("preset", ["adamerging", "expert_merging"])
+def test_gathered_gradients_are_contracted_once_and_give_the_same_numbers(preset: str, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    one = Pullback.one
+    monkeypatch.setattr(Pullback, "one", lambda self, name, gradient: calls.append(name) or one(self, name, gradient))
+    found, counts = [], []
+    for gather in (False, True):
+        calls.clear()
+        found.append(learn(preset, data=TAUGHT, descent=Descent("sgd", lr=0.01, steps=3), gather=gather).coefficients)
+        counts.append(len(calls))
+        assert all(p.grad is None for p in fresh().parameters())
+    name = next(iter(found[0]))
+    for tensor, values in found[0][name].items():
+        torch.testing.assert_close(found[1][name][tensor], values, rtol=1e-5, atol=1e-7)
+    assert counts == ([36, 18] if preset == "adamerging" else [9, 9])  # two tasks a step; one

@@ -84,6 +84,7 @@ def tune(
     settings: Settings = DEFAULT,
     every: int = 10,
     controls: bool = True,
+    gather: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     **options: Any,
 ) -> Tuned:
@@ -101,6 +102,7 @@ def tune(
     settings    threads; resume: go on where a run into `out` was interrupted, to the same result, bit for bit
     every       steps between two looks at the validation data
 
+    gather      see `tune.setting.Setting`: faster where a step has several batches, for more memory
     controls    measure beside the result what it should be better than, see `tune.controls`
 
     Memory: one module, its largest gradient, the activations, and a few blocks of the inputs.
@@ -113,6 +115,7 @@ def tune(
     tree, given = _recipe(recipe, models, base)
     names = tuple(tree["models"])
     setting = _setting(space, objective, descent, names, options)
+    setting = replace(setting, gather=gather or setting.gather)
     if setting.first:
         tree, given = as_one(tree, given, setting.first)
     batches = _checked(data, validation or {}, setting.objective)

@@ -74,7 +74,11 @@ class Job:
     def predicted(self) -> dict[str, int]:
         """Bytes: the module, its largest gradient, activations of the first batch (by running it), and the rest."""
         firsts = [found[0] for found in self.data.values()]
-        return memory(self.loaded.module, [partial(self.function, self.loaded.module, first) for first in firsts])
+        found = memory(self.loaded.module, [partial(self.function, self.loaded.module, first) for first in firsts])
+        if self.setting.gather:
+            found |= {"largest gradient": found["module"], "in all": found["in all"] + found["module"]}
+            found["in all"] -= max(p.numel() * p.element_size() for p in self.loaded.module.parameters())
+        return found
 
 
 def memory(module: nn.Module, runs: Sequence[Callable[[], Any]]) -> dict[str, int]:

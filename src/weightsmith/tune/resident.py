@@ -105,19 +105,27 @@ class Resident:
                 pass
 
     @contextlib.contextmanager
-    def gathering(self) -> Iterator[dict[Tensor, Tensor]]:
-        """Within: what backward finds of the module's weights is contracted, added up and freed."""
+    def gathering(self, hold: bool = False) -> Iterator[dict[Tensor, Tensor]]:
+        """Within: what backward finds of the module's weights is contracted, added up and freed; with `hold` behind it.
+
+        Held gradients take the memory of one more module, and are contracted once for all backward passes.
+        """
         assert self.pullback is not None
         self._found = {tensor: torch.zeros_like(tensor) for tensor in self.tensors}
         names = {id(self.places[name]): name for name in self.pullback.names}
         handles = []
         for parameter in self.module.parameters():
-            if (name := names.get(id(parameter))) is not None:
+            if (name := names.get(id(parameter))) is not None and not hold:
                 hooked: Any = parameter  # torch has no types for it
                 handles.append(hooked.register_post_accumulate_grad_hook(self._hook(name)))
         try:
             yield self._found
+            for parameter in self.module.parameters() if hold else ():
+                if parameter.grad is not None and id(parameter) in names:
+                    self._hook(names[id(parameter)])(parameter)
         finally:
+            for parameter in self.module.parameters() if hold else ():
+                parameter.grad = None
             for handle in handles:
                 handle.remove()
 

@@ -119,6 +119,7 @@ class TuneFile(Grammar):
     held_back: float = Field(default=0.0, ge=0, lt=1, description="share of the examples that validate, without a file")
     every: int = Field(default=10, ge=1, description="steps between two looks at the validation data")
     controls: bool = Field(default=True, description="measure beside it the untuned recipe, one lambda, random changes")
+    gather: bool = Field(default=False, description="contract a step's gradients at once: faster, one more module")
     seed: int = Field(default=0, description="of the choice of examples")
 
     @classmethod
@@ -152,7 +153,7 @@ class TuneFile(Grammar):
         if self.descent is not None:
             changes = {name: getattr(self.descent, name) for name in self.descent.model_fields_set}
             made = dataclasses.replace(made, descent=dataclasses.replace(made.descent or Descent(), **changes))
-        return made
+        return dataclasses.replace(made, gather=self.gather)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), files: list[Path] | None = None) -> TuneFile:

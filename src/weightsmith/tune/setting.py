@@ -58,6 +58,8 @@ class Setting:
     descent    how
     first      stages that make one model of all models beforehand: it stands in their place
     budget     of each tensor, the models whose numbers are learned, by their gradients at the start; 0: all
+    gather     add up the gradients of a step's batches before they are contracted: the memory of one more module, and
+               as many fewer passes over the models
     turns      tasks take turns, `descent.accumulate` batches per step; else every step sums one batch of each
     pull       strength of the mean |value - start|, over models summed: keeps the values near their start
     exclude    globs of tensors that keep the base's values
@@ -73,6 +75,7 @@ class Setting:
     method: tuple[Any, ...] | None = None
     first: tuple[Any, ...] = ()
     budget: int = 0
+    gather: bool = False
     turns: bool = False
     pull: float = 0.0
     exclude: tuple[str, ...] = ()

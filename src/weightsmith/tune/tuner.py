@@ -191,7 +191,7 @@ class Tuner:
         losses: dict[str, float] = {}
         for raw in (raw for one in numbers for raw in one.raw):
             raw.grad = None
-        with self.resident.gathering() as found:
+        with self.resident.gathering(self.setting.gather) as found:
             for task, place, share in self._turns(visit):
                 batches = self.data.train[task]
                 batch = batches[place % len(batches)]
