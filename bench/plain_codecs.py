@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["bitdelta", "emr_masks", "fwsvd", "randes", "rmm", "tall_masks", "tsvc", "twin"]
+__all__ = ["bitdelta", "emr_masks", "fwsvd", "losparse", "randes", "rmm", "tall_masks", "tsvc", "twin"]
 
 
 def tall_masks(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
@@ -49,6 +49,18 @@ def fwsvd(deltas: Tensor, base: Tensor, stat: Tensor | None) -> Tensor:
     for delta, fisher in zip(deltas, stat, strict=True):
         root = fisher.sum(0).sqrt()
         found.append(_truncated((base + delta) * root, int(0.5 * m * n / (m + n))) / root)
+    return torch.stack(found).mean(0)
+
+
+def losparse(deltas: Tensor, base: Tensor, _: Tensor | None) -> Tensor:
+    (m, n), found = base.shape, []
+    for delta in deltas:
+        weight = base + delta
+        low = _truncated(weight, -int(-0.15 * m * n // (m + n)))
+        missed = (weight - low).norm(dim=1)
+        kept = missed.topk(round(0.1 * m)).indices
+        low[kept] = weight[kept]
+        found.append(low)
     return torch.stack(found).mean(0)
 
 

@@ -341,6 +341,7 @@ def test_blocks_beyond_the_counted_are_refused_or_dropped(tmp_path: Path) -> Non
         ("mixtral", {"keep": 1.5}, r"keep = 1.5 is outside \(0, 1\)"),
         ("mixtral", {"keep": 0.5, "experts": 4}, "one of the two"),
         ("mixtral", {"by": "repa"}, "by = 'repa' is not known; did you mean 'reap'"),
+        ("mixtral", {"by": "mc_smoe"}, "two steps: shrink --by m_smoe, then compress .* losparse"),
         ("mixtral", {"rank": 2}, "rank is for merged experts; reap merges none"),
         ("mixtral", {"by": "sub_moe", "whiten": True}, "give a rank"),
         ("mixtral", {"budget": "globl"}, "budget = 'globl' is not known"),

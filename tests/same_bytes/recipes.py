@@ -240,6 +240,7 @@ CODECS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "fwsvd", "{fwsvd: {rank: 2}}", "{fwsvd: {weighting: none, head: true, always: true}}",
         "{fwsvd: {weighting: element, ratio: 0.8}}", "{fwsvd: {transposed: true, balanced: true, always: true}}",
     )),
+    "losparse": ("odd", ("losparse", "{losparse: {ratio: 0.3, rows: 0}}", "{losparse: {rows: 0.4, head: true}}")),
     "rmm": ("lora", (
         "{rmm: {rank: 2, basis: 1}}", "{rmm: {rank: 2, basis: 1, center: false}}",
         "{rmm: {rank: 2, level: tensor, basis: 1}}",

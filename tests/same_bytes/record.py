@@ -45,6 +45,7 @@ MATRICES = (
         "widen",
         "wudi",
         "fwsvd",
+        "losparse",
         "rmm",
         "tsvc",
         "twin",

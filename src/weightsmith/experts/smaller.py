@@ -76,7 +76,10 @@ class Shrinking:
         def say(where: str, text: str) -> None:
             found.append(Problem(Code.VALUE, where, text))
 
-        if self.by not in WAYS:
+        if self.by == "mc_smoe":
+            say("by", "mc_smoe is two steps: shrink --by m_smoe, then compress the experts of the result with the codec "
+                      "losparse (docs: make a mixture smaller)")  # fmt: skip
+        elif self.by not in WAYS:
             say("by", f"by = {self.by!r} is not known{did_you_mean(self.by, WAYS)}; known: {', '.join(WAYS)}")
         if (self.experts is None) == (self.keep is None):
             say("experts", "say how many experts each layer keeps, or keep, a share of them: one of the two")

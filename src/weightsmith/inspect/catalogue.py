@@ -31,6 +31,7 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
     "Take tensors as they are, in rules and slices": ("keep", "passthrough"),
     'Keep every expert, in less space ("weightsmith compress")': (
         "exact", "tall_masks", "emr_masks", "bitdelta", "randes", "mbat", "tsvc", "twin", "rmm", "fwsvd",
+        "losparse",
     ),
 }  # fmt: skip
 """Purpose -> methods, the simplest first.  Another method is listed last under its own `purpose`, or under OTHERS."""
