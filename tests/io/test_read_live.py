@@ -61,6 +61,10 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
     ),
     "tied: tokens": (tied, {"target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
     "tied: tokens of the head": (tied, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 3]}}),
+    "tied: tokens of the head, said to be tied": (
+        tied,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 3]}, "ensure_weight_tying": True},
+    ),
     "tied: unlike tokens": (
         tied, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [5, 7]}}
     ),

@@ -62,6 +62,15 @@ def test_only_the_output_layer_is_stored(tmp_path: Path) -> None:
     assert HEAD not in made
 
 
+def test_the_only_output_layer_of_gpt2(tmp_path: Path) -> None:
+    stored = {HEAD: noise(6, 4), "transformer.h.0.ln_1.weight": noise(4, seed=1)}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "tie_word_embeddings": True}))
+    source = open_source(tmp_path)
+    assert set(source.keys) == {"transformer.wte.weight", "transformer.h.0.ln_1.weight"}
+    assert torch.equal(source.read("transformer.wte.weight"), stored[HEAD])
+
+
 def test_an_encoder_decoder_has_one_embedding(tmp_path: Path) -> None:
     embed, head = noise(6, 4), noise(6, 4, seed=1)
     names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

@@ -221,7 +221,8 @@ class Targets:
         learnt = [c is not None and (c.computed or self._trained(c)) for c in (e, h)]
         if self.adapter.config.get("ensure_weight_tying") and learnt in ([True, False], [False, True]):
             both = e if learnt[0] else h
-            return both, both
+            if both is not None and (both is e or both.rows is None):  # tokens of the head alone stay its own
+                return both, both
         if e is not None and e.rows is not None and (h is None or h.rows is None):
             return e, replace(h or Change(), rows=e.rows)  # trained tokens are those of both
         return e, h

@@ -66,8 +66,11 @@ def _head(named: Mapping[str, Key], modules: Modules) -> str | None:
 
 def _embedding_of(source: Source) -> str | None:
     """What the embedding would be called in the files; None where that is not certain."""
-    blocks = {name.partition(".layers.")[0] for name in source.keys if ".layers." in name}
-    return f"{blocks.pop()}.embed_tokens.weight" if len(blocks) == 1 else None
+    for stack, embedding in (("layers", "embed_tokens"), ("h", "wte")):  # Llama and its like, GPT-2
+        blocks = {name.partition(f".{stack}.")[0] for name in source.keys if f".{stack}." in name}
+        if blocks:
+            return f"{blocks.pop()}.{embedding}.weight" if len(blocks) == 1 else None
+    return None
 
 
 def _equal(source: Source, one: str, other: str) -> bool:
