@@ -29,6 +29,7 @@ from lora.families import (
     outputs,
     qwen_moe,
     qwen_vl,
+    qwen_vl_moe,
     swin,
     tied,
     vision_to_text,
@@ -92,6 +93,7 @@ CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj_bias"]},
     ),
     "Llama 4, square": (lambda: llama4(16), {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+    "Qwen3-VL-MoE, square": (qwen_vl_moe, {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
     "Granite MoE": (
         granite_moe, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     ),

@@ -95,6 +95,15 @@ def llama4(inner: int = 12) -> torch.nn.Module:
     return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**TEXT, "intermediate_size": inner}, **more))
 
 
+def qwen_vl_moe(inner: int = 16) -> torch.nn.Module:
+    """Published files hold experts [in, out], those of transformers 5 [out, in]; square ones are read as the latter."""
+    text = {**TEXT, "moe_intermediate_size": inner, "num_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
+              "out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+    text["rope_parameters"] = {"rope_theta": 1e4, **MROPE}
+    return tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
 def granite_moe() -> torch.nn.Module:
     sizes = {name: value for name, value in TEXT.items() if name != "head_dim"}
     return tf.GraniteMoeForCausalLM(tf.GraniteMoeConfig(**sizes, num_local_experts=3))

@@ -165,6 +165,7 @@ FAMILIES: dict[str, tuple[Any, str | None]] = {
     "Mixtral": (families.mixtral, "CAUSAL_LM"),
     "Qwen3-MoE": (families.qwen_moe, "CAUSAL_LM"),
     "GPT-OSS": (families.gpt_oss, "CAUSAL_LM"),
+    "Qwen3-VL-MoE": (lambda: families.qwen_vl_moe(12), None),
     "Llama 4, square experts": (lambda: families.llama4(16), "CAUSAL_LM"),
     "Whisper": (speech, None),
     "T5": (t5, "SEQ_2_SEQ_LM"),

@@ -103,7 +103,7 @@ class Model:
         if packed:
             if name.endswith("_bias"):
                 return Tensor(key, part, module, 1, None, True)
-            flipped = bool(self.modules.experts_flipped)
+            flipped = bool(self.modules.experts_flipped(key))
             return Tensor(key, part, module, 2 if flipped else 1, 1 if flipped else 2, True)
         if axes != 2 or part in ("embed", "norm", "qk_norm", "other"):
             return Tensor(key, part, module)

@@ -69,8 +69,10 @@ CONV1D_NAMES = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
 """What they call those layers."""
 PLAIN_LINEAR = frozenset(("gpt_bigcode", "gpt_neo", "idefics", "qwen", "starcoder2"))
 """The model types that give these names to ordinary linear layers."""
-FLIPPED_EXPERTS = frozenset(("aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter", "qwen3_vl_moe"))
+FLIPPED_EXPERTS = frozenset(("aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"))
 """The model types whose files hold fused experts [experts, in, out]."""
+EITHER_EXPERTS = frozenset(("qwen3_vl_moe",))
+"""Those whose published files do, while transformers 5 writes [experts, out, in]; it tells them by their shape."""
 UNMARKED_EXPERTS = frozenset(("llama4", "llama4_text"))
 """Those of them that peft takes for [experts, out, in] all the same: their class does not say `is_transposed`."""
 INTERLEAVED_EXPERTS = frozenset(("gpt_oss",))

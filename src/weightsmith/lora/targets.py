@@ -88,7 +88,7 @@ class Targets:
     def _target(self, module: str, key: Key) -> Target:
         if holds_experts(key):
             count, *matrix = key.shape
-            flip = bool(self._modules.experts_turned)
+            flip = bool(self._modules.experts_turned(key))
             outputs, inputs = reversed(matrix) if flip else matrix
             update: Update = Experts("", "", (0, inputs), (outputs, 0), count)
             parameter = self.called(key.name).rpartition(".")[2]

@@ -15,10 +15,12 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from weightsmith.core.errors import SourceError
+from weightsmith.core.keys import Key
 from weightsmith.io.architectures import (
     CAUSAL,
     CONV1D,
     CONV1D_NAMES,
+    EITHER_EXPERTS,
     FLIPPED_EXPERTS,
     HEADS_IN_FILES,
     MASKED_HEADS,
@@ -121,17 +123,18 @@ class Modules:
         found = {kind in CONV1D for kind in part or [kind for _, kind in types] if kind in CONV1D | PLAIN_LINEAR}
         return found.pop() if len(found) == 1 else None
 
-    @property
-    def experts_flipped(self) -> bool | None:
-        """Whether fused experts are stored [experts, in, out]; None where nothing tells."""
+    def experts_flipped(self, key: Key) -> bool | None:
+        """Whether a tensor of fused experts is stored [experts, in, out]; None where nothing tells."""
         kinds = {kind for _, kind in _types(self.config)}
+        if kinds & EITHER_EXPERTS:
+            width = (self.config.get("text_config") or self.config).get("hidden_size")
+            return width is not None and key.shape[-1 if key.name.endswith("gate_up_proj") else -2] != width
         return bool(kinds & FLIPPED_EXPERTS) if kinds else None
 
-    @property
-    def experts_turned(self) -> bool | None:
-        """Whether peft takes fused experts for [experts, in, out] as they are in files; None where nothing tells."""
-        kinds = {kind for _, kind in _types(self.config)}
-        return bool(kinds & (FLIPPED_EXPERTS - UNMARKED_EXPERTS)) if kinds else None
+    def experts_turned(self, key: Key) -> bool | None:
+        """Whether peft's factors belong to the transpose of what is stored; None where nothing tells."""
+        unmarked = any(kind in UNMARKED_EXPERTS for _, kind in _types(self.config))
+        return False if unmarked else self.experts_flipped(key)
 
     # --- the output layer ---
 

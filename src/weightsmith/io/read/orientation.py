@@ -63,7 +63,7 @@ def orientations(layers: Iterable[Layer], modules: Modules, adapter: Adapter) ->
             if len(known) == 1:
                 (flip,) = known
             elif isinstance(layer.module.update, Experts):
-                flip = modules.experts_turned
+                flip = modules.experts_turned(layer.weight)
             else:
                 flip = modules.flipped(layer.weight.name.rpartition(".")[0])
                 if flip is False and not modules.config and kind_of(layer.weight.name)[0] in turned:
