@@ -77,8 +77,8 @@ class Shrinking:
             found.append(Problem(Code.VALUE, where, text))
 
         if self.by == "mc_smoe":
-            say("by", "mc_smoe is two steps: shrink --by m_smoe, then compress the experts of the result with the codec "
-                      "losparse (docs: make a mixture smaller)")  # fmt: skip
+            text = "mc_smoe is two steps: shrink --by m_smoe, then compress the experts of the result with losparse"
+            say("by", text)
         elif self.by not in WAYS:
             say("by", f"by = {self.by!r} is not known{did_you_mean(self.by, WAYS)}; known: {', '.join(WAYS)}")
         if (self.experts is None) == (self.keep is None):
