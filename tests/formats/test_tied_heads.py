@@ -31,6 +31,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BartForConditionalGeneration": ("BartConfig", BART),
     "BertForMaskedLM": ("BertConfig", BERT),
     "RobertaForMaskedLM": ("RobertaConfig", BERT),
+    "BertLMHeadModel": ("BertConfig", {**BERT, "is_decoder": True}),
+    "WhisperForConditionalGeneration": (
+        "WhisperConfig",
+        {
+            **BART,
+            "max_target_positions": 16,
+            "max_source_positions": 16,
+            "num_mel_bins": 8,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 1,
+        },
+    ),
     "DistilBertForMaskedLM": (
         "DistilBertConfig",
         {"vocab_size": 48, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 48},
@@ -56,8 +68,10 @@ def maker(name: str) -> Callable[[], torch.nn.Module]:
 
 def logits(model: torch.nn.Module) -> Tensor:
     more = {"decoder_input_ids": TOKENS.flip(1)} if model.config.is_encoder_decoder else {}
+    heard = model.config.model_type == "whisper"
+    given = {"input_features": torch.linspace(-1, 1, 512).reshape(2, 8, 32)} if heard else {"input_ids": TOKENS}
     with torch.no_grad():
-        return model(input_ids=TOKENS, **more).logits
+        return model(**given, **more).logits
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -75,6 +89,11 @@ def logits(model: torch.nn.Module) -> Tensor:
         ("BertForMaskedLM", {"target_modules": ["query"], "modules_to_save": ["cls"]}),
         ("RobertaForMaskedLM", {"target_modules": ["lm_head.decoder"]}),
         ("DistilBertForMaskedLM", {"target_modules": ["vocab_projector"]}),
+        ("BertLMHeadModel", {"target_modules": ["word_embeddings"]}),
+        ("BertLMHeadModel", {"target_modules": ["decoder"]}),
+        ("WhisperForConditionalGeneration", {"target_modules": ["proj_out"]}),
+        ("WhisperForConditionalGeneration", {"target_modules": ["embed_tokens"]}),
+        ("WhisperForConditionalGeneration", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     ],
 )
 def test_an_adapter_on_a_tied_head(name: str, config: dict[str, Any], said: bool, tmp_path: Path) -> None:

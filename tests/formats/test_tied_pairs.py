@@ -31,6 +31,9 @@ CASES: list[tuple[str, dict[str, Any], set[str]]] = [
     ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True}, {"embed"}),
     ("gpt2", {"target_modules": ["wte"]}, {"embed"}),
     ("gpt2", {"target_modules": ["lm_head"]}, {"head"}),
+    # peft ties for good only what is called embed_tokens or lm_head.
+    ("gpt2", {"target_modules": ["wte"], "ensure_weight_tying": True}, {"embed"}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}, {"embed"}),
     ("opt", {"target_modules": ["embed_tokens"]}, {"embed"}),
     ("opt", {"target_modules": ["q_proj", "lm_head"]}, {"head"}),
 ]

@@ -114,15 +114,16 @@ def moved(model: torch.nn.Module, seed: int = 5) -> dict[str, Tensor]:
     return {n: t + 0.1 * noise(*t.shape, seed=seed + i) for i, (n, t) in enumerate(state.items())}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "tied", "tied with embeddings", "embeddings"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt2 embeddings", "tied", "tied with embeddings", "embeddings"])
 def test_a_whole_fine_tune_comes_back_through_peft(tmp_path: Path, kind: str) -> None:
     """Every tensor changed, norms, biases and embeddings too: at full rank the logits are the fine-tune's."""
     tied = "tied" in kind
-    make = gpt2 if kind == "gpt2" else lambda: llama(tie_word_embeddings=tied)
+    of_gpt2 = "gpt2" in kind
+    make = gpt2 if of_gpt2 else lambda: llama(tie_word_embeddings=tied)
     base, tuned = make(), make()
     state = moved(base)
-    if kind == "gpt2" or tied:
-        state["lm_head.weight"] = state["transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"]
+    if of_gpt2 or tied:
+        state["lm_head.weight"] = state["transformer.wte.weight" if of_gpt2 else "model.embed_tokens.weight"]
     tuned.load_state_dict(state)
     with quiet():
         base.save_pretrained(tmp_path / "base")
@@ -138,7 +139,7 @@ def test_a_whole_fine_tune_comes_back_through_peft(tmp_path: Path, kind: str) ->
     for name in back.keys:
         assert torch.allclose(back.read(name).float(), state[name], atol=1e-5), name
     config = json.loads((result.out / "adapter_config.json").read_text())
-    assert config["fan_in_fan_out"] == (kind == "gpt2")
+    assert config["fan_in_fan_out"] == of_gpt2
     assert config["task_type"] == "CAUSAL_LM"
     assert result.tried.startswith("tried: peft ")
 

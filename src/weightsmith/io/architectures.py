@@ -80,12 +80,17 @@ INTERLEAVED_EXPERTS = frozenset(("gpt_oss",))
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration")
 """Endings of the classes whose output layer is called lm_head in memory."""
-MASKED_HEADS: Mapping[str, str] = {
+OUTPUT_LAYERS: Mapping[str, str] = {
     "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
     "camembert": "lm_head.decoder", "distilbert": "vocab_projector", "electra": "generator_lm_head",
-    "albert": "predictions.decoder", "modernbert": "decoder",
+    "albert": "predictions.decoder", "modernbert": "decoder", "modernbert-decoder": "decoder",
+    "whisper": "proj_out", "moonshine": "proj_out", "biogpt": "output_projection", "gpt_neox_japanese": "embed_out",
 }  # fmt: skip
-"""model_type -> the output layer of its class for masked tokens."""
+"""model_type -> the output layer over tokens of its classes, where that is not lm_head."""
+WITHOUT_TOKENS_IN = frozenset(
+    ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "pix2struct", "speech_to_text", "whisper")
+)
+"""The encoder-decoders whose encoder embeds no tokens: the output layer shares with the decoder alone."""
 
 TEXT_TO_TEXT = frozenset(
     ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5", "m2m_100",

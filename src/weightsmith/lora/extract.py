@@ -19,9 +19,10 @@ from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.lora import PREFIX
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.open import open_source
+from weightsmith.io.read.prefixes import named_like
 from weightsmith.io.read.source import Source
 from weightsmith.lora.changes import find_changes
-from weightsmith.lora.naming import config_of, task_of
+from weightsmith.lora.naming import config_of
 from weightsmith.lora.targets import Target, Targets
 from weightsmith.lora.tried import tried
 from weightsmith.lora.write import Description, Writer, Written
@@ -71,9 +72,10 @@ def extract(
     """
     check_rank(rank, energy, max_rank)
     tuned, origin = packed_like_memory(open_source(model)), packed_like_memory(open_source(base))
+    origin = named_like(origin, tuned)
     for source in (tuned, origin):
         source.prepare()
-    shell = Modules(origin).shell if find_spec("peft") is not None else None
+    shell = Modules(tuned).shell if find_spec("peft") is not None else None
     plain = (lambda name: False) if shell is None else shell.looks_up_plainly
     chosen = find_changes(tuned, origin, include, exclude, whole_embeddings, plain)
     if skip:
@@ -81,7 +83,7 @@ def extract(
     chosen.refuse_lost()
     if not (chosen.low or chosen.saved or chosen.biases):
         raise PlanError([f"{tuned} and {origin} differ in nothing that an adapter could hold"])
-    notes = list(chosen.notes)
+    notes = [*origin.origin.remarks, *chosen.notes]
     targets = Targets(chosen, tuned, origin, fan_in_fan_out)
     cap = rank if rank is not None else max_rank
     with Writer(Path(out), (*tuned.origin.locations, *origin.origin.locations), overwrite=overwrite) as writer:
@@ -94,14 +96,20 @@ def extract(
                 continue
             square = sum(total for _, _, total in found)
             key = target.key
-            writer.add(
-                target.module,
-                [widened(factors, max(widest, most, 1)) for factors, _, _ in found],
-                _deltas(tuned, origin, target),
-                dtype=dtype or (origin.key(key.name).dtype if DTYPES[key.dtype].itemsize > 1 else "bfloat16"),
-                energy=sum(kept for _, kept, _ in found) / square if square else 1.0,
-                how=f"extracted from {tuned} - {origin}",
-            )
+            pieces = [widened(factors, max(widest, most, 1)) for factors, _, _ in found]
+            ends = [(target, pieces)]
+            if target.twin is not None:
+                turned = [Factors(part.a.T, part.b.T) for part in pieces]
+                ends.append((Target(key, target.twin, not target.flip), turned))
+            for end, own in ends:
+                writer.add(
+                    end.module,
+                    own,
+                    _deltas(tuned, origin, end),
+                    dtype=dtype or (origin.key(key.name).dtype if DTYPES[key.dtype].itemsize > 1 else "bfloat16"),
+                    energy=sum(kept for _, kept, _ in found) / square if square else 1.0,
+                    how=f"extracted from {tuned} - {origin}",
+                )
             if progress:
                 progress(done + 1, len(targets.low))
         for stored, key in targets.whole.items():
@@ -109,10 +117,9 @@ def extract(
         place = _place(base, origin)
         like = {
             "base_model_name_or_path": place,
-            "bias": "all" if chosen.biases else "none",
+            "bias": "all" if any(".base_layer." in name for name in targets.whole) else "none",
             "fan_in_fan_out": any(target.turned for target in targets.low),
-            "task_type": task_of(targets.config),
-            **({"ensure_weight_tying": True} if targets.tied_factors else {}),
+            "task_type": targets.task,
         }
         made_of = {
             "model": str(tuned), "base": str(origin), "rank": rank, "energy": energy, "max_rank": max_rank,

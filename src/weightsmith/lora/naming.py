@@ -9,7 +9,7 @@ from weightsmith.core.keys import Key
 from weightsmith.io.architectures import TEXT_TO_TEXT
 from weightsmith.io.read.lora import PREFIX, Module, parameter_name
 
-__all__ = ["TARGETING", "config_of", "keys_of", "stored_name", "task_of"]
+__all__ = ["HEADS", "TARGETING", "config_of", "keys_of", "stored_name", "task_of"]
 
 _TAKEN = ("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "revision",
           "task_type")  # fmt: skip
@@ -18,6 +18,14 @@ TARGETING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target
 
 _TASKS = (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"),
           ("ForTokenClassification", "TOKEN_CLS"), ("ForQuestionAnswering", "QUESTION_ANS"))  # fmt: skip
+
+
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Task -> endings of the modules that peft keeps in full by itself and will find in the file."""
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:

@@ -7,30 +7,33 @@ empty shell of the model; else what `io.architectures` states counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 from weightsmith.core.errors import PlanError
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import Key, role_of
 from weightsmith.io.read.lora import ORDER, Module
 from weightsmith.io.read.modules import Modules
 from weightsmith.io.read.orientation import kind_of
 from weightsmith.io.read.source import Source
+from weightsmith.io.read.untied import bias_twin, shares, tables
 from weightsmith.io.read.updates import Experts, Product, Update
 from weightsmith.lora.changes import Changes, holds_experts, is_embedding
-from weightsmith.lora.naming import stored_name
+from weightsmith.lora.naming import HEADS, stored_name, task_of
 
 __all__ = ["Target", "Targets"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that becomes factors; `flip`: it is stored [in, out]."""
+    """A tensor that becomes factors; `flip`: it is stored [in, out], `twin`: the output layer that shares it."""
 
     key: Key
     module: Module
     flip: bool
+    twin: Module | None = None
 
     @property
     def turned(self) -> bool:
@@ -50,27 +53,30 @@ class Targets:
     def __init__(self, chosen: Changes, tuned: Source, origin: Source, fan_in_fan_out: bool | None) -> None:
         self._chosen, self._tuned, self._origin = chosen, tuned, origin
         self._given = fan_in_fan_out
-        self._modules = Modules(origin)
+        self._modules = Modules(tuned)  # a classifier has other layers than the base that it was made of
+        if not self._modules.config:
+            self._modules = Modules(origin)
         self.config: Mapping[str, Any] = self._modules.config
+        self.task = task_of(self.config)
         self.shell = self._modules.shell if find_spec("peft") is not None else None
         self._biased = self._orientation_of_biases()
         self.parameters: set[str] = set()
         self._wrapped = self._fused_modules()
-        self.low = [self._target(module, key) for module, key in chosen.low.items()]
+        heads = {key.name: head for key in tuned.keys.values() if (head := self._classifier(key.name))}
+        self.low = [self._target(module, key) for module, key in chosen.low.items() if key.name not in heads]
         self.whole = {self.called(key.name): key for keys in chosen.saved.values() for key in keys}
-        saved = dict.fromkeys(name.rpartition(".")[0] for name in self.whole)
         for key in chosen.biases:  # a bias of an adapted module lies beneath peft's wrapper
             module, _, leaf = self.called(key.name).rpartition(".")
-            self.whole[f"{module}.base_layer.{leaf}"] = key
-        if (head := self._tied_head()) is not None:
-            self.whole[f"{self._modules.output_layer}.weight"] = head
-            saved[str(self._modules.output_layer)] = None
-        self.saved = tuple(saved)
-        self.head = self._modules.output_layer
+            self.whole |= {f"{module}.base_layer.{leaf}": key} if key.name not in heads else {}
+        self._tie()
+        self.whole |= {self.called(name): tuned.keys[name] for name in heads}
+        roots = {self.called(name): head for name, head in heads.items()}
+        saved = (roots.get(n) or n.rpartition(".")[0] for n in self.whole if ".base_layer." not in n)
+        self.saved = tuple(dict.fromkeys(saved))
 
     def called(self, name: str) -> str:
         """A tensor's name in memory."""
-        found = self.shell.renamed(name) if self.shell is not None else self._modules.in_memory(name)
+        found = self._in_memory(name)
         if self.shell is not None and not self.shell.has(found):
             raise PlanError([
                 f"{name} changed, but has no counterpart in a {type(self.shell.model).__name__} (transformers splits "
@@ -78,10 +84,14 @@ class Targets:
             ])  # fmt: skip
         return found
 
-    @property
-    def tied_factors(self) -> bool:
-        """Whether an embedding that the output layer shares becomes factors."""
-        return self._ties and any(target.module.embedding for target in self.low)
+    def _in_memory(self, name: str) -> str:
+        return self.shell.renamed(name) if self.shell is not None else self._modules.in_memory(name)
+
+    def _classifier(self, name: str) -> str:
+        """The head that a tensor belongs to, of those that peft keeps in full for the task; '' for others."""
+        parts = self._in_memory(name).split(".") if self.task in HEADS else []
+        modules = (".".join(parts[:i]) for i in range(1, len(parts)))
+        return next((module for module in modules if module.endswith(HEADS[str(self.task)])), "")
 
     # --- factors ---
 
@@ -142,25 +152,49 @@ class Targets:
 
     # --- what the output layer shares ---
 
-    @property
-    def _ties(self) -> bool:
-        return self._modules.ties or any("head" in alias for alias in self._origin.aliases)
+    def _tie(self) -> None:
+        """Change a tied output layer along with the embedding: peft unties what it wraps.
 
-    def _tied_head(self) -> Key | None:
-        """The embedding, kept in full, that the output layer shares: peft unties what it wraps, so that is kept too."""
+        Its factors are those of the embedding, transposed.  `ensure_weight_tying` would do that for some names only.
+        """
+        head, shared = self._head, self._shared_embedding()
+        if head is None or f"{head}.weight" in self.whole:
+            return
+        tuned = self._tuned.keys
+        bias = tuned.get(bias_twin(self._origin, f"{head}.bias") or f"{head}.bias")
+        learnt = bias is not None and self.whole.pop(self.called(bias.name), None) is not None
+        if shared is None and not learnt:
+            return
+        at = next((i for i, target in enumerate(self.low) if target.key == shared), None)
+        weight = shared or next(key for key in tables(self._tuned) if len(key.shape) == 2)
+        if shares(self.config):
+            raise PlanError([
+                f"{weight.name} changed and is shared by several layers, which an adapter would untie; leave it out "
+                f"with --exclude {weight.name}"
+            ])  # fmt: skip
+        if at is None:  # what is kept in full has all that its module has
+            self.whole |= {f"{head}.weight": weight, **({} if bias is None else {f"{head}.bias": bias})}
+            return
+        outputs, inputs = weight.shape
+        a, b = (stored_name(head, part) for part in "AB")
+        self.low[at] = replace(self.low[at], twin=Module(head, Product(a, b, (0, inputs), (outputs, 0)), 1.0))
+        if bias is not None and learnt:
+            self.whole[f"{head}.base_layer.bias"] = bias
+
+    @cached_property
+    def _head(self) -> str | None:
+        """The output layer in memory that shares the embedding's weight."""
+        alias = next((alias for alias in self._origin.aliases if role_of(alias) == "head"), None)
+        if alias is None and not self._modules.ties:
+            return None
+        return self._modules.output_layer or self._modules.in_memory(str(alias)).rpartition(".")[0]
+
+    def _shared_embedding(self) -> Key | None:
+        """The changed embedding of tokens: the one that is called so, else the one with a row for each."""
         scopes = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
         sizes = {scope["vocab_size"] for scope in scopes if isinstance(scope.get("vocab_size"), int)}
-        sizes = sizes or {key.rows for key in self._origin.keys.values() if key.role == "embed"}
         whole = [key for keys in self._chosen.saved.values() for key in keys if key.role == "embed"]
         every = [key for key in (*whole, *(t.key for t in self.low if t.module.embedding)) if len(key.shape) == 2]
-        tokens = [key for key in every if key.shape[0] in sizes or self._origin.key(key.name).shape[0] in sizes]
-        if not self._ties or not tokens:
-            return None
-        shared = max(tokens, key=lambda key: key.shape[0])  # positions are embedded too
-        if self.config.get("is_encoder_decoder"):
-            raise PlanError([
-                f"{shared.name} changed and is shared by several layers, which an adapter would untie; leave it out "
-                f"with --exclude {shared.name}"
-            ])  # fmt: skip
-        layer = self._modules.output_layer
-        return shared if shared in whole and layer is not None and f"{layer}.weight" not in self.whole else None
+        sizes = sizes or {key.rows for key in every}
+        tokens = [key for key in every if {key.rows, self._origin.key(key.name).rows} & sizes]
+        return max(tokens, key=lambda key: (is_embedding(key), key.rows), default=None)

@@ -63,11 +63,10 @@ def _loaded(result: Written, model: Any, target: Target | None, targets: Targets
         root = parameter_name(target.module.name, "weight")
         model.get_submodule(root).to_empty(device="cpu")  # real, so that its factors stay
     config = peft.PeftConfig.from_pretrained(result.out)
-    wrapped = peft.PeftModel(model, config, low_cpu_mem_usage=True)
+    kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+    wrapped = kind(model, config, low_cpu_mem_usage=True)
     found = wrapped.load_adapter(result.out, "default", low_cpu_mem_usage=True)
     missing = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
-    if config.ensure_weight_tying:  # the output layer's are the embedding's
-        missing = [key for key in missing if f".{targets.head}." not in key]
     if target is None or missing or found.unexpected_keys:
         return missing, list(found.unexpected_keys), True
     layer = wrapped.base_model.model.get_submodule(target.module.name)

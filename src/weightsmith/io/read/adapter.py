@@ -32,6 +32,7 @@ __all__ = [
     "read_config",
     "read_raw",
     "scale_of",
+    "ties_for_good",
 ]
 
 CONFIG = "adapter_config.json"
@@ -74,6 +75,7 @@ _USED = frozenset(
 _LIMIT = 10_000_000  # bytes of adapter_config.json; real ones have up to a few hundred thousand
 _MOST_PATTERNS = 10_000
 _REPEAT = re.compile(r"\)?[*+{]")
+_TIED = ("embed_tokens", "lm_head")
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -179,6 +181,19 @@ def ambiguous(config: Mapping[str, Any], ranks: Mapping[str, int]) -> Iterator[s
             f"{some(modules, 1)}: matched by {text}; {first!r} counts, the first in the file, as when peft loads it; "
             "training may have taken the other"
         )
+
+
+def ties_for_good(config: Mapping[str, Any]) -> bool:
+    """Whether what is trained at a tied embedding is trained at the output layer too, though it is stored once.
+
+    peft 0.21.2 does what `ensure_weight_tying` asks for only where one of two names is listed, so not for GPT-2's wte;
+    where it does, its own files hold both.
+    """
+    if not config.get("ensure_weight_tying") or "target_modules" not in config:
+        return bool(config.get("ensure_weight_tying"))
+    lists = [config.get(field) for field in ("target_modules", "modules_to_save")]
+    named = [str(name) for one in lists if isinstance(one, list) for name in one]
+    return any(name.rpartition(".")[2] in _TIED for name in named)
 
 
 def _matching(config: Mapping[str, Any], field: str, module: str) -> dict[str, Any]:

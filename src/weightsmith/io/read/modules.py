@@ -23,7 +23,7 @@ from weightsmith.io.architectures import (
     EITHER_EXPERTS,
     FLIPPED_EXPERTS,
     HEADS_IN_FILES,
-    MASKED_HEADS,
+    OUTPUT_LAYERS,
     PLAIN_LINEAR,
     RENAMED,
     UNMARKED_EXPERTS,
@@ -144,12 +144,11 @@ class Modules:
         names = self.config.get("architectures")
         name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
         kind = str(self.config.get("model_type"))
-        if not name or name.endswith(CAUSAL):
-            return "lm_head"
-        if name.endswith(("ForMaskedLM", "ForPreTraining")) and kind in MASKED_HEADS:
-            return MASKED_HEADS[kind]
-        if kind in RENAMED or self.shell is None:
-            return None
+        causal = not name or name.endswith(CAUSAL)
+        if kind in OUTPUT_LAYERS and (causal or name.endswith(("ForMaskedLM", "ForPreTraining"))):
+            return OUTPUT_LAYERS[kind]
+        if kind in RENAMED or not name or self.shell is None:
+            return "lm_head" if causal else None
         return self.shell.output_layer
 
     @property

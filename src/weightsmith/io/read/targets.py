@@ -14,6 +14,7 @@ import numpy as np
 from weightsmith.core.errors import SourceError, nearest, some
 from weightsmith.core.keys import Key, role_of
 from weightsmith.core.lazy import torch
+from weightsmith.io.read.adapter import ties_for_good
 from weightsmith.io.read.changes import Change, Changes
 from weightsmith.io.read.lora import Adapter, parameter_name
 from weightsmith.io.read.modules import Modules
@@ -219,7 +220,7 @@ class Targets:
     def _followed(self, e: Change | None, h: Change | None) -> tuple[Change | None, Change | None]:
         """What peft trains for both although it stores it once."""
         learnt = [c is not None and (c.computed or self._trained(c)) for c in (e, h)]
-        if self.adapter.config.get("ensure_weight_tying") and learnt in ([True, False], [False, True]):
+        if ties_for_good(self.adapter.config) and learnt in ([True, False], [False, True]):
             both = e if learnt[0] else h
             if both is not None and (both is e or both.rows is None):  # tokens of the head alone stay its own
                 return both, both

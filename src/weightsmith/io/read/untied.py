@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.keys import Key
-from weightsmith.io.architectures import EMBEDDINGS, TEXT_TO_TEXT, TIED, TIED_BY_DEFAULT, TIED_BY_PARTS
+from weightsmith.io.architectures import (
+    EMBEDDINGS,
+    OUTPUT_LAYERS,
+    TEXT_TO_TEXT,
+    TIED,
+    TIED_BY_DEFAULT,
+    TIED_BY_PARTS,
+    WITHOUT_TOKENS_IN,
+)
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import RenamedSource
@@ -98,7 +106,11 @@ def untied(models: Mapping[str, Source], kept: Callable[[str], bool]) -> dict[st
 
 def is_output_layer(source: Source, key: Key) -> bool:
     """Whether a tensor is a head that could be tied: one of the shape of its own model's embedding."""
-    return key.role == "head" and any(table.shape == key.shape for table in tables(source))
+    if key.role != "head":
+        known = OUTPUT_LAYERS.get(str((_config(source) or {}).get("model_type")))
+        if known is None or key.name != f"{known}.weight":
+            return False
+    return any(table.shape == key.shape for table in tables(source))
 
 
 def bias_twin(source: Source, bias: str) -> str | None:
@@ -130,7 +142,8 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 
 def shares(config: Mapping[str, Any]) -> bool:
     """Whether the embedding of a tied model is that of an encoder and a decoder, too."""
-    return bool(config.get("is_encoder_decoder")) or config.get("model_type") in TEXT_TO_TEXT
+    kind = config.get("model_type")
+    return kind in TEXT_TO_TEXT or (bool(config.get("is_encoder_decoder")) and kind not in WITHOUT_TOKENS_IN)
 
 
 def _apart(config: Mapping[str, Any]) -> bool:
