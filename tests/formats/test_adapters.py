@@ -221,6 +221,19 @@ def test_an_adapter_that_names_another_base(tmp_path: Path) -> None:
         assert any("says it was trained on 'org/quite-another', and is put on" in text for text in said) is found
 
 
+def test_an_adapter_of_a_quantised_base(tmp_path: Path) -> None:
+    """By the base's config.json where it lies here, also under the same name; else by its name."""
+    model = llama(tmp_path / "base")
+    trained(tmp_path / "a", model)
+    coded = llama(tmp_path / "mlx/base").config.to_dict() | {"quantization": {"bits": 4, "group_size": 64}}
+    (tmp_path / "mlx/base/config.json").write_text(json.dumps(coded))
+    path = tmp_path / "a/adapter_config.json"
+    for name, found in ((str(tmp_path / "mlx/base"), True), ("org/base-4bit", True), ("org/Base", False)):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+        said = texts(merged(tmp_path, {"a": "a"}).warnings)
+        assert any(f"was trained on {name!r}, a quantised model, and is put on" in text for text in said) is found
+
+
 def test_patterns_that_match_one_module_twice(tmp_path: Path) -> None:
     model = llama(tmp_path / "base")
     trained(tmp_path / "a", model, r=4, lora_alpha=4)

@@ -212,6 +212,12 @@ KINDS = ["full_attention"] * 12
         ({"partial_rotary_factor": 1}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 1.0 in a, 0.5 in b"),
         ({"scoring_func": "softmax"}, {"scoring_func": "sigmoid"}, "scoring_func is softmax in a, sigmoid in b"),
         ({"no_rope_layers": [0]}, {"no_rope_layers": [1]}, "no_rope_layers is [0] in a, [1] in b"),
+        (
+            {"rope_local_base_freq": 1e4},
+            {"rope_local_base_freq": 1e5},
+            "rope_local_base_freq is 10000.0 in a, 100000.0 in b",
+        ),
+        ({"topk_group": 4}, {"topk_group": 1}, "topk_group is 4 in a, 1 in b"),
         ({"vision_feature_layer": -1}, {"vision_feature_layer": -2}, "vision_feature_layer is -1 in a, -2 in b"),
         ({"use_qk_norm": True}, {"use_qk_norm": False}, "use_qk_norm is true in a, false in b"),
         (
@@ -307,11 +313,13 @@ def test_a_quantised_model_among_others_is_named(tmp_path: Path) -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act is silu in a, gelu in b"),
         ({"num_attention_heads": 8}, "head_dim is 16 in a, 8 in b"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj is gated-silu in a, relu in b"),
         ({"vision_config": {"hidden_act": "relu"}}, r"vision_config\.hidden_act is gelu in a, relu in b"),
     ],
 )
 def test_what_changes_the_meaning_of_weights_is_refused(change: dict[str, Any], field: str, tmp_path: Path) -> None:
-    tensors, inner = {NARROW: torch.ones(2, 2)}, {"vision_config": {"hidden_act": "gelu"}}
+    tensors = {NARROW: torch.ones(2, 2)}
+    inner = {"vision_config": {"hidden_act": "gelu"}, "feed_forward_proj": "gated-silu"}
     names = {"a": folder(tmp_path / "a", tensors, **LLAMA, **inner)}
     names["b"] = folder(tmp_path / "b", tensors, **{**LLAMA, **inner, **change})
     with pytest.raises(PlanError, match=f"config.json: {field}: their weights mean different things; leave b out"):

@@ -25,7 +25,10 @@ __all__ = ["unlike_configs"]
 Config = Mapping[str, Any]
 _LIMIT = 16_000_000  # bytes of config.json
 
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
+_ACTIVATIONS = (
+    *("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn"),
+    *("feed_forward_proj", "projector_hidden_act"),
+)
 _ALIKE = ({"silu", "swish"}, {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"}, {"gelu", "gelu_python"})
 """Names of one function."""
 _SAID = re.compile(
@@ -34,6 +37,9 @@ _SAID = re.compile(
     r"|(?:attn|final)_logit_softcapping|query_pre_attn_scalar|scale_embedding|logit_scale|\w+_multiplier"
     r"|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|scoring_func|architectures|model_type"
     r"|layer_types|no_rope_layers|vision_feature_layer|position_embedding_type|use_qk_norm|attn_temperature_tuning"
+    r"|rope_local_base_freq|rotary_(?:pct|emb_base|dim)|relative_attention_max_distance|logits_scaling|n_group"
+    r"|topk_(?:group|method)|use_parallel_residual|parallel_attn|alibi|scale_attn_by_inverse_layer_idx"
+    r"|vision_feature_select_strategy|fullatt_block_indexes|window_size|mm_tokens_per_image"
 )
 _OF_TEXTS = re.compile(r"(?:bos|eos|pad|sep|cls|unk|mask|decoder_start|forced_\w+)_token_id")
 """What the tokenizer's files say too; `inputs.vocabulary` compares those."""
@@ -47,6 +53,7 @@ _DEFAULTS: Config = {
 """What classes take where nothing is said: no line where the other model says just that."""
 _DERIVED = re.compile(
     rf"{TIED}|architectures|model_type|head_dim|layer_types|no_rope_layers|rope_parameters|\w+_token_\w+"
+    r"|rope_local_base_freq|rotary_\w+|feed_forward_proj"
 )
 """What some releases of transformers write, and others leave out or call otherwise, for one and the same model."""
 _ITEMS = 4  # of a long list that are shown

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.io.read.small import read_small, short
+from weightsmith.core.errors import SourceError
+from weightsmith.io.read.small import read_json, read_small, short
 from weightsmith.io.read.source import Origin
 
 __all__ = ["other_base"]
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_QUANTISED = re.compile(r"(?:^|[-_.])(?:[2-8]-?bits?|int[48]|fp[48]|bnb|nf4|gptq|awq|dwq|mxfp[48]|nvfp4)(?:$|[-_.])")
+"""A part of a name that says so, as mlx-community and unsloth call their models."""
+_LIMIT = 16_000_000  # bytes of config.json
 
 
 def other_base(config: Mapping[str, Any], base: Origin) -> str | None:
@@ -21,6 +25,11 @@ def other_base(config: Mapping[str, Any], base: Origin) -> str | None:
     if not isinstance(said, str) or not said:
         return None
     name, commit = _hub(base)
+    if _quantised(said) and not _same_place(said, base):
+        return (
+            f"says it was trained on {short(said)}, a quantised model, and is put on {base.label}: some of what it "
+            "learnt makes up for rounding that is not there"
+        )
     if _last(said) != _last(name) and not _same_place(said, base):
         return (
             f"says it was trained on {short(said)}, and is put on {base.label}: make sure that these are the same model"
@@ -41,6 +50,22 @@ def _hub(base: Origin) -> tuple[str, str]:
 def _last(name: str) -> str:
     """The last part of a path or hub id, without a revision: what a model is called wherever it lies."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0].lower()
+
+
+def _quantised(said: str) -> bool:
+    """Whether a base is quantised, by its config.json if it lies here, else by its name."""
+    path = Path(said) / "config.json"
+    try:
+        here = path.is_file()
+    except OSError:
+        return False
+    if not here:
+        return _QUANTISED.search(_last(said)) is not None
+    try:
+        config = read_json(path, _LIMIT)
+    except SourceError:
+        return False
+    return isinstance(config, dict) and any(config.get(field) for field in ("quantization", "quantization_config"))
 
 
 def _same_place(said: str, base: Origin) -> bool:
