@@ -108,6 +108,27 @@ def test_a_component_that_one_pipeline_lacks(tmp_path: Path) -> None:
         merged(tmp_path, models=models, method="linear")
 
 
+def test_components_as_pytorch_writes_them(tmp_path: Path) -> None:
+    """Those that are pickled count like others; those of another kind are not left out in silence."""
+    models = {name: pipeline(tmp_path / name, 10 * i) for i, name in enumerate("ab")}
+    values = [load_file(tmp_path / f"{name}/{UNET}.safetensors") for name in "ab"]
+    for name, tensors in zip("ab", values, strict=True):
+        torch.save(tensors, tmp_path / f"{name}/{UNET}.bin")
+        (tmp_path / f"{name}/{UNET}.safetensors").unlink()
+    merged(tmp_path, models=models, method="linear")
+    made = load_file(tmp_path / f"out/{UNET}.safetensors")
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, (values[0][name] + values[1][name]) / 2)
+    assert sorted(path.name for path in (tmp_path / "out/unet").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    (tmp_path / f"b/{UNET}.bin").rename(tmp_path / "b/unet/diffusion_flax_model.msgpack")
+    with pytest.raises(
+        PlanError, match=r"b/unet/diffusion_flax_model.msgpack: weights of this kind are not read; save unet as"
+    ):
+        merged(tmp_path, models=models, method="linear")
+
+
 # --- Sentence-Transformers -------------------------------------------------------------------------
 
 

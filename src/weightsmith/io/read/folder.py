@@ -22,7 +22,7 @@ __all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weight
            "parse_index", "refuse_stale"]  # fmt: skip
 
 _SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
-_PICKLED = "pytorch_model.bin"
+_PICKLED = ("pytorch_model.bin", f"{DIFFUSION}.bin")
 INDEX = ".index.json"
 _MAX_INDEX = 100_000_000
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
@@ -36,8 +36,8 @@ def choose_weights(names: Iterable[str], label: str) -> str:
     Errors: none is there; two could be meant (then neither is guessed).
     """
     present = set(names)
-    for single in (*_SINGLE, _PICKLED):
-        if single == _PICKLED:
+    for single in (*_SINGLE, *_PICKLED):
+        if single == _PICKLED[0]:
             lone = sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_"))
             if len(lone) == 1:
                 return lone[0]
@@ -50,7 +50,7 @@ def choose_weights(names: Iterable[str], label: str) -> str:
         for name in (single + INDEX, single):
             if name in present:
                 return name
-    wanted = [name for single in (*_SINGLE, _PICKLED) for name in (single, single + INDEX)]
+    wanted = [name for single in (*_SINGLE, *_PICKLED) for name in (single, single + INDEX)]
     looked = f"looked for {', '.join(wanted)} and a single *.safetensors"
     raise SourceError(f"{label}: no model here; {_instead(present, label) or looked}")
 

@@ -16,7 +16,7 @@ from weightsmith.core.errors import SourceError
 from weightsmith.io import system
 from weightsmith.io.read.folder import choose_weights, is_inside
 from weightsmith.io.read.small import read_json
-from weightsmith.io.read.source import Cost, LowRank, Origin, Source
+from weightsmith.io.read.source import DIFFUSION, Cost, LowRank, Origin, Source
 from weightsmith.io.read.views import JoinedSource
 
 __all__ = ["MODULES", "PIPELINE", "PartsSource", "module_folders", "pipeline", "with_modules", "without_root"]
@@ -24,7 +24,9 @@ __all__ = ["MODULES", "PIPELINE", "PartsSource", "module_folders", "pipeline", "
 PIPELINE = "model_index.json"
 MODULES = "modules.json"
 _LIMIT = 1_000_000  # bytes of either
-_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", f"{DIFFUSION}.safetensors", "pytorch_model.bin", f"{DIFFUSION}.bin")
+_OTHERS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth")
+"""Endings of files that may hold the weights of a component in a way that is not read."""
 
 
 class PartsSource(JoinedSource):
@@ -73,9 +75,20 @@ def pipeline(folder: Path, opened: Callable[[Path], Source]) -> PartsSource:
     index = read_json(folder / PIPELINE, _LIMIT)
     names = [name for name in index if not name.startswith("_")] if isinstance(index, dict) else []
     parts = {name: opened(folder / name) for name in names if _has_weights(folder, name)}
+    for name in names:
+        if name not in parts and (found := _other_weights(folder, name)):
+            raise SourceError(f"{folder / name / found}: weights of this kind are not read; save {name} as safetensors")
     if not parts:
         raise SourceError(f"{folder}: none of the components that {PIPELINE} names has weights")
     return PartsSource(folder, parts, Origin(str(folder), folder, locations=(folder,)))
+
+
+def _other_weights(folder: Path, name: str) -> str:
+    """A file that may hold a component's weights in a way that is not read, or ''."""
+    place = folder / name
+    if not is_inside(folder, name) or not place.is_dir():
+        return ""
+    return next((file for file in sorted(system.call(os.listdir, place)) if file.endswith(_OTHERS)), "")
 
 
 def without_root(folder: Path) -> bool:
