@@ -33,6 +33,7 @@ def prefixed(state: Model, prefix: str) -> Model:
         lambda name: f"module._orig_mod.{name}",
         lambda name: f"model.{name}",  # Lightning: model.model.layers..., model.lm_head
         lambda name: name.replace(".0.", ".0._checkpoint_wrapped_module."),
+        lambda name: name.replace("up_proj.", "up_proj.base_layer."),  # peft, without the adapter
         lambda name: f"_fsdp_wrapped_module.{name.replace('.0.', '.0._fsdp_wrapped_module.')}",
     ],
 )

@@ -255,9 +255,12 @@ def test_what_only_looks_like_a_fault(folder: Path) -> None:
 
     edit_weights(folder, more)
     assert any("q_proj.weight is [64, 32]" in warning for warning in cheap_check(folder))
-    edit_config(folder, attn_output_gate=True)
-    assert cheap_check(folder) == []
-    edit_config(folder, attn_output_gate=None, model_type="qwen3_5_moe", text_config={"model_type": "qwen3_5_moe_text"})
+    for field, value in {"attn_output_gate": True, "kv_lora_rank": 8, "global_head_dim": 512, "v_head_dim": 4}.items():
+        edit_config(folder, **{field: value})
+        assert cheap_check(folder) == []
+        edit_config(folder, **{field: None})
+        assert cheap_check(folder)
+    edit_config(folder, model_type="qwen3_5_moe", text_config={"model_type": "qwen3_5_moe_text"})
     assert cheap_check(folder) == []
 
 

@@ -167,6 +167,13 @@ def test_a_trained_head_is_named_as_one(tmp_path: Path) -> None:
     assert "exclude" not in text
     with pytest.raises(PlanError, match="name the model that it was trained from as the base"):
         run(tmp_path, "average", models={"base_": base, "t": tuned}, method="linear")
+    plain = folder(tmp_path / "plain", {NARROW: torch.ones(2, 2), "model.embed_tokens.weight": torch.ones(5, 2)})
+    with pytest.raises(PlanError) as caught:
+        run(tmp_path, "turned", models={"t": tuned, "p": plain}, method="linear", exclude=["model.embed_tokens.weight"])
+    assert str(caught.value) == (
+        "p lacks score.weight, a head that t has; name the model that both were trained from as the base, or leave p "
+        'out, or keep it from t: add it to "exclude"'
+    )
 
 
 def test_heads_with_other_labels_are_no_vocabularies(tmp_path: Path) -> None:

@@ -155,6 +155,10 @@ SIZED_OTHERWISE = (
     *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "gemma3n", "gemma3n_text"),
 )
 """Model types whose q_proj or MLP has other sizes than the fields of the configuration say (gates, ramps)."""
+SIZES_OF_THEIR_OWN = (
+    *("attn_output_gate", "block_configs", "global_head_dim", "kv_lora_rank", "swa_head_dim", "v_head_dim"),
+)
+"""Fields that say so: gates, blocks or kinds of layers with unlike sizes, latent attention (Gemma 4, DeepSeek)."""
 
 GAIN_PLUS_ONE = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
 """Model types whose norms multiply by one plus their weight."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from weightsmith.core.keys import layer_of
 from weightsmith.io import system
-from weightsmith.io.architectures import EMBEDDINGS, HEADS, SIZED_OTHERWISE, TIED
+from weightsmith.io.architectures import EMBEDDINGS, HEADS, SIZED_OTHERWISE, SIZES_OF_THEIR_OWN, TIED
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.layers import blocks_held, counted_blocks
 from weightsmith.io.read.source import Source
@@ -126,7 +126,9 @@ def _stack_of_modules(name: str) -> str:
 def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
     """Llama-like attention and MLP matrices, [out, in], of the language model; one warning per kind."""
     hidden, heads = _size(config, _HIDDEN), _size(config, ("num_attention_heads",))
-    if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE or config.get("attn_output_gate"):
+    if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE:
+        return
+    if any(config.get(field) for field in SIZES_OF_THEIR_OWN):
         return
     head_dim = _size(config, ("head_dim",)) or ("head_dim", hidden[1] // max(heads[1], 1))
     kv_heads = _size(config, ("num_key_value_heads",)) or heads

@@ -77,7 +77,11 @@ class Fitting:
             if key.role == "head" and self._other_heads(source):
                 self.problems.share(Code.SURPLUS, key.name, (name, "head"), partial(self._unlike_heads, name))
                 return False
-            tied = key.role == "head" and any(k.role == "embed" for k in source.keys.values())
+            layer = is_output_layer(self.reference, key)
+            if key.role == "head" and not layer:
+                self.problems.share(Code.MISSING, key.name, (name, "head"), partial(self._headless, name))
+                return False
+            tied = layer and any(k.role == "embed" for k in source.keys.values())
             text = partial(self._missing, name, source, tied)
             self.problems.share(Code.MISSING, key.name, (name, tied), text)
             return False
@@ -134,6 +138,14 @@ class Fitting:
         return (
             f"{name} is another kind of model than {self.label}, with another head ({tensors}); {way}leave {name} out"
             f"{carry}"
+        )
+
+    def _headless(self, name: str, tensors: Tensors) -> str:
+        way = "name the model that both were trained from as the base, or " if self.inputs.base is None else ""
+        it = tensors["it|them"]
+        return (
+            f"{name} lacks {tensors}, a head that {self.label} has; {way}leave {name} out, or keep {it} from "
+            f'{self.name or "the base"}: add {it} to "exclude"'
         )
 
     def _missing(self, name: str, source: Source, tied: bool, tensors: Tensors) -> str:

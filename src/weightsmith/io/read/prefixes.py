@@ -1,6 +1,7 @@
 """Names of tensors that differ between models by a prefix: mapped where a recipe says how, or where one way fits.
 
-Trainers save what they wrap: `module.` (DDP, DeepSpeed), `_orig_mod.` (torch.compile), `model.` (Lightning); a model
+Trainers save what they wrap: `module.` (DDP, DeepSpeed), `_orig_mod.` (torch.compile), `model.` (Lightning),
+`base_layer.` (peft); a model
 saved without its head lacks the prefix that the whole one has (`bert.`).
 """
 
@@ -18,7 +19,7 @@ from weightsmith.io.read.views import RenamedSource
 __all__ = ["named_like", "renamed", "unwrapped"]
 
 _WRAPPERS = re.compile(
-    r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
 )
 _TRIED = 8
 """Tensors by which prefixes are looked for."""
