@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.studio.jobs import Job, Jobs
+from weightsmith.studio.seal import sealed
 
 PLUGIN = (Path(__file__).parents[1] / "cli/example_plugin.py").read_text()
 
@@ -113,6 +114,37 @@ def test_a_killed_job_goes_on_with_resume(jobs: Jobs, folder: Path) -> None:
     assert again.command.endswith("--plugin wait.py --resume")
     assert ended(jobs, job.id).state == "finished"
     assert (folder / "slow/weightsmith.json").exists()
+
+
+@pytest.mark.parametrize("how", ["unsealed", "of another user", "changed", "under another number"])
+def test_a_folder_from_elsewhere_brings_no_commands(jobs: Jobs, folder: Path, tmp_path: Path, how: str) -> None:
+    """A job that somebody else has put into the folder is neither shown nor run."""
+    (folder / "wait.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n{PLUGIN}")
+    noted = {"words": ["merge", "blend.yaml", "x", "--plugin", "wait.py"], "title": "x", "created": 0.0, "about": {}}
+    raw = {"unsealed": json.dumps(noted).encode(), "under another number": sealed("0006", noted)}.get(how, b"")
+    if how == "of another user":
+        raw = json.dumps({**noted, "seal": "0" * 64}).encode()
+    if how == "changed":
+        other = {**noted, "words": ["plan", "blend.yaml"]}
+        raw = sealed("0007", other).replace(b'["plan", "blend.yaml"]', b'["merge"]')
+            b'["plan", "blend.yaml"]', b'["merge"]'
+        )
+    (jobs.folder / "0007").mkdir()
+    (jobs.folder / "0007/job.json").write_bytes(raw)
+    after = jobs.add(["plan", "blend.yaml"], "plan")
+    assert after.id == "0008"
+    assert ended(jobs, after.id).state == "finished"
+    assert [job.id for job in jobs.all()] == ["0008"]
+    assert not (tmp_path / "pwned").exists()
+    with pytest.raises(SourceError, match="no job"):
+        jobs.resume("0007")
+
+
+def test_links_among_the_studios_own_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / ".weightsmith-studio").mkdir()
+    (folder / ".weightsmith-studio/running").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="running: a link"):
+        Jobs(folder / ".weightsmith-studio", folder)
 
 
 def test_a_server_that_is_stopped_stops_its_job(jobs: Jobs, folder: Path) -> None:

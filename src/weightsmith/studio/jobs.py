@@ -26,6 +26,7 @@ from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import replace_file, writing
 from weightsmith.io.read.small import read_json
+from weightsmith.studio.seal import sealed, unbroken
 
 __all__ = ["Job", "Jobs", "Progress"]
 
@@ -125,6 +126,9 @@ class Jobs:
         self._closed = False
         self._environment = dict(os.environ)
         self._thread: threading.Thread | None = None
+        for path in (folder, self.folder, self._lock, folder / "drafts", folder / ".gitignore"):
+            if path.is_symlink():
+                raise OutputError(f"{path}: a link, where the studio keeps its own files; remove it")
         with writing(folder):
             system.call(self.folder.mkdir, parents=True, exist_ok=True)
             if not (folder / ".gitignore").exists():
@@ -151,9 +155,11 @@ class Jobs:
         place = self.folder / name
         try:
             noted = read_json(place / "job.json", 1_000_000)
+            if not unbroken(name, noted):
+                return None
             words, created = tuple(map(str, noted["words"])), float(noted["created"])
             more, title, about = tuple(noted.get("more", ())), str(noted["title"]), dict(noted.get("about", {}))
-        except (SourceError, OSError, KeyError, TypeError, ValueError):
+        except (SourceError, OSError, KeyError, TypeError, ValueError, AttributeError):
             return None  # just being written, or not ours
         code = ended = None
         state = "interrupted" if (place / "started").exists() else "queued"
@@ -200,7 +206,7 @@ class Jobs:
             place = self.folder / f"{max(taken, default=0) + 1:04d}"
             system.call(place.mkdir)
             noted = {"words": list(words), "title": title, "created": time.time(), "about": dict(about or {})}
-            replace_file(place / "job.json", json.dumps(noted).encode())
+            replace_file(place / "job.json", sealed(place.name, noted))
         self._wake.set()
         return self.get(place.name)
 
@@ -213,7 +219,7 @@ class Jobs:
         # A run that wrote nothing yet has nothing to go on from; --resume then begins at the beginning.
         noted["more"] = ["--resume"] if job.verb in RESUMED and "--overwrite" not in job.words else []
         with writing(job.folder):
-            replace_file(job.folder / "job.json", json.dumps(noted).encode())
+            replace_file(job.folder / "job.json", sealed(job.id, noted))
             for name in ("done", "pid", "progress", "started"):
                 with suppress(FileNotFoundError):
                     system.call((job.folder / name).unlink)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import RecipeError, SourceError
-from weightsmith.core.keys import ROLES, layer_of, role_of
+from weightsmith.core.keys import layer_of, role_of
+from weightsmith.inspect.run import ROLES
 from weightsmith.io import system
 from weightsmith.io.read.small import read_json
 from weightsmith.report.figures import RED, Heat, figure

@@ -9,9 +9,11 @@ from weightsmith.core.errors import RecipeError, WeightsmithError
 from weightsmith.inspect.ancestry import ancestry
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
+from weightsmith.recipe.text import dumps
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
 from weightsmith.studio.pages.recipe import fresh
+from weightsmith.studio.recipes import look
 from weightsmith.studio.render import address
 from weightsmith.studio.shelf import shelf
 
@@ -42,12 +44,20 @@ def one(studio: Studio, asked: Asked) -> Any:
         ("kind", str(manifest["kind"])), ("weightsmith", str(manifest.get("weightsmith", ""))),
         ("tensors", f"{len(tensors):,}"), ("files", f"{len(files):,}"),
     ]  # fmt: skip
+    recipe = _short(studio, manifest["recipe"]) if manifest["kind"] == "merge" else yaml_text(manifest["recipe"])
     return html(
         "result.html", title=asked("path"), page="history", name=studio.places.shown(folder), facts=facts,
-        tree=ancestry(folder, studio.places.holds), recipe=yaml_text(manifest["recipe"]),
+        tree=ancestry(folder, studio.places.holds), recipe=recipe,
         merged=manifest["kind"] in ("merge", "codec"),
         jobs=[job for job in studio.jobs.all() if job.about.get("out") == studio.places.shown(folder)],
     )  # fmt: skip
+
+
+def _short(studio: Studio, recipe: Mapping[str, Any]) -> str:
+    """A recipe of a manifest as one would write it; as it stands there where it cannot be read any more."""
+    text = yaml_text(recipe)
+    found = look(studio.places, studio.places.home / "recipe.yaml", text).recipe
+    return text if found is None else dumps(found)
 
 
 def again(studio: Studio, asked: Asked) -> Any:
@@ -58,5 +68,5 @@ def again(studio: Studio, asked: Asked) -> Any:
         raise RecipeError(f"this was made by weightsmith {manifest['kind']}, whose recipes have no form here")
     drafts = Drafts(studio.places)
     name = fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
-    drafts.keep(drafts.path(name), yaml_text(recipe))
+    drafts.keep(drafts.path(name), _short(studio, recipe))
     return go(address("recipe", path=name), asked)

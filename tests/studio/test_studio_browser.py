@@ -1,0 +1,344 @@
+"""The studio in a real browser: Debian's chromium, driven by Playwright; `make setup-studio` installs both.
+
+What it looked like is kept in .studio/ for people to look at; WEIGHTSMITH_PICTURE=1 renews the picture in docs/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EVIL, until, write_model  # type: ignore[import-not-found]
+
+from weightsmith.studio.jobs import Jobs
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+try:
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
+except ImportError:
+    pytest.skip("no Playwright: make setup-studio installs it", allow_module_level=True)
+if CHROMIUM is None:
+    pytest.skip("no chromium: make setup-studio installs it", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+SHOTS = ROOT / ".studio"
+SECONDS = 90
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
+
+
+class Server:
+    """`weightsmith studio` in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        words = [sys.executable, "-m", "weightsmith", "studio", str(folder), "--no-browser", "--port", "0"]
+        self.folder = folder
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        found = re.search(r"http://\S+", self.process.stdout.readline())
+        assert found, "it printed no address"
+        self.address = found[0]
+        self.home = self.address.partition("/?")[0]
+
+    def end(self, number: int = signal.SIGINT) -> None:
+        self.process.send_signal(number)
+        self.process.wait(20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    made = Server(folder)
+    yield made
+    if made.process.poll() is None:
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield made
+        made.close()
+
+
+def opened(browser: Browser, server: Server, **options: Any) -> Page:
+    """A page that holds the token; whatever goes wrong in it fails the test."""
+    page = browser.new_context(**{"viewport": WIDE, **options}).new_page()
+    page.set_default_timeout(1000 * SECONDS)
+    expect.set_options(timeout=1000 * SECONDS)
+    page.on("pageerror", lambda error: pytest.fail(f"a script failed: {error}"))
+    page.on("dialog", lambda dialog: pytest.fail("a script of a file ran"))
+    page.goto(server.address)
+    return page
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    made = opened(browser, server)
+    yield made
+    made.context.close()
+
+
+def ready(page: Page) -> None:
+    expect(page.locator("#plan h2")).to_have_text("Ready to run")
+
+
+def yaml(page: Page) -> str:
+    return page.locator("#yaml").input_value()
+
+
+def chosen(page: Page, *models: str) -> None:
+    """Add models of the folder to the recipe, by its buttons."""
+    for name in models:
+        page.get_by_role("button", name=f"Add {name}", exact=True).click()
+        expect(page.locator("#yaml")).to_have_value(re.compile(rf": {re.escape(name)}\n"))
+
+
+def test_a_recipe_by_mouse_from_the_first_click_to_verified(page: Page, server: Server, browser: Browser) -> None:
+    page.goto(f"{server.home}/recipe")
+    chosen(page, "models/math", "models/code")
+    expect(page.locator("#plan")).to_contain_text("problem")  # task vectors need a base
+    page.get_by_role("button", name="models/base as base").click()
+    ready(page)
+    page.select_option("#stage-0", "ties")
+    page.fill("#f-stage-0-density", "7")
+    page.locator("#f-stage-0-density").blur()
+    expect(page.locator("#plan")).to_contain_text("density = 7 is outside (0, 1]")
+    page.fill("#f-stage-0-density", "0.3")
+    page.locator("#f-stage-0-density").blur()
+    ready(page)
+    assert "density: 0.3" in yaml(page)
+    page.fill("#yaml", yaml(page).replace("0.3", "0.4"))
+    expect(page.locator("#f-stage-0-density")).to_have_value("0.4")
+    page.fill("#out", "merged")
+    jobs = Jobs(server.folder / ".weightsmith-studio", server.folder)
+    page.click("#run")
+    pid = jobs.folder / "0001" / "pid"
+    number = int(until(lambda: pid.exists() and pid.read_text()))
+    os.kill(number, signal.SIGSTOP)
+    server.end(signal.SIGKILL)
+    os.kill(number, signal.SIGKILL)
+    assert not (server.folder / "merged").exists()
+
+    again = Server(server.folder)
+    try:
+        page = opened(browser, again)
+        page.goto(f"{again.home}/run")
+        expect(page.locator("#jobs .state").first).to_have_text("interrupted")
+        page.click("#job-0001")
+        page.click("#resume")
+        expect(page.locator("#state")).to_have_text("finished")
+        expect(page.locator(".command code")).to_contain_text("merge recipe.yaml merged --resume")
+        page.click("#verify")
+        expect(page.locator("#log")).to_contain_text("as it was written")
+        page.goto(f"{again.home}/history/of?path=merged")
+        expect(page.locator(".tree")).to_contain_text("ties(density=0.4)")
+        page.context.close()
+    finally:
+        again.end()
+
+
+def test_a_ramp_is_drawn(page: Page, server: Server) -> None:
+    page.goto(f"{server.home}/recipe?path=blend.yaml")
+    page.locator('[data-ramp=\'["stage", 0, "density"]\']').click()
+    svg = page.locator(".ramp svg")
+    expect(svg).to_be_visible()
+    svg.scroll_into_view_if_needed()
+    before = yaml(page)
+    assert re.search(r"density: \[(\S+, ){4}\S+\]", before)
+    box = svg.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + 0.07 * box["width"], box["y"] + 0.8 * box["height"])
+    page.mouse.down()
+    for share in (0.3, 0.5, 0.7, 0.97):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + (0.85 - 0.7 * share) * box["height"], steps=4)
+    page.mouse.up()
+    expect(page.locator("#yaml")).not_to_have_value(before)
+    drawn = [float(v) for v in re.search(r"density: \[(.*)\]", yaml(page))[1].split(",")]  # type: ignore[index]
+    assert len(drawn) == 5
+    assert drawn == sorted(drawn)
+    assert drawn[-1] - drawn[0] > 0.4
+    ready(page)
+    before = yaml(page)
+    page.locator(".ramp circle").nth(2).focus()
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#yaml")).not_to_have_value(before)
+    page.locator(".ramp input").fill("9")
+    page.locator(".ramp input").blur()
+    expect(page.locator(".ramp circle")).to_have_count(9)
+
+
+def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder: Path) -> None:
+    for i in range(12):
+        write_model(folder / f"models/e{i:02d}", 10 + i)
+    page.goto(f"{server.home}/recipe")
+    for i in range(10):
+        chosen(page, f"models/e{i:02d}")
+    for i in (10, 11):
+        page.drag_and_drop(f'li[data-path="models/e{i}"] .name', '[data-zone="models"] h2')
+        expect(page.locator("#yaml")).to_have_value(re.compile(rf"e{i}: models/e{i}\n"))
+    page.drag_and_drop('li[data-path="models/base"] .name', '[data-zone="base"] h2')
+    ready(page)
+    expect(page.locator(".entry input.short")).to_have_count(12)
+    expect(page.locator("#plan")).to_contain_text("merged by task_arithmetic")
+
+
+def tab_to(page: Page, selector: str, most: int = 150) -> None:
+    """Press Tab until something has the focus."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"Tab does not reach {selector}")
+
+
+def test_everything_by_keyboard(page: Page, server: Server) -> None:
+    page.goto(f"{server.home}/models")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # skip to the page
+    for name in ("math", "code"):
+        tab_to(page, f'[value="models/{name}"]')
+        page.keyboard.press("Space")
+        page.evaluate("document.querySelector('main').focus()")
+    tab_to(page, "button.primary")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/recipe?path=*")
+    tab_to(page, '[aria-label="models/base as base"]')
+    page.keyboard.press("Enter")
+    ready(page)
+    page.evaluate("document.querySelector('main').focus()")
+    tab_to(page, "#out")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("by-keys")
+    tab_to(page, "#run")
+    page.keyboard.press("Enter")
+    expect(page.locator("#state")).to_have_text("finished")
+    tab_to(page, "#verify")
+    page.keyboard.press("Enter")
+    expect(page.locator("#log")).to_contain_text("as it was written")
+
+
+def test_two_tabs_and_a_reload_agree(page: Page, server: Server) -> None:
+    page.goto(f"{server.home}/recipe?path=blend.yaml")
+    page.fill("#f-seed", "7") if page.locator("#f-seed").is_visible() else page.locator("#settings summary").click()
+    page.fill("#f-seed", "7")
+    page.locator("#f-seed").blur()
+    expect(page.locator("#yaml")).to_have_value(re.compile("seed: 7"))
+    other = page.context.new_page()
+    other.goto(f"{server.home}/recipe?path=blend.yaml")
+    assert yaml(other) == yaml(page)
+    page.reload()
+    assert "seed: 7" in yaml(page)
+
+
+SHIFT = """() => new Promise(done => { let sum = 0; const seen = new PerformanceObserver(list => {
+  for (const one of list.getEntries()) sum += one.value; });
+  seen.observe({type: "layout-shift", buffered: true}); setTimeout(() => done(sum), 300); })"""
+
+
+def test_progress_moves_nothing_else(page: Page, server: Server, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "wait.py").write_text(f"open({str(folder / 'pipe')!r}).read()\n")
+    jobs = Jobs(folder / ".weightsmith-studio", folder)
+    job = jobs.add(["merge", "blend.yaml", "slow", "--plugin", "wait.py"], "merge into slow")
+    page.goto(f"{server.home}/run/{job.id}")
+    expect(page.locator("#state")).to_have_text("running")
+    for done in (0, 3_000_000, 1_234_567_890, 4_000_000_000):
+        noted = f'{{"done": {done}, "total": 4000000000, "first": 0, "seconds": 2.5, "unit": "bytes"}}'
+        (job.folder / "progress").write_text(noted)
+        expect(page.locator("#words")).to_contain_text("of 4 GB")
+        page.wait_for_timeout(400)
+    expect(page.locator("#words")).to_contain_text("4 GB of 4 GB, 1.6 GB/s, 0.0 s left")
+    assert page.evaluate(SHIFT) == 0
+    page.click("#stop")
+    expect(page.locator("#state")).to_have_text("stopped")
+    expect(page.locator("#resume")).to_be_visible()
+
+
+CONTRAST = """() => {
+  const parse = c => { const v = c.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const linear = v => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const light = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
+  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+    if (!text || !e.checkVisibility() || e.closest("svg, script, option, datalist, .hidden, .skip")) continue;
+    const grounds = [];
+    for (let one = e; one; one = one.parentElement) {
+      const c = parse(getComputedStyle(one).backgroundColor);
+      if (c[3]) grounds.unshift(c);
+    }
+    const ground = grounds.reduce((below, c) => over(c, below), [255, 255, 255]);
+    const [a, b] = [light(ground), light(over(parse(getComputedStyle(e).color), ground))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className}: ${text.slice(0, 40)}`);
+  }
+  return found; }"""
+
+
+def fill_folder(server: Server) -> None:
+    """Have something on every page: a merge, an inspection, a comparison, a grid, a search; and names with markup."""
+    folder = server.folder
+    evil = write_model(folder / "models/evil", 5, evil=True)
+    (evil / "README.md").write_text(f"---\nlicense: mit\n---\n{EVIL}<script>alert(1)</script>")
+    (folder / "found").mkdir()
+    shutil.copy(folder / "blend.yaml", folder / "found/recipe.yaml")
+    shutil.copy(Path(__file__).with_name("result.json"), folder / "found/result.json")
+    jobs = Jobs(folder / ".weightsmith-studio", folder)
+    jobs.add(["merge", "blend.yaml", "merged"], "merge into merged", {"recipe": "blend.yaml", "out": "merged"})
+    jobs.add(["inspect", "blend.yaml", "--json"], "inspect blend.yaml", {"recipe": "blend.yaml"})
+    jobs.add(["diff", "models/math", "merged", "--json"], "models/math and merged", {"a": "models/math", "b": "merged"})
+    sets = ["parameters.density=0.2,0.5", "parameters.lambda=0.5,1"]
+    words = ["merge", "blend.yaml", "grid", "--set", sets[0], "--set", sets[1]]
+    last = jobs.add(words, "4 merges of blend.yaml", {"out": "grid", "grid": sets, "recipe": "blend.yaml"})
+    until(lambda: jobs.get(last.id).over, 240)
+    assert {job.state for job in jobs.all()} == {"finished"}
+
+
+PAGES = {
+    "models": "/models", "model": "/model?path=models/evil", "recipe": "/recipe?path=blend.yaml", "run": "/run",
+    "job": "/run/0001", "inspect": "/inspect", "inspection": "/inspect/0002", "compare": "/compare",
+    "comparison": "/compare/0003", "grid": "/grid", "grid-result": "/grid/0004", "fronts": "/fronts",
+    "front": "/fronts/of?path=found", "history": "/history", "result": "/history/of?path=merged",
+    "methods": "/methods", "method": "/methods/ties", "error": "/model?path=../x",
+}  # fmt: skip
+
+
+def test_every_page_at_two_widths_in_light_and_dark(browser: Browser, server: Server) -> None:
+    """Screenshots for people; and no page is wider than a telephone, or too pale to read."""
+    text = (server.folder / "blend.yaml").read_text()
+    (server.folder / "blend.yaml").write_text(text + "parameters: {density: [0.2, 0.5, 0.8, 0.6]}\n")
+    fill_folder(server)
+    SHOTS.mkdir(exist_ok=True)
+    for scheme in ("light", "dark"):
+        page = opened(browser, server, color_scheme=scheme)
+        for name, path in PAGES.items():
+            for size in (WIDE, NARROW):
+                page.set_viewport_size(size)  # type: ignore[arg-type]
+                page.goto(server.home + path)
+                if name == "recipe":
+                    ready(page)
+                assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], (name, size)
+                assert page.evaluate(CONTRAST) == [], (name, scheme)
+                page.screenshot(path=SHOTS / f"{name}-{size['width']}-{scheme}.png", full_page=True)
+        page.context.close()
+    if os.environ.get("WEIGHTSMITH_PICTURE"):
+        page = opened(browser, server, viewport={"width": 1200, "height": 760})
+        page.goto(server.home + PAGES["recipe"])
+        ready(page)
+        page.screenshot(path=ROOT / "docs/studio.png")
+        page.context.close()
+
+
+def test_the_picture_in_the_readme_is_small() -> None:
+    assert (ROOT / "docs/studio.png").stat().st_size < 200_000
