@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 export PYTHONUTF8 := 1
 
-.PHONY: setup demo study test lint house measure torture gpu bench compare docs clean
+.PHONY: setup setup-studio demo study test lint house measure torture gpu bench compare docs clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
+
+# A browser for the studio's tests: Playwright, and Debian's chromium where there is none.
+setup-studio: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
 
 demo: setup
 	$(BIN)/python -m demo

@@ -58,10 +58,10 @@ def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient
         yield made
 
 
-def until(wanted: Callable[[], Any], seconds: float = 60) -> Any:
+def until(wanted: Callable[[], Any], seconds: float = 600) -> Any:
     """What a question answers as soon as that is true of anything."""
     end = time.monotonic() + seconds
     while not (found := wanted()):
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(0.2)
     return found

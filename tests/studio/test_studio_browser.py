@@ -30,7 +30,7 @@ if CHROMIUM is None:
 
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / ".studio"
-SECONDS = 90
+SECONDS = 240
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
 
 
@@ -49,7 +49,7 @@ class Server:
 
     def end(self, number: int = signal.SIGINT) -> None:
         self.process.send_signal(number)
-        self.process.wait(20)
+        self.process.wait(120)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -301,7 +301,7 @@ def fill_folder(server: Server) -> None:
     sets = ["parameters.density=0.2,0.5", "parameters.lambda=0.5,1"]
     words = ["merge", "blend.yaml", "grid", "--set", sets[0], "--set", sets[1]]
     last = jobs.add(words, "4 merges of blend.yaml", {"out": "grid", "grid": sets, "recipe": "blend.yaml"})
-    until(lambda: jobs.get(last.id).over, 240)
+    until(lambda: jobs.get(last.id).over, 900)
     assert {job.state for job in jobs.all()} == {"finished"}
 
 

@@ -127,8 +127,6 @@ def test_a_folder_from_elsewhere_brings_no_commands(jobs: Jobs, folder: Path, tm
     if how == "changed":
         other = {**noted, "words": ["plan", "blend.yaml"]}
         raw = sealed("0007", other).replace(b'["plan", "blend.yaml"]', b'["merge"]')
-            b'["plan", "blend.yaml"]', b'["merge"]'
-        )
     (jobs.folder / "0007").mkdir()
     (jobs.folder / "0007/job.json").write_bytes(raw)
     after = jobs.add(["plan", "blend.yaml"], "plan")

@@ -1,0 +1,200 @@
+"""Inspect, Compare, Grid, Fronts and History, over what real commands have left."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EVIL, HOME, PORT, TOKEN, until, write_model  # type: ignore[import-not-found]
+from fastapi.testclient import TestClient
+
+from weightsmith.studio.app import build
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Path]]:
+    """A studio that has merged, inspected, compared and swept, each by its own form."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("results")
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    for seed, name in enumerate(("base", "math", "code")):
+        write_model(folder / "models" / name, seed, evil=True)
+    (folder / "blend.yaml").write_text(
+        "base: models/base\nmodels: {math: models/math, code: models/code}\nmethod: ties\n"
+    )
+    (folder / "found/recipes").mkdir(parents=True)
+    for name in ("recipe.yaml", "recipes/3.yaml", "recipes/9.yaml", "recipes/17.yaml"):
+        shutil.copy(folder / "blend.yaml", folder / "found" / name)
+    shutil.copy(Path(__file__).with_name("result.json"), folder / "found/result.json")
+    client = TestClient(build((folder,), TOKEN, PORT), base_url=HOME, follow_redirects=False)
+    with client:
+        client.get("/", params={"token": TOKEN})
+        client.headers["origin"] = HOME
+        sent(client, "/recipe/run", "/run/0001", path="blend.yaml", out="merged")
+        sent(client, "/inspect", "/inspect/0002", path="blend.yaml", spectra="1024")
+        sent(client, "/compare", "/compare/0004", a="models/math", b="merged", c="models/code")
+        grid = {
+            "key1": "parameters.density",
+            "values1": "0.2, 0.5",
+            "key2": "models.math.weight",
+            "values2": "0.5, 1, 2",
+        }
+        sent(client, "/grid", "/grid/0005", path="blend.yaml", out="grid", **grid)
+        jobs = client.app.app.state.studio.jobs  # type: ignore[attr-defined]
+        until(lambda: all(job.over for job in jobs.all()), 900)
+        assert {job.state for job in jobs.all()} == {"finished"}
+        yield client, folder
+    patch.undo()
+
+
+def sent(client: TestClient, url: str, where: str, /, **form: str) -> None:
+    answer = client.post(url, data=form)
+    assert (answer.status_code, answer.headers.get("location")) == (303, where), answer.text
+
+
+def seen(client: TestClient, url: str, /, **query: Any) -> str:
+    """A page as people read it; nothing of it is markup of a file."""
+    answer = client.get(url, params=query)
+    assert answer.status_code == 200, answer.text
+    assert EVIL not in answer.text
+    assert "<img" not in answer.text
+    return html.unescape(re.sub(r"<[^>]+>", " ", answer.text))
+
+
+def test_an_inspection_is_shown_with_its_advice(studio: tuple[TestClient, Path]) -> None:
+    client, _ = studio
+    page = seen(client, "/inspect/0002")
+    for text in ("Cosines of task vectors", "Sign conflict by layer and role, %", "Singular spectra", "use ties",
+                 "weightsmith inspect blend.yaml --json", EVIL, "model.layers.2.mlp.up_proj.weight"):  # fmt: skip
+        assert text in page
+    assert "<svg" in client.get("/inspect/0002").text
+    assert "0002" not in seen(client, "/compare")
+    assert "inspect blend.yaml" in seen(client, "/inspect")
+
+
+def test_advice_goes_into_the_recipe(studio: tuple[TestClient, Path]) -> None:
+    client, folder = studio
+    text = (folder / "blend.yaml").read_text()
+    client.post("/recipe/yaml", data={"path": "blend.yaml", "yaml": text + "parameters: {density: 0.3, sign: count}\n"})
+    sent(client, "/recipe/use", "/recipe?path=blend.yaml", path="blend.yaml", method="dare")
+    page = client.get("/recipe", params={"path": "blend.yaml"}).text
+    assert "method: dare\nparameters: {density: 0.3}" in page  # dare has a density as well, and no sign
+    client.post("/recipe/revert", data={"path": "blend.yaml"})
+
+
+def test_comparisons_stand_side_by_side(studio: tuple[TestClient, Path]) -> None:
+    client, _ = studio
+    page = seen(client, "/compare/0004")
+    for text in ("merged against models/math", "models/code against models/math", "weightsmith diff models/math merged",
+                 "How well they do", EVIL):  # fmt: skip
+        assert text in page
+    told = json.loads((studio[1] / ".weightsmith-studio/jobs/0003/out").read_text())
+    assert f"{100 * told['model']['relative']:.3f}%" in page
+    largest = max(told["tensors"].items(), key=lambda item: item[1]["relative"])[0]
+    table = client.get("/compare/0003", params={"sort": "2"}, headers={"hx-request": "true"}).text
+    assert largest in html.unescape(table.partition("<tbody>")[2].partition("</tr>")[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [({"a": "models/math", "b": ""}, "choose two models"), ({"a": "merged", "b": "./merged/"}, "the same model twice"),
+     ({"a": "merged", "b": "../x"}, "outside the folders")],
+)  # fmt: skip
+def test_what_cannot_be_compared(studio: tuple[TestClient, Path], form: dict[str, str], message: str) -> None:
+    assert message in studio[0].post("/compare", data=form).text
+
+
+def test_a_grid_is_one_merge_and_a_table(studio: tuple[TestClient, Path]) -> None:
+    client, folder = studio
+    page = seen(client, "/grid/0005")
+    command = "weightsmith merge blend.yaml grid --set parameters.density=0.2,0.5 --set models.math.weight=0.5,1,2"
+    assert command in page
+    links = client.get("/grid/0005").text.count("/history/of?path=grid%2Fdensity")
+    assert links == len(list((folder / "grid").iterdir())) == 6
+    for text in ("parameters.lambda", "models.code.density", "found/recipe.yaml"):
+        assert text in seen(client, "/grid", path="blend.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [("0.5", "several values"), ("0.1,,0.2", "an empty value"), (",".join(map(str, range(70))), "at most 64"),
+     ("1, 1", "would be called")],
+)  # fmt: skip
+def test_values_that_make_no_grid(studio: tuple[TestClient, Path], values: str, message: str) -> None:
+    form = {"path": "blend.yaml", "out": "g2", "key1": "parameters.lambda", "values1": values}
+    assert message in studio[0].post("/grid", data=form).text
+
+
+def test_scores_of_a_grid_become_a_map(studio: tuple[TestClient, Path]) -> None:
+    """Each cell is scored by a command of its own; here one has answered, and one could not."""
+    client, folder = studio
+    jobs = client.app.app.state.studio.jobs  # type: ignore[attr-defined]
+    names = sorted(path.name for path in (folder / "grid").iterdir())
+    for i, name in enumerate(names[:2]):
+        job = jobs.add(["check", f"grid/{name}", "--json"], name, {"out": f"grid/{name}", "of": "0005"})
+        until(lambda: jobs.get(job.id).over)  # noqa: B023
+        own = {"perplexity": 12.5, "bits_per_byte": 1.1, "tokens": 9} if i == 0 else {}
+        told = {"models": {"merged": own} if own else {}, "problems": [], "notes": ["no <b>tokenizer"]}
+        (job.folder / "out").write_text(json.dumps(told))
+    page = seen(client, "/grid/0005")
+    assert "Perplexity: parameters.density down, models.math.weight across" in page
+    assert "12.5" in page
+    assert "no <b>tokenizer" in page
+
+
+def test_a_front_has_sliders(studio: tuple[TestClient, Path]) -> None:
+    client, folder = studio
+    assert "nsga2" in seen(client, "/fronts")
+    page = seen(client, "/fronts/of", path="found")
+    assert "<b>chosen</b> at the edge" in page
+    assert "Candidate 9 is chosen" in seen(client, "/fronts/of", path="found", w0="100", w1="0")
+    assert "Candidate 17 is chosen" in seen(client, "/fronts/of", path="found", w0="0", w1="100")
+    assert "path=found%2Frecipes%2F17.yaml" in client.get("/fronts/of?path=found&w0=0&w1=100").text
+    assert "models/math" in seen(client, "/recipe", path="found/recipes/17.yaml")
+    (folder / "broken").mkdir()
+    (folder / "broken/recipe.yaml").write_text("")
+    for text in ("{}", "[", '{"goals": {"a": "max"}, "best": {"scores": {}}, "front": []}', "null"):
+        (folder / "broken/result.json").write_text(text)
+        assert client.get("/fronts").status_code == 200
+        assert client.get("/fronts/of", params={"path": "broken"}).status_code == 400
+    shutil.rmtree(folder / "broken")
+
+
+def test_history_knows_what_was_made_from_what(studio: tuple[TestClient, Path]) -> None:
+    client, _ = studio
+    assert "merged" in seen(client, "/history")
+    page = seen(client, "/history/of", path="merged")
+    for text in ("models/math", "method: ties", "weightsmith lineage merged", "Rerun and compare the bytes"):
+        assert text in page
+    answer = client.post("/history/again", data={"path": "merged"})
+    new = answer.headers["location"].partition("=")[2]
+    assert "method: ties" in seen(client, "/recipe", path=new)
+    assert "Ready to run" in client.get("/recipe/plan", params={"path": new}).text
+    assert client.get("/history/of", params={"path": "models"}).status_code == 400
+
+
+def test_history_follows_nothing_out_of_the_folders(studio: tuple[TestClient, Path], tmp_path: Path) -> None:
+    """A manifest from elsewhere may name anything: it is not opened."""
+    client, folder = studio
+    elsewhere = write_model(tmp_path / "SECRET-place", 3)
+    text = f"models: {{x: {elsewhere}, y: models/math}}\nmethod: linear\n"
+    (folder / "away.yaml").write_text(text)
+    from weightsmith.cli.main import main
+
+    assert main(["merge", str(folder / "away.yaml"), str(folder / "away"), "--quiet"]) == 0
+    (elsewhere / "weightsmith.json").write_text("this would be told as damaged")
+    page = seen(client, "/history/of", path="away")
+    assert "elsewhere; not looked at" in page
+    assert "damaged" not in page
+    new = client.post("/history/again", data={"path": "away"}).headers["location"].partition("=")[2]
+    assert "outside the folders" in client.get("/recipe/plan", params={"path": new}).text
+    for name in ("away", "away.yaml"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
