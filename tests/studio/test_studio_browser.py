@@ -184,9 +184,9 @@ def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder:
     for i in range(10):
         chosen(page, f"models/e{i:02d}")
     for i in (10, 11):
-        page.drag_and_drop(f'li[data-path="models/e{i}"] .name', '[data-zone="models"] h2')
+        page.drag_and_drop(f'li[data-path="models/e{i}"] .name', f'[data-rename="e{i - 1:02d}"]')
         expect(page.locator("#yaml")).to_have_value(re.compile(rf"e{i}: models/e{i}\n"))
-    page.drag_and_drop('li[data-path="models/base"] .name', '[data-zone="base"] h2')
+    page.get_by_role("button", name="models/base as base").click()
     ready(page)
     expect(page.locator(".entry input.short")).to_have_count(12)
     expect(page.locator("#plan")).to_contain_text("merged by task_arithmetic")

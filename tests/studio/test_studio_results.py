@@ -54,6 +54,11 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClien
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def state(studio: tuple[TestClient, Path]) -> None:
+    """One key for the whole module: that of the fixture above."""
+
+
 def sent(client: TestClient, url: str, where: str, /, **form: str) -> None:
     answer = client.post(url, data=form)
     assert (answer.status_code, answer.headers.get("location")) == (303, where), answer.text
@@ -193,6 +198,10 @@ def test_history_follows_nothing_out_of_the_folders(studio: tuple[TestClient, Pa
     page = seen(client, "/history/of", path="away")
     assert "elsewhere; not looked at" in page
     assert "damaged" not in page
+    for form in ({"out": "away", "rerun": "yes"}, {"out": "away"}):
+        answer = client.post("/verify" if "rerun" in form else "/check", data=form)
+        assert answer.status_code == 403
+        assert "was made from" in answer.text
     new = client.post("/history/again", data={"path": "away"}).headers["location"].partition("=")[2]
     assert "outside the folders" in client.get("/recipe/plan", params={"path": new}).text
     for name in ("away", "away.yaml"):

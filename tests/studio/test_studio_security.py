@@ -124,8 +124,11 @@ def test_a_recipe_leads_nowhere_else(client: TestClient, folder: Path, kind: str
     shown = client.get("/recipe/plan", params={"path": "blend.yaml"}).text
     assert "outside the folders that the studio was started with" in shown
     assert "Ready" not in shown
-    answer = client.post("/recipe/run", data={"path": "blend.yaml", "out": "x"})
-    assert answer.status_code == 400
+    for where in ("/recipe/run", "/inspect", "/grid"):
+        grid = {"key1": "parameters.density", "values1": "0.1, 0.2"}
+        answer = client.post(where, data={"path": "blend.yaml", "out": "x", **grid})
+        assert answer.status_code == 400
+        assert "outside the folders" in answer.text
     assert not list((folder / ".weightsmith-studio/jobs").iterdir())
 
 

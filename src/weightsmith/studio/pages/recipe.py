@@ -243,10 +243,13 @@ def add(studio: Studio, asked: Asked) -> Any:
 
 
 def saved(studio: Studio, name: str) -> Path:
-    """The file of a recipe, with what was typed last in it."""
+    """The file of a recipe without problems, with what was typed last in it."""
     drafts = Drafts(studio.places)
     path = drafts.path(name)
     text, is_saved = drafts.text(path)
+    look = look_at(studio.places, path, text)
+    if look.recipe is None:
+        raise RecipeError(*look.problems)
     if not is_saved:
         drafts.save(path, text)
     return path
@@ -262,9 +265,6 @@ def out_of(studio: Studio, asked: Asked) -> str:
 def run(studio: Studio, asked: Asked) -> Any:
     """Save, and queue the merge."""
     out, path = out_of(studio, asked), saved(studio, asked("path"))
-    look = look_at(studio.places, path, Drafts(studio.places).text(path)[0])
-    if look.recipe is None:
-        raise RecipeError(*look.problems)
     more = ["--overwrite"] if asked("overwrite") else []
     words = ["merge", studio.places.shown(path), out, *more]
     job = studio.jobs.add(words, f"merge into {out}", {"recipe": words[1], "out": out})

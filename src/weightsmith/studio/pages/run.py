@@ -7,9 +7,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.report.units import duration, size
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.jobs import Job
+from weightsmith.studio.places import OutsideError
 
 __all__ = ["check", "events", "every", "one", "remove", "resume", "stop", "verify"]
 
@@ -98,7 +100,7 @@ def remove(studio: Studio, asked: Asked) -> Any:
 
 def verify(studio: Studio, asked: Asked) -> Any:
     """Queue a look at what was written: its checksums; with `rerun` also the same merge again."""
-    out = studio.places.shown(studio.places.inside(asked("out")))
+    out = _made_within(studio, asked("out")) if asked("rerun") else _shown(studio, asked("out"))
     more = ["--rerun"] if asked("rerun") else []
     job = studio.jobs.add(["verify", out, *more], f"verify {out}", {"out": out})
     return go(f"/run/{job.id}", asked)
@@ -106,7 +108,22 @@ def verify(studio: Studio, asked: Asked) -> Any:
 
 def check(studio: Studio, asked: Asked) -> Any:
     """Queue a look whether a model works: perplexity beside its parents'."""
-    out = studio.places.shown(studio.places.inside(asked("out")))
+    out = _made_within(studio, asked("out"))
     more = ["--json"] if asked("json") else []
     job = studio.jobs.add(["check", out, *more], f"check {out}", {"out": out})
     return go(f"/run/{job.id}", asked)
+
+
+def _shown(studio: Studio, text: str) -> str:
+    return studio.places.shown(studio.places.inside(text))
+
+
+def _made_within(studio: Studio, text: str) -> str:
+    """A result as commands name it, whose recipe leads nowhere else: its parents will be opened too."""
+    folder = studio.places.inside(text)
+    if (folder / MANIFEST).exists():
+        for one in studio.places.strangers(read_manifest(folder)["recipe"], folder):
+            raise OutsideError(
+                f"{text} was made from {one!r}, which is outside the folders that the studio was started with"
+            )
+    return studio.places.shown(folder)
