@@ -188,7 +188,7 @@ def test_history_knows_what_was_made_from_what(studio: tuple[TestClient, Path]) 
 def test_history_follows_nothing_out_of_the_folders(studio: tuple[TestClient, Path], tmp_path: Path) -> None:
     """A manifest from elsewhere may name anything: it is not opened."""
     client, folder = studio
-    elsewhere = write_model(tmp_path / "SECRET-place", 3)
+    elsewhere = write_model(tmp_path / "SECRET-place", 3, evil=True)
     text = f"models: {{x: {elsewhere}, y: models/math}}\nmethod: linear\n"
     (folder / "away.yaml").write_text(text)
     from weightsmith.cli.main import main
