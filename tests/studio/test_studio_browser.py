@@ -184,6 +184,8 @@ def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder:
     for i in range(10):
         chosen(page, f"models/e{i:02d}")
     for i in (10, 11):
+        expect(page.locator(".entry input.short")).to_have_count(i)
+        page.wait_for_timeout(500)  # nobody drags what is just being drawn anew
         page.drag_and_drop(f'li[data-path="models/e{i}"] .name', f'[data-rename="e{i - 1:02d}"]')
         expect(page.locator("#yaml")).to_have_value(re.compile(rf"e{i}: models/e{i}\n"))
     page.get_by_role("button", name="models/base as base").click()
