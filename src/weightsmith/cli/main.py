@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightsmith import __version__
-from weightsmith.cli.process import own_process
 
 if TYPE_CHECKING:
     import cyclopts
@@ -77,21 +76,23 @@ def build() -> cyclopts.App:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.  `argv`: without the program's name."""
-    if argv is None:
-        own_process()
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [w for i, w in enumerate(words) if w != "--debug" or i >= end]
-    return _run(lambda: _command(words), debug, words)
+    return _run(lambda: _command(words, argv is None), debug, words)
 
 
-def _command(words: Sequence[str]) -> int:
+def _command(words: Sequence[str], own: bool) -> int:
     if words in ([], ["--help"], ["-h"]):
         return _help()
     if words == ["--version"]:
         sys.stdout.write(__version__ + "\n")
         return 0
+    if own:
+        from weightsmith.cli.process import own_process
+
+        own_process()
     if words[0] in _VERBS and "--help" not in words:
         from weightsmith.cli.words import read
 

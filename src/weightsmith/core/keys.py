@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 __all__ = [
     "COUNTERS",
     "DTYPES",
+    "LOGITS_BIAS",
     "ROLES",
     "RULE_ROLES",
     "STATISTICS",
@@ -126,26 +127,24 @@ class Part:
         return cls(name, Key(f"{key.name}::{name}" + (f".{expert}" if expert else ""), shape, dtype), span, expert)
 
 
-# The first pattern that matches a name component decides.  Words are those of the Hugging Face
-# families (Llama, Qwen, Mistral, Gemma, Phi, GPT-2/NeoX, BERT, ViT/CLIP, T5, Whisper) and timm.
+# What a name component says.  Words are those of the Hugging Face families (Llama, Qwen, Mistral, Gemma, Phi,
+# GPT-2/NeoX, BERT, ViT/CLIP, T5, Whisper) and timm.  Plain words: patterns would take a short run a while to compile.
 _ROLES: tuple[tuple[str, str], ...] = (
-    ("norm", r".*norm.*|ln_?\w*|layer_?norm\w*"),
-    ("head", r"lm_head|embed_out|classifier|score|head|output_projection"),
-    (
-        "embed",
-        r"embed_tokens|embeddings?|wte|wpe|embed_in|shared|\w*_embeddings?|embed_positions|pos_embed",
-    ),
-    ("qkv", r"qkv|qkv_proj|query_key_value|c_attn|in_proj_weight|in_proj_bias|wqkv"),
-    ("q", r"q_proj|query|q|wq|to_q|q_lin"),
-    ("k", r"k_proj|key|k|wk|to_k|k_lin"),
-    ("v", r"v_proj|value|v|wv|to_v|v_lin"),
-    ("o", r"o_proj|out_proj|o|wo|to_out|out_lin"),
-    ("router", r"router|gate|shared_expert_gate"),
-    ("gate_up", r"gate_up_proj"),
-    ("gate", r"gate_proj|w1|wi_0"),
-    ("up", r"up_proj|w3|wi_1|fc1|c_fc|wi|intermediate|dense_h_to_4h|lin1"),
-    ("down", r"down_proj|w2|fc2|dense_4h_to_h|lin2"),
+    ("norm", ""),
+    ("head", "lm_head embed_out classifier score head output_projection"),
+    ("embed", "embed_tokens embedding embeddings wte wpe embed_in shared embed_positions pos_embed"),
+    ("qkv", "qkv qkv_proj query_key_value c_attn in_proj_weight in_proj_bias wqkv"),
+    ("q", "q_proj query q wq to_q q_lin"),
+    ("k", "k_proj key k wk to_k k_lin"),
+    ("v", "v_proj value v wv to_v v_lin"),
+    ("o", "o_proj out_proj o wo to_out out_lin"),
+    ("router", "router gate shared_expert_gate"),
+    ("gate_up", "gate_up_proj"),
+    ("gate", "gate_proj w1 wi_0"),
+    ("up", "up_proj w3 wi_1 fc1 c_fc wi intermediate dense_h_to_4h lin1"),
+    ("down", "down_proj w2 fc2 dense_4h_to_h lin2"),
 )
+_ROLE_OF_WORD = {word: role for role, words in _ROLES for word in words.split()}
 # Components that say it together with those before them: BERT and ViT, NeoX and Falcon, GPT-2, timm, T5.
 _CHAINS: tuple[tuple[str, str], ...] = (
     ("head", r"(.*\.)?predictions\.decoder|decoder|(.*\.)?(vocab_projector|generator_lm_head)"),
@@ -154,7 +153,6 @@ _CHAINS: tuple[tuple[str, str], ...] = (
     ("down", r"(.*\.)?\d+\.output\.dense|(.*\.)?DenseReluDense\.wo"),
 )
 _CHAIN_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _CHAINS)
-_ROLE_PATTERNS = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
 ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), "other")
 
 # Parts of models that see and hear (LLaVA, Qwen-VL and -Omni, InternVL, Gemma 3, Ultravox, ...); a connector may lie
@@ -175,6 +173,10 @@ STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance", "
 codebooks."""
 COUNTERS = ("num_batches_tracked",)
 """What it calls the numbers of batches behind them."""
+
+
+LOGITS_BIAS = "final_logits_bias"
+"""BART's: [1, tokens], where all other tensors have a row per token."""
 
 
 def gathered(name: str) -> bool:
@@ -200,10 +202,19 @@ def role_of(name: str) -> str:
     for component in reversed(name.split(".")):
         if component in ("weight", "bias") or component.isdigit():
             continue
-        for role, pattern in _ROLE_PATTERNS:
-            if pattern.fullmatch(component):
-                return role
+        if role := _component_role(component):
+            return role
     return "other"
+
+
+def _component_role(component: str) -> str:
+    """What one component of a name says, or ''."""
+    word = component.replace("_", "a").isalnum()
+    if "norm" in component or (word and component.startswith("ln")):
+        return "norm"
+    if word and component.endswith(("_embedding", "_embeddings")):
+        return "embed"
+    return _ROLE_OF_WORD.get(component, "")
 
 
 @lru_cache(maxsize=65536)

@@ -6,10 +6,13 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from weightsmith.core.lazy import torch
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["Runner", "SerialRunner", "ThreadRunner", "one_thread_each"]
 
@@ -49,11 +52,18 @@ class ThreadRunner:
         self.threads = threads
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        tasks = iter(tasks)
+        first = list(islice(tasks, 2))
+        if len(first) < 2:  # threads take a while to prepare, which a short run is made of
+            yield from map(function, first)
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
         # The window keeps finished results that wait for an earlier, slower task from piling up.
         window: deque[Future[R]] = deque()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="weightsmith") as pool:
             try:
-                for task in tasks:
+                for task in chain(first, tasks):
                     window.append(pool.submit(function, task))
                     if len(window) > 4 * self.threads:
                         yield window.popleft().result()

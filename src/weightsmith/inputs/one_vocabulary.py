@@ -24,14 +24,12 @@ from weightsmith.tokens.vocabulary import (
 __all__ = ["in_one_vocabulary"]
 
 
-def in_one_vocabulary(
-    wanted: Tokenizer | None, models: Mapping[str, Source]
-) -> tuple[Mapping[str, Source], list[Problem]]:
+def in_one_vocabulary(wanted: Tokenizer, models: Mapping[str, Source]) -> tuple[Mapping[str, Source], list[Problem]]:
     """The models in one vocabulary, and what is wrong; the base, if there is one, is the model 'base'.
 
     Models whose vocabularies and rows are alike stay as they are, unless a rule changes a row.
     """
-    if wanted is None or not models:
+    if not models:
         return models, []
     try:
         return _renumbered(wanted, models), []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +15,7 @@ from weightsmith.core.lazy import is_a
 from weightsmith.core.method import Factored, Pipeline
 from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.modules import merged_with_modules
-from weightsmith.inputs.one_vocabulary import in_one_vocabulary
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
-from weightsmith.io.read.aligned import aligned, read_alignment
 from weightsmith.io.read.experts import laid_out_like
 from weightsmith.io.read.files import File
 from weightsmith.io.read.folder import FolderSource
@@ -26,7 +23,6 @@ from weightsmith.io.read.headed import HeadsError, headed
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.prefixes import named_like, renamed
 from weightsmith.io.read.source import Source
-from weightsmith.io.read.stack import join_modules, stack_slices
 from weightsmith.io.read.stats import open_stats
 from weightsmith.io.read.untied import untied
 from weightsmith.io.read.views import RenamedSource, SliceSource
@@ -103,6 +99,8 @@ class Inputs:
         files = [File(path) for path in paths]
         keys = [(file.path, file.size, file.mtime_ns) for file in files]
         new = {key: file for key, file in zip(keys, files, strict=True) if key not in self._hashed}
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
             self._hashed.update(zip(new, pool.map(File.digest, new.values()), strict=True))
         home = os.path.commonpath([path.parent for path in paths])
@@ -128,7 +126,11 @@ def open_inputs(
     models: Mapping[str, Source] = untied(whole, lambda name: _matches(name, recipe.exclude))
     problems: list[Problem] = []
     if not made.missing:  # of those that are there alone, the vocabulary would be another
-        models, problems = in_one_vocabulary(recipe.tokenizer, merged_with_modules(models))
+        models = merged_with_modules(models)
+    if not made.missing and recipe.tokenizer is not None:
+        from weightsmith.inputs.one_vocabulary import in_one_vocabulary
+
+        models, problems = in_one_vocabulary(recipe.tokenizer, models)
     return replace(
         made,
         base=None if made.base is None else models["base"],
@@ -249,9 +251,13 @@ class _Opener:
         if isinstance(ref.model, str):
             source = self.named(_kept(open_source(ref.model, base=base, expert=ref.expert), keep))
         elif isinstance(ref.model, Slices):
+            from weightsmith.io.read.stack import stack_slices
+
             parts = [self.model(part, base, f"{name}[{i}]", keep) for i, part in enumerate(ref.model.slices)]
             source = stack_slices(parts)
         elif isinstance(ref.model, Modules):
+            from weightsmith.io.read.stack import join_modules
+
             source = join_modules(self.modules(ref.model, base, name, keep))
         else:
             inputs = open_inputs(ref.model, self.nested, keep=keep)
@@ -262,6 +268,8 @@ class _Opener:
         if ref.adapter is not None:
             source = _kept(open_source(ref.adapter, base=source), keep)
         if ref.align is not None:
+            from weightsmith.io.read.aligned import aligned, read_alignment
+
             source = aligned(source, read_alignment(Path(ref.align)))
         return SliceSource(source, *ref.layers, stack=ref.stack) if ref.layers else source
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import WeightsmithError, did_you_mean, some
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import LOGITS_BIAS, Key
+from weightsmith.core.lazy import is_a
 from weightsmith.core.problem import Code, Problem, told
 from weightsmith.inputs.modules import modules_merged, unlike_modules
 from weightsmith.inputs.opened import Inputs
@@ -17,13 +19,13 @@ from weightsmith.io import system
 from weightsmith.io.architectures import LOOKED_UP
 from weightsmith.io.package.companions import tokenizer_files, tokenizer_home, trained_modules
 from weightsmith.io.package.template import AUTO, CHATML, most_common_template, template_of
-from weightsmith.io.read.peft import adapter_in
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Origin, Source
 from weightsmith.io.read.vocabulary import difference, read_vocabulary
 from weightsmith.recipe.schema import Recipe
-from weightsmith.tokens.view import VocabularyView
-from weightsmith.tokens.vocabulary import LOGITS_BIAS, read_tokens, vocabulary_of
+
+if TYPE_CHECKING:
+    from weightsmith.io.read.peft import AdapterSource
 
 __all__ = [
     "chat_template",
@@ -58,7 +60,7 @@ def vocabulary_problems(
     reference: Source, label: str, experts: Mapping[str, Source], merged: list[str]
 ) -> Iterable[Problem]:
     """Rows of merged embeddings must stand for the same tokens in every model."""
-    if isinstance(reference, VocabularyView):
+    if is_a(reference, "tokens.view", "VocabularyView"):
         return  # a view of every model in one vocabulary
     merged = [name for name in merged if not _OTHER_ROWS.search(name)]
     for name, source in experts.items() if merged else ():
@@ -76,9 +78,18 @@ def vocabulary_problems(
             yield Problem(Code.VOCABULARY, name, text)
 
 
+def _adapter_in(source: Source) -> AdapterSource | None:
+    """See `io.read.peft`, which is loaded where there is an adapter."""
+    if "weightsmith.io.read.peft" not in sys.modules:
+        return None
+    from weightsmith.io.read.peft import adapter_in
+
+    return adapter_in(source)
+
+
 def _home(source: Source, merged: Iterable[str]) -> Path | None:
     """The folder whose tokenizer numbers these rows: an adapter's own only where it trained some of them."""
-    adapter = adapter_in(source)
+    adapter = _adapter_in(source)
     untouched = adapter is not None and not any(name in adapter.changed for name in merged)
     return source.origin.folder if untouched else tokenizer_home(source.origin)
 
@@ -92,7 +103,7 @@ def rows_problem(models: Mapping[str, Source]) -> Problem:
     ]  # fmt: skip
     name = next((n for n in names if not n.endswith(LOGITS_BIAS)), names[0])
     rows = [source.key(name).shape[-1 if name.endswith(LOGITS_BIAS) else 0] for source in (first, second)]
-    adapter = adapter_in(second)
+    adapter = _adapter_in(second)
     choices = [f"keep the {label}'s rows (exclude: {json.dumps(names)})", f"leave {other} out"]
     if adapter is not None:
         choices.append(
@@ -114,6 +125,8 @@ def is_of_tokens(key: Key) -> bool:
 
 def _further(rows: Sequence[int], models: Sequence[Source]) -> str:
     """Whether the rows that only one of two models has stand for tokens, in words; '' where nothing tells."""
+    from weightsmith.tokens.vocabulary import vocabulary_of
+
     larger = models[rows.index(max(rows))]
     try:
         known = vocabulary_of(larger)
@@ -299,6 +312,8 @@ def _equal(one: Path, other: Path) -> bool:
 
 def _unlike_ending(ending: str, home: Path | None, reference: Origin) -> Iterator[str]:
     """Where the tokenizer that was chosen ends a text with a token that generation does not stop at."""
+    from weightsmith.tokens.vocabulary import read_tokens
+
     tokens = read_tokens(home) if home is not None else None
     number = None if tokens is None else tokens.ids.get(ending)
     files = ("generation_config.json", "config.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from weightsmith.core.problem import Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.core.units import parse_size
 from weightsmith.engine import carry
-from weightsmith.engine.cluster import ray_runner
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inputs.vocabulary import tokenizer_folder
 from weightsmith.io.package.card import UNKNOWN, licence_problems, licences
@@ -27,7 +27,6 @@ from weightsmith.io.write.layout import Stores
 from weightsmith.io.write.output import FolderSink, check_output, tidy
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.io.write.staging import AT_ONCE
-from weightsmith.io.write.upload import UrlSink, clear_marks
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.plan.remarks import what_models_say, what_was_found
@@ -36,6 +35,9 @@ from weightsmith.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from weightsmith.engine.runner import Runner
+    from weightsmith.io.write.upload import UrlSink
 
 __all__ = ["Job", "Packager", "Records", "Result", "Storage", "carried_out", "with_fingerprints"]
 
@@ -193,7 +195,11 @@ class Job:
             "weight_name": self.weights,
             "metadata": self.metadata,
         }
-        return UrlSink(place, **options) if isinstance(place, Url) else FolderSink(place, **options)
+        if not isinstance(place, Url):
+            return FolderSink(place, **options)
+        from weightsmith.io.write.upload import UrlSink
+
+        return UrlSink(place, **options)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -228,6 +234,8 @@ class Job:
         if json.dumps(noted) != json.dumps(self.identity()):  # as texts: the order of the models counts
             return False
         if isinstance(place, Url):
+            from weightsmith.io.write.upload import clear_marks
+
             clear_marks(place)
         else:
             tidy(place)
@@ -293,7 +301,7 @@ def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> lis
     for said, job, sink in zip(warnings, jobs.values(), sinks, strict=True):
         said += what_models_say(job.plan.tasks, job.inputs, sink.identity["inputs"])
     work = [carry.Job(job.plan, job.inputs, sink) for job, sink in zip(jobs.values(), sinks, strict=True)]
-    with ray_runner(settings.ray, cpus=room.threads, memory=room.task_bytes) as runner:
+    with _runner(settings, room) as runner:
         records = carry.carry_out_all(
             work, threads=room.threads, fit=room.fit, progress=settings.progress, runner=runner
         )
@@ -308,6 +316,15 @@ def carried_out(jobs: Mapping[Path, Job], room: Room, settings: Settings) -> lis
     for said, job, found in zip(warnings, jobs.values(), records, strict=True):
         said += what_was_found(job.plan.tasks, found, list(job.inputs.experts))
     return warnings
+
+
+def _runner(settings: Settings, room: Room) -> AbstractContextManager[Runner | None]:
+    """What carries the tasks of a cluster; None for this machine."""
+    if settings.ray is None:
+        return nullcontext()
+    from weightsmith.engine.cluster import ray_runner
+
+    return ray_runner(settings.ray, cpus=room.threads, memory=room.task_bytes)
 
 
 def with_fingerprints(inputs: Inputs, settings: Settings) -> Inputs:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from weightsmith.core.keys import Key
 from weightsmith.core.problem import Code, Problem
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Source
 
-__all__ = ["carried_reason", "has", "ownerless", "owners"]
+__all__ = ["carried_reason", "has", "own_key", "ownerless", "owners"]
 
 
 def has(source: Source, name: str) -> bool:
@@ -18,6 +19,13 @@ def has(source: Source, name: str) -> bool:
 def owners(inputs: Inputs, name: str) -> list[str]:
     """The experts that have a tensor, in recipe order."""
     return [expert for expert, source in inputs.experts.items() if has(source, name)]
+
+
+def own_key(key: Key, owner: str) -> Key:
+    """As what a compressed folder stores a tensor that only experts have."""
+    from weightsmith.io.read.codec_folder import own_name  # loaded for compressed folders only
+
+    return Key(own_name(key.name, owner), key.shape, key.dtype)
 
 
 def carried_reason(inputs: Inputs, name: str, owner: str, label: str) -> str:

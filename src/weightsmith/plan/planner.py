@@ -16,10 +16,9 @@ from weightsmith.core.task import Task, Way, cuttable, parts
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.configs import unlike_configs
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
-from weightsmith.io.read.codec_folder import own_name
 from weightsmith.io.read.layers import miscounted
 from weightsmith.io.read.stats import how_to_make
-from weightsmith.plan.carried import carried_reason, has, ownerless, owners
+from weightsmith.plan.carried import carried_reason, has, own_key, ownerless, owners
 from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
 from weightsmith.plan.gathered import STATISTICS, averaged, averaged_kind, averaging
@@ -111,7 +110,7 @@ class Planner:
         for name, first in self.fitting.carried.items():
             for owner in owners(self.inputs, name) if self.encode else (first,):
                 key = self._output(self.inputs.experts[owner].key(name))
-                stored = Key(own_name(name, owner), key.shape, key.dtype) if self.encode else key
+                stored = own_key(key, owner) if self.encode else key
                 reason = f"only in {owner}, kept from there"
                 if not self.encode:
                     reason = carried_reason(self.inputs, name, owner, self.fitting.label)

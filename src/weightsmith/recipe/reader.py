@@ -126,7 +126,7 @@ def read_all(text: str, where: str) -> list[Document]:
     # JSON allows tabs as indentation, YAML does not; inside a JSON or quoted string a line cannot start with one.
     if text.lstrip("\ufeff \t\r\n").startswith("{"):
         text = re.sub(r"^[ \t]+", lambda m: m[0].replace("\t", " "), text, flags=re.MULTILINE)
-        text = _SURROGATES.sub(_join_surrogates, text)
+        text = re.sub(_SURROGATES, _join_surrogates, text)
     reader = _Reader(where)
     try:
         return reader.documents(YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")))
@@ -140,7 +140,7 @@ def read_all(text: str, where: str) -> list[Document]:
         raise RecipeError(f"{where}: not valid YAML: {said[0]}") from None
 
 
-_SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_SURROGATES = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 
 
 def _join_surrogates(match: re.Match[str]) -> str:

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import SourceError
-from weightsmith.core.keys import layer_of
+from weightsmith.core.keys import LOGITS_BIAS, layer_of
 from weightsmith.io.package.companions import tokenizer_files, tokenizer_home
 from weightsmith.io.read.layers import config_of
 from weightsmith.io.read.small import read_json, read_small
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.vocabulary import read_vocabulary
 
-__all__ = ["LOGITS_BIAS", "Vocabulary", "read_tokens", "unite", "vocabulary_of", "vocabulary_tensors", "with_tokens"]
-
-LOGITS_BIAS = "final_logits_bias"
-"""BART's: [1, tokens], where all other tensors have a row per token."""
+__all__ = ["Vocabulary", "read_tokens", "unite", "vocabulary_of", "vocabulary_tensors", "with_tokens"]
 
 _NOT_TOKENS = re.compile(r"wpe|pos_embed|position|patch|token_type|segment|class_embed|relative|per_layer")
 _SIZE = 100_000_000  # bytes of a tokenizer's file

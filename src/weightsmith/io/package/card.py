@@ -29,13 +29,13 @@ __all__ = [
 
 UNKNOWN = "unknown"
 _ABOUT: Mapping[str, Any] = {"library_name": "transformers"}
-_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT = r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)"
 _CARD_LIMIT = 1 << 16  # bytes of an input's card that are looked at: front matter is short
 _DEEPEST = 20  # levels; the parser's time grows with the square of the depth
-_HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_NONCOMMERCIAL = re.compile(r"-nc\b|non-?commercial|research|academic", re.IGNORECASE)
-_NO_DERIVATIVES = re.compile(r"-nd\b|no-?deriv", re.IGNORECASE)
-_COMMUNITY = re.compile(r"other \(|llama|gemma|openrail|bigscience|bigcode|deepfloyd|apple-|h-research", re.IGNORECASE)
+_HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]*"
+_NONCOMMERCIAL = r"-nc\b|non-?commercial|research|academic"
+_NO_DERIVATIVES = r"-nd\b|no-?deriv"
+_COMMUNITY = r"other \(|llama|gemma|openrail|bigscience|bigcode|deepfloyd|apple-|h-research"
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,18 @@ def about(folder: Path | None, made: Path) -> dict[str, Any]:
     A folder of sentence-transformers is one, whatever the card says.
     """
     said = front_matter(folder / "README.md") if folder is not None else {}
-    tags = [tag for tag in said.get("tags", []) if _TAG.fullmatch(tag) and tag not in _OF_ITS_TRAINING]
+    tags = [tag for tag in said.get("tags", []) if re.fullmatch(_TAG, tag) and tag not in _OF_ITS_TRAINING]
     library, pipeline = (next(iter(said.get(name, [])), "") for name in ("library_name", "pipeline_tag"))
     if (made / "modules.json").exists():
         library = "sentence-transformers"
         tags = list(dict.fromkeys([library, *tags]))
         pipeline = pipeline or "sentence-similarity"
-    elif not _TAG.fullmatch(library) or library == "peft":
+    elif not re.fullmatch(_TAG, library) or library == "peft":
         library = "transformers" if (made / "config.json").exists() else "pytorch"
-    return {"library_name": library, "pipeline_tag": pipeline if _TAG.fullmatch(pipeline) else "", "tags": tags}
+    return {"library_name": library, "pipeline_tag": pipeline if re.fullmatch(_TAG, pipeline) else "", "tags": tags}
 
 
-_TAG = re.compile(r"[\w.+-]{1,60}")
+_TAG = r"[\w.+-]{1,60}"
 _OF_ITS_TRAINING = ("generated_from_trainer", "autotrain", "trl", "sft", "dpo", "unsloth")
 
 
@@ -160,14 +160,14 @@ def licence_problems(licences: Mapping[str, str]) -> list[Problem]:
     problems = []
     named = {name: text for name, text in licences.items() if text != UNKNOWN}
     if len(set(licences.values())) > 1:
-        bound = {name: text for name, text in named.items() if _NONCOMMERCIAL.search(text)}
+        bound = {name: text for name, text in named.items() if re.search(_NONCOMMERCIAL, text, re.IGNORECASE)}
         if bound and len(bound) < len(licences):
             problems.append(f"{_list(bound)} may not be used commercially, and so may not the merge with the others")
-        community = {name: text for name, text in named.items() if _COMMUNITY.search(text)}
+        community = {name: text for name, text in named.items() if re.search(_COMMUNITY, text, re.IGNORECASE)}
         if len(set(community.values())) > 1:
             problems.append(f"{_list(community)} are community licences with terms of their own; read them together")
     for name, text in named.items():
-        if _NO_DERIVATIVES.search(text):
+        if re.search(_NO_DERIVATIVES, text, re.IGNORECASE):
             problems.append(f"{name} ({text}) allows no derived works, and a merge is one")
     missing = [name for name, text in licences.items() if text == UNKNOWN]
     if missing:
@@ -196,7 +196,7 @@ def front_matter(path: Path) -> Mapping[str, list[str]]:
     try:
         if not path.is_file() or not is_inside(path.parent, path.name):
             return {}
-        found = _FRONT.match(system.read_file(path, _CARD_LIMIT).decode(errors="replace"))
+        found = re.match(_FRONT, system.read_file(path, _CARD_LIMIT).decode(errors="replace"), re.DOTALL)
         return _top_level(found[1]) if found else {}
     except (FileNotFoundError, YAMLError, ValueError, RecursionError):
         return {}
@@ -245,7 +245,7 @@ def _licence_fields(licences: Mapping[str, str]) -> dict[str, str]:
     own = re.fullmatch(r"other \((.*)\)", common)
     if own:
         return {"license": "other", "license_name": own[1]}
-    return {"license": common if _HUB_LICENCE.fullmatch(common) else "other"}
+    return {"license": common if re.fullmatch(_HUB_LICENCE, common) else "other"}
 
 
 def _notes(licences: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -236,6 +235,8 @@ def verify_folder(out: Path | Url, progress: Callable[[int], object] = lambda co
             for start, stop, begin, count, digest in _spans(Key(tensor, tuple(noted["shape"]), noted["dtype"]), noted)
             if _altered(file, offset + begin, count, digest, progress)
         ]
+
+    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for texts in pool.map(check, output["tensors"].items()):

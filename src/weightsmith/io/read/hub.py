@@ -7,7 +7,6 @@ import importlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +173,8 @@ class HubSource(Source):
             refuse_stale(chosen, named, repo.sizes, label)
             check_present(named, repo.sizes, f"{repo.name}/{chosen}")
             self._weights = sorted(set(named.values()))
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(_WORKERS) as pool:
             headers = dict(zip(self._weights, pool.map(repo.header, self._weights), strict=True))
         catalogue = join(headers, label, named)
@@ -224,6 +225,8 @@ class HubSource(Source):
     def _folder(self) -> FolderSource:
         with self._lock:
             if self._local is None:
+                from concurrent.futures import ThreadPoolExecutor
+
                 with ThreadPoolExecutor(_WORKERS) as pool:
                     paths = dict(zip(self.files, pool.map(self.repo.fetch, self.files), strict=True))
                 folder = paths[self._weights[0]].parent

@@ -27,7 +27,7 @@ __all__ = ["PICKLES", "PickleSource", "Strided", "gather", "left_out", "load_pic
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
-_GLOBAL = re.compile(r"(?:GLOBAL|function|class|import)\s+`?([\w.]+\.[\w.]+)`?")
+_GLOBAL = r"(?:GLOBAL|function|class|import)\s+`?([\w.]+\.[\w.]+)`?"
 
 
 class Strided(NamedTuple):
@@ -190,7 +190,7 @@ def _load(path: Path) -> Any:
     except Exception as error:
         # Anything at all can come out of a hostile or broken pickle; none of it may reach the user as a traceback.
         text = str(error)
-        found = _GLOBAL.search(text) if "eights only" in text else None
+        found = re.search(_GLOBAL, text) if "eights only" in text else None
         if found:
             raise SourceError(
                 f"{path}: the pickle asks for code ({found[1]}), which is never run; "

@@ -12,16 +12,18 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.files import Ranged
 from weightsmith.io.url import Url, attempt, filesystem, missing
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["HELD", "RemoteFile", "forget"]
 
@@ -81,6 +83,8 @@ class _Pieces:
             while len(self._held) >= _MOST:
                 self._drop(next(iter(self._spent), None) or next(iter(self._held)))
             if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor
+
                 self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="weightsmith-fetch")
             self._held[place] = self._pool.submit(fetch, place[1])
         return self._held[place]

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class FolderLock:
                 who = "a run that is just ending"
                 continue
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+            text = json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "started": started})
             self._descriptor = descriptor
             try:
                 with writing(self.path):
