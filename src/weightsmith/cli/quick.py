@@ -40,7 +40,7 @@ class StandIn(ModuleType):
 
     def __init__(self, name: str, load: Callable[[str], ModuleType] = importlib.import_module, **taken: Any) -> None:
         super().__init__(name)
-        self.__dict__.update(taken, _load=load)
+        self.__dict__.update(taken, _load=load, _taken=tuple(taken))
         sys.modules.setdefault(name, self)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -48,11 +48,18 @@ class StandIn(ModuleType):
             return _folders(self.__name__)
         if attribute in ("__file__", "__wrapped__"):  # introspection must not load it
             raise AttributeError(attribute)
+        return getattr(self._real(), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(self._real(), attribute, value)
+
+    def _real(self) -> ModuleType:
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
-        module = self.__dict__["_load"](self.__name__)
-        self.__dict__.update(module.__dict__)
-        return getattr(module, attribute)
+            for name in self.__dict__.pop("_taken"):
+                del self.__dict__[name]
+        load: Callable[[str], ModuleType] = self.__dict__["_load"]
+        return load(self.__name__)
 
 
 def _folders(name: str) -> list[str]:
@@ -71,8 +78,7 @@ def stand_ins() -> None:
     for name in ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars"):
         StandIn(name)
     StandIn("numpy._typing", NDArray=list)
-    plain = dict.fromkeys(("CoreConfig", "CoreSchema"), dict)
-    StandIn("pydantic_core.core_schema", _plainly, **plain, **dict.fromkeys(("CoreSchemaType", "ErrorType"), str))
+    StandIn("pydantic_core.core_schema", _plainly)
 
 
 def _plainly(name: str) -> ModuleType:
@@ -118,4 +124,5 @@ def methods_later() -> None:
     """Have `dataclasses` compile every method when it is first used, where this Python compiles them one by one."""
     create: Any = getattr(dataclasses, "_create_fn", None)  # until 3.12; 3.13 compiles all of a class at once
     if create is not None:
-        dataclasses._create_fn = lambda name, *given, **named: Later(name, lambda: create(name, *given, **named))  # type: ignore[attr-defined]
+        patched: Any = dataclasses
+        patched._create_fn = lambda name, *given, **named: Later(name, lambda: create(name, *given, **named))
