@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bench.start import models
 
-MOST = {"merge": (160, 470), "plan": (158, 460)}
+MOST = {"merge": (168, 475), "plan": (166, 466)}
 """Modules of weightsmith, and all, that a tiny run may load; the figures are those of the day and a few more."""
 
 _COUNT = """
