@@ -116,3 +116,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["aligned"]["loss"][0] == found["as they are"]["loss"][0]
     assert found["aligned"]["loss"][-1] == pytest.approx(found["as they are"]["loss"][-1], rel=1e-5)
     assert found["aligned"]["loss"][2] != found["as they are"]["loss"][2]
+    assert main([*words[:-2], "--third", str(tmp_path / "m1"), "--html", str(tmp_path / "plane.html"), "--json"]) == 0
+    plane = json.loads(capsys.readouterr().out)["plane"]
+    drawn = np.array(plane["loss"])
+    at = np.array(plane["grid"]).round(6).tolist()
+    corner = at.index(0.0), at.index(1.0)  # A, and the second and third model, which are one here
+    assert drawn[corner[0], corner[0]] == pytest.approx(found["as they are"]["loss"][0], rel=1e-5)
+    assert drawn[corner[1], corner[0]] == pytest.approx(drawn[corner[0], corner[1]], rel=1e-5)
+    np.testing.assert_allclose(drawn, drawn.T, rtol=1e-5)
+    assert "Loss on the plane" in (tmp_path / "plane.html").read_text()

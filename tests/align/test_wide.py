@@ -6,19 +6,30 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import saved
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsmith import Recipe
+from weightsmith.align.data import Pair
+from weightsmith.align.layout import layout
 from weightsmith.align.partial import expanded, flops
-from weightsmith.align.run import Settings, align
+from weightsmith.align.proof import drawn
+from weightsmith.align.run import Settings, _fit, align, matched
 from weightsmith.cli.main import main
 from weightsmith.core.errors import PlanError, RecipeError, SourceError
+from weightsmith.core.symmetry import permute
+from weightsmith.io.package.manifest import verify_folder
 from weightsmith.io.read.aligned import aligned, read_alignment
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.widened import widened_config
+from weightsmith.observe.data import read_examples
+from weightsmith.observe.model import load_model
+
+TOKENS = torch.arange(2, 32).reshape(2, 15)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +51,13 @@ def merged(models: Path, family: str, folder: Path, **settings: float) -> Path:
     return folder / "wide"
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]  # noqa: PT018
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(torch.arange(2, 32).reshape(2, 15)).logits
+        found: torch.Tensor = model.eval()(tokens).logits
     return found
 
 
@@ -134,3 +145,55 @@ def test_what_cannot_become_wider(models: Path, tmp_path: Path) -> None:
     other = {"a": {"model": str(models / "phi30"), "align": str(tmp_path / "aligned")}}
     with pytest.raises(PlanError, match="made for two other models than"):
         Recipe.model_validate({"models": other, "method": "linear"}).run(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_least_squares_fit_what_both_models_do(family: str, models: Path) -> None:
+    """No layer is worse than the mean on the data, and where everything stays separate both are there as they were."""
+    pair = [load_model(models / f"{family}{i}", device="cpu") for i in (0, 1)]
+    draw = torch.Generator().manual_seed(0)
+    data = read_examples([torch.randint(2, 50, (14,), generator=draw) for _ in range(40)], pair[0])
+    sources = [open_source(models / f"{family}{i}") for i in (0, 1)]
+    for keep in (0.0, 0.4):
+        found = matched(sources[1], sources[0], Settings(keep=keep))
+        fit = _fit(Pair(pair[0], pair[1], data), sources[1], sources[0], found.layout, found.orders, found.splits)
+        assert len(fit.losses) == len([n for n in fit.tensors if n.endswith("weight")]) > 0
+        assert all(after <= before * (1 + 1e-9) for before, after in fit.losses.values())
+        assert np.mean([after / before for before, after in fit.losses.values()]) < 0.9
+    up = next(name for name in fit.tensors if "down" in name or name.endswith("mlp.c_proj.weight"))
+    half = next(iter(found.splits.values()))
+    assert half.width in fit.tensors[up].shape
+
+
+def test_a_permuted_copy_is_fitted_to_the_model_itself(tmp_path: Path) -> None:
+    """B is A in another order: least squares at ratio 0 give A, through the folder, the views and transformers."""
+    saved_with_bytes(tmp_path / "a")
+    source = open_source(tmp_path / "a")
+    tensors = {name: source.read(name) for name in source.keys}
+    for group in layout(source).groups:
+        tensors |= permute(tensors, group, drawn(group, np.random.default_rng(0)))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    letters = np.random.default_rng(0).integers(33, 123, 6000)
+    (tmp_path / "t.txt").write_text("".join(map(chr, letters)))
+    settings = Settings(keep=0.0, data=str(tmp_path / "t.txt"), examples=100, length=32, freeze=("nothing",))
+    align(tmp_path / "b", tmp_path / "a", tmp_path / "aligned", settings)
+    assert verify_folder(tmp_path / "aligned") == []
+    both = {n: {"model": str(tmp_path / n), "align": str(tmp_path / "aligned")} for n in "ab"}
+    Recipe.model_validate({"models": both, "method": "linear"}).run(tmp_path / "wide")
+    wide = open_source(tmp_path / "wide")
+    stored = open_source(tmp_path / "aligned" / "permutations.safetensors")
+    fitted = [name for name in stored.keys if name.startswith("fitted/")]
+    assert len(fitted) == 14
+    for name in fitted:
+        assert torch.equal(wide.read(name.removeprefix("fitted/")), stored.read(name))
+    tokens = torch.from_numpy(letters[:64].reshape(2, 32))
+    torch.testing.assert_close(logits(tmp_path / "wide", tokens), logits(tmp_path / "a", tokens), rtol=0, atol=1e-3)
+    assert any(not torch.equal(wide.read(n), source.read(n)) for n in source.keys)
+
+
+def saved_with_bytes(folder: Path) -> None:
+    """A Llama whose tokens are bytes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **sizes)).save_pretrained(folder)

@@ -209,8 +209,9 @@ def rows(curves: Mapping[str, Curve]) -> tuple[str, Sequence[str], list[tuple[ob
     return "on the line between the models", columns, found, (1, 2, 3, 4, 6, 7)
 
 
-def as_page(title: str, curves: Mapping[str, Curve]) -> str:
-    """The losses along some lines as an HTML page."""
+def as_page(title: str, curves: Mapping[str, Curve], more: Sequence[Any] = ()) -> str:
+    """The losses along some lines as an HTML page;  more: sections behind them."""
     lines = [Line(name, c.points.tolist(), c.loss.tolist()) for name, c in curves.items()]
     notes = [f"{n}: barrier {c.barrier:.3g}, 95% {c.interval[0]:.3g} to {c.interval[1]:.3g}" for n, c in curves.items()]
-    return page(title, [Curves("Loss on the line between the models", lines, "lambda", "loss", "; ".join(notes))])
+    line = Curves("Loss on the line between the models", lines, "lambda", "loss", "; ".join(notes))
+    return page(title, [line, *more])

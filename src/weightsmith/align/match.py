@@ -28,7 +28,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 State = Mapping[str, "Tensor"]
 
-_LARGE = 1024  # units from which on products are in float32: they take as long as the assignment
+_LARGE = 512  # units from which on products are in float32: they take longer than the assignment
+_HELD = 1 << 29  # bytes of profits that are kept from step to step
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def _ascent(
     near = {g.name: [o.name for o in groups if o is not g and set(o.names) & set(g.names)] for g in groups}
     open_ = {group.name for group in groups}  # whose best order may have changed since it was last found
     steps = [objective(a, now)]
+    known = _Products(groups, a)
     for sweep in range(max_iter):
         if not open_:
             break
@@ -181,7 +183,7 @@ def _ascent(
                 continue
             open_.discard(group.name)
             before = objective(a, now, group.names)
-            then, gain = _nested(group, a, now, tol) if group.inside else _flat(group, a, now)
+            then, gain = _nested(group, a, now, tol) if group.inside else _flat(group, known.profit(group, now))
             if gain <= (least := max(tol, 1e-9 * abs(before))):
                 continue
             new = permute(now, group, then)
@@ -190,6 +192,7 @@ def _ascent(
                 if gain <= least:
                     continue
                 open_.add(group.name)
+            known.update(group, then, now, new)
             now |= new
             orders |= composed(group, orders, then)
             steps.append(steps[-1] + gain)
@@ -203,9 +206,49 @@ def _profit(group: SymmetryGroup, a: State, b: State) -> np.ndarray:
     return found
 
 
-def _flat(group: SymmetryGroup, a: State, b: State) -> tuple[Orders, float]:
+class _Products:
+    """Profits of groups as units move: after a step only what it moved is multiplied anew.
+
+    A permutation of a neighbour changes a shared tensor in the entries S that moved, and the profit of this group by
+    A[:, S] (B' - B)[:, S]^T; its own one permutes columns.  Late steps move few.  Held where groups are neighbours,
+    lie plainly (a unit is one entry), and all profits fit in `_HELD` bytes.
+    """
+
+    def __init__(self, groups: Sequence[SymmetryGroup], a: State) -> None:
+        self.a = a
+        plain = [g for g in groups if not g.inside and not coupled(g) and all(x.outer == x.inner == 1 for x in g.axes)]
+        fits = len(plain) > 1 and sum(8 * g.size**2 for g in plain) <= _HELD
+        self.groups = {g.name: g for g in plain} if fits else {}
+        self.held: dict[str, np.ndarray] = {}
+
+    def profit(self, group: SymmetryGroup, now: State) -> np.ndarray:
+        if group.name not in self.groups:
+            return _profit(group, self.a, now)
+        if group.name not in self.held:
+            self.held[group.name] = _profit(group, self.a, now)
+        return self.held[group.name]
+
+    def update(self, moved: SymmetryGroup, then: Orders, old: State, new: State) -> None:
+        """Take in that the units of a group were permuted, before `old` becomes `new`."""
+        order = then[moved.name]
+        if moved.name in self.held:
+            self.held[moved.name] = np.take(self.held[moved.name], order, axis=1)
+        places = torch.from_numpy(np.flatnonzero(order != np.arange(len(order))))
+        for name in [name for name in self.held if name != moved.name]:
+            pairs = [
+                (x, y) for x in self.groups[name].axes for y in moved.axes if x.name == y.name and x.axis != y.axis
+            ]
+            if pairs and moved.name not in self.groups:
+                del self.held[name]
+                continue
+            for x, y in pairs:
+                shown = [t.index_select(y.axis, y.start + places) for t in (self.a[x.name], old[x.name], new[x.name])]
+                left, before, after = (units(t, x, self.groups[name].size).flatten(1) for t in shown)
+                self.held[name] += ((after - before) @ left.to(after.dtype).T).T.double().numpy()
+
+
+def _flat(group: SymmetryGroup, profit: np.ndarray) -> tuple[Orders, float]:
     """The best order of a group, from where its units are now, and what it gains."""
-    profit = _profit(group, a, b)
     order = assigned(profit)
     return {group.name: order}, float(profit[np.arange(group.size), order].sum() - profit.diagonal().sum())
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.io.read.aligned import group_json
 
 if TYPE_CHECKING:
+    from weightsmith.align.fit import Fitted
     from weightsmith.align.layout import Layout
     from weightsmith.align.run import Aligned
 
@@ -69,6 +70,20 @@ def _figures(found: Aligned) -> list[str]:
         lines.append(
             f"hidden units of every MLP: {merged} merged, {separate} of each model separate, {one.width} in all"
         )
+    if found.fit is not None:
+        lines += _fit(found.fit)
+    return lines
+
+
+def _fit(fit: Fitted) -> list[str]:
+    shares = [after / before for before, after in fit.losses.values() if before > 0]
+    lines = [f"least squares: {len(fit.losses)} layers, with {_mean(shares or [1.0]):.1%} of the error that means have"]
+    if fit.short:
+        name, (rank, inputs) = next(iter(fit.short.items()))
+        lines.append(
+            f"warning: the data do not decide {len(fit.short)} of them, for example {name} (rank {rank} of {inputs} "
+            "inputs); give more --examples"
+        )
     return lines
 
 
@@ -78,6 +93,7 @@ def plain(layout: Layout, found: Aligned | None = None) -> dict[str, Any]:
     if found is not None:
         said |= {name: getattr(found, name) for name in ("before", "after", "distance", "moved", "spectrum", "seconds")}
         said["aligned"] = found.aligned
+        said["losses"] = {} if found.fit is None else dict(found.fit.losses)
         said["separate"] = {name: one.separate.shape[1] for name, one in found.splits.items()}
     return said
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import xxhash
@@ -20,22 +20,28 @@ from weightsmith.align.spectrum import alignment
 from weightsmith.core.errors import PlanError, RecipeError, SourceError, did_you_mean, some
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
-from weightsmith.core.symmetry import Orders, permute
+from weightsmith.core.symmetry import Orders, identity, indices, permute
 from weightsmith.io.package.manifest import build_manifest, write_manifest
-from weightsmith.io.read.aligned import KIND, ORDERS, group_json, identified
+from weightsmith.io.read.aligned import FITTED, KIND, ORDERS, ReorderedSource, group_json, identified
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.open import open_source
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Source, tensor_to_bits
+from weightsmith.io.read.widened import Halves, WidenedSource
 from weightsmith.io.write.output import FolderSink, check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from weightsmith.align.data import Pair
+    from weightsmith.align.fit import Fitted
 
 __all__ = ["NOTHING", "Aligned", "Settings", "align", "matched", "symmetries"]
 
 NOTHING = "nothing"
 """Given as the only name to freeze: also the residual stream moves, whatever the models have in common."""
 
+By = Literal["weights", "activations", "ste"]
+_COUNTS = ("restarts", "max_iter", "examples", "length", "batch", "epochs")
 _LOOKED_AT = 1 << 22  # entries of the embedding that tell whether two models come from one
 _RELATED = 0.5  # their cosine from which on they do: independent models are near 0, fine-tunes above 0.99
 
@@ -45,6 +51,8 @@ class Settings:
     """How to match: see `match.match`.
 
     freeze  groups or kinds of groups; None asks whether the models are related
+    by      weights, activations (one assignment each), or ste (learned with gradients); the last two run both models on
+            `data`: so many `examples` of `length` tokens, in forward passes of `batch`; ste `epochs` times at rate `lr`
     keep    share of the hidden units of MLPs that stay separate, 0 to 1: the merge is partial, and wider (PLeaS)
     budget  instead: operations per operation of one model, which decide the share
     """
@@ -57,11 +65,26 @@ class Settings:
     spectra: bool = False
     keep: float | None = None
     budget: float | None = None
+    by: By = "weights"
+    data: str | None = None
+    examples: int = 64
+    length: int = 256
+    batch: int = 8
+    epochs: int = 1
+    lr: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name, value in (("restarts", self.restarts), ("max_iter", self.max_iter)):
+        for name, value in ((name, getattr(self, name)) for name in _COUNTS):
             if value < 1:
                 raise RecipeError(f"{name} = {value} is outside [1, inf)")
+        if self.by not in get_args(By):
+            raise RecipeError(f"by = {self.by!r} is none of {', '.join(get_args(By))}")
+        if (self.by != "weights") > (self.data is not None):
+            raise RecipeError(f"--by {self.by} needs data; give --data")
+        if self.data is not None and self.by == "weights" and self.keep is None and self.budget is None:
+            raise RecipeError("data are for --by activations, --by ste and partial merges; leave them out")
+        if not self.lr > 0:
+            raise RecipeError(f"lr = {self.lr:g} is not above 0")
         if self.keep is not None and self.budget is not None:
             raise RecipeError("give a share to keep or a budget, not both")
         if self.keep is not None and not 0 <= self.keep <= 1:
@@ -76,7 +99,7 @@ class Aligned:
     moved      of every group, how many units are not where they were, of how many
     before, after  the objective sum_t <A_t, pi(B_t)> over the tensors that the groups move
     distance   ||A - pi(B)|| over the same, before and after
-    splits     of a partial merge: group -> which of its units become one
+    splits     of a partial merge: group -> which of its units become one;  fit: its layers by least squares, on data
     spectrum   with `spectra`: tensor -> alignment of singular vectors before and after, see `spectrum.alignment`
     """
 
@@ -89,6 +112,7 @@ class Aligned:
     spectrum: Mapping[str, tuple[float, float]]
     seconds: float
     splits: Mapping[str, Split] = field(default_factory=dict)
+    fit: Fitted | None = None
 
     @property
     def aligned(self) -> bool:
@@ -152,14 +176,20 @@ def matched(
     total, squares = np.zeros(2), 0.0
     wider = wide_groups(moving, chosen, settings.keep, settings.budget)
     splits: dict[str, Split] = {}
+    pair = _pair(reference, moving, settings)
+    given = _from_data(pair, moving, chosen, settings)
     parts = list(walk(chosen.groups))
     for done, groups in enumerate(parts):
         names = dict.fromkeys(name for group in groups for name in group.names)
         a, b = ({name: _read(source, name) for name in names} for source in (reference, moving))
-        here = match(
-            groups, a, b, seed=settings.seed, restarts=settings.restarts, max_iter=settings.max_iter,
-            normalize=settings.normalize,
-        ).orders  # fmt: skip
+        here: Orders
+        if given is None:
+            here = match(
+                groups, a, b, seed=settings.seed, restarts=settings.restarts, max_iter=settings.max_iter,
+                normalize=settings.normalize,
+            ).orders  # fmt: skip
+        else:
+            here = {name: given[name] for group in groups for name in identity(group)}
         orders |= here
         counted = [n for n in names if n.rpartition(".")[2] not in STATISTICS]
         squares += objective(a, a, counted) + objective(b, b, counted)
@@ -179,7 +209,49 @@ def matched(
     before, after = (float(np.sqrt(max(squares - 2 * value, 0.0))) for value in total)
     moved = {name: (int((o != np.arange(o.shape[-1])).sum()), o.size) for name, o in orders.items()}
     seconds = time.perf_counter() - began
-    return Aligned(chosen, orders, moved, float(total[0]), float(total[1]), (before, after), spectrum, seconds, splits)
+    fit = _fit(pair, moving, reference, chosen, orders, splits) if pair is not None and splits else None
+    return Aligned(
+        chosen, orders, moved, float(total[0]), float(total[1]), (before, after), spectrum, seconds, splits, fit
+    )
+
+
+def _pair(reference: Source, moving: Source, settings: Settings) -> Pair | None:
+    """Both models ready to run, where there are data to run them on."""
+    if settings.data is None:
+        return None
+    from weightsmith.align.data import loaded_pair  # runs models: long to import
+
+    return loaded_pair(
+        reference, moving, settings.data, examples=settings.examples, length=settings.length, batch=settings.batch
+    )
+
+
+def _fit(
+    pair: Pair, moving: Source, reference: Source, chosen: Layout, orders: Orders, splits: Mapping[str, Split]
+) -> Fitted:
+    """Least squares for the layers of the wider model, from the mean that it would be without."""
+    from weightsmith.align.fit import fitted
+
+    halves = [Halves(g, splits[g.name].merged, splits[g.name].separate) for g in chosen.groups if g.name in splits]
+    plain = [group for group in chosen.groups if group.name not in splits]
+    places = indices(plain, orders, {name: key.shape for name, key in moving.keys.items()})
+    both = (WidenedSource(reference, halves, 0), WidenedSource(ReorderedSource(moving, places), halves, 1))
+    start = {
+        name: (_read(both[0], name) + _read(both[1], name)) / 2 for name in both[0].keys if both[0].keys[name].floating
+    }
+    return fitted(reference, start, orders, chosen.groups, splits, pair)
+
+
+def _from_data(pair: Pair | None, moving: Source, chosen: Layout, settings: Settings) -> Orders | None:
+    """The orders of all groups where data decide them; None where weights do."""
+    if settings.by == "weights" or pair is None:
+        return None
+    from weightsmith.align.data import by_activations, learned
+
+    if settings.by == "activations":
+        return by_activations(moving, chosen.groups, pair)
+    found = learned(chosen.groups, pair, epochs=settings.epochs, lr=settings.lr, seed=settings.seed)
+    return {**{n: o for group in chosen.groups for n, o in identity(group).items()}, **found}
 
 
 def _read(source: Source, name: str) -> Tensor:
@@ -236,7 +308,11 @@ def _write(out: Path, found: Aligned, sources: Sequence[Source], settings: Setti
     orders = {name: order.astype(np.int32) for name, order in found.orders.items() if name not in found.splits}
     for name, one in found.splits.items():
         orders |= {f"{name}/merged": one.merged.astype(np.int32), f"{name}/separate": one.separate.astype(np.int32)}
+    stored = {name: order.view(np.uint32) for name, order in orders.items()}
     keys = [Key(name, order.shape, "int32") for name, order in orders.items()]
+    for name, tensor in (found.fit.tensors if found.fit is not None else {}).items():
+        stored[f"{FITTED}{name}"] = tensor_to_bits(tensor)
+        keys.append(Key(f"{FITTED}{name}", tuple(tensor.shape), "float32"))
     made = {"moving": str(sources[0]), "reference": str(sources[1]), **asdict(settings)}
     inputs = {name: source.fingerprint() for name, source in zip(("moving", "reference"), sources, strict=True)}
     identity = {"recipe": made, "inputs": inputs, "version": __version__}
@@ -245,7 +321,7 @@ def _write(out: Path, found: Aligned, sources: Sequence[Source], settings: Setti
     records = []
     try:
         for key in keys:
-            bits = orders[key.name].view(np.uint32)
+            bits = stored[key.name]
             sink.write(key.name, 0, bits)
             digest = xxhash.xxh3_128_hexdigest(bits.tobytes())
             records.append({"parts": [[key.name, 0, key.rows, digest]]})
@@ -265,7 +341,10 @@ def _package(
     keys: Sequence[Key],
     records: Sequence[Mapping[str, Any]],
 ) -> None:
-    how = dict.fromkeys((key.name for key in keys), "found by weight matching")
+    how = {
+        k.name: "fitted by least squares" if k.name.startswith(FITTED) else f"found by matching {made['by']}"
+        for k in keys
+    }
     manifest = build_manifest(folder, recipe=made, inputs=inputs, keys=keys, records=records, made_by=how, kind=KIND)
     notes = {
         "groups": [group_json(group) for group in found.layout.groups if group.name not in found.splits],
@@ -276,6 +355,7 @@ def _package(
         "objective": [found.before, found.after],
         "distance": list(found.distance),
         "moved": {name: list(counts) for name, counts in found.moved.items()},
+        "losses": {} if found.fit is None else {name: list(pair) for name, pair in found.fit.losses.items()},
         "spectrum": {name: list(values) for name, values in found.spectrum.items()},
     }
     write_manifest(folder, {**manifest, "alignment": notes})

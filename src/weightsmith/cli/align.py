@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from weightsmith.cli.options import Json, Overwrite, Quiet
 from weightsmith.cli.show import progress_bar, say, show_json, table
@@ -31,6 +31,17 @@ def align(
     restarts: Annotated[int, Parameter(help="Times to begin anew; the best is kept.", show_default=True)] = 1,
     normalize: Annotated[bool, Parameter(help="Every tensor counts alike, however large its numbers.")] = False,
     spectra: Annotated[bool, Parameter(help="Also measure how singular vectors lie to each other.")] = False,
+    by: Annotated[
+        Literal["weights", "activations", "ste"], Parameter(help="What is matched; ste learns with gradients.")
+    ] = "weights",
+    data: Annotated[
+        Path | None, Parameter(help="Texts, or images (.npz): for activations, ste, and to fit partial merges.")
+    ] = None,
+    examples: Annotated[int, Parameter(help="How many of them.", show_default=True)] = 64,
+    length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 256,
+    batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
+    epochs: Annotated[int, Parameter(help="Of ste: times through the data.", show_default=True)] = 1,
+    lr: Annotated[float, Parameter(help="Of ste: learning rate.", show_default=True)] = 1e-2,
     seed: Annotated[int, Parameter(help="Of the order in which groups are gone through.", show_default=True)] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -46,7 +57,8 @@ def align(
     if show or to is None or out is None:
         found, layout = None, symmetries(str(moving))
     else:
-        settings = Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget)
+        settings = Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget, by,
+                            None if data is None else str(data), examples, length, batch, epochs, lr)  # fmt: skip
         with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
             found = run(str(moving), str(to), out, settings, overwrite=overwrite, progress=progress)
         layout = found.layout

@@ -45,6 +45,7 @@ _VERBS = {
     "train": "Fine-tune a model, or its singular values, as a baseline or an expert.",
     "align": "Put one model's units into the order of another's, so that averages make sense.",
     "barrier": "Measure the loss on the line between two models.",
+    "disentangle": "Measure how far two task vectors disturb each other.",
     "heads": "Find channels between attention heads.",
     "edit": "Scale components of attention heads.",
     "lock": "Write a model in another basis, so that it cannot be merged naively.",

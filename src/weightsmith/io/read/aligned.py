@@ -25,13 +25,16 @@ from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
 from weightsmith.io.read.widened import Halves, WidenedSource
 
-__all__ = ["KIND", "ORDERS", "AlignedSource", "Alignment", "ReorderedSource", "aligned", "group_json", "identified",
-           "read_alignment"]  # fmt: skip
+__all__ = ["FITTED", "KIND", "ORDERS", "AlignedSource", "Alignment", "FittedSource", "ReorderedSource", "aligned",
+           "group_json", "identified", "read_alignment"]  # fmt: skip
 
 KIND = "alignment"
 """What weightsmith.json calls such a folder."""
 ORDERS = "permutations"
 """The file of index vectors, without its ending."""
+
+FITTED = "fitted/"
+"""How the names of tensors begin there that least squares gave for a partial merge."""
 
 _KEPT = 2  # tensors kept whole: a reader goes through one block by block, and its rows come from everywhere
 _FAR = 1 << 20  # bytes of a row from which on rows are read one by one
@@ -42,6 +45,7 @@ class Alignment:
 
     groups     with an order each;  orders: of groups, see `core.symmetry.Orders`
     halves     of a partial merge, the groups that become wider; they have no order
+    fitted     of one with least squares: tensor -> its name in `file`, which both models show in place of their own
     reference  and moving: what identifies the models that it was made for, see `identified`
     """
 
@@ -52,10 +56,15 @@ class Alignment:
         orders: Orders,
         notes: Mapping[str, Any],
         halves: tuple[Halves, ...] = (),
+        fitted: Source | None = None,
     ) -> None:
         self.path, self.groups, self.orders, self.halves = path, groups, orders, halves
         self.reference, self.moving = notes.get("reference", {}), notes.get("moving", {})
         self.notes = notes
+        self.fitted = {
+            name.removeprefix(FITTED): name for name in (fitted.keys if fitted else ()) if name.startswith(FITTED)
+        }
+        self.file = fitted
 
 
 def read_alignment(folder: Path) -> Alignment:
@@ -88,7 +97,7 @@ def read_alignment(folder: Path) -> Alignment:
             raise SourceError(f"{folder}: {group.name} has {group.size} units, but an order of {both.shape[-1]}")
         count = file.key(merged).shape[1]
         halves.append(Halves(group, both[:, :count], both[:, count:]))
-    return Alignment(folder, groups, orders, notes, tuple(halves))
+    return Alignment(folder, groups, orders, notes, tuple(halves), file)
 
 
 def _whole_order(folder: Path, name: str, file: SafetensorsSource, *tensors: str) -> np.ndarray:
@@ -146,8 +155,40 @@ def aligned(source: Source, alignment: Alignment) -> Source:
     if mine not in (alignment.reference, alignment.moving):
         raise SourceError(f"{alignment.path}: made for two other models than {source}; align this one anew")
     if mine == alignment.reference:
-        return WidenedSource(source, alignment.halves, 0)
-    return WidenedSource(laid_out_like(AlignedSource(source, alignment), source), alignment.halves, 1)
+        wide = WidenedSource(source, alignment.halves, 0)
+    else:
+        wide = WidenedSource(laid_out_like(AlignedSource(source, alignment), source), alignment.halves, 1)
+    for name, stored in alignment.fitted.items():
+        assert alignment.file is not None
+        if name not in wide.keys or wide.keys[name].shape != alignment.file.key(stored).shape:
+            raise SourceError(f"{alignment.path}: {stored} does not fit {source}; align it anew")
+    return FittedSource(wide, alignment) if alignment.fitted else wide
+
+
+class FittedSource(View):
+    """A model in the layout of a partial merge, with the layers that least squares gave in place of its own.
+
+    Both models show the same ones, so the mean of both has them.
+    """
+
+    shows = "fitted"
+
+    def __init__(self, source: Source, alignment: Alignment) -> None:
+        super().__init__(source)
+        assert alignment.file is not None
+        self._fitted, self._file = alignment.fitted, alignment.file
+
+    def computes(self, name: str) -> bool:
+        return self.key(name).name in self._fitted or super().computes(name)
+
+    def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:
+        key = self.key(name)
+        if (stored := self._fitted.get(key.name)) is None:
+            return super().block(name, low, high, into)
+        return self._file.read(stored, low, high)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"view": self.shows, "source": self.source.fingerprint(), "fitted": self._file.fingerprint()}
 
 
 class ReorderedSource(View):
