@@ -141,6 +141,10 @@ def test_singular_vectors() -> None:
     assert alignment(a, -a) == pytest.approx(-1)
     assert alignment(a, torch.zeros(9, 6)) == 0
     assert abs(alignment(noise(80, 80), noise(80, 80, seed=1))) < 0.1
+    # A permutation moves singular vectors and no singular value; undone, the vectors lie as before.
+    moved = a[torch.randperm(9)][:, torch.randperm(6)]
+    torch.testing.assert_close(torch.linalg.svdvals(moved), torch.linalg.svdvals(a))
+    assert alignment(a, moved) < 0.9
 
 
 def test_the_verb(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
