@@ -186,7 +186,7 @@ def test_no_clipping_is_said_in_two_ways(said: str):
     [
         ("data: d", "recipe:1:1: the recipe has no 'model'; write model: PATH"),
         ("{model: m, data: d, steps: 0}", "steps should be greater than or equal to 1, is 0"),
-        ("{model: m, data: d, tune: lora}", "recipe:1:21: tune: names no kind, is 'lora'; known: full, svfit"),
+        ("{model: m, data: d, tune: lora}", "recipe:1:21: tune: names no kind, is 'lora'; known: full, linear, svfit"),
         ("{model: m, data: d, tune: {svfit: {r: 2, energy: 0.5}}}", "tune.svfit takes r or energy, not both"),
         ("{model: m, data: d, optimizer: {adamw: {}, trion: {}}}", "should name one of adamw, dct_adamw, trion"),
         ("{model: m, data: d, optimizer: {dct_adamw: {rnak: 2}}}", "unknown key 'rnak' in optimizer.dct_adamw; did"),
