@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from weightsmith.cli.options import Json, Overwrite, Quiet
-from weightsmith.cli.show import progress_bar, say, show_json, table
+from weightsmith.cli.show import progress_bar
+from weightsmith.cli.shown.geometry import Batch, By, Data, Epochs, Examples, Length, Rate, show_alignment
 from weightsmith.cli.words import Parameter
 from weightsmith.core.errors import RecipeError
 
@@ -31,41 +32,29 @@ def align(
     restarts: Annotated[int, Parameter(help="Times to begin anew; the best is kept.", show_default=True)] = 1,
     normalize: Annotated[bool, Parameter(help="Every tensor counts alike, however large its numbers.")] = False,
     spectra: Annotated[bool, Parameter(help="Also measure how singular vectors lie to each other.")] = False,
-    by: Annotated[
-        Literal["weights", "activations", "ste"], Parameter(help="What is matched; ste learns with gradients.")
-    ] = "weights",
-    data: Annotated[
-        Path | None, Parameter(help="Texts, or images (.npz): for activations, ste, and to fit partial merges.")
-    ] = None,
-    examples: Annotated[int, Parameter(help="How many of them.", show_default=True)] = 64,
-    length: Annotated[int, Parameter(help="Tokens per example.", show_default=True)] = 256,
-    batch: Annotated[int, Parameter(help="Examples per forward pass.", show_default=True)] = 8,
-    epochs: Annotated[int, Parameter(help="Of ste: times through the data.", show_default=True)] = 1,
-    lr: Annotated[float, Parameter(help="Of ste: learning rate.", show_default=True)] = 1e-2,
+    by: By = "weights",
+    data: Data = None,
+    examples: Examples = 64,
+    length: Length = 256,
+    batch: Batch = 8,
+    epochs: Epochs = 1,
+    lr: Rate = 1e-2,
     seed: Annotated[int, Parameter(help="Of the order in which groups are gone through.", show_default=True)] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Put one model's hidden units, heads and experts into the order of another's, so that averages make sense."""
-    from weightsmith.align.report import plain, summary, tables
     from weightsmith.align.run import Settings, symmetries
     from weightsmith.align.run import align as run
 
     if not show and (to is None or out is None):
         raise RecipeError("write: weightsmith align MOVING --to REFERENCE --out FOLDER; or --show for what may move")
-    if show or to is None or out is None:
-        found, layout = None, symmetries(str(moving))
-    else:
+    found = None
+    if not (show or to is None or out is None):
         settings = Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget, by,
                             None if data is None else str(data), examples, length, batch, epochs, lr)  # fmt: skip
         with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
             found = run(str(moving), str(to), out, settings, overwrite=overwrite, progress=progress)
-        layout = found.layout
-    if json:
-        show_json(plain(layout, found))
-    elif not quiet:
-        for one in tables(layout, found):
-            table(*one)
-        for line in summary(found, moving, to, out) if found else ():
-            say(line)
+    layout = symmetries(str(moving)) if found is None else found.layout
+    show_alignment(layout, found, (moving, to, out), json=json, quiet=quiet)
