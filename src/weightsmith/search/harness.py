@@ -76,6 +76,8 @@ def picked(found: Any, wanted: Mapping[str, str], metrics: Mapping[str, str]) ->
     scores: dict[str, Any] = {}
     for name, task in wanted.items():
         results, metric = found["results"].get(task, {}), metrics[task]
+        if "," not in metric and f"{metric},none" in results:  # lm_eval puts the filter behind it
+            metric = f"{metric},none"
         if metric not in results:
             known = sorted(key for key in results if "stderr" not in key)
             raise ProgramError(
