@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EVIL, until, write_model  # type: ignore[import-not-found]
+from studio_kit import EVIL, until, write_model
 
 from weightsmith.studio.jobs import Jobs
 

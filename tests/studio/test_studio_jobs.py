@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import until  # type: ignore[import-not-found]
 from fastapi.testclient import TestClient
+from studio_kit import until
 
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.studio.jobs import Job, Jobs

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_model  # type: ignore[import-not-found]
 from fastapi.testclient import TestClient
+from studio_kit import write_model
 
 from weightsmith.core.method import registered
 from weightsmith.recipe.schema import Output, Recipe

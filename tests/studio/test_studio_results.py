@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EVIL, HOME, PORT, TOKEN, until, write_model  # type: ignore[import-not-found]
 from fastapi.testclient import TestClient
+from studio_kit import EVIL, HOME, PORT, TOKEN, until, write_model
 
 from weightsmith.studio.app import build
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import EVIL, HOME, PORT, TOKEN, write_model  # type: ignore[import-not-found]
 from fastapi.testclient import TestClient
+from studio_kit import EVIL, HOME, PORT, TOKEN, write_model
 
 from weightsmith.studio.app import build
 from weightsmith.studio.pages import ROUTES

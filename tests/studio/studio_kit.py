@@ -1,0 +1,39 @@
+"""Small models, and waiting for something."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+__all__ = ["EVIL", "HOME", "PORT", "TOKEN", "until", "write_model"]
+
+TOKEN, PORT = "the-token", 8323
+HOME = f"http://127.0.0.1:{PORT}"
+EVIL = '<img src=x onerror="alert(1)">'
+
+
+def write_model(folder: Path, seed: int, layers: int = 3, size: int = 16, evil: bool = False) -> Path:
+    """A model of a few blocks; with `evil` its names are markup."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    tensors = {name: torch.randn(size, size, generator=generator) for name in [*names, *([EVIL] if evil else [])]}
+    save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def until(wanted: Callable[[], Any], seconds: float = 600) -> Any:
+    """What a question answers as soon as that is true of anything."""
+    end = time.monotonic() + seconds
+    while not (found := wanted()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.2)
+    return found
