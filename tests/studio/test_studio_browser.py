@@ -177,6 +177,20 @@ def test_a_ramp_is_drawn(page: Page, server: Server) -> None:
     expect(page.locator(".ramp circle")).to_have_count(9)
 
 
+def dragged(page: Page, source: str, target: str) -> None:
+    """Drag with the mouse; both ends have to be in sight, as a hand needs them."""
+    page.locator("#palette > summary").evaluate("e => e.scrollIntoView({block: 'center'})")
+    page.locator(source).evaluate("e => e.scrollIntoView({block: 'nearest'})")
+    (a, b) = (page.locator(one).bounding_box() for one in (source, target))
+    assert a
+    assert b
+    page.mouse.move(a["x"] + 8, a["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(a["x"] + 20, a["y"] + 2, steps=3)
+    page.mouse.move(b["x"] + 8, b["y"] + 8, steps=6)
+    page.mouse.up()
+
+
 def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder: Path) -> None:
     for i in range(12):
         write_model(folder / f"models/e{i:02d}", 10 + i)
@@ -186,7 +200,7 @@ def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder:
     for i in (10, 11):
         expect(page.locator(".entry input.short")).to_have_count(i)
         page.wait_for_timeout(500)  # nobody drags what is just being drawn anew
-        page.drag_and_drop(f'li[data-path="models/e{i}"] .name', f'[data-rename="e{i - 1:02d}"]')
+        dragged(page, f'li[data-path="models/e{i}"] .name', f'[data-rename="e{i - 1:02d}"]')
         expect(page.locator("#yaml")).to_have_value(re.compile(rf"e{i}: models/e{i}\n"))
     page.get_by_role("button", name="models/base as base").click()
     ready(page)
