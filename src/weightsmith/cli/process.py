@@ -8,8 +8,6 @@ import os
 import sys
 from types import ModuleType
 
-from weightsmith.cli.quick import methods_later, stand_ins
-
 __all__ = ["for_learning", "own_process"]
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8  # of mallopt(3)
@@ -18,8 +16,6 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8  # of ma
 def own_process() -> None:
     """Make them."""
     _without_plugins()
-    stand_ins()
-    methods_later()
     # Imports make a hundred thousand objects that stay: there is no garbage to look for among them.
     gc.set_threshold(100_000, 10, 10)
     _keep_freed_memory()
