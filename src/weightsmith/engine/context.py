@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from weightsmith.core.method import Found, Pipeline
+from weightsmith.core.method import Found, Pass, Pipeline
 from weightsmith.core.task import Task
 from weightsmith.devices.place import CPU, Place
 from weightsmith.inputs.opened import Inputs
@@ -27,6 +28,7 @@ class Context:
     found        pipeline -> results of its passes over the whole model
     place        where the arithmetic happens; replaced for every task, or group of tasks
     block        elements per block of a merge, default as the place says; does not change a byte of the result
+    known        (task, pipeline, stage, pass) -> its result on one tensor, kept between looks over the whole model
     """
 
     inputs: Inputs
@@ -36,6 +38,7 @@ class Context:
     block: int | None = None
     found: Mapping[Pipeline, Results] = field(default_factory=dict)
     progress: Callable[[int], None] = _nothing
+    known: dict[tuple[str, Pipeline, int, Pass[Any]], Any] = field(default_factory=dict)
 
     @property
     def measured(self) -> int:

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["Chain", "Target", "measure", "noise_of", "program_of", "ranges", "refuse_bad_inputs"]
 
 
+KNOWN = 1 << 14
+"""Bytes up to which the result of a pass over one tensor is kept for the next look over the whole model.
+
+Cuts and factors of a tensor, some numbers for each expert, are far below; ranks of a long vector are found again.
+"""
+
+
 @dataclass(frozen=True)
 class Target:
     """A look over the whole model, of which one tensor's part is wanted: stage index, look, results so far."""
@@ -64,7 +71,12 @@ class Chain:
             return  # nothing to see, so nothing to find out before
         stop = len(task.pipeline.stages) if target is None else target.index
         for i, one in task.pipeline.passes(len(context.inputs.experts)):
-            if i < stop and one.scope is Scope.TENSOR and one.applies(task.key):
+            if i >= stop or one.scope is not Scope.TENSOR or not one.applies(task.key):
+                continue
+            if (asked := (task.id, task.pipeline, i, one)) in context.known:
+                self.found.setdefault(i, {})[one] = context.known[asked]
+                context.progress(task.nbytes * one.rounds)
+            else:
                 self._left.append((i, one))
         self._next()
 
@@ -92,6 +104,9 @@ class Chain:
     def settle(self, found: Any) -> None:
         """Go on after a pass."""
         self.found.setdefault(self.index, {})[self._asked] = found
+        # The tensor is met again, by the next look over the model or by the merge.
+        if self._target is not None and len(pickle.dumps(found)) <= KNOWN:
+            self.context.known[self.task.id, self.pipeline, self.index, self._asked] = found
         self._next()
 
     @property

@@ -52,11 +52,11 @@ def bytes_read(task: Task, inputs: Inputs, beside: Sequence[Task] = ()) -> int:
         own = partial(_kernel_looks, [pipeline, *others], key, len(inputs.experts))
     else:
         own = partial(_own_looks, pipeline, key, len(inputs.experts))
-    # A look over the whole model finds nothing left of what was read, nor of what was measured on the tensor.
-    visits = [i for i, one in pipeline.passes(len(inputs.experts)) if one.scope is Scope.MODEL and one.applies(key)
-              for _ in range(one.rounds)] + [len(pipeline.stages)]  # fmt: skip
-    passes = sum(1 + own(stop) for stop in visits)
-    looks = sum(1 + _own_looks(pipeline, key, len(inputs.experts), stop) for stop in visits)
+    # A look over the whole model finds nothing left of what was read; what was measured on the tensor is kept.
+    visits = 1 + sum(one.rounds for _, one in pipeline.passes(len(inputs.experts))
+                     if one.scope is Scope.MODEL and one.applies(key))  # fmt: skip
+    passes = visits + own(len(pipeline.stages))
+    looks = visits + _own_looks(pipeline, key, len(inputs.experts), len(pipeline.stages))
     stats = _stat_bytes(task, inputs) * looks if task.stats else 0
     if one_by_one(pipeline) and not beside and base and not ranks:
         compared = pipeline.codec is not None  # what was stored with what there was, see `engine.lost`
