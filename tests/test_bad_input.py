@@ -213,6 +213,22 @@ def missing_statistics(d: Desk) -> str:
     return r"fisher needs the statistic 'fisher' of a, b; make it with \"weightsmith observe MODEL .* --stat fisher"
 
 
+def no_fisher_of_an_encoder(d: Desk) -> str:
+    (d.folder / "a" / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    d.recipe |= {"method": "fisher"}
+    return (
+        r"fisher needs the statistic 'fisher' of a, b; a Fisher information is of probabilities, and BertModel gives "
+        r"none: .* or take regmean, .*--stat gram"
+    )
+
+
+def no_statistic_of_an_encoder_with_a_decoder(d: Desk) -> str:
+    config = '{"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": true}'
+    (d.folder / "a" / "config.json").write_text(config)
+    d.recipe |= {"method": "regmean"}
+    return r"'gram' of a, b; none can be made of T5ForConditionalGeneration, an encoder with a decoder; take the second"
+
+
 def yaml_is_broken(d: Desk) -> str:
     (d.folder / "recipe.yaml").write_text("models: [a\n")
     d.merge = lambda *o: call(["merge", str(d.folder / "recipe.yaml"), str(d.out), *o])  # type: ignore[method-assign]
@@ -224,7 +240,7 @@ CASES: list[Callable[[Desk], str]] = [
     extra_tensor, unlike_shapes, unlike_vocabularies,
     unlike_token_numbers, tokenizer_without_files, truncated, lying_header, index_names_missing_file,
     index_names_outside_file, pickle_with_code, nan_input, unequal_integers, zero_weights, model_twice, zero_experts,
-    wrong_count, missing_statistics, yaml_is_broken,
+    wrong_count, missing_statistics, no_fisher_of_an_encoder, no_statistic_of_an_encoder_with_a_decoder, yaml_is_broken,
 ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def recipe(there: Path, method: object = "tall_masks", **more: object) -> Recipe
 
 
 def squeeze(there: Path, method: object = "tall_masks", threads: int = 1, **more: object) -> Result:
-    return compress(recipe(there, method, **more), there / "small", threads=threads)
+    return compress(recipe(there, method, **more), there / "small", threads=threads, accept_loss=True)
 
 
 def state(folder: Path) -> dict[str, Tensor]:
@@ -100,11 +100,11 @@ def test_the_size_is_the_formula(there: Path) -> None:
 def test_bytes_are_the_same_for_threads_and_shards_are_found(there: Path) -> None:
     squeeze(there)
     before = load_file(there / "small" / "experts.safetensors")
-    compress(recipe(there), there / "again", threads=3)
+    compress(recipe(there), there / "again", threads=3, accept_loss=True)
     assert (there / "again" / "experts.safetensors").read_bytes() == (
         there / "small" / "experts.safetensors"
     ).read_bytes()
-    compress(recipe(there, output={"shard_size": 500}), there / "shards", threads=1)
+    compress(recipe(there, output={"shard_size": 500}), there / "shards", threads=1, accept_loss=True)
     assert len(list((there / "shards").glob("*.safetensors"))) > 2
     a, b = restore(there / "small", "code", there / "a"), restore(there / "shards", "code", there / "b")
     assert same(state(a.out), state(b.out))
@@ -177,7 +177,7 @@ def test_half_precision(there: Path) -> None:
     assert got["norm.weight"].dtype == torch.bfloat16
     wide = state(restore(there / "small", "math", there / "wide", dtype="float32").out)
     assert all(torch.equal(t.bfloat16(), got[n]) for n, t in wide.items() if n != "ids")
-    compress(recipe(there, output={"dtype": "float32"}), there / "precise", threads=1)
+    compress(recipe(there, output={"dtype": "float32"}), there / "precise", threads=1, accept_loss=True)
     assert load_file(there / "precise" / "experts.safetensors")["norm.weight::tau"].dtype == torch.float32
 
 
@@ -236,16 +236,17 @@ def test_a_recipe_with_another_base_still_decodes_with_the_right_one(there: Path
 
 
 def lossy(there: Path, second: float, method: object, out: str = "small", **options: object) -> Result:
-    """Two experts, the second moved the other way and `second` times as far."""
+    """Three experts: the second moved the other way and `second` times as far, the third not at all."""
     base = {"w": torch.zeros(5000, 4)}
     if not (there / "b").exists():
         write(there / "b", base)
         moved = {"w": tensors(1, 1.0)["embed_tokens.weight"].repeat(100, 1)[:, :4].repeat(2, 1)[:5000].clone()}
         write(there / "one", moved)
         write(there / "two", {"w": -second * moved["w"]})
+        write(there / "still", base)
     tree = {
         "base": str(there / "b"),
-        "models": {"one": str(there / "one"), "two": str(there / "two")},
+        "models": {name: str(there / name) for name in ("one", "two", "still")},
         "method": method,
     }
     return compress(Recipe.model_validate(tree), there / out, threads=1, **options)
@@ -265,22 +266,26 @@ def test_what_is_worse_than_nothing_is_not_kept(there: Path) -> None:
     assert not [path for path in there.iterdir() if path.name.startswith("small")], "nor anything to resume"
     kept = lossy(there, 3.0, masks, accept_loss=True).storage
     assert kept is not None
-    assert kept.error == {"one": 3.0, "two": pytest.approx(1 / 3, rel=1e-3)}
-    assert kept.worst == {"one": ("w", 3.0), "two": ("w", kept.error["two"])}
+    assert kept.error == {"one": 3.0, "two": pytest.approx(1 / 3, rel=1e-3), "still": 0.0}
+    assert kept.worst == {"one": ("w", 3.0), "two": ("w", kept.error["two"]), "still": ("w", 0.0)}
 
 
 def test_a_mask_at_lambda_one_never_loses_more_than_nothing(there: Path) -> None:
     found = lossy(there, 3.0, {"tall_masks": {"lambda": 1}}).storage
     assert found is not None
-    assert found.error == {"one": 1.0, "two": pytest.approx(1 / 3, rel=1e-3)}
+    assert found.error == {"one": 1.0, "two": pytest.approx(1 / 3, rel=1e-3), "still": 0.0}
 
 
-def test_that_no_space_is_saved_is_said(there: Path) -> None:
-    (text,) = texts(lossy(there, 3.0, "exact").warnings)
-    assert text == (
-        "no space is saved: base and result take 150% of what the models take in full, which lose nothing; "
-        "keep those, or take a codec with few bits for each model (bitdelta)"
+def test_what_saves_no_space_is_refused_before_anything_is_written(there: Path) -> None:
+    with pytest.raises(PlanError) as refused:
+        lossy(there, 3.0, "exact")
+    assert str(refused.value) == (
+        "no space is saved: base and result take 133% of what the models take in full, which lose nothing; "
+        "keep those, compress more models of this base together, or take a codec with few bits for each model "
+        "(bitdelta); or pass --accept-loss (Python: accept_loss=True) to see what it does"
     )
+    assert not (there / "small").exists()
+    assert str(refused.value) in texts(lossy(there, 3.0, "exact", accept_loss=True).warnings)
     assert not texts(lossy(there, 3.0, "bitdelta", "bits").warnings)
 
 
@@ -288,7 +293,9 @@ def test_losses_of_blocks_add_up(there: Path, monkeypatch: pytest.MonkeyPatch) -
     """And what `exact` stores beside another codec counts as a change, not as a weight."""
     whole = squeeze(there, "tall_masks", rules=[{"match": "embed*", "method": "exact"}]).storage
     monkeypatch.setattr("weightsmith.core.task.PART_BYTES", 64)
-    parts = compress(recipe(there, rules=[{"match": "embed*", "method": "exact"}]), there / "parts", threads=1).storage
+    parts = compress(
+        recipe(there, rules=[{"match": "embed*", "method": "exact"}]), there / "parts", threads=1, accept_loss=True
+    ).storage
     assert whole is not None
     assert parts is not None
     assert parts.error == pytest.approx(whole.error, rel=1e-3)
@@ -389,7 +396,7 @@ def test_a_rule_may_share_a_merged_tensor(there: Path) -> None:
 
 def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that stops after some tensors is finished by the next, to the same bytes."""
-    compress(recipe(there), there / "whole", threads=1)
+    compress(recipe(there), there / "whole", threads=1, accept_loss=True)
     from weightsmith.engine.sites import Reader
 
     real, calls = Reader.site, []
@@ -405,8 +412,8 @@ def test_resume(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             squeeze(there)
     assert not (there / "small").exists()
-    made = compress(recipe(there), there / "small", threads=1, resume=True)
-    again = compress(recipe(there), there / "small", threads=1, resume=True)
+    made = compress(recipe(there), there / "small", threads=1, resume=True, accept_loss=True)
+    again = compress(recipe(there), there / "small", threads=1, resume=True, accept_loss=True)
     assert (made.complete, again.complete) == (False, True)
     assert again.storage == made.storage
     for name in ("experts.safetensors", "weightsmith.json"):

@@ -428,7 +428,7 @@ def recipe_of(there: Path, method: list, **more: object) -> Recipe:
 
 
 def squeezed(there: Path, method: list, out: str = "small", **more: object) -> Path:
-    return compress(recipe_of(there, method, **more), there / out, threads=1).out
+    return compress(recipe_of(there, method, **more), there / out, threads=1, accept_loss=True).out
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -458,7 +458,7 @@ def relative(got: State, expert: State, names: list[str], base: State | None = N
 @pytest.mark.parametrize("name", ["tsvc", "twin", "sparse", "rmm", "tensor"])
 def test_the_error_of_every_model_is_said(there: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """That of the changes as they are rebuilt, not of their factors."""
-    found = compress(recipe_of(there, METHODS[name]), there / "small", threads=1)
+    found = compress(recipe_of(there, METHODS[name]), there / "small", threads=1, accept_loss=True)
     assert found.storage is not None
     matrices = [n for n, shape in SHAPES.items() if len(shape) == 2]
     got = {e: load_file(restore(found.out, e, there / f"out-{e}").out / "model.safetensors") for e in NAMES}
@@ -473,7 +473,7 @@ def test_the_error_of_every_model_is_said(there: Path, name: str, capsys: pytest
     for expert, (tensor, worst) in found.storage.worst.items():
         assert worst == noted["errors"][tensor][expert] == max(e[expert] for e in noted["errors"].values())
     (there / "recipe.yaml").write_text(json.dumps(to_tree(recipe_of(there, METHODS[name]))))
-    assert main(["compress", str(there / "recipe.yaml"), str(there / "again")]) == 0
+    assert main(["compress", str(there / "recipe.yaml"), str(there / "again"), "--accept-loss"]) == 0
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "what each model loses, of its change; the bare base: 100% (relative norm) model in all at worst in" in shown
     for expert, (tensor, worst) in found.storage.worst.items():
@@ -504,7 +504,7 @@ def alone(tmp_path: Path, **parameters: object) -> Path:
     recipe = Recipe.model_validate(
         {"models": {"m": str(model)}, "method": [{"fwsvd": parameters}], "exclude": ["*down_proj*"]}
     )
-    compress(recipe, tmp_path / "small", sources=inputs)
+    compress(recipe, tmp_path / "small", sources=inputs, accept_loss=True)
     return tmp_path / "small"
 
 

@@ -15,11 +15,12 @@ from torch import nn
 
 from weightsmith.cli.main import main
 from weightsmith.core.errors import SourceError, WeightsmithError
+from weightsmith.io.architectures import GIVE_PROBABILITIES
 from weightsmith.io.read.stats import StatsSource
 from weightsmith.jobs.compress import compress, restore
 from weightsmith.observe.check import check, sample_text
 from weightsmith.observe.collect import observe
-from weightsmith.observe.kinds import kind_of
+from weightsmith.observe.kinds import KINDS, kind_of
 from weightsmith.observe.model import load_model, text_coder
 from weightsmith.observe.probe import Found, apart, probe
 from weightsmith.recipe.schema import Recipe
@@ -352,6 +353,12 @@ def test_fisher_where_there_are_no_probabilities(name: str, tmp_path: Path) -> N
     folder = saved(made(name), tmp_path / "m")
     with pytest.raises(WeightsmithError, match=r"fisher needs a model that gives probabilities \(causal-lm, image-"):
         observe(folder, [[1, 2]], ["fisher"], tmp_path / "stats")
+
+
+def test_plans_and_observe_agree_on_who_gives_probabilities() -> None:
+    """So that no plan advises a Fisher information that observe refuses."""
+    endings = {ending for about in KINDS.values() if about.classes for ending in about.endings}
+    assert set(GIVE_PROBABILITIES) == endings | {"ForConditionalGeneration"}
 
 
 def test_an_encoder_with_a_decoder_is_not_observed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from weightsmith.tune.objectives.entropy import Entropy
 from weightsmith.tune.objectives.labels import Labels
 from weightsmith.tune.presets.adamerging import Adamerging
 from weightsmith.tune.registry import named
-from weightsmith.tune.setting import Preset
+from weightsmith.tune.setting import Preset, Setting
 from weightsmith.tune.space import Free, Numbers
 
 BASE, EXPERTS, DATA = world()
@@ -226,6 +226,19 @@ def test_the_best_by_validation_is_taken():
     seen = [row["validation"] for row in found.curve]
     assert found.best is not None
     assert found.best[0] == min(seen)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_losses_and_validation_are_one_measure(turns: bool):
+    first = {t: list(batches[:1]) for t, batches in DATA.items()}
+    descent = Descent("adam", lr=0.05, steps=2, accumulate=2)
+    free = {"weight": Free(start=0.3)}
+    how = Setting(free=free, objective=Labels(), descent=descent, method=("task_arithmetic",), turns=turns)
+    same = {t: list(batches) for t, batches in first.items()}
+    found = learn(how, None, data=first, validation=same, every=1, descent=descent)
+    for row in found.curve[:2]:
+        assert row["loss"] == pytest.approx(row["validation"], rel=1e-6)
+        assert row["loss"] == pytest.approx((row["loss t0"] + row["loss t1"]) / 2, rel=1e-6)
 
 
 def test_controls_stand_beside_the_result_and_the_module_keeps_it():

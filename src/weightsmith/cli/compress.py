@@ -24,7 +24,8 @@ def compress(
     quiet: Quiet = False,
     plugin: Plugins = (),
     accept_loss: Annotated[
-        bool, Parameter(help="Keep the result even if models come back worse than the bare base.")
+        bool,
+        Parameter(help="Keep the result even if models come back worse than the bare base, or if no space is saved."),
     ] = False,
 ) -> None:
     """Store all models of a recipe in little more space than one; its method ends in a codec."""

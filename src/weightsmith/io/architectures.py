@@ -7,6 +7,7 @@
     align             which outputs of fused experts belong together
     observe           sizes that follow from no field
     plan.fitting      buffers that old files have and new ones do not
+    io.read.stats     models that give probabilities
     plan.stored       tensors that stay in float32
 
 Roles of tensors by their names (query, norm, head) are needed by methods too and stand in `core.keys`; what it takes to
@@ -189,6 +190,14 @@ BUFFERS = (
 do not, and both load files with or without them."""
 CAUSAL_MASKS = r".*\b(?:attn|attention)\.bias"
 """The same of masks, where they have four axes (GPT-2, GPT-NeoX)."""
+
+# --- what comes out ---------------------------------------------------------------------------------
+
+GIVE_PROBABILITIES = (
+    "ForCausalLM", "LMHeadModel", "ForImageClassification", "ForSequenceClassification", "ForTokenClassification",
+    "ForConditionalGeneration",
+)  # fmt: skip
+"""How the names of classes end that give probabilities of classes or tokens, of which a Fisher information is made."""
 
 # --- dtypes ----------------------------------------------------------------------------------------
 

@@ -45,21 +45,19 @@ def compress(
 
     `Result.storage` says what is saved, and what of each expert's change is lost.
 
-    Raises PlanError with every problem before anything is written; and, with nothing left of what was, where an expert
-    would come back further from itself than the bare base is, unless `accept_loss`.
+    Raises PlanError with every problem before anything is written, no space saved among them; and, with nothing left of
+    what was, where an expert would come back further from itself than the bare base is.  With `accept_loss` neither of
+    the two is a problem.
     """
     settings = settings.but(**options)
     packager = partial(_package, accept_loss=accept_loss)
     job = Job.planned(recipe, settings, packager, out=out, sources=sources, encode=True, weights=WEIGHTS)
+    idle = [] if job.plan.problems else _saves_nothing(_storage(job, {}))
+    if idle and not accept_loss:
+        raise PlanError(idle)
     made = job.run(out, settings)
     storage = _storage(job, read_manifest(made.out)["codec"])
-    idle = storage.base + storage.stored >= storage.experts
-    text = (
-        f"no space is saved: base and result take {storage.ratio:.0%} of what the models take in full, which lose "
-        "nothing; keep those, or take a codec with few bits for each model (bitdelta)"
-    )
-    warnings = [Problem(Code.CODEC, "method", text)] if idle else []
-    return replace(made, storage=storage, warnings=(*made.warnings, *warnings))
+    return replace(made, storage=storage, warnings=(*made.warnings, *idle))
 
 
 def restore(
@@ -126,6 +124,18 @@ def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Non
         _refuse_worse_than_nothing(plan.tasks, about["error"])
     more = {"seed": plan.recipe.seed, "codec": about, "device": plan.device or None}
     job.manifest(folder, records, "codec", treatments(plan), **more)
+
+
+def _saves_nothing(storage: Storage) -> list[Problem]:
+    """The problem that the models in full take no more than the base and the result."""
+    if storage.base + storage.stored < storage.experts:
+        return []
+    text = (
+        f"no space is saved: base and result take {storage.ratio:.0%} of what the models take in full, which lose "
+        "nothing; keep those, compress more models of this base together, or take a codec with few bits for each model "
+        "(bitdelta); or pass --accept-loss (Python: accept_loss=True) to see what it does"
+    )
+    return [Problem(Code.CODEC, "method", text)]
 
 
 def _refuse_worse_than_nothing(tasks: Iterable[Task], error: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from weightsmith.inputs import vocabulary
 from weightsmith.inputs.configs import unlike_configs
 from weightsmith.inputs.opened import Inputs, earlier_notes, product_ranks
 from weightsmith.io.read.layers import miscounted
-from weightsmith.io.read.stats import how_to_make
+from weightsmith.io.read.stats import missing as missing_statistic
 from weightsmith.plan.carried import carried_reason, has, own_key, ownerless, owners
 from weightsmith.plan.costs import costs_of
 from weightsmith.plan.fitting import Fitting
@@ -281,7 +281,7 @@ class Planner:
             found = self.inputs.stats.get(stat, {})
             if without := [n for n in self.inputs.experts if n not in found and n not in self.inputs.silent]:
                 # Never a fallback: the user forgot the data that the method is named for.
-                text = f"{stage.name} needs the statistic {stat!r} of {', '.join(without)}; {how_to_make(stat)}"
+                text = missing_statistic(stage.name, stat, {n: self.inputs.experts[n] for n in without})
                 self.problems.say(Code.STATISTIC, stage.name, text)
                 continue
             if missing := [n for n, s in found.items() if not has(s, key.name)]:

@@ -49,12 +49,14 @@ class Tuned:
 
     recipe        as a tree, with the learned values; its coefficients lie in `out` where they are many
     coefficients  parameter -> tensor -> [n] or [n, c] values, models in the recipe's order ([1]: all alike)
-    curve         a row per step: step, loss, validation (where it was looked at), the loss of each task
-    best          step whose numbers these are, and its loss on the validation data; None without such data
+    curve         a row per step: step, loss, validation (where it was looked at), the loss of each task; loss and
+                  validation are means over the tasks
+    best          the loss on the validation data, and the step whose numbers these are; None without such data
     stopped       why it ended before the last step, or ''
     controls      the loss on validation data of this, the untuned recipe, task arithmetic and tuned random changes
     told          whether OUT/adapter.yaml was written, of adapters; else ''
     classes       task -> predicted class -> count over the last steps, for objectives that may collapse
+    judged        what validation measures
     """
 
     recipe: Mapping[str, Any]
@@ -66,6 +68,7 @@ class Tuned:
     controls: Sequence[Control] = ()
     out: Path | None = None
     told: str = ""
+    judged: str = "loss"
 
 
 def tune(
@@ -194,6 +197,7 @@ def _learned(asked: _Asked, setting: Setting, work: Work, folder: Path | None, c
         classes=tuner.histogram(),
         controls=known,
         out=folder,
+        judged=setting.objective.judged,
     )
     if folder is not None and folder == asked.home:
         made = replace(made, told=write_adapter(work.tree, made.coefficients, work.inputs, folder))

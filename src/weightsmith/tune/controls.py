@@ -101,15 +101,15 @@ def _tuner(work: Work, like: Tuner, setting: Any, threads: int) -> Tuner:
 
 def _measured(name: str, tuner: Tuner) -> Control:
     losses = [values for values in tuner.evaluate(tuner.data.validation).values() if values]
-    return Control(name, sum(float(np.mean(values)) for values in losses), *_interval(losses))
+    return Control(name, float(np.mean([np.mean(values) for values in losses])), *_interval(losses))
 
 
 def _interval(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """2.5% and 97.5% of the sum over tasks of means, over draws of batches with replacement."""
+    """2.5% and 97.5% of the mean over tasks of means, over draws of batches with replacement."""
     draw = np.random.Generator(np.random.PCG64(0))
     sums = np.zeros(DRAWS)
     for values in losses:
         array = np.asarray(values)
         sums += array[draw.integers(len(array), size=(DRAWS, len(array)))].mean(axis=1)
-    low, high = np.quantile(sums, [0.025, 0.975])
+    low, high = np.quantile(sums / len(losses), [0.025, 0.975])
     return float(low), float(high)

@@ -26,12 +26,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Objective(Named):
-    """A loss, summed over the tasks of a step.
+    """A loss; a step descends its sum over tasks, curves and validation show the mean over them.
 
+    judged     what validation shows, in a word or two
     labelled   whether it needs labels
     collapses  whether a constant answer is an optimum: the classes that are predicted are then watched
     """
 
+    judged: ClassVar[str] = "loss"
     labelled: ClassVar[bool] = False
     collapses: ClassVar[bool] = False
 
@@ -45,7 +47,7 @@ class Objective(Named):
 
     def judge(self, first: Mapping[str, float], now: Mapping[str, float]) -> float:
         """How bad numbers are, by the measures of the tasks: at the start, and with them; Inf: not to be taken."""
-        return sum(now.values())
+        return sum(now.values()) / len(now)
 
     def ended(self, first: Mapping[str, float], now: Mapping[str, float]) -> str:
         """Why to stop here, or ''."""

@@ -23,10 +23,14 @@ def summary(made: Tuned) -> list[str]:
     seen = [row["validation"] for row in made.curve if "validation" in row]
     said = []
     if losses:
-        said.append(f"loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last ({len(losses)} steps)")
+        said.append(
+            f"loss, the mean over tasks: {losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last "
+            f"({len(losses)} steps)"
+        )
     if seen and made.best is not None:
         said.append(
-            f"validation {seen[0]:.4g} before, {made.best[0]:.4g} at step {made.best[1]}, whose numbers are taken"
+            f"{made.judged} on validation data{', likewise' if made.judged == 'loss' else ''}: {seen[0]:.4g} before, "
+            f"{made.best[0]:.4g} at step {made.best[1]}, whose numbers are taken"
         )
     if not losses and not made.stopped:
         said.append("no step was taken (steps: 0): the numbers are those of the start")
@@ -41,20 +45,20 @@ def summary(made: Tuned) -> list[str]:
 def sections(made: Tuned, models: Sequence[str]) -> list[Section]:
     """The page of a tuning."""
     found: list[Section] = [Text("", summary(made))]
-    curves = []
-    for name in ("loss", "validation"):
+    curves: dict[str, list[Curve]] = {}  # one picture for each measure
+    for name, measure in (("loss", "loss"), ("validation", made.judged)):
         rows = [(row["step"], row[name]) for row in made.curve if name in row]
         if len(rows) > 1 and min(y for _, y in rows) >= 0:
-            curves.append(Curve(name, [x for x, _ in rows], [y for _, y in rows]))
-    if curves:
-        found.append(Curves("Loss", curves, "step", "summed over the tasks of a step"))
+            curves.setdefault(measure, []).append(Curve(name, [x for x, _ in rows], [y for _, y in rows]))
+    for measure, drawn in curves.items():
+        found.append(Curves(measure.capitalize(), drawn, "step", "mean over tasks" if measure == "loss" else measure))
     if made.controls:
         best = made.controls[0].loss
         compared: list[dict[str, object]] = [
             {"name": c.name, "loss": c.loss, "interval": f"{c.low:.4g} to {c.high:.4g}", "behind": c.loss - best}
             for c in made.controls
         ]
-        headings = [Column("name", "What"), Column("loss", "Validation loss", decimals=4),
+        headings = [Column("name", "What"), Column("loss", f"{made.judged.capitalize()}, validation", decimals=4),
                     Column("interval", "95% of bootstraps over batches"),
                     Column("behind", "Against the tuned", decimals=4, signed=True)]  # fmt: skip
         found.append(Table("Is it better than doing without?", headings, compared))

@@ -88,7 +88,7 @@ class Tuner:
             if self._over():
                 break
             losses = self._learn(step)
-            row["loss"] = sum(losses.values())
+            row["loss"] = sum(losses.values()) / len(losses)  # as validation counts: the mean over tasks
             row |= {f"loss {task}": value for task, value in losses.items()}
             self.state.curve.append(row)
             self.state.step = step + 1
@@ -156,7 +156,7 @@ class Tuner:
     def _moved(
         self, visit: int, numbers: Sequence[Numbers], optimizer: torch.optim.Optimizer, descent: Descent, step: int
     ) -> dict[str, float]:
-        """Move some of the numbers once, on the batches of a visit; the losses by task."""
+        """Move some of the numbers once, on the batches of a visit; the mean loss of each task that was visited."""
         losses = self._slopes(visit, numbers, step)
         self._pull(numbers)
         for raw, kept in zip(self.raw, self._kept, strict=False):
@@ -187,8 +187,8 @@ class Tuner:
                 self._kept.append(kept[:, None].expand_as(raw) if one.free.several else kept)
 
     def _slopes(self, visit: int, numbers: Sequence[Numbers], step: int) -> dict[str, float]:
-        """Give the numbers the gradient of the batches of a visit; the losses by task."""
-        losses: dict[str, float] = {}
+        """Give the numbers the gradient of the batches of a visit; the mean loss of each task that was visited."""
+        losses: dict[str, list[float]] = {}
         for raw in (raw for one in numbers for raw in one.raw):
             raw.grad = None
         with self.resident.gathering(self.setting.gather) as found:
@@ -205,10 +205,10 @@ class Tuner:
                         "the numbers of the step before are kept; lower lr"
                     )
                 torch.autograd.backward(loss * share)
-                losses[task] = losses.get(task, 0.0) + value * share
+                losses.setdefault(task, []).append(value)
         for one in numbers:
             one.backward(found)
-        return losses
+        return {task: sum(values) / len(values) for task, values in losses.items()}
 
     def _turns(self, step: int) -> list[tuple[str, int, float]]:
         """(task, number of its batch, share in the loss) of a step."""

@@ -28,6 +28,7 @@ __all__ = [
     "counted_blocks",
     "cut_config",
     "miscounted",
+    "parsed_config",
     "stack_configs",
 ]
 
@@ -73,6 +74,12 @@ def config_mapping(source: Source) -> dict[str, Any]:
     if text is None or source.origin.folder is None:
         raise SourceError(f"{source}: no config.json, which the mixture's is made from; give a model folder")
     return _parsed(text, source.origin.label)
+
+
+def parsed_config(source: Source) -> dict[str, Any]:
+    """The values of a source's config.json; none where there is no such file."""
+    text = config_of(source)
+    return {} if text is None else _parsed(text, source.origin.label)
 
 
 def counted_blocks(config: Mapping[str, Any]) -> tuple[str, set[int]] | None:

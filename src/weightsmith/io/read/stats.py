@@ -11,7 +11,7 @@ NAME.left [rows, rank] and NAME.right [rank, columns].
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import numpy as np
 from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import Key
 from weightsmith.io import system
+from weightsmith.io.architectures import GIVE_PROBABILITIES
+from weightsmith.io.read.layers import parsed_config
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.source import Block, Source
 from weightsmith.io.read.views import View
 from weightsmith.ops.moments import product
 
-__all__ = ["METADATA", "SIDES", "StatsSource", "how_to_make", "open_stats"]
+__all__ = ["METADATA", "SIDES", "StatsSource", "missing", "open_stats"]
 
 METADATA = "weightsmith"
 SIDES = ("left", "right")
@@ -128,7 +130,25 @@ def open_stats(paths: Iterable[str | Path]) -> dict[str, Source]:
     return dict(found)
 
 
-def how_to_make(stat: str) -> str:
-    """What to do where a statistic is missing."""
+def missing(stage: str, stat: str, models: Mapping[str, Source]) -> str:
+    """The problem that a stage needs a statistic that these models come without, and what to do."""
+    needs = f"{stage} needs the statistic {stat!r} of {', '.join(models)}; "
+    moments = 'the second moments that the trainer saved ("weightsmith observe MODEL --optimizer FILE", method ota)'
     source = "--optimizer FILE" if stat == "second_moment" else f"--data FILE --stat {stat}"
-    return f'make it with "weightsmith observe MODEL {source} -o STATS" and add "stats: STATS" to it'
+    how = f'{needs}make it with "weightsmith observe MODEL {source} -o STATS" and add "stats: STATS" to it'
+    if stat == "second_moment":
+        return how
+    for model in models.values():
+        config = parsed_config(model)
+        name = next(iter(config.get("architectures") or ()), "")
+        if not isinstance(name, str) or not name:
+            continue
+        if config.get("is_encoder_decoder") is True:
+            return f"{needs}none can be made of {name}, an encoder with a decoder; take {moments}, or no statistic"
+        if stat == "fisher" and not name.endswith(GIVE_PROBABILITIES):
+            return (
+                f"{needs}a Fisher information is of probabilities, and {name} gives none: merge the models with their "
+                "trained heads (BertForSequenceClassification, say); or take regmean, for which encoders are observed "
+                f'too ("weightsmith observe MODEL --data FILE --stat gram"), or {moments}'
+            )
+    return how

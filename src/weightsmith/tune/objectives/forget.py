@@ -24,6 +24,7 @@ class Forget(Objective, name="forget"):
     share `keep` of its accuracy at the start; where one falls below, learning stops.
     """
 
+    judged: ClassVar[str] = "accuracy to forget"
     labelled: ClassVar[bool] = True
     target: str = ""
     keep: float = 0.95
