@@ -74,7 +74,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["merg"], 'unknown command "merg". Did you mean "merge"?; see "weightsmith --help"'),
         (["frobnicate"], 'unknown command "frobnicate"; see "weightsmith --help"'),
         (["merge", "r.yaml"], 'command "merge" parameter OUT requires an argument; see "weightsmith merge --help"'),
-        (["merge", "a", "b", "--thread", "3"], "unknown option: --thread. Did you mean --threads?"),
+        (["merge", "a", "b", "--thread", "3"], "unknown option: --thread; did you mean '--threads'?"),
+        (
+            ["lora", "extract", "a", "--base", "b", "--out", "c"],
+            "unknown option: --out; OUT is given without a name; usage: weightsmith lora extract [OPTIONS] MODEL OUT; "
+            'see "weightsmith lora extract --help"',
+        ),
         (["merge", "a", "b", "c"], "unexpected argument 'c'; usage: weightsmith merge [OPTIONS] RECIPE OUT; see"),
         (["lora", "merge", "a", "b", "c"], "unexpected argument 'c'; usage: weightsmith lora merge"),
         (["merge", "a", "b", "--threads", "many"], 'invalid value for --threads: unable to convert "many" into int'),

@@ -187,22 +187,45 @@ def _usage(error: cyclopts.CycloptsError, words: Sequence[str]) -> str:
 
     if isinstance(error, cyclopts.UnusedCliTokensError):
         text = f"unexpected argument {' '.join(error.unused_tokens or [])!r}{_takes(error)}"
+    elif isinstance(error, cyclopts.UnknownOptionError):
+        text = f"unknown option: {_written(error)}{_nearest_option(error)}"
     else:
         text = " ".join(str(error).split()).partition(" Available commands:")[0].rstrip(".")
         text = text[:1].lower() + text[1:]
-    verb = f" {words[0]}" if words and words[0] in _VERBS else ""
-    return f'{text}; see "weightsmith{verb} --help"'
+    chain = (error.command_chain or ()) or tuple(word for word in words[:1] if word in _VERBS)
+    return f'{text}; see "{" ".join(["weightsmith", *chain])} --help"'
+
+
+def _written(error: cyclopts.UnknownOptionError) -> str:
+    return (error.token.keyword or error.token.value).partition("=")[0]
+
+
+def _nearest_option(error: cyclopts.UnknownOptionError) -> str:
+    """What was meant by an unknown option: an argument that has no name, or an option that is called nearly so."""
+    from weightsmith.core.errors import nearest
+
+    word = _written(error).lstrip("-")
+    if word.upper() in _arguments(error):
+        return f"; {word.upper()} is given without a name{_takes(error)}"
+    known = [name for one in error.argument_collection or () for name in one.names if name.startswith("--")]
+    return nearest(f"--{word}", known)
+
+
+def _arguments(error: cyclopts.CycloptsError) -> dict[str, bool]:
+    """What the command takes without a name, as its usage shows it: name -> whether it must be there."""
+    import inspect
+
+    if error.target is None:
+        return {}
+    taken = [one for one in inspect.signature(error.target).parameters.values() if one.kind is one.POSITIONAL_ONLY]
+    return {one.name.strip("_").upper(): one.default is one.empty for one in taken}
 
 
 def _takes(error: cyclopts.CycloptsError) -> str:
     """What the command that was given too much takes: '; usage: weightsmith merge [OPTIONS] RECIPE OUT'."""
-    import inspect
-
     if error.target is None:
         return ""
-    taken = [one for one in inspect.signature(error.target).parameters.values() if one.kind is one.POSITIONAL_ONLY]
-    names = [one.name.strip("_").upper() for one in taken]
-    shown = [f"[{name}]" if one.default is not one.empty else name for one, name in zip(taken, names, strict=True)]
+    shown = [name if needed else f"[{name}]" for name, needed in _arguments(error).items()]
     return f"; usage: weightsmith {' '.join([*(error.command_chain or ()), '[OPTIONS]', *shown])}"
 
 

@@ -123,6 +123,7 @@ def read_variants(
     file: Path, sets: Sequence[str], plugins: Sequence[Path], files: list[Path] | None = None
 ) -> Mapping[str, Recipe]:
     """Load plug-ins, then every recipe that `--set` options with several values stand for, by folder name."""
+    from weightsmith.core.errors import RecipeError
     from weightsmith.plugins import load_file
     from weightsmith.recipe.sweep import load_variants
 
@@ -130,4 +131,11 @@ def read_variants(
         load_file(plugin)
     if files is not None:
         files += [plugin.expanduser() for plugin in plugins]
-    return load_variants(file, sets, files)
+    try:
+        return load_variants(file, sets, files)
+    except RecipeError as error:
+        from weightsmith.jobs.merge import also_wrong
+
+        known = " ".join(one.text for one in error.problems)
+        more = [one for one in also_wrong(file, sets) if one.text not in known]
+        raise RecipeError(*error.problems, *more) from None

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.method import Codec, registry
+from weightsmith.core.problem import Code, Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
 from weightsmith.jobs.job import Job, Result
 from weightsmith.jobs.package import package
 from weightsmith.jobs.sample import foretold
 from weightsmith.plan.plan import Plan
+from weightsmith.recipe.load import skeleton
 from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.sweep import expand
 
-__all__ = ["merge_job", "preview", "run"]
+__all__ = ["also_wrong", "merge_job", "preview", "run"]
 
 
 def run(
@@ -34,6 +39,17 @@ def run(
 def merge_job(recipe: Recipe, settings: Settings, out: Path | None, sources: Inputs | None = None) -> Job:
     """The job of a merge, from headers alone; its plan holds every problem."""
     return Job.planned(recipe, settings, package, out=out, sources=sources)
+
+
+def also_wrong(path: Path, assignments: Sequence[str]) -> list[Problem]:
+    """What is wrong with the models and selectors of a recipe that has other faults, so that all come out at once."""
+    try:
+        found = skeleton(path, next(iter(expand(assignments).values())))
+        job = None if found is None else Job.planned(found, DEFAULT, package)
+    except WeightsmithError:
+        return []
+    wanted = () if job is None else (Code.UNMATCHED, Code.INPUT)
+    return [problem for problem in (job.plan.problems if job is not None else ()) if problem.code in wanted]
 
 
 def preview(recipe: Recipe, out: Path | None = None, settings: Settings = DEFAULT, **options: Any) -> Plan:

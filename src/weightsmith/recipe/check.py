@@ -250,7 +250,9 @@ class Checker:
             self.one(spec, value, location, who)
 
     def one(self, spec: Parameter, value: Any, location: Location, who: str) -> None:
-        if text := spec.check(plain_number(value)):
+        text = spec.check(plain_number(value))
+        # Of two stages that take the same value the first one says it.
+        if text and not any(f.location == location and f.text.endswith(f": {text}") for f in self.faults):
             self.say(location, f"{who}: {text}")
 
     def case(self, spec: Parameter, case: Any, location: Location, who: str, *, nested: bool, last: bool) -> None:

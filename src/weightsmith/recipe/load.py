@@ -7,18 +7,19 @@ directory, or a hub id).  A model ending in .yaml, .yml or .json is a recipe of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from weightsmith.core.errors import RecipeError
 from weightsmith.recipe.files import expanded, text_of
-from weightsmith.recipe.grammar import Grammar, Reading, build
+from weightsmith.recipe.grammar import Grammar, Reading, build, listing, mapping
 from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import read_all
 from weightsmith.recipe.schema import Recipe
 
-__all__ = ["load", "loads", "read_file", "read_text"]
+__all__ = ["load", "loads", "read_file", "read_text", "skeleton"]
 
 _MAX_NESTED = 200
 
@@ -53,6 +54,48 @@ def read_text(
 ) -> G:
     """Read a model from text; `where` is what messages call it, `folder` what its paths are relative to."""
     return _Loader().text(kind, text, where, None if folder is None else Path(folder), overrides)
+
+
+_PLACE = ("model", "adapter", "revision", "layers", "expert")
+_SELECTOR = ("match", "role", "layers", "optional")
+
+
+def skeleton(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The models and selectors of a recipe that is faulty elsewhere: what can still be held against the files.
+
+    Rules that are faulty themselves are left out; None where nothing can be told.
+    """
+    place = expanded(path)
+    try:
+        documents = read_all(text_of(place), str(path))
+        for assignment in overrides:
+            override(documents[-1], assignment)
+        tree = mapping(Recipe.document(documents).tree)
+    except RecipeError:
+        return None
+    models = {n: _part(ref, _PLACE) if isinstance(ref, dict) else ref for n, ref in mapping(tree.get("models")).items()}
+    told: dict[str, Any] = {"method": "average", "models": models, **_part(tree, ("base",))}
+    if _made(told, place) is None:
+        return None
+    if _made(told | _part(tree, ("exclude",)), place) is not None:
+        told |= _part(tree, ("exclude",))
+    rules = [_part(mapping(rule), _SELECTOR) | {"method": "keep"} for rule in listing(tree.get("rules"))]
+    # A faulty one keeps its place, so that the others keep their numbers.
+    told["rules"] = [
+        rule if _made(told | {"rules": [rule]}, place) else {"method": "keep", "optional": True} for rule in rules
+    ]
+    return _made(told, place)
+
+
+def _part(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: tree[key] for key in keys if key in tree}
+
+
+def _made(tree: dict[str, Any], place: Path) -> Recipe | None:
+    try:
+        return read_text(Recipe, json.dumps(tree), str(place), folder=place.absolute().parent)
+    except (RecipeError, TypeError):
+        return None
 
 
 class _Loader:
