@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,7 @@ def test_gram_of_an_encoder(tmp_path: Path) -> None:
     assert source.rows == 9
 
 
-def test_texts_get_what_the_encoder_expects_around_them(tmp_path: Path) -> None:
+def test_texts_get_what_the_encoder_expects_around_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -312,13 +313,18 @@ def test_texts_get_what_the_encoder_expects_around_them(tmp_path: Path) -> None:
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
+    own = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=4)
+    own.save_pretrained(folder)
     coder = text_coder(load_model(folder))
     assert (coder.prefix, coder.suffix) == ((0,), (1,))
     assert coder.example("a b a b", 5) == [0, 3, 4, 3, 1]
     (tmp_path / "t.txt").write_text("a b a b a")
+    logger = logging.getLogger("transformers")  # which hands nothing on
+    logger.addHandler(caplog.handler)
     out = observe(folder, tmp_path / "t.txt", ["gram"], tmp_path / "stats", length=5)
+    logger.removeHandler(caplog.handler)
     assert StatsSource(out / "gram.safetensors").rows == 9, "3 and 2 words, each between [CLS] and [SEP]"
+    assert "longer than" not in caplog.text, "a text is cut into pieces that the model takes"
 
 
 def test_fisher_of_a_classifier_of_texts(tmp_path: Path) -> None:

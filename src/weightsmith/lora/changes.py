@@ -76,7 +76,8 @@ def find_changes(
     notes = [note for _, note in fates.values() if note]
     gone = [name for name in origin.keys if name not in tuned.keys and name not in tuned.aliases]
     if gone:
-        notes.append(f"{len(gone)} tensors of {origin} are not in {tuned} ({gone[0]}, ...)")
+        several = f"{gone[0]} and {len(gone) - 1} more" if len(gone) > 1 else gone[0]
+        notes.append(f"in {origin} alone, not in {tuned}: {several}")
 
     def having(fate: str) -> Iterator[tuple[str, Key]]:
         return ((_module(name), tuned.keys[name]) for name, (found, _) in fates.items() if found == fate)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from weightsmith.core.errors import some
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.lora import parameter_name
 from weightsmith.io.read.lora_files import read_adapter
@@ -42,7 +43,7 @@ def tried(result: Written, targets: Targets) -> tuple[str, list[str]]:
     if missing or strange:
         names = missing or strange
         state = "does not find" if missing else "has no place for"
-        return "", [f"{label} {state} {len(names)} tensors of {result.out} ({names[0]})"]
+        return "", [f"{label} {state} {some(names, 1)} of {result.out}"]
     if smallest is not None and not same:
         return "", [f"{label} makes another change of {smallest.key.name} than the one that is stored"]
     applied = "" if smallest is None else f", and changes {smallest.key.name} as it should"

@@ -224,7 +224,8 @@ class TextCoder:
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             return list(text.encode())
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        # It is cut into pieces afterwards: no warning that all of it would be too long for the model.
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
     def example(self, text: str, length: int) -> list[int]:
