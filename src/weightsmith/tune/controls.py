@@ -34,7 +34,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Control:
-    """A name, the loss summed over tasks, and its 95% interval."""
+    """A name, the mean loss over tasks, and its 95% interval."""
 
     name: str
     loss: float
