@@ -144,3 +144,12 @@ def test_numbers_beside_an_axis_differ(low: float, span: float) -> None:
         for place in ("end", "middle"):
             found = re.findall(rf'<text x="[^"]*" y="[^"]*" text-anchor="{place}">([^<]*)</text>', part)
             assert len(set(found)) == len(found) >= 2, found
+
+
+def test_the_name_of_an_axis_stands_beside_its_numbers() -> None:
+    """Digits of 12 px are 7 px wide; a line turned by 90 degrees reaches 3 px beyond its place."""
+    drawn = Points("P", [("a", 0.041, 99.6), ("b", 0.048, 100.4)], "x", "y")
+    for part in figure(drawn).split('<div class="slim">'):
+        numbers = re.findall(r'<text x="([^"]*)" y="[^"]*" text-anchor="end">([^<]*)</text>', part)
+        (name,) = re.findall(r"rotate\(-90 (\d+) ", part)
+        assert int(name) + 3 <= min(float(x) - 7 * len(text) for x, text in numbers)

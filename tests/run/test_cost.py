@@ -14,7 +14,7 @@ from weightsmith.core.method import registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.catalogue import cost_at_7b, describe
 from weightsmith.io.read.source import MemorySource
-from weightsmith.plan.cost import READ, START, SUM, WRITE, stage_seconds
+from weightsmith.plan.cost import AGAIN, READ, START, SUM, WRITE, stage_seconds
 from weightsmith.plan.costs import UNKNOWN, costs_of
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
@@ -50,6 +50,15 @@ def test_costs_add_up_over_stages_and_experts() -> None:
     # Three looks at all that the drops leave: two for the cuts, one for the signs.
     assert calculating(planned(whole, count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties + 3 * (dare - SUM)))
     assert calculating(planned("keep", w=w)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "breadcrumbs", "scale"])
+def test_what_was_measured_of_a_tensor_is_not_measured_again(name: str) -> None:
+    """Only the filtering itself is done again for the three looks over the model."""
+    w, own, ties = torch.zeros(1000, 400), *(costs_of(registered()[n]).seconds for n in (name, "ties"))
+    assert own is not None
+    assert ties is not None
+    assert calculating(planned([name, "ties"], count=3, w=w)) == pytest.approx(3 * 4e-4 * (own + ties + 3 * AGAIN))
 
 
 def test_the_cost_of_decompositions_grows_with_the_smaller_side() -> None:

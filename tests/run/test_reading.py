@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from weightsmith.io.read.source import Bits, MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.jobs.merge import run
 from weightsmith.jobs.sweep import plan_sweep
+from weightsmith.kernels.cuts import Entries, tensor_cuts
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import Recipe
 
@@ -190,3 +191,22 @@ def test_files_are_read_as_often_as_planned(tmp_path: Path, monkeypatch: pytest.
     result = run(recipe, tmp_path / "out", threads=1)
     assert result.read_bytes == pytest.approx(sum(read), rel=0.05)
     assert result.read_bytes > 2 * 3 * 2 * 4 * 800 * 700, "the matrices twice"
+
+
+@pytest.mark.parametrize("filters", ["magnitude", "breadcrumbs"])
+def test_cuts_of_a_tensor_are_found_once_for_all_looks_over_the_model(
+    filters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three looks of TIES and the merge stand behind them."""
+    found: list[np.ndarray] = []
+
+    def counted(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
+        found.append(tensor_cuts(ranks, entries))
+        return found[-1]
+
+    monkeypatch.setattr("weightsmith.engine.passes.tensor_cuts", counted)
+    given = {name: MemorySource(tensors(i), name) for i, name in enumerate(("base", "a", "b"))}
+    recipe = Recipe.model_validate({"base": "base", "models": {n: n for n in "ab"}, "method": [filters, "ties"]})
+    inputs = Inputs(given["base"], {n: given[n] for n in "ab"})
+    carry_out(make_plan(recipe, sources=inputs, threads=1), inputs, MemorySink())
+    assert len(found) == len(SHAPES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from weightsmith.core.costs import Costs
+from weightsmith.core.kernel import Times, Window
 from weightsmith.core.method import Filter, Scope, Stage
 from weightsmith.core.task import Task, Way
 from weightsmith.plan.costs import costs_of
@@ -24,6 +25,9 @@ START, READ, WRITE = 1.0, 0.2, 0.8
 
 SUM = 1.0
 """Of `seconds` of a filter: the weighted sum that it is measured with."""
+
+AGAIN = 0.6
+"""Of a filter by known cuts or factors: the seconds of its work in the kernels once they are found."""
 
 _7B = (7e9, 4096)
 """Parameters of a 7B language model, and the smaller side of most of its matrices."""
@@ -42,9 +46,15 @@ def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> fl
                 spent = stage_seconds(costs_of(stage), parameters, side)
                 if spent is None:
                     return None
-                again = _repeats(task, at, experts) * max(spent - SUM * parameters / 1e9, 0)
-                total += (spent + again) * experts
+                again = _again(stage, task, spent - SUM * parameters / 1e9, parameters, experts)
+                total += (spent + _repeats(task, at, experts) * again) * experts
     return total
+
+
+def _again(stage: Stage, task: Task, own: float, parameters: float, experts: int) -> float:
+    """Seconds of a filter's work for one expert when it is done again: what it has measured of a tensor is kept."""
+    spec = stage.fused(experts) if task.way is Way.KERNEL else None
+    return max(min(own, AGAIN * parameters / 1e9) if isinstance(spec, (Window, Times)) else own, 0)
 
 
 def _repeats(task: Task, at: int, experts: int) -> int:

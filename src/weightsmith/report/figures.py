@@ -299,7 +299,7 @@ def _axes(
     yield f'<text class="soft" x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle">{escape(x)}</text>'
     turn = (top + bottom) / 2
     yield (
-        f'<text class="soft" x="14" y="{turn:.1f}" text-anchor="middle" transform="rotate(-90 14 {turn:.1f})">'
+        f'<text class="soft" x="11" y="{turn:.1f}" text-anchor="middle" transform="rotate(-90 11 {turn:.1f})">'
         f"{escape(y)}</text>"
     )
 
