@@ -26,7 +26,7 @@ def test_a_rebuilt_adapter_loads_with_peft_and_gives_the_logits_of_the_rebuilt_w
         for i, (name, scale) in enumerate(zip(names, scales, strict=True))
     }
     tree = {"base": str(base), "models": models, "method": {"rmm": {"rank": 3, "basis": 1}}}
-    small = compress(Recipe.model_validate(tree), tmp_path / "small")
+    small = compress(Recipe.model_validate(tree), tmp_path / "small", accept_loss=True)
     assert small.storage is not None
     for name in names:
         back = restore(small.out, name, tmp_path / f"{name}-weights").out

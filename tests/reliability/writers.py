@@ -24,9 +24,11 @@ def make_writers(folder: Path) -> dict[str, Scene]:
     merged = make_scene(folder / "merge", "[{dare: {density: 0.5}}, average]", hidden=16, layers=0, shard="700B")
     squeezed = make_scene(folder / "compress", "tall_masks", hidden=16, layers=0, shard="700B")
     squeezed.recipe.write_text(squeezed.recipe.read_text().replace("output: {shard_size: 700B}\n", ""))
-    compress(load(squeezed.recipe), folder / "small", threads=1)
+    compress(load(squeezed.recipe), folder / "small", threads=1, accept_loss=True)
     return {
-        "compress": Scene(folder, squeezed.recipe, words=("compress", str(squeezed.recipe), "{out}", *QUIET)),
+        "compress": Scene(
+            folder, squeezed.recipe, words=("compress", str(squeezed.recipe), "{out}", "--accept-loss", *QUIET)
+        ),
         "restore": Scene(
             folder, squeezed.recipe, words=("restore", str(folder / "small"), "{out}", "--expert", "math", *QUIET)
         ),
