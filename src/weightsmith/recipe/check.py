@@ -115,6 +115,7 @@ class Checker:
     def __init__(self, models: Iterable[str], *, ramps: bool = True) -> None:
         self.models, self.ramps = tuple(models), ramps
         self.faults: list[Fault] = []
+        self._said = set[tuple[Location, str]]()
 
     def say(self, location: Location, text: str, form: str = "said", hint: str = "") -> None:
         self.faults.append(Fault(location, text, form, hint))
@@ -252,7 +253,8 @@ class Checker:
     def one(self, spec: Parameter, value: Any, location: Location, who: str) -> None:
         text = spec.check(plain_number(value))
         # Of two stages that take the same value the first one says it.
-        if text and not any(f.location == location and f.text.endswith(f": {text}") for f in self.faults):
+        if text and (location, text) not in self._said:
+            self._said.add((location, text))
             self.say(location, f"{who}: {text}")
 
     def case(self, spec: Parameter, case: Any, location: Location, who: str, *, nested: bool, last: bool) -> None:
