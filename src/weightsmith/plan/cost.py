@@ -7,9 +7,9 @@ Other processors, other parameters (steps of an iteration, ranks) and busy neigh
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from weightsmith.core.costs import Costs
-from weightsmith.core.kernel import Times, Window
 from weightsmith.core.method import Filter, Scope, Stage
 from weightsmith.core.task import Task, Way
 from weightsmith.plan.costs import costs_of
@@ -53,8 +53,9 @@ def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> fl
 
 def _again(stage: Stage, task: Task, own: float, parameters: float, experts: int) -> float:
     """Seconds of a filter's work for one expert when it is done again: what it has measured of a tensor is kept."""
-    spec = stage.fused(experts) if task.way is Way.KERNEL else None
-    return max(min(own, AGAIN * parameters / 1e9) if isinstance(spec, (Window, Times)) else own, 0)
+    spec: Any = stage.fused(experts) if task.way is Way.KERNEL and isinstance(stage, Filter) else None
+    known = spec is not None and spec.place == "before" and (spec.cut is not None or spec.values)
+    return max(min(own, AGAIN * parameters / 1e9) if known else own, 0)
 
 
 def _repeats(task: Task, at: int, experts: int) -> int:
