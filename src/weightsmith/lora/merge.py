@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import PlanError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.core.lazy import torch
 from weightsmith.core.pass_ import Found, Pass, fold, measured
 from weightsmith.core.site import Site
 from weightsmith.io.read.lora import Adapter, Module
 from weightsmith.io.read.lora_files import read_adapter
-from weightsmith.io.read.updates import Experts, Product
 from weightsmith.lora.coefficients import Weights, weights_by
 from weightsmith.lora.compare import (
     Adapters,
@@ -26,6 +24,7 @@ from weightsmith.lora.compare import (
     twice,
     weighted,
 )
+from weightsmith.lora.kernels import described
 from weightsmith.lora.naming import TARGETING, config_of
 from weightsmith.lora.recipe import AdapterRecipe, method_of
 from weightsmith.lora.rules import Averaged, Combine, Made, Part, SharedBasis
@@ -33,9 +32,6 @@ from weightsmith.lora.whole import token_rows, whole_tensors
 from weightsmith.lora.write import Description, ModuleReport, Writer, Written
 
 __all__ = ["merge", "run"]
-
-_CONVOLUTIONS = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "in_layers_2", "out_layers_3", "_op",
-                 "skip_connection")  # fmt: skip
 
 
 def merge(
@@ -91,6 +87,7 @@ def run(
     notes += twice(adapters, method)
     method, weights = weighted(method, adapters)
     modules = modules_of(adapters, method)
+    known = described(adapters, modules, _base(recipe, adapters))
     by = weights_by(recipe.coefficients, method, adapters, modules, weights)
     notes += differences(adapters, modules, method)
     kind = next(iter(adapters.values())).kind
@@ -99,7 +96,7 @@ def run(
     with Writer(Path(out), folders, overwrite=overwrite, kind=kind) as writer:
         for done, (module, made) in enumerate(_made(adapters, modules, method, by, recipe.seed)):
             writer.add(
-                _one(adapters, module),
+                known[module],
                 [part.factors for part in made],
                 [part.wanted for part in made],
                 dtype=dtype,
@@ -114,7 +111,7 @@ def run(
         rows, indices = token_rows(adapters, weights, averaged=averaged)
         for stored, (value, how) in {**whole, **rows}.items():
             writer.add_whole(stored, value, recipe.output.dtype or str(value.dtype).removeprefix("torch."), how)
-        config = _config(recipe, adapters, writer.ranks, method) | indices
+        config = _config(recipe, adapters, writer.ranks, method, known) | indices
         about = Description(
             made=recipe.model_dump(mode="json", exclude_defaults=True),
             inputs={name: adapter.fingerprint() for name, adapter in adapters.items()},
@@ -213,18 +210,6 @@ def _sites(adapters: Adapters, module: str, results: Found, seed: int) -> Iterat
         yield Site(key, stack, is_delta=True, names=tuple(adapters), found=results, seed=seed, factors=factors)
 
 
-def _one(adapters: Adapters, module: str) -> Module:
-    """A module as the first adapter that has it describes it; one that knows the kernel of a convolution goes first."""
-    found = [adapter.modules[module] for adapter in adapters.values() if module in adapter.modules]
-    shaped = [one for one in found if isinstance(one.update, (Product, Experts)) or len(one.update.shape) > 2]
-    if not shaped and module.endswith(_CONVOLUTIONS):
-        raise PlanError([
-            f"{module} is a convolution, whose kernel a flattened LoHa or LoKr does not tell; merge it into its base "
-            'with "weightsmith merge"'
-        ])  # fmt: skip
-    return (shaped or found)[0]
-
-
 # --- the result's configuration -----------------------------------------------------------------------
 
 
@@ -234,17 +219,20 @@ def _common(adapters: Adapters) -> str:
     return dtypes.pop() if len(dtypes) == 1 and all(DTYPES[d].itemsize > 1 for d in dtypes) else "float32"
 
 
-def _config(recipe: AdapterRecipe, adapters: Adapters, ranks: Mapping[str, int], method: Method) -> dict[str, Any]:
+def _base(recipe: AdapterRecipe, adapters: Adapters) -> str | None:
+    named = (adapter.config.get("base_model_name_or_path") for adapter in adapters.values())
+    return recipe.base or next(filter(None, named), None)
+
+
+def _config(
+    recipe: AdapterRecipe, adapters: Adapters, ranks: Mapping[str, int], method: Method, modules: Mapping[str, Module]
+) -> dict[str, Any]:
     first = next(iter(adapters.values()))
-    like = {**first.config}
-    like["base_model_name_or_path"] = recipe.base or next(
-        (base for adapter in adapters.values() if (base := adapter.config.get("base_model_name_or_path"))), None
-    )
+    like = {**first.config, "base_model_name_or_path": _base(recipe, adapters)}
     like["bias"] = next((b for a in adapters.values() if (b := a.config.get("bias", "none")) != "none"), "none")
     kept = isinstance(method, Averaged) and method.space == "factors"
     scale = {name: module.scale for name, module in first.modules.items()} if kept else None
     saved = {name for adapter in adapters.values() for name in adapter.config.get("modules_to_save") or ()}
-    modules = {name: _one(adapters, name) for name in ranks}
     return config_of(ranks, like, modules=modules, targets=_targets(adapters), saved=saved, scale=scale)
 
 

@@ -9,6 +9,7 @@ from weightsmith.io.read.lora import Module
 from weightsmith.io.read.lora_files import read_adapter
 from weightsmith.lora.compare import combinable
 from weightsmith.lora.extract import check_rank
+from weightsmith.lora.kernels import described
 from weightsmith.lora.naming import config_of
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, split, svd_of_factors, widened
@@ -37,8 +38,9 @@ def resize(
     check_rank(rank, energy, 1)
     found = combinable(read_adapter(adapter))
     notes: list[str] = []
+    modules = described({"adapter": found}, [*found.modules], found.config.get("base_model_name_or_path"))
     with Writer(Path(out), [found.path], overwrite=overwrite, kind=found.kind) as writer:
-        for name, module in found.modules.items():
+        for name, module in modules.items():
             wanted = [Factors(b * module.scale, a) for b, a in found.factors(name)]
             cut = [svd_of_factors(part) for part in wanted]
             squares = [float(part.s.square().sum()) for part in cut]

@@ -28,7 +28,7 @@ from weightsmith.io.package.manifest import build_manifest, write_manifest
 from weightsmith.io.read.adapter import CONFIG
 from weightsmith.io.read.lora import Module
 from weightsmith.io.read.source import bits_to_tensor
-from weightsmith.io.read.updates import Product, assembled
+from weightsmith.io.read.updates import Experts, Product, assembled
 from weightsmith.io.url import absolute
 from weightsmith.io.write.output import FolderSink, check_output
 from weightsmith.lora.naming import keys_of
@@ -161,7 +161,7 @@ class Writer:
         if not all(bool(torch.isfinite(value).all()) for part in pieces for value in part):
             raise NumericError(f"{module.name}: the result holds NaN or Inf; look at the adapters' values and weights")
         b, a = assembled(module.update, pieces)
-        kernel = module.update.shape[2:] if isinstance(module.update, Product) else ()
+        kernel = () if isinstance(module.update, Experts) else module.update.shape[2:]
         b_shape = (*b.shape, *(1 for _ in kernel))
         a_shape = (a.shape[0], module.update.shape[1], *kernel) if kernel else tuple(a.shape)
         keys = keys_of(module.name, b_shape, a_shape, dtype, embedding=module.embedding, kind=self._kind)
