@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from studio_kit import until
 
+from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.studio.jobs import Job, Jobs
 from weightsmith.studio.seal import sealed
@@ -116,26 +115,28 @@ def test_a_killed_job_goes_on_with_resume(jobs: Jobs, folder: Path) -> None:
     assert (folder / "slow/weightsmith.json").exists()
 
 
-@pytest.mark.parametrize("how", ["unsealed", "of another user", "changed", "under another number"])
-def test_a_folder_from_elsewhere_brings_no_commands(jobs: Jobs, folder: Path, tmp_path: Path, how: str) -> None:
-    """A job that somebody else has put into the folder is neither shown nor run."""
+def test_a_folder_from_elsewhere_brings_no_commands(jobs: Jobs, folder: Path, tmp_path: Path) -> None:
+    """Jobs that somebody else has put into the folder are neither shown nor run."""
     (folder / "wait.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n{PLUGIN}")
     noted = {"words": ["merge", "blend.yaml", "x", "--plugin", "wait.py"], "title": "x", "created": 0.0, "about": {}}
-    raw = {"unsealed": json.dumps(noted).encode(), "under another number": sealed("0006", noted)}.get(how, b"")
-    if how == "of another user":
-        raw = json.dumps({**noted, "seal": "0" * 64}).encode()
-    if how == "changed":
-        other = {**noted, "words": ["plan", "blend.yaml"]}
-        raw = sealed("0007", other).replace(b'["plan", "blend.yaml"]', b'["merge"]')
-    (jobs.folder / "0007").mkdir()
-    (jobs.folder / "0007/job.json").write_bytes(raw)
+    changed = sealed("0006", {**noted, "words": ["plan", "blend.yaml"]})
+    strange = {
+        "0004": json.dumps(noted).encode(),
+        "0005": json.dumps({**noted, "seal": "0" * 64}).encode(),  # of another user
+        "0006": changed.replace(b'["plan", "blend.yaml"]', b'["merge"]'),
+        "0007": sealed("0003", noted),
+    }
+    for number, raw in strange.items():
+        (jobs.folder / number).mkdir()
+        (jobs.folder / number / "job.json").write_bytes(raw)
     after = jobs.add(["plan", "blend.yaml"], "plan")
     assert after.id == "0008"
     assert ended(jobs, after.id).state == "finished"
     assert [job.id for job in jobs.all()] == ["0008"]
     assert not (tmp_path / "pwned").exists()
-    with pytest.raises(SourceError, match="no job"):
-        jobs.resume("0007")
+    for number in strange:
+        with pytest.raises(SourceError, match="no job"):
+            jobs.resume(number)
 
 
 def test_links_among_the_studios_own_files_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -152,12 +153,10 @@ def test_a_server_that_is_stopped_stops_its_job(jobs: Jobs, folder: Path) -> Non
     assert ended(jobs, job.id).state == "stopped"
 
 
-def test_a_command_writes_how_far_it_is_where_it_is_told(folder: Path) -> None:
+def test_a_command_writes_how_far_it_is_where_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = folder / "progress"
-    words = [sys.executable, "-m", "weightsmith", "merge", "blend.yaml", "merged", "--json"]
-    subprocess.run(
-        words, cwd=folder, env={**os.environ, "WEIGHTSMITH_PROGRESS": str(file)}, check=True, capture_output=True
-    )
+    monkeypatch.setenv("WEIGHTSMITH_PROGRESS", str(file))
+    assert main(["merge", str(folder / "blend.yaml"), str(folder / "merged"), "--json"]) == 0
     noted = json.loads(file.read_text())
     assert noted["done"] == noted["total"] > 0
     assert noted["unit"] == "bytes"

@@ -42,6 +42,19 @@ def test_the_models_are_listed_with_what_is_known_of_them(client: TestClient, fo
     assert "16×16" in detail
 
 
+def test_models_that_cannot_be_opened_say_so_and_no_more(client: TestClient, folder: Path) -> None:
+    (folder / "models/math/model.safetensors").write_bytes(b"\xff" * 200)
+    shown = client.get("/model", params={"path": "models/math"}).text
+    assert "not a safetensors file" in shown
+    assert "<dt>tensors</dt>" not in shown
+
+
+def test_a_lone_file_in_the_first_folder_goes_by_its_name(client: TestClient, folder: Path) -> None:
+    write_model(folder / "loose", 8)
+    (folder / "loose/model.safetensors").rename(folder / "alone.safetensors")
+    assert "?path=alone.safetensors" in client.get("/models").text
+
+
 def test_long_tables_come_a_page_at_a_time(client: TestClient, folder: Path) -> None:
     write_model(folder / "models/many", 9, layers=150, size=1)
     first = client.get("/model", params={"path": "models/many"}).text
@@ -110,6 +123,23 @@ def test_models_are_added_renamed_and_removed(client: TestClient, folder: Path) 
     )
     assert answer.status_code == 400
     assert "there already" in answer.text
+
+
+def test_a_models_own_values_outlive_another_path(client: TestClient, folder: Path) -> None:
+    text = "models:\n  math: {model: models/math, weight: 0.5}\nmethod: ties\n"
+    key = form(_tree(text)).models[0].path.key
+    assert "math: {model: models/code, weight: 0.5}" in sent(client, "set", text, key=key, value="models/code")
+
+
+def test_slices_are_shown_where_a_path_would_be(client: TestClient, folder: Path) -> None:
+    tree = _tree("models: {a: {slices: [{model: x, layers: [0, 2]}]}}")
+    assert form(tree).models[0].path.value == "{slices: [{model: x, layers: [0, 2]}]}"
+
+
+def test_models_called_by_numbers_are_removed_too(client: TestClient, folder: Path) -> None:
+    text = sent(client, "model", "models: {1: models/math, 2: models/code}\nmethod: ties\n",
+                do="remove-model", name="1")  # fmt: skip
+    assert _tree(text)["models"] == {"2": "models/code"}
 
 
 def _tree(text: str) -> Any:

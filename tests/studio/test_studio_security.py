@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,26 @@ def test_markup_from_files_is_text(client: TestClient, folder: Path) -> None:
         assert "<b>x" not in page.text
     assert "&lt;script&gt;alert(2)" in pages[1].text
     assert "&lt;img src=x" in pages[1].text
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 240 + ".yaml", "a/" * 5000 + "b.yaml"])
+@pytest.mark.parametrize("page", ["/model", "/recipe", "/history/of", "/grid"])
+def test_names_that_no_file_can_have_are_a_problem(client: TestClient, page: str, name: str) -> None:
+    answer = client.get(page, params={"path": name})
+    assert answer.status_code == 400
+    assert "too long for a file" in answer.text
+
+
+def test_digits_that_are_no_numbers(client: TestClient, folder: Path) -> None:
+    (folder / ".weightsmith-studio/jobs/²").mkdir()  # '²'.isdigit()
+    assert client.get("/model", params={"path": "models/base", "first": "²"}).status_code == 200
+    assert client.post("/recipe/inspect", data={"path": "blend.yaml", "spectra": "²"}).status_code == 303
+
+
+def test_a_name_is_never_an_option(client: TestClient, folder: Path) -> None:
+    """A folder from elsewhere may be called --plugin=x.py, with a file x.py beside it."""
+    write_model(folder / "--plugin=x.py", 7)
+    assert "?path=./--plugin" in html.unescape(client.get("/models").text).replace("%2F", "/").replace("%3D", "=")
+    where = client.post("/compare", data={"a": "models/base", "b": "--plugin=x.py"}).headers["location"]
+    job = client.app.app.state.studio.jobs.get(where.rpartition("/")[2])  # type: ignore[attr-defined]
+    assert job.words[:3] == ("diff", "models/base", "./--plugin=x.py")

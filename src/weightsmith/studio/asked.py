@@ -46,7 +46,7 @@ class Asked:
     def number(self, name: str, default: int, most: int) -> int:
         """A whole number of the query from 0 on; the default for anything else."""
         text = self(name)
-        return min(int(text), most) if text.isdigit() and len(text) < 10 else default
+        return min(int(text), most) if text.isdecimal() and len(text) < 10 else default
 
 
 def html(template: str, **values: Any) -> Any:

@@ -105,7 +105,9 @@ def form(tree: Mapping[str, Any]) -> Form:
 
 
 def _place(key: Location, label: str, ref: Any, help: str = "") -> Field:
-    model = ref.get("model") if isinstance(ref, Mapping) and "models" not in ref else ref
+    model = ref
+    if isinstance(ref, Mapping) and "model" in ref:  # which is changed alone: the values beside it stay
+        key, model = (*key, "model"), ref["model"]
     return Field(json.dumps(key), label, "text" if model is None or isinstance(model, str) else "yaml",
                  "" if model is None else _text(model), help)  # fmt: skip
 

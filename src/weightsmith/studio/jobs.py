@@ -141,12 +141,12 @@ class Jobs:
         with writing(self.folder):
             names = sorted(path.name for path in system.call(list, self.folder.iterdir()))
         running = self._running()
-        found = (self._read(name, running) for name in reversed(names) if name.isdigit())
+        found = (self._read(name, running) for name in reversed(names) if name.isdecimal())
         return [job for job in found if job is not None]
 
     def get(self, number: str) -> Job:
         """Raises SourceError if there is no such job."""
-        found = self._read(number, self._running()) if number.isdigit() and len(number) <= 9 else None
+        found = self._read(number, self._running()) if number.isdecimal() and len(number) <= 9 else None
         if found is None:
             raise SourceError(f"there is no job {number!r}; it may have been removed in another tab")
         return found
@@ -202,7 +202,7 @@ class Jobs:
     def add(self, words: Sequence[str], title: str, about: Mapping[str, Any] | None = None) -> Job:
         """Queue a command (its words without the program's name)."""
         with self._guard, writing(self.folder):
-            taken = [int(path.name) for path in system.call(list, self.folder.iterdir()) if path.name.isdigit()]
+            taken = [int(path.name) for path in system.call(list, self.folder.iterdir()) if path.name.isdecimal()]
             place = self.folder / f"{max(taken, default=0) + 1:04d}"
             system.call(place.mkdir)
             noted = {"words": list(words), "title": title, "created": time.time(), "about": dict(about or {})}

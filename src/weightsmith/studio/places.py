@@ -14,6 +14,8 @@ from weightsmith.io import system
 __all__ = ["OutsideError", "Places", "strings"]
 
 STATE = ".weightsmith-studio"
+_LONGEST, _PATH = 230, 3000
+"""Bytes of a name, with room for the endings that results and half-written files get; letters of a path."""
 
 
 class OutsideError(WeightsmithError):
@@ -55,12 +57,15 @@ class Places:
         path = (folder or self.home) / text
         if "\0" in text or not self.holds(path):
             raise OutsideError(f"{text!r} is outside the folders that the studio was started with")
+        if any(len(part.encode(errors="replace")) > _LONGEST for part in path.parts) or len(text) > _PATH:
+            raise SourceError(f"{text[:40]}…: the name is too long for a file")
         return path
 
     def shown(self, path: Path) -> str:
-        """A path as short as it can be typed from the first folder."""
+        """A path as short as it can be typed from the first folder; never one that a command takes for an option."""
         real = path if path.is_absolute() else self.home / path
-        return os.path.relpath(real, self.home) if self.home in real.parents or real == self.home else str(real)
+        text = os.path.relpath(real, self.home) if self.home in real.parents or real == self.home else str(real)
+        return f"./{text}" if text.startswith("-") else text
 
     def strangers(self, tree: Any, folder: Path) -> Iterator[str]:
         """The words of a parsed file that lead out of the folders: paths, links, addresses.

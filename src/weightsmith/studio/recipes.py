@@ -104,9 +104,9 @@ def changed(text: str, location: Location, value: Any) -> str:
         _set(made, location, _node(yaml, value))
         stream = io.StringIO()
         yaml.dump(made, stream)
-    except (YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"the form cannot change this part of the YAML ({said}); change it there") from None
+    except (YAMLError, AttributeError, LookupError, TypeError, ValueError):
+        place = ".".join(map(str, location))
+        raise RecipeError(f"the form cannot change {place} as the YAML stands; change it there") from None
     return stream.getvalue()
 
 
@@ -115,17 +115,25 @@ def _node(yaml: Any, value: Any) -> Any:
     return yaml.load(flow(value)) if isinstance(value, (Mapping, list)) else value
 
 
+def _key(inner: Any, step: str | int) -> Any:
+    """The key as the loader has it: `1` is a number to it, and a name to the recipe."""
+    words = {str(key): key for key in inner} if isinstance(inner, Mapping) else {}
+    return words.get(str(step), step)
+
+
 def _set(tree: Any, location: Location, value: Any) -> None:
     *above, last = location
     chain = [tree]
-    for step in above:
+    for i, step in enumerate(above):
         inner = chain[-1]
+        above[i] = step = _key(inner, step)
         following = inner[step] if isinstance(step, int) else inner.get(step)
         if following is None or isinstance(following, str):
             following = {"model": following} if isinstance(following, str) else {}
             inner[step] = following
             following = inner[step]
         chain.append(following)
+    last = _key(chain[-1], last)
     if value is not None:
         if isinstance(chain[-1], list) and last == len(chain[-1]):
             chain[-1].append(value)

@@ -115,7 +115,7 @@ class Guard:
 async def _body(headers: Mapping[str, str], receive: Receive) -> bytes | None:
     """The body of a request; None if it is too large, of which no more is read than that."""
     announced = headers.get("content-length", "0")
-    if not announced.isdigit() or int(announced) > MOST:
+    if not announced.isdecimal() or int(announced) > MOST:
         return None
     body = b""
     while True:

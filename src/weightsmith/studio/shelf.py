@@ -88,7 +88,7 @@ def _shelve(found: Shelf, here: Path, names: list[str], places: Places, details:
     if "config.json" in names or ADAPTER in names or MANIFEST in names:
         if weights:
             found.models.append(_model(here, weights, names, places, details))
-    elif len(weights) == 1 or any(name.endswith(".index.json") for name in names):
+    elif (len(weights) == 1 and here not in places.folders) or any(name.endswith(".index.json") for name in names):
         found.models.append(_model(here, weights, names, places, details))
     else:
         found.models += [_model(here / name, [""], [], places, details) for name in weights]

@@ -65,7 +65,7 @@ def one(studio: Studio, asked: Asked) -> Any:
         return html("tensors.html", table=table)
     pairs = [(job, told)]
     beside = str(job.about.get("beside", ""))
-    if beside.isdigit():
+    if beside.isdecimal():
         other = studio.jobs.get(beside)
         pairs = [(other, _answer(other)[0]), *pairs] if other.state == "finished" else pairs
     names = list(dict.fromkeys(str(one.about.get(key, "")) for one, _ in pairs for key in ("a", "b")))

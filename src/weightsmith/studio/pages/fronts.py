@@ -55,7 +55,7 @@ def _result(folder: Path) -> dict[str, Any]:
     told = read_json(folder / "result.json", _LIMIT)
     try:
         goals, points = dict(told["goals"]), [told["best"], *told["front"]]
-        good = goals and all(
+        good = isinstance(told["goals"], dict) and goals and all(
             isinstance(point["scores"][goal], (int, float)) and isinstance(point["point"], dict)
             and str(point["candidate"]).isdigit() for point in points for goal in goals
         )  # fmt: skip

@@ -55,8 +55,8 @@ def model(studio: Studio, asked: Asked) -> Any:
     if asked.partial:
         return html("tensors.html", table=table)
     dtypes = sorted({key.dtype for key in keys})
-    facts = [("from", label), ("tensors", f"{len(keys):,}"), ("weights", f"{sum(k.numel for k in keys):,}"),
-             ("dtypes", ", ".join(dtypes)), ("folder", str(path))]  # fmt: skip
+    held = [] if problems else [("tensors", f"{len(keys):,}"), ("weights", f"{sum(k.numel for k in keys):,}")]
+    facts = [("from", label), *held, ("dtypes", ", ".join(dtypes)), ("folder", str(path))]
     return html("model.html", title=asked("path"), page="models", name=asked("path"), table=table, problems=problems,
                 facts=[(name, text) for name, text in facts if text], card=_card(studio, path))  # fmt: skip
 
