@@ -274,6 +274,28 @@ def test_other_towers_have_sizes_of_their_own(folder: Path) -> None:
     assert cheap_check(folder) == [f"model.layers.0.mlp.{kind}_proj.weight {rest}" for kind in ("gate", "up")]
 
 
+def test_parts_by_their_own_configuration(folder: Path) -> None:
+    """Video-LLaVA's video_tower by its name, any other by its sizes; the language model's stay checked."""
+    sees = {"hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 24}
+    names = [f"{part}.layers.0.self_attn.q_proj.weight" for part in ("video_tower.encoder", "model.eye.encoder")]
+    edit_weights(folder, lambda tensors: tensors.update(dict.fromkeys(names[:1], torch.ones(16, 16))))
+    assert cheap_check(folder) == []
+    edit_weights(folder, lambda tensors: tensors.update({names[1]: torch.ones(20, 20)}))
+    assert any(names[1] in warning for warning in cheap_check(folder))
+    edit_config(folder, eye_config=sees)
+    assert cheap_check(folder) == []
+    edit_config(folder, num_attention_heads=8, head_dim=16)
+    assert any("q_proj.weight is [32, 32], config.json says [128, 32]" in warning for warning in cheap_check(folder))
+
+
+def test_blocks_that_are_gone_through_several_times(folder: Path) -> None:
+    """HRM counts the calls of its blocks in num_hidden_layers."""
+    edit_config(folder, num_hidden_layers=16, num_layers_per_stack=2)
+    assert cheap_check(folder) == []
+    edit_config(folder, num_layers_per_stack=3)
+    assert any("num_layers_per_stack = 3, the weights hold 2 blocks" in warning for warning in cheap_check(folder))
+
+
 def test_a_head_that_loaders_would_ignore(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     assert len(cheap_check(folder)) == 1

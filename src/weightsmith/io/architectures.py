@@ -146,8 +146,9 @@ HEADS = ("lm_head", "embed_out")
 
 # --- layers in config.json -------------------------------------------------------------------------
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What a configuration calls the number of blocks of the (language) model: the first name present counts."""
+COUNTS = ("num_layers_per_stack", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What a configuration calls the number of blocks of the (language) model: the first name present counts.  A model that
+goes through its blocks several times (HRM) has a number for each stack, and counts the calls in the other field."""
 GLOBAL_EVERY: Mapping[str, int] = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 """Every so many layers one without a sliding window, where old config files leave it to the model's code."""
 PERIODIC = ("attn_layer", "expert_layer")

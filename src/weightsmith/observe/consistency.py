@@ -22,7 +22,7 @@ __all__ = ["cheap_check"]
 # What a configuration calls a size: the first name present counts.
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 _ROWS_AT_ONCE = 4096
-_OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "talker", "connector")
+_OTHER_PARTS = ("vision", "visual", "image", "video", "audio", "speech", "talker", "connector")
 """In names of parts whose sizes are in a configuration of their own (vision_config, audio_config)."""
 
 
@@ -123,34 +123,48 @@ def _stack_of_modules(name: str) -> str:
     return place[0] if place is not None and "." in inside else ""
 
 
-def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
-    """Llama-like attention and MLP matrices, [out, in], of the language model; one warning per kind."""
+def _projections(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int | None, int]]]:
+    """Module -> (fields that say it, (rows, columns)) of Llama-like attention and MLP matrices; None: any number."""
     hidden, heads = _size(config, _HIDDEN), _size(config, ("num_attention_heads",))
     if hidden is None or heads is None or config.get("model_type") in SIZED_OTHERWISE:
-        return
+        return {}
     if any(config.get(field) for field in SIZES_OF_THEIR_OWN):
-        return
+        return {}
     head_dim = _size(config, ("head_dim",)) or ("head_dim", hidden[1] // max(heads[1], 1))
     kv_heads = _size(config, ("num_key_value_heads",)) or heads
     middle = _size(config, ("intermediate_size",))
-    expected: dict[str, tuple[str, int | None, int | None]] = {
-        "self_attn.q_proj": (f"{heads[0]} x {head_dim[0]}", heads[1] * head_dim[1], hidden[1]),
-        "self_attn.k_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1], hidden[1]),
-        "self_attn.v_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1], hidden[1]),
-        "mlp.gate_proj": ("intermediate_size", middle[1] if middle else None, hidden[1]),
-        "mlp.up_proj": ("intermediate_size", middle[1] if middle else None, hidden[1]),
+    inside = middle[1] if middle else None
+    sizes: dict[str, tuple[str, int | None]] = {
+        "self_attn.q_proj": (f"{heads[0]} x {head_dim[0]}", heads[1] * head_dim[1]),
+        "self_attn.k_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1]),
+        "self_attn.v_proj": (f"{kv_heads[0]} x {head_dim[0]}", kv_heads[1] * head_dim[1]),
+        "mlp.gate_proj": ("intermediate_size", inside),
+        "mlp.up_proj": ("intermediate_size", inside),
     }
-    for module, (words, rows, width) in expected.items():
+    return {module: (f"{words}, {hidden[0]}", (rows, hidden[1])) for module, (words, rows) in sizes.items()}
+
+
+def _fits(shape: tuple[int, ...], said: tuple[int | None, int]) -> bool:
+    return len(shape) != 2 or (said[0] in (None, shape[0]) and said[1] == shape[1])
+
+
+def _projection_warnings(source: Source, config: Mapping[str, Any]) -> Iterator[str]:
+    """Attention and MLP matrices, [out, in], of the language model; one warning per kind.
+
+    A matrix that fits another part's configuration (vision_config) is of that part, whatever the part is called.
+    """
+    parts = [_projections(part) for name, part in config.items() if isinstance(part, dict) and name != "text_config"]
+    for module, (words, said) in _projections(config).items():
         for name, key in source.keys.items():
             place = layer_of(name)
             if place is None or name != f"{place[0]}.{place[1]}.{module}.weight":
                 continue
-            if any(part in place[0] for part in _OTHER_PARTS):
+            if any(part in place[0] for part in _OTHER_PARTS) or _fits(key.shape, said):
                 continue
-            if len(key.shape) == 2 and ((rows is not None and key.shape[0] != rows) or key.shape[1] != width):
+            if not any(module in part and _fits(key.shape, part[module][1]) for part in parts):
                 yield (
-                    f"{name} is {list(key.shape)}, config.json says [{rows if rows is not None else '?'}, {width}] "
-                    f"({words}, {hidden[0]}); loaders will refuse it"
+                    f"{name} is {list(key.shape)}, config.json says [{said[0] or '?'}, {said[1]}] ({words}); loaders "
+                    "will refuse it"
                 )
                 break
 
