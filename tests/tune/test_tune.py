@@ -273,6 +273,12 @@ def test_random_changes_keep_every_magnitude():
 # --- what is asked wrongly -----------------------------------------------------------------------
 
 
+def test_an_objective_by_its_name():
+    assert learn("adamerging", "labels").curve == learn("adamerging", Labels()).curve
+    assert learn({"weight": Free()}, "labels").curve == learn({"weight": Free()}, Labels()).curve
+    assert learn("adamerging", "labels").curve != learn("adamerging").curve
+
+
 def test_what_is_asked_wrongly_is_one_line_each():
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"data": {}}, SourceError, r"^tune needs data: task -> batches$"),
@@ -288,6 +294,8 @@ def test_what_is_asked_wrongly_is_one_line_each():
         ({"space": {"weight": Free(per="chunk", parts=2)}, "objective": Entropy()}, RecipeError,
          r"put the filter 'scale' before the method and free its 'factor'$"),
         ({"space": "adamergin"}, RecipeError, r"^unknown preset 'adamergin'; did you mean 'adamerging'\?$"),
+        ({"objective": "entrpy"}, RecipeError, r"^unknown objective 'entrpy'; did you mean 'entropy'\?$"),
+        ({"objective": Entropy}, RecipeError, r"^objective should be a name or an Objective, as Entropy\(\), is "),
         ({"module": torch.nn.Bilinear(2, 2, 2)}, PlanError, r"no parameter with a name of the base checkpoint"),
     ]  # fmt: skip
     for given, kind, text in cases:

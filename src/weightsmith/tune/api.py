@@ -19,6 +19,7 @@ from weightsmith.io import system
 from weightsmith.io.disk import replace_file
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.read.open import open_source
+from weightsmith.io.read.small import short
 from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import digest, read_table, write_table
@@ -74,7 +75,7 @@ class Tuned:
 def tune(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     space: str | Preset | Setting | Mapping[str, Free] = "adamerging",
-    objective: Objective | None = None,
+    objective: str | Objective | None = None,
     data: Mapping[str, Sequence[Any]] | None = None,
     *,
     module: nn.Module,
@@ -95,7 +96,7 @@ def tune(
 
     recipe      a recipe, its tree, or its path; with `models` and `base` in memory it may be left out
     space       a preset by name (with its `options`) or as a value, or parameter -> `Free`
-    objective   what is minimised; of a space alone it is needed
+    objective   what is minimised, by name or as a value; of a space alone it is needed
     data        task -> batches, a sequence: step s takes batch s, again from the first behind the last
     module      the base model; its weights are overwritten, and hold the result at the end
     function    (module, batch) -> outputs, one or one for each task; default: the module on the batch's inputs
@@ -246,6 +247,10 @@ def _recipe(recipe: Any, models: Mapping[str, Any] | None, base: Any) -> tuple[d
 
 
 def _setting(space: Any, objective: Any, descent: Any, names: tuple[str, ...], options: Mapping[str, Any]) -> Setting:
+    if isinstance(objective, str):
+        objective = make(Objective, "objective", objective, {})  # type: ignore[type-abstract]
+    if objective is not None and not isinstance(objective, Objective):
+        raise RecipeError(f"objective should be a name or an Objective, as Entropy(), is {short(objective)}")
     if isinstance(space, str):
         space = make(Preset, "preset", space, options)  # type: ignore[type-abstract]
     elif options:
