@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import RecipeError
-from weightsmith.recipe.sweep import expand, several
+from weightsmith.recipe.sweep import expand, load_variants, several
 from weightsmith.report.figures import BLUE, Heat, figure
 from weightsmith.report.units import size
 from weightsmith.studio.asked import Asked, Studio, go, html
@@ -67,6 +67,7 @@ def start(studio: Studio, asked: Asked) -> Any:
         raise RecipeError("give at least one parameter several values, as 0.1, 0.3, 0.5")
     if count > _MOST:
         raise RecipeError(f"{count} merges; a grid has at most {_MOST} here")
+    load_variants(path, sets)  # says what is wrong with a recipe that they make
     out, name = out_of(studio, asked), studio.places.shown(path)
     words = ["merge", name, out, *(word for one in sets for word in ("--set", one))]
     job = studio.jobs.add(words, f"{count} merges of {name}", {"recipe": name, "out": out, "grid": sets})
