@@ -17,7 +17,8 @@ from weightsmith.io.read.source import Source, quick_rows
 from weightsmith.plan.lengths import lengths
 
 __all__ = [
-    "foreign_statistics", "large_changes", "twins", "what_inputs_say", "what_models_say", "what_was_found",
+    "foreign_statistics", "heads_apart", "large_changes", "twins", "what_inputs_say", "what_models_say",
+    "what_was_found",
 ]  # fmt: skip
 
 
@@ -106,7 +107,9 @@ def what_models_say(
 ) -> Iterator[Problem]:
     """What a look at the weights themselves tells before a run; fingerprints: see `Inputs.fingerprints`."""
     yield from twins({name: fingerprints[name] for name, _ in inputs.models if name in fingerprints})
+    tasks = list(tasks)
     yield from large_changes(tasks, inputs)
+    yield from heads_apart(tasks, inputs)
 
 
 TENSORS, ENTRIES = 8, 1 << 14
@@ -129,6 +132,30 @@ def large_changes(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
         stage = stages[names[0]]
         for _, text, _ in small_changes(stage, Case(1, change=(ratio, quantile))):
             yield Problem(Code.CHANGE, expert, f"{expert} has changed much for {stage.name}: {text}")
+
+
+APART = 0.5
+"""Cosine of two heads below which they are said not to have begun as one.  Chosen."""
+
+
+def heads_apart(tasks: Iterable[Task], inputs: Inputs) -> Iterator[Problem]:
+    """A line for every classifier that is merged without a base and whose head did not begin as the first one's."""
+    if inputs.base is not None or len(inputs.experts) < 2:
+        return
+    names = [task.key.name for task in tasks if task.pipeline is not None]
+    heads = [n for n in names if n.split(".")[0] in ("classifier", "score") and n.endswith(".weight")]
+    (first, one), *others = inputs.experts.items()
+    for name, source in others if heads else ():
+        pair = _sampled(heads[-1], one, source)
+        if pair is None:
+            continue
+        a, b = pair[0].ravel().astype(np.float64), (pair[0] + pair[1]).ravel().astype(np.float64)
+        if a @ b < APART * np.linalg.norm(a) * np.linalg.norm(b):
+            text = (
+                f"{heads[-1]} of {name} did not begin as that of {first}: the mean of heads that were trained apart "
+                "seldom works; merge models that were trained from one head, or train the merged model's head again"
+            )
+            yield Problem(Code.CHANGE, name, text)
 
 
 def _sampled(name: str, base: Source, expert: Source) -> tuple[np.ndarray, np.ndarray] | None:
