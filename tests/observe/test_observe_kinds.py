@@ -17,6 +17,7 @@ from torch import nn
 from weightsmith.cli.main import main
 from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.io.architectures import GIVE_PROBABILITIES
+from weightsmith.io.package.manifest import write_manifest
 from weightsmith.io.read.stats import StatsSource
 from weightsmith.jobs.compress import compress, restore
 from weightsmith.observe.check import check, sample_text
@@ -95,7 +96,8 @@ def family(name: str, tmp_path: Path, words: bool = True) -> Path:
             word_tokenizer(tmp_path / folder, sample_text())
     saved(made(name, seed=5), tmp_path / "far")
     recipe = {"base": str(tmp_path / "base"), "models": {"a": str(tmp_path / "a"), "far": str(tmp_path / "far")}}
-    (tmp_path / "out" / "weightsmith.json").write_text(json.dumps({"recipe": recipe}))
+    noted = {"kind": "merge", "recipe": recipe, "inputs": {}, "output": {"files": {}, "tensors": {}}}
+    write_manifest(tmp_path / "out", noted)
     return tmp_path / "out"
 
 
