@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ _SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
 _PICKLED = ("pytorch_model.bin", f"{DIFFUSION}.bin")
 INDEX = ".index.json"
 _MAX_INDEX = 100_000_000
-_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
 def choose_weights(names: Iterable[str], label: str) -> str:
@@ -39,6 +39,8 @@ def choose_weights(names: Iterable[str], label: str) -> str:
     for single in (*_SINGLE, *_PICKLED):
         if single == _PICKLED[0]:
             lone = sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_"))
+            if part := _part(lone):
+                raise SourceError(f"{label}: {part}")
             if len(lone) == 1:
                 return lone[0]
             if numbered(lone):
@@ -62,6 +64,15 @@ def numbered(names: Iterable[str]) -> list[str]:
     stems = {match["stem"] for match in found.values()}
     whole = [f"{stem}-{i:05d}-of-{len(found):05d}.safetensors" for stem in stems for i in range(1, len(found) + 1)]
     return whole if len(found) > 1 and list(found) == whole and len(found) == len(names) else []
+
+
+def _part(lone: Sequence[str]) -> str:
+    """What is missing where all weight files of a folder are shards of one model, but not all of them; else ''."""
+    found = [_NUMBERED.fullmatch(name) for name in lone]
+    sets = {(match["stem"], int(match["count"])) if match else None for match in found}
+    if len(sets) != 1 or (only := sets.pop()) is None or only[1] <= len(lone):
+        return ""
+    return f"{len(lone)} of the {only[1]} shards of a model, and no index ({some(list(lone))}); get the others"
 
 
 def _instead(present: Iterable[str], label: str) -> str:
