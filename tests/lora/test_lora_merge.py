@@ -176,6 +176,25 @@ def test_clamping_bounds_both_factors(groups: dict[str, Group], tmp_path: Path) 
         assert not torch.equal(*pair)
 
 
+def test_tokens_that_one_adapter_trained(tmp_path: Path) -> None:
+    """Their rows are copied whole at any weight, and the result says so."""
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    one = adapter(tmp_path / "one", llama, 1, trainable_token_indices=[3, 5], **config)
+    plain = adapter(tmp_path / "plain", llama, 2, **config)
+    result = lora.merge({"one": one, "plain": plain}, "svd", tmp_path / "out", weight=(0.3, 1.0))
+    said = "tokens of model.embed_tokens were trained by one, not each by all: copied in full, whatever the weights"
+    assert said in texts(result.warnings)
+    rows = [
+        t
+        for folder in (one, tmp_path / "out")
+        for n, t in load_file(folder / "adapter_model.safetensors").items()
+        if "trainable_tokens" in n
+    ]
+    assert torch.equal(*rows)
+    both = lora.merge({"one": one, "two": one}, "svd", tmp_path / "both", weight=(0.3, 1.0))
+    assert not any("tokens of" in text for text in texts(both.warnings))
+
+
 def test_modules_kept_in_full(tmp_path: Path) -> None:
     config = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"], "bias": "lora_only"}
     one, two = (adapter(tmp_path / f"a{i}", llama, i, **config) for i in (1, 2))

@@ -108,7 +108,7 @@ def run(
         notes += _unlike_factors(writer.worst, method)
         averaged = isinstance(method, Averaged) or method.saved == "average"
         whole, more = whole_tensors(adapters, weights, averaged=averaged)
-        rows, indices = token_rows(adapters, weights, averaged=averaged)
+        rows, indices, said = token_rows(adapters, weights, averaged=averaged)
         for stored, (value, how) in {**whole, **rows}.items():
             writer.add_whole(stored, value, recipe.output.dtype or str(value.dtype).removeprefix("torch."), how)
         config = _config(recipe, adapters, writer.ranks, method, known) | indices
@@ -121,7 +121,7 @@ def run(
             base=config["base_model_name_or_path"],
         )
         return writer.finish(
-            config, about, saved=(*whole, *rows), warnings=(*notes, *more),
+            config, about, saved=(*whole, *rows), warnings=(*notes, *more, *said),
             weights=dict(zip(adapters, weights, strict=True)),
         )  # fmt: skip
 

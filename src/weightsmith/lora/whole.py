@@ -45,9 +45,13 @@ def whole_tensors(adapters: Adapters, weights: Sequence[float], *, averaged: boo
     return found, notes
 
 
-def token_rows(adapters: Adapters, weights: Sequence[float], *, averaged: bool) -> tuple[Stored, dict[str, Any]]:
-    """Rows of trained tokens, of all adapters that have some, and the field of the configuration that names them."""
+def token_rows(
+    adapters: Adapters, weights: Sequence[float], *, averaged: bool
+) -> tuple[Stored, dict[str, Any], list[str]]:
+    """Rows of trained tokens, of all adapters that have some, the field of the configuration that names them, and
+    what there is to say."""
     found: Stored = {}
+    notes: list[str] = []
     indices: dict[str, list[int]] = {}
     for module in dict.fromkeys(name for adapter in adapters.values() for name in adapter.rows):
         who = [(label, adapter, weight) for (label, adapter), weight in zip(adapters.items(), weights, strict=True)
@@ -57,6 +61,11 @@ def token_rows(adapters: Adapters, weights: Sequence[float], *, averaged: bool) 
             own = adapter.rows[module]
             for token, row in zip(own.indices, adapter.file.read(own.stored), strict=True):
                 rows.setdefault(token, []).append((row, weight))
+        if any(len(trained) < len(adapters) for trained in rows.values()):
+            labels = ", ".join(label for label, _, _ in who)
+            notes.append(
+                f"tokens of {module} were trained by {labels}, not each by all: copied in full, whatever the weights"
+            )
         for token, trained in rows.items():
             if not averaged and any(not torch.equal(row, trained[0][0]) for row, _ in trained):
                 raise PlanError([
@@ -66,7 +75,7 @@ def token_rows(adapters: Adapters, weights: Sequence[float], *, averaged: bool) 
         value = torch.stack([_mean([r for r, _ in own], [w for _, w in own], module) for own in rows.values()])
         found[who[0][1].rows[module].stored] = value, "copied, or weighted mean"
         indices[module] = list(rows)
-    return found, {"trainable_token_indices": indices} if indices else {}
+    return found, {"trainable_token_indices": indices} if indices else {}, notes
 
 
 def _same(one: Adapter, other: Adapter, name: str) -> bool:
