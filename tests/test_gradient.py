@@ -67,6 +67,7 @@ WITHOUT = {
     "codiemb": {"power": "of measured lengths"},
     "ota": {"power": "of statistics", "epsilon": "a threshold"},
     "fwsvd": {"ratio": "a codec", "floor": "a codec"},
+    "losparse": {"ratio": "a codec", "rows": "a codec"},
     "mbat": {"k": "a codec"},
     "tall_masks": {"lambda": "a codec"},
     "tsvc": {"rank_fraction": "a codec"},

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.shown.check import show
 from weightsmith.core.errors import SourceError
+from weightsmith.io.package.manifest import write_manifest
 from weightsmith.observe.check import cheap_check, check, perplexity, sample_text
 from weightsmith.observe.model import load_model
 
@@ -96,13 +97,17 @@ def word_ids(folder: Path, words: str) -> list[int]:
     return [vocabulary[word] for word in words.split()]
 
 
+def noted(folder: Path, recipe: dict) -> None:
+    write_manifest(folder, {"kind": "merge", "recipe": recipe, "inputs": {}, "output": {"files": {}, "tensors": {}}})
+
+
 def test_parents_are_measured_beside_the_merge(folder: Path, original: Path, tmp_path: Path) -> None:
     other = saved(tiny_llama(seed=1), tmp_path / "other")
     recipe = {
         "base": {"model": str(original)},
         "models": {"other": {"model": "other"}, "gone": {"model": "no/where"}, "inner": {"model": {"models": {}}}},
     }
-    (folder / "weightsmith.json").write_text(json.dumps({"recipe": recipe, "inputs": {}}))
+    noted(folder, recipe)
     report = check(folder, length=64)
     assert list(report["models"]) == ["merged", "base", "other"]
     assert report["models"]["base"] == report["models"]["merged"] != report["models"]["other"]
@@ -140,7 +145,7 @@ def test_what_is_no_model_is_said_to_be_none(folder: Path, tmp_path: Path) -> No
 
 def test_the_parents_of_a_mixture_are_its_experts(folder: Path, original: Path) -> None:
     recipe = {"base": str(original), "experts": {"math": {"model": str(original), "prompts": ["1 + 1"]}}}
-    (folder / "weightsmith.json").write_text(json.dumps({"recipe": recipe}))
+    noted(folder, recipe)
     report = check(folder, length=64)
     assert (list(report["models"]), report["missing"]) == (["merged", "base", "math"], {})
 
@@ -150,7 +155,7 @@ def test_an_adapter_among_the_parents_is_listed(folder: Path, tmp_path: Path) ->
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     recipe = {"base": None, "models": {"lora": str(adapter)}}
-    (folder / "weightsmith.json").write_text(json.dumps({"recipe": recipe}))
+    noted(folder, recipe)
     assert check(folder, length=64)["missing"] == {"lora": f"{adapter} is an adapter, not a whole model"}
 
 

@@ -121,6 +121,8 @@ OTHERS = {
     "search/schema.py": "the same",
     "train/fuse/recipe.py": "the same", "train/multitask/recipe.py": "the same", "train/recipe.py": "the same",
     "tune/schema.py": "the same",
+    "studio/app.py": "the studio's own jobs, and files of the package", "studio/serve.py": "a browser",
+    "studio/pages/grid.py": "sizes of files", "studio/shelf.py": "names of models, which are only listed",
 }  # fmt: skip
 
 

@@ -251,7 +251,7 @@ def test_workers_elsewhere_send_whole_files(
     recipe = loads(TEXT.format("memory://m", method))
     near = run(recipe, tmp_path / "near", threads=1).out
     assert isinstance(near, Path)
-    monkeypatch.setattr("weightsmith.jobs.job.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.engine.cluster.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
     with monkeypatch.context() as patch:
         failing(patch, memory, 6, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):

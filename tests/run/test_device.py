@@ -342,7 +342,7 @@ def test_a_cluster_and_devices_exclude_each_other(models: Path, monkeypatch: pyt
     class Elsewhere:
         remote = True
 
-    monkeypatch.setattr("weightsmith.jobs.job.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.engine.cluster.ray_runner", lambda *_, **__: contextlib.nullcontext(Elsewhere()))
     with pytest.raises(
         WeightsmithError, match="--ray with --device host: the workers of a cluster merge on their CPUs"
     ):

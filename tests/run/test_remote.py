@@ -52,7 +52,7 @@ class Elsewhere:
 def test_the_same_bytes_from_another_process(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load(models / "r.yaml")
     near = run(recipe, models / "near", threads=1).out
-    monkeypatch.setattr("weightsmith.jobs.job.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
+    monkeypatch.setattr("weightsmith.engine.cluster.ray_runner", lambda *_, **__: nullcontext(Elsewhere()))
     seen: list[tuple[int, int]] = []
     far = run(recipe, models / "far", ray="somewhere", progress=lambda *now: seen.append(now)).out
     assert (far / "model.safetensors").read_bytes() == (near / "model.safetensors").read_bytes()

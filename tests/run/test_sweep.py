@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,19 +223,19 @@ def test_every_variant_is_the_folder_that_a_run_of_its_own_makes(models: Path, c
 def test_an_interrupted_sweep_goes_on(at: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = load_variants(models / "r.yaml", SETS)
     whole = run_sweep(wanted, models / "whole")
-    finish, calls = FolderSink.finish, []
+    finishing, calls = FolderSink.finishing, []
 
     def stop(done: int, total: int) -> None:
         if at == "merging" and done > 0.9 * total:  # behind three measuring passes
             raise KeyboardInterrupt
 
-    def finish_one(self: FolderSink, *arguments: Any) -> Path:
+    def finish_one(self: FolderSink) -> AbstractContextManager[Path]:
         calls.append(self)
         if at == "publishing" and len(calls) == 3:
             raise KeyboardInterrupt
-        return finish(self, *arguments)
+        return finishing(self)
 
-    monkeypatch.setattr(FolderSink, "finish", finish_one)
+    monkeypatch.setattr(FolderSink, "finishing", finish_one)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(wanted, models / "out", threads=1, progress=stop)
     there = sorted(p.name for p in (models / "out").iterdir())
