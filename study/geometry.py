@@ -86,6 +86,14 @@ def net(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
+def heads(*first: str) -> None:
+    """Columns of a table: what was trained, midpoint and barrier, plain and aligned in each way."""
+    ways = ("weights", "activations", "gradients")
+    names = (*first, "midpoint", *ways, "barrier", *ways)
+    row(names)
+    row(["---"] * len(names))
+
+
 def trained(width: int, seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
     torch.manual_seed(seed)
     made = net(width)
@@ -95,21 +103,7 @@ def trained(width: int, seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
 
 def mlp(data: Path) -> None:
     x, y, test, labels = pictures(data)
-    row(
-        (
-            "width",
-            "accuracy",
-            "midpoint",
-            "weights",
-            "activations",
-            "gradients",
-            "barrier",
-            "weights",
-            "activations",
-            "gradients",
-        )
-    )
-    row(["---"] * 10)
+    heads("width", "accuracy")
     for width in WIDTHS:
         first, second = (trained(width, seed, x, y) for seed in (0, 1))
         groups = traced(first, test[:2]).groups
@@ -201,21 +195,7 @@ def transformer(data: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    row(
-        (
-            "model",
-            "loss",
-            "midpoint",
-            "weights",
-            "activations",
-            "gradients",
-            "barrier",
-            "weights",
-            "activations",
-            "gradients",
-        )
-    )
-    row(["---"] * 10)
+    heads("model", "loss")
     with tempfile.TemporaryDirectory() as name:
         for kind in ("vit", "llama"):
             places = []

@@ -170,15 +170,7 @@ class Jobs:
                 done = read_json(place / "done", 1000)
                 code, ended = int(done["code"]), float(done["ended"])
                 fine = code == 0 or (words[0] == "diff" and code == 1)
-                state = (
-                    "finished"
-                    if fine
-                    else "stopped"
-                    if code in (130, 143)
-                    else "interrupted"
-                    if code == 137
-                    else "failed"
-                )
+                state = "finished" if fine else _ENDS.get(code, "failed")
             except (SourceError, KeyError, TypeError, ValueError):
                 state = "interrupted"
         return Job(name, words, title, state, created, place, more, code, ended, about)
