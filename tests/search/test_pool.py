@@ -86,7 +86,8 @@ def test_ties_trims_the_way_to_the_vertex(granularity: str, start: str, tmp_path
         save_file(dict(state), tmp_path / name / "model.safetensors")
     tree = {"base": str(tmp_path / "base"), "models": {name: str(tmp_path / name) for name in EXPERTS}}
     options = Options(granularity=granularity, local="ties", density=0.3, start=start, step_size=1.0)
-    here = Steps(tree, None, net(), DATA, call, Labels(), options, 1, lambda n: tmp_path / f"{n}.safetensors")
+    given = (None, net(), DATA, call, Labels(), options)
+    here = Steps(tree, options, lambda n: tmp_path / f"{n}.safetensors", lambda t: Walk(t, *given, leave=True))
     base = dict(BASE.state_dict())
     w = {n: t + (0.3 if start == "all" else 0) * sum(e[n] - t for e in EXPERTS.values()) for n, t in base.items()}
     pool, inner = {**EXPERTS, INITIAL: dict(w)}, FrankWolfe(granularity, "cosine")

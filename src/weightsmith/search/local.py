@@ -6,17 +6,15 @@ models: the pool and the start, method: ties or dare, weights: 1 for the chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightsmith.search.frank_wolfe import INITIAL
 from weightsmith.search.pool import Options, Stride, Walk
-from weightsmith.tune.objective import Objective
 
 __all__ = ["LONGEST", "Steps", "iterate"]
 
@@ -62,23 +60,10 @@ class Steps:
     """Takes the steps: as `Walk`, with the recipes of its iterates in place of coefficients."""
 
     def __init__(
-        self,
-        tree: Mapping[str, Any],
-        given: Mapping[str, Any] | None,
-        module: nn.Module,
-        data: Mapping[str, Sequence[Any]],
-        function: Callable[[nn.Module, Any], Any],
-        objective: Objective,
-        options: Options,
-        threads: int,
-        table: Callable[[int], Path],
+        self, tree: Mapping[str, Any], options: Options, table: Callable[[int], Path], walk: Callable[[Any], Walk]
     ) -> None:
-        """`table`: number -> the file with the weights of that iterate's models; the rest as of `Walk`."""
-        self.tree, self.options, self._table = tree, options, table
-        self._walk = partial(
-            Walk, given=given, module=module, data=data, function=function, objective=objective, options=options,
-            threads=threads, leave=True,
-        )  # fmt: skip
+        """table: number -> the file with the weights of that iterate's models; walk: tree -> a walk from its base."""
+        self.tree, self.options, self._table, self._walk = tree, options, table, walk
         self.models: tuple[str, ...] = ()
         self._weights: dict[str, Tensor] = {}
 

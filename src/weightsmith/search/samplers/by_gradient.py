@@ -122,7 +122,10 @@ class FrankWolfe(Sampler):
                     f"take at most {LONGEST} evaluations, not {self.file.evaluations}"
                 )
             self.space.trimmed = self.chosen
-            self.walk = Steps(self.space.plain, *rest, self.chosen, threads, self.space.file)
+            self.walk = Steps(
+                self.space.plain, self.chosen, self.space.file,
+                lambda tree: Walk(tree, *rest, self.chosen, threads, leave=True),
+            )  # fmt: skip
         else:
             self.walk = Walk(self.space.tree, *rest, self.chosen, threads)
         files = {task: digest(data.train) for task, data in spec.data.items() if Path(data.train).is_file()}
