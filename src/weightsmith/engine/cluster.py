@@ -22,17 +22,14 @@ _RETRIES = 5
 
 
 @contextmanager
-def ray_runner(address: str | None, *, cpus: int, memory: int) -> Iterator[Runner | None]:
-    """A runner on the cluster at `address` ('auto', 'ray://host:10001', 'host:6379'), or None without one.
+def ray_runner(address: str, *, cpus: int, memory: int) -> Iterator[Runner]:
+    """A runner on the cluster at `address` ('auto', 'ray://host:10001', 'host:6379').
 
     'local' starts Ray on this machine, with `cpus` workers.  `memory` is what one task may take, in bytes: a node
     gets as many tasks at once as its processors and its memory allow.
 
     Raises MissingExtra without Ray, WeightsmithError if there is no cluster or no node has that much memory.
     """
-    if address is None:
-        yield None
-        return
     try:
         import ray
     except ImportError:
