@@ -117,7 +117,7 @@ class _Shown:
 def _shown(group: SymmetryGroup, parts: Mapping[str, Part]) -> _Shown:
     kept: list[int] = []
     places: list[Place] = []
-    keys = any(small.kind == "keys" for small in group.inside)
+    keys = {axis.name for small in group.inside if small.kind == "keys" for axis in small.axes}
     seen: set[tuple[str, bool]] = set()
     for number, axis in enumerate(group.axes):
         part = parts[axis.name]
@@ -129,11 +129,7 @@ def _shown(group: SymmetryGroup, parts: Mapping[str, Part]) -> _Shown:
                 continue  # what q reads, k and v read too
             seen.add((part.module, attends))
             side = "in"
-        elif (
-            keys
-            and part.part in ("q", "k", "qkv")
-            and any(p.name == str(number) for g in group.inside if g.kind == "keys" for p in g.axes)
-        ):
+        elif part.part in ("q", "k", "qkv") and str(number) in keys:
             side = "out"
         else:
             continue
