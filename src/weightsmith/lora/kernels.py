@@ -73,17 +73,19 @@ class _Base:
         self._base = base
 
     @cached_property
-    def _source(self) -> Source | None:
+    def _opened(self) -> tuple[Source, Modules] | None:
         if not self._base or not Path(self._base).is_dir():
             return None
         try:
-            return open_source(self._base)
+            source = open_source(self._base)
         except SourceError:
             return None
+        return source, Modules(source)
 
     def of(self, module: str) -> tuple[int, ...] | None:
         """[outputs, inputs, *kernel] of a module's weight; None where it is not known."""
-        if self._source is None:
+        if self._opened is None:
             return None
-        stored = Modules(self._source).stored(f"{parameter_name(module, 'weight')}.weight")
-        return None if stored is None else self._source.key(stored).shape
+        source, modules = self._opened
+        stored = modules.stored(f"{parameter_name(module, 'weight')}.weight")
+        return None if stored is None else source.key(stored).shape
