@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -81,7 +81,7 @@ class Form:
     rules: tuple[tuple[int, tuple[Field, ...]], ...]
     settings: tuple[Field, ...]
     needs_base: bool = False
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...] = ()
 
 
 def form(tree: Mapping[str, Any]) -> Form:
@@ -159,7 +159,7 @@ def with_parameter(tree: Mapping[str, Any], index: int, name: str, value: Any) -
 def parameters_of(name: str) -> tuple[Parameter, ...]:
     """The parameters of a stage, of a pipeline those of all its stages; none of what nobody knows."""
     found: dict[str, Parameter] = {}
-    for one in [stage for stage, _ in PIPELINES[name]] if name in PIPELINES else [name]:
+    for one in _inside(name):
         try:
             found |= {p.name: p for p in reversed(registry(one).parameters())}
         except RecipeError:
@@ -167,10 +167,14 @@ def parameters_of(name: str) -> tuple[Parameter, ...]:
     return tuple(reversed(found.values()))
 
 
+def _inside(name: str) -> list[str]:
+    """The stages that a name stands for: those of a pipeline, or itself."""
+    return [stage for stage, _ in PIPELINES[name]] if name in PIPELINES else [name]
+
+
 def _needs(name: str) -> tuple[str, ...]:
-    inside = [stage for stage, _ in PIPELINES[name]] if name in PIPELINES else [name]
     try:
-        return tuple(need for one in inside for need in registry(one).traits.needs)
+        return tuple(need for one in _inside(name) for need in registry(one).traits.needs)
     except RecipeError:
         return ()
 
@@ -271,7 +275,7 @@ def _text(value: Any) -> str:
 @cache
 def summaries() -> Mapping[str, str]:
     told = {name: str(describe(cls)["summary"]) for name, cls in registered().items()}
-    return told | {name: "A pipeline: " + ", then ".join(one for one, _ in PIPELINES[name]) for name in PIPELINES}
+    return told | {name: "A pipeline: " + ", then ".join(_inside(name)) for name in PIPELINES}
 
 
 @cache
