@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.folder import FolderSource
+from weightsmith.io.read.open import open_source
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -183,6 +184,14 @@ def test_an_index_beside_the_one_file_that_it_names(tmp_path: Path) -> None:
     source = FolderSource(tmp_path)
     assert source.read("w").tolist() == [1, 1]
     assert source.origin.files == ("model.safetensors",)
+
+
+def test_one_shard_given_as_a_file_is_said_to_be_one(sharded: Path) -> None:
+    source = open_source(sharded / ONE)
+    assert set(source.keys) < set(FolderSource(sharded).keys)
+    assert source.origin.remarks == (f"{ONE}: one of 2 shards, read alone; give the folder for the whole model",)
+    (sharded / ONE).rename(sharded / "model-00001-of-00001.safetensors")
+    assert open_source(sharded / "model-00001-of-00001.safetensors").origin.remarks == ()
 
 
 def test_a_shard_that_supersedes_tensors_of_others(sharded: Path) -> None:

@@ -19,7 +19,7 @@ from weightsmith.io.read.small import parse_json, read_small, short
 from weightsmith.io.read.source import DIFFUSION, Bits, Origin, Source, stores_of
 
 __all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
-           "parse_index", "refuse_stale"]  # fmt: skip
+           "parse_index", "refuse_stale", "shard_of"]  # fmt: skip
 
 _SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
 _PICKLED = ("pytorch_model.bin", f"{DIFFUSION}.bin")
@@ -66,10 +66,15 @@ def numbered(names: Iterable[str]) -> list[str]:
     return whole if len(found) > 1 and list(found) == whole and len(found) == len(names) else []
 
 
+def shard_of(name: str) -> tuple[str, int] | None:
+    """What a file's name says that it is a shard of, and of how many; None where it says no such thing."""
+    match = _NUMBERED.fullmatch(name)
+    return (match["stem"], int(match["count"])) if match else None
+
+
 def _part(lone: Sequence[str]) -> str:
     """What is missing where all weight files of a folder are shards of one model, but not all of them; else ''."""
-    found = [_NUMBERED.fullmatch(name) for name in lone]
-    sets = {(match["stem"], int(match["count"])) if match else None for match in found}
+    sets = {shard_of(name) for name in lone}
     if len(sets) != 1 or (only := sets.pop()) is None or only[1] <= len(lone):
         return ""
     return f"{len(lone)} of the {only[1]} shards of a model, and no index ({some(list(lone))}); get the others"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from weightsmith.io import system
 from weightsmith.io.package.manifest import MANIFEST, MOST
 from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.adapter import HINTS, UNREAD_HINTS
-from weightsmith.io.read.folder import INDEX, FolderSource
+from weightsmith.io.read.folder import INDEX, FolderSource, shard_of
 from weightsmith.io.read.hub import PREFIX, looks_like_hub_id
 from weightsmith.io.read.pickle import PICKLES
 from weightsmith.io.read.safetensors import SafetensorsSource
@@ -192,6 +192,10 @@ def _safetensors(asked: Asked) -> Source:
         from weightsmith.io.read.sharded import refuse_shard
 
         return refuse_shard(source)
+    _, count = shard_of(asked.ref.name) or ("", 1)
+    if count > 1:
+        remark = f"{asked.ref.name}: one of {count} shards, read alone; give the folder for the whole model"
+        source.origin = replace(source.origin, remarks=(*source.origin.remarks, remark))
     return source
 
 
