@@ -17,8 +17,10 @@ from safetensors.numpy import load_file
 from weightsmith.cli import show
 from weightsmith.cli.main import main
 from weightsmith.core.method import registered
-from weightsmith.inspect.catalogue import PURPOSES, describe
+from weightsmith.inspect.catalogue import LEARNED, PURPOSES, describe
 from weightsmith.jobs.job import Result
+from weightsmith.tune.registry import named
+from weightsmith.tune.setting import Preset
 
 Captured = pytest.CaptureFixture[str]
 
@@ -187,11 +189,14 @@ def test_plan_reports_the_recipes_mistakes_together(recipe: Path, capsys: Captur
 def test_methods_lists_them_all(capsys: Captured) -> None:
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
-    for name in registered():
+    for name in (*registered(), *named(Preset)):
         assert f"\n  {name} " in shown
     assert main(["methods", "--json"]) == 0
     found = {m["name"]: m for m in json.loads(capsys.readouterr().out)}
-    assert found.keys() == registered().keys()
+    assert found.keys() == registered().keys() | named(Preset).keys()
+    assert found["atlas"] == {
+        "name": "atlas", "kind": "preset", "purpose": LEARNED, "summary": named(Preset)["atlas"].help()
+    }  # fmt: skip
     assert found["ties"]["kind"] == "method"
     assert found["dare"]["kind"] == "filter"
     assert found["tall_masks"]["kind"] == "codec"
@@ -232,6 +237,14 @@ def test_methods_explains_the_name_of_a_pipeline(capsys: Captured) -> None:
     assert "Drop changes at random" in shown
     assert main(["methods", "dare_ties", "--json"]) == 0
     assert [stage["name"] for stage in json.loads(capsys.readouterr().out)["stages"]] == ["dare", "ties"]
+
+
+def test_methods_explains_a_preset(capsys: Captured) -> None:
+    assert main(["methods", "adamerging"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith('adamerging (preset of "weightsmith tune")\n\nLearn a coefficient per model and tensor')
+    assert "\nlr:              0.001\n" in shown
+    assert "preset: {adamerging: {OPTION: VALUE}}" in shown
 
 
 # --- the thin ones -------------------------------------------------------------------------------
@@ -311,9 +324,19 @@ def test_methods_of_adapters_are_pointed_to_their_command(recipe: Path, tmp_path
     ) in capsys.readouterr().err
 
 
+def test_presets_of_tuning_are_pointed_to_their_command(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
+    from weightsmith.core import elsewhere
+
+    assert sorted(elsewhere.LEARNED) == sorted(named(Preset))
+    assert main(["plan", str(recipe), "--set", "method=adamerging"]) == 2
+    assert (
+        'adamerging learns the numbers of a recipe from data; run it with "weightsmith tune"' in capsys.readouterr().err
+    )
+
+
 def test_these_are_the_methods_that_only_adapters_have() -> None:
+    from weightsmith.core.elsewhere import OF_ADAPTERS
     from weightsmith.core.method import registered
-    from weightsmith.core.of_adapters import OF_ADAPTERS
     from weightsmith.lora.rules import METHODS
     from weightsmith.recipe.aliases import PIPELINES
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from weightsmith.cli.options import Json, Plugins
 from weightsmith.cli.show import say, show_json, table
 from weightsmith.cli.words import Parameter
-from weightsmith.inspect.catalogue import describe, describe_pipeline, explain, listing
+from weightsmith.inspect.catalogue import describe, describe_pipeline, describe_preset, explain, listing
 
 __all__ = ["methods"]
 
@@ -20,20 +20,26 @@ def methods(
     plugin: Plugins = (),
 ) -> None:
     """List the methods by purpose, or explain one: what it does, its paper, what it needs, its parameters."""
+    from weightsmith.cli.shown.tuning import preset
     from weightsmith.core.method import registered, registry
     from weightsmith.plugins import load_file
     from weightsmith.recipe.aliases import PIPELINES
+    from weightsmith.tune.registry import lines
 
     for file in plugin:
         load_file(file)
+    presets = lines("presets")
     if name is None:
         every = [describe(cls) for cls in registered().values()]
+        every += [describe_preset(preset, said) for preset, said in presets.items()]
         if json:
             show_json(every)
         else:
             say(listing(every))
         return
-    found = describe_pipeline(name) if name in PIPELINES else describe(registry(name))
+    found = (
+        preset(name) if name in presets else describe_pipeline(name) if name in PIPELINES else describe(registry(name))
+    )
     if json:
         show_json(found)
         return

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from weightsmith.core.checks import Case, Check, Level, Verdict
 from weightsmith.core.costs import Costs
+from weightsmith.core.elsewhere import elsewhere
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.kernel import Fused, Program
 from weightsmith.core.keys import Key, Part
-from weightsmith.core.of_adapters import of_adapters
 from weightsmith.core.parameter import Each, Parameter, choice, flag, integer, number, plain_number
 from weightsmith.core.pass_ import Found, Pass, Rows, Scope
 from weightsmith.core.site import Group, Site
@@ -417,4 +417,4 @@ def registry(name: str) -> type[Stage]:
     if name in known:
         return known[name]
     words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
-    raise RecipeError(of_adapters(name) or f"unknown method {name!r}{did_you_mean(name, words)}")
+    raise RecipeError(elsewhere(name) or f"unknown method {name!r}{did_you_mean(name, words)}")

@@ -11,7 +11,10 @@ from weightsmith.report.units import roughly
 if TYPE_CHECKING:
     from weightsmith.core.method import Stage
 
-__all__ = ["PURPOSES", "by_purpose", "cost_at_7b", "describe", "describe_pipeline", "explain", "facts", "listing"]
+__all__ = [
+    "LEARNED", "PURPOSES", "by_purpose", "cost_at_7b", "describe", "describe_pipeline", "describe_preset", "explain",
+    "facts", "listing",
+]  # fmt: skip
 
 PURPOSES: Mapping[str, tuple[str, ...]] = {
     "Average models": ("linear", "soup", "mwa", "codiemb", "model_stock", "karcher", "multislerp"),
@@ -37,6 +40,8 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
 """Purpose -> methods, the simplest first.  Another method is listed last under its own `purpose`, or under OTHERS."""
 
 OTHERS = "Others"
+
+LEARNED = 'Learn the numbers of a recipe from data ("weightsmith tune")'
 
 GRAINS = {
     "element": "any block of rows (models of any size in bounded memory)",
@@ -120,8 +125,17 @@ def cost_at_7b(found: Mapping[str, Any]) -> str:
     return f"{roughly(found['seconds_at_7b'])} per model, on one core of a server (AMD EPYC; default parameters)"
 
 
+def describe_preset(
+    name: str, summary: str, text: str = "", options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a way to learn numbers is, as `describe` says it of a method."""
+    return {"name": name, "kind": "preset", "purpose": LEARNED, "summary": summary} | (
+        {"text": text, "options": dict(options)} if options is not None else {}
+    )
+
+
 def listing(every: Sequence[Mapping[str, Any]]) -> str:
-    """All methods, a line each, under their purposes."""
+    """All methods and presets, a line each, under their purposes."""
     from weightsmith.recipe.aliases import PIPELINES
 
     width = max(len(one["name"]) for one in every)
@@ -129,12 +143,17 @@ def listing(every: Sequence[Mapping[str, Any]]) -> str:
     for purpose, members in by_purpose(every).items():
         lines += [purpose, *(f"  {one['name']:<{width}}  {one['summary']}" for one in members), ""]
     lines += [f"Names of pipelines: {', '.join(PIPELINES)}.", ""]
-    lines.append('"weightsmith tune --list" lists what learns their parameters from data.')
     return "\n".join([*lines, '"weightsmith methods NAME" explains one and lists its parameters.'])
 
 
 def explain(found: Mapping[str, Any]) -> str:
     """What a method or a pipeline is, in words; the parameters are a table of their own."""
+    if found["kind"] == "preset":
+        options = [f"{name + ':':<17}{default!r}" for name, default in found["options"].items()]
+        return "\n".join([
+            f"{found['name']} (preset of \"weightsmith tune\")", "", found["text"], "", "options, with their defaults:",
+            *options, "", f"In TUNE.yaml: preset: {found['name']}, or preset: {{{found['name']}: {{OPTION: VALUE}}}}.",
+        ])  # fmt: skip
     if found["kind"] == "pipeline":
         return "\n".join([
             f"{found['name']} (name of a pipeline)", "", f"method: {found['method']}", "",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from weightsmith.core.errors import RecipeError, did_you_mean
 
-__all__ = ["Named", "make", "named"]
+__all__ = ["Named", "lines", "make", "named"]
 
 N = TypeVar("N", bound="Named")
 
@@ -78,6 +80,24 @@ def named(kind: type[N]) -> Mapping[str, type[N]]:
         left += cls.__subclasses__()
         if cls.name:
             found[cls.name] = cls
+    return dict(sorted(found.items()))
+
+
+def lines(folder: str) -> Mapping[str, str]:
+    """Name -> first line of the docstring, of the values in `folder` (presets, objectives).
+
+    Read from the files: importing them loads torch, which a listing need not wait for.  Plug-ins are not among them.
+    """
+    found: dict[str, str] = {}
+    for path in sorted((Path(__file__).parent / folder).glob("*.py")):
+        classes = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        for node in classes:
+            names = [
+                word.value.value
+                for word in node.keywords
+                if word.arg == "name" and isinstance(word.value, ast.Constant)
+            ]
+            found |= {str(name): (ast.get_docstring(node) or "").split("\n")[0] for name in names}
     return dict(sorted(found.items()))
 
 

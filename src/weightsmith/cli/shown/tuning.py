@@ -11,7 +11,7 @@ from weightsmith.core.errors import PlanError
 if TYPE_CHECKING:
     from weightsmith.tune.api import Tuned
 
-__all__ = ["listing", "prediction", "result"]
+__all__ = ["listing", "prediction", "preset", "result"]
 
 
 def listing(json: bool) -> None:
@@ -29,6 +29,21 @@ def listing(json: bool) -> None:
         width = max(map(len, found))
         for name, cls in found.items():
             say(f"  {name:<{width}}  {cls.help()}")
+
+
+def preset(name: str) -> dict[str, Any]:
+    """All that a preset says of itself."""
+    from dataclasses import fields
+    from inspect import cleandoc
+
+    from weightsmith.inspect.catalogue import describe_preset
+    from weightsmith.tune.registry import named
+    from weightsmith.tune.setting import Preset
+
+    kind: Any = Preset
+    cls = named(kind)[name]
+    text = cleandoc(cls.__doc__ or "")
+    return describe_preset(name, cls.help(), text, {field.name: field.default for field in fields(cls)})
 
 
 def prediction(predicted: Mapping[str, int], limit: int | None, *, show: bool, json: bool) -> None:
