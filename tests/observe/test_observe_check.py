@@ -17,8 +17,9 @@ from observe_models import saved, tiny_llama, tiny_vit, word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from weightsmith.cli.shown.check import show
-from weightsmith.core.errors import SourceError
+from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.io.package.manifest import write_manifest
+from weightsmith.observe.answer import answer
 from weightsmith.observe.check import cheap_check, check, perplexity, sample_text
 from weightsmith.observe.model import load_model
 
@@ -339,3 +340,65 @@ def test_cheap_check_needs_neither_torch_nor_transformers(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- answers and scores ----------------------------------------------------------------------------
+
+
+def test_an_answer_is_the_likeliest_token_again_and_again(original: Path) -> None:
+    """Without the cache of keys and values, too."""
+    loaded = load_model(original)
+    ids = list(b"one and one")
+    for _ in range(9):
+        with torch.no_grad():
+            ids.append(int(loaded.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer(loaded, "one and one", tokens=9) == bytes(ids[-9:]).decode(errors="replace")
+    loaded.module.generation_config.eos_token_id = [ids[-1], 999]  # type: ignore[union-attr]
+    loaded.module.generation_config.do_sample = True  # type: ignore[union-attr]
+    first = ids[11:].index(ids[-1])
+    assert answer(loaded, "one and one", tokens=9) == bytes(ids[11 : 11 + first]).decode(errors="replace")
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(original: Path) -> None:
+    loaded = load_model(original)
+    loaded.module.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    assert len(answer(loaded, "x" * 125).encode(errors="replace")) >= 3
+    with pytest.raises(WeightsmithError, match=r"128 tokens, .* room for fewer"):
+        answer(loaded, "x" * 128)
+    with pytest.raises(WeightsmithError, match="no token"):
+        answer(loaded, "")
+
+
+def test_a_chat_template_is_the_tokenizers(folder: Path) -> None:
+    word_tokenizer(folder, "user: you assistant: hello")
+    edit_config(folder, eos_token_id=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    loaded = load_model(folder)
+    with pytest.raises(SourceError, match="no chat template"):
+        answer(loaded, "hello", chat=True)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
+    (folder / "chat_template.jinja").write_text(template)
+    assert answer(loaded, "hello", 3, chat=True) == answer(loaded, "user: hello assistant:", 3)
+
+
+def test_models_beside_are_measured_by_the_names_they_were_given(original: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(original, tmp_path / "merged"))
+    report = check(original, beside=[str(other), "none"], length=64, ask=lambda loaded: loaded.label,
+                   score=lambda path: {"letters": len(path.name)})  # fmt: skip
+    assert list(report["models"]) == list(report["answers"]) == [str(original), str(other)]
+    assert report["answers"][str(other)] == str(other)
+    assert report["scores"] == {str(original): {"letters": len(original.name)}, str(other): {"letters": 6},
+                                "none": {"letters": 4}}  # fmt: skip
+    assert "none" in report["missing"]["none"]
+    with pytest.raises(SourceError, match="named twice"):
+        check(original, beside=[str(original)])
+
+
+def test_a_model_without_an_answer_still_has_its_figures(original: Path) -> None:
+    def none(loaded: Any) -> str:
+        raise SourceError(f"{loaded.label}: nothing to say")
+
+    report = check(original, length=64, ask=none)
+    assert report["ok"]
+    assert report["models"]["merged"]["perplexity"] > 1
+    assert report["notes"] == [f"no answer: {original}: nothing to say"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from studio_kit import HOME, PORT, TOKEN, write_model
+from studio_kit import HOME, PORT, TOKEN, small_folder
 
 from weightsmith.studio.app import build
 
@@ -20,13 +20,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    home = tmp_path / "home"
-    for seed, name in enumerate(("base", "math", "code")):
-        write_model(home / "models" / name, seed)
-    (home / "blend.yaml").write_text(
-        "# kept\nbase: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\n"
-    )
-    return home
+    return small_folder(tmp_path / "home")
 
 
 @pytest.fixture

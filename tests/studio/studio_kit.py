@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["EVIL", "HOME", "PORT", "TOKEN", "until", "write_model"]
+__all__ = ["EVIL", "HOME", "PORT", "TOKEN", "small_folder", "until", "write_model"]
 
 TOKEN, PORT = "the-token", 8323
 HOME = f"http://127.0.0.1:{PORT}"
@@ -28,6 +28,16 @@ def write_model(folder: Path, seed: int, layers: int = 3, size: int = 16, evil: 
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def small_folder(home: Path) -> Path:
+    """A folder with three models and a recipe."""
+    for seed, name in enumerate(("base", "math", "code")):
+        write_model(home / "models" / name, seed)
+    (home / "blend.yaml").write_text(
+        "# kept\nbase: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\n"
+    )
+    return home
 
 
 def until(wanted: Callable[[], Any], seconds: float = 600) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studio_kit import EVIL, until, write_model
+from studio_kit import EVIL, small_folder, until, write_model
 
 from weightsmith.studio.jobs import Jobs
 
@@ -40,7 +40,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         words = [sys.executable, "-m", "weightsmith", "studio", str(folder), "--no-browser", "--port", "0"]
         self.folder = folder
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         found = re.search(r"http://\S+", self.process.stdout.readline())
         assert found, "it printed no address"
@@ -54,12 +54,21 @@ class Server:
         self.process.stdout.close()
 
 
-@pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
-    made = Server(folder)
+@pytest.fixture(scope="module", autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One key for the whole module."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def server(state: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all that do not end it; each test has recipes and results of its own."""
+    made = Server(small_folder(tmp_path_factory.mktemp("browser") / "home"))
     yield made
-    if made.process.poll() is None:
-        made.end()
+    made.end()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,9 @@ def chosen(page: Page, *models: str) -> None:
         expect(page.locator("#yaml")).to_have_value(re.compile(rf": {re.escape(name)}\n"))
 
 
-def test_a_recipe_by_mouse_from_the_first_click_to_verified(page: Page, server: Server, browser: Browser) -> None:
+def test_a_recipe_by_mouse_from_the_first_click_to_verified(folder: Path, browser: Browser) -> None:
+    server = Server(folder)
+    page = opened(browser, server)
     page.goto(f"{server.home}/recipe")
     chosen(page, "models/math", "models/code")
     expect(page.locator("#plan")).to_contain_text("problem")  # task vectors need a base
@@ -127,6 +138,7 @@ def test_a_recipe_by_mouse_from_the_first_click_to_verified(page: Page, server: 
     os.kill(number, signal.SIGSTOP)
     server.end(signal.SIGKILL)
     os.kill(number, signal.SIGKILL)
+    page.context.close()
     assert not (server.folder / "merged").exists()
 
     again = Server(server.folder)
@@ -191,9 +203,9 @@ def dragged(page: Page, source: str, target: str) -> None:
     page.mouse.up()
 
 
-def test_twelve_experts_some_of_them_dragged(page: Page, server: Server, folder: Path) -> None:
+def test_twelve_experts_some_of_them_dragged(page: Page, server: Server) -> None:
     for i in range(12):
-        write_model(folder / f"models/e{i:02d}", 10 + i)
+        write_model(server.folder / f"models/e{i:02d}", 10 + i)
     page.goto(f"{server.home}/recipe")
     for i in range(10):
         chosen(page, f"models/e{i:02d}")
@@ -261,7 +273,8 @@ SHIFT = """() => new Promise(done => { let sum = 0; const seen = new Performance
   seen.observe({type: "layout-shift", buffered: true}); setTimeout(() => done(sum), 300); })"""
 
 
-def test_progress_moves_nothing_else(page: Page, server: Server, folder: Path) -> None:
+def test_progress_moves_nothing_else(page: Page, server: Server) -> None:
+    folder = server.folder
     os.mkfifo(folder / "pipe")
     (folder / "wait.py").write_text(f"open({str(folder / 'pipe')!r}).read()\n")
     jobs = Jobs(folder / ".weightsmith-studio", folder)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,3 +165,25 @@ def test_a_command_writes_how_far_it_is_where_it_is_told(folder: Path, monkeypat
     assert noted["done"] == noted["total"] > 0
     assert noted["unit"] == "bytes"
     assert not list(folder.glob(".progress*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ending_under_an_open_page_says_one_line(folder: Path, number: int) -> None:
+    """A page that follows a job does not hold the server, nor fill the terminal."""
+    jobs = Jobs(folder / ".weightsmith-studio", folder)
+    job = jobs.add(slow(folder), "slow")
+    words = [sys.executable, "-m", "weightsmith", "studio", str(folder), "--no-browser", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        found = re.search(r"http://\S+", server.stdout.readline())
+        assert found
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        browser.open(found[0]).close()
+        until((jobs.folder / job.id / "pid").exists)
+        with browser.open(f"{found[0].partition('/?')[0]}/run/{job.id}/events") as stream:
+            assert stream.readline().startswith(b"data: ")
+            server.send_signal(number)
+            assert stream.read().endswith(b"event: ending\ndata: \n\n")
+        assert server.communicate()[1] == "interrupted\n"
+    assert server.returncode == 130
+    assert ended(jobs, job.id).state == "stopped"

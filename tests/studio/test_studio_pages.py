@@ -204,3 +204,56 @@ def test_methods_say_when_to_use_them(client: TestClient, name: str) -> None:
 def test_an_unknown_method_page_names_the_nearest(client: TestClient) -> None:
     assert "did you mean" in client.get("/methods/tise").text
     assert client.get("/nowhere").status_code == 404
+
+
+def cached_model(hub: Path, id: str) -> Path:
+    """A model as the hub's cache holds it: links into a folder of blobs."""
+    home = hub / f"models--{id.replace('/', '--')}"
+    made = write_model(home / "blobs", 9)
+    (made / "README.md").write_text("---\nlicense: mit\n---\n")
+    snapshot = home / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    for file in made.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text("0123")
+    return snapshot
+
+
+def test_the_hubs_cache_is_shown_and_goes_into_recipes(
+    client: TestClient, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    cached_model(hub, "org/tiny")
+    strange = cached_model(hub, "org/strange")
+    for file in strange.iterdir():
+        file.unlink()
+        file.symlink_to(folder.parent / "elsewhere" / file.name)
+    write_model(folder.parent / "elsewhere", 3)
+    (hub / "models--org--empty").mkdir()
+    (hub / "datasets--org--data").mkdir()
+    page = client.get("/models").text.partition("In the hub's cache")[2]
+    for text in ("org/tiny", "mit", "LlamaForCausalLM", "float32"):
+        assert text in page
+    for text in ("org/strange", "org/empty", "org/data"):
+        assert text not in page
+    text = sent(client, "model", "models: {}\nmethod: linear\n", do="add-model", model="org/tiny")
+    assert _tree(text)["models"] == {"tiny": "org/tiny"}
+    (folder / "sub").mkdir()
+    answer = client.post("/recipe/add", data={"recipe": "sub/r.yaml", "path": ["org/tiny", "models/math"]})
+    assert answer.status_code == 303
+    assert "tiny: org/tiny" in client.get("/recipe", params={"path": "sub/r.yaml"}).text
+    other = client.post("/recipe/add", data={"recipe": "sub/r.yaml", "path": ["org/other"]})  # is not there: a path
+    assert "org/other" in html.unescape(client.get("/recipe", params={"path": "sub/r.yaml"}).text)
+    assert other.status_code == 303
+
+
+def test_the_form_knows_how_many_blocks_there_are(client: TestClient, folder: Path) -> None:
+    assert 'data-blocks="3"' in client.get("/recipe", params={"path": PATH}).text
+    for base in ("../x", "'a\0b'", "/etc", "models/none", "[1]", "{model: 3}"):
+        text = f"base: {base}\nmodels: {{a: {base}}}\nmethod: ties\n"
+        client.post("/recipe/yaml", data={"path": PATH, "yaml": text})
+        page = client.get("/recipe", params={"path": PATH})
+        assert page.status_code == 200
+        assert 'data-blocks="3"' not in page.text

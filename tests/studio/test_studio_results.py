@@ -38,7 +38,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClien
     for name in ("recipe.yaml", "recipes/3.yaml", "recipes/9.yaml", "recipes/17.yaml"):
         shutil.copy(folder / "blend.yaml", folder / "found" / name)
     shutil.copy(Path(__file__).with_name("result.json"), folder / "found/result.json")
-    client = TestClient(build((folder,), TOKEN, PORT), base_url=HOME, follow_redirects=False)
+    app = build((folder,), TOKEN, PORT, evaluator="/of/the/user.py")
+    client = TestClient(app, base_url=HOME, follow_redirects=False)
     with client:
         client.get("/", params={"token": TOKEN})
         client.headers["origin"] = HOME
@@ -154,20 +155,67 @@ def test_values_that_make_no_grid(studio: tuple[TestClient, Path], values: str, 
     assert message in studio[0].post("/grid", data=form).text
 
 
+def report(models: dict[str, Any], **more: Any) -> str:
+    """What `weightsmith check --json` prints."""
+    return json.dumps({"models": models, "problems": [], "notes": [], "missing": {}, "answers": {}, **more})
+
+
 def test_scores_of_a_grid_become_a_map(studio: tuple[TestClient, Path]) -> None:
-    """Each cell is scored by a command of its own; here one has answered, and one could not."""
+    """All cells are scored by one command; one of them could not be."""
     client, folder = studio
-    jobs = client.app.app.state.studio.jobs  # type: ignore[attr-defined]
     names = sorted(path.name for path in (folder / "grid").iterdir())
-    for i, name in enumerate(names[:2]):
-        job = jobs.add(["check", f"grid/{name}", "--json"], name, {"out": f"grid/{name}", "of": "0005"})
-        own = {"perplexity": 12.5, "bits_per_byte": 1.1, "tokens": 9} if i == 0 else {}
-        told = {"models": {"merged": own} if own else {}, "problems": [], "notes": ["no <b>tokenizer"]}
-        answered(job, json.dumps(told))
+    sent(client, "/grid/0005/score", "/grid/0005", score="yes")
+    job = jobs_of(client).get("0006")
+    assert job.words[:3] == ("check", f"grid/{names[0]}", "--json")
+    assert job.words[3:-1] == tuple(f"--beside=grid/{name}" for name in names[1:])
+    assert job.words[-1] == "--evaluator=/of/the/user.py"
+    assert "measure 6 merges" in seen(client, "/grid/0005")
+    figures = {"perplexity": 12.5, "bits_per_byte": 1.1, "tokens": 9}
+    found = {f"grid/{names[0]}": figures, f"grid/{names[1]}": {**figures, "perplexity": 11.25}}
+    scores = {key: {"<b>sums": 3.0 + i} for i, key in enumerate(found)}
+    answered(job, report(found, scores=scores, missing={f"grid/{names[2]}": "no <b>tokenizer"}))
     page = seen(client, "/grid/0005")
     assert "Perplexity: parameters.density down, models.math.weight across" in page
-    assert "12.5" in page
-    assert "no <b>tokenizer" in page
+    for text in ("12.5", "11.25", "no <b>tokenizer"):
+        assert text in page
+    assert "<b>sums: parameters.density down" in seen(client, "/grid/0005", measure="<b>sums")
+
+
+def jobs_of(client: TestClient) -> Jobs:
+    return client.app.app.state.studio.jobs  # type: ignore[attr-defined,no-any-return]
+
+
+def test_models_are_asked_side_by_side(studio: tuple[TestClient, Path]) -> None:
+    """Perplexities, the user's scores and answers come from one command; what models say is text."""
+    client, _ = studio
+    form = {"prompt": "--plugin=x.py; is\n2?", "chat": "yes", "score": "yes", "evaluator": "/of/a/page.py"}
+    sent(client, "/compare/0004/ask", "/compare/0004", **form)
+    (job,) = (job for job in jobs_of(client).all() if job.state == "queued")
+    assert job.words == ("check", "models/math", "--json", "--beside=merged", "--beside=models/code",
+                         f"--prompt={form['prompt']}", "--tokens=64", "--chat",
+                         "--evaluator=/of/the/user.py")  # fmt: skip
+    part = client.get("/compare/0004", params={"part": "measured"}, headers={"hx-request": "true"}).text
+    assert "every 2s" in part
+    assert "<html" not in part
+    figures = {"perplexity": 4.5, "bits_per_byte": 1.25, "tokens": 3}
+    answered(job, report({"models/math": figures, "merged": {}, "models/code": figures},
+                         answers={"models/math": EVIL, "models/code": "four"}, notes=["merged: no <i>words"],
+                         scores={"models/math": {"sums": 0.75}}))  # fmt: skip
+    page = seen(client, "/compare/0004")
+    for text in ("“--plugin=x.py; is\n2?”", EVIL, "four", "no answer", "no <i>words", "4.5", "1.25", "0.75"):
+        assert text in page
+    job = jobs_of(client).add(["check", "merged", "--json"], "check", {"out": "models/math"})
+    for text in ("[]", '{"models": [], "problems": [], "notes": []}', "", '{"models": {"merged": 1}}'):
+        answered(job, text)
+        assert "4.5" in seen(client, "/compare/0004")
+    jobs_of(client).remove(job.id)
+
+
+def test_a_prompt_is_not_a_book(studio: tuple[TestClient, Path]) -> None:
+    answer = studio[0].post("/compare/0004/ask", data={"prompt": "x" * 20_001})
+    assert answer.status_code == 400
+    assert "20,001 letters" in answer.text
+    assert "no comparison" in studio[0].post("/compare/0002/ask", data={"prompt": "x"}).text
 
 
 def test_a_front_has_sliders(studio: tuple[TestClient, Path]) -> None:
@@ -199,8 +247,11 @@ def test_history_knows_what_was_made_from_what(studio: tuple[TestClient, Path]) 
     client, _ = studio
     assert "merged" in seen(client, "/history")
     page = seen(client, "/history/of", path="merged")
-    for text in ("models/math", "method: ties", "weightsmith lineage merged", "Rerun and compare the bytes"):
+    for text in ("method: ties", "math: ./models/math", "weightsmith lineage merged", "Rerun and compare the bytes",
+                 '"kind": "merge"', '"tensors": "7 of them"'):  # fmt: skip
         assert text in page
+    links = client.get("/history/of", params={"path": "merged"}).text.partition('class="tree"')[2]
+    assert links.count('<a href="/model?path=models%2F') == 3
     answer = client.post("/history/again", data={"path": "merged"})
     new = answer.headers["location"].partition("=")[2]
     assert "method: ties" in seen(client, "/recipe", path=new)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -36,10 +37,13 @@ def check(
     out: str | Path,
     *,
     parents: Mapping[str, str | Path] | None = None,
+    beside: Sequence[str | Path] = (),
     text: str | Path | None = None,
     length: int = 512,
     device: str = "auto",
     trust_remote_code: bool = False,
+    ask: Callable[[LoadedModel], str] | None = None,
+    score: Callable[[Path], Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Load a result with transformers, run it, and report as plain values:
 
@@ -49,8 +53,10 @@ def check(
     models       name ('merged' and each parent) -> {'perplexity' per token, 'bits_per_byte', 'tokens'} of a language
                  model; of others, for each parent: how alike its outputs are, see `probe.compared`
     missing      parent -> why it is not compared
+    answers      name -> what `ask` gives, of language models;  scores: name -> what `score` gives, of all
 
     parents   name -> model; default: those of the recipe in OUT/weightsmith.json
+    beside    models to measure instead of the parents; all, OUT too, are then called as they are written
     text      a UTF-8 file; default: a few hundred words of English prose
     length    tokens of context per window
     Raises SourceError if OUT or the text cannot be read at all.
@@ -62,18 +68,26 @@ def check(
         raise SourceError(f"{folder}: {why}")
     report: dict[str, Any] = {
         "path": str(folder), "kind": "tensors", "ok": False, "finite": True, "ran": False,
-        "unlike": False, "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {},
+        "unlike": False, "problems": [], "warnings": [], "notes": [], "models": {}, "missing": {}, "answers": {},
+        "scores": {},
     }  # fmt: skip
+    others: Mapping[str, str | Path] = {str(path): path for path in beside}
+    own = str(out) if others else "merged"
+    if own in others or len(others) < len(beside):
+        raise SourceError(f"{', '.join([own, *map(str, beside)])}: a model is named twice; name each once")
+    known, missing = (others or parents or {}, {}) if others or parents is not None else recorded_parents(folder)
+    if score is not None:  # first: what is wrong with it is told before anything is loaded
+        report["scores"] = {name: dict(score(Path(path))) for name, path in {own: folder, **known}.items()}
     if not (folder / "config.json").exists():
         _check_tensors(folder, report)
         report["ok"] = not report["problems"]
         return report
-    prose = sample_text() if text is None else _read_text(Path(text))
+    trial = _Trial(sample_text() if text is None else _read_text(Path(text)), length, ask)
     report["warnings"] = cheap_check(folder)
     from weightsmith.observe.kinds import UnknownKind
 
     try:
-        found = _run(folder, report, prose, length, device, trust_remote_code)
+        found = _run(folder, report, trial, device, trust_remote_code)
     except UnknownKind as error:
         _check_tensors(folder, report)
         report["notes"].insert(0, error.why)
@@ -83,14 +97,19 @@ def check(
         _check_tensors(folder, report)
         report["problems"].insert(0, str(error))
         return report
-    known, report["missing"] = recorded_parents(folder) if parents is None else (parents, {})
+    report["missing"] = missing
     load = partial(_loaded, device=device, trust_remote_code=trust_remote_code)
     if isinstance(found, dict) and found:
-        report["models"]["merged"] = found
-        _compare(known, report, lambda path: _figures(load(path), prose, length))
+        report["models"][own] = found
+        _compare(known, report, lambda path: _figures(load(path), trial))
     elif not isinstance(found, dict):
-        _compare(known, report, lambda path: _alike(load(path), prose, found))
-    if why := _unlike(report["models"]):
+        _compare(known, report, lambda path: _alike(load(path), trial.prose, found))
+    for name, figures in report["models"].items():
+        if _ANSWER in figures:
+            report["answers"][name] = figures.pop(_ANSWER)
+        if _SILENT in figures:
+            report["notes"].append(f"no answer: {figures.pop(_SILENT)}")
+    if not others and (why := _unlike(report["models"])):
         report["unlike"] = True
         report["warnings"].append(f"{why}; try a smaller lambda, fewer models or another method")
     report["ok"] = report["finite"] and not report["problems"]
@@ -158,21 +177,33 @@ def perplexity(loaded: LoadedModel, text: str, length: int = 512) -> dict[str, f
 # --- the parts of a check --------------------------------------------------------------------------
 
 
+_ANSWER, _SILENT = "answer", "no answer"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What language models are tried on: prose, in windows of `length` tokens, and what they are asked."""
+
+    prose: str
+    length: int
+    ask: Callable[[LoadedModel], str] | None
+
+
 def _run(
-    folder: Path, report: dict[str, Any], prose: str, length: int, device: str, trust_remote_code: bool
-) -> dict[str, float] | Found:
+    folder: Path, report: dict[str, Any], trial: _Trial, device: str, trust_remote_code: bool
+) -> dict[str, Any] | Found:
     """Run the result; returns a language model's figures, which are empty where it has no tokenizer, or the outputs."""
     from weightsmith.observe.probe import buffer_problems, probe, takes_pictures
 
     loaded = _loaded(folder, device, trust_remote_code)
     report["kind"] = loaded.kind
     report["problems"] += buffer_problems(loaded)
-    found: dict[str, float] | Found = {}
+    found: dict[str, Any] | Found = {}
     if loaded.kind == "causal-lm":
         try:
-            figures = perplexity(loaded, prose, length)
-            report["finite"] = bool(figures.pop("finite"))
-            found = figures
+            found = dict(perplexity(loaded, trial.prose, trial.length))
+            report["finite"] = bool(found.pop("finite"))
+            found.update(_asked(loaded, trial) if report["finite"] else {})
         except SourceError as error:  # no tokenizer: the logits can be looked at all the same
             report["notes"].append(f"no perplexity: {error}")
             report["finite"] = _finite(
@@ -180,7 +211,7 @@ def _run(
             )
     else:
         try:
-            found = probe(loaded, prose)
+            found = probe(loaded, trial.prose)
         except SourceError as error:
             report["notes"].append(f"not run: {error}")
             report["problems"] += (bad := _nonfinite_tensors(folder))
@@ -209,7 +240,7 @@ def _loaded(path: str | Path, device: str, trust_remote_code: bool) -> LoadedMod
 
 
 def _compare(
-    parents: Mapping[str, str | Path], report: dict[str, Any], beside: Callable[[str | Path], dict[str, float]]
+    parents: Mapping[str, str | Path], report: dict[str, Any], beside: Callable[[str | Path], dict[str, Any]]
 ) -> None:
     """Look at the parents, one in memory at a time: into the report's models, or why they are not there."""
     for name, path in parents.items():
@@ -219,10 +250,17 @@ def _compare(
             report["missing"][name] = str(error)
 
 
-def _figures(loaded: LoadedModel, prose: str, length: int) -> dict[str, float]:
-    values = perplexity(loaded, prose, length)
-    values.pop("finite")
-    return values
+def _figures(loaded: LoadedModel, trial: _Trial) -> dict[str, Any]:
+    values = perplexity(loaded, trial.prose, trial.length)
+    return values | _asked(loaded, trial) if values.pop("finite") else values
+
+
+def _asked(loaded: LoadedModel, trial: _Trial) -> dict[str, str]:
+    """An answer, or why there is none."""
+    try:
+        return {} if trial.ask is None else {_ANSWER: trial.ask(loaded)}
+    except SourceError as error:
+        return {_SILENT: str(error)}
 
 
 def _alike(loaded: LoadedModel, prose: str, found: Found) -> dict[str, float]:

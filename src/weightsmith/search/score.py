@@ -21,7 +21,7 @@ from weightsmith.search.program import ProgramError, filled, run, words_of
 from weightsmith.search.schema import LmEval, ScoreSpec, SearchFile
 from weightsmith.study.evaluate import digest, measured
 
-__all__ = ["SPLITS", "Scored", "Scorer", "read", "scorer"]
+__all__ = ["SPLITS", "Scored", "Scorer", "printed_json", "read", "scorer"]
 
 SPLITS = ("search", "report")
 
@@ -145,14 +145,15 @@ def _printed(run_it: Callable[[], str], spec: ScoreSpec, label: Any) -> Any:
     """The JSON that a program prints last, after as many attempts as are allowed."""
     for attempt in range(spec.retries + 1):
         try:
-            return _json(run_it(), label)
+            return printed_json(run_it(), f"score.command {label}")
         except ProgramError:
             if attempt == spec.retries:
                 raise
     raise AssertionError
 
 
-def _json(printed: str, label: Any) -> Any:
+def printed_json(printed: str, label: Any) -> Any:
+    """The JSON in the last line that a program prints, or in all of it; ProgramError where there is none."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     for text in (lines[-1] if lines else "", printed):
         try:
@@ -160,9 +161,7 @@ def _json(printed: str, label: Any) -> Any:
         except (ValueError, RecursionError):
             continue
     last = repr((lines or [""])[-1][:80])
-    raise ProgramError(
-        f"score.command {label}: prints no JSON; its last line should be a number or a mapping, is {last}"
-    )
+    raise ProgramError(f"{label}: prints no JSON; its last line should be a number or a mapping, is {last}")
 
 
 def _contents(path: str) -> Any:

@@ -27,7 +27,7 @@ _NONE = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_co
 """FastAPI records requests for OpenTelemetry, to be sent where the environment says, unless told not to."""
 
 
-def build(folders: tuple[Path, ...], token: str, port: int) -> Guard:
+def build(folders: tuple[Path, ...], token: str, port: int, evaluator: str = "") -> Guard:
     """The ASGI application for some folders; it begins to work through the queue when it is started."""
     try:
         from fastapi import FastAPI
@@ -36,7 +36,7 @@ def build(folders: tuple[Path, ...], token: str, port: int) -> Guard:
     from weightsmith.studio import pages
 
     places = Places.of(folders)
-    studio = Studio(places, Jobs(places.state, places.home))
+    studio = Studio(places, Jobs(places.state, places.home), evaluator)
     os.environ["HF_HUB_OFFLINE"] = "1"  # of this process: a plan that is made while somebody types downloads nothing
 
     @asynccontextmanager

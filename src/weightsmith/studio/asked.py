@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 from weightsmith.studio.jobs import Jobs
@@ -15,10 +16,16 @@ __all__ = ["Asked", "Studio", "go", "html"]
 
 @dataclass(frozen=True)
 class Studio:
-    """What the pages share."""
+    """What the pages share.
+
+    evaluator  the Python file or command that scores models, named at start; '' if none was
+    ending     set as soon as the server is asked to end
+    """
 
     places: Places
     jobs: Jobs
+    evaluator: str = ""
+    ending: Event = field(default_factory=Event)
 
 
 @dataclass(frozen=True)

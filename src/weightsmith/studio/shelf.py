@@ -18,7 +18,7 @@ from weightsmith.io.read.open import ENDINGS
 from weightsmith.io.read.small import read_json
 from weightsmith.studio.places import Places
 
-__all__ = ["Model", "Shelf", "shelf"]
+__all__ = ["Model", "Shelf", "layers", "shelf", "shelve"]
 
 _CONFIG_LIMIT, _RECIPE_LIMIT = 5_000_000, 1_000_000
 _DEEPEST, _MOST = 6, 20_000  # levels, folders
@@ -65,7 +65,7 @@ def shelf(places: Places, details: bool = True) -> Shelf:
             if seen > _MOST:
                 found.cut = True
                 return found
-            _shelve(found, here, names, places, details)
+            shelve(found, here, names, places, details)
     return found
 
 
@@ -78,7 +78,8 @@ def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(here), sorted(names)
 
 
-def _shelve(found: Shelf, here: Path, names: list[str], places: Places, details: bool) -> None:
+def shelve(found: Shelf, here: Path, names: list[str], places: Places, details: bool) -> None:
+    """Note what lies in one folder."""
     weights = [name for name in names if name.endswith(ENDINGS) and places.holds(here / name)]
     if MANIFEST in names:
         found.results.append(here)
@@ -125,6 +126,12 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": dtype,
         "layers": layers if isinstance(layers, int) and 0 < layers < 10_000 else None,
     }
+
+
+def layers(folder: Path) -> int | None:
+    """The number of blocks that a folder's config tells."""
+    found: int | None = _of_config(_config(folder / "config.json"))["layers"]
+    return found
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from weightsmith.observe.model import LoadedModel
 
-__all__ = ["Scorer", "digest", "measured", "scorer"]
+__all__ = ["Scorer", "digest", "function", "measured", "scorer"]
 
 _OPTION = "--evaluator"
 
@@ -77,7 +77,7 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
                 f"{study.file}: its models are scored by a function; name the python file that defines "
                 f"scores(model, split) with {_OPTION} FILE"
             )
-        return Scorer(study, _function(evaluator, arguments), _identity(evaluator, arguments), f"{_OPTION} {evaluator}")
+        return Scorer(study, function(evaluator, arguments), _identity(evaluator, arguments), f"{_OPTION} {evaluator}")
     if evaluator is not None:
         raise RecipeError(f"{_OPTION} {evaluator}: {study.file} is scored by the built-in {kind}; leave one out")
     if kind == TASKS:
@@ -96,16 +96,17 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
 # --- the user's function ---------------------------------------------------------------------------
 
 
-def _function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, str], Any]:
+def function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, str], Any]:
+    """(model, split) -> what scores() of a file gives, which is run now; RecipeError says where it fails."""
     module = _module(evaluator.expanduser())
-    function = getattr(module, "scores", None)
-    if not callable(function):
+    scores = getattr(module, "scores", None)
+    if not callable(scores):
         names = [name for name in vars(module) if not name.startswith("_")]
         raise RecipeError(f"{_OPTION} {evaluator}: it defines no scores(model, split){did_you_mean('scores', names)}")
 
     def score(model: Path, split: str) -> Any:
         try:
-            return function(model, split, **arguments)
+            return scores(model, split, **arguments)
         except WeightsmithError:
             raise
         except Exception as error:

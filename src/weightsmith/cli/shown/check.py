@@ -29,6 +29,12 @@ def show(report: Mapping[str, Any]) -> None:
     title = "Outputs beside those of the parents, on the same inputs"
     table(title, ("model", "mean cosine", "lowest", "same answer"), alike, right=(1, 2, 3))
     table("Perplexity", ("model", "per token", "bits per byte", "tokens"), rows, right=(1, 2, 3))
+    scores = {name: one for found in report["scores"].values() for name, one in found.items()}
+    rows = [(name, *(f"{found[key]:.5g}" if key in found else "-" for key in scores))
+            for name, found in report["scores"].items()]  # fmt: skip
+    table("Scores", ("model", *scores), rows, right=tuple(range(1, len(scores) + 1)))
+    for name, answer in report["answers"].items():
+        say(f"{name} answers: {answer}")
     for name, reason in report["missing"].items():
         say(f"note: {name} is not compared: {reason}")
     for note in report["notes"]:

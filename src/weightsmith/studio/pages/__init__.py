@@ -37,6 +37,7 @@ ROUTES = (
     ("GET", "/compare", "compare", "every"),
     ("POST", "/compare", "compare", "start"),
     ("GET", "/compare/{id}", "compare", "one"),
+    ("POST", "/compare/{id}/ask", "compare", "ask"),
     ("GET", "/grid", "grid", "every"),
     ("POST", "/grid", "grid", "start"),
     ("GET", "/grid/{id}", "grid", "one"),

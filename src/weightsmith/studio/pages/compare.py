@@ -16,18 +16,20 @@ from weightsmith.io.read.small import read_json
 from weightsmith.report.figures import RED, Heat, figure
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.jobs import Job
+from weightsmith.studio.measured import check_words, measured, prompted
 from weightsmith.studio.shelf import shelf
 from weightsmith.studio.tables import Table
 
-__all__ = ["every", "one", "perplexities", "start"]
+__all__ = ["ask", "every", "one", "start"]
 
-_LIMIT = 500_000_000
+_LIMIT, _PROMPT = 500_000_000, 20_000
 
 
 def every(studio: Studio, asked: Asked) -> Any:
     jobs = [job for job in studio.jobs.all() if job.verb == "diff"]
     names = [model.name for model in shelf(studio.places, details=False).models if model.kind != "adapter"]
-    return html("compare.html", title="Compare", page="compare", jobs=jobs, names=names)
+    return html("compare.html", title="Compare", page="compare", jobs=jobs, names=names,
+                evaluator=studio.evaluator)  # fmt: skip
 
 
 def start(studio: Studio, asked: Asked) -> Any:
@@ -46,51 +48,72 @@ def start(studio: Studio, asked: Asked) -> Any:
     for other in others:
         about = {"a": first, "b": other, **({"beside": made.id} if made is not None else {})}
         made = studio.jobs.add(["diff", first, other, "--json"], f"{first} and {other}", about)
-    for name in names if asked("check") else ():
-        studio.jobs.add(["check", name, "--json"], f"check {name}", {"out": name})
+    if asked("check") or asked("prompt").strip() or asked("score"):
+        _measure(studio, asked, names)
     assert made is not None
     return go(f"/compare/{made.id}", asked)
 
 
 def one(studio: Studio, asked: Asked) -> Any:
     """One comparison, and the one beside it."""
-    job = studio.jobs.get(asked.path["id"])
-    if job.verb != "diff":
-        raise RecipeError(f"job {job.id} is no comparison")
+    job = _comparison(studio, asked.path["id"])
     if job.state != "finished":
         return go(f"/run/{job.id}", asked)
-    told, rows = _answer(job)
+    rows = _answer(job)[1]
     table = Table(("tensor", "shape", "|b-a|/|a|", "max |b-a|", "cosine", "changed"), rows, asked, f"compare/{job.id}")
+    pair = _pair(studio, job)
+    names, jobs = _names(pair), studio.jobs.all()
+    known = measured(jobs)
+    rows_of = {name: known.get(name) for name in names}
+    columns = list(
+        dict.fromkeys(["perplexity", "bits per byte", *(n for one in rows_of.values() if one for n in one.figures)])
+    )
+    waiting = [one for one in jobs if one.verb == "check" and not one.over and names[0] == one.about.get("out")]
+    told_of = {
+        "job": job, "names": names, "scores": rows_of, "columns": columns, "asked": prompted(jobs, names),
+        "waiting": waiting, "evaluator": studio.evaluator,
+    }  # fmt: skip
     if asked.partial:
-        return html("tensors.html", table=table)
-    pairs = [(job, told)]
-    beside = str(job.about.get("beside", ""))
-    if beside.isdecimal():
-        other = studio.jobs.get(beside)
-        pairs = [(other, _answer(other)[0]), *pairs] if other.state == "finished" else pairs
-    names = list(dict.fromkeys(str(one.about.get(key, "")) for one, _ in pairs for key in ("a", "b")))
-    scores = perplexities(studio.jobs.all())
+        return html("measured.html", **told_of) if asked("part") else html("tensors.html", table=table)
     return html(
-        "comparison.html", title=job.title, page="compare", job=job, table=table,
-        pairs=[(one, answer, figure(_map(one, answer))) for one, answer in pairs],
-        scores=[(name, scores.get(name)) for name in names],
+        "comparison.html", title=", ".join(names), page="compare", table=table,
+        pairs=[(one, found, figure(_map(one, found))) for one in pair for found in [_answer(one)[0]]], **told_of,
     )  # fmt: skip
 
 
-def perplexities(jobs: list[Job]) -> Mapping[str, Mapping[str, Any]]:
-    """Model -> what the last `weightsmith check --json` of it has measured: perplexity, bits_per_byte, tokens."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for job in jobs:
-        name = str(job.about.get("out", ""))
-        if job.verb != "check" or "--json" not in job.words or not job.over or name in found or job.code not in (0, 2):
-            continue
-        try:
-            told = job.answer()
-            own = told["models"].get("merged", {})
-            found[name] = own if own else {"note": "; ".join(map(str, [*told["problems"], *told["notes"]]))}
-        except (SourceError, KeyError, TypeError, AttributeError):
-            found[name] = {"note": "it could not be checked"}
-    return found
+def ask(studio: Studio, asked: Asked) -> Any:
+    """Queue a measurement of the models of a comparison: a prompt, or the user's evaluator."""
+    job = _comparison(studio, asked.path["id"])
+    _measure(studio, asked, _names(_pair(studio, job)))
+    return go(f"/compare/{job.id}", asked)
+
+
+def _measure(studio: Studio, asked: Asked, names: list[str]) -> None:
+    prompt = asked("prompt").strip()
+    if len(prompt) > _PROMPT:
+        raise RecipeError(f"the prompt has {len(prompt):,} letters; at most {_PROMPT:,} are asked here")
+    evaluator = studio.evaluator if asked("score") else ""
+    words = check_words(names, prompt, bool(asked("chat")), evaluator)
+    about = {"out": names[0], "beside": names[1:], "prompt": prompt}
+    studio.jobs.add(words, f"measure {', '.join(names)}", about)
+
+
+def _comparison(studio: Studio, number: str) -> Job:
+    job = studio.jobs.get(number)
+    if job.verb != "diff":
+        raise RecipeError(f"job {job.id} is no comparison")
+    return job
+
+
+def _pair(studio: Studio, job: Job) -> list[Job]:
+    """A comparison, after the one that it was asked for with."""
+    beside = str(job.about.get("beside", ""))
+    others = [other for other in studio.jobs.all() if other.id == beside and other.state == "finished"]
+    return [*others, job]
+
+
+def _names(jobs: list[Job]) -> list[str]:
+    return list(dict.fromkeys(str(one.about.get(key, "")) for one in jobs for key in ("a", "b")))
 
 
 def _answer(job: Job) -> tuple[Mapping[str, Any], list[tuple[Any, ...]]]:

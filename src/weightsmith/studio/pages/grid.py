@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
 from weightsmith.studio.form import parameters_of, stages_of
 from weightsmith.studio.jobs import Job
-from weightsmith.studio.pages.compare import perplexities
+from weightsmith.studio.measured import Measured, check_words, measured
 from weightsmith.studio.pages.recipe import out_of, saved
 from weightsmith.studio.recipes import look
 from weightsmith.studio.shelf import shelf
@@ -82,16 +83,21 @@ def one(studio: Studio, asked: Asked) -> Any:
     values = [several(text) for text in sets]
     across = values[1] if len(values) > 1 else [""]
     names = list(expand(sets))
-    scores = perplexities(studio.jobs.all())
+    jobs = studio.jobs.all()
+    scores = measured(jobs)
     out = str(job.about["out"])
-    cells = [
+    found = [
         [_cell(studio, out, names[i * len(across) + j], scores) for j in range(len(across))]
         for i in range(len(values[0]))
     ]
+    measures = list(dict.fromkeys(name for row in found for cell in row for name in cell["figures"]))
+    measure = asked("measure") if asked("measure") in measures else (measures or [""])[0]
     return html(
-        "grid_job.html", title=job.title, page="grid", job=job, keys=keys, down=values[0], across=across, cells=cells,
-        drawn=_drawn(keys, values[0], across, cells), there=any(cell["there"] for row in cells for cell in row),
-        waiting=[one for one in studio.jobs.all() if one.about.get("of") == job.id and not one.over],
+        "grid_job.html", title=job.title, page="grid", job=job, keys=keys, down=values[0], across=across, cells=found,
+        measures=measures, measure=measure, drawn=_drawn(keys, values[0], across, found, measure),
+        there=any(cell["there"] for row in found for cell in row), evaluator=studio.evaluator,
+        waiting=[one for one in jobs if job.id in (one.id, one.about.get("of")) and not one.over],
+        scored=[one for one in jobs if one.about.get("of") == job.id],
     )  # fmt: skip
 
 
@@ -102,33 +108,37 @@ def _sets(job: Job) -> list[str]:
     return sets
 
 
-def _cell(studio: Studio, out: str, name: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _cell(studio: Studio, out: str, name: str, scores: Mapping[str, Measured]) -> dict[str, Any]:
     shown = f"{out}/{name}"
     folder = studio.places.inside(shown)
-    found = scores.get(shown, {})
+    found = scores.get(shown, Measured({}))
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return {"path": shown, "there": folder.is_dir(), "size": size(nbytes), "perplexity": found.get("perplexity"),
-            "note": found.get("note", "")}  # fmt: skip
+    return {"path": shown, "there": folder.is_dir(), "size": size(nbytes), "figures": found.figures, "note": found.note}
 
 
-def _drawn(keys: list[str], down: list[str], across: list[str], cells: list[list[dict[str, Any]]]) -> str:
-    """The scores as a heat map; '' while there are none."""
-    values = [[cell["perplexity"] for cell in row] for row in cells]
-    known = [v for row in values for v in row if isinstance(v, (int, float))]
+def _drawn(keys: list[str], down: list[str], across: list[str], cells: list[list[dict[str, Any]]], measure: str) -> str:
+    """One measure of all as a heat map; '' while there is none."""
+    values = [[cell["figures"].get(measure) for cell in row] for row in cells]
+    known = [v for row in values for v in row if v is not None and math.isfinite(v)]
     if not known:
         return ""
     texts = [["" if v is None else f"{v:.5g}" for v in row] for row in values]
-    title = f"Perplexity: {keys[0]} down" + (f", {keys[1]} across" if len(keys) > 1 else "")
-    span = (max(known), min(known)) if max(known) > min(known) else (max(known) + 1, min(known))
-    return figure(Heat(title, down, across, values, texts, BLUE, span, "less is better; dark is best"))
+    title = f"{measure}: {keys[0]} down" + (f", {keys[1]} across" if len(keys) > 1 else "")
+    less = measure in ("perplexity", "bits per byte")
+    low, high = min(known), max(known) if max(known) > min(known) else min(known) + 1
+    values = [[v if v is None or math.isfinite(v) else (high if v > 0 else low) for v in row] for row in values]
+    span, legend = ((high, low), "less is better; dark is best") if less else ((low, high), "")
+    return figure(Heat(title[0].upper() + title[1:], down, across, values, texts, BLUE, span, legend))
 
 
 def score(studio: Studio, asked: Asked) -> Any:
-    """Queue a look at every merge of the grid that has no score yet."""
+    """Queue one look at every merge of the grid."""
     job = studio.jobs.get(asked.path["id"])
-    known = perplexities(studio.jobs.all())
-    for name in expand(_sets(job)):
-        shown = f"{job.about['out']}/{name}"
-        if shown not in known and studio.places.inside(shown).is_dir():
-            studio.jobs.add(["check", shown, "--json"], f"check {shown}", {"out": shown, "of": job.id})
+    shown = [f"{job.about['out']}/{name}" for name in expand(_sets(job))]
+    there = [name for name in shown if studio.places.inside(name).is_dir()]
+    if not there:
+        raise RecipeError("none of the merges is there; run the grid again")
+    evaluator = studio.evaluator if asked("score") else ""
+    about = {"out": there[0], "beside": there[1:], "of": job.id}
+    studio.jobs.add(check_words(there, "", False, evaluator), f"measure {len(there)} merges", about)
     return go(f"/grid/{job.id}", asked)

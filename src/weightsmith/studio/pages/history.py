@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import RecipeError, WeightsmithError
-from weightsmith.inspect.ancestry import ancestry
+from weightsmith.inspect.ancestry import Node, ancestry
 from weightsmith.io.package.card import yaml_text
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.recipe.text import dumps
@@ -18,6 +21,8 @@ from weightsmith.studio.render import address
 from weightsmith.studio.shelf import shelf
 
 __all__ = ["again", "every", "one"]
+
+_LONGEST = 200_000
 
 
 def every(studio: Studio, asked: Asked) -> Any:
@@ -47,7 +52,7 @@ def one(studio: Studio, asked: Asked) -> Any:
     recipe = _short(studio, manifest["recipe"]) if manifest["kind"] == "merge" else yaml_text(manifest["recipe"])
     return html(
         "result.html", title=asked("path"), page="history", name=studio.places.shown(folder), facts=facts,
-        tree=ancestry(folder, studio.places.holds), recipe=recipe,
+        tree=_leaf(studio, ancestry(folder, studio.places.holds)), recipe=recipe, manifest=_manifest(manifest),
         merged=manifest["kind"] in ("merge", "codec"),
         jobs=[job for job in studio.jobs.all() if job.about.get("out") == studio.places.shown(folder)],
     )  # fmt: skip
@@ -57,7 +62,33 @@ def _short(studio: Studio, recipe: Mapping[str, Any]) -> str:
     """A recipe of a manifest as one would write it; as it stands there where it cannot be read any more."""
     text = yaml_text(recipe)
     found = look(studio.places, studio.places.home / "recipe.yaml", text).recipe
-    return text if found is None else dumps(found)
+    text = text if found is None else dumps(found)
+    return re.sub(rf"(?<![\w/.-]){re.escape(str(studio.places.home))}/", "./", text)  # as it is typed there
+
+
+def _leaf(studio: Studio, node: Node) -> dict[str, Any]:
+    """A node of the graph with the page about it."""
+    label, href = node.model or node.kind, ""
+    path = Path(node.model) if node.model else None
+    if path is not None and path.is_absolute() and studio.places.holds(path):
+        label = studio.places.shown(path)
+        if path.exists():
+            href = address("history/of" if (path / MANIFEST).exists() else "model", path=label)
+    return {
+        "name": node.name, "label": label, "href": href, "how": node.how, "kind": node.kind, "notes": node.notes,
+        "parts": [_leaf(studio, part) for part in node.parts],
+    }  # fmt: skip
+
+
+def _manifest(manifest: Mapping[str, Any]) -> str:
+    """A manifest as it stands in the folder, but for the lists of tensors, which may be long."""
+    shown = {
+        name: {key: f"{len(one)} of them" if key == "tensors" and isinstance(one, Mapping) else one
+               for key, one in value.items()} if isinstance(value, Mapping) else value
+        for name, value in manifest.items()
+    }  # fmt: skip
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}\n… see {MANIFEST}"
 
 
 def again(studio: Studio, asked: Asked) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.core.keys import Key
 from weightsmith.io import system
+from weightsmith.studio import hub
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
 from weightsmith.studio.shelf import shelf
@@ -26,9 +26,8 @@ def home(studio: Studio, asked: Asked) -> Any:
 def models(studio: Studio, asked: Asked) -> Any:
     found = shelf(studio.places)
     recipes = [*found.recipes, *Drafts(studio.places).unsaved()]
-    folder = _hub()
     return html(
-        "models.html", title="Models", page="models", shelf=found, hub=_ids(folder), hub_folder=folder,
+        "models.html", title="Models", page="models", shelf=found, hub=hub.cached(), hub_folder=hub.cache(),
         folders=[str(one) for one in studio.places.folders], recipes=list(map(studio.places.shown, recipes)),
     )  # fmt: skip
 
@@ -70,18 +69,3 @@ def _card(studio: Studio, path: Path) -> str:
     except OSError:
         pass
     return ""
-
-
-def _hub() -> Path:
-    """Where the hub's downloads lie on this machine."""
-    home = os.environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
-def _ids(folder: Path) -> list[str]:
-    """Ids of the models in the cache, by the names of its folders; nothing inside is looked at."""
-    try:
-        names = sorted(path.name for path in system.call(list, folder.iterdir()))
-    except OSError:
-        return []
-    return [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]

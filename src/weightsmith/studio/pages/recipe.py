@@ -11,13 +11,14 @@ from typing import Any
 from weightsmith.core.errors import OutputError, RecipeError
 from weightsmith.plan.plan import Plan
 from weightsmith.recipe.reader import Location
+from weightsmith.studio import hub
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
 from weightsmith.studio.form import form, method_groups, parameters_of, stages_of, with_parameter, with_stages
 from weightsmith.studio.recipes import Look, changed, plan, value_of, written
 from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
-from weightsmith.studio.shelf import shelf
+from weightsmith.studio.shelf import layers, shelf
 
 __all__ = ["add", "fresh", "model", "out_of", "page", "plan_of", "revert", "rule", "run", "save", "saved",
            "set_value", "stage", "typed", "use"]  # fmt: skip
@@ -37,7 +38,7 @@ def page(studio: Studio, asked: Asked) -> Any:
     return html(
         "recipe.html", title=asked("path"), page="recipe", name=studio.places.shown(path), look=look, text=text,
         saved=is_saved, out=_default_out(studio, path), recipes=list(map(studio.places.shown, there)),
-        **_of_form(look, found.models),
+        **_of_form(studio, look, path, found.models),
     )  # fmt: skip
 
 
@@ -55,9 +56,25 @@ def _default_out(studio: Studio, path: Path) -> str:
     return studio.places.shown(next(name for name in names if not name.exists()))
 
 
-def _of_form(look: Look, models: Any) -> dict[str, Any]:
+def _of_form(studio: Studio, look: Look, path: Path, models: Any) -> dict[str, Any]:
     made = form(look.tree) if isinstance(look.tree, Mapping) else None
-    return {"form": made, "groups": method_groups(), "models": models}
+    models = [*models, *hub.cached(details=False)]
+    return {"form": made, "groups": method_groups(), "models": models, "blocks": _blocks(studio, look.tree, path)}
+
+
+def _blocks(studio: Studio, tree: Any, path: Path) -> int:
+    """The number of blocks of the recipe's models, as the first config that tells it; 0 where none does."""
+    refs = [tree.get("base"), *_values(tree.get("models"))] if isinstance(tree, Mapping) else []
+    for ref in refs:
+        named = ref.get("model") if isinstance(ref, Mapping) else ref
+        folder = path.parent / named if isinstance(named, str) and "\0" not in named else None
+        if folder is not None and studio.places.holds(folder / "config.json") and (found := layers(folder)):
+            return found
+    return 0
+
+
+def _values(models: Any) -> list[Any]:
+    return list(models.values()) if isinstance(models, Mapping) else []
 
 
 def plan_of(studio: Studio, asked: Asked) -> Any:
@@ -102,9 +119,9 @@ def model(studio: Studio, asked: Asked) -> Any:
     refs = models if isinstance(models, Mapping) else _MAP
     match asked("do"):
         case "add-model":
-            text = _with_models(text, refs, [studio.places.inside(asked("model"))], path)
+            text = _with_models(text, refs, [_named(studio, asked("model"), path)])
         case "set-base":
-            text = changed(text, ("base",), written(studio.places.inside(asked("model")), path.parent))
+            text = changed(text, ("base",), _named(studio, asked("model"), path)[1])
         case "remove-model":
             text = changed(text, ("models", asked("name")), None)
         case "rename-model":
@@ -118,13 +135,21 @@ def model(studio: Studio, asked: Asked) -> Any:
     return _again(studio, asked, text)
 
 
-def _with_models(text: str, refs: Mapping[Any, Any], paths: list[Path], recipe: Path) -> str:
+def _named(studio: Studio, text: str, recipe: Path) -> tuple[str, str]:
+    """A word for a model that was chosen, and what the recipe writes: its path, or its id in the hub's cache."""
+    if hub.holds(text) and not (studio.places.home / text).exists():
+        return text.rpartition("/")[2], text
+    path = studio.places.inside(text)
+    return path.stem if path.is_file() else path.name, written(path, recipe.parent)
+
+
+def _with_models(text: str, refs: Mapping[Any, Any], chosen: list[tuple[str, str]]) -> str:
     taken = {*map(str, refs), "base", ""}
-    for path in paths:
-        word = re.sub(r"[^\w.-]+", "_", path.stem if path.is_file() else path.name).strip(".") or "model"
+    for named, ref in chosen:
+        word = re.sub(r"[^\w.-]+", "_", named).strip(".") or "model"
         name = next(n for n in (word, *(f"{word}-{i}" for i in range(2, 10_000))) if n not in taken)
         taken.add(name)
-        text = changed(text, ("models", name), written(path, recipe.parent))
+        text = changed(text, ("models", name), ref)
     return text
 
 
@@ -204,7 +229,7 @@ def _again(studio: Studio, asked: Asked, text: str, yaml: bool = True) -> Any:
     path = drafts.path(asked("path"))
     drafts.keep(path, text)
     look = look_at(studio.places, path, text)
-    parts = rendered("recipe_form.html", **_of_form(look, shelf(studio.places, details=False).models))
+    parts = rendered("recipe_form.html", **_of_form(studio, look, path, shelf(studio.places, details=False).models))
     if yaml:
         parts += rendered("recipe_yaml.html", text=text, swap=True)
     state = rendered("recipe_saved.html", saved=drafts.text(path)[1])
@@ -234,11 +259,11 @@ def add(studio: Studio, asked: Asked) -> Any:
     if not name:
         name = fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
     path = drafts.path(name)
-    chosen = [studio.places.inside(one) for one in asked.form.get("path", ())]
+    chosen = [_named(studio, one, path) for one in asked.form.get("path", ())]
     text, _ = drafts.text(path)
     tree = look_at(studio.places, path, text).tree
     refs = tree.get("models") if isinstance(tree, Mapping) else None
-    drafts.keep(path, _with_models(text, refs if isinstance(refs, Mapping) else _MAP, chosen, path))
+    drafts.keep(path, _with_models(text, refs if isinstance(refs, Mapping) else _MAP, chosen))
     return go(address("recipe", path=name), asked)
 
 

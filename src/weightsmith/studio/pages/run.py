@@ -47,6 +47,9 @@ def events(studio: Studio, asked: Asked) -> Any:
                 yield f"data: {told}\n\n"
             if job.over:
                 return
+            if studio.ending.is_set():
+                yield "event: ending\ndata: \n\n"
+                return
             await asyncio.sleep(0.25)
 
     return StreamingResponse(stream(), media_type="text/event-stream")

@@ -88,49 +88,68 @@
   });
   document.addEventListener("htmx:sendError", () => { $("#toast").textContent = "The studio does not answer; start it again with weightsmith studio."; });
 
-  // --- ramps ---
+  // --- ramps: values from the first block to the last, or one for each block ---
   const NS = "http://www.w3.org/2000/svg";
-  const W = 600, H = 150, L = 34, R = 12, T = 12, B = 22;
+  const H = 150, L = 34, R = 12, T = 12, B = 22;
   function ramps() {
     for (const box of document.querySelectorAll(".ramp:empty")) draw(box);
   }
   function draw(box) {
-    let values = JSON.parse(box.dataset.values);
+    let values = JSON.parse(box.dataset.values), W = Math.max(box.clientWidth, 200);
+    const blocks = +($("#blocks") || { dataset: {} }).dataset.blocks || 0;
     const low = +box.dataset.low, high = +box.dataset.high, step = (high - low) / 100;
     const digits = Math.max(0, 2 - Math.floor(Math.log10(high - low)));
     const round = (v) => Number(Math.min(high, Math.max(low, v)).toFixed(digits));
     const make = (tag, at, into) => { const e = document.createElementNS(NS, tag); for (const a in at) e.setAttribute(a, at[a]); into.append(e); return e; };
-    const x = (i) => L + (W - L - R) * (values.length > 1 ? i / (values.length - 1) : 0.5);
+    const each = () => blocks > 1 && values.length === blocks; // one value for each block
+    const x = (i) => each() ? L + (W - L - R) * (i + 0.5) / blocks : L + (W - L - R) * (values.length > 1 ? i / (values.length - 1) : 0.5);
     const y = (v) => H - B - (H - T - B) * (v - low) / (high - low);
-    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "group", "aria-label": `${box.dataset.label} from the first block to the last` }, box);
+    const svg = make("svg", { role: "group", "aria-label": `${box.dataset.label} from the first block to the last` }, box);
     const row = document.createElement("div");
     row.className = "row";
     const label = document.createElement("label"), count = document.createElement("input");
     count.type = "number"; count.min = 1; count.max = 200; count.value = values.length; count.id = `count-${box.dataset.key.replace(/\W+/g, "-")}`;
     label.append("points", count);
     const said = document.createElement("span");
-    said.textContent = "drag to draw; arrow keys move a point";
-    row.append(label, said);
+    const hint = "drag to draw; arrow keys move a point";
+    said.textContent = hint;
+    row.append(label);
+    if (blocks > 1 && blocks <= 200 && !each()) {
+      const all = document.createElement("button");
+      all.type = "button"; all.className = "quiet"; all.textContent = `one for each of ${blocks} blocks`;
+      all.addEventListener("click", () => { count.value = blocks; resample(blocks); });
+      row.append(all);
+    }
+    row.append(said);
     box.append(row);
+    const name = (i) => each() ? `block ${i}` : `point ${i + 1} of ${values.length}`;
+    const tell = (i) => { said.textContent = i === null ? hint : `${name(i)}: ${values[i]}`; };
     const send = () => post("/recipe/set", { key: box.dataset.key, kind: "yaml", value: `[${values.join(", ")}]` });
     let waiting = 0;
     const later = () => { clearTimeout(waiting); waiting = setTimeout(send, 500); };
 
     function paint() {
+      svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
       svg.replaceChildren();
       const lines = make("g", { class: "lines" }, svg);
       for (const v of [low, (low + high) / 2, high]) {
         make("line", { x1: L, x2: W - R, y1: y(v), y2: y(v) }, lines);
         make("text", { x: L - 5, y: y(v) + 4, "text-anchor": "end" }, svg).textContent = Number(v.toPrecision(3));
       }
-      make("text", { x: L, y: H - 6 }, svg).textContent = "first block";
-      make("text", { x: W - R, y: H - 6, "text-anchor": "end" }, svg).textContent = "last block";
-      const points = values.map((v, i) => `${x(i)},${y(v)}`);
-      make("polygon", { points: [`${x(0)},${y(low)}`, ...points, `${x(values.length - 1)},${y(low)}`].join(" ") }, svg);
-      make("polyline", { points: points.join(" ") }, svg);
+      make("text", { x: L, y: H - 6 }, svg).textContent = each() ? "block 0" : "first block";
+      make("text", { x: W - R, y: H - 6, "text-anchor": "end" }, svg).textContent = each() ? `block ${blocks - 1}` : "last block";
+      const points = values.map((v, i) => `${x(i)},${y(v)}`), zero = y(Math.min(high, Math.max(low, 0)));
+      if (each()) {
+        const wide = Math.max(1, (W - L - R) / blocks - 2);
+        values.forEach((v, i) => make("rect", { x: x(i) - wide / 2, width: wide, y: Math.min(y(v), zero), height: Math.abs(y(v) - zero) }, svg));
+      } else {
+        make("polygon", { points: [`${x(0)},${zero}`, ...points, `${x(values.length - 1)},${zero}`].join(" ") }, svg);
+        make("polyline", { points: points.join(" ") }, svg);
+      }
       values.forEach((v, i) => {
         const dot = make("circle", { cx: x(i), cy: y(v), r: values.length > 40 ? 3 : 5, tabindex: 0, role: "slider", id: `${count.id}-${i}`,
-          "aria-label": `point ${i + 1} of ${values.length}`, "aria-valuemin": low, "aria-valuemax": high, "aria-valuenow": v }, svg);
+          "aria-label": name(i), "aria-valuemin": low, "aria-valuemax": high, "aria-valuenow": v }, svg);
+        dot.addEventListener("focus", () => tell(i));
         dot.addEventListener("keydown", (event) => {
           const by = { ArrowUp: 5, ArrowRight: 5, ArrowDown: -5, ArrowLeft: -5, PageUp: 20, PageDown: -20 }[event.key];
           if (by === undefined) return;
@@ -143,10 +162,10 @@
       });
     }
     const at = (event) => {
-      const rect = svg.getBoundingClientRect();
+      const rect = svg.getBoundingClientRect(), n = values.length;
       const px = (event.clientX - rect.left) / rect.width * W, py = (event.clientY - rect.top) / rect.height * H;
-      const i = Math.round((px - L) / (W - L - R) * (values.length - 1));
-      return [Math.min(values.length - 1, Math.max(0, i || 0)), round(low + (H - B - py) / (H - T - B) * (high - low))];
+      const i = each() ? Math.floor((px - L) / (W - L - R) * n) : Math.round((px - L) / (W - L - R) * (n - 1));
+      return [Math.min(n - 1, Math.max(0, i || 0)), round(low + (H - B - py) / (H - T - B) * (high - low))];
     };
     let last = null;
     const touch = (event) => {
@@ -158,19 +177,22 @@
       values[i] = v;
       last = [i, v];
       paint();
+      tell(i);
     };
     svg.addEventListener("pointerdown", (event) => { svg.setPointerCapture(event.pointerId); last = null; touch(event); event.preventDefault(); });
-    svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) touch(event); });
+    svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) touch(event); else tell(at(event)[0]); });
+    svg.addEventListener("pointerleave", () => tell(null));
     svg.addEventListener("pointerup", (event) => { svg.releasePointerCapture(event.pointerId); send(); });
-    count.addEventListener("change", (event) => {
-      event.stopPropagation();
-      const n = Math.min(200, Math.max(1, Math.round(+count.value) || 1)), old = values;
+    function resample(wanted) {
+      const n = Math.min(200, Math.max(1, Math.round(wanted) || 1)), old = values;
       values = Array.from({ length: n }, (_, i) => {
         const place = n > 1 ? i / (n - 1) * (old.length - 1) : 0, j = Math.floor(place);
         return round(old[j] + (old[Math.min(j + 1, old.length - 1)] - old[j]) * (place - j));
       });
       send();
-    });
+    }
+    count.addEventListener("change", (event) => { event.stopPropagation(); resample(+count.value); });
+    new ResizeObserver(() => { if (box.clientWidth && box.clientWidth !== W) { W = Math.max(box.clientWidth, 200); paint(); } }).observe(box);
     paint();
   }
 
@@ -205,9 +227,16 @@
   function follow() {
     const job = $("#job");
     if (!job || !job.dataset.events) return;
-    const source = new EventSource(job.dataset.events), was = job.dataset.state;
+    const source = new EventSource(job.dataset.events);
     source.onmessage = (event) => {
       const now = JSON.parse(event.data), log = $("#log");
+      if (now.over) { // its buttons are others now; the page stays
+        source.close();
+        const had = job.contains(document.activeElement);
+        htmx.ajax("GET", location.pathname, { target: "#job", select: "#job", swap: "outerHTML" })
+          .then(() => { const next = had && $("#job .primary"); if (next) next.focus({ preventScroll: true }); });
+        return;
+      }
       $("#state").textContent = now.state;
       $("#state").className = `state ${now.state}`;
       $("#words").textContent = now.words;
@@ -215,9 +244,9 @@
       const end = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
       log.textContent = now.log + now.output;
       if (end) log.scrollTop = log.scrollHeight;
-      if (now.over) { source.close(); if (was !== now.state) location.reload(); }
     };
-    source.onerror = () => { if (source.readyState === EventSource.CLOSED) $("#words").textContent = "The studio does not answer; the job's state is kept in the folder."; };
+    source.addEventListener("ending", () => { source.close(); $("#words").textContent = "The studio was ended, and the job with it; start it again to resume."; });
+    source.onerror = () => { $("#words").textContent = "The studio does not answer; the job's state is kept in the folder."; };
   }
 
   document.addEventListener("DOMContentLoaded", () => { ramps(); follow(); });
