@@ -255,6 +255,7 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
         "path": "out", "kind": "causal-lm", "ok": True, "finite": True, "ran": True, "unlike": False, "problems": [],
         "warnings": ["odd"], "notes": ["n"], "missing": {"a": "not here"},
         "models": {"merged": {"perplexity": 3.25, "bits_per_byte": 1.5, "tokens": 90}},
+        "answers": {"merged": "four"}, "scores": {"merged": {"sums": 0.5}, "a": {}},
     }  # fmt: skip
     look = Recorder(report)
     monkeypatch.setattr("weightsmith.observe.check.check", look)
@@ -265,11 +266,16 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
     shown = capsys.readouterr()
     assert ["merged", "3.250", "1.5000", "90"] in [line.split() for line in shown.out.splitlines()]
     assert "note: a is not compared: not here" in shown.out
+    assert "merged answers: four" in shown.out
+    assert ["a", "-"] in [line.split() for line in shown.out.splitlines()]
     assert shown.out.endswith("out: works\n")
     assert shown.err == "warning: odd\n"
     look.result = report | {"ok": False, "problems": ["NaN in x"], "models": {"merged": {"perplexity": float("inf")}}}
     assert main(["check", "out", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["models"]["merged"]["perplexity"] is None
+    for words in (["--chat"], ["--tokens", "0"], ["--evaluator", "none.py"]):
+        assert main(["check", "out", *words]) == 2
+        assert words[0] in capsys.readouterr().err
 
 
 def test_observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
