@@ -141,7 +141,7 @@ def test_a_prior_tells_the_task_and_swapping_it_switches(tmp_path: Path):
             for (name, file), p in zip(files.items(), priors, strict=True)
         }
         recipe = MultiTaskRecipe(
-            tasks=tasks, net={"width": 12, "depth": 2}, by="conditioned", steps=300, batch=8, sampling="mixed", **FAST
+            tasks=tasks, net={"width": 12, "depth": 2}, by="conditioned", steps=200, batch=8, sampling="mixed", **FAST
         )
         system = trained(recipe)
         found[kind] = scores(system)
@@ -315,16 +315,16 @@ def test_soft_decoding_is_nearer_than_hard(tmp_path: Path):
     """Few codes for continuous values: an expectation lies between them; and blocks keep their probability."""
     tasks = {
         "depth": {
-            "data": str(images(tmp_path / "a.npz", 120, ramp)),
+            "data": str(images(tmp_path / "a.npz", 60, ramp)),
             "metric": "rmse",
             "invalid": 0.0,
             "legal": [0.1, 2],
         },
         "kind": {"data": str(images(tmp_path / "b.npz", 60, bright, key="y"))},
     }
-    by = {"soft_tokens": {"codes": 8, "patch": 8, "width": 32, "vae_steps": 200}}
+    by = {"soft_tokens": {"codes": 8, "patch": 8, "width": 32, "vae_steps": 80}}
     recipe = MultiTaskRecipe(
-        tasks=tasks, net={"width": 12, "depth": 2}, by=by, steps=150, batch=8, sampling="mixed", **FAST
+        tasks=tasks, net={"width": 12, "depth": 2}, by=by, steps=60, batch=8, sampling="mixed", **FAST
     )
     system: Any = trained(recipe)
     task = system.tasks["depth"]
