@@ -40,13 +40,13 @@ def main() -> None:
     index.query(queries[0])
     ours, floor = [], []
     for query in queries:
-        began = time.perf_counter()
+        began = time.process_time()
         index.query(query)
-        ours.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        ours.append(time.process_time() - began)
+        began = time.process_time()
         _ = index.vectors @ query
-        floor.append(time.perf_counter() - began)
-    print(f"query {1e3 * np.median(ours):.1f} ms, product alone {1e3 * np.median(floor):.1f} ms: ", end="")
+        floor.append(time.process_time() - began)
+    print(f"processor time: query {1e3 * np.median(ours):.1f} ms, product alone {1e3 * np.median(floor):.1f} ms: ", end="")
     print(f"{np.median(ours) / np.median(floor):.2f} times")
 
 

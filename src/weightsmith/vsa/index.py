@@ -56,10 +56,18 @@ class Index:
 
     def query(self, vector: np.ndarray, count: int = 10) -> list[Hit]:
         """The entries with the largest cosines, the largest first.  One matrix-vector product."""
+        return self.best(self.cosines(vector), count)
+
+    def cosines(self, vector: np.ndarray) -> np.ndarray:
+        """Of every entry with a vector: [n] float32."""
         if vector.shape != self.vectors.shape[1:]:
             raise SourceError(f"a query of {vector.shape[0]} dimensions in an index of {self.vectors.shape[1]}")
         size = float(np.linalg.norm(vector))
-        cosines = self.vectors @ (vector / size if size else vector).astype(np.float32)
+        found: np.ndarray = self.vectors @ (vector / size if size else vector).astype(np.float32)
+        return found
+
+    def best(self, cosines: np.ndarray, count: int) -> list[Hit]:
+        """The entries of the largest of `cosines`, the largest first."""
         count = min(count, len(cosines))
         if not count:
             return []

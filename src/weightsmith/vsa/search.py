@@ -73,8 +73,8 @@ def find(
         if not isinstance(query, Path) or not query.is_relative_to(folder)
         else query.relative_to(folder).as_posix()
     )
-    hits = [hit for hit in found.query(vector, count + 1) if hit.name != own][:count]
-    cosines = found.vectors @ vector
+    cosines = found.cosines(vector)
+    hits = [hit for hit in found.best(cosines, count + 1) if hit.name != own][:count]
     probed = {} if path is None else _probed(encoder, found, hits, folder, path)
     fields = len(value)
     return Found(
