@@ -34,7 +34,7 @@ from weightsmith.io.read.source import Source
 from weightsmith.io.read.turned import TurnedSource
 from weightsmith.jobs.job import Job, Records
 from weightsmith.protect.key import Key, read_key
-from weightsmith.protect.locking import Change, change_of, inverted, places_of, sample, shapes_of
+from weightsmith.protect.locking import Change, change_of, places_of, sample, shapes_of
 from weightsmith.protect.package import Locked
 from weightsmith.protect.refusals import refuse_obstacles, refuse_place
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
@@ -75,13 +75,13 @@ def _carried(verb: str, adapter: Path, model: str | Path | Source, out: Path, pa
     weights = open_weights(adapter)
     refuse_place(path, out, weights)
     refuse_obstacles(weights, out, settings, [path, adapter])
-    change = change_of(key, bases(base)) if shapes_of(base) == key.shapes else None
+    change = change_of(key, bases(base), verb) if shapes_of(base) == key.shapes else None
     found = "" if change is None else sample(base, change.names)
     if change is None or found not in (key.unlocked, key.locked):
         raise SourceError(f"{path} is the key of another model than {base}")
     if _made_by(adapter) == (verb, key.hash):
         raise SourceError(f"{adapter} was {verb}ed with this key already")
-    view = _view(weights, packed_like_memory(base), change, verb, key)
+    view = _view(weights, packed_like_memory(base), change, key)
     fits = base.origin.folder if found == (key.locked if verb == "lock" else key.unlocked) else None
     recipe = Recipe(models={"model": ModelRef(model=str(adapter))}, method=(StageSpec(name="keep"),))
     job = Job.planned(
@@ -92,11 +92,10 @@ def _carried(verb: str, adapter: Path, model: str | Path | Source, out: Path, pa
     return Locked(replace(job, recipe=told).run(out, settings), key.hash, None, {})
 
 
-def _view(weights: Source, base: Source, change: Change, verb: str, key: Key) -> Source:
+def _view(weights: Source, base: Source, change: Change, key: Key) -> Source:
     """The adapter's tensors, each changed as the weight's side that it stands for."""
-    orders = change.orders if verb == "lock" else inverted(change.groups, change.orders)
-    moved = places_of(base, change.groups, orders)
-    own = by_tensor(change.turns if verb == "lock" else change.back)
+    moved = places_of(base, change)
+    own = by_tensor(change.turns)
     modules, changed = Modules(base), set(change.names)
     places: dict[str, dict[int, np.ndarray]] = {}
     turns: list[Turn] = []
@@ -122,7 +121,7 @@ def _view(weights: Source, base: Source, change: Change, verb: str, key: Key) ->
         turns += [replace(t, name=name, axis=sides[t.axis]) for t in own.get(stored, ()) if t.axis in sides]
     if odd:
         raise SourceError(f"{weights}: {some(odd)} cannot be carried over to a locked model; merge the adapter first")
-    return TurnedSource(ReorderedSource(weights, places), turns, {verb: key.hash})
+    return TurnedSource(ReorderedSource(weights, places), turns, {change.verb: key.hash})
 
 
 def _inside(plain: str, module: str, changed: str) -> bool:

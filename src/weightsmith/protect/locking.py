@@ -22,8 +22,7 @@ from weightsmith.io.read.source import Source
 from weightsmith.io.read.turned import TurnedSource
 from weightsmith.protect.key import Key
 
-__all__ = ["Change", "change_of", "equal_gains", "inverted", "locked", "places_of", "refuse", "sample",
-           "shapes_of", "unlocked"]  # fmt: skip
+__all__ = ["Change", "change_of", "changed", "equal_gains", "places_of", "refuse", "sample", "shapes_of"]
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _SAMPLED = 16  # tensors of a digest
@@ -32,15 +31,15 @@ _ROWS = 4  # of each
 
 @dataclass(frozen=True)
 class Change:
-    """What a lock does: a permutation of heads and hidden units, and then changes of basis.
+    """What a lock does, or what takes it back: a permutation of heads and hidden units, and changes of basis after it.
 
-    turns  after the permutation;  back: what takes them back once the permutation is taken back
+    verb  'lock' or 'unlock'
     """
 
+    verb: str
     groups: tuple[SymmetryGroup, ...]
     orders: Orders
     turns: tuple[Turn, ...]
-    back: tuple[Turn, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,12 +77,11 @@ def refuse(source: Source, found: Bases, known: Known, parts: Iterable[str], mod
         raise SourceError(f"{source}: no attention and no MLP is called {' or '.join(globs)}; it has {some(names)}")
 
 
-def change_of(key: Key, found: Bases) -> Change:
-    """What a key does to a model with these places."""
+def change_of(key: Key, found: Bases, verb: str = "lock") -> Change:
+    """What a key does to a model with these places, or how that is taken back."""
     groups: list[SymmetryGroup] = []
     orders: dict[str, np.ndarray] = {}
     turns: list[Turn] = []
-    back: list[Turn] = []
     for one in _chosen(key, found):
         kind = key.known.kind(one)
         moves = "heads" in key.parts or isinstance(one, Hidden)
@@ -92,17 +90,19 @@ def change_of(key: Key, found: Bases) -> Change:
             groups.append(one.group)
             own = {n: key.draw(n, "order").permuted(same, axis=-1) for n, same in identity(one.group).items()}
             orders |= own
-            order = own[one.group.name]
-        for way, into in ((order, turns), (None, back)):
-            if isinstance(one, Attention):
-                schemes = key.known.schemes[kind]
-                into += attention_turns(
-                    one, schemes, key.draw, key.condition, qk="qk" in key.parts, vo="vo" in key.parts, order=way,
-                    equal=_masks(key.equal.get(one.module, ())),
-                )  # fmt: skip
-            else:
-                into += hidden_turns(one, key.known.scaled[kind], key.draw, key.condition, way)
-    return Change(tuple(groups), orders, tuple(turns), tuple(map(inverse, back)))
+            # the permutation comes first both ways: taken back, it leaves matrices at the heads they were drawn for
+            order = own[one.group.name] if verb == "lock" else None
+        if isinstance(one, Attention):
+            schemes = key.known.schemes[kind]
+            turns += attention_turns(
+                one, schemes, key.draw, key.condition, qk="qk" in key.parts, vo="vo" in key.parts, order=order,
+                equal=_masks(key.equal.get(one.module, ())),
+            )  # fmt: skip
+        else:
+            turns += hidden_turns(one, key.known.scaled[kind], key.draw, key.condition, order)
+    if verb == "lock":
+        return Change(verb, tuple(groups), orders, tuple(turns))
+    return Change(verb, tuple(groups), _inverted(groups, orders), tuple(map(inverse, turns)))
 
 
 def _masks(texts: Iterable[str]) -> list[np.ndarray | None]:
@@ -134,30 +134,21 @@ def _equal(source: Source, branch: Branch, scheme: Scheme) -> str:
 # --- views -----------------------------------------------------------------------------------------
 
 
-def locked(source: Source, key: Key, change: Change) -> Source:
-    """The model as the key locks it.  Raises SourceError where tensors cannot be changed."""
+def changed(source: Source, key: Key, change: Change) -> Source:
+    """The model as the key locks it, or a locked one as it was.  Raises SourceError where tensors cannot be changed."""
     packed = packed_like_memory(source)
     _refuse_tensors(packed, change)
-    moved = ReorderedSource(packed, places_of(packed, change.groups, change.orders))
-    return laid_out_like(TurnedSource(moved, change.turns, {"lock": key.hash}), source)
+    moved = ReorderedSource(packed, places_of(packed, change))
+    return laid_out_like(TurnedSource(moved, change.turns, {change.verb: key.hash}), source)
 
 
-def unlocked(source: Source, key: Key, change: Change) -> Source:
-    """A locked model as it was."""
-    packed = packed_like_memory(source)
-    _refuse_tensors(packed, change)
-    orders = inverted(change.groups, change.orders)
-    moved = ReorderedSource(packed, places_of(packed, change.groups, orders))
-    return laid_out_like(TurnedSource(moved, change.back, {"unlock": key.hash}), source)
+def places_of(source: Source, change: Change) -> Mapping[str, dict[int, np.ndarray]]:
+    """Which entries stand where, by tensor and axis."""
+    shapes = {name: source.key(name).shape for group in change.groups for name in group.names}
+    return indices(change.groups, change.orders, shapes)
 
 
-def places_of(source: Source, groups: Iterable[SymmetryGroup], orders: Orders) -> Mapping[str, dict[int, np.ndarray]]:
-    chosen = tuple(groups)
-    shapes = {name: source.key(name).shape for group in chosen for name in group.names}
-    return indices(chosen, orders, shapes)
-
-
-def inverted(groups: Iterable[SymmetryGroup], orders: Orders) -> dict[str, np.ndarray]:
+def _inverted(groups: Iterable[SymmetryGroup], orders: Orders) -> dict[str, np.ndarray]:
     """Orders that take others back."""
     out: dict[str, np.ndarray] = {}
     for group in groups:

@@ -13,7 +13,7 @@ from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.protect.key import PARTS, Key, new_secret, read_key, tidy_key, write_key
-from weightsmith.protect.locking import change_of, equal_gains, locked, refuse, sample, shapes_of, unlocked
+from weightsmith.protect.locking import change_of, changed, equal_gains, refuse, sample, shapes_of
 from weightsmith.protect.package import Locked, Work, written
 from weightsmith.protect.refusals import (
     refuse_locked,
@@ -63,7 +63,7 @@ def lock(
         tidy_key(path)
         refuse_other_lock(path, own, source, found, parts, condition, modules, seed)
     change = change_of(own, found)
-    view, names = locked(source, own, change), change.names
+    view, names = changed(source, own, change), change.names
     refuse_memory(source, compare, settings)
     own = replace(own, unlocked=sample(source, names), locked=sample(view, names))
     if new:
@@ -93,8 +93,8 @@ def unlock(
     source.prepare()
     found = bases(source)
     warnings = refuse_other_model(path, own, source, found)
-    change = change_of(own, found)
-    view = unlocked(source, own, change)
+    change = change_of(own, found, "unlock")
+    view = changed(source, own, change)
     refuse_memory(source, compare, settings)
     made = written(Work("unlock", source, view, own, found, change.names, compare), out, settings)
     return replace(made, result=replace(made.result, warnings=(*made.result.warnings, *warnings)))
