@@ -46,7 +46,9 @@ def main() -> None:
         began = time.process_time()
         _ = index.vectors @ query
         floor.append(time.process_time() - began)
-    print(f"processor time: query {1e3 * np.median(ours):.1f} ms, product alone {1e3 * np.median(floor):.1f} ms: ", end="")
+    print(
+        f"processor time: query {1e3 * np.median(ours):.1f} ms, product alone {1e3 * np.median(floor):.1f} ms: ", end=""
+    )
     print(f"{np.median(ours) / np.median(floor):.2f} times")
 
 

@@ -14,12 +14,13 @@ import torch
 from locked_models import MODELS, answers, moved, saved
 from safetensors.torch import load_file, save_file
 
+from weightsmith.align import agree
 from weightsmith.align.commute import commutant, dense, refuse_unless_commuting
 from weightsmith.cli.main import main
 from weightsmith.core.errors import NotKept, OutputError, PlanError, RecipeError, SourceError
+from weightsmith.io.package.manifest import read_manifest
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
-from weightsmith.protect import logits
 from weightsmith.protect.adapter import lock_adapter, unlock_adapter
 from weightsmith.protect.key import read_key
 from weightsmith.protect.run import lock, unlock
@@ -52,6 +53,9 @@ def test_outputs_stay_and_weights_come_back(name: str, tmp_path: Path) -> None:
     first, there, back = (open_source(tmp_path / n) for n in ("model", "locked", "back"))
     assert max(_moved(first, back).values()) < 1e-5
     far = _moved(first, there)
+    said = read_manifest(tmp_path / "locked")["made_by"]
+    assert {n for n, distance in far.items() if distance} <= set(said["locked"])
+    assert not {n for n, distance in far.items() if distance} & set(said["copied"])
     heads = [d for n, d in far.items() if n.endswith("weight") and re.search(r"v_proj|o_proj|qkv|c_attn|kv_b|value", n)]
     assert min(heads) >= 0.9
     assert max(heads) >= 1
@@ -60,8 +64,7 @@ def test_outputs_stay_and_weights_come_back(name: str, tmp_path: Path) -> None:
 def test_outputs_that_moved_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The written model is run: what the proof on a small one cannot see is not kept."""
     saved("llama", tmp_path / "model")
-    monkeypatch.setattr(logits, "TOLERANCES", {"float32": 1e-12})
-    monkeypatch.setattr("weightsmith.protect.package.TOLERANCES", {"float32": 1e-12})
+    monkeypatch.setattr(agree, "TOLERANCES", {"float32": 1e-12})
     with pytest.raises(NotKept, match="nothing is kept: outputs moved by"):
         lock(tmp_path / "model", tmp_path / "locked", tmp_path / "key")
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []

@@ -44,11 +44,13 @@ class Canonical:
     source     the view of it
     residuals  module -> branch -> |F' - A F| / |F'|: what the best change of basis does not explain of the locked side
     moved      module -> how many of its heads, or hidden units, stood elsewhere, of how many
+    names      of the tensors of these modules
     """
 
     source: Source
     residuals: Mapping[str, Mapping[str, float]]
     moved: Mapping[str, tuple[int, int]]
+    names: tuple[str, ...]
 
 
 def canonical(moving: Source, reference: Source, known: Known) -> Canonical:
@@ -62,17 +64,19 @@ def canonical(moving: Source, reference: Source, known: Known) -> Canonical:
     turns: list[Turn] = []
     residuals: dict[str, dict[str, float]] = {}
     moved: dict[str, tuple[int, int]] = {}
-    groups = []
+    groups, names = [], list[str]()
     for one in found.all:
         kind = known.kind(one)
         if known.refusal(one) or any(n not in other.keys or other.key(n).shape != packed.key(n).shape
                                      for n in one.names):  # fmt: skip
             continue
         a, b = ({n: s.read(n).double() for n in one.names} for s in (packed, other))
+        still = kind in known.still
         if isinstance(one, Attention):
-            own, here, left = _attention(one, known.schemes[kind], a, b)
+            own, here, left = _attention(one, known.schemes[kind], a, b, still)
         else:
-            own, here, left = _hidden(one, known.scaled[kind], a, b)
+            own, here, left = _hidden(one, known.scaled[kind], a, b, still)
+        names += one.names
         orders |= own
         turns += here
         groups.append(one.group)
@@ -81,16 +85,16 @@ def canonical(moving: Source, reference: Source, known: Known) -> Canonical:
     places = indices(groups, orders, {n: packed.key(n).shape for group in groups for n in group.names})
     told = {"towards": str(reference)}
     view = TurnedSource(ReorderedSource(packed, places), turns, told)
-    return Canonical(laid_out_like(view, moving), residuals, moved)
+    return Canonical(laid_out_like(view, moving), residuals, moved, tuple(dict.fromkeys(names)))
 
 
 # --- attention -------------------------------------------------------------------------------------
 
 
 def _attention(
-    one: Attention, schemes: Sequence[Scheme | None], a: State, b: State
+    one: Attention, schemes: Sequence[Scheme | None], a: State, b: State, still: bool
 ) -> tuple[dict[str, np.ndarray], list[Turn], dict[str, float]]:
-    orders = _order(one, a, b)
+    orders = identity(one.group) if still else _order(one, a, b)
     state = {**a, **permute(a, one.group, orders)}
     turns: list[Turn] = []
     left: dict[str, float] = {}
@@ -236,9 +240,11 @@ def _residual(first: np.ndarray, f: np.ndarray, matrices: np.ndarray) -> float:
 
 
 def _hidden(
-    one: Hidden, scaled: tuple[int, bool] | None, a: State, b: State
+    one: Hidden, scaled: tuple[int, bool] | None, a: State, b: State, still: bool
 ) -> tuple[dict[str, np.ndarray], list[Turn], dict[str, float]]:
     """Hidden units by the directions of what they read and write, then their scales."""
+    if still and scaled is None:
+        return identity(one.group), [], {}
     if one.group.inside or not one.down:
         return dict(match([one.group], b, a).orders), [], {}
     size = one.group.size
@@ -255,7 +261,7 @@ def _hidden(
             # a unit whose scale is negative points the other way, in both of its sides
             mixed = axis.name in ups or axis.name in {run.name for run in one.down}
             profit += (near.abs() if mixed and scaled is not None and scaled[1] else near).double().numpy()
-    order = assigned(profit)
+    order = np.arange(size) if still else assigned(profit)
     turns: list[Turn] = []
     if scaled is not None:
         now = {**a, **permute(a, one.group, {one.group.name: order})}

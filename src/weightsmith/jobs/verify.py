@@ -59,6 +59,8 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
     manifest = read_manifest(out)
     if manifest["kind"] == "adapter":
         raise OutputError(f"{out} was made by weightsmith lora; run that again into another folder to compare")
+    if manifest["kind"] == "basis":
+        raise OutputError(f"{out} was made by weightsmith align --bases; run that again into another folder to compare")
     if manifest["kind"] in ("lock", "unlock"):
         raise OutputError(f"{out} was made with a key; run weightsmith {manifest['kind']} again to compare")
     try:

@@ -13,6 +13,7 @@ from weightsmith.align.canonical import Canonical, canonical
 from weightsmith.align.invariance import known
 from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.engine.compare import compare_tensors, gathered
+from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.protect.damage import Damage, Score, Scoring, damages
@@ -141,19 +142,21 @@ def _attacked(model: Source, base: Source, truth: Source | None) -> tuple[Source
         return None, None, f"{model}: no attention and no MLP whose layout is known"
     parts: dict[str, list[str]] = {"attentions": [], "MLPs": []}
     there = bases(model)
+    given, start, restored = (packed_like_memory(one) for one in (model, base, found.source))
     for one in there.all:
         if one.module in found.residuals:
-            parts["attentions" if isinstance(one, Attention) else "MLPs"] += _matrices(one.names, model)
+            parts["attentions" if isinstance(one, Attention) else "MLPs"] += _matrices(one.names, given)
     distances = {
-        what: (_relative(base, model, names), _relative(base, found.source, names))
+        what: (_relative(start, given, names), _relative(start, restored, names))
         for what, names in parts.items()
         if names
     }
     wrong_by = None
     if truth is not None:
         names = [name for own in parts.values() for name in own]
-        wrong = gathered(compare_tensors(truth, found.source, names))
-        change = gathered(compare_tensors(base, truth, names))
+        true = packed_like_memory(truth)
+        wrong = gathered(compare_tensors(true, restored, names))
+        change = gathered(compare_tensors(start, true, names))
         wrong_by = (wrong.relative, (wrong.d2 / change.d2) ** 0.5 if change.d2 else float("inf"))
     seconds = time.perf_counter() - began
     heads = {one.module for one in there.attentions}

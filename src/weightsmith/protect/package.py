@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__
+from weightsmith.align.agree import Agreement, agreement
 from weightsmith.align.bases import Attention, Bases
 from weightsmith.core.errors import NotKept, some
 from weightsmith.core.settings import Settings
@@ -17,12 +18,10 @@ from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, about, model_card
 from weightsmith.io.package.companions import Copied, copy_companions
 from weightsmith.io.package.manifest import read_manifest
-from weightsmith.io.read.open import open_source
+from weightsmith.io.read.experts import stored_as
 from weightsmith.io.read.source import Source
 from weightsmith.jobs.job import Job, Records, Result
 from weightsmith.protect.key import Key
-from weightsmith.protect.locking import shapes_of
-from weightsmith.protect.logits import TOLERANCES, Agreement, difference, loadable, outputs, took
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 
 __all__ = ["Locked", "Work", "left_of", "written"]
@@ -81,7 +80,7 @@ def written(work: Work, out: Path, settings: Settings) -> Locked:
     job = Job.planned(recipe, settings, partial(_package, work, seen), out=out, sources=inputs)
     result = replace(job, recipe={"models": {"model": where}, verb: work.told}).run(out, settings)
     if result.complete and (noted := read_manifest(out).get(verb, {}).get("logits")):
-        seen.append(Agreement(noted["before_cast"], noted["after_cast"], noted["tolerance"]))
+        seen.append(Agreement.read(noted))
     return Locked(result, work.key.hash, seen[0] if seen else None, left_of(work.key, work.found))
 
 
@@ -105,44 +104,23 @@ def _package(work: Work, seen: list[Agreement], job: Job, records: Records, fold
     if origin.folder is not None:
         copied = copy_companions(origin.folder, folder, origin.files, config=origin.config)
     names = work.names
-    agreement = _compared(work, folder, names) if work.compare else None
-    if agreement is not None:
-        seen.append(agreement)
-        if not agreement.holds:
-            raise NotKept(
-                f"nothing is kept: outputs moved by {agreement.after:.2g} of the largest (limit "
-                f"{agreement.tolerance:g}; before the cast by {_figure(agreement.before)}); lower --condition, or lock "
-                "float32 weights"
-            )
+    found = agreement(work.source, work.view, folder, names) if work.compare else None
+    if found is not None:
+        seen.append(found)
+        if not found.holds:
+            raise NotKept(f"nothing is kept: outputs {found.words}; lower --condition, or lock float32 weights")
     left = left_of(work.key, work.found)
-    write_file(folder / "README.md", _card(work, job, folder, agreement, left))
+    write_file(folder / "README.md", _card(work, job, folder, found, left))
     noted = {**work.told, "left": left}
-    if agreement is not None:
-        noted["logits"] = {"before_cast": agreement.before, "after_cast": agreement.after,
-                           "tolerance": agreement.tolerance}  # fmt: skip
-    how = {k.name: f"{verb}ed" if k.name in names else "copied" for k in job.plan.keys}
+    if found is not None:
+        noted["logits"] = found.plain
+    changed = stored_as(work.source, names)
+    how = {k.name: f"{verb}ed" if k.name in changed else "copied" for k in job.plan.keys}
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
     job.manifest(folder, records, verb, how, companions=companions, **{verb: noted})
 
 
-def _compared(work: Work, folder: Path, names: Iterable[str]) -> Agreement:
-    dtypes = {key.dtype for key in work.view.keys.values() if key.dtype in TOLERANCES}
-    tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
-    loaded = loadable(work.source.origin.folder, str(work.source))
-    expected = outputs(loaded)
-    before = difference(expected, outputs(loaded)) if took(loaded, work.view, names) else None
-    made = open_source(folder)
-    if before is None or shapes_of(made) != shapes_of(work.source) or not took(loaded, made, names):
-        del loaded
-        loaded = loadable(folder, str(folder))
-    return Agreement(before, difference(expected, outputs(loaded)), tolerance)
-
-
-def _figure(value: float | None) -> str:
-    return "not tried" if value is None else f"{value:.2g}"
-
-
-def _card(work: Work, job: Job, folder: Path, agreement: Agreement | None, left: Mapping[str, str]) -> str:
+def _card(work: Work, job: Job, folder: Path, found: Agreement | None, left: Mapping[str, str]) -> str:
     told = work.told
     if work.verb == "lock":
         lines = [
@@ -152,13 +130,10 @@ def _card(work: Work, job: Job, folder: Path, agreement: Agreement | None, left:
         ]
     else:
         lines = [f"This model was unlocked (key hash `{told['key']}`)."]
-    if agreement is None:
+    if found is None:
         lines.append("Its outputs were not compared with those before.")
     else:
-        lines.append(
-            f"Largest difference of outputs on random inputs, of the largest: {agreement.after:.2g} (limit "
-            f"{agreement.tolerance:g}); before the cast to the stored dtype {_figure(agreement.before)}."
-        )
+        lines.append(f"On random inputs its outputs {found.words}.")
     if left:
         lines.append(f"Left as it is, or weak: {some([f'{name} ({why})' for name, why in left.items()])}.")
     return model_card(

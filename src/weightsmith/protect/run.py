@@ -47,7 +47,7 @@ def lock(
     parts      see `key.PARTS`;  condition: largest condition number of a matrix, from 1 on
     modules    globs of attentions and MLPs ('model.layers.0.*')
     seed       draw the key from a number: whoever knows it has the key
-    compare    run the model before and after, and keep nothing if its outputs moved (`logits.TOLERANCES`)
+    compare    run the model before and after, and keep nothing if its outputs moved (`align.agree.TOLERANCES`)
     Raises PlanError or SourceError before anything is written, NotKept with nothing left of it.
     """
     settings = settings.but(**options)

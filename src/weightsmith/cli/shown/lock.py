@@ -29,8 +29,7 @@ def summary(made: Locked, key: Path, done: str, *, json: bool, quiet: bool) -> N
         return
     say(f"{done} {result.out}: {size(nbytes)} in {files} file{'s' * (files != 1)}, {duration(result.seconds)}")
     if (found := made.agreement) is not None:
-        before = "not tried" if found.before is None else f"{found.before:.2g}"
-        say(f"outputs moved by {found.after:.2g} of the largest (limit {found.tolerance:g}; before the cast: {before})")
+        say(f"outputs {found.words}")
     else:
         say("outputs were not compared with those before")
     why: dict[str, list[str]] = {}

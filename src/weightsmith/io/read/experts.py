@@ -22,7 +22,7 @@ from weightsmith.io.architectures import EXPERT_WORDS, MIXTRAL_MODULE
 from weightsmith.io.read.source import Bits, Block, Source
 from weightsmith.io.read.views import View
 
-__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like", "packed_like_memory"]
+__all__ = ["PackedExperts", "UnpackedExperts", "laid_out_for", "laid_out_like", "packed_like_memory", "stored_as"]
 
 _ONE = re.compile(r"(?P<module>.+)\.experts\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _ALL = re.compile(r"(?P<module>.+)\.experts\.(?P<part>gate_up_proj|down_proj)")
@@ -45,6 +45,14 @@ def laid_out_like(source: Source, reference: Source) -> Source:
 def packed_like_memory(source: Source) -> Source:
     """The source, or a view of it with all experts of a module in one tensor, as transformers 5 has them in memory."""
     return (_packed(source) or source) if _layout(source) in ("mixtral", "") else source
+
+
+def stored_as(source: Source, names: Iterable[str]) -> set[str]:
+    """The tensors of a source that hold the given ones of `packed_like_memory`."""
+    packed = packed_like_memory(source)
+    if not isinstance(packed, PackedExperts):
+        return {source.key(name).name for name in names}
+    return {tensor for name in names for tensor in packed.made_of(name) or (packed.own(name)[1],)}
 
 
 def laid_out_for(source: Source, names: Iterable[str]) -> Source:
@@ -154,12 +162,16 @@ class PackedExperts(_Experts):
         super().__init__(source, {name: key for name, (key, _) in made.items()}, replaced, names)
         self._rows = {name: rows for name, (_, rows) in made.items()}
 
+    def made_of(self, name: str) -> list[str]:
+        """The stored tensors that a packed one is made of; none for the others."""
+        return [part for row in self._rows.get(self.key(name).name, ()) for part in row]
+
     def computes(self, name: str) -> bool:
-        parts = [part for row in self._rows.get(self.key(name).name, ()) for part in row]
+        parts = self.made_of(name)
         return any(map(self.source.computes, parts)) if parts else super().computes(name)
 
     def read_cost(self, name: str) -> float:
-        parts = [part for row in self._rows.get(self.key(name).name, ()) for part in row]
+        parts = self.made_of(name)
         return max(map(self.source.read_cost, parts)) if parts else super().read_cost(name)
 
     def block(self, name: str, low: int = 0, high: int | None = None, into: np.ndarray | None = None) -> Block:

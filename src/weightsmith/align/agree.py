@@ -8,7 +8,7 @@ of its own.  Figures are largest differences, relative to the largest output, or
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io.read.experts import packed_like_memory
+from weightsmith.io.read.open import open_source
 from weightsmith.io.read.source import Source
 from weightsmith.observe.kinds import KINDS
 from weightsmith.observe.model import LoadedModel, load_model
 
-__all__ = ["TOLERANCES", "Agreement", "difference", "loadable", "outputs", "took"]
+__all__ = ["TOLERANCES", "Agreement", "agreement", "difference", "outputs"]
 
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 """Largest difference of outputs by the dtype of the changed tensors; models run in float32."""
@@ -49,6 +50,39 @@ class Agreement:
     @property
     def holds(self) -> bool:
         return all(value <= self.tolerance for value in (self.before, self.after) if value is not None)
+
+    @property
+    def words(self) -> str:
+        """The figures as part of a sentence about outputs."""
+        before = "not tried" if self.before is None else f"{self.before:.2g}"
+        return f"moved by {self.after:.2g} of the largest (limit {self.tolerance:g}; before the cast: {before})"
+
+    @property
+    def plain(self) -> dict[str, float | None]:
+        """As manifests hold it."""
+        return {"before_cast": self.before, "after_cast": self.after, "tolerance": self.tolerance}
+
+    @classmethod
+    def read(cls, noted: Mapping[str, Any]) -> Agreement:
+        """What `plain` gave."""
+        return cls(noted["before_cast"], noted["after_cast"], noted["tolerance"])
+
+
+def agreement(source: Source, view: Source, folder: Path, names: Collection[str]) -> Agreement:
+    """Run a model as it was, as a view calculates it, and as a folder holds it; names: the tensors that are changed."""
+    tolerance = max(TOLERANCES[key.dtype] for key in view.keys.values() if key.dtype in TOLERANCES)
+    loaded = _loaded(source.origin.folder, str(source))
+    expected = outputs(loaded)
+    before = difference(expected, outputs(loaded)) if _took(loaded, view, names) else None
+    made = open_source(folder)
+    if before is None or _shapes(made) != _shapes(source) or not _took(loaded, made, names):
+        del loaded
+        loaded = _loaded(folder, str(folder))
+    return Agreement(before, difference(expected, outputs(loaded)), tolerance)
+
+
+def _shapes(source: Source) -> list[tuple[str, tuple[int, ...], str]]:
+    return sorted((key.name, key.shape, key.dtype) for key in source.keys.values())
 
 
 def outputs(loaded: LoadedModel) -> list[Tensor]:
@@ -115,7 +149,7 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return worst
 
 
-def took(loaded: LoadedModel, view: Source, names: Iterable[str]) -> bool:
+def _took(loaded: LoadedModel, view: Source, names: Iterable[str]) -> bool:
     """Give a model some tensors of a view, as they are calculated or stored, in place of its own.
 
     False where its parameters are not those of the view one by one: then it is of no use any more.
@@ -142,7 +176,7 @@ def _fill(parameter: Tensor, source: Source, name: str) -> None:
         parameter[low:high].copy_(source.read(name, low, high))
 
 
-def loadable(folder: Path | None, label: str) -> LoadedModel:
+def _loaded(folder: Path | None, label: str) -> LoadedModel:
     """A model of a folder, for `outputs`; SourceError for what has none."""
     if folder is None:
         raise SourceError(f"{label}: no folder with a config.json, so the model cannot be run before and after")
