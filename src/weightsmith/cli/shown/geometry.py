@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from weightsmith.cli.show import duration, say, show_json, table, warn
+from weightsmith.cli.show import say, show_json, table
 from weightsmith.cli.words import Parameter
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from weightsmith.align.barrier import Curve, Measure
     from weightsmith.align.layout import Layout
     from weightsmith.align.run import Aligned
-    from weightsmith.align.towards import Towards
 
 __all__ = [
     "Batch",
@@ -23,19 +22,31 @@ __all__ = [
     "Data",
     "Epochs",
     "Examples",
+    "Freeze",
     "Html",
     "Length",
+    "OfBases",
     "Rate",
     "Third",
+    "Written",
     "drawn_plane",
     "show_alignment",
-    "show_basis",
     "show_lines",
 ]
 
 _ACROSS = 8  # networks on each side of the plane: steps of 0.2 meet all three corners
 _CORNERS = "The first model is at (0, 0), the second at (1, 0) downwards, the third at (0, 1) across."
 
+_FREEZE = (
+    "Group, or kind of group, that stays; may be repeated.  Default: the residual stream of models that come from one; "
+    "`nothing` frees that too."
+)
+_OUT = "Folder to write: index vectors, which recipes name as `align`; with --bases a whole model."
+_BASES = "Also undo scales and changes of basis inside heads, and write the model so; it computes the same."
+
+Freeze = Annotated[tuple[str, ...], Parameter(help=_FREEZE)]
+Written = Annotated[Path | None, Parameter(name=["--out", "-o"], help=_OUT)]
+OfBases = Annotated[bool, Parameter(help=_BASES)]
 By = Annotated[Literal["weights", "activations", "ste"], Parameter(help="What is matched; ste learns with gradients.")]
 Data = Annotated[
     Path | None, Parameter(help="Texts, or images (.npz): for activations, ste, and to fit partial merges.")
@@ -64,28 +75,6 @@ def show_alignment(
             table(*one)
         for line in summary(found, *words) if found else ():
             say(line)
-
-
-def show_basis(found: Towards, *, json: bool, quiet: bool) -> None:
-    """What stood elsewhere in a model, and how far it lay and lies from its reference."""
-    result, moved = found.result, found.moved
-    if json:
-        show_json({
-            "out": result.out, "seconds": round(result.seconds, 3), "moved": moved, "residuals": found.residuals,
-            "distance": found.distance, "logits": found.agreement, "warnings": result.warnings,
-        })  # fmt: skip
-        return
-    for problem in result.warnings:
-        warn(problem)
-    if quiet:
-        return
-    count, of = (sum(column) for column in zip(*moved.values(), strict=True))
-    before, after = found.distance
-    say(f"{count} of {of} heads and hidden units stood elsewhere; distance from the reference, relative: "
-        f"{before:.3g} -> {after:.3g}")  # fmt: skip
-    if found.agreement is not None:
-        say(f"outputs {found.agreement.words}")
-    say(f"wrote {result.out} in {duration(result.seconds)}: a model to merge as any other")
 
 
 def measures(one: Any, read: Sequence[Any], batch: int) -> tuple[Measure, Any]:
