@@ -28,7 +28,8 @@ from weightsmith.io.read.lora import PREFIX, read_peft
 from weightsmith.io.read.svfit import Singular, decomposed, fingerprint, refuse_another
 from weightsmith.train.save import save_folder
 
-__all__ = ["TARGETS", "SVFit", "SingularValues", "load", "wrap"]
+__all__ = ["TARGETS", "Parametrize", "SVFit", "SingularValues", "checked", "described", "load", "transposed", "unfit",
+           "weight_of", "wrap"]  # fmt: skip
 
 TARGETS = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin")
 """Query and value projections, as the paper's runs on GLUE train them."""
@@ -89,9 +90,13 @@ class SingularValues(nn.Module):
     @property
     def change(self) -> Tensor:
         """sigma - s: [r]."""
+        return self.change_of(self.train_values)
+
+    def change_of(self, values: Tensor) -> Tensor:
+        """sigma - s of numbers that were trained in place of this module's [r]."""
         if self.parametrize == "log":
-            return self.s * torch.expm1(self.train_values)
-        return self.train_values - self.s if self.parametrize == "value" else self.train_values
+            return self.s * torch.expm1(values)
+        return values - self.s if self.parametrize == "value" else values
 
     @torch.no_grad()
     def set_change(self, change: Tensor) -> None:
@@ -158,7 +163,7 @@ class SVFit:
                 layer = self.model.get_submodule(name)
                 weight: Tensor = layer.weight  # type: ignore[assignment]
                 self._before[name] = weight.detach().clone()
-                delta = own.delta.T if _transposed(layer) else own.delta
+                delta = own.delta.T if transposed(layer) else own.delta
                 weight.copy_(weight.to(delta.dtype) + delta)
                 own.merged = True
         return self.model
@@ -220,18 +225,13 @@ def wrap(
     Costs an SVD of each layer in float64.  Errors: RecipeError for values, PlanError with every layer that cannot be
     trained so: zero or not finite, tied to another, quantised, r above its smaller side.
     """
-    if r is not None and energy is not None:
-        raise RecipeError("give r or energy, not both")
-    if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"energy must be in (0, 1], got {energy!r}")
-    if not 0 <= dropout < 1:
-        raise RecipeError(f"dropout must be in [0, 1), got {dropout!r}")
+    checked(r, energy, dropout)
     names, saved = _targets(model, target_modules), _named(model, modules_to_save)
     options: dict[str, Any] = {"parametrize": parametrize, "dropout": dropout}
     found: dict[str, SingularValues] = {}
-    problems = _unfit(model, names)
+    problems = unfit(model, names)
     for name in names if not problems else ():
-        weight = _weight(model.get_submodule(name))
+        weight = weight_of(model.get_submodule(name))
         try:
             found[name] = SingularValues(weight, r, energy, squares=squares, **options)
         except PlanError as error:
@@ -247,15 +247,8 @@ def wrap(
         "target_modules": sorted(names),
         "modules_to_save": list(modules_to_save) or None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "fan_in_fan_out": all(_transposed(model.get_submodule(name)) for name in names),
-        "base_weights": {
-            name: {
-                "shape": list(_weight(model.get_submodule(name)).shape),
-                "dtype": str(found[name].u.dtype).removeprefix("torch."),
-                "xxh3_64": fingerprint(model.get_submodule(name).weight),  # type: ignore[arg-type]
-            }
-            for name in names
-        },
+        "fan_in_fan_out": all(transposed(model.get_submodule(name)) for name in names),
+        "base_weights": {name: described(model.get_submodule(name), found[name]) for name in names},
     }
     return _attached(model, found, saved, config)
 
@@ -277,7 +270,7 @@ def load(model: nn.Module, folder: str | Path) -> SVFit:
         if layer is None or not _fits(layer):
             raise SourceError(f"{folder}: trains {name!r}, which this model lacks{did_you_mean(name, _layers(model))}")
         refuse_another(layer.weight, update.hash, f"{folder}: {name}.weight of this model")
-        weight = _weight(layer)
+        weight = weight_of(layer)
         if update.u in file.keys:
             vectors = file.read(update.u), file.read(update.s), file.read(update.v).flatten(1)
         else:
@@ -291,24 +284,44 @@ def load(model: nn.Module, folder: str | Path) -> SVFit:
     return _attached(model, found, saved, config)
 
 
+def checked(r: int | None, energy: float | None, dropout: float) -> None:
+    """RecipeError for values that no model can take."""
+    if r is not None and energy is not None:
+        raise RecipeError("give r or energy, not both")
+    if energy is not None and not 0 < energy <= 1:
+        raise RecipeError(f"energy must be in (0, 1], got {energy!r}")
+    if not 0 <= dropout < 1:
+        raise RecipeError(f"dropout must be in [0, 1), got {dropout!r}")
+
+
+def described(layer: nn.Module, own: SingularValues) -> dict[str, Any]:
+    """What a configuration says of a weight that singular values train on."""
+    return {
+        "shape": list(weight_of(layer).shape),
+        "dtype": str(own.u.dtype).removeprefix("torch."),
+        "xxh3_64": fingerprint(layer.weight),  # type: ignore[arg-type]
+        "r": own.s.numel(),
+    }
+
+
 # --- layers ----------------------------------------------------------------------------------------
 
 _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _transposed(layer: nn.Module) -> bool:
+def transposed(layer: nn.Module) -> bool:
     """Whether a layer stores its weight [in, out], as transformers' Conv1D does."""
     return type(layer).__name__ == "Conv1D"
 
 
 def _fits(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, *_Convolution)) or _transposed(layer)
+    return isinstance(layer, (nn.Linear, *_Convolution)) or transposed(layer)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer, as [out, in, *kernel]."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach().T if _transposed(layer) else weight.detach()
+    return weight.detach().T if transposed(layer) else weight.detach()
 
 
 def _layers(model: nn.Module) -> list[str]:
@@ -336,7 +349,7 @@ def _named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     return [name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)]
 
 
-def _unfit(model: nn.Module, names: Sequence[str]) -> list[str]:
+def unfit(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Why layers cannot train their singular values, one by one."""
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -345,7 +358,7 @@ def _unfit(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         layer = model.get_submodule(name)
         shared = owners.get(id(layer.weight), [])
-        if not _weight(layer).is_floating_point():
+        if not weight_of(layer).is_floating_point():
             problems.append(f"{name}.weight is {layer.weight.dtype}; give the model in a floating dtype")
         elif len(shared) > 1:
             problems.append(f"{' and '.join(shared)} are one tensor: changing one would change the other; leave it out")

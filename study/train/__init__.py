@@ -1,0 +1,1 @@
+"""The parts for training on real data, each beside what it is published to beat."""
