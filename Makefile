@@ -25,10 +25,13 @@ setup-studio: setup
 demo: setup
 	$(BIN)/python -m demo
 
-# Every method on four families of models.  DATA=FOLDER names a folder of .npz files with images and labels, and of GSM8K.
+# Every method on four families of models; with DATA, training's parts and multi-task models beside merges, too.
+# DATA=FOLDER names a folder of .npz files with images and labels, and of GSM8K.
 study: setup
 	$(BIN)/python -m study $(if $(DATA),--data "$(DATA)")
 	$(BIN)/python -m study.learned
+	$(if $(DATA),$(BIN)/python -m study.train --data "$(DATA)")
+	$(if $(DATA),$(BIN)/python -m study.multitask --data "$(DATA)")
 
 lint: setup
 	$(BIN)/ruff check .

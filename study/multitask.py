@@ -1,7 +1,7 @@
 """Ways to train one model for several tasks: each beside its own ablation, and beside merges of the same tasks.
 
     python -m study.multitask --data FOLDER            a folder as README of the study describes; minutes on two cores
-    python -m study.multitask --data FOLDER --only documents scenes
+    python -m study.multitask --data FOLDER --only documents merged_texts
 
 FOLDER holds cifar10_12k.npz, sign_digits.npz and omniglot8.npz (images and labels), gsm8k_train.jsonl (question),
 humaneval.jsonl.gz (prompt) and tinyshakespeare.txt.  Documents and scenes are drawn here from seeds.  The tables are
@@ -32,11 +32,14 @@ from weightsmith.train.multitask.system import System
 
 SIDE = 16
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-MERGES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "average": ("linear", {}),
-    "task arithmetic, auto": ("task_arithmetic", {"lambda": "auto"}),
-    "TIES": ("ties", {"density": 0.3, "lambda": 1.0}),
+MERGES: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
+    "average": ("linear", [{}]),
+    "task arithmetic, auto": ("task_arithmetic", [{"lambda": "auto"}]),
+    "task arithmetic, searched": ("task_arithmetic", [{"lambda": x} for x in (0.2, 0.35, 0.5, 0.7, 1.0)]),
+    "TIES, searched": ("ties", [{"density": 0.3, "lambda": x} for x in (0.5, 0.8, 1.2, 1.7)]),
+    "TSV merge, searched": ("tsvm", [{"scaling": x} for x in (0.4, 0.7, 1.0, 1.4)]),
 }
+"""Row -> method and what is tried; the best mean score on the validation examples is taken."""
 
 
 def say(*cells: object) -> None:
@@ -57,9 +60,9 @@ def system_of(recipe: MultiTaskRecipe) -> System:
 
 
 @torch.no_grad()
-def scored(system: System) -> dict[str, float]:
+def scored(system: System, part: str = "test") -> dict[str, float]:
     system.eval()
-    return {name: system.score(task, task.parts["test"], 32) for name, task in system.tasks.items()}
+    return {name: system.score(task, task.parts[part], 32) for name, task in system.tasks.items()}
 
 
 def run(
@@ -83,9 +86,16 @@ def mean(found: Mapping[str, float]) -> float:
 # --- merges beside the multi-task model ----------------------------------------------------------------
 
 
-def beside_merges(tasks: Mapping[str, Any], warm: int, steps: int, **more: Any) -> None:
-    """All start from one briefly trained base.  Each of n experts gets `steps`, the multi-task model n times that."""
+def beside_merges(
+    tasks: Mapping[str, Any], warm: int, steps: int, rate: float, room: Path | None = None, **more: Any
+) -> None:
+    """All start from one base that was trained on all tasks for a while, and go on at a lower rate.
+
+    Each of n experts gets `steps`, the multi-task model n times that.  With a room for the experts' folders a router
+    between them learns as long as one expert.
+    """
     base, before, _ = run(tasks, warm, **more)
+    more = {**more, "optimizer": {"adamw": {"lr": rate}}}
     say("base", *before.values(), mean(before), 0)
     experts, seconds = {}, 0.0
     found: dict[str, float] = {}
@@ -99,16 +109,31 @@ def beside_merges(tasks: Mapping[str, Any], warm: int, steps: int, **more: Any) 
     _, found, took = run(tasks, steps, base, **more)
     say("multi-task, a share of the steps", *found.values(), mean(found), f"{took:.0f}")
     state = {name: p.detach().clone() for name, p in base.base.state_dict().items()}
-    for label, (method, parameters) in MERGES.items():
-        models = {name: dict(expert.base.state_dict()) for name, expert in experts.items()}
-        merged = ws.merge(models, method, base=state, **parameters)
-        found = {}
-        for name, expert in experts.items():
-            kept = {k: v.clone() for k, v in expert.base.state_dict().items()}
-            expert.base.load_state_dict({k: merged[k].to(v.dtype) for k, v in kept.items()})
-            found[name] = scored(expert)[name]
-            expert.base.load_state_dict(kept)
+    models = {name: dict(expert.base.state_dict()) for name, expert in experts.items()}
+    for label, (method, tried) in MERGES.items():
+        made = [ws.merge(models, method, base=state, **parameters) for parameters in tried]
+        best = made[0]
+        if len(made) > 1:
+            best = max(made, key=lambda merged: mean(of_merge(experts, merged, "valid")))
+        found = of_merge(experts, best, "test")
         say(label, *found.values(), mean(found), f"{seconds:.0f}")
+    if room is not None:
+        for name, expert in experts.items():
+            expert.base.save_pretrained(room / f"expert-{name}")  # type: ignore[operator]
+        by = {"task_expert": {"init_experts_from": [str(room / f"expert-{name}") for name in tasks]}}
+        _, found, took = run(tasks, steps, **{**more, "by": by, "optimizer": {"adamw": {"lr": 2e-3}}})
+        say("router between the experts", *found.values(), mean(found), f"{seconds + took:.0f}")
+
+
+def of_merge(experts: Mapping[str, System], merged: Mapping[str, torch.Tensor], part: str) -> dict[str, float]:
+    """Scores of a merged model with the head of each task's expert."""
+    found = {}
+    for name, expert in experts.items():
+        kept = {k: v.clone() for k, v in expert.base.state_dict().items()}
+        expert.base.load_state_dict({k: merged[k].to(v.dtype) for k, v in kept.items()})
+        found[name] = scored(expert, part)[name]
+        expert.base.load_state_dict(kept)
+    return found
 
 
 def one_task(base: System, tasks: Mapping[str, Any], name: str, steps: int, **more: Any) -> tuple[System, None, float]:
@@ -152,7 +177,7 @@ def images(data: Path, room: Path) -> dict[str, Any]:
     return tasks
 
 
-def of_images(data: Path, room: Path) -> None:
+def of_merged_images(data: Path, room: Path) -> None:
     import transformers
 
     tasks = images(data, room)
@@ -160,7 +185,8 @@ def of_images(data: Path, room: Path) -> None:
     vit = transformers.ViTConfig(image_size=SIDE, patch_size=4, **SIZES)
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(room / "vit")
     head("Images of three kinds: one small ViT, accuracy in percent", "model", *tasks, "mean", "training, s")
-    beside_merges(tasks, 300, 300, model=str(room / "vit"), by="plain", sampling="mixed", batch=24)
+    common = {"model": str(room / "vit"), "by": "plain", "sampling": "mixed", "batch": 24}
+    beside_merges(tasks, 600, 200, 5e-4, room, **common)
 
 
 # --- prompts -------------------------------------------------------------------------------------------
@@ -258,21 +284,28 @@ def box(image: np.ndarray) -> np.ndarray:
     return sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
 
 
+PRIORS = {"shadow": "background", "blur": "gradient", "ink": "sauvola"}
+
+
 def of_documents(data: Path, room: Path) -> None:
     tasks = documents(room)
-    own = {"shadow": "background", "blur": "gradient", "ink": "sauvola"}
     common = {"net": {"width": 16, "depth": 3}, "by": "conditioned", "sampling": "mixed", "batch": 9}
     head("Documents, one network for three tasks on the same pages: PSNR in dB", "prior", *tasks, "mean", "s")
     for label, choose in {
         "none": lambda n: "none",
         "noise": lambda n: "noise",
         "fixed, learned": lambda n: "fixed",
-        "of the task": lambda n: own[n],
+        "of the task": lambda n: PRIORS[n],
     }.items():
         _, found, took = run({n: {**spec, "prior": choose(n)} for n, spec in tasks.items()}, 400, **common)
         say(label, *found.values(), mean(found), f"{took:.0f}")
+
+
+def of_merged_documents(data: Path, room: Path) -> None:
+    tasks = documents(room)
+    common = {"net": {"width": 16, "depth": 3}, "by": "conditioned", "sampling": "mixed", "batch": 9}
     head("Documents: the multi-task network beside merges (priors of the task)", "model", *tasks, "mean", "training, s")
-    beside_merges({n: {**spec, "prior": own[n]} for n, spec in tasks.items()}, 100, 200, **common)
+    beside_merges({n: {**spec, "prior": PRIORS[n]} for n, spec in tasks.items()}, 200, 150, 5e-4, **common)
 
 
 # --- scenes --------------------------------------------------------------------------------------------
@@ -413,15 +446,18 @@ def of_likelihood(data: Path, room: Path) -> None:
         say(label, *found.values(), mean(found), f"{runs[0][2]:.0f}")
 
 
-def of_texts(data: Path, room: Path) -> None:
+def of_llama(room: Path) -> dict[str, Any]:
     import transformers
 
-    tasks = texts(data, room)
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": None}
     config = transformers.LlamaConfig(vocab_size=256, max_position_embeddings=128, **ends, **SIZES)
     transformers.LlamaForCausalLM(config).save_pretrained(room / "llama")
-    common = {"model": str(room / "llama"), "answer": 8, "sampling": "concat", "optimizer": {"adamw": {"lr": 2e-3}}}
+    return {"model": str(room / "llama"), "answer": 8, "sampling": "concat", "optimizer": {"adamw": {"lr": 2e-3}}}
+
+
+def of_texts(data: Path, room: Path) -> None:
+    tasks, common = texts(data, room), of_llama(room)
     head("Texts of three sources, three questions: accuracy in percent", "training", *tasks, "mean", "s")
     found, took = {}, 0.0
     for name in tasks:
@@ -432,13 +468,18 @@ def of_texts(data: Path, room: Path) -> None:
     for label, mode in (("one model, without instructions", "none"), ("one model, instructed", "instruction")):
         _, found, took = run(tasks, 900, **common, by={"instruct": {"mode": mode}})
         say(label, *found.values(), mean(found), f"{took:.0f}")
+
+
+def of_merged_texts(data: Path, room: Path) -> None:
+    tasks, common = texts(data, room), of_llama(room)
     head("Texts: the instructed model beside merges of instructed ones", "model", *tasks, "mean", "training, s")
-    beside_merges(tasks, 300, 200, **common, by={"instruct": {"mode": "instruction"}})
+    beside_merges(tasks, 500, 150, 5e-4, **{**common, "by": {"instruct": {"mode": "instruction"}}})
 
 
 PARTS: Mapping[str, Callable[[Path, Path], None]] = {
     "texts": of_texts, "likelihood": of_likelihood, "documents": of_documents, "scenes": of_scenes,
-    "images": of_images, "prompts": of_prompts,
+    "prompts": of_prompts,
+    "merged_texts": of_merged_texts, "merged_documents": of_merged_documents, "merged_images": of_merged_images,
 }  # fmt: skip
 
 

@@ -52,7 +52,12 @@ class Room:
 
 
 def searched(
-    room: Room, name: str, rates: Sequence[float], measure: Callable[[float, int], Figures], seeds: Sequence[int], by: str
+    room: Room,
+    name: str,
+    rates: Sequence[float],
+    measure: Callable[[float, int], Figures],
+    seeds: Sequence[int],
+    by: str,
 ) -> list[Figures]:
     """The figures of every seed at the rate that is best on the first one: the least of the figure `by`."""
 

@@ -88,7 +88,6 @@ MAKERS: Mapping[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "AdamW, all directions": lambda m, lr: SubspaceAdamW(m.parameters(), lr, 1),
     "SVD, every 10 steps": lambda m, lr: subspace(m, lr, leading, 10),
     "DCT-AdamW": dct,
-    "DCT-AdamW, every 10 steps": lambda m, lr: dct(m, lr, interval=10),
     "DCT-AdamW, rotated": lambda m, lr: dct(m, lr, rotate=True),
     "DCT-AdamW, rotated, every 10 steps": lambda m, lr: dct(m, lr, rotate=True, interval=10),
     "random columns, every 10 steps": lambda m, lr: subspace(m, lr, drawn, 10),

@@ -8,6 +8,7 @@ Fréchet's between the pixels of images drawn from one noise.  A picture of the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import zlib
@@ -113,7 +114,7 @@ def drawn(noise: Noise, count: int, steps: int = 25) -> Tensor:
     """Images by DDIM from one noise for all: [count, 1, SIDE, SIDE]."""
     x = torch.randn(count, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(7))
     times = torch.linspace(1, 0, steps + 1)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in itertools.pairwise(times):
         (alpha, sigma), (next_alpha, next_sigma) = signal(now[None]), signal(then[None])
         found = noise(x, now.expand(count))
         clean = ((x - sigma * found) / alpha).clamp(-1, 1)
@@ -263,7 +264,8 @@ def picture(files: Mapping[str, Path], count: int) -> Tensor:
     student = styled(files["student"])
     made: list[Noise] = [loaded(files[kind]) for kind in KINDS]
     made += [lambda x, t, i=i: student.use(i)(x, t) for i in range(len(KINDS))]
-    made += [lambda x, t: student.use({0: 0.5, 2: 0.5})(x, t)]
+    between = {0: 0.5, 2: 0.5}
+    made.append(lambda x, t, one=student: one.use(between)(x, t))
     every = rows(files)
     made += [every[label][KINDS[0]] for label in ("average", "task arithmetic, lambda 1", "TSV merge")]
     strips = [torch.cat([*drawn(one, count)[:, 0]], 1) for one in made]

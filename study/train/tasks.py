@@ -1,8 +1,8 @@
 """CoDiEmb: an encoder for retrieval and graded similarity at once, beside the same losses on mixed batches.
 
 A small encoder of bytes learns from scratch to find the answer of a problem (GSM8K) and the speech that belongs to a
-beginning (Shakespeare), and to grade sentences by the share of their long words that another one keeps.  Figures are of test texts: the
-share of queries whose passage is the nearest of 100, and Spearman's correlation of cosines with grades.
+beginning (Shakespeare), and to grade sentences by the share of their long words that another keeps.  Figures are of
+test texts: the share of queries whose passage is the nearest of 100, and Spearman's correlation of cosines with grades.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weightsmith.train.embed import TaskBatches, info_nce, similarity
 
 __all__ = ["study"]
 
-SEEDS, STEPS, BATCH, BYTES = (0, 1, 2), 300, 32, 64
+SEEDS, STEPS, BATCH, BYTES = (0, 1), 240, 24, 64
 TASKS = ("problems", "speeches", "grades")
 Row = tuple[str, str, float]
 
@@ -30,7 +30,9 @@ Row = tuple[str, str, float]
 def pairs(data: Path) -> dict[str, dict[str, list[Row]]]:
     """Task -> part -> (text, text, grade); of retrieval the grade is 5."""
     lines = [json.loads(line) for line in (data / "gsm8k_train.jsonl").read_text("utf-8").splitlines()]
-    speeches = [" ".join(s.split(":\n", 1)[-1].split()) for s in (data / "tinyshakespeare.txt").read_text().split("\n\n")]
+    speeches = [
+        " ".join(s.split(":\n", 1)[-1].split()) for s in (data / "tinyshakespeare.txt").read_text().split("\n\n")
+    ]
     speeches = [s for s in speeches if len(s) > 80]
     draw = np.random.default_rng(0)
     graded = []
@@ -42,7 +44,9 @@ def pairs(data: Path) -> dict[str, dict[str, list[Row]]]:
         long = [kept[i] for i, word in enumerate(words) if len(word) > 4]
         graded.append((" ".join(words), " ".join(mixed), 5 * sum(long) / max(len(long), 1)))
     found = {
-        "problems": [(row["question"][:BYTES], row["question"][BYTES : 2 * BYTES], 5.0) for row in lines[:3000]],
+        "problems": [
+            (text[:BYTES], text[BYTES : 2 * BYTES], 5.0) for row in lines[:3000] if len(text := row["question"]) > 90
+        ],
         "speeches": [(s[: len(s) // 2][-BYTES:], s[len(s) // 2 :][:BYTES], 5.0) for s in speeches[:2500]],
         "grades": graded,
     }
@@ -108,7 +112,10 @@ def steps(data: Mapping[str, Sequence[Row]], single: bool, seed: int) -> Callabl
 
     def mixed(step: int) -> dict[str, list[Row]]:
         tasks = draw.choice(3, BATCH, p=np.array(lengths) / sum(lengths))
-        chosen = {TASKS[t]: [data[TASKS[t]][i] for i in draw.integers(0, lengths[t], int((tasks == t).sum()))] for t in range(3)}
+        chosen = {
+            TASKS[t]: [data[TASKS[t]][i] for i in draw.integers(0, lengths[t], int((tasks == t).sum()))]
+            for t in range(3)
+        }
         return {task: rows for task, rows in chosen.items() if len(rows) > 1}
 
     return mixed
@@ -159,12 +166,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def study(room: Room) -> str:
     """The table."""
     data = pairs(room.data)
-    rows = {
-        way: [
-            room.figures(f"tasks/{way}-{seed}", lambda s=single, o=own, seed=seed: trained(room, data, s, o, seed))
-            for seed in SEEDS[: room.steps(len(SEEDS))]
-        ]
-        for way, (single, own) in WAYS.items()
-    }
+    rows: dict[str, list[Figures]] = {way: [] for way in WAYS}
+    for seed in SEEDS[: room.steps(len(SEEDS))]:
+        for way, (single, own) in WAYS.items():
+            measure = lambda s=single, o=own, seed=seed: trained(room, data, s, o, seed)  # noqa: E731
+            rows[way].append(room.figures(f"tasks/{way}-{seed}", measure))
     return table("percent", {"untrained": [measured(encoder(0).eval(), data)], **rows},
                  (*TASKS, "mean of both kinds", "alike"), "{:.1f}")  # fmt: skip

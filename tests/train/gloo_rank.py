@@ -1,4 +1,4 @@
-"""One of two ranks: losses and gradients of its half of a batch.  gloo_rank.py RANK STORE OUT"""
+"""One of two ranks: losses and gradients of its half of a batch, steps of tasks.  gloo_rank.py RANK STORE OUT"""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import sys
 
 import torch
 import torch.distributed as dist
-from embedding_cases import RANKS, features, losses, model
+from embedding_cases import RANKS, features, losses, model, of_tasks
 
 from weightsmith.core.errors import PlanError
 from weightsmith.train.embed import gather
+
+
+def mean(gradient: torch.Tensor) -> None:
+    dist.all_reduce(gradient)
+    gradient /= RANKS
 
 
 def main(rank: int, store: str, out: str) -> None:
@@ -29,8 +34,11 @@ def main(rank: int, store: str, out: str) -> None:
         gather(torch.zeros(2 + rank, 3))
     except PlanError as error:
         found["refusal"] = str(error)
+    made = of_tasks(RANKS, rank, 4, mean)
+    each: list = [None] * RANKS
+    dist.all_gather_object(each, made)
     if rank == 0:
-        torch.save(found, out)
+        torch.save({**found, "tasks": each}, out)
     dist.destroy_process_group()
 
 

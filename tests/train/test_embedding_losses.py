@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedding_cases import LABELS, features, losses, model
+from embedding_cases import LABELS, features, losses, model, of_tasks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -170,6 +170,13 @@ def test_two_ranks_have_the_gradients_of_the_whole_batch(tmp_path: Path):
     assert [process.wait(120) for process in started] == [0, 0]
     found = torch.load(out, weights_only=True)
     assert found.pop("refusal") == "gathering embeddings needs equal batches on all ranks, got 2, 3 rows"
+    (tasks, first, weights), (others, second, same) = found.pop("tasks")
+    alone, whole, trained = of_tasks(1, 0, 8)
+    assert tasks == others == alone
+    assert set(tasks) == {"a", "b"}
+    assert [[*a, *b] for a, b in zip(first, second, strict=True)] == whole
+    assert torch.equal(weights, same)
+    assert torch.allclose(weights, trained, atol=1e-6)  # moments are float32
     assert set(found) == set(want)
     for name, (value, gradient) in want.items():
         assert torch.allclose(found[name][0], value)

@@ -121,6 +121,17 @@ def test_full_rank_is_adamw_in_rotated_coordinates(shape: tuple[int, int]):
     assert torch.allclose(p.detach(), back.T if wide else back, atol=1e-12)
 
 
+def test_kernels_in_another_memory_format_move_alike():
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        p = torch.nn.Parameter(noise(6, 4, 3, 3).contiguous(memory_format=form))
+        descend(DCTAdamW([p], rank=3), 0, 3)
+        assert p.is_contiguous(memory_format=form)
+        found.append(p.detach())
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert not torch.allclose(found[0], noise(6, 4, 3, 3), atol=1e-3)
+
+
 def test_the_rest_is_adamw():
     shapes, options = [(7,), (40, 3), ()], {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
     mine = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]

@@ -26,8 +26,9 @@ from weightsmith.train.multitask import (
 from weightsmith.train.multitask.build import build, open_body, restore
 from weightsmith.train.multitask.data import Pair, read_tasks
 from weightsmith.train.multitask.instruct import without_shown
-from weightsmith.train.multitask.prompt import accepted, placed
+from weightsmith.train.multitask.prompt import accepted, deepened, layers_of, placed
 from weightsmith.train.multitask.recipe import MultiTaskRecipe
+from weightsmith.train.multitask.rows import bins
 from weightsmith.train.multitask.run import fit_system, train_multitask
 from weightsmith.train.multitask.system import System
 
@@ -303,3 +304,103 @@ def test_planted_groups_are_found():
     assert groups == [["cat", "dog"], ["digit", "number"]]
     joint, alone = {"cat": 2.0, "dog": 1.0, "digit": 1.0, "number": 0.0}, dict.fromkeys(names, 1.0)
     assert accepted(groups, joint, alone) == [["cat", "dog"], ["digit"], ["number"]]
+
+
+# --- rows of tokens ------------------------------------------------------------------------------------
+
+ASKED = ("Which half of the alphabet does it begin with?", "low", "high")
+
+
+def asked(tmp_path: Path, **more: Any) -> tuple[Any, Any, Any]:
+    tasks = {"t": {"data": str(texts(tmp_path / "a.jsonl", 20, first)), "instruction": ASKED[0],
+                   "candidates": ASKED[1:]}}  # fmt: skip
+    recipe, system = made(tmp_path, "llama", {"tasks": tasks, "by": "instruct", "answer": 6, **more})
+    return recipe, system, system.tasks["t"]
+
+
+@pytest.mark.parametrize("deep", [None, False, True])
+def test_what_all_inputs_begin_with_runs_once(tmp_path: Path, deep: bool | None):
+    by = {} if deep is None else {"by": {"prompt": {"n_ctx": 3, "deep": deep}}}
+    _, system, task = asked(tmp_path, **by)
+    sources = [system._source(task, word) for word in ("abc", "hgfed", "a")]
+    targets = [system._target(name) for name in ("low", "high", "low")]
+    shared = system._shared(sources)
+    assert shared.skip == (len(ASKED[0]) if deep is None else 0) + len("\nInput: ") - (deep is not None)
+    with torch.no_grad():
+        whole, split = system._costs(sources, targets), system._costs(sources, targets, shared)
+    torch.testing.assert_close(split.sum(1), whole.sum(1), rtol=1e-5, atol=1e-5)
+    assert system._greedy(sources, shared) == system._greedy(sources)
+    seen: list[int] = []
+    system.body.module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs[next(n for n in kwargs if n.startswith("input"))].shape[1]),
+        with_kwargs=True,
+    )
+    system.predict(task, task.parts["train"][:5])
+    assert len(seen) == 2
+    assert seen[1] < len(sources[1])
+
+
+def test_packed_examples_cost_what_they_cost_alone(tmp_path: Path):
+    _, plain, task = asked(tmp_path)
+    _, system, _ = asked(tmp_path, packing=True, length=200)
+    pairs = task.parts["train"][:7]
+    seen: list[torch.Size] = []
+    hook = lambda module, args, kwargs: seen.append(args[0].shape)  # noqa: E731
+    system.body.module.register_forward_pre_hook(hook, with_kwargs=True)
+    found, wanted = ([*one.loss(task, pairs)] for one in (system, plain))
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert found[1] == wanted[1]
+    found[0].backward()
+    wanted[0].backward()
+    for (name, p), q in zip(system.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert seen[0][0] < 7
+    assert {len(group) for group in bins([30, 30, 20, 10], 60)} == {2}
+    assert bins([70, 1, 60], 60) == [[0], [2], [1]]
+
+
+def test_packing_is_refused_where_it_cannot_be(tmp_path: Path):
+    tasks = {"t": {"data": str(texts(tmp_path / "a.jsonl", 20, first))}}
+    for kind, by in (("t5", "plain"), ("bert", "plain"), ("llama", {"prompt": {"n_ctx": 2}})):
+        if kind == "bert":
+            tasks["t"]["candidates"] = ("low", "high")
+        with pytest.raises(RecipeError, match="packing: is for"):
+            made(tmp_path, kind, {"tasks": tasks, "packing": True, "by": by})
+
+
+@pytest.mark.parametrize("kind", ["text", "visual"])
+def test_every_layer_reads_vectors_of_its_own(tmp_path: Path, kind: str):
+    data = levels(tmp_path / "a.npz", 40, lit, 0)
+    recipe, system = clip(tmp_path, data, prompt={"kind": kind, "n_ctx": 2, "deep": True}, steps=4)
+    prompt = system.own["prompt"]
+    assert prompt.deep.shape == (1, 2, 32)  # type: ignore[union-attr]
+    before = prompt.deep.detach().clone()  # type: ignore[union-attr,operator]
+    fit_system(recipe, system)
+    assert not torch.equal(prompt.deep, before)  # type: ignore[arg-type]
+    out = train_multitask(recipe, tmp_path / "out", device="cpu").out
+    again = restore(out, system.tasks)
+    with torch.no_grad():
+        pairs = system.tasks["t"].parts["valid"]
+        torch.testing.assert_close(again.logits(again.tasks["t"], pairs), system.logits(system.tasks["t"], pairs))  # type: ignore[operator]
+    with pytest.raises(RecipeError, match="a prompt with deep True, not False"):
+        clip(tmp_path, data, prompt={"kind": kind, "n_ctx": 2, "init": str(out)})
+    with pytest.raises(RecipeError, match="a unified prompt has no vectors for later layers"):
+        clip(tmp_path, data, prompt={"kind": "unified", "deep": True})
+
+
+def test_vectors_of_a_later_layer_stand_in_the_prompts_places(tmp_path: Path):
+    """A model whose second layer reads what it would have read anyway gives the same."""
+    tasks = {"t": {"data": str(texts(tmp_path / "a.jsonl", 10, first))}}
+    _, system = made(tmp_path, "llama", {"tasks": tasks, "by": {"prompt": {"n_ctx": 3, "deep": True}}})
+    ids = {"input_ids": torch.arange(8)[None]}
+    layers, kept = layers_of(system.body.module), []
+    layers[1].register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
+    with torch.no_grad():
+        want = system.body.module(**ids).logits
+        with deepened(layers, kept[0][:, 2:5], slice(2, 5)):
+            same = system.body.module(**ids).logits
+        with deepened(layers, kept[0][:, 2:5] + 1, slice(2, 5)):
+            other = system.body.module(**ids).logits
+    assert torch.equal(same, want)
+    assert torch.equal(other[:, :2], want[:, :2])
+    assert not torch.allclose(other[:, 2:], want[:, 2:], atol=1e-3)

@@ -72,7 +72,9 @@ def test_a_trained_adapter_loads_merges_and_is_an_expert(tmp_path: Path, kind: s
     again.merge_adapter()
     assert torch.allclose(logits(again), running, atol=1e-5)
     again.unmerge_adapter()
-    weights = {n.replace("base_layer.", ""): p for n, p in again.get_base_model().named_parameters() if "svfit" not in n}
+    weights = {
+        n.replace("base_layer.", ""): p for n, p in again.get_base_model().named_parameters() if "svfit" not in n
+    }
     assert all(torch.equal(weights[name], p) for name, p in base(kind).named_parameters())
     whole = again.merge_and_unload()
     assert type(whole) is type(base(kind))

@@ -168,7 +168,12 @@ class SVFitModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, own in _values(model, adapter_name):
@@ -203,7 +208,9 @@ class SVFitModel(BaseTuner):  # type: ignore[misc]
 
 def _values(model: nn.Module, adapter: str) -> list[tuple[str, SingularValues]]:
     """Name of a layer -> its singular values of an adapter."""
-    found = [(n, m.svfit[adapter]) for n, m in model.named_modules() if isinstance(m, SVFitLayer) and adapter in m.svfit]
+    found = [
+        (n, m.svfit[adapter]) for n, m in model.named_modules() if isinstance(m, SVFitLayer) and adapter in m.svfit
+    ]
     return [(name, own) for name, own in found if isinstance(own, SingularValues)]
 
 

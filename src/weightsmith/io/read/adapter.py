@@ -58,8 +58,9 @@ FIELDS: Mapping[str, str] = {
 _HARMLESS = frozenset(
     (
         "auto_mapping", "base_model_name_or_path", "base_weights", "bases", "bias", "corda_config",
-        "decompose_both", "decompose_factor", "energy", "eva_config", "exclude_modules", "inference_mode", "init_weights",
-        "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config",
+        "decompose_both", "decompose_factor", "energy", "eva_config", "exclude_modules", "inference_mode",
+        "init_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_dropout",
+        "lora_ga_config",
         "megatron_config", "megatron_core", "module_dropout", "modules_to_save", "parametrize", "peft_type",
         "peft_version", "qalora_group_size", "rank_dropout", "rank_dropout_scale", "revision", "runtime_config",
         "squares", "svfit_dropout", "target_modules", "task_type", "use_effective_conv2d",

@@ -24,7 +24,7 @@ from weightsmith.train.multitask.data import Task, Tasks
 from weightsmith.train.multitask.experts import Experts
 from weightsmith.train.multitask.net import Net
 from weightsmith.train.multitask.plain import SharedHeads
-from weightsmith.train.multitask.prompt import SoftPrompt
+from weightsmith.train.multitask.prompt import SoftPrompt, layers_of
 from weightsmith.train.multitask.recipe import MultiTaskRecipe, Prompt
 from weightsmith.train.multitask.soft_tokens import SoftTokenModel
 from weightsmith.train.multitask.system import System
@@ -76,12 +76,14 @@ def build(recipe: MultiTaskRecipe, body: Body, tasks: Tasks, *, learn: bool = Tr
 
 def _built(recipe: MultiTaskRecipe, body: Body, tasks: Tasks, learn: bool) -> System:
     by, writes = recipe.by, body.loaded.kind in _TEXT
+    if recipe.packing and not (writes and (by.plain or by.instruct)):
+        raise RecipeError("packing: is for language models with by: plain or instruct; leave it out")
     if by.uni_perceiver is not None:
         return Likelihood(body, tasks, by.uni_perceiver)
     if by.instruct is not None and not writes:
         raise RecipeError(f"by: instruct needs a language model, {body.loaded.label} is for {body.loaded.kind}")
     if by.instruct is not None:
-        return TextToText(body, tasks, by.instruct.mode, by.instruct.examples, recipe.answer)
+        return TextToText(body, tasks, by.instruct.mode, by.instruct.examples, recipe.answer, packing=recipe.packing)
     if by.prompt is not None:
         return _prompted(recipe, by.prompt, body, tasks)
     if by.task_expert is not None:
@@ -94,7 +96,9 @@ def _built(recipe: MultiTaskRecipe, body: Body, tasks: Tasks, learn: bool) -> Sy
     if by.soft_tokens is not None:
         return SoftTokenModel(body, tasks, by.soft_tokens, seed=recipe.seed, learn=learn)
     assert by.plain is not None
-    return TextToText(body, tasks, "none", 0, recipe.answer) if writes else SharedHeads(body, tasks, by.plain)
+    if writes:
+        return TextToText(body, tasks, "none", 0, recipe.answer, packing=recipe.packing)
+    return SharedHeads(body, tasks, by.plain)
 
 
 def _prompted(recipe: MultiTaskRecipe, given: Prompt, body: Body, tasks: Tasks) -> System:
@@ -103,12 +107,14 @@ def _prompted(recipe: MultiTaskRecipe, given: Prompt, body: Body, tasks: Tasks) 
         if given.kind != "text":
             raise RecipeError(f"prompt.kind is {given.kind}, but {body.loaded.label} reads texts only; use text")
         width = body.module.get_input_embeddings().weight.shape[1]
-        prompt = SoftPrompt("text", given.n_ctx, text=width, seed=recipe.seed)
+        deep = len(layers_of(body.module)) - 1 if given.deep else 0
+        prompt = SoftPrompt("text", given.n_ctx, text=width, deep=deep, seed=recipe.seed)
         system: System = TextToText(body, tasks, "none", 0, recipe.answer, prompt)
     elif kind == "image-text" and hasattr(getattr(body.module, "vision_model", None), "encoder"):
         text, vision = body.module.config.text_config, body.module.config.vision_config
         sizes = {"text": text.hidden_size, "visual": vision.hidden_size, "patch": vision.patch_size}
-        prompt = SoftPrompt(given.kind, given.n_ctx, **sizes, seed=recipe.seed)
+        count = (text if given.kind == "text" else vision).num_hidden_layers
+        prompt = SoftPrompt(given.kind, given.n_ctx, **sizes, deep=count - 1 if given.deep else 0, seed=recipe.seed)
         system = PromptedClip(body, tasks, prompt, given.position)
     else:
         raise RecipeError(f"by: prompt needs a language model or CLIP, {body.loaded.label} is for {kind}")
@@ -123,9 +129,9 @@ def _adapted(prompt: SoftPrompt, place: Path, given: Prompt, body: Body) -> None
     if info["base"] != digest(body.module):
         raise RecipeError(f"{place}: a prompt of another base than {body.loaded.label}; train one on this base")
     said = info["recipe"]["by"].get("prompt") or {}
-    for key in ("kind", "n_ctx", "position"):
-        if said.get(key) != getattr(given, key):
-            raise RecipeError(f"{place}: a prompt with {key} {said.get(key)!r}, not {getattr(given, key)!r}")
+    for key in ("kind", "n_ctx", "position", "deep"):
+        if said.get(key, False) != getattr(given, key):
+            raise RecipeError(f"{place}: a prompt with {key} {said.get(key, False)!r}, not {getattr(given, key)!r}")
     source = SafetensorsSource(place / OWN)
     _load(prompt, {name.removeprefix("prompt."): source.read(name) for name in source.keys}, str(place))
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from weightsmith.core.errors import RecipeError
 from weightsmith.train.multitask.body import Body, frozen
 from weightsmith.train.multitask.data import Answer, Pair, Task, Tasks
-from weightsmith.train.multitask.prompt import SoftPrompt, after_class_token, inserted, placed
+from weightsmith.train.multitask.prompt import SoftPrompt, after_class_token, deepened, inserted, placed
 from weightsmith.train.multitask.system import System
 
 __all__ = ["PromptedClip"]
@@ -65,9 +65,14 @@ class PromptedClip(System):
         context = self.own["prompt"]()
         ids, mask, spots = self._rows(task)
         vectors = context.text if context.text is not None else torch.zeros(0, device=ids.device)
-        with inserted(module.text_model.embeddings.token_embedding, spots, vectors.reshape(-1, _width(module))):
+        embedding, layers = module.text_model.embeddings.token_embedding, module.text_model.encoder.layers
+        with (
+            inserted(embedding, spots, vectors.reshape(-1, _width(module))),
+            deepened(layers, context.text_deep, spots),
+        ):
             texts = _tensor(module.get_text_features(input_ids=ids, attention_mask=mask))
-        with after_class_token(module.vision_model.encoder.layers[0], context.visual):
+        layers, count = module.vision_model.encoder.layers, self.own["prompt"].n_ctx
+        with after_class_token(layers[0], context.visual), deepened(layers, context.visual_deep, slice(1, 1 + count)):
             images = _tensor(module.get_image_features(pixel_values=self.body.images([p.input for p in pairs])))
         scale: Tensor = module.logit_scale.exp()
         return scale * normalize(images, dim=-1) @ normalize(texts, dim=-1).T

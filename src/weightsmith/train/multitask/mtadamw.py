@@ -50,6 +50,11 @@ class MTAdamW(Optimizer):
         self.grad_norm, self.max_inv_s = grad_norm, max_inv_s
         self.skipped: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """torch leaves out what it does not know when an optimizer is copied or pickled."""
+        own = {name: getattr(self, name) for name in ("grad_norm", "max_inv_s", "skipped")}
+        return {**super().__getstate__(), **own}
+
     @torch.no_grad()
     def step(
         self, closure: Callable[[], Any] | None = None, *, task: str = "", rate: float = 1.0, weight: float = 1.0

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import RecipeError
 
-__all__ = ["Contexts", "SoftPrompt", "accepted", "average_prompts", "inserted", "masked_labels", "placed",
-           "task_groups", "transfer_matrix"]  # fmt: skip
+__all__ = ["Contexts", "SoftPrompt", "accepted", "average_prompts", "deepened", "inserted", "layers_of",
+           "masked_labels", "placed", "task_groups", "transfer_matrix"]  # fmt: skip
 
 
 class Contexts(NamedTuple):
-    """Vectors [n, d] for the text tower and for the image tower."""
+    """Vectors [n, d] for the text tower and for the image tower; deep: for each later layer [layers - 1, n, d]."""
 
     text: Tensor | None
     visual: Tensor | None
+    text_deep: Tensor | None = None
+    visual_deep: Tensor | None = None
 
 
 class SoftPrompt(nn.Module):
@@ -32,6 +34,7 @@ class SoftPrompt(nn.Module):
     text, visual  sizes of the towers' vectors
     patch    of the image tower, which the start of its vectors depends on
     project  width of the shared transformer
+    deep     layers of the tower whose input has vectors of its own, beside the first one's (VPT-deep); 0: shallow
     """
 
     def __init__(
@@ -43,9 +46,14 @@ class SoftPrompt(nn.Module):
         *,
         patch: int = 16,
         project: int = 128,
+        deep: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if kind == "unified" and deep:
+            raise RecipeError(
+                "a unified prompt has no vectors for later layers; choose kind text or visual, or no deep"
+            )
         if (kind != "visual" and not text) or (kind != "text" and not visual) or n_ctx < 0:
             raise RecipeError(
                 f"a {kind} prompt needs the width of the vectors it stands before, and n_ctx of at least 0"
@@ -62,12 +70,20 @@ class SoftPrompt(nn.Module):
                 self.before = nn.ModuleList([nn.Linear(text, project), nn.Linear(visual, project)])
                 self.shared = nn.TransformerEncoderLayer(project, 1, project, 0.0, batch_first=True)
                 self.after = nn.ModuleList([nn.Linear(project, text), nn.Linear(project, visual)])
+            width = text if kind == "text" else visual
+            if deep and width:
+                reach = math.sqrt(6 / (3 * patch**2 + width))
+                start = 0.02 * torch.randn(deep, n_ctx, width) if kind == "text" else None
+                self.deep = nn.Parameter((2 * torch.rand(deep, n_ctx, width) - 1) * reach if start is None else start)
 
     def forward(self) -> Contexts:
         if not self.n_ctx:
             return Contexts(None, None)
-        if self.kind != "unified":
-            return Contexts(self.text if self.kind == "text" else None, self.visual if self.kind == "visual" else None)
+        deep = getattr(self, "deep", None)
+        if self.kind == "text":
+            return Contexts(self.text, None, deep)
+        if self.kind == "visual":
+            return Contexts(None, self.visual, None, deep)
         joined = torch.cat([self.before[0](self.text), self.before[1](self.visual)])
         mixed = self.shared(joined[None])[0]
         return Contexts(self.after[0](mixed[: self.n_ctx]), self.after[1](mixed[self.n_ctx :]))
@@ -114,6 +130,45 @@ def after_class_token(layer: nn.Module, vectors: Tensor | None) -> Iterator[None
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextmanager
+def deepened(layers: Sequence[nn.Module], vectors: Tensor | None, where: slice | Tensor) -> Iterator[None]:
+    """While it lasts, every layer but the first reads its own vectors [layers - 1, n, d] in the prompt's places.
+
+    where  a slice of the tokens, or bool [batch, tokens], n a row
+    """
+
+    def change(own: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+        def changed(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            spots = where if isinstance(where, Tensor) else torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+            if isinstance(where, slice):
+                spots[:, where] = True
+            x = x.masked_scatter(spots.unsqueeze(-1), own.to(x.dtype).repeat(len(x), 1))
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return changed
+
+    pairs = [] if vectors is None else [*zip(layers[1:], vectors, strict=True)]
+    handles = [layer.register_forward_pre_hook(change(own), with_kwargs=True) for layer, own in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layers_of(module: nn.Module) -> Sequence[nn.Module]:
+    """The layers that read a language model's input in turn; RecipeError where they are not found."""
+    config: Any = module.config
+    encoder: Any = module.get_encoder() if config.is_encoder_decoder else module  # type: ignore[operator]
+    for part in encoder.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers:
+            return [*part]
+    raise RecipeError(
+        f"{type(module).__name__}: found no list of its {config.num_hidden_layers} layers; leave deep out"
+    )
 
 
 def masked_labels(logits: Tensor, tasks: Sequence[str], blocks: Mapping[str, slice]) -> Tensor:

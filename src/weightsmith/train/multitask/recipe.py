@@ -100,6 +100,7 @@ class Prompt(Grammar):
     kind: Literal["text", "visual", "unified"] = Field(default="text", description="where vectors go; LMs: text")
     n_ctx: int = Field(default=16, ge=0, description="vectors")
     position: Literal["front", "middle", "end"] = Field(default="middle", description="of class names")
+    deep: bool = Field(default=False, description="vectors of their own for every layer; kind text or visual")
     init: Located | None = Field(default=None, description="the result of an earlier run to adapt")
 
 
@@ -172,6 +173,7 @@ class MultiTaskRecipe(Timing):
     examples: int = Field(default=200, ge=1, description="most validation examples of a task during the run")
     length: int = Field(default=512, ge=2, description="tokens of an input")
     answer: int = Field(default=64, ge=1, description="tokens of an answer")
+    packing: bool = Field(default=False, description="causal LMs: train on several examples in one row of tokens")
     bf16: bool = Field(default=False, description="run the model under bfloat16 autocast")
     seed: int = Field(default=0, ge=0, description="of the order, the validation set, dropout, and new weights")
 

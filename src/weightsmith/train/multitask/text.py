@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from weightsmith.core.errors import RecipeError
 from weightsmith.train.multitask.body import Body, frozen
 from weightsmith.train.multitask.data import Answer, Pair, Task, Tasks
 from weightsmith.train.multitask.instruct import Mode, render
-from weightsmith.train.multitask.prompt import SoftPrompt
+from weightsmith.train.multitask.prompt import SoftPrompt, deepened, layers_of
+from weightsmith.train.multitask.rows import Shared, common, packed, refuse_packing
 from weightsmith.train.multitask.system import System
 
 __all__ = ["TextToText"]
@@ -29,19 +31,31 @@ class TextToText(System):
     examples  of the instruction that are shown
     answer    most tokens of an answer
     prompt    vectors before the input's; they alone train then
+    packing   causal models: several examples in one row while training, up to the length of the longest input
     No chat template is applied: base, merged and multi-task models read the same plain text.
     """
 
     def __init__(
-        self, body: Body, tasks: Tasks, mode: Mode, examples: int, answer: int, prompt: SoftPrompt | None = None
+        self,
+        body: Body,
+        tasks: Tasks,
+        mode: Mode,
+        examples: int,
+        answer: int,
+        prompt: SoftPrompt | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__(body, tasks)
-        self.mode, self.examples, self.answer = mode, examples, answer
+        self.mode, self.examples, self.answer, self.packing = mode, examples, answer, packing
         if prompt is not None:
             frozen(body.module)
             self.trains_base = False
             self.own["prompt"] = prompt.to(body.device)
         self.seq2seq = body.loaded.kind == "seq2seq-lm"
+        if packing and (self.seq2seq or prompt is not None):
+            raise RecipeError("packing: is for causal models that train whole; leave it out")
+        if packing:
+            refuse_packing(body.module, body.loaded.label)
         for task in tasks.values():
             self._source(task, "")  # the instruction fits
             self._check_answers(task)
@@ -54,9 +68,7 @@ class TextToText(System):
 
     def _limit(self) -> int:
         """Tokens that an input may take."""
-        prefix = self._prefix()
-        vectors = 0 if prefix is None else len(prefix)
-        taken = vectors + len(self.body.coder.prefix) + len(self.body.coder.suffix)
+        taken = self._vectors + len(self.body.coder.prefix) + len(self.body.coder.suffix)
         if not self.seq2seq:
             room = self.body.loaded.clip_length(self.body.length + self.answer + 1 + taken) - self.answer - 1 - taken
         else:
@@ -102,16 +114,54 @@ class TextToText(System):
         ones = torch.ones(len(rows), len(prefix), dtype=mask.dtype, device=mask.device)
         return {"inputs_embeds": torch.cat([before, vectors], 1), "attention_mask": torch.cat([ones, mask], 1)}
 
-    def _costs(self, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> Tensor:
-        """-log P of every token of the targets [batch, tokens], 0 elsewhere: the inputs' tokens do not count."""
+    def _deep(self) -> AbstractContextManager[None]:
+        """While it lasts, later layers read the soft prompt's own vectors for them, if there are some."""
+        deep = self.own["prompt"]().text_deep if "prompt" in self.own else None
+        return deepened(layers_of(self.body.module) if deep is not None else (), deep, slice(0, self._vectors))
+
+    @property
+    def _vectors(self) -> int:
+        prefix = self._prefix()
+        return 0 if prefix is None else len(prefix)
+
+    @torch.no_grad()
+    def _shared(self, sources: Sequence[list[int]]) -> Shared | None:
+        """What all sources begin with, run once; None of an encoder-decoder model, or where there is nothing."""
+        count = 0 if self.seq2seq else common(sources)
+        if not count:
+            return None
+        with self._deep():
+            found = self.body.module(**self._embedded([sources[0][:count]]), use_cache=True)
+        cache = getattr(found, "past_key_values", None)
+        return None if cache is None else Shared(cache, count, count + self._vectors)
+
+    def _logits(self, rows: Sequence[list[int]], shared: Shared | None) -> Tensor:
+        """Of a causal model [batch, longest - skip, vocabulary] on the tokens of rows behind the shared ones."""
         module = self.body.module
+        if shared is not None:
+            ids, mask = _padded([row[shared.skip :] for row in rows], self.body.device)
+            found: Tensor = module(input_ids=ids, **shared.options(mask), use_cache=True).logits
+            return found
+        if self.packing and torch.is_grad_enabled():
+            made = packed(rows, self.body.length + self.answer)
+            at = self.body.device
+            given = {"attention_mask": made.mask.to(at, module.dtype), "position_ids": made.positions.to(at)}
+            return made.unpacked(module(made.ids.to(at), **given, use_cache=False).logits, [*map(len, rows)])
+        with self._deep():
+            logits: Tensor = module(**self._embedded(rows), use_cache=False).logits
+        return logits[:, self._vectors :]
+
+    def _costs(
+        self, sources: Sequence[list[int]], targets: Sequence[list[int]], shared: Shared | None = None
+    ) -> Tensor:
+        """-log P of every token of the targets [batch, tokens], 0 elsewhere: the inputs' tokens do not count."""
         if self.seq2seq:
             labels = _labels([[]] * len(targets), targets, self.body.device)
-            logits = module(**self._embedded(sources), labels=labels).logits
+            with self._deep():
+                logits = self.body.module(**self._embedded(sources), labels=labels).logits
         else:
-            labels = _labels(sources, targets, self.body.device)
-            rows = [[*a, *b] for a, b in zip(sources, targets, strict=True)]
-            logits = module(**self._embedded(rows), use_cache=False).logits[:, -labels.shape[1] :]
+            labels = _labels(sources, targets, self.body.device)[:, shared.skip if shared else 0 :]
+            logits = self._logits([[*a, *b] for a, b in zip(sources, targets, strict=True)], shared)
             logits, labels = logits[:, :-1], labels[:, 1:]
         return cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
@@ -122,26 +172,33 @@ class TextToText(System):
 
     # -- answers
 
+    @torch.no_grad()
     def predict(self, task: Task, pairs: Sequence[Pair]) -> list[Answer]:
-        """The likeliest candidate, its end token included (one may begin like another); else greedy decoding."""
+        """The likeliest candidate, its end token included (one may begin like another); else greedy decoding.
+
+        What all inputs begin with, an instruction for one, runs through a causal model once.
+        """
         sources = [self._source(task, str(pair.input)) for pair in pairs]
+        shared = self._shared(sources)
         if task.kind == "label":
             names = task.spec.candidates or tuple(map(str, range(task.classes)))
             both = [(source, self._target(name)) for source in sources for name in names]
             chunks = [both[i : i + _CHUNK] for i in range(0, len(both), _CHUNK)]
-            costs = torch.cat([self._costs([a for a, _ in c], [b for _, b in c]).sum(1) for c in chunks])
+            costs = torch.cat([self._costs([a for a, _ in c], [b for _, b in c], shared).sum(1) for c in chunks])
             return list(costs.view(len(sources), len(names)).argmin(1).tolist())
         coder = self.body.coder
-        return [_text(coder, ids) for ids in self._greedy(sources)]
+        return [_text(coder, ids) for ids in self._greedy(sources, shared)]
 
-    def _greedy(self, sources: Sequence[list[int]]) -> list[list[int]]:
+    @torch.no_grad()
+    def _greedy(self, sources: Sequence[list[int]], shared: Shared | None = None) -> list[list[int]]:
         written: list[list[int]] = [[] for _ in sources]
         open_ = set(range(len(sources)))
         module = self.body.module
         encoded: Any = None
         if self.seq2seq:
             given = self._embedded(sources)
-            encoded = module.get_encoder()(**given)
+            with self._deep():
+                encoded = module.get_encoder()(**given)
             start = module.config.decoder_start_token_id
         for _ in range(self.answer):
             if self.seq2seq:
@@ -151,10 +208,9 @@ class TextToText(System):
                 ).logits[:, -1]
             else:
                 rows = [[*a, *b] for a, b in zip(sources, written, strict=True)]
-                found = module(**self._embedded(rows), use_cache=False).logits
+                found = self._logits(rows, shared)
                 last = torch.tensor([len(row) - 1 for row in rows], device=found.device)
-                last += found.shape[1] - max(map(len, rows))  # the soft prompt
-                logits = found[torch.arange(len(rows), device=found.device), last]
+                logits = found[torch.arange(len(rows), device=found.device), last - (shared.skip if shared else 0)]
             for i, token in enumerate(logits.argmax(-1).tolist()):
                 written[i].append(token)
                 if token == self.body.end:

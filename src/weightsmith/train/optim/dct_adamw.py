@@ -114,9 +114,10 @@ class DCTAdamW(LowRankOptimizer):
         if "m" not in state:
             state |= {"m": torch.zeros_like(low), "v": torch.zeros_like(low)}
         direction, length = moved(state["m"], state["v"], low, step, group)
-        update = projector.up(direction, columns, rows.shape[1])
         flat = matrix(p)
-        p.add_((update if flat.shape[0] >= flat.shape[1] else update.T).reshape(p.shape), alpha=-lr * length)
+        projector.add(flat, direction, columns, -lr * length)
+        if flat.data_ptr() != p.data_ptr():  # kernels in another memory format are flattened into a copy
+            p.copy_(flat.reshape(p.shape))
 
 
 def _rotate(state: dict[str, Any], columns: Tensor, size: int) -> None:

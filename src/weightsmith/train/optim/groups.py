@@ -111,6 +111,11 @@ class LowRankOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._bases: dict[tuple[Any, ...], Tensor] = {}  # keeps the shared bases alive
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """torch copies and pickles an optimizer without fields of its own; bases are found again."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_bases", {})
+
     def hold(self, projector: Projector, rows: Tensor) -> None:
         """Keep the basis that a projector uses on a matrix [n, N] as long as the optimizer lives."""
         key = (projector.basis, rows.shape[1], rows.dtype, rows.device)

@@ -83,6 +83,16 @@ class Projector:
         """rows [n, N] along chosen directions: [n, rank]."""
         return rows @ self.matrix(rows).index_select(1, columns)
 
+    def add(self, target: Tensor, low: Tensor, columns: Tensor, scale: float) -> None:
+        """Add scale times `up` to a matrix, in place: [n, N] or, where it is wide, its transpose."""
+        tall = target.shape[0] >= target.shape[1]
+        chosen = basis(self.basis, min(target.shape), low.dtype, low.device).index_select(1, columns)
+        a, b = (low, chosen.T) if tall else (chosen, low.T)
+        if target.dtype == low.dtype:
+            target.addmm_(a, b, alpha=scale)
+        else:
+            target.add_(a @ b, alpha=scale)
+
     def up(self, low: Tensor, columns: Tensor, size: int) -> Tensor:
         """The matrix [n, size] of coordinates [n, rank] along chosen directions."""
         return low @ basis(self.basis, size, low.dtype, low.device).index_select(1, columns).T
