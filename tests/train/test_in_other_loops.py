@@ -128,14 +128,11 @@ def test_embedding_losses_in_sentence_transformers(tmp_path: Path):
     table = modules.StaticEmbedding(_tokenizer(), embedding_dim=8)
     model = library.SentenceTransformer(modules=[table], device="cpu")
     words = [f"w{i}" for i in range(24)]
-    sets = {
-        "search": datasets.Dataset.from_dict(
-            {"anchor": words, "positive": words[::-1], "negative": words[1:] + words[:1]}
-        ),
-        "graded": datasets.Dataset.from_dict(
-            {"one": words, "two": words[5:] + words[:5], "score": [float(i % 5) for i in range(24)]}
-        ),
+    columns = {
+        "search": {"anchor": words, "positive": words[::-1], "negative": words[1:] + words[:1]},
+        "graded": {"one": words, "two": words[5:] + words[:5], "score": [float(i % 5) for i in range(24)]},
     }
+    sets = {name: datasets.Dataset.from_dict(own) for name, own in columns.items()}
     given = library.SentenceTransformerTrainingArguments(
         str(tmp_path), max_steps=16, per_device_train_batch_size=6, use_cpu=True, report_to="none", disable_tqdm=True,
         save_strategy="no", logging_strategy="no", learning_rate=0.05,
