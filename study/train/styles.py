@@ -29,7 +29,7 @@ __all__ = ["Denoiser", "study"]
 
 SIDE, WIDTH, BATCH = 16, 24, 32
 KINDS = ("objects", "signs", "letters")
-SEEDS = (0, 1)
+SEEDS = (0,)
 MERGES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "average": ("linear", {}),
     "task arithmetic, lambda 1": ("task_arithmetic", {}),

@@ -22,7 +22,7 @@ from weightsmith.train.embed import TaskBatches, info_nce, similarity
 
 __all__ = ["study"]
 
-SEEDS, STEPS, BATCH, BYTES = (0, 1), 240, 24, 64
+SEEDS, STEPS, BATCH, BYTES = (0,), 240, 24, 64
 TASKS = ("problems", "speeches", "grades")
 Row = tuple[str, str, float]
 
