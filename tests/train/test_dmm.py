@@ -188,3 +188,27 @@ def test_what_does_not_fit_is_refused():
     dmm.same_latents(same, same)
     with pytest.raises(PlanError, match=r"VAE of teacher 1 has scaling_factor = 0\.13, the student's 0\.18215"):
         dmm.same_latents(same, same, {**same, "scaling_factor": 0.13})
+
+
+def test_a_unet_of_diffusers_is_taken_as_it_is():
+    diffusers = pytest.importorskip("diffusers")
+
+    def unet(seed: int, **more) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8}
+        kinds = {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+        return diffusers.UNet2DConditionModel(sample_size=8, attention_head_dim=4, **sizes, **kinds, **more).eval()
+
+    x, t, text = noise(2, 4, 8, 8), torch.tensor([3, 700]), noise(2, 5, 8)
+    made = dmm.Styled(unet(0), styles=2)
+    assert torch.equal(made.use(1)(x, t, text).sample, unet(0)(x, t, text).sample)
+    distil = dmm.Distillation(made, [unet(0), unet(1)], blocks=["down_blocks.0", "mid_block", "up_blocks.1"])
+    losses = distil.backward(lambda model: model(x, t, text).sample)
+    assert losses[0] == pytest.approx(0, abs=1e-10)
+    assert losses[1] > 1e-3
+    assert all(p.grad is not None for p in (made.style.last.weight, made.model.conv_in.weight))
+    with pytest.raises(PlanError, match=r"teacher 0 is of another architecture: conv_in\.weight"):
+        dmm.Distillation(dmm.Styled(unet(0), 1), [unet(1, in_channels=9)])

@@ -62,7 +62,8 @@ class PromptedClip(System):
     def logits(self, task: Task, pairs: Sequence[Pair]) -> Tensor:
         """[batch, classes of the task]."""
         module: Any = self.body.module
-        context = self.own["prompt"]()
+        prompt: Any = self.own["prompt"]
+        context = prompt()
         ids, mask, spots = self._rows(task)
         vectors = context.text if context.text is not None else torch.zeros(0, device=ids.device)
         embedding, layers = module.text_model.embeddings.token_embedding, module.text_model.encoder.layers
@@ -71,8 +72,8 @@ class PromptedClip(System):
             deepened(layers, context.text_deep, spots),
         ):
             texts = _tensor(module.get_text_features(input_ids=ids, attention_mask=mask))
-        layers, count = module.vision_model.encoder.layers, self.own["prompt"].n_ctx
-        with after_class_token(layers[0], context.visual), deepened(layers, context.visual_deep, slice(1, 1 + count)):
+        layers, places = module.vision_model.encoder.layers, slice(1, 1 + prompt.n_ctx)
+        with after_class_token(layers[0], context.visual), deepened(layers, context.visual_deep, places):
             images = _tensor(module.get_image_features(pixel_values=self.body.images([p.input for p in pairs])))
         scale: Tensor = module.logit_scale.exp()
         return scale * normalize(images, dim=-1) @ normalize(texts, dim=-1).T
