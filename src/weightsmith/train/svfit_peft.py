@@ -86,7 +86,8 @@ class SVFitLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.unmerge()
         out = self.base_layer(*arguments, **options)
         if not self.disable_adapters and not self.merged:
-            for name in self.active_adapters:
+            active: Any = self.active_adapters  # inherited from a class that mypy does not see
+            for name in active:
                 if name in self.svfit:
                     own: Any = self.svfit[name]
                     out = own.add(self.base_layer, arguments, out)
@@ -164,7 +165,8 @@ class SVFitModel(BaseTuner):  # type: ignore[misc]
             layer = SVFitLayer(inner)
             self._replace_module(parent, target_name, layer, target)
         layer.svfit[adapter] = own
-        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        made: Any = layer
+        made.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @classmethod
     def _get_adapter_state_dict(
