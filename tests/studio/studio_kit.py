@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["EVIL", "HOME", "PORT", "TOKEN", "small_folder", "until", "write_model"]
+from weightsmith.cli.main import main
+from weightsmith.studio.jobs import Job
+
+__all__ = ["EVIL", "HOME", "PORT", "TOKEN", "answered", "small_folder", "until", "write_model"]
 
 TOKEN, PORT = "the-token", 8323
 HOME = f"http://127.0.0.1:{PORT}"
@@ -38,6 +43,16 @@ def small_folder(home: Path) -> Path:
         "# kept\nbase: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\n"
     )
     return home
+
+
+def answered(job: Job, text: str | None = None) -> None:
+    """Run the command of a job here, in the working directory, or let it have answered a text."""
+    code, out = 0, io.StringIO(text)
+    if text is None:
+        with redirect_stdout(out):
+            code = main(list(job.words))
+    (job.folder / "out").write_text(out.getvalue())
+    (job.folder / "done").write_text(json.dumps({"code": code, "ended": 0}))
 
 
 def until(wanted: Callable[[], Any], seconds: float = 600) -> Any:

@@ -5,6 +5,7 @@ What it looked like is kept in .studio/ for people to look at; WEIGHTSMITH_PICTU
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studio_kit import EVIL, small_folder, until, write_model
+from studio_kit import EVIL, answered, small_folder, until, write_model
 
+from weightsmith.recipe.sweep import expand
 from weightsmith.studio.jobs import Jobs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -30,7 +32,7 @@ if CHROMIUM is None:
 
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / ".studio"
-SECONDS = 240
+SECONDS = 90
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
 
 
@@ -164,7 +166,7 @@ def test_a_ramp_is_drawn(page: Page, server: Server) -> None:
     page.locator('[data-ramp=\'["stage", 0, "density"]\']').click()
     svg = page.locator(".ramp svg")
     expect(svg).to_be_visible()
-    svg.scroll_into_view_if_needed()
+    svg.evaluate("e => e.scrollIntoView({block: 'center'})")
     before = yaml(page)
     assert re.search(r"density: \[(\S+, ){4}\S+\]", before)
     box = svg.bounding_box()
@@ -187,6 +189,14 @@ def test_a_ramp_is_drawn(page: Page, server: Server) -> None:
     page.locator(".ramp input").fill("9")
     page.locator(".ramp input").blur()
     expect(page.locator(".ramp circle")).to_have_count(9)
+    page.get_by_role("button", name="one for each of 3 blocks").click()
+    expect(page.locator(".ramp rect")).to_have_count(3)
+    svg.evaluate("e => e.scrollIntoView({block: 'center'})")
+    box = svg.bounding_box()
+    assert box
+    page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.12 * box["height"])
+    expect(page.locator(".ramp .row")).to_contain_text("points")
+    expect(page.locator("#yaml")).to_have_value(re.compile(r"density: \[[^,]+, (0\.9\d*|1), [^,]+\]"))
 
 
 def dragged(page: Page, source: str, target: str) -> None:
@@ -206,9 +216,10 @@ def dragged(page: Page, source: str, target: str) -> None:
 def test_twelve_experts_some_of_them_dragged(page: Page, server: Server) -> None:
     for i in range(12):
         write_model(server.folder / f"models/e{i:02d}", 10 + i)
-    page.goto(f"{server.home}/recipe")
+    page.goto(f"{server.home}/models")
     for i in range(10):
-        chosen(page, f"models/e{i:02d}")
+        page.check(f'[value="models/e{i:02d}"]')
+    page.get_by_role("button", name="Add to recipe").click()
     for i in (10, 11):
         expect(page.locator(".entry input.short")).to_have_count(i)
         page.wait_for_timeout(500)  # nobody drags what is just being drawn anew
@@ -301,37 +312,47 @@ CONTRAST = """() => {
   const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
-    if (!text || !e.checkVisibility() || e.closest("svg, script, option, datalist, .hidden, .skip")) continue;
+    if (!text || !e.checkVisibility() || e.closest("script, option, datalist, .hidden, .skip")) continue;
     const grounds = [];
     for (let one = e; one; one = one.parentElement) {
       const c = parse(getComputedStyle(one).backgroundColor);
       if (c[3]) grounds.unshift(c);
     }
     const ground = grounds.reduce((below, c) => over(c, below), [255, 255, 255]);
-    const [a, b] = [light(ground), light(over(parse(getComputedStyle(e).color), ground))];
+    const ink = getComputedStyle(e)[e.closest("svg") ? "fill" : "color"];
+    const [a, b] = [light(ground), light(over(parse(ink), ground))];
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className}: ${text.slice(0, 40)}`);
   }
   return found; }"""
 
 
-def fill_folder(server: Server) -> None:
-    """Have something on every page: a merge, an inspection, a comparison, a grid, a search; and names with markup."""
-    folder = server.folder
+def filled(folder: Path) -> Path:
+    """A folder with something on every page: a merge, an inspection, a comparison, a grid, a search, markup."""
+    small_folder(folder)
     evil = write_model(folder / "models/evil", 5, evil=True)
     (evil / "README.md").write_text(f"---\nlicense: mit\n---\n{EVIL}<script>alert(1)</script>")
+    text = (folder / "blend.yaml").read_text() + "parameters:\n  density: [0.3, 0.55, 0.8]\n"
+    (folder / "blend.yaml").write_text(text)
     (folder / "found").mkdir()
-    shutil.copy(folder / "blend.yaml", folder / "found/recipe.yaml")
+    (folder / "found/recipe.yaml").write_text(text)
     shutil.copy(Path(__file__).with_name("result.json"), folder / "found/result.json")
     jobs = Jobs(folder / ".weightsmith-studio", folder)
-    jobs.add(["merge", "blend.yaml", "merged"], "merge into merged", {"recipe": "blend.yaml", "out": "merged"})
-    jobs.add(["inspect", "blend.yaml", "--json"], "inspect blend.yaml", {"recipe": "blend.yaml"})
-    jobs.add(["diff", "models/math", "merged", "--json"], "models/math and merged", {"a": "models/math", "b": "merged"})
     sets = ["parameters.density=0.2,0.5", "parameters.lambda=0.5,1"]
     words = ["merge", "blend.yaml", "grid", "--set", sets[0], "--set", sets[1]]
-    last = jobs.add(words, "4 merges of blend.yaml", {"out": "grid", "grid": sets, "recipe": "blend.yaml"})
-    until(lambda: jobs.get(last.id).over, 900)
-    assert {job.state for job in jobs.all()} == {"finished"}
+    for job in (
+        jobs.add(["merge", "blend.yaml", "merged"], "merge into merged", {"recipe": "blend.yaml", "out": "merged"}),
+        jobs.add(["inspect", "blend.yaml", "--json"], "inspect blend.yaml", {"recipe": "blend.yaml"}),
+        jobs.add(["diff", "models/math", "merged", "--json"], "math and merged", {"a": "models/math", "b": "merged"}),
+        jobs.add(words, "4 merges of blend.yaml", {"out": "grid", "grid": sets, "recipe": "blend.yaml"}),
+    ):
+        answered(job)
+    for models, prompt in ((["models/math", "merged"], "2 and 2 make"), ([f"grid/{n}" for n in expand(sets)], "")):
+        report = {"models": {name: {"perplexity": 9.5 + i, "bits_per_byte": 1.25} for i, name in enumerate(models)},
+                  "problems": [], "notes": [], "answers": dict.fromkeys(models, f"4 {EVIL}")}  # fmt: skip
+        about = {"out": models[0], "beside": models[1:], "prompt": prompt}
+        answered(jobs.add(["check", models[0], "--json"], "measure", about), json.dumps(report))
+    return folder
 
 
 PAGES = {
@@ -343,30 +364,34 @@ PAGES = {
 }  # fmt: skip
 
 
-def test_every_page_at_two_widths_in_light_and_dark(browser: Browser, server: Server) -> None:
+def test_every_page_at_two_widths_in_light_and_dark(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Screenshots for people; and no page is wider than a telephone, or too pale to read."""
-    text = (server.folder / "blend.yaml").read_text()
-    (server.folder / "blend.yaml").write_text(text + "parameters: {density: [0.2, 0.5, 0.8, 0.6]}\n")
-    fill_folder(server)
+    monkeypatch.chdir(filled(tmp_path / "home"))
+    server = Server(tmp_path / "home")
+    page = opened(browser, server)
     SHOTS.mkdir(exist_ok=True)
-    for scheme in ("light", "dark"):
-        page = opened(browser, server, color_scheme=scheme)
-        for name, path in PAGES.items():
-            for size in (WIDE, NARROW):
-                page.set_viewport_size(size)  # type: ignore[arg-type]
-                page.goto(server.home + path)
-                if name == "recipe":
-                    ready(page)
-                assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], (name, size)
-                assert page.evaluate(CONTRAST) == [], (name, scheme)
-                page.screenshot(path=SHOTS / f"{name}-{size['width']}-{scheme}.png", full_page=True)
-        page.context.close()
+    for name, path in PAGES.items():
+        page.goto(server.home + path)
+        if name == "recipe":
+            ready(page)
+        for size, kept in ((WIDE, "light"), (NARROW, "dark")):
+            page.set_viewport_size(size)  # type: ignore[arg-type]
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], (name, size)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                assert page.evaluate(CONTRAST) == [], (name, scheme, size)
+                if scheme == kept:
+                    page.screenshot(path=SHOTS / f"{name}-{size['width']}-{scheme}.png", full_page=True)
     if os.environ.get("WEIGHTSMITH_PICTURE"):
-        page = opened(browser, server, viewport={"width": 1200, "height": 760})
+        page.emulate_media(color_scheme="light")
+        page.set_viewport_size({"width": 1200, "height": 780})
         page.goto(server.home + PAGES["recipe"])
         ready(page)
         page.screenshot(path=ROOT / "docs/studio.png")
-        page.context.close()
+    page.context.close()
+    server.end()
 
 
 def test_the_picture_in_the_readme_is_small() -> None:

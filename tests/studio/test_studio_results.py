@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from studio_kit import EVIL, HOME, PORT, TOKEN, write_model
+from studio_kit import EVIL, HOME, PORT, TOKEN, answered, write_model
 
 from weightsmith.cli.main import main
 from weightsmith.studio.app import build
-from weightsmith.studio.jobs import Job, Jobs
+from weightsmith.studio.jobs import Jobs
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +58,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClien
         assert {job.state for job in jobs.all()} == {"finished"}
         yield client, folder
     patch.undo()
-
-
-def answered(job: Job, text: str | None = None) -> None:
-    """Run the command of a job, or let it have answered a text."""
-    code, out = 0, io.StringIO(text)
-    if text is None:
-        with redirect_stdout(out):
-            code = main(list(job.words))
-    (job.folder / "out").write_text(out.getvalue())
-    (job.folder / "done").write_text(json.dumps({"code": code, "ended": 0}))
 
 
 @pytest.fixture(autouse=True)
