@@ -347,6 +347,7 @@ def filled(folder: Path) -> Path:
         jobs.add(words, "4 merges of blend.yaml", {"out": "grid", "grid": sets, "recipe": "blend.yaml"}),
     ):
         answered(job)
+    assert {job.state for job in jobs.all()} == {"finished"}
     for models, prompt in ((["models/math", "merged"], "2 and 2 make"), ([f"grid/{n}" for n in expand(sets)], "")):
         report = {"models": {name: {"perplexity": 9.5 + i, "bits_per_byte": 1.25} for i, name in enumerate(models)},
                   "problems": [], "notes": [], "answers": dict.fromkeys(models, f"4 {EVIL}")}  # fmt: skip
@@ -368,8 +369,9 @@ def test_every_page_at_two_widths_in_light_and_dark(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Screenshots for people; and no page is wider than a telephone, or too pale to read."""
-    monkeypatch.chdir(filled(tmp_path / "home"))
-    server = Server(tmp_path / "home")
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    server = Server(filled(tmp_path / "home"))
     page = opened(browser, server)
     SHOTS.mkdir(exist_ok=True)
     for name, path in PAGES.items():
