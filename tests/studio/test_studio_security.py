@@ -215,6 +215,15 @@ def test_names_that_no_file_can_have_are_a_problem(client: TestClient, page: str
     assert "too long for a file" in answer.text
 
 
+def test_a_page_names_no_evaluator(client: TestClient) -> None:
+    """What scores models is code: it is named where the studio is started, and by nothing that a page sends."""
+    form = {"a": "models/base", "b": "models/math", "score": "yes", "evaluator": "evil.py"}
+    answer = client.post("/compare", data=form)
+    assert answer.status_code == 400
+    assert "no evaluator was named" in answer.text
+    assert "Nothing has run yet" in client.get("/run").text
+
+
 def test_digits_that_are_no_numbers(client: TestClient, folder: Path) -> None:
     (folder / ".weightsmith-studio/jobs/²").mkdir()  # '²'.isdigit()
     assert client.get("/model", params={"path": "models/base", "first": "²"}).status_code == 200

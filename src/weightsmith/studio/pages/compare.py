@@ -20,7 +20,7 @@ from weightsmith.studio.measured import check_words, measured, prompted
 from weightsmith.studio.shelf import shelf
 from weightsmith.studio.tables import Table
 
-__all__ = ["ask", "every", "one", "start"]
+__all__ = ["ask", "every", "one", "scoring", "start"]
 
 _LIMIT, _PROMPT = 500_000_000, 20_000
 
@@ -43,13 +43,14 @@ def start(studio: Studio, asked: Asked) -> Any:
     for name in names:
         for one in studio.places.strangers([name], studio.places.home):
             raise SourceError(f"{one!r} leads out of the folders that the studio was started with")
+    wished = _wished(studio, asked, names)
     first, *others = names
     made: Job | None = None
     for other in others:
         about = {"a": first, "b": other, **({"beside": made.id} if made is not None else {})}
         made = studio.jobs.add(["diff", first, other, "--json"], f"{first} and {other}", about)
     if asked("check") or asked("prompt").strip() or asked("score"):
-        _measure(studio, asked, names)
+        _measure(studio, wished)
     assert made is not None
     return go(f"/compare/{made.id}", asked)
 
@@ -84,18 +85,29 @@ def one(studio: Studio, asked: Asked) -> Any:
 def ask(studio: Studio, asked: Asked) -> Any:
     """Queue a measurement of the models of a comparison: a prompt, or the user's evaluator."""
     job = _comparison(studio, asked.path["id"])
-    _measure(studio, asked, _names(_pair(studio, job)))
+    _measure(studio, _wished(studio, asked, _names(_pair(studio, job))))
     return go(f"/compare/{job.id}", asked)
 
 
-def _measure(studio: Studio, asked: Asked, names: list[str]) -> None:
+def _wished(studio: Studio, asked: Asked, names: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command that measures some models as a page asks for it, and what the queue notes of it."""
     prompt = asked("prompt").strip()
     if len(prompt) > _PROMPT:
         raise RecipeError(f"the prompt has {len(prompt):,} letters; at most {_PROMPT:,} are asked here")
-    evaluator = studio.evaluator if asked("score") else ""
-    words = check_words(names, prompt, bool(asked("chat")), evaluator)
-    about = {"out": names[0], "beside": names[1:], "prompt": prompt}
-    studio.jobs.add(words, f"measure {', '.join(names)}", about)
+    words = check_words(names, prompt, bool(asked("chat")), scoring(studio, asked))
+    return words, {"out": names[0], "beside": names[1:], "prompt": prompt}
+
+
+def _measure(studio: Studio, wished: tuple[list[str], dict[str, Any]]) -> None:
+    words, about = wished
+    studio.jobs.add(words, f"measure {', '.join([about['out'], *about['beside']])}", about)
+
+
+def scoring(studio: Studio, asked: Asked) -> str:
+    """The user's evaluator if a page asks for scores, else ''."""
+    if asked("score") and not studio.evaluator:
+        raise RecipeError("no evaluator was named; start the studio with --evaluator score.py")
+    return studio.evaluator if asked("score") else ""
 
 
 def _comparison(studio: Studio, number: str) -> Job:

@@ -16,6 +16,7 @@ from weightsmith.studio.drafts import Drafts
 from weightsmith.studio.form import parameters_of, stages_of
 from weightsmith.studio.jobs import Job
 from weightsmith.studio.measured import Measured, check_words, measured
+from weightsmith.studio.pages.compare import scoring
 from weightsmith.studio.pages.recipe import out_of, saved
 from weightsmith.studio.recipes import look
 from weightsmith.studio.shelf import shelf
@@ -138,7 +139,7 @@ def score(studio: Studio, asked: Asked) -> Any:
     there = [name for name in shown if studio.places.inside(name).is_dir()]
     if not there:
         raise RecipeError("none of the merges is there; run the grid again")
-    evaluator = studio.evaluator if asked("score") else ""
+    evaluator = scoring(studio, asked)
     about = {"out": there[0], "beside": there[1:], "of": job.id}
     studio.jobs.add(check_words(there, "", False, evaluator), f"measure {len(there)} merges", about)
     return go(f"/grid/{job.id}", asked)
