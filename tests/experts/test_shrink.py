@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experts.mixture_models import EXPERTS, FAMILIES, IDS, edited, logits, mixture_saved
+from weightsmith import Recipe
+from weightsmith.cli.main import main
 from weightsmith.core.errors import PlanError, SourceError
 from weightsmith.experts import mapped, smaller
 from weightsmith.experts.clusters import WAYS
@@ -19,6 +21,7 @@ from weightsmith.experts.maps import read_map
 from weightsmith.experts.shrink import rerun, shrink
 from weightsmith.experts.smaller import Shrinking
 from weightsmith.io.package.manifest import verify_folder
+from weightsmith.jobs.compress import compress, restore
 from weightsmith.observe.collect import observe
 
 ROWS = [torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(4)]
@@ -289,6 +292,33 @@ def test_the_same_bytes_whatever_the_blocks(
     assert (tmp_path / "small" / "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_mc_smoe_is_the_merge_and_then_the_codec(
+    family: str, models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """One command gives what merging, and compressing the folder it wrote, give: the same restored bytes."""
+    model, stats = models(family)
+    made = shrink(asked(model, stats, "mc_smoe", ratio=0.3, rows=0.2), tmp_path / "coded")
+    assert made.storage is not None
+    assert 0 < made.storage.error["model"] < 1
+    assert verify_folder(tmp_path / "coded") == []
+    assert main(["verify", str(tmp_path / "coded"), "--rerun"]) == 0
+    restore(tmp_path / "coded", "model", tmp_path / "full")
+    shrink(asked(model, stats, "m_smoe"), tmp_path / "merged")
+    rule = {"match": "*.experts.*", "method": {"losparse": {"ratio": 0.3, "rows": 0.2}}}
+    rules = [{"match": "*bias", "method": "exact"}, rule] if family == "gpt_oss" else [rule]
+    recipe = {"models": {"model": str(tmp_path / "merged")}, "method": "exact", "rules": rules}
+    compress(Recipe.model_validate(recipe), tmp_path / "two")
+    restore(tmp_path / "two", "model", tmp_path / "full2")
+    one, two, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("full", "full2", "merged"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert any(not torch.equal(one[n], plain[n]) for n in one)
+    assert torch.isfinite(logits(tmp_path / "full", IDS)).all()
+    mapped_again = mapped.load(tmp_path / "full", coded=tmp_path / "coded", dtype=torch.float32)
+    assert torch.isfinite(mapped_again(IDS).logits).all()
+
+
 def test_a_bfloat16_model_stays_one(models: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """Single experts keep their bits; merged ones are rounded once."""
     model = mixture_saved(tmp_path / "m", "qwen3_moe")
@@ -341,7 +371,8 @@ def test_blocks_beyond_the_counted_are_refused_or_dropped(tmp_path: Path) -> Non
         ("mixtral", {"keep": 1.5}, r"keep = 1.5 is outside \(0, 1\)"),
         ("mixtral", {"keep": 0.5, "experts": 4}, "one of the two"),
         ("mixtral", {"by": "repa"}, "by = 'repa' is not known; did you mean 'reap'"),
-        ("mixtral", {"by": "mc_smoe"}, "two steps: shrink --by m_smoe, then compress .* losparse"),
+        ("mixtral", {"by": "mc_smoe", "ratio": 1.5}, r"ratio = 1.5 is outside \(0, 1\]"),
+        ("mixtral", {"by": "m_smoe", "rows": 0.2}, "rows: of the factors that mc_smoe stores; m_smoe has none"),
         ("mixtral", {"rank": 2}, "rank is for merged experts; reap merges none"),
         ("mixtral", {"by": "sub_moe", "whiten": True}, "give a rank"),
         ("mixtral", {"budget": "globl"}, "budget = 'globl' is not known"),

@@ -55,6 +55,8 @@ def _problems(place: Path | Url, rerun: bool) -> list[str]:
 
     problems = list(verify_folder(place))
     if rerun:
-        maker = importlib.import_module(f"weightsmith.{_MAKERS.get(read_manifest(place)['kind'], 'jobs.verify')}")
+        made = read_manifest(place)
+        kind = "shrunk" if "shrink" in made["recipe"] else made["kind"]  # those of mc_smoe are compressed folders
+        maker = importlib.import_module(f"weightsmith.{_MAKERS.get(kind, 'jobs.verify')}")
         problems += maker.rerun(place)
     return problems

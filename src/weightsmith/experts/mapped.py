@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(folder: str | Path, **options: Any) -> nn.Module:
+def load(folder: str | Path, *, coded: str | Path | None = None, **options: Any) -> nn.Module:
     """The model in a folder that `moe shrink` has written, in eval mode.
 
+    coded    the compressed folder that `folder` was restored from, which holds the map
     options  of transformers' from_pretrained, as dtype; default: the stored dtype
 
     Every expert of the original is still chosen by its own row and answered by the one that it was merged into; two
@@ -36,7 +37,7 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
     except ModuleNotFoundError:
         raise MissingExtra("transformers", "models", "running a model") from None
     place = Path(folder)
-    known = read_map(place)
+    known = read_map(place if coded is None else Path(coded))
     unlike = len(set(known.counts.values())) > 1
     if unlike:
         options["ignore_mismatched_sizes"] = True

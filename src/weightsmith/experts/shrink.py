@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,17 @@ from weightsmith.core.errors import OutputError, PlanError
 from weightsmith.core.problem import Code, Problem
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.engine.runner import one_thread_each
-from weightsmith.experts.clusters import WAYS
 from weightsmith.experts.maps import write_map
-from weightsmith.experts.smaller import NAME, Shrinking, Smaller, smaller
+from weightsmith.experts.smaller import CODED, NAME, Shrinking, Smaller, smaller
 from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, model_card
 from weightsmith.io.package.companions import copy_companions
 from weightsmith.io.package.manifest import read_manifest
+from weightsmith.io.read.codec_folder import WEIGHTS
 from weightsmith.io.url import Url
+from weightsmith.jobs.compress import noted, stored
 from weightsmith.jobs.job import Job, Records, Result
+from weightsmith.jobs.package import treatments
 from weightsmith.jobs.verify import differences
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
@@ -27,6 +30,7 @@ from weightsmith.recipe.schema import ModelRef, Recipe, StageSpec
 __all__ = ["KIND", "rerun", "shrink"]
 
 KIND = "shrunk"
+_STORED = ", then stored as low-rank products and the rows that those miss most"
 
 
 def shrink(asked: Shrinking | Smaller, out: Path, settings: Settings = DEFAULT, **options: object) -> Result:
@@ -40,7 +44,11 @@ def shrink(asked: Shrinking | Smaller, out: Path, settings: Settings = DEFAULT, 
     """
     settings = settings.but(**options)
     made = asked if isinstance(asked, Smaller) else smaller(asked)
-    return job(made, settings, out).run(out, settings)
+    work = job(made, settings, out)
+    result = work.run(out, settings)
+    if made.asked.by != CODED:
+        return result
+    return replace(result, storage=stored(work, read_manifest(result.out)["codec"]))
 
 
 def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
@@ -58,18 +66,35 @@ def rerun(out: Path | Url, settings: Settings = DEFAULT) -> list[str]:
 
 
 def job(made: Smaller, settings: Settings, out: Path | None = None) -> Job:
-    """Copying the smaller mixture's source: planned and carried out as any merge."""
+    """Copying the smaller mixture's source, or encoding it: planned and carried out as any merge."""
+    coded = made.asked.by == CODED
     recipe = Recipe(models={NAME: ModelRef(model=NAME)}, method=(StageSpec(name="keep"),))
-    plan = make_plan(recipe, settings.but(device="cpu"), sources=made.inputs, out=out, strict=out is None)
+    if coded:
+        rule = {"match": _matrices(made), "method": {"losparse": made.asked.codec}}
+        recipe = Recipe.model_validate({"models": {NAME: NAME}, "method": "exact", "rules": [rule]})
+    settings = settings.but(device="cpu")
+    plan = make_plan(recipe, settings, sources=made.inputs, out=out, strict=out is None, encode=coded)
     return Job(
         made.inputs,
         replace(plan, warnings=(*made.warnings, *plan.warnings)),
         partial(_package, made),
+        weights=WEIGHTS if coded else "model",
         recipe=made.asked.recipe,
         parents={NAME: made.original},
         identify=made.inputs.fingerprints,
         ready=partial(_ready, made),
     )
+
+
+def _matrices(made: Smaller) -> list[str]:
+    """Globs of the experts' matrices, without their biases."""
+    found = [
+        layer.stack.of(0, word)
+        for layer in made.layers
+        for word in layer.stack.parts
+        if len(layer.stack.key(made.original, word).shape) == 2
+    ]
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found))
 
 
 def _ready(made: Smaller) -> list[Problem]:
@@ -87,7 +112,7 @@ def _ready(made: Smaller) -> list[Problem]:
 
 def _package(made: Smaller, job: Job, records: Records, folder: Path) -> None:
     """Write config, companion files, map, model card and weightsmith.json."""
-    origin = made.original.origin
+    origin, coded = made.original.origin, made.asked.by == CODED
     assert origin.folder is not None
     copied = copy_companions(origin.folder, folder, origin.files)
     write_file(folder / "config.json", made.config)
@@ -101,7 +126,7 @@ def _package(made: Smaller, job: Job, records: Records, folder: Path) -> None:
         title=folder.name if folder.name != "files" else "Mixture with fewer experts",
         models=[CardModel(NAME)],
         base=None,
-        method=f"{words}: {WAYS[made.asked.by].purpose}.",
+        method=f"{words}: {made.asked.way.purpose}{_STORED if coded else ''}.",
         recipe=job.recipe,
         licences=job.licences(),
         version=__version__,
@@ -111,4 +136,6 @@ def _package(made: Smaller, job: Job, records: Records, folder: Path) -> None:
     made_by = {name: made.source.story(name) for name in made.source.keys}
     companions = {"files": copied.files, "modules": copied.modules, "left": copied.left}
     experts = {name: list(counts) for name, counts in made.counts.items()}
-    job.manifest(folder, records, KIND, made_by, companions=companions, experts=experts)
+    more = {"codec": noted(job, records)} if coded else {}
+    made_by = treatments(job.plan) if coded else made_by
+    job.manifest(folder, records, "codec" if coded else KIND, made_by, companions=companions, experts=experts, **more)

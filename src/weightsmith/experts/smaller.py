@@ -12,7 +12,7 @@ import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError, did_you_mean, problems_of
 from weightsmith.core.problem import Code, Problem
-from weightsmith.experts.clusters import WAYS, Seen, grouped
+from weightsmith.experts.clusters import WAYS, Seen, Way, grouped
 from weightsmith.experts.grouping import budget
 from weightsmith.experts.shrunk import Layer, ShrunkSource
 from weightsmith.experts.stacks import Stack, expert_scope, stacks_of
@@ -25,10 +25,12 @@ from weightsmith.io.read.stats import StatsSource
 from weightsmith.io.read.views import JoinedSource
 from weightsmith.plan.remarks import foreign_statistics
 
-__all__ = ["NAME", "Shrinking", "Smaller", "smaller"]
+__all__ = ["CODED", "NAME", "Shrinking", "Smaller", "smaller"]
 
 NAME = "model"
 """What the larger model is called in recipes and fingerprints."""
+CODED = "mc_smoe"
+"""The way whose result is a compressed folder."""
 _FIELDS = ("counts", "saliency", "logits_gram", "outputs_cosine", "means_gram", "gated_means_gram")
 _BLOCK = 32
 
@@ -38,13 +40,14 @@ class Shrinking:
     """What is asked for.
 
     stats    folders that `observe --stat routing` has written; together they know every layer
-    by       see `clusters.WAYS`
+    by       see `clusters.WAYS`; 'mc_smoe' merges as 'm_smoe' does and stores experts by the codec `losparse`
     experts  how many each layer keeps; or `keep`, a share of them
     budget   'layer': as many in each; 'global': so many on average, more where usage is spread
     align    put hidden units of experts in one order before averaging
     rank     project merged matrices on the leading directions of their group (Sub-MoE); None: all
     whiten   count those directions by what the experts read, from the statistic `routed`
     mtp      'refuse' or 'drop' blocks that predict further tokens: transformers does not run them, so nothing is known
+    ratio    of 'mc_smoe': share of numbers in the low-rank factors;  rows: share of rows kept beside them
     """
 
     model: str
@@ -57,6 +60,19 @@ class Shrinking:
     rank: int | None = None
     whiten: bool = False
     mtp: str = "refuse"
+    ratio: float | None = None
+    rows: float | None = None
+
+    @property
+    def way(self) -> Way:
+        """How experts are grouped."""
+        return WAYS["m_smoe" if self.by == CODED else self.by]
+
+    @property
+    def codec(self) -> dict[str, float]:
+        """Parameters of the codec, of 'mc_smoe', that are not its defaults."""
+        given = {"ratio": self.ratio, "rows": self.rows}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -76,11 +92,18 @@ class Shrinking:
         def say(where: str, text: str) -> None:
             found.append(Problem(Code.VALUE, where, text))
 
-        if self.by == "mc_smoe":
-            text = "mc_smoe is two steps: shrink --by m_smoe, then compress the experts of the result with losparse"
-            say("by", text)
-        elif self.by not in WAYS:
-            say("by", f"by = {self.by!r} is not known{did_you_mean(self.by, WAYS)}; known: {', '.join(WAYS)}")
+        ways = (*WAYS, CODED)
+        if self.by not in ways:
+            say("by", f"by = {self.by!r} is not known{did_you_mean(self.by, ways)}; known: {', '.join(ways)}")
+        if self.by != CODED and self.codec:
+            say(
+                next(iter(self.codec)),
+                f"{' and '.join(self.codec)}: of the factors that {CODED} stores; {self.by} has none",
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            say("ratio", f"ratio = {self.ratio:g} is outside (0, 1]")
+        if self.rows is not None and not 0 <= self.rows <= 1:
+            say("rows", f"rows = {self.rows:g} is outside [0, 1]")
         if (self.experts is None) == (self.keep is None):
             say("experts", "say how many experts each layer keeps, or keep, a share of them: one of the two")
         if self.experts is not None and self.experts < 1:
@@ -89,7 +112,7 @@ class Shrinking:
             say("keep", f"keep = {self.keep:g} is outside (0, 1)")
         if self.rank is not None and self.rank < 1:
             say("rank", f"rank = {self.rank} must be at least 1")
-        if self.rank is not None and self.by in WAYS and WAYS[self.by].prunes:
+        if self.rank is not None and self.by in WAYS and self.way.prunes:
             say("rank", f"rank is for merged experts; {self.by} merges none")
         if self.whiten and self.rank is None:
             say("whiten", "whiten chooses the directions that a rank keeps; give a rank")
@@ -173,8 +196,8 @@ def smaller(asked: Shrinking, given: Source | None = None) -> Smaller:
     layers = [
         Layer(
             stack,
-            grouped(WAYS[asked.by], seen[stack.name], count, limits.parts),
-            mean=WAYS[asked.by].router == "mean",
+            grouped(asked.way, seen[stack.name], count, limits.parts),
+            mean=asked.way.router == "mean",
             rank=asked.rank,
             moments=f"{stack.name}.inputs",
         )
@@ -323,7 +346,7 @@ def _counts(asked: Shrinking, seen: Mapping[str, Seen], wanted: int, limits: _Li
     """Experts of each layer."""
     if asked.budget == "layer":
         return [wanted] * len(seen)
-    weights = [s.usage if WAYS[asked.by].weight == "usage" else s.saliency / max(s.saliency.sum(), 1e-300)
+    weights = [s.usage if asked.way.weight == "usage" else s.saliency / max(s.saliency.sum(), 1e-300)
                for s in seen.values()]  # fmt: skip
     return budget(weights, wanted * len(seen), limits.least)
 
@@ -367,7 +390,7 @@ def _warnings(
     elif any(layer.merges and layer.mean for layer in layers):
         text = "the router's rows are averaged, so that the folder loads everywhere; "
         say(Code.FIT, "router", f"{text}weightsmith.experts.mapped.load maps the choices of the original rows instead")
-    if asked.by in ("m_smoe", "mc_smoe") and 2 * sum(counts) <= limits.count * len(counts):
+    if asked.by in ("m_smoe", CODED) and 2 * sum(counts) <= limits.count * len(counts):
         say(Code.FOUND, "by", "merging by router logits is known to collapse at half of the experts without training "
                               "(Mixtral: perplexity 854, published); try sub_moe, hc_smoe or reap")  # fmt: skip
     if odd := next((width for width in limits.widths if width % _BLOCK), None):

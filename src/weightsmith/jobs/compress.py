@@ -25,7 +25,7 @@ from weightsmith.jobs.merge import run
 from weightsmith.jobs.package import treatments
 from weightsmith.recipe.schema import ModelRef, Recipe
 
-__all__ = ["compress", "restore"]
+__all__ = ["compress", "noted", "restore", "stored"]
 
 
 def compress(
@@ -52,11 +52,11 @@ def compress(
     settings = settings.but(**options)
     packager = partial(_package, accept_loss=accept_loss)
     job = Job.planned(recipe, settings, packager, out=out, sources=sources, encode=True, weights=WEIGHTS)
-    idle = [] if job.plan.problems else _saves_nothing(_storage(job, {}))
+    idle = [] if job.plan.problems else _saves_nothing(stored(job, {}))
     if idle and not accept_loss:
         raise PlanError(idle)
     made = job.run(out, settings)
-    storage = _storage(job, read_manifest(made.out)["codec"])
+    storage = stored(job, read_manifest(made.out)["codec"])
     return replace(made, storage=storage, warnings=(*made.warnings, *idle))
 
 
@@ -109,10 +109,20 @@ def restore(
 
 def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> None:
     """Write weightsmith.json.  The base's companion files stay with the base; those of one model alone go along."""
+    (_, reference), *_ = job.inputs.models
+    if job.inputs.base is None and reference.origin.folder is not None:
+        copy_companions(reference.origin.folder, folder, reference.origin.files)
+    about = noted(job, records)
+    if not accept_loss:
+        _refuse_worse_than_nothing(job.plan.tasks, about["error"])
+    more = {"seed": job.plan.recipe.seed, "codec": about, "device": job.plan.device or None}
+    job.manifest(folder, records, "codec", treatments(job.plan), **more)
+
+
+def noted(job: Job, records: Records) -> dict[str, Any]:
+    """What weightsmith.json says under 'codec': how to read the folder, and what of each expert is lost."""
     plan, inputs = job.plan, job.inputs
     (_, reference), *_ = inputs.models
-    if inputs.base is None and reference.origin.folder is not None:
-        copy_companions(reference.origin.folder, folder, reference.origin.files)
     encoded = {task.key.name: codec for task in plan.tasks if task.pipeline and (codec := task.pipeline.codec)}
     about = describe(reference, _path(plan.recipe.base), inputs.experts, encoded, alone=inputs.base is None)
     found: dict[str, list[Any]] = {}
@@ -120,10 +130,7 @@ def _package(job: Job, records: Records, folder: Path, accept_loss: bool) -> Non
         if lost := records[task.id].get("lost"):
             found.setdefault(task.key.name, []).append(lost)
     about["error"], about["errors"] = errors({name: added(pieces) for name, pieces in found.items()})
-    if not accept_loss:
-        _refuse_worse_than_nothing(plan.tasks, about["error"])
-    more = {"seed": plan.recipe.seed, "codec": about, "device": plan.device or None}
-    job.manifest(folder, records, "codec", treatments(plan), **more)
+    return about
 
 
 def _saves_nothing(storage: Storage) -> list[Problem]:
@@ -164,7 +171,7 @@ def _path(ref: ModelRef | None) -> str:
     return str(place.resolve()) if place.exists() else ref.model
 
 
-def _storage(job: Job, noted: Mapping[str, Any]) -> Storage:
+def stored(job: Job, noted: Mapping[str, Any]) -> Storage:
     """Of a finished job, with what weightsmith.json notes under `codec`."""
     found = [(expert, name, error) for name, own in noted.get("errors", {}).items() for expert, error in own.items()]
     size = {name: sum(key.nbytes for key in source.keys.values()) for name, source in job.inputs.models}

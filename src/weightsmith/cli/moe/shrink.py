@@ -18,7 +18,7 @@ def shrink(
     /,
     *,
     stats: Annotated[tuple[str, ...], Parameter(help="Folder that observe --stat routing wrote; may be repeated.")],
-    by: Annotated[str, Parameter(help="reap, m_smoe, sub_moe, hc_smoe or ream.", show_default=True)] = "reap",
+    by: Annotated[str, Parameter(help="reap, m_smoe, mc_smoe, sub_moe, hc_smoe or ream.", show_default=True)] = "reap",
     experts: Annotated[int | None, Parameter(help="How many experts each layer keeps.")] = None,
     keep: Annotated[float | None, Parameter(help="Or which share of them, as 0.75.")] = None,
     budget: Annotated[
@@ -27,6 +27,8 @@ def shrink(
     skip_align: Annotated[bool, Parameter(help="Average without putting hidden units into one order.")] = False,
     rank: Annotated[int | None, Parameter(help="Project merged matrices on so many directions of their group.")] = None,
     whiten: Annotated[bool, Parameter(help="Count those directions by inputs (needs the statistic routed).")] = False,
+    ratio: Annotated[float | None, Parameter(help="Of mc_smoe: share of numbers in low-rank factors (0.15).")] = None,
+    rows: Annotated[float | None, Parameter(help="Of mc_smoe: share of rows kept beside them (0.1).")] = None,
     mtp: Annotated[
         Literal["refuse", "drop"], Parameter(help="Blocks that predict further tokens.", show_default=True)
     ] = "refuse",
@@ -38,9 +40,9 @@ def shrink(
     """Give a mixture fewer experts: leave out the least important ones, or merge those that are alike."""
     from weightsmith.cli.shown.mixture import fewer, preview_fewer
     from weightsmith.experts.shrink import shrink as run
-    from weightsmith.experts.smaller import Shrinking, smaller
+    from weightsmith.experts.smaller import CODED, NAME, Shrinking, smaller
 
-    found = smaller(Shrinking(model, stats, by, experts, keep, budget, not skip_align, rank, whiten, mtp))
+    found = smaller(Shrinking(model, stats, by, experts, keep, budget, not skip_align, rank, whiten, mtp, ratio, rows))
     if dry_run:
         preview_fewer(found, json)
         return
@@ -48,4 +50,6 @@ def shrink(
         say(fewer(found))
     with progress_bar("shrinking", quiet=quiet or json) as progress:
         result = run(found, out, settings, progress=progress)
-    summary(result, json=json, quiet=quiet, next_step=f'"weightsmith check {out}" sees whether it works')
+    restores = f'"weightsmith restore {out} OUT --expert {NAME}" gives a model that transformers loads'
+    works = f'"weightsmith check {out}" sees whether it works'
+    summary(result, json=json, quiet=quiet, next_step=restores if by == CODED else works)
