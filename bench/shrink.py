@@ -48,9 +48,10 @@ def make(folder: Path) -> None:
     save_file(stats, folder / "stats" / "routing.safetensors", notes)
 
 
-def copied(folder: Path) -> float:
-    """Seconds to read the model and write as much of it as is kept, down to the disk."""
-    began, room = time.perf_counter(), int(sum(f.stat().st_size for f in (folder / "model").iterdir()) * KEPT / EXPERTS)
+def copied(folder: Path) -> tuple[float, float]:
+    """Seconds to read the model and write as much of it as is kept, down to the disk; and of processors."""
+    began, before = time.perf_counter(), time.process_time()
+    room = int(sum(f.stat().st_size for f in (folder / "model").iterdir()) * KEPT / EXPERTS)
     with (folder / "copy").open("wb") as out:
         for file in sorted((folder / "model").glob("*.safetensors")):
             with file.open("rb") as source:
@@ -59,7 +60,7 @@ def copied(folder: Path) -> float:
                     room -= min(room, len(block))
         out.flush()
         os.fsync(out.fileno())
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began, time.process_time() - before
     (folder / "copy").unlink()
     return seconds
 
@@ -76,8 +77,10 @@ def main() -> None:
             words = ("moe", "shrink", str(folder / "model"), str(folder / "out"), "--stats", str(folder / "stats"))
             words = (*words, "--experts", str(KEPT), "--overwrite", "--quiet", *more)
             used = min((measure([sys.executable, "-m", "weightsmith", *words]) for _ in range(2)), key=lambda u: u.wall)
-            print(f"{name:20} {used.wall:5.1f} s ({used.cpu:.1f} s of processors), {used.wall / floor:5.2f} x reading "
-                  f"and writing ({floor:.1f} s), {used.rss / 1e6:.0f} MB")  # fmt: skip
+            ratios = used.wall / floor[0], used.cpu / floor[1]
+            print(f"{name:20} {used.wall:5.1f} s ({used.cpu:.1f} s of processors, its start too), reading and writing "
+                  f"{floor[0]:.1f} s ({floor[1]:.1f} s): {ratios[0]:.2f} ({ratios[1]:.2f}) x, "
+                  f"{used.rss / 1e6:.0f} MB")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -315,6 +315,10 @@ def test_unknown_layouts_are_refused_by_name(llama: Path, tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     with pytest.raises(SourceError, match="is quantised"):
         lock(folder, tmp_path / "out", tmp_path / "key")
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="no attention and no MLP whose layout is known"):
+        lock(folder, tmp_path / "out", tmp_path / "key")
     assert not (tmp_path / "key").exists()
 
 

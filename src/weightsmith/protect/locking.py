@@ -73,6 +73,8 @@ def refuse(source: Source, found: Bases, known: Known, parts: Iterable[str], mod
         how = "choose --parts or --modules without it"
         raise PlanError([f"{source} cannot be locked: the layout of {text}; {how}" for text in texts])
     names = [one.module for one in found.all]
+    if not names:
+        raise SourceError(f"{source}: no attention and no MLP whose layout is known, so there is nothing to lock")
     if not any(_named(name, globs) for name in names):
         raise SourceError(f"{source}: no attention and no MLP is called {' or '.join(globs)}; it has {some(names)}")
 
