@@ -38,18 +38,15 @@ def shrink(
     quiet: Quiet = False,
 ) -> None:
     """Give a mixture fewer experts: leave out the least important ones, or merge those that are alike."""
-    from weightsmith.cli.shown.mixture import fewer, preview_fewer
+    from weightsmith.cli.shown.mixture import fewer, next_of, preview_fewer
     from weightsmith.experts.shrink import shrink as run
-    from weightsmith.experts.smaller import CODED, NAME, Shrinking, smaller
+    from weightsmith.experts.smaller import Shrinking, smaller
 
     found = smaller(Shrinking(model, stats, by, experts, keep, budget, not skip_align, rank, whiten, mtp, ratio, rows))
     if dry_run:
-        preview_fewer(found, json)
-        return
+        return preview_fewer(found, json)
     if not json and not quiet:
         say(fewer(found))
     with progress_bar("shrinking", quiet=quiet or json) as progress:
         result = run(found, out, settings, progress=progress)
-    restores = f'"weightsmith restore {out} OUT --expert {NAME}" gives a model that transformers loads'
-    works = f'"weightsmith check {out}" sees whether it works'
-    summary(result, json=json, quiet=quiet, next_step=restores if by == CODED else works)
+    summary(result, json=json, quiet=quiet, next_step=next_of(found, out))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from weightsmith.experts.smaller import Smaller
     from weightsmith.moe.draft import Draft
 
-__all__ = ["calibrated", "fewer", "preview", "preview_fewer", "sizes"]
+__all__ = ["calibrated", "fewer", "next_of", "preview", "preview_fewer", "sizes"]
 
 
 def sizes(draft: Draft) -> str:
@@ -54,6 +54,15 @@ def fewer(found: Smaller) -> str:
         f"{found.asked.by}: {after} of {before} experts in {len(found.counts)} layers, {found.chosen} per token; "
         f"{size(now)} (the model has {size(was)})"
     )
+
+
+def next_of(found: Smaller, out: object) -> str:
+    """What to do with the folder that was written."""
+    from weightsmith.experts.smaller import CODED, NAME
+
+    if found.asked.by == CODED:
+        return f'"weightsmith restore {out} OUT --expert {NAME}" gives a model that transformers loads'
+    return f'"weightsmith check {out}" sees whether it works'
 
 
 def preview_fewer(found: Smaller, json: bool) -> None:
