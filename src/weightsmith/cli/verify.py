@@ -54,9 +54,7 @@ def _problems(place: Path | Url, rerun: bool) -> list[str]:
     from weightsmith.io.package.manifest import read_manifest, verify_folder
 
     problems = list(verify_folder(place))
-    if rerun:
-        made = read_manifest(place)
-        kind = "shrunk" if "shrink" in made["recipe"] else made["kind"]  # those of mc_smoe are compressed folders
-        maker = importlib.import_module(f"weightsmith.{_MAKERS.get(kind, 'jobs.verify')}")
-        problems += maker.rerun(place)
+    if rerun:  # those of mc_smoe are compressed folders, made by shrink
+        kind = "shrunk" if "shrink" in (made := read_manifest(place))["recipe"] else made["kind"]
+        problems += importlib.import_module(f"weightsmith.{_MAKERS.get(kind, 'jobs.verify')}").rerun(place)
     return problems
