@@ -23,7 +23,7 @@ __all__ = ["study"]
 SEEDS, STEPS = (0,), 80
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATES: Mapping[str, tuple[float, ...]] = {
-    "svfit": (3e-2, 1e-1), "lora": (3e-3, 1e-2), "full": (1e-3,)
+    "svfit": (3e-2, 1e-1, 3e-1), "lora": (3e-3, 1e-2, 3e-2, 1e-1), "full": (1e-3,)
 }  # fmt: skip
 
 

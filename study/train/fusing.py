@@ -34,6 +34,7 @@ GATES = {
     "least loss alone (top-1)": {"gate": "min_ce"},
     "softmax of the losses": {"gate": "avg_ce"},
     "trained gate": {"gate": {"trained": {"lr": 0.01}}},
+    "trained gate, a tenth of the balance": {"gate": {"trained": {"lr": 0.01}}, "feedback_weight": 0.05},
     "trained gate, no balance": {"gate": {"trained": {"lr": 0.01}}, "feedback_weight": 0.0},
 }
 

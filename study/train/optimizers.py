@@ -23,7 +23,7 @@ from weightsmith.train.optim.projector import tall
 
 __all__ = ["SubspaceAdamW", "study"]
 
-RANK, STEPS, RATES, SEEDS = 16, 200, (2e-3, 5e-3), (0,)
+RANK, STEPS, RATES, SEEDS = 16, 200, (1e-3, 2e-3, 5e-3), (0,)
 Vectors = Callable[[Tensor, int], Tensor]
 """A gradient [n, N] and the number of a choice -> directions [N, RANK]."""
 
