@@ -388,9 +388,10 @@ def test_every_page_at_two_widths_in_light_and_dark(
                     page.screenshot(path=SHOTS / f"{name}-{size['width']}-{scheme}.png", full_page=True)
     if os.environ.get("WEIGHTSMITH_PICTURE"):
         page.emulate_media(color_scheme="light")
-        page.set_viewport_size({"width": 1200, "height": 780})
+        page.set_viewport_size({"width": 1200, "height": 980})
         page.goto(server.home + PAGES["recipe"])
         ready(page)
+        page.click("#palette > summary")
         page.screenshot(path=ROOT / "docs/studio.png")
     page.context.close()
     server.end()
