@@ -96,3 +96,42 @@ def test_heads_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
         merged(tmp_path, {"up": "up", "down": "down"})
     result = merged(tmp_path, {"up": "up", "down": "down"}, base="", method="linear")
     assert any('id2label is ["no", "yes"] in up, ["yes", "no"] in down' in text for text in texts(result.warnings))
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "prefix"),
+    [
+        (tf.BertModel, tf.BertForTokenClassification, "bert."),
+        (tf.BertModel, tf.BertForQuestionAnswering, "bert."),
+        (tf.ViTModel, tf.ViTForImageClassification, "vit."),
+    ],
+)
+def test_classes_without_the_pooling_layer_of_their_base(base: Any, tuned: Any, prefix: str, tmp_path: Path) -> None:
+    """transformers builds most classes with a head without the pooler that an encoder by itself has."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more: dict[str, Any] = {"image_size": 8, "patch_size": 4} if base is tf.ViTModel else {"vocab_size": 12}
+    config = base.config_class(**sizes, **more)
+    torch.manual_seed(0)
+    encoder = base(config)
+    encoder.save_pretrained(tmp_path / "base")
+    for name in "ab":
+        model = tuned(config)
+        getattr(model, prefix[:-1]).load_state_dict(encoder.state_dict(), strict=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
+    before = [load_file(tmp_path / name / "model.safetensors") for name in ("base", "a", "b")]
+    result = merged(tmp_path, {"a": "a", "b": "b"}, parameters={"lambda": 0.5})
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert {prefix + name for name in before[0]} - {prefix + n for n in after} == {
+        f"{prefix}pooler.dense.weight", f"{prefix}pooler.dense.bias",
+    }  # fmt: skip
+    for name, tensor in after.items():
+        own = name if name in before[1] else prefix + name
+        torch.testing.assert_close(tensor, (before[1][own] + before[2][own]) / 2)
+    assert any(
+        text.endswith("which a and b have: the result has their mean, whatever the method, and no pooler.dense.bias, "
+                      "pooler.dense.weight") for text in texts(result.warnings)
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [tuned.__name__]

@@ -424,3 +424,19 @@ def test_convert_prints_a_recipe_that_does_the_same(models: Path, capsys: pytest
 def test_values_are_set_in_mergekits_words(models: Path) -> None:
     recipe = loads(TIES, "m.yml", ["parameters.density=0.25", "models.1.parameters.weight=2"], models)
     assert to_tree(recipe)["parameters"] == {"weight": 2, "density": 0.25, "aggregate": "mean"}
+
+
+def test_keys_of_recipes_are_set_in_the_translation(models: Path) -> None:
+    """What a message advises (add it to "exclude") must be possible without writing the config anew."""
+    sets = ["exclude=[norm, '*.b']", "seed=3", "output.dtype=float16", "parameters.density=0.25"]
+    recipe = loads(TIES, "m.yml", sets, models)
+    assert (recipe.exclude, recipe.seed, recipe.output.dtype) == (("norm", "*.b"), 3, "float16")
+    assert to_tree(recipe)["parameters"]["density"] == 0.25
+    with pytest.raises(RecipeError, match=r"^--set exclude=3: exclude should be a word or a list of words, is 3$"):
+        loads(TIES, "m.yml", ["exclude=3"], models)
+    with pytest.raises(RecipeError) as caught:
+        loads(TIES + "exclude: [norm]", "m.yml", [], models)
+    assert str(caught.value) == (
+        "m.yml:6:1: unknown key 'exclude' in the config; mergekit has no such key: pass --set exclude=..., or write it "
+        'in what "weightsmith convert" prints'
+    )

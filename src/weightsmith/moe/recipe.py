@@ -80,8 +80,8 @@ class MoeRecipe(Grammar):
     seed: int = Field(default=0, description="of noise and of random routers")
 
     @classmethod
-    def document(cls, documents: Sequence[Document]) -> Document:
-        document = super().document(documents)
+    def document(cls, documents: Sequence[Document], overrides: Sequence[str] = ()) -> Document:
+        document = super().document(documents, overrides)
         tree = document.tree if isinstance(document.tree, dict) else {}
         for wrong in ("method", "merge_method", "models"):
             if wrong in tree and "experts" not in tree:

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.problem import Code, Problem
 from weightsmith.recipe.files import exists, expanded
+from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import Document, Location, plain_scalar, spell
 
 __all__ = ["PYTHON", "Fault", "Grammar", "Reading", "build", "kind_of", "listing", "mapping", "unknown"]
@@ -175,8 +176,10 @@ class Grammar(BaseModel):
     """The field that a value which is no mapping stands for."""
 
     @classmethod
-    def document(cls, documents: Sequence[Document]) -> Document:
-        """The one document of a file, in the words of this model; other dialects are translated here."""
+    def document(cls, documents: Sequence[Document], overrides: Sequence[str] = ()) -> Document:
+        """The one document of a file with `overrides` set, in the words of this model; other dialects are translated."""
+        for text in overrides:
+            override(documents[-1], text)
         if len(documents) > 1:
             raise RecipeError(f"{documents[1].at(())}: a second document begins here; {cls.ROOT} is one")
         return documents[0]

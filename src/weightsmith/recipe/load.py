@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from weightsmith.core.errors import RecipeError
 from weightsmith.recipe.files import expanded, text_of
 from weightsmith.recipe.grammar import Grammar, Reading, build, listing, mapping
-from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import read_all
 from weightsmith.recipe.schema import Recipe
 
@@ -67,10 +66,7 @@ def skeleton(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
     """
     place = expanded(path)
     try:
-        documents = read_all(text_of(place), str(path))
-        for assignment in overrides:
-            override(documents[-1], assignment)
-        tree = mapping(Recipe.document(documents).tree)
+        tree = mapping(Recipe.document(read_all(text_of(place), str(path)), overrides).tree)
     except RecipeError:
         return None
     models = {n: _part(ref, _PLACE) if isinstance(ref, dict) else ref for n, ref in mapping(tree.get("models")).items()}
@@ -120,9 +116,7 @@ class _Loader:
             self.open.pop()
 
     def text(self, kind: type[G], text: str, where: str, folder: Path | None, overrides: Sequence[str]) -> G:
-        documents = read_all(text, where)
-        for assignment in overrides:
-            override(documents[-1], assignment)
+        document = kind.document(read_all(text, where), overrides)
 
         def count() -> None:
             self.recipes += 1
@@ -130,4 +124,4 @@ class _Loader:
                 raise RecipeError(f"{where}: more than {_MAX_NESTED} nested recipes")
 
         reading = Reading(folder, lambda path: self.file(Recipe, expanded(path)), count)
-        return build(kind, kind.document(documents), reading)
+        return build(kind, document, reading)

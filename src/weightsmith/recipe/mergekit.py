@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightsmith.core.errors import RecipeError
@@ -13,6 +13,7 @@ from weightsmith.recipe.mergekit_modules import globs_of
 from weightsmith.recipe.mergekit_schema import Config, Dialect, Part, Reference, Slice, reference
 from weightsmith.recipe.mergekit_values import Level, Window
 from weightsmith.recipe.mergekit_writer import Model, Writer
+from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import Document, Location, Position
 
 __all__ = ["translate"]
@@ -21,19 +22,26 @@ _JOINED = "joined"
 """What a model put together of slices or modules is called."""
 
 
-def translate(documents: Sequence[Document]) -> Document:
+def translate(documents: Sequence[Document], overrides: Sequence[str] = (), native: Collection[str] = ()) -> Document:
     """The native document of a mergekit file.  Of several merges the one without a name is the result, else the one
     that no other uses.
 
+    overrides   values to set: in the config, or in the translation where only recipes have the key
+    native      keys of recipes
+
     Raises RecipeError with every problem, a line each.
     """
+    later = [text for text in overrides if _key(text) in native and _key(text) not in Config.model_fields]
+    for text in overrides:
+        if text not in later:
+            override(documents[-1], text)
     problems: list[Problem] = []
     configs: list[tuple[Document, Config]] = []
     for document in documents:
         if not isinstance(document.tree, Mapping) or "merge_method" not in document.tree:
             raise RecipeError(f"{documents[1].at(())}: a second document begins here; a recipe is one")
         try:
-            configs.append((document, build(Config, document, Dialect.of(document.tree))))
+            configs.append((document, build(Config, document, Dialect.of(document.tree, native))))
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -55,7 +63,15 @@ def translate(documents: Sequence[Document]) -> Document:
         places = ", ".join(str(document.at(())) for document, _ in final) or "none is"
         raise RecipeError(f"{documents[0].where}: one merge must be the result: one without a name, or the only one "
                           f"that no other uses ({places})")  # fmt: skip
-    return _Translation(*final[0], named, ()).document()
+    document = _Translation(*final[0], named, ()).document()
+    for text in later:
+        override(document, text)
+    return document
+
+
+def _key(assignment: str) -> str:
+    """The outermost key of 'KEY.KEY=VALUE'."""
+    return assignment.partition("=")[0].partition(".")[0].strip()
 
 
 def _mentioned(value: Any) -> Iterator[str]:

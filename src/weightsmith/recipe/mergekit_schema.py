@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -68,16 +68,17 @@ Dtype = Annotated[str, BeforeValidator(_dtype)]
 
 @dataclass
 class Dialect(Reading):
-    """The reading of one config: its method, and its base model."""
+    """The reading of one config: its method, its base model, and what keys a recipe has."""
 
     method: str = ""
     known: Known | None = None
     base: Reference | None = None
+    native: Collection[str] = ()
 
     @classmethod
-    def of(cls, tree: Mapping[str, Any]) -> Dialect:
+    def of(cls, tree: Mapping[str, Any], native: Collection[str] = ()) -> Dialect:
         method = str(tree.get("merge_method"))
-        return cls(method=method, known=METHODS.get(method), base=_named(tree.get("base_model")))
+        return cls(method=method, known=METHODS.get(method), base=_named(tree.get("base_model")), native=native)
 
 
 class _Level(Grammar):
@@ -204,6 +205,12 @@ class Config(Part):
     tokenizer: Tokens | None = None
     chat_template: Any = None
     name: Any = None
+
+    @classmethod
+    def hint(cls, key: str, reading: Reading) -> str:
+        if isinstance(reading, Dialect) and key in reading.native:
+            return f"; mergekit has no such key: pass --set {key}=..., or write it in what \"weightsmith convert\" prints"
+        return super().hint(key, reading)
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:

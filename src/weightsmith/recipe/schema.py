@@ -236,12 +236,13 @@ class Recipe(Grammar):
     )
 
     @classmethod
-    def document(cls, documents: Sequence[Document]) -> Document:
+    def document(cls, documents: Sequence[Document], overrides: Sequence[str] = ()) -> Document:
         tree = documents[0].tree
         if len(documents) > 1 or (isinstance(tree, Mapping) and "merge_method" in tree):
             from weightsmith.recipe.mergekit import translate  # loaded for its configs only
 
-            return translate(documents)
+            return translate(documents, overrides, cls.model_fields)
+        super().document(documents, overrides)
         if isinstance(tree, Mapping) and "experts" in tree and "models" not in tree:
             raise RecipeError(f"{documents[0].at(('experts',))}: this recipe builds a mixture of experts; "
                               'run it with "weightsmith moe"')  # fmt: skip

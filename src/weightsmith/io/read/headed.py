@@ -42,6 +42,8 @@ _CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+_TRAINED = (*_CLASSES.values(), "ForImageClassification", "ForAudioClassification", "ForMultipleChoice")
+"""Endings of classes whose heads are trained on a base that has none."""
 _ENDING = re.compile(r"(For\w+|LMHeadModel|DoubleHeadsModel|Model)$")
 _OF_HEADS = re.compile(r"architectures|id2label|label2id|num_labels|problem_type|classifier_\w+|summary_\w+")
 """Fields of config.json that belong to a head."""
@@ -109,6 +111,15 @@ def untrained(text: str, names: Iterable[str]) -> list[str]:
     have = {shell.renamed(name) for name in names}
     every = (name for name, _ in shell.model.named_parameters())
     return [name for name in every if name not in have and layer_of(name) is None]
+
+
+def _replaced(source: Source, modules: Modules) -> frozenset[str]:
+    """The tensors that a model with another head may lack: of the output layer over tokens, and of pooling layers.
+
+    transformers leaves the pooling layer out of most classes with a head (`add_pooling_layer=False`).
+    """
+    names = (*source.keys, *source.aliases)
+    return of_tokens(source, modules) | {name for name in names if "pooler" in name.split(".")}
 
 
 @dataclass(frozen=True)
@@ -193,8 +204,8 @@ def _owner(name: str, source: Source, base: Source | None) -> _Owner | None:
     kinds = [_class_of(one.config) for one in (modules, ours)]
     names, known = {*source.keys, *source.aliases}, {*base.keys, *base.aliases}
     heads = tuple(name for name in source.keys if name not in known)
-    same_backbone = known - names <= of_tokens(base, ours) and bool(known & names)
-    if not kinds[0].endswith(tuple(_CLASSES.values())) or kinds[0] == kinds[1] or not heads or not same_backbone:
+    same_backbone = known - names <= _replaced(base, ours) and bool(known & names)
+    if not kinds[0].endswith(_TRAINED) or kinds[0] == kinds[1] or not heads or not same_backbone:
         return None
     return _Owner(name, source, heads, whole=True)
 
@@ -241,15 +252,15 @@ def _mean(owners: Sequence[_Owner]) -> MemorySource:
 
 
 def _remarks(owners: Sequence[_Owner], models: Mapping[str, Source]) -> list[str]:
-    first, heads = owners[0], some(owners[0].heads)
+    first, heads, base = owners[0], some(owners[0].heads), models.get("base")
+    gone = _replaced(base, Modules(base)) if base is not None and first.whole else frozenset()
+    gone -= {*first.source.keys, *first.source.aliases}
+    less, nor = [f"{word} {some(sorted(gone))}" if gone else "" for word in (", without", ", and no")]
     if len(owners) > 1:
         names = " and ".join(owner.name for owner in owners)
-        return [f"lacks {heads}, which {names} have: the result has their mean, whatever the method"]
-    base = models.get("base")
+        return [f"lacks {heads}, which {names} have: the result has their mean, whatever the method{nor}"]
     if not first.whole or base is None:
         return []  # the adapter says it
-    gone = of_tokens(base, Modules(base))
-    less = f", without {some(sorted(gone))}" if gone else ""
     return [f"lacks {heads}, which {first.name} has: the result is a classifier with that head{less}"]
 
 
