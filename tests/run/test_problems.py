@@ -180,6 +180,9 @@ def test_statistics_that_cannot_be_opened_are_not_asked_for(tmp_path: Path) -> N
             "exclude: no tensor matches 'model.layer.0.mlp.up_proj.weight'; "
             "did you mean 'model.layers.0.mlp.up_proj.weight'?",
         ),
+        ({"exclude": ["model.layer.*"]}, "exclude: no tensor matches 'model.layer.*'; did you mean 'layers'?"),
+        ({"exclude": ["layers.0.*"]}, "exclude: no tensor matches 'layers.0.*'; did you mean '*layers.0.*'?"),
+        ({"exclude": ["up_proj"]}, "exclude: no tensor matches 'up_proj'; did you mean '*up_proj*'?"),
         (
             {"rules": [{"match": ["*up_proj*", "*attn*"], "method": "keep"}]},
             "rules[0]: no tensor matches '*attn*'",

@@ -21,9 +21,9 @@ def methods(
 ) -> None:
     """List the methods by purpose, or explain one: what it does, its paper, what it needs, its parameters."""
     from weightsmith.cli.shown.tuning import preset
-    from weightsmith.core.method import registered, registry
+    from weightsmith.core.method import registered
     from weightsmith.plugins import load_file
-    from weightsmith.recipe.aliases import PIPELINES
+    from weightsmith.recipe.aliases import PIPELINES, stage_called
     from weightsmith.tune.registry import lines
 
     for file in plugin:
@@ -38,7 +38,11 @@ def methods(
             say(listing(every))
         return
     found = (
-        preset(name) if name in presets else describe_pipeline(name) if name in PIPELINES else describe(registry(name))
+        preset(name)
+        if name in presets
+        else describe_pipeline(name)
+        if name in PIPELINES
+        else describe(stage_called(name))
     )
     if json:
         show_json(found)

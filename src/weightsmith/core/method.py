@@ -398,8 +398,8 @@ def registered() -> Mapping[str, type[Stage]]:
     return dict(sorted(_registered.items()))
 
 
-def registry(name: str) -> type[Stage]:
-    """Return the stage called `name`; an unknown name is an error with the nearest one."""
+def registry(name: str, others: Iterable[str] = ()) -> type[Stage]:
+    """Return the stage called `name`; an unknown name is an error with the nearest one, `others` among them."""
     if name not in _registered and name.isidentifier():
         for package in _PACKAGES:  # a method's file is called what the method is called
             try:
@@ -416,5 +416,5 @@ def registry(name: str) -> type[Stage]:
             return stage
     if name in known:
         return known[name]
-    words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases)]
+    words = [*known, *(alias for stage in known.values() for alias in stage.traits.aliases), *others]
     raise RecipeError(elsewhere(name) or f"unknown method {name!r}{did_you_mean(name, words)}")

@@ -88,6 +88,8 @@ class Parameter:
             hint = f"; write {value}% as {value / 100:g}"
         elif isinstance(value, str) and self.kind in ("number", "integer") and _is_number(value):
             return f"{self.name} = {value!r} is a text; write {value.strip()} without quotes"
+        elif isinstance(value, str) and self.kind == "number" and (meant := _meant(value)) is not None:
+            hint = f"; write {meant:g}" if self.check(meant) is None else ""
         elif isinstance(value, str) and self.options:
             hint = did_you_mean(value, self.options)
         return f"{self.name} = {value!r} is outside {self.range}{hint}"
@@ -197,6 +199,13 @@ def blend(left: Any, right: Any, share: float) -> float:
         left, right = (v.tensor if isinstance(v, Traced) else v for v in (left, right))
         return Traced(left * (1 - share) + right * share)
     return float(left * (1 - share) + right * share)
+
+
+def _meant(text: str) -> float | None:
+    """The number that '0,5' or '50%' stands for."""
+    words, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    words = words.replace(",", ".") if words.count(",") == 1 and "." not in words else words
+    return float(words) / (100 if percent else 1) if _is_number(words) else None
 
 
 def _is_number(text: str) -> bool:

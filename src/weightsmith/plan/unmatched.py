@@ -96,14 +96,21 @@ class Unmatched:
         """The nearest name for one without wildcards, else for its words the nearest components of names."""
         if glob in RULE_ROLES and self._any(["*"], [glob], None):
             return f"; a rule with role: {glob} means the tensors of that role"
+        for wider in (f"*{glob}", f"{glob}*", f"*{glob}*"):  # names are met as a whole
+            if any(fnmatchcase(name, wider) for name in self.names):
+                return f"; did you mean {wider!r}?"
         if not re.search(r"[*?\[]", glob):
             return nearest(glob, self.names)
         known = dict.fromkeys(part for name in self.names for part in name.split("."))
         known |= dict.fromkeys(".".join(pair) for name in self.names for pair in pairwise(name.split(".")))
-        for word in re.split(r"[*?]|\[[^]]*\]", glob):
-            word = word.strip(".")
+        words = [word.strip(".") for word in re.split(r"[*?]|\[[^]]*\]", glob)]
+        for word in words:
             if word and not any(word in name for name in self.names):
                 return nearest(word, known)
+        for word in words:  # 'model.layer.' is the beginning of a name, but ends within a component
+            for part in word.split("."):
+                if part and part not in known:
+                    return nearest(part, known)
         return ""
 
     def _no_role(self, role: Sequence[str]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.core.method import registry
+from weightsmith.core.method import Stage, registry
 
-__all__ = ["PIPELINES", "expand", "spelled"]
+__all__ = ["PIPELINES", "expand", "spelled", "stage_called"]
 
 _VOTE = ("ties", {"density": 1, "scope": "tensor"})
 _SUM: tuple[str, dict[str, Any]] = ("task_arithmetic", {})
@@ -23,6 +23,11 @@ PIPELINES: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
     "breadcrumbs_ties": (("breadcrumbs", {}), _VOTE),
 }
 """Name -> stages, each with the parameters that the name fixes."""
+
+
+def stage_called(name: str) -> type[Stage]:
+    """Return the stage called `name`; an unknown name is an error with the nearest one, pipelines among them."""
+    return registry(name, PIPELINES)
 
 
 def expand(name: str, parameters: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.core.method import Codec, MergedFilter, Method, Parameter, Pipeline, Stage, StandaloneCodec, registry
 from weightsmith.core.parameter import plain_number
-from weightsmith.recipe.aliases import expand
+from weightsmith.recipe.aliases import expand, stage_called
 from weightsmith.recipe.cases import is_cases
 from weightsmith.recipe.fields import Case, StageSpec
 from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, listing, mapping
@@ -124,7 +124,7 @@ class Checker:
         """The stages as written, with what is inside them checked."""
         slots = []
         for name, parameters, here, inside in written(method, location):
-            for stage, own in expand(name, parameters) if look_up is registry else [(name, parameters)]:
+            for stage, own in expand(name, parameters) if look_up is stage_called else [(name, parameters)]:
                 cls = None
                 try:
                     cls = look_up(stage)
@@ -137,7 +137,7 @@ class Checker:
 
     def pipeline(self, method: Any, location: Location) -> Sequence[Slot]:
         """The stages of a pipeline, completed, if they are known and go together."""
-        slots = self.slots(method, location, registry)
+        slots = self.slots(method, location, stage_called)
         classes = [slot.cls for slot in slots if slot.cls is not None]
         if not slots or len(classes) < len(slots):
             return slots
@@ -212,7 +212,9 @@ class Checker:
         if not found:
             owner = next(s.name for group in groups for s in group if name in s.parameters)
             again = spell(here[:-1])
-            self.say(here, f"{name!r} is set inside the stage {owner!r} and again in {again}; keep one of them")
+            inside = ".".join(map(str, next(s.inside for g in groups for s in g if name in s.inline)))
+            self.say(here, f"{name!r} is set inside the stage {owner!r} and again in {again}; keep one of them "
+                           f"(--set {inside}.{name}=... changes the one inside)")  # fmt: skip
         return list(found.values())
 
     def unknown(self, location: Location, known: Iterable[str], slots: Iterable[Slot]) -> None:

@@ -209,7 +209,7 @@ class Config(Part):
     @classmethod
     def hint(cls, key: str, reading: Reading) -> str:
         if isinstance(reading, Dialect) and key in reading.native:
-            return f"; mergekit has no such key: pass --set {key}=..., or write it in what \"weightsmith convert\" prints"
+            return f'; mergekit has no such key: pass --set {key}=..., or write it in what "weightsmith convert" prints'
         return super().hint(key, reading)
 
     @classmethod

@@ -30,11 +30,15 @@ def override(document: Document, text: str) -> None:
         if new and words[0] != "model":
             hint = did_you_mean(str(step), target)
             raise RecipeError(f"{label}: no model is called {step!r}{hint}")
-        inner = target[step] if isinstance(step, int) else target.setdefault(step, {})
+        if not isinstance(step, int) and step not in target:
+            target[step] = {}
+            document.positions[location] = Position(label)
+        inner = target[step]
         if inner is None or (isinstance(inner, str) and location[0] in ("base", "models")):
             inner = target[step] = {} if inner is None else {"model": inner}
         if not isinstance(inner, (dict, list)):
-            raise RecipeError(f"{label}: {spell(location)} is {inner!r}; it has no {words[0]!r} inside")
+            hint = f"; write parameters.{words[-1]}" if location == ("method",) else ""
+            raise RecipeError(f"{label}: {spell(location)} is {inner!r}; it has no {words[0]!r} inside{hint}")
         target = inner
     # Globs need no second pair of quotes here: nothing on a command line can be a YAML alias.
     glob = value.startswith("*")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
 from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.method import registered
 from weightsmith.core.units import parse_size
 from weightsmith.io.read.folder import INDEX
 from weightsmith.recipe.check import method_faults, written
@@ -194,6 +195,19 @@ class Tokenizer(Grammar):
         return self.source != "union" and not self.tokens and self.pad_to_multiple_of is None
 
 
+_MEANT = {
+    "adapters": "adapters are models, too: write them under models",
+    "base_model": "did you mean 'base'?",
+    "codec": "a codec is a method: write method: NAME",
+    "dtype": "write output: {dtype: ...}",
+    "filter": "a filter stands before its method: write method: [FILTER, METHOD]",
+    "filters": "filters stand before their method: write method: [FILTER, METHOD]",
+    "lora": "a LoRA adapter is a model, too: write it under models",
+    "tokenizer_source": "did you mean 'tokenizer'?",
+}
+"""Keys that other programs, or a reader's guess, have for something that recipes write otherwise."""
+
+
 class Recipe(Grammar):
     """Models in, one model out.
 
@@ -247,6 +261,14 @@ class Recipe(Grammar):
             raise RecipeError(f"{documents[0].at(('experts',))}: this recipe builds a mixture of experts; "
                               'run it with "weightsmith moe"')  # fmt: skip
         return documents[0]
+
+    @classmethod
+    def hint(cls, key: str, reading: Reading) -> str:
+        if key in _MEANT:
+            return f"; {_MEANT[key]}"
+        if any(parameter.name == key for stage in registered().values() for parameter in stage.parameters()):
+            return f"; {key!r} belongs under parameters"
+        return super().hint(key, reading)
 
     @classmethod
     def long_form(cls, given: Any, reading: Reading) -> tuple[Any, Mapping[str, Location]]:
