@@ -19,14 +19,15 @@ EXPERTS = ("math", "code", "chat")
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.condition)
 def test_a_rule_holds_within_its_bounds_only(rule: Rule) -> None:
     inside = rule.above if rule.above > -math.inf else rule.below - 1e-6
-    found = replace(rule, figure=lambda _: inside).on(MODEL, EXPERTS)
-    assert found is not None
+    here = replace(rule, figure=lambda _: inside)
+    assert here.holds(MODEL)
+    found = here.on(MODEL, EXPERTS)
     assert found.text.startswith(f"{rule.name} = ")
     assert "{" not in found.text
     assert found.source.startswith(("heuristic", "published", "measured"))
     for outside in (rule.below, math.nextafter(rule.above, -math.inf), None):
         if outside is None or math.isfinite(outside):
-            assert replace(rule, figure=lambda _, v=outside: v).on(MODEL, EXPERTS) is None
+            assert not replace(rule, figure=lambda _, v=outside: v).holds(MODEL)
     for name in rule.methods:
         assert registry(name).traits.name == name
 
@@ -84,6 +85,33 @@ def test_independent_agreeing_and_conflicting(common: float, scales: tuple[float
     assert {advice.rule for advice in found.advice} & {CONFLICT, AGREE, LARGE, NEAR, SHARED, SAME, APART, UNEQUAL} == (
         wanted
     )
+
+
+def test_what_only_embeddings_do_is_not_said_of_the_model() -> None:
+    """Both experts changed the same rows of a table much larger than the blocks, which have nothing in common."""
+    generator = torch.Generator().manual_seed(1)
+    table, block = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+
+    def delta() -> dict[str, torch.Tensor]:
+        rows = torch.randn(200, 20, generator=generator) * (torch.arange(200) < 30)[:, None]
+        return {table: rows, block: 0.5 * torch.randn(20, 20, generator=generator)}
+
+    base = {table: torch.full((200, 20), 1e3), block: torch.full((20, 20), 1e3)}
+    found = of(base, [delta(), delta()], spectra=0)
+    alone = of({block: base[block]}, [{block: d[block]} for d in (delta(), delta())], spectra=0)
+    assert any("experts want the same weights" in advice.text for advice in of(
+        {table: base[table]}, [{table: delta()[table]} for _ in "ab"], spectra=0).advice)  # fmt: skip
+    overlap = [advice for advice in found.advice if advice.rule.endswith("mean overlap of top-20% masks < 0.2")]
+    assert len(overlap) == 1
+    assert overlap[0].text.startswith("mean overlap of top-20% masks without embeddings and output layer = 0.1")
+    assert not said("want the same weights", model=found)
+    unchanged = [advice for advice in found.advice if advice.rule == "mean share of unchanged weights >= 50%"]
+    assert unchanged[0].text == (
+        "mean share of unchanged weights = 77.3% >= 50%: but 0% without embeddings and output layer, so it says little "
+        "of the other tensors"
+    )
+    assert unchanged[0].methods == ()
+    assert not said("without embeddings", model=alone)
 
 
 def test_a_middle_cosine_has_both_bounds() -> None:

@@ -1,6 +1,7 @@
 """Which methods the figures speak for: one table of rules, each with its threshold and where that is from.
 
-A rule reads one figure of the whole model.  Its threshold is of one of three kinds, and the advice says which:
+A rule reads one figure of the whole model, and the same without embeddings and output layers: they may be half of a
+small model, and what only they do is said as that.  A threshold is of one of three kinds, and the advice says which:
 published (a paper's finding on the paper's models), measured (seen on small models), heuristic (our own judgement of
 where a figure stops being what independent task vectors would give).  No rule replaces a validation set.
 """
@@ -60,22 +61,48 @@ class Rule:
         high = f" < {_shown(self.below, self.unit)}" if self.below < math.inf else ""
         return f"{self.name} >= {_shown(self.above, self.unit)}" if low and not high else f"{low}{self.name}{high}"
 
-    def on(self, model: Measures, experts: Sequence[str]) -> Advice | None:
+    def holds(self, model: Measures) -> bool:
         value = self.figure(model)
-        if value is None or not self.above <= value < self.below:
-            return None
+        return value is not None and self.above <= value < self.below
+
+    def on(self, model: Measures, experts: Sequence[str], where: str = "", but: str = "") -> Advice:
+        """What the rule says of a model for which it holds.
+
+        where   of which tensors the figure is; '' of all
+        but     what is said in place of what follows
+        """
+        value = self.figure(model)
+        assert value is not None
         shown = _shown(value, self.unit)
         high = f" < {_shown(self.below, self.unit)}" if self.below < math.inf else ""
         low = f" >= {_shown(self.above, self.unit)}" if self.above > -math.inf else ""
-        figure = f"{self.name} = {shown}{low}{' and' if low and high else ''}{high}"
-        text = f"{figure}: {self.says.format(**_words(model, experts))}"
-        return Advice(text, self.methods, self.condition, value, self.source)
+        figure = f"{self.name}{where} = {shown}{low}{' and' if low and high else ''}{high}"
+        text = f"{figure}: {but or self.says.format(**_words(model, experts))}"
+        return Advice(text, () if but else self.methods, self.condition, value, self.source)
 
 
-def advise(model: Measures, experts: Sequence[str]) -> tuple[Advice, ...]:
-    """What every rule that holds says, in the order of the table; the first alone where no expert changed anything."""
+def advise(model: Measures, experts: Sequence[str], inside: Measures | None = None) -> tuple[Advice, ...]:
+    """What every rule that holds says, in the order of the table; the first alone where no expert changed anything.
+
+    inside   figures without embeddings and output layers; None where there are no such tensors, or no others
+    """
     rules = RULES if any(model.norm) else RULES[:1]
-    return tuple(found for rule in rules if (found := rule.on(model, experts)))
+    if inside is None or not any(inside.norm):
+        return tuple(rule.on(model, experts) for rule in rules if rule.holds(model))
+    elsewhere = {rule.name for rule in rules if rule.holds(inside)}
+    found = []
+    for rule in rules:
+        if rule.holds(model) and (rule.holds(inside) or rule.figure(inside) is None):
+            found.append(rule.on(model, experts))
+        elif rule.holds(inside):
+            found.append(rule.on(inside, experts, _INSIDE))
+        elif rule.holds(model) and rule.name not in elsewhere:
+            shown = _shown(rule.figure(inside) or 0.0, rule.unit, digits=3)
+            found.append(rule.on(model, experts, but=f"but {shown}{_INSIDE}, so it says little of the other tensors"))
+    return tuple(found)
+
+
+_INSIDE = " without embeddings and output layer"
 
 
 # --- figures -----------------------------------------------------------------------------------------
@@ -135,11 +162,11 @@ _ROUNDING = 1e-9
 """Figures below this are zero but for rounding."""
 
 
-def _shown(value: float, unit: str) -> str:
+def _shown(value: float, unit: str, digits: int = 2) -> str:
     if unit == "%":
         return f"{100 * value:.3g}%"
     shown = value if abs(value) > _ROUNDING else 0.0
-    return f"{shown:.2g}x" if unit == "x" else f"{shown:.2g}"
+    return f"{shown:.{digits}g}{unit}"
 
 
 def _words(model: Measures, experts: Sequence[str]) -> dict[str, str]:
@@ -179,10 +206,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "experts",
         lambda m: float(len(m.norm)),
-        "of fine-tunes of one language model begin with task_arithmetic, search its lambda, and hold every other "
-        "method against that and the base; most of the gain comes with the first few experts",
-        "published: arXiv:2511.21437 (on public fine-tunes of 3 to 8 B only task arithmetic reliably beat the base), "
-        "arXiv:2509.24244 (the gain of more experts falls about as 1/k)",
+        "begin with task_arithmetic, search its lambda, and hold every other method against that and the base; most of "
+        "the gain comes with the first few experts",
+        "published for language models: arXiv:2511.21437 (on public fine-tunes of 3 to 8 B only task arithmetic "
+        "reliably beat the base), arXiv:2509.24244 (the gain of more experts falls about as 1/k)",
         above=2,
         methods=("task_arithmetic",),
     ),

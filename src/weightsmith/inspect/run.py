@@ -90,6 +90,8 @@ def inspect(
     inputs.fingerprints()  # refuses inputs that were changed meanwhile
     names = tuple(inputs.experts)
     model = _together(found[key.name] for key in keys)
+    inner = [key for key in keys if key.role not in ("embed", "head")]
+    inside = _together(found[key.name] for key in inner) if inner and len(inner) < len(keys) else None
     layers = _grouped(keys, _layer_names(keys))
     return Inspection(
         experts=names,
@@ -109,7 +111,7 @@ def inspect(
         tensors={key.name: measures(found[key.name]) for key in keys},
         left_out=left_out,
         side=spectra,
-        advice=advise(model, names),
+        advice=advise(model, names, inside),
     )
 
 

@@ -177,7 +177,7 @@ class Grammar(BaseModel):
 
     @classmethod
     def document(cls, documents: Sequence[Document], overrides: Sequence[str] = ()) -> Document:
-        """The one document of a file, with overrides, in the words of this model; other dialects are translated here."""
+        """The one document of a file, with overrides, in the words of this model; other dialects are translated."""
         for text in overrides:
             override(documents[-1], text)
         if len(documents) > 1:
