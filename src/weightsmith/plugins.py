@@ -55,6 +55,7 @@ def run_file(path: str | Path, option: str) -> ModuleType:
     beside = str(file.resolve().parent)
     _RUN[str(file.absolute())] = f"{option} {file}"
     sys.path.insert(0, beside)
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ among the user's files
     try:
         spec.loader.exec_module(module)
     except WeightsmithError as error:
@@ -64,6 +65,7 @@ def run_file(path: str | Path, option: str) -> ModuleType:
         del sys.modules[name]
         raise RecipeError(f"{option} {file}{line_in(error, file)}: {type(error).__name__}: {error}") from error
     finally:
+        sys.dont_write_bytecode = kept
         sys.path.remove(beside)
         if beside not in sys.path:
             sys.path.append(beside)  # for what it imports later; it cannot hide other modules from here on

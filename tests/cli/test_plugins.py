@@ -66,6 +66,8 @@ class Broken(Method, name="broken"):
         ("site.stack @ site.stack.double()", "{file}:9: RuntimeError: Expected "),
         ("None", "broken ({plugin}) returned NoneType, not a tensor"),
         ("site.stack", "broken ({plugin}) returned shape [2, "),
+        ("site.stack.mean(0) / 0", "broken ({plugin}) gives "),
+        ("site.stack.mean(0) / 0", "although all inputs are finite; look for what is divided by zero there"),
     ],
 )
 @pytest.mark.usefixtures("registry")
@@ -85,12 +87,16 @@ def test_what_a_plugin_does_wrong_is_said_of_it(
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_plugin_may_import_its_neighbours(recipe: Path, tmp_path: Path) -> None:
+def test_a_plugin_may_import_its_neighbours(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no compiled files beside it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     (tmp_path / "helper_beside_it.py").write_text("def mean(stack):\n    return stack.mean(0)\n")
     file = tmp_path / "mine.py"
     file.write_text("import helper_beside_it\n" + BROKEN.format("helper_beside_it.mean(site.stack)"))
     recipe.write_text("models: {a: a, b: b}\nmethod: broken\n")
     assert main(["merge", str(recipe), str(tmp_path / "out"), "--plugin", str(file)]) == 0
+    assert not list(tmp_path.rglob("__pycache__"))
+    assert sys.dont_write_bytecode is False
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,11 @@ def test_a_plugin_may_import_its_neighbours(recipe: Path, tmp_path: Path) -> Non
         ("boom.py", "\n\n1 / 0\n", r"boom\.py:3: ZeroDivisionError: division by zero$"),
         ("gone.py", None, r"gone\.py: no such file$"),
         ("notes.txt", "", r"notes\.txt: not a python file, named \.py$"),
-        ("twice.py", EXAMPLE.read_text().replace('"median"', '"ties"'), r"twice\.py: two methods are called 'ties'"),
+        (
+            "twice.py",
+            EXAMPLE.read_text().replace('"median"', '"ties"'),
+            r"twice\.py: a method is called 'ties' already \(weightsmith\.methods\.ties\); give this one another name$",
+        ),
     ],
 )
 @pytest.mark.usefixtures("registry")

@@ -296,6 +296,13 @@ def test_what_is_asked_wrongly_is_one_line_each():
         ({"space": "adamergin"}, RecipeError, r"^unknown preset 'adamergin'; did you mean 'adamerging'\?$"),
         ({"objective": "entrpy"}, RecipeError, r"^unknown objective 'entrpy'; did you mean 'entropy'\?$"),
         ({"objective": Entropy}, RecipeError, r"^objective should be a name or an Objective, as Entropy\(\), is "),
+        ({"space": 123}, RecipeError, r"^space should be a preset by name or value, or parameter -> Free, is 123$"),
+        ({"space": {"weight": 3}}, RecipeError, r"^space: weight should be a Free, as Free\(per='layer'\), is 3$"),
+        ({"data": 5}, RecipeError, r"^data should be task -> batches, as {'math': \[batch, batch\]}, is 5$"),
+        ({"data": {"t0": 5}}, RecipeError, r"^data of t0 should be a sequence of batches, is 5$"),
+        ({"module": 5}, RecipeError, r"^module should be a torch module, the base model, is 5$"),
+        ({"every": 0}, RecipeError, r"^every = 0 is outside \[1, inf\)$"),
+        ({"function": {"t0": 3}}, RecipeError, r"^function of t0 should be callable, is 3$"),
         ({"module": torch.nn.Bilinear(2, 2, 2)}, PlanError, r"no parameter with a name of the base checkpoint"),
     ]  # fmt: skip
     for given, kind, text in cases:

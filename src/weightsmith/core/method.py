@@ -90,7 +90,7 @@ class Stage:
         cls.traits = Traits(name, paper=cls.paper, **declared)
         known = _registered.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise RecipeError(f"two methods are called {name!r}: {known.__module__} and {cls.__module__}")
+            raise RecipeError(f"a method is called {name!r} already ({known.__module__}); give this one another name")
         _registered[name] = cls
 
     def __post_init__(self) -> None:

@@ -189,9 +189,9 @@ def _encode(variant: Variant, site: Site, found: Mapping[int, Any]) -> None:
         wanted = (high - low, *part.key.shape[1:]) if part.key.shape else ()
         if tuple(rows.shape) != wanted:
             shapes = f"{list(rows.shape)} for {list(wanted)}"
-            raise NumericError(f"{part.key.name}: {_who(variant.pipeline)} returned shape {shapes}")
+            raise NumericError(f"{part.key.name}: {_who(variant.pipeline)[0]} returned shape {shapes}")
         if part.key.floating:
-            refuse_bad_result(part.key, low, rows, context)
+            refuse_bad_result(part.key, low, rows, context, *_who(variant.pipeline))
         stored[part.key.name] = cast(rows, part.key, low)
         del rows, made[part.key.name]
     if site.stack[0].numel():
@@ -225,20 +225,20 @@ _WAYS = {
 def _finish(variant: Variant, out: Tensor, key: Key, site: Site) -> None:
     """Check, cast and hand over the rows of a merged block."""
     if not isinstance(out, torch.Tensor):
-        raise NumericError(f"{key.name}: {_who(variant.pipeline)} returned {type(out).__name__}, not a tensor")
+        raise NumericError(f"{key.name}: {_who(variant.pipeline)[0]} returned {type(out).__name__}, not a tensor")
     if tuple(out.shape) != site.block_shape:
         shapes = f"{list(out.shape)} for {list(site.block_shape)}"
-        raise NumericError(f"{key.name}: {_who(variant.pipeline)} returned shape {shapes}")
-    refuse_bad_result(key, site.start, out, variant.context)
+        raise NumericError(f"{key.name}: {_who(variant.pipeline)[0]} returned shape {shapes}")
+    refuse_bad_result(key, site.start, out, variant.context, *_who(variant.pipeline))
     variant.sample.of_site(key, out, site)
     _fetch(variant, cast(out, key, site.start), key, site.start)
 
 
-def _who(pipeline: Pipeline) -> str:
-    """Whose fault a wrong result is: the stage that is not built in, with its file, else the last one's."""
+def _who(pipeline: Pipeline) -> tuple[str, bool]:
+    """Whose fault a wrong result is: the stage that is not built in, with its file, else the last one; which it is."""
     own = [(stage, place) for stage in pipeline.stages if (place := home_of(type(stage)))]
     stage, place = own[-1] if own else (pipeline.stages[-1], "")
-    return f"{stage.name} ({place})" if place else stage.name
+    return (f"{stage.name} ({place})", True) if place else (stage.name, False)
 
 
 def _fetch(variant: Variant, made: Tensor, key: Key, start: int) -> None:
@@ -252,7 +252,7 @@ def _refuse(variant: Variant, start: int, stop: int, out: np.ndarray) -> None:
     task, context = variant.task, variant.context
     refuse_bad_inputs(task.key, start, stop, context)
     _torch([Variant(replace(task, way=Way.ROWS), context, None)])
-    refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context)
+    refuse_bad_result(task.key, start, to_float(bits_to_tensor(out, task.key.dtype)), context, *_who(variant.pipeline))
 
 
 def _refuse_bad_base(key: Key, bits: np.ndarray | None, start: int, stop: int, context: Context) -> None:

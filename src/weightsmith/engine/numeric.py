@@ -41,14 +41,16 @@ def refuse_bad(value: Tensor, key: Key, who: str, start: int, context: _Setting)
         )
 
 
-def refuse_bad_result(key: Key, start: int, out: Tensor, context: _Setting) -> None:
+def refuse_bad_result(key: Key, start: int, out: Tensor, context: _Setting, who: str, own: bool) -> None:
+    """Raise if merged rows hold NaN or Inf.  `who` made them, a plug-in if `own`."""
     if context.nonfinite == "allow" or not out.numel() or bool(torch.isfinite(out.sum())):
         return
     bad = ~torch.isfinite(out)
     if bool(bad.any()):
         place, what = _first(out, bad, start)
         raise NumericError(
-            f"{key.name}: the merge gives {what} at {place} although all inputs are finite; lower the weights"
+            f"{key.name}: {who} gives {what} at {place} although all inputs are finite; "
+            f"{'look for what is divided by zero there' if own else 'lower the weights'}"
         )
 
 
