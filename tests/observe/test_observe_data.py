@@ -132,7 +132,7 @@ def test_image_files_need_pillow_or_are_read(tmp_path: Path) -> None:
         ("a.csv", "x", r"a\.csv: unknown kind of data; use \.txt, \.jsonl, \.npz"),
         ("a.jsonl", '{"text": "a"}\n{bad', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]", r"line 1: list instead of an object"),
-        ("a.jsonl", '{"txt": "a"}', r"line 1: no known text field among txt; name it with field="),
+        ("a.jsonl", '{"txt": "a"}', r"line 1: no known text field among txt; name it with --field"),
         ("a.jsonl", "\n", r"a\.jsonl: no example in it"),
         ("a.npz", "junk", r"image or sound data, but .* reads text"),
         ("a.txt", "", r"a\.txt: no example in it"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from observe_models import saved, word_tokenizer
@@ -354,6 +355,20 @@ def test_either_tower_of_clip(tmp_path: Path) -> None:
     images = observe(folder, list(torch.randn(3, 3, 8, 8)), ["gram"], tmp_path / "images")
     towers = [{n.partition(".")[0] for n in StatsSource(p / "gram.safetensors").keys} for p in (texts, images)]
     assert towers == [{"text_model", "text_projection"}, {"vision_model", "visual_projection"}]
+
+
+def test_arrays_of_sounds_are_found_by_the_name_that_models_give_them(tmp_path: Path) -> None:
+    folder = saved(made("WhisperForConditionalGeneration"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    sounds = torch.randn(3, config["num_mel_bins"], 2 * config["max_source_positions"]).numpy()
+    np.savez(tmp_path / "sounds.npz", input_features=sounds)
+    np.savez(tmp_path / "noise.npz", noise=sounds)
+    observe(folder, tmp_path / "sounds.npz", ["gram"], tmp_path / "found")
+    observe(folder, tmp_path / "noise.npz", ["gram"], tmp_path / "named", field="noise")
+    grams = [(tmp_path / out / "gram.safetensors").read_bytes()[-64:] for out in ("found", "named")]
+    assert grams[0] == grams[1]
+    with pytest.raises(SourceError, match=r"input_values; it has noise \(--field names one\)$"):
+        observe(folder, tmp_path / "noise.npz", ["gram"], tmp_path / "refused")
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "ViTModel"])

@@ -22,7 +22,7 @@ from weightsmith.observe.model import LoadedModel, TextCoder, text_coder
 __all__ = ["Batch", "Example", "batches", "read_examples", "read_texts"]
 
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_IMAGE_ARRAYS = ("x", "x_train", "images", "pixel_values")
+_ARRAYS = ("x", "x_train", "images", "pixel_values", "input_features", "input_values")
 _LABEL_ARRAYS = ("y", "y_train", "labels")
 # Fields of well-known data sets that together make one text, joined by a line break; the first that fits.
 _TEXT_FIELDS = (
@@ -231,7 +231,7 @@ class _Reader:
     def _arrays(self, path: Path) -> list[Example]:
         try:
             with np.load(path, allow_pickle=False) as file:
-                wanted = (self.field,) if self.field else _IMAGE_ARRAYS
+                wanted = (self.field,) if self.field else _ARRAYS
                 names = (_first(file.files, wanted, path), _first(file.files, _LABEL_ARRAYS, None))
                 images, labels = (None if name is None else file[name] for name in names)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -296,14 +296,16 @@ def _text_of(row: Mapping[str, Any], place: str, field: str | None) -> str:
             return "\n".join(values)
     if field:
         raise SourceError(f"{place}: no text in field {field!r}{did_you_mean(field, row)}")
-    raise SourceError(f"{place}: no known text field among {', '.join(row)}; name it with field=")
+    raise SourceError(f"{place}: no known text field among {', '.join(row)}; name it with --field (Python: field=)")
 
 
 def _first(present: Iterable[str], wanted: Sequence[str], path: Path | None) -> str | None:
     present = list(present)
     found = next((name for name in wanted if name in present), None)
     if found is None and path is not None:
-        raise SourceError(f"{path}: no array called {', '.join(wanted)}; it has {', '.join(present)}")
+        raise SourceError(
+            f"{path}: no array called {', '.join(wanted)}; it has {', '.join(present)} (--field names one)"
+        )
     return found
 
 

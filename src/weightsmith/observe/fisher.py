@@ -37,7 +37,10 @@ def choose_mode(mode: str, kind: str, classes: int) -> str:
     about = KINDS.get(kind)
     if about is not None and not about.classes:
         able = ", ".join(name for name, other in KINDS.items() if other.classes)
-        raise WeightsmithError(f"fisher needs a model that gives probabilities ({able}), not {kind}; gram does not")
+        raise WeightsmithError(
+            f"fisher needs a model that gives probabilities ({able}), not {kind}; the statistic gram needs none "
+            "(--stat gram)"
+        )
     tokens = about is not None and about.tokens
     if mode == "exact" and tokens:
         raise WeightsmithError(
