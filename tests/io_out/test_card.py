@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 from weightsmith.io.package.card import CardModel, Citation, about, licence_problems, licences, model_card
+from weightsmith.jobs.recipe import Recipe
 
 MODELS = [CardModel("math", "org/math", {"weight": 0.5, "density": 0.2}), CardModel("code")]
 RECIPE = {
@@ -189,3 +194,33 @@ def test_the_same_bytes_come_from_the_paths_as_they_were():
     cut = "gives the same bytes, once the folders are written out (above they are cut to their last names); `weights"
     assert cut in card()
     assert "gives the same bytes; `weightsmith.json`" in card(recipe={"models": {"a": "org/a"}, "method": "average"})
+
+
+def test_licences_of_all_that_a_model_is_made_of(tmp_path):
+    """A stack, and a nested recipe: not the first part's alone, whose files go along."""
+    for name, licence in (("a", "mit"), ("b", "cc-by-nc-4.0"), ("c", "apache-2.0")):
+        (tmp_path / name).mkdir()
+        layers = {f"model.layers.{i}.up.weight": torch.ones(2, 2) for i in range(2)}
+        save_file(layers, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"num_hidden_layers": 2}')
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+
+    def made(tree, out):
+        (tmp_path / "r.json").write_text(json.dumps(tree))
+        return Recipe.load(tmp_path / "r.json").run(tmp_path / out)
+
+    nested = {"models": {"x": "a", "y": "b"}, "method": "average"}
+    slices = [{"model": "a", "layers": [0, 2]}, {"model": "b", "layers": [0, 1]}, {"model": "a", "layers": [1, 2]}]
+    tree = {"models": {"stack": {"slices": slices}}, "method": "passthrough"}
+    result = made(tree, "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "put together from parts of 2 models" in card
+    assert "| stack, part 1 (a) | local |  | mit |\n| stack, part 2 (b) | local |  | cc-by-nc-4.0 |\n" in card
+    assert any("stack, part 2 (b) (cc-by-nc-4.0) may not be used commercially" in str(w) for w in result.warnings)
+    tree = {"models": {"both": {"model": nested}, "z": "c"}, "method": "average"}
+    made(tree, "two")
+    card = (tmp_path / "two/README.md").read_text()
+    assert "merged from 2 models" in card
+    assert [line.split("|")[1].strip() for line in card.splitlines() if line.count("|") == 5][2:] == [
+        "both, part 1 (a)", "both, part 2 (b)", "z",
+    ]  # fmt: skip

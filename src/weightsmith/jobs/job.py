@@ -242,8 +242,9 @@ class Job:
         return True
 
     def licences(self) -> dict[str, str]:
-        """Model -> the licence that its folder states."""
-        return licences({name: source.origin.folder for name, source in self.parents.items()})
+        """Model -> the licence that its folder states; of one that is made of others, each of theirs."""
+        parts = [source.origin.parts(name) for name, source in self.parents.items()]
+        return licences({name: origin.folder for models in parts for name, origin in models.items()})
 
     def manifest(self, folder: Path, records: Records, kind: str, made_by: Mapping[str, str], **more: Any) -> Path:
         """Write weightsmith.json and return its path; `more`: companions, and fields that hold something."""

@@ -61,6 +61,7 @@ class RecipeSource(Source):
             config=text if text is None or dtype is None else with_dtype(text, dtype),
             checkpoint=None,
             remarks=(),
+            made_of=tuple(source.origin for _, source in inputs.models),
             cost=Cost(seconds=self._plan.seconds or 0.0),
         )
         self._tasks: dict[str, list[Task]] = {}

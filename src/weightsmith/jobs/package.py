@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from weightsmith import __version__
 from weightsmith.inputs.vocabulary import chat_template, modules_beside, tokenizer_folder
@@ -12,11 +11,11 @@ from weightsmith.io.disk import write_file
 from weightsmith.io.package.card import CardModel, Citation, about, model_card
 from weightsmith.io.package.companions import Copied, copy_companions
 from weightsmith.io.package.template import write_template
-from weightsmith.io.read.source import Source
+from weightsmith.io.read.source import Origin, Source
 from weightsmith.jobs.job import Job, Records
 from weightsmith.plan.lengths import lengths
 from weightsmith.plan.plan import Plan
-from weightsmith.recipe.schema import ModelRef, Modules, Recipe, Slices
+from weightsmith.recipe.schema import ModelRef, Modules, Slices
 
 __all__ = ["package", "treatments"]
 
@@ -42,7 +41,8 @@ def package(job: Job, records: Records, folder: Path) -> None:
         origin.numbering.write(folder)  # only files that were copied just now
     if template is not None:
         write_template(folder, template)
-    parts = {name: _parts(ref.model) for name, ref in recipe.models.items()}
+    parts = {name: source.origin.parts(name) for name, source in job.inputs.experts.items()}
+    joined = [name for name, ref in recipe.models.items() if isinstance(ref.model, (Slices, Modules))]
     card = model_card(
         title=folder.name if folder.name != "files" else "Merged model",
         models=[card for name, ref in recipe.models.items() for card in _rows(name, ref, parts[name])],
@@ -52,7 +52,8 @@ def package(job: Job, records: Records, folder: Path) -> None:
         licences=job.licences(),
         citations=_citations(plan),
         about=about(origin.folder, folder),
-        stacked=len({part for own in parts.values() for part in own}) if any(parts.values()) else 0,
+        merged=len(recipe.models),
+        stacked=len({origin.place for name in joined for origin in parts[name].values()}),
         version=__version__,
     )
     notes = {stage: note for record in records.values() for stage, note in record.get("notes", {}).items()}
@@ -106,30 +107,11 @@ def _citations(plan: Plan) -> list[Citation]:
             if cls.traits.paper]  # fmt: skip
 
 
-def _rows(name: str, ref: ModelRef, parts: Sequence[str]) -> Iterable[CardModel]:
-    """A model's rows of the table: its own, or one for each model whose slices or modules it is put together of."""
-    if not parts:
+def _rows(name: str, ref: ModelRef, parts: Mapping[str, Origin]) -> Iterable[CardModel]:
+    """A model's rows of the table: its own, or one for each model that it is put together or merged of."""
+    if name in parts:
         return [CardModel(name, _hub_id(ref), ref.parameters)]
-    return [CardModel(f"{name}, part {i}", _hub_id(ModelRef(model=part))) for i, part in enumerate(parts, 1)]
-
-
-def _parts(model: Any) -> list[str]:
-    """The models whose slices or modules a model is put together of, each once; [] for any other model."""
-    refs: list[Any] = []
-    if isinstance(model, Slices):
-        refs = list(model.slices)
-    elif isinstance(model, Modules):
-        refs = [module.model for module in model.modules.values()]
-    found = [part for ref in refs for part in (_parts(ref.model) or _leaves(ref.model))]
-    return list(dict.fromkeys(found))
-
-
-def _leaves(model: Any) -> list[str]:
-    """The paths and ids of the models of a nested recipe, or of the one model itself."""
-    if isinstance(model, Recipe):
-        refs = [*([model.base] if model.base is not None else []), *model.models.values()]
-        return [leaf for ref in refs for leaf in (_parts(ref.model) or _leaves(ref.model))]
-    return [model] if isinstance(model, str) else []
+    return [CardModel(called, _hub_id(ModelRef(model=origin.place))) for called, origin in parts.items()]
 
 
 def _dtype(source: Source) -> str | None:

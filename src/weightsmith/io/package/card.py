@@ -65,6 +65,7 @@ def model_card(
     licences: Mapping[str, str] | None = None,
     citations: Sequence[Citation] = (),
     about: Mapping[str, Any] = _ABOUT,
+    merged: int | None = None,
     stacked: int = 0,
     version: str = "",
     command: str = "weightsmith merge recipe.yaml OUT",
@@ -75,6 +76,7 @@ def model_card(
     recipe     as given to `weightsmith merge`; folders outside the working folder are cut to their last name here
     licences   name -> licence, as `licences` returns them
     about      library_name, pipeline_tag and tags, as `about` returns them
+    merged     how many models were merged, where `models` lists what they are made of
     stacked    how many models its layers or modules are taken from, if it is put together of such
     command    what makes the same folder again from the recipe; '': nothing does without a key
     Only hub ids go into `base_model`: the hub refuses a card that names a local folder there.
@@ -91,11 +93,12 @@ def model_card(
     front |= {"pipeline_tag": about["pipeline_tag"]} if about.get("pipeline_tag") else {}
     front |= {"tags": tags, **_licence_fields(known)}
     run = f"weightsmith {version}".strip()
+    count = len(models) if merged is None else merged
     shown = _public(without_secrets(recipe))
     parts = [
         f"---\n{yaml_text(front)}---\n",
         f"# {title}\n",
-        f"This model was {_made_from(len(models), base is not None, stacked)} with {run}.\n",
+        f"This model was {_made_from(count, base is not None, stacked)} with {run}.\n",
         f"## Method\n\n{method}\n",
         f"## Models\n\n{_table(models, base, known)}",
         *_notes(known),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,7 @@ class Origin:
     cut        of a slice of a model
     stores     beginning of tensors' names -> how the names of the files begin that hold them, relative to `folder`;
                empty: all in model.safetensors or its shards
+    made_of    of a model that is put together of others, or merged of them: theirs
     numbering  how its rows are numbered, where not as the tokenizer in `folder` does: a `tokens.numbering.Numbering`
     """
 
@@ -126,7 +128,26 @@ class Origin:
     cost: Cost = Cost()
     cut: Cut = Cut()
     stores: Mapping[str, str] = field(default_factory=dict)
+    made_of: tuple[Origin, ...] = ()
     numbering: Any = None
+
+    def parts(self, name: str) -> dict[str, Origin]:
+        """The models that a model called `name` is made of in the end, each folder once: 'joined, part 2 (math)'."""
+        if not self.made_of:
+            return {name: self}
+        leaves = self._leaves().values()
+        return {f"{name}, part {i} ({leaf.place.rpartition('/')[2]})": leaf for i, leaf in enumerate(leaves, 1)}
+
+    @property
+    def place(self) -> str:
+        """The label without the layers of a slice."""
+        return re.sub(r"\[[^]]*\]$", "", self.label).rstrip("/")
+
+    def _leaves(self) -> dict[Path | str, Origin]:
+        found: dict[Path | str, Origin] = {}
+        for origin in self.made_of:
+            found |= origin._leaves()
+        return found or {self.folder or self.place: self}
 
     def beside(self, *others: Origin, **changes: Any) -> Origin:
         """This one, whose tensors come from others too: all that is read, and what that takes, counts."""

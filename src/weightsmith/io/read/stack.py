@@ -89,5 +89,6 @@ def join_modules(parts: Mapping[str, Source]) -> JoinedSource:
 def _joined(
     parts: Sequence[Source], names: Mapping[str, tuple[int, str]], label: str, config: str | None, cut: Cut
 ) -> JoinedSource:
-    first, *others = (part.origin for part in parts)
-    return JoinedSource(parts, names, first.beside(*others, label=label, config=config, cut=cut))
+    origins = tuple(part.origin for part in parts)
+    first, *others = origins
+    return JoinedSource(parts, names, first.beside(*others, label=label, config=config, cut=cut, made_of=origins))
