@@ -134,3 +134,13 @@ def test_the_verb_draws_a_tree(family: Path, capsys: pytest.CaptureFixture[str])
     told = json.loads(capsys.readouterr().out)
     assert [p["name"] for p in told["parts"]] == ["base", "first", "inner"]
     assert main(["lineage", str(family / "base")]) == 2
+    capsys.readouterr()
+    for name in ("t=0.1", "t=0.2"):
+        shutil.copytree(family / "first", family / "sweep" / name)
+    assert main(["lineage", str(family / "sweep")]) == 0
+    drawn = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in drawn if "merge: ties" in line] == [
+        str(family / "sweep" / name) for name in ("t=0.1", "t=0.2")
+    ]
+    assert main(["lineage", str(family / "sweep"), "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)) == ["t=0.1", "t=0.2"]

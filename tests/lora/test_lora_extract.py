@@ -96,6 +96,16 @@ def test_the_energy_decides_the_rank_of_each_module(tmp_path: Path) -> None:
     assert torch.allclose(product(same.out), product(tmp_path / "e0.5"), atol=1e-6)
 
 
+def test_an_adapter_as_large_as_its_model_is_said(tmp_path: Path) -> None:
+    tuned, base = pair(tmp_path, noise(40, 24))
+    said = [str(w) for w in lora.extract(tuned, base, tmp_path / "whole").warnings]
+    assert said == [
+        "the adapter takes 6.14 kB, the model itself 3.84 kB: choose a lower rank (--rank 16), or a share of each "
+        "change (--energy 0.9)"
+    ]
+    assert not lora.extract(tuned, base, tmp_path / "small", rank=4).warnings
+
+
 def test_singular_values_up_to_epsilon_are_left_out(tmp_path: Path) -> None:
     delta = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     tuned, base = pair(tmp_path, delta)

@@ -20,7 +20,7 @@ from weightsmith.cli.shown.check import show
 from weightsmith.core.errors import SourceError, WeightsmithError
 from weightsmith.io.package.manifest import write_manifest
 from weightsmith.observe.answer import answer
-from weightsmith.observe.check import cheap_check, check, perplexity, sample_text
+from weightsmith.observe.check import cheap_check, check, perplexity, recorded_parents, sample_text
 from weightsmith.observe.model import load_model
 
 torch.set_num_threads(1)
@@ -149,6 +149,18 @@ def test_the_parents_of_a_mixture_are_its_experts(folder: Path, original: Path) 
     noted(folder, recipe)
     report = check(folder, length=64)
     assert (list(report["models"]), report["missing"]) == (["merged", "base", "math"], {})
+
+
+def test_a_stack_is_compared_with_what_it_was_cut_from(folder: Path, tmp_path: Path) -> None:
+    saved(tiny_llama(vocabulary=300), tmp_path / "math")
+    slices = [{"model": str(tmp_path / "math"), "layers": [0, 2]}, {"model": "gone"}, {"model": str(tmp_path / "math")}]
+    noted(folder, {"models": {"joined": {"model": {"slices": slices}}, "modules": {"model": {"modules": {}}}}})
+    found, missing = recorded_parents(folder)
+    assert found == {"joined, part 1 (math)": tmp_path / "math"}
+    assert missing == {
+        "joined, part 2 (gone)": "gone is not a folder here",
+        "modules": "a nested recipe; merge it on its own to compare with it",
+    }
 
 
 def test_an_adapter_among_the_parents_is_listed(folder: Path, tmp_path: Path) -> None:

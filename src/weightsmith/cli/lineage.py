@@ -13,7 +13,7 @@ __all__ = ["lineage"]
 
 
 def lineage(
-    out: Annotated[Path, Parameter(help="Folder that weightsmith has written.")],
+    out: Annotated[Path, Parameter(help="Folder that weightsmith has written; or that of a sweep.")],
     /,
     *,
     json: Json = False,
@@ -21,10 +21,13 @@ def lineage(
     """Show what a model was made from, and that from what, as far as the folders are still there."""
     from weightsmith.inspect.ancestry import ancestry as behind
     from weightsmith.inspect.ancestry import tree_lines
+    from weightsmith.jobs.sweep import variants_in
 
-    found = behind(out)
+    variants = variants_in(out)
+    found = {name: behind(place) for name, place in (variants or {"": out}).items()}
     if json:
-        show_json(found)
+        show_json(found if variants else found[""])
     else:
-        for line in tree_lines(found):
-            say(line)
+        for tree in found.values():
+            for line in tree_lines(tree):
+                say(line)

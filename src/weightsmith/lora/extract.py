@@ -28,6 +28,7 @@ from weightsmith.lora.tried import tried
 from weightsmith.lora.write import Description, Writer, Written
 from weightsmith.ops.lowrank import Factors, rank_for, signed, split, widened
 from weightsmith.ops.spectral import NOISE, top_svd
+from weightsmith.report.units import size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +139,12 @@ def extract(
         config = config_of(writer.ranks, like, modules=modules, parameters=targets.parameters, saved=targets.saved)
         result = writer.finish(config, about, saved=targets.saved, warnings=notes)
     said, failed = tried(result, targets)
+    full = sum(key.nbytes for key in tuned.keys.values())
+    if result.nbytes >= full:
+        failed.append(
+            f"the adapter takes {size(result.nbytes)}, the model itself {size(full)}: choose a lower rank "
+            "(--rank 16), or a share of each change (--energy 0.9)"
+        )
     return replace(result, tried=said, warnings=(*result.warnings, *told(Code.ADAPTER, failed)))
 
 

@@ -289,7 +289,7 @@ def recorded_parents(folder: Path) -> tuple[Mapping[str, str | Path], dict[str, 
         return {}, {MANIFEST: f"names no models ({type(error).__name__}: {error})"}
     found: dict[str, str | Path] = {}
     missing: dict[str, str] = {}
-    for name, entry in [*named.items(), *_compressed(named)]:
+    for name, entry in [*_sliced(named), *_compressed(named)]:
         model = entry.get("model") if isinstance(entry, dict) else entry
         if isinstance(entry, dict) and entry.get("expert"):
             continue
@@ -322,6 +322,19 @@ def _no_model(folder: Path) -> str:
             names = ", ".join(made["recipe"]["models"])
             return f"a compressed folder; check a model of it: weightsmith restore {folder} OUT --expert NAME ({names})"
     return ""
+
+
+def _sliced(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The models of a recipe; in place of one that is a stack of slices, those that they are cut from, each once."""
+    for name, entry in named.items():
+        model = entry.get("model") if isinstance(entry, dict) else entry
+        slices = model.get("slices") if isinstance(model, dict) else None
+        parts = [one.get("model") if isinstance(one, dict) else one for one in slices or ()]
+        if parts and all(isinstance(part, str) for part in parts):
+            for number, part in enumerate(dict.fromkeys(parts), 1):
+                yield f"{name}, part {number} ({Path(part).name})", part
+        else:
+            yield name, entry
 
 
 def _compressed(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
