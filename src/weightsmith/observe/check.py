@@ -332,7 +332,7 @@ def _sliced(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         parts = [one.get("model") if isinstance(one, dict) else one for one in slices or ()]
         if parts and all(isinstance(part, str) for part in parts):
             for number, part in enumerate(dict.fromkeys(parts), 1):
-                yield f"{name}, part {number} ({Path(part).name})", part
+                yield f"{name}, part {number} ({Path(str(part)).name})", part
         else:
             yield name, entry
 
