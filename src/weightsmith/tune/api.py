@@ -24,6 +24,7 @@ from weightsmith.recipe.load import load
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.table import digest, read_table, write_table
 from weightsmith.tune.adapters import ADAPTER, write_adapter
+from weightsmith.tune.arguments import refuse_others
 from weightsmith.tune.controls import Control, compare
 from weightsmith.tune.descent import Descent
 from weightsmith.tune.journal import Journal, write_curve
@@ -113,7 +114,7 @@ def tune(
 
     Raises RecipeError, PlanError or SourceError for what does not fit, NumericError for a loss that is not finite.
     """
-    _refuse_others(locals())
+    refuse_others(locals())
     settings, options = settings.taken_from(options)
     if settings.ray is not None:
         raise RecipeError("tune runs on this machine: the model is in its memory; leave --ray out")
@@ -245,42 +246,6 @@ def _recipe(recipe: Any, models: Mapping[str, Any] | None, base: Any) -> tuple[d
     if isinstance(recipe, Recipe):
         return recipe.model_dump(mode="json", exclude_defaults=True), None
     return dict(recipe), None
-
-
-_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "recipe": ((Recipe, Mapping, str, Path), "a recipe, its tree, or its path"),
-    "space": ((str, Preset, Setting, Mapping), "a preset by name or value, or parameter -> Free"),
-    "data": ((Mapping,), "task -> batches, as {'math': [batch, batch]}"),
-    "validation": ((Mapping,), "task -> batches, as {'math': [batch, batch]}"),
-    "module": ((nn.Module,), "a torch module, the base model"),
-    "descent": ((Descent,), "a Descent"),
-    "models": ((Mapping,), "name -> model"),
-    "out": ((str, Path), "a folder"),
-    "settings": ((Settings,), "Settings"),
-    "every": ((int,), "a whole number of steps"),
-}
-"""Argument -> what may be given, besides None, and what that is in words."""
-
-
-def _refuse_others(given: Mapping[str, Any]) -> None:
-    """Raise RecipeError for an argument of `tune` that cannot be one."""
-    for name, (kinds, wanted) in _KINDS.items():
-        if given[name] is not None and not isinstance(given[name], kinds):
-            raise RecipeError(f"{name} should be {wanted}, is {short(given[name])}")
-    if given["every"] < 1:
-        raise RecipeError(f"every = {given['every']} is outside [1, inf)")
-    for name in ("data", "validation"):
-        for task, batches in (given[name] or {}).items():
-            if not hasattr(batches, "__len__") or not hasattr(batches, "__getitem__"):
-                raise RecipeError(f"{name} of {task} should be a sequence of batches, is {short(batches)}")
-    functions = given["function"]
-    for task, one in functions.items() if isinstance(functions, Mapping) else (("", functions),):
-        if one is not None and not callable(one):
-            raise RecipeError(f"function{f' of {task}' if task else ''} should be callable, is {short(one)}")
-    if isinstance(given["space"], Mapping):
-        for name, free in given["space"].items():
-            if not isinstance(free, Free):
-                raise RecipeError(f"space: {name} should be a Free, as Free(per='layer'), is {short(free)}")
 
 
 def _setting(space: Any, objective: Any, descent: Any, names: tuple[str, ...], options: Mapping[str, Any]) -> Setting:
