@@ -24,6 +24,7 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "part_of_wide_heads": lambda: t.StableLmForCausalLM(t.StableLmConfig(**{**_GROUPED, "hidden_size": 64})),
     "one_kv_head": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, "num_key_value_heads": 1})),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_GROUPED, head_dim=8)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8)),
     "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_GROUPED)),
     "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**_TEXT, **_LONG)),
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_GROUPED)),

@@ -56,7 +56,7 @@ def test_heads_units_scales_and_rotations_come_back(home: Path, tmp_path: Path) 
         rerun(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "qwen3", "deepseek"])
+@pytest.mark.parametrize("name", ["mixtral", "gemma3", "deepseek"])
 def test_permuted_and_locked_layouts(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "base")
     lock(tmp_path / "base", tmp_path / "locked", tmp_path / "key", compare=False)
