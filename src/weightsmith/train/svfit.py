@@ -28,8 +28,7 @@ from weightsmith.io.read.lora import PREFIX, read_peft
 from weightsmith.io.read.svfit import Singular, decomposed, fingerprint, refuse_another
 from weightsmith.train.save import save_folder
 
-__all__ = ["TARGETS", "Parametrize", "SVFit", "SingularValues", "checked", "described", "load", "transposed", "unfit",
-           "weight_of", "wrap"]  # fmt: skip
+__all__ = ["TARGETS", "SVFit", "SingularValues", "load", "wrap"]
 
 TARGETS = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin")
 """Query and value projections, as the paper's runs on GLUE train them."""
