@@ -19,6 +19,8 @@ from bench.series import Bench, Memory, Run
 from bench.table import markdown, memory_rows, ratio, ratio_rows, usage_rows
 from safetensors.torch import load_file
 
+from bench import filters
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -211,6 +213,11 @@ def test_a_small_run_writes_its_tables(root: Path, capsys: pytest.CaptureFixture
     assert [one["experts"] for one in record["memory"]] == [2, 3]
     assert all(one["predicted"] > 0 and one["measured"] > 0 for one in record["memory"])
     assert not any((root / "run/out").iterdir())
+
+
+def test_filters_are_measured_beside_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert filters.main(["--size", "tiny", "--repeat", "1", "--folder", str(tmp_path), "agree"]) == 0
+    assert "| agree " in capsys.readouterr().out
 
 
 def test_a_missing_mergekit_is_one_line(

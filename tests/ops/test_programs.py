@@ -22,6 +22,7 @@ from weightsmith.core.method import Pipeline, registry
 from weightsmith.core.pass_ import Pass, Rows, fold, measured
 from weightsmith.core.site import Site
 from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.kernels.job import Job
 from weightsmith.kernels.looks import Sight, backends
 from weightsmith.kernels.merge import Merge
 from weightsmith.kernels.record import STRIP
@@ -31,6 +32,7 @@ from weightsmith.methods.task_arithmetic import TaskArithmetic
 from weightsmith.ops import noise
 from weightsmith.ops.reduce import row_products, row_sizes, row_squares, row_sums
 from weightsmith.ops.rescale import l1_sums
+from weightsmith.ops.select import Cuts
 
 State = dict[str, Tensor]
 WIDE = STRIP + 77
@@ -74,6 +76,10 @@ PIPELINES: Mapping[str, Any] = {
     "magnitude, della, dare, ties, consensus": [
         {"magnitude": {"density": 0.9}}, "della", {"dare": {"density": 0.9}}, {"ties": {"density": 0.5}}, "consensus",
     ],
+    "agree": ["agree", "task_arithmetic"],
+    "agree per tensor": [{"agree": {"density": [0.3, 1.0, 0.6], "scope": "tensor"}}, "task_arithmetic"],
+    "agree, ties": [{"agree": {"density": 0.5}}, {"ties": {"density": 0.3}}],
+    "della, agree of all, dare, ties": ["della", {"agree": {"density": 1.0}}, "dare", {"ties": {"density": 0.5}}],
     "as long as an expert": {"task_arithmetic": {"lambda": "auto", "weight": -0.7}},
     "ties as long as an expert": {"ties": {"lambda": "auto", "density": 0.4, "weight": [0.3, 1.0, 0.5]}},
     "dare, as long as an expert": [{"dare": {"density": 0.3}}, {"task_arithmetic": {"lambda": "auto"}}],
@@ -243,6 +249,25 @@ def test_any_bits_give_what_torch_gives(
     assert torch.equal(result[finite], want[finite])
     assert bool(torch.equal(result.signbit()[finite], want.signbit()[finite])), "zeros of another sign"
     assert bad == int((~finite).sum())
+
+
+def test_marks_are_not_shared_where_other_cuts_were_found() -> None:
+    """Variants of a sweep may have equal filters in front, whose cuts over the model differ."""
+    rng = np.random.default_rng(0)
+    rows = [random_bits(rng, "bfloat16", 900).reshape(30, 30) & 0xBFFF for _ in range(2)]
+    stored = Stored([rows[1]], ["bfloat16"], rows[0], "bfloat16")
+    cut = registry("magnitude")().fused(1)
+    filters = (cut, registry("della")(rescale=False).fused(1))
+    salted = [None, noise.draws(0, "w", ["a"], "della", [0.35])]
+    kept = []
+    for threshold in (0x3F000000, 0x40000000):
+        one = np.array([[threshold]])
+        found = {0: {cut.cut: Cuts(one, one * 0, one * 0, 900)}}
+        walk = Job(filters, 1, found, salted, again=True)
+        walk.block(stored, 0)
+        kept.append(stored.kept.get(walk._which[1]))
+    assert kept[0] is not None
+    assert not np.array_equal(*kept)
 
 
 @pytest.mark.parametrize("stages", [

@@ -13,6 +13,7 @@ __all__ = [
     "Agreement",
     "Balance",
     "Drop",
+    "Elected",
     "Filter",
     "Fused",
     "Lengths",
@@ -159,6 +160,8 @@ class Drop:
     """
 
     place: ClassVar[str] = "before"
+    marks: ClassVar[bool] = True
+    vote: ClassVar[Any] = None
     cut: ClassVar[Any] = None
     values: ClassVar[tuple[float, ...]] = ()
 
@@ -179,6 +182,8 @@ class Window:
     """
 
     place: ClassVar[str] = "before"
+    marks: ClassVar[bool] = False
+    vote: ClassVar[Any] = None
     shares: ClassVar[tuple[float, ...]] = ()
     spans: ClassVar[tuple[float, ...]] = ()
     salt: ClassVar[str] = ""
@@ -195,6 +200,8 @@ class Times:
     """A filter: multiply task vector i by values[i]."""
 
     place: ClassVar[str] = "before"
+    marks: ClassVar[bool] = False
+    vote: ClassVar[Any] = None
     shares: ClassVar[tuple[float, ...]] = ()
     spans: ClassVar[tuple[float, ...]] = ()
     salt: ClassVar[str] = ""
@@ -204,6 +211,31 @@ class Times:
     ranks: ClassVar[Any] = None
 
     values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Elected:
+    """A filter: trim each task vector as a vote does, and keep what has the sign that the vote elects.
+
+    vote  of weights 1; its scale means nothing
+    """
+
+    place: ClassVar[str] = "before"
+    marks: ClassVar[bool] = True
+    shares: ClassVar[tuple[float, ...]] = ()
+    spans: ClassVar[tuple[float, ...]] = ()
+    salt: ClassVar[str] = ""
+    divide: ClassVar[bool] = False
+    factors: ClassVar[Any] = None
+    ranks: ClassVar[Any] = None
+    values: ClassVar[tuple[float, ...]] = ()
+
+    vote: Vote
+
+    @property
+    def cut(self) -> Any:
+        """Pass that finds the cuts to trim at, or None."""
+        return self.vote.cut
 
 
 @dataclass(frozen=True)
@@ -231,8 +263,11 @@ class Agreement:
         return self if self.factor is None else replace(self, factor=None, scale=1.0)
 
 
-Filter = Drop | Window | Times
-"""What filters of task vectors do, one after the other."""
+Filter = Drop | Window | Times | Elected
+"""What filters of task vectors do, one after the other.
+
+marks  whether what it keeps is found before a block is gone through, and may be remembered
+"""
 
 Fused = WeightedSum | Vote | Mix | Filter | Agreement
 """What a stage may say of itself."""
@@ -283,6 +318,12 @@ class Program:
         if index <= len(self.before) or self.after is None:
             return replace(self.unscaled, after=None)
         return replace(self, after=self.after.unscaled)
+
+    def electing(self, index: int) -> Program:
+        """What elects the signs that stage `index` asks for, a filter or the way to combine."""
+        if index < len(self.before):
+            return Program(self.before[index].vote, self.before[:index])
+        return self.unscaled
 
     @property
     def wants_base(self) -> bool:

@@ -85,7 +85,7 @@ def carry_out_all(
             f"--ray with --device {fit.accelerator.kind}: the workers of a cluster merge on their CPUs; leave one out"
         )
     lanes = None if fit is None else Lanes(fit)
-    meter = _Meter(jobs, progress)
+    meter, marks = _Meter(jobs, progress), None
     if not workers.remote:
         contexts = [replace(context, progress=meter.add) for context in contexts]
     try:
@@ -98,6 +98,8 @@ def carry_out_all(
                 for job, done in zip(jobs, records, strict=True)
             ]
             meter.skip(sum(t.nbytes for job, d in zip(jobs, records, strict=True) for t in job.plan.tasks if t.id in d))
+            marks = None if workers.remote else jobs[0].sink.aside()
+            contexts = [replace(context, marks=marks) for context in contexts]
             # What was measured belongs to all tensors, so it is measured again on resume.
             tasks = [job.plan.tasks if left else () for job, left in zip(jobs, todo, strict=True)]
             measured = measure_models(tasks, contexts, workers, lanes)
@@ -121,6 +123,8 @@ def carry_out_all(
             job.sink.abort()
         raise
     finally:
+        if marks is not None:
+            marks.close()
         if lanes is not None:
             lanes.close()
     return [{task.id: done[task.id] for task in job.plan.tasks} for job, done in zip(jobs, records, strict=True)]

@@ -10,6 +10,7 @@ from weightsmith.core.method import Found, Pass, Pipeline
 from weightsmith.core.task import Task
 from weightsmith.devices.place import CPU, Place
 from weightsmith.inputs.opened import Inputs
+from weightsmith.io.write.aside import Aside
 
 __all__ = ["Context", "Results", "share"]
 
@@ -29,6 +30,7 @@ class Context:
     place        where the arithmetic happens; replaced for every task, or group of tasks
     block        elements per block of a merge, default as the place says; does not change a byte of the result
     known        (task, pipeline, stage, pass) -> its result on one tensor, kept between looks over the whole model
+    marks        what filters keep, likewise; None: it is found again
     """
 
     inputs: Inputs
@@ -39,6 +41,7 @@ class Context:
     found: Mapping[Pipeline, Results] = field(default_factory=dict)
     progress: Callable[[int], None] = _nothing
     known: dict[tuple[str, Pipeline, int, Pass[Any]], Any] = field(default_factory=dict)
+    marks: Aside | None = None
 
     @property
     def measured(self) -> int:

@@ -89,7 +89,7 @@ def look_at(bundle: Sequence[tuple[Task, Context, Target]]) -> list[Mapping[str,
     chains = [Chain(carried_out_here(task), context, target) for task, context, target in bundle]
     for alike in _alike(chains):
         first = alike[0]
-        rows = StoredRows(first.task.key, first.context) if first.task.way is Way.KERNEL else None
+        rows = StoredRows(first.task.key, first.context, lasting=True) if first.task.way is Way.KERNEL else None
         measure(alike, Reader(len(alike) > 1), rows)
     return [chain.total for chain in chains]
 

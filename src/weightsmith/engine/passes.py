@@ -129,7 +129,7 @@ class Chain:
     @property
     def again(self) -> bool:
         """Whether the same rows are gone over once more after the next look, by another one or by the merge."""
-        return self._target is None or self.look is not self._target.look
+        return self._target is None or self.look is not self._target.look or self.context.marks is not None
 
     @property
     def ranks(self) -> bool:

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import numpy as np
 
 from weightsmith.core.keys import Key
 from weightsmith.core.task import keeps_masks, keeps_rows, row_step
 from weightsmith.engine.context import Context
+from weightsmith.io.write.aside import Aside
 from weightsmith.kernels.stored import Stored
 
 __all__ = ["StoredRows"]
 
 
-class StoredRows:
-    """Rows of every expert and of the base; blocks of tensors that are not large are kept, of others the latest."""
+@dataclass(frozen=True)
+class _Marks:
+    """What filters keep of some rows of a tensor: until the visit to it ends, and what was noted beyond.
 
-    def __init__(self, key: Key, context: Context) -> None:
-        self.key, self._context = key, context
+    noted   by an earlier visit, for (rows, what makes it); or None
+    lasting whether this visit notes it, too
+    """
+
+    rows: Hashable
+    here: dict[Hashable, np.ndarray]
+    noted: Aside | None
+    lasting: bool
+
+    def get(self, which: Hashable) -> np.ndarray | None:
+        found = self.here.get(which)
+        return self.noted.get((self.rows, which)) if found is None and self.noted is not None else found
+
+    def __setitem__(self, which: Hashable, packed: np.ndarray) -> None:
+        if self.noted is None or not self.lasting or not self.noted.put((self.rows, which), packed):
+            self.here[which] = packed
+
+
+class StoredRows:
+    """Rows of every expert and of the base; blocks of tensors that are not large are kept, of others the latest.
+
+    lasting  what filters keep is noted for later visits to the tensor (`Context.marks`)
+    """
+
+    def __init__(self, key: Key, context: Context, lasting: bool = False) -> None:
+        self.key, self._context, self._lasting = key, context, lasting
         self.step = row_step(key, context.measured)
         self.keeps = keeps_rows(key, len(context.inputs.models))
         self._kept: dict[tuple[int, int], Stored] = {}
@@ -46,5 +73,11 @@ class StoredRows:
             dtypes=[source.key(name).dtype for source in inputs.experts.values()],
             base=None if base is None else base.bits(name, start, stop),
             base_dtype="" if base is None else base.key(name).dtype,
-            kept=self._masks.setdefault((start, stop), {}) if keeps_masks(self.key, len(inputs.experts)) else {},
+            kept=self._marks(start, stop),
         )
+
+    def _marks(self, start: int, stop: int) -> _Marks:
+        context = self._context
+        here = self._masks.setdefault((start, stop), {}) if keeps_masks(self.key, len(context.inputs.experts)) else {}
+        rows = id(context.inputs), context.seed, self.key.name, start, stop
+        return _Marks(rows, here, context.marks, self._lasting)

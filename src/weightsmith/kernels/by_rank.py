@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, njit
 
 from weightsmith.kernels.filters import filtered, job_at, philox, task_vector
-from weightsmith.kernels.loops import MAGNITUDE, OPTIONS, decode, exported, pointer, strip
+from weightsmith.kernels.loops import MAGNITUDE, OPTIONS, decode, exported, more, pointer, strip
 from weightsmith.kernels.record import CELLS, FILTER, STRIP
 
 __all__ = ["sloped"]
@@ -70,73 +70,78 @@ def _sorted_ranks(bits: Any, ranks: Any, keys: Any, places: Any, counts: Any) ->
         ranks[places[1, j]] = j
 
 
+_OCTAVES = np.uint32(6 << 23)
+"""How far below a row's largest entry, as float bits, sizes are told apart: what is smaller is a few per cent."""
+
+
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _counted(bits: Any, tops: Any, cell: Any, place: Any, table: Any) -> None:
     """Put the bits of m entries into cells of rising size: cell [m], and place [m] within it, by index; uint32.
 
-    table  [5, CELLS + 2] uint32, for each cell: entries before it, entries in it, the upper 16 bits of the limits of
-           its first and last entry; the rest is for `_exact`
+    table  [4, CELLS + 2] uint32, for each cell: entries in it, the upper 16 bits of the limits of its first and last
+           one; the rest is for `_exact`
 
-    Places are unsigned: of signed ones numba tests whether they are negative, which takes half as long again.
+    The first cell is for zeros, the second for what is far below the largest.  Places are unsigned: of signed ones
+    numba tests whether they are negative, which takes half as long again.
     """
     m: Any = bits.size
+    held, lowest, highest = table[0], table[1], table[2]
     least: Any = np.uint32(0xFFFFFFFF)
     most: Any = np.uint32(0)
     for j in range(m):
         least = min(least, np.uint32(bits[j] - np.uint32(1)))  # wraps where there is nothing
         most = max(most, bits[j])
-    shift: Any = np.uint32(16)
+    if most > _OCTAVES:
+        least = max(least, np.uint32(most - _OCTAVES))
+    shift: Any = np.uint32(13)
     # Half as many cells as entries: a cell holds two on average, and the table stays small.
     room = min(max(64, m >> 1), CELLS)
-    first: Any = np.int32(least >> shift)
-    # Coarser, until all values that occur fit; the first cell is for zeros.
-    while np.int32(most >> shift) - first + 2 > room:
-        shift += np.uint32(1)
-        first = np.int32(least >> shift)
-    cells = np.int32(most >> shift) - first + 2 if most else 1
-    for k in range(cells):
-        table[1, k], table[4, k] = np.uint32(0), UNKNOWN
+    # Coarser, until all that are told apart fit.
+    while np.int32(most >> shift) - np.int32(least >> shift) + 2 > room:
+        shift = np.uint32(shift + np.uint32(1))
+    before = np.int32(np.int32(least >> shift) - np.int32(1)) if most else np.int32(0)
+    cells = np.int32(most >> shift) - before + 1 if most else 1
+    held[:cells], table[3, :cells] = np.uint32(0), UNKNOWN
     for j in range(m):
-        own: Any = np.int32(bits[j] >> shift) - first + 1
+        own: Any = np.int32(np.int32(bits[j] >> shift) - before)
         # Two loops, not one: this one has no counters and is vectorised.
-        cell[j] = np.uint32(max(own, 0)) if most else np.uint32(0)
+        cell[j] = np.uint32(max(own, np.int32(min(bits[j], np.uint32(1)))))
     for j in range(m):
-        here = table[1, cell[j]]
+        at = cell[j]
+        here = held[at]
         # By index within the cell: where a cell holds one value, place is already the rank within it.
         place[j] = here
-        table[1, cell[j]] = here + np.uint32(1)
+        held[at] = more(here, True)
     total, final = np.uint32(0), np.uint32(m - 1)
     for k in range(cells):
-        table[0, k] = total
         # Limits rise with the rank, so those of a cell lie between those of its first and its last entry.
-        table[2, k] = tops[min(total, final)]
-        total += table[1, k]
-        table[3, k] = tops[max(total, np.uint32(1)) - np.uint32(1)]  # of an empty cell it does not matter
+        lowest[k] = tops[min(total, final)]
+        total = np.uint32(total + held[k])
+        highest[k] = tops[max(total, np.uint32(1)) - np.uint32(1)]  # of an empty cell it does not matter
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _exact(bits: Any, cell: Any, place: Any, table: Any, j: Any) -> Any:
     """(the rank of the j-th entry from 0, equals by index; 1 where all entries had to be looked at).
 
-    table  see `_counted`; at [4] the value of a cell whose entries are equal, or UNKNOWN
+    table  see `_counted`; at [3] how many come before a cell whose entries are equal, or UNKNOWN
     """
     own, here = bits[j], cell[j]
-    # The zeros of a sparse row all lie in one cell: looked at once, known for all.
-    if table[4, here] == own:
-        return table[0, here] + place[j], 0
+    # The zeros of a sparse row, or coarse steps, lie in a cell of their own: looked at once, known for all.
+    if table[3, here] != UNKNOWN:
+        return table[3, here] + place[j], 0
     smaller, equal = np.uint32(0), np.uint32(0)
     for k in range(bits.size):
-        smaller += np.uint32(bits[k] < own)
-        equal += np.uint32(bits[k] == own)
+        smaller = more(smaller, bits[k] < own)
+        equal = more(equal, bits[k] == own)
     # All of the cell are equals: remembered.
-    if equal == table[1, here]:
-        table[4, here] = own
+    if equal == table[0, here]:
+        table[3, here] = smaller
         return smaller + place[j], 1
-    equal = np.uint32(0)
     # Its equals before it, by index.
     for k in range(j):
-        equal += np.uint32(bits[k] == own)
-    return smaller + equal, 1
+        smaller = more(smaller, bits[k] == own)
+    return smaller, 1
 
 
 UNKNOWN = np.uint32(0xFFFFFFFF)
@@ -157,29 +162,31 @@ def _along(
 
     bits, upper, kept  [m]: uint32, uint16, uint8; limits [m] uint64, rising; tops [m] uint32, their upper 16 bits
     start, inner       the flat position of the first entry, and how far apart they lie
+    cell, place, table, middle, keys, places, room  scratch
     """
     m = bits.size
     least = tops[0]
-    span = tops[m - 1] - least  # limits rise
+    span = np.uint32(tops[m - 1] - least)  # limits rise
+    for j in range(m):
+        kept[j] = np.uint32(upper[j]) < least
     some = np.uint32(0)
     for j in range(np.uint32(m)):
-        top = np.uint32(upper[j])
-        kept[j] = top < least
         # Written in any case and counted on only if wanted: no branch, which could not be predicted.
         middle[some] = j
-        some += np.uint32(np.uint32(top - least) <= span)
+        some = more(some, np.uint32(np.uint32(upper[j]) - least) <= span)
     if some == 0:
         return
     _counted(bits, tops, cell, place, table)
+    lowest, highest = table[1], table[2]
     left = np.uint32(0)
     for at in range(some):
         j = middle[at]
         top, here = np.uint32(upper[j]), cell[j]
         # Below the limits of the whole cell, or above them: no rank is needed.
-        below = top < table[2, here]
+        below = top < lowest[here]
         kept[j] = below
         middle[left] = j
-        left += np.uint32((not below) & (top <= table[3, here]))
+        left = more(left, (not below) & (top <= highest[here]))
     scans, ordered = 0, False
     for at in range(left):
         j = middle[at]
@@ -196,8 +203,8 @@ def _along(
 
 
 @exported
-def sloped(record: Any, expert: Any, step: Any, room: Any) -> Any:
-    """Fill in an expert's part of `kept` of a filter by rank, for a block; returns 0.
+def sloped(record: Any, expert: Any, step: Any, room: Any, out: Any) -> Any:
+    """Which entries of an expert's block a filter by rank keeps: out [count, size] uint8; returns 0.
 
     room  the address of 60 width + 120000 bytes; width: the entries of a row of the first axis
     """
@@ -207,11 +214,11 @@ def sloped(record: Any, expert: Any, step: Any, room: Any) -> Any:
     key = carray(pointer(one.draws), (job.count, 3), np.int64)[expert]
     slope = carray(pointer(one.slopes), (job.count, 2), np.float32)[expert]
     key0, key1, least, span = key[0], key[1], slope[0], slope[1]
-    kept = carray(pointer(one.kept + expert * size), (size,), np.uint8)
+    kept = carray(pointer(out + expert * size), (size,), np.uint8)
     # Ranks go along the second axis; a row of the first axis has columns x inner entries.
     width = 1 if one.ranks else columns * inner
-    fixed = 4 * 2048 + 128 + 4 * 5 * (CELLS + 2)
-    small, table = room, carray(pointer(room + 4 * 2048 + 128), (5, CELLS + 2), np.uint32)
+    fixed = 4 * 2048 + 128 + 4 * 4 * (CELLS + 2)
+    small, table = room, carray(pointer(room + 4 * 2048 + 128), (4, CELLS + 2), np.uint32)
     upper = carray(pointer(room + fixed), (16 * ((STRIP + width + 47) >> 4),), np.uint16)
     free = room + fixed + 32 * ((STRIP + width + 47) >> 4)
     if one.ranks:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit
 
 from weightsmith.kernels.by_rank import sloped
-from weightsmith.kernels.filters import drawn, filtered, job_at, masked, task_vector
+from weightsmith.kernels.filters import drawn, elected, filtered, job_at, masked, task_vector
 from weightsmith.kernels.loops import (
     I8,
     MAGNITUDE,
@@ -24,6 +24,7 @@ from weightsmith.kernels.loops import (
     encode,
     exported,
     fold,
+    more,
     pointer,
     strip,
     subtract,
@@ -99,9 +100,27 @@ def magnitudes(record: Any, expert: Any, out: Any) -> Any:
     found = carray(pointer(out), (job.size,), np.uint32)
     for low in range(0, job.size, STRIP):
         value = _voice(job, expert, low, min(STRIP, job.size - low))
+        here = found[low : low + value.size]
         for j in range(value.size):
-            found[low + j] = as_bits(value[j]) & MAGNITUDE
+            here[j] = as_bits(value[j]) & MAGNITUDE
     return 0
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _without_zeros(value: Any) -> Any:
+    """Where a strip holds many zeros, bring the others to its front; returns how many are left, and how many went.
+
+    All zeros have one counter, and to add to it again and again takes several times as long as to others in turn.
+    """
+    zeros, left = np.uint32(0), np.uint32(0)
+    for j in range(value.size):
+        zeros = more(zeros, value[j] == np.float32(0))
+    if 4 * zeros < value.size:
+        return I8(value.size), I8(0)
+    for j in range(value.size):
+        value[left] = value[j]
+        left = more(left, value[j] != np.float32(0))
+    return I8(left), I8(zeros)
 
 
 _GROUP = 16
@@ -122,14 +141,17 @@ def count_between(record: Any, expert: Any, lowest: Any, width: Any, shift: Any,
     for low in range(0, job.size, STRIP):
         n = min(STRIP, job.size - low)
         value = _voice(job, expert, low, n)
-        over = np.uint32(0)
+        over, zeros = np.uint32(0), np.uint32(0)
         for j in range(n):
             bits = as_bits(value[j]) & MAGNITUDE
             place = np.uint32(bits - first)  # wraps to something large where bits < first
-            # The strip is not needed any more and holds the places.
-            value[j] = as_float(place)
-            over += np.uint32(np.uint32(bits >= first) & np.uint32(place >= span))
+            over = more(over, np.uint32(bits >= first) & np.uint32(place >= span))
+            zeros = more(zeros, bits == np.uint32(0))
+            # The strip is not needed any more and holds the places; zeros, often many, are counted at once.
+            value[j] = as_float(place if bits else np.uint32(0xFFFFFFFF))
         above += I8(over)
+        if first == 0:
+            found[0] += zeros
         # The window holds some per cent of a tensor: most groups of sixteen are passed by with one test.
         whole = n - n % _GROUP
         for j in range(0, whole, _GROUP):
@@ -157,7 +179,7 @@ def count_cells(record: Any, expert: Any, cells: Any, counts: Any) -> Any:
     """Count every |entry| of a filtered task vector by its bits: all in one pass, however many cells are open.
 
     cells   [2, 2^15] uint32, for each value of the upper 16 bits: where its counters begin, and 0xFFFF where the lower
-            16 bits are told apart as well, else 0
+            16 bits are told apart as well, else 0.  0: they are nowhere, and the counters are in order
     counts  int64, as many as the cells ask for
     Returns 0; the record's scratch: as above.
     """
@@ -165,8 +187,14 @@ def count_cells(record: Any, expert: Any, cells: Any, counts: Any) -> Any:
     first, apart = carray(pointer(cells), (HIGH,), np.uint32), carray(pointer(cells + 4 * HIGH), (HIGH,), np.uint32)
     found = carray(pointer(counts), (HIGH,), np.int64)  # and what comes behind
     for low in range(0, job.size, STRIP):
-        n = min(STRIP, job.size - low)
-        value = _voice(job, expert, low, n)
+        value = _voice(job, expert, low, min(STRIP, job.size - low))
+        n, zeros = _without_zeros(value)
+        if cells == 0:
+            found[0] += zeros
+            for j in range(n):
+                found[(as_bits(value[j]) & MAGNITUDE) >> np.uint32(16)] += 1
+            continue
+        found[first[0]] += zeros
         for j in range(n):
             bits = as_bits(value[j]) & MAGNITUDE
             cell = bits >> np.uint32(16)
@@ -262,8 +290,8 @@ def masked_merge(record: Any) -> Any:
             # 32 bits do for a strip of 2048, and are added twice as fast as 64.
             balance = np.int32(0)
             for j in range(n):
-                sign = np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0))
-                balance += sign
+                sign = np.int32(np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0)))
+                balance = np.int32(balance + sign)
                 elected[j] = zero if sign == 0 else np.float32(sign)
             majority[0] += I8(balance)
             # A pass that only counts signs stops here.
@@ -346,6 +374,7 @@ KERNELS: Mapping[str, Any] = {
         row_masses,
         sloped,
         drawn,
+        elected,
         row_products,
         dots,
         row_sizes,

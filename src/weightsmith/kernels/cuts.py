@@ -5,7 +5,7 @@ The torch form in `ops.select` is the meaning; this finds the same in fewer pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from weightsmith.kernels.ranks import EVERYTHING, NOTHING, buckets, locate, thre
 from weightsmith.kernels.record import HIGH, LOW
 from weightsmith.kernels.stored import Stored, kernel
 
-__all__ = ["Cells", "Entries", "magnitudes", "readings", "tensor_cuts"]
+__all__ = ["Cells", "Entries", "Inside", "magnitudes", "readings", "tensor_cuts"]
 
 SAMPLE, PLACES = 1 << 16, 64
 """Entries looked at for a first guess of a cut, and on how many places of a large tensor they lie."""
@@ -83,12 +83,12 @@ class Entries:
     walk: Callable[[], Job]
     ordered: bool = False
 
-    def look(self) -> Iterator[int]:
-        """The records of all blocks, one after the other."""
+    def look(self) -> Iterator[tuple[int, int]]:
+        """The records of all blocks and their entries, one after the other."""
         job = self.walk()
         for start, stop in self.blocks:
             stored = self.read(start, stop)
-            yield job.block(stored, start * self.shape[1])
+            yield job.block(stored, start * self.shape[1]), stored.size
             # Two blocks at once would double the memory of the pass.
             del stored  # the next one is as large
 
@@ -178,7 +178,7 @@ def _one_each(ranks: Sequence[Sequence[int]], entries: Entries) -> np.ndarray:
         # Counts, and the bits that differ within a bin: uint32 [2, bins].
         counts = [np.zeros((2, search.width), np.uint32) for _, search in open_]
         above = [0] * len(open_)
-        for record in entries.look():
+        for record, _ in entries.look():
             for at, (i, search) in enumerate(open_):
                 above[at] += kernel("count_between")(
                     record, i, search.low, search.width, search.shift, counts[at].ctypes.data
@@ -221,19 +221,12 @@ class Cells:
         ]
         # HIGH counters of closed cells, then LOW for every open one.
         self._counts = [np.zeros(HIGH + LOW * len(places), np.int64) for places in self._places]
-        self._tables = []
-        for places in self._places:
-            table = np.zeros((2, HIGH), np.uint32)
-            # A closed cell: its own counter, and no lower bits (mask 0).
-            table[0] = np.arange(HIGH)
-            for cell, place in places.items():
-                table[:, cell] = place, LOW - 1
-            self._tables.append(table)
+        self._tables = [_table(places) for places in self._places]
 
-    def add(self, record: int) -> None:
-        """Count the next block."""
+    def add(self, record: int, size: int) -> None:
+        """Count the next block, of `size` entries."""
         for i, (table, counts) in enumerate(zip(self._tables, self._counts, strict=True)):
-            kernel("count_cells")(record, i, table.ctypes.data, counts.ctypes.data)
+            kernel("count_cells")(record, i, 0 if table is None else table.ctypes.data, counts.ctypes.data)
 
     @property
     def high(self) -> np.ndarray:
@@ -251,11 +244,56 @@ class Cells:
         return np.zeros(LOW, np.int64) if place is None else self._counts[expert][place : place + LOW]
 
 
+def _table(places: Mapping[int, int]) -> np.ndarray | None:
+    """Where the kernel finds the counters of each cell, and whether it is open; None where none is."""
+    if not places:
+        return None
+    table = np.zeros((2, HIGH), np.uint32)
+    # A closed cell: its own counter, and no lower bits (mask 0).
+    table[0] = np.arange(HIGH)
+    for cell, place in places.items():
+        table[:, cell] = place, LOW - 1
+    return table
+
+
+class Inside:
+    """Counts of the magnitudes within one cell of every expert, by their lower 16 bits; the others pass by quickly.
+
+    cells  values of the upper bits; those that no magnitude has stand for cuts that need none
+    """
+
+    def __init__(self, cells: Sequence[int]) -> None:
+        self._cells = cells
+        # The kernel's counters, and what it would note of bits that were shifted out: uint32.
+        self._counts = np.zeros((len(cells), 2, LOW), np.uint32)
+        self._low, self._left = np.zeros((len(cells), 1, LOW), np.int64), _MOST
+
+    def add(self, record: int, size: int) -> None:
+        """Count the next block, of `size` entries."""
+        if size > self._left:
+            self._fold()
+        self._left -= size
+        for i, cell in enumerate(self._cells):
+            if 0 <= cell < HIGH:
+                kernel("count_between")(record, i, cell * LOW, LOW, 0, self._counts[i].ctypes.data)
+
+    def low(self, cells: Sequence[int]) -> np.ndarray:
+        """Of its cells: int64 [n, 1, LOW], as `ranks` takes them."""
+        assert cells == self._cells
+        self._fold()
+        return self._low
+
+    def _fold(self) -> None:
+        """Make room in the counters: over the whole of a long tensor 32 bits may not do."""
+        self._low[:, 0] += self._counts[:, 0]
+        self._counts[:], self._left = 0, _MOST
+
+
 def _counted(opened: Sequence[Iterable[int]], entries: Entries) -> Cells:
     """`Cells` of all blocks."""
     cells = Cells(opened)
-    for record in entries.look():
-        cells.add(record)
+    for record, size in entries.look():
+        cells.add(record, size)
     return cells
 
 

@@ -19,11 +19,13 @@ from weightsmith.kernels.loops import (
     as_bits,
     decode,
     exported,
+    more,
     pointer,
+    strip,
 )
 from weightsmith.kernels.record import FILTER, MERGE, STRIP
 
-__all__ = ["drawn", "filtered", "job_at", "masked", "philox", "task_vector"]
+__all__ = ["drawn", "elected", "filtered", "job_at", "masked", "philox", "task_vector"]
 
 
 # --- by size, and at random -------------------------------------------------------------------------
@@ -42,7 +44,7 @@ def trim(values: Any, front: Any, threshold: Any, quota: Any, ties: Any, seen: A
         # How many equals lie in this strip; only where the cut lies among them are they numbered.
         equal, here = np.uint32(threshold), np.uint32(0)
         for j in range(values.size):
-            here += np.uint32((as_bits(values[j]) & MAGNITUDE) == equal)
+            here = more(here, (as_bits(values[j]) & MAGNITUDE) == equal)
         if seen < quota < seen + here:  # the cut lies in this strip
             for j in range(values.size):
                 bits = as_bits(values[j]) & MAGNITUDE
@@ -106,22 +108,32 @@ def _drawn(kept: Any, key0: Any, key1: Any, limit: Any, start: Any, room: Any) -
             kept[j] = 1
         return
     count = (lane + n + 15) >> 4
-    upper = carray(pointer(room), (16 * count,), np.uint16)
+    # From the first number on: a sum as an index is tested for being negative, entry by entry.
+    upper = carray(pointer(room + 2 * lane), (n,), np.uint16)
     philox(key0, key1, 0, first, count, carray(pointer(room), (4 * count,), np.uint64))
     top, rest = np.uint16(limit >> 16), np.uint16(limit & 0xFFFF)
     equal = np.uint32(0)
     if rest:
         for j in range(n):
-            equal += np.uint32(upper[lane + j] == top)
+            equal = more(equal, upper[j] == top)
     if equal:
         second = room + 32 * count
-        lower = carray(pointer(second), (16 * count,), np.uint16)
+        lower = carray(pointer(second + 2 * lane), (n,), np.uint16)
         philox(key0, key1, 1, first, count, carray(pointer(second), (4 * count,), np.uint64))
         for j in range(n):
-            kept[j] = upper[lane + j] < top or (upper[lane + j] == top and lower[lane + j] < rest)
+            kept[j] = upper[j] < top or (upper[j] == top and lower[j] < rest)
     else:
         for j in range(n):
-            kept[j] = upper[lane + j] < top
+            kept[j] = upper[j] < top
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _unpacked(packed: Any, room: Any, count: Any) -> None:
+    """The bits of `count` bytes, the highest first, as bytes that are 0 or not: 8 count of them."""
+    byte, word = carray(pointer(packed), (count,), np.uint8), carray(pointer(room), (count,), np.uint64)
+    for j in range(count):
+        # The byte eight times, of each the bit that is wanted there.
+        word[j] = (np.uint64(byte[j]) * np.uint64(0x0101010101010101)) & np.uint64(0x0102040810204080)
 
 
 # --- one filter after the other ---------------------------------------------------------------------
@@ -134,21 +146,28 @@ def job_at(record: Any) -> Any:
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _trimmed(values: Any, job: Any, one: Any, i: Any) -> None:
+    """What the cuts of a filter leave of a strip of expert i's task vector, see `masked`."""
+    count = job.count
+    cuts = carray(pointer(one.cuts), (one.sides, 3, count), np.int64)
+    seen = carray(pointer(one.seen), (one.sides, count), np.int64)
+    for side in range(one.sides):
+        seen[side, i] = trim(values, side == 0, cuts[side, 0, i], cuts[side, 1, i], cuts[side, 2, i], seen[side, i])
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def masked(values: Any, job: Any, step: Any, i: Any, low: Any, room: Any) -> None:
     """What the masks of a filter leave of a strip of expert i's task vector, the entries from `low` on of a block.
 
     cuts   [sides, 3, count] int64: threshold, quota, ties; what comes after the first cut or before the second
            becomes zero.  seen [sides, count]: equals met so far, brought up to date
     draws  [count, 3] int64: the two halves of its noise's key, and the number its noise must stay below
-    kept   [count, size] uint8: 0 where an entry becomes zero, found before; the noise has done its part
+    kept   [count, size] bits, packed as by numpy: 0 where an entry becomes zero; noise and votes have done their part
     room   the address of two strips
     """
     count = job.count
     one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
-    cuts = carray(pointer(one.cuts), (one.sides, 3, count), np.int64)
-    seen = carray(pointer(one.seen), (one.sides, count), np.int64)
-    for side in range(one.sides):
-        seen[side, i] = trim(values, side == 0, cuts[side, 0, i], cuts[side, 1, i], cuts[side, 2, i], seen[side, i])
+    _trimmed(values, job, one, i)
     n = values.size
     if one.draws and not one.kept:
         draws = carray(pointer(one.draws), (count, 3), np.int64)
@@ -159,7 +178,9 @@ def masked(values: Any, job: Any, step: Any, i: Any, low: Any, room: Any) -> Non
         for j in range(n):
             values[j] = values[j] if own[j] else np.float32(0)
     elif one.kept:
-        kept = carray(pointer(one.kept + i * job.size + low), (n,), np.uint8)
+        place = i * job.size + low
+        _unpacked(one.kept + (place >> 3), room, ((place & 7) + n + 7) >> 3)
+        kept = carray(pointer(room + (place & 7)), (n,), np.uint8)
         for j in range(n):
             values[j] = values[j] if kept[j] else np.float32(0)
 
@@ -198,13 +219,13 @@ def task_vector(job: Any, i: Any, low: Any, values: Any, base: Any) -> Any:
     unfit = np.uint32(0)
     for j in range(values.size):
         values[j] = values[j] - base[j]
-        unfit += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
+        unfit = more(unfit, (as_bits(values[j]) & EXPONENT) == EXPONENT)
     return I8(unfit)
 
 
 @exported
-def drawn(record: Any, expert: Any, step: Any) -> Any:
-    """Fill in an expert's part of `kept` of a filter that drops at random, for a block; returns 0.
+def drawn(record: Any, expert: Any, step: Any, out: Any) -> Any:
+    """Which entries of an expert's block a filter keeps that drops at random: out [count, size] uint8; returns 0.
 
     The record's scratch: 2 STRIP float32.
     """
@@ -212,6 +233,43 @@ def drawn(record: Any, expert: Any, step: Any) -> Any:
     one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
     draws = carray(pointer(one.draws), (job.count, 3), np.int64)[expert]
     for low in range(0, job.size, STRIP):
-        kept = carray(pointer(one.kept + expert * job.size + low), (min(STRIP, job.size - low),), np.uint8)
+        kept = carray(pointer(out + expert * job.size + low), (min(STRIP, job.size - low),), np.uint8)
         _drawn(kept, draws[0], draws[1], draws[2], job.start + low, job.scratch)
+    return 0
+
+
+@exported
+def elected(record: Any, step: Any, room: Any, out: Any) -> Any:
+    """Which entries of a block a filter keeps that goes by an elected sign: out [count, size] uint8; returns 0.
+
+    room  the address of (count + 4) STRIP float32
+    """
+    job = job_at(record)
+    count, size = job.count, job.size
+    one = carray(pointer(job.filters), (job.steps,), FILTER)[step]
+    zero = np.float32(one.zero)
+    for low in range(0, size, STRIP):
+        n = min(STRIP, size - low)
+        # Strips as in `masked_merge`, whose election this is: voices; then base, elected, and two for noise.
+        origin, signs = strip(room, count, n), strip(room, count + 1, n)
+        decode(job.base, job.base_kind, low, origin)
+        for i in range(count):
+            voice = strip(room, i, n)
+            task_vector(job, i, low, voice, origin)
+            filtered(voice, job, step, i, low, room + 4 * STRIP * (count + 2))
+            _trimmed(voice, job, one, i)
+            if i == 0:
+                for j in range(n):
+                    signs[j] = voice[j]
+            else:
+                for j in range(n):
+                    signs[j] += voice[j]
+        for j in range(n):
+            sign = np.float32(signs[j] > np.float32(0)) - np.float32(signs[j] < np.float32(0))
+            signs[j] = zero if sign == np.float32(0) else sign
+        for i in range(count):
+            voice = strip(room, i, n)
+            kept = carray(pointer(out + i * size + low), (n,), np.uint8)
+            for j in range(n):
+                kept[j] = voice[j] * signs[j] > np.float32(0)
     return 0

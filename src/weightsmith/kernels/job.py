@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.kernel import Filter
+from weightsmith.core.kernel import Filter, sign_of_zero
 from weightsmith.kernels.record import CELLS, FILTER, MERGE, STRIP
 from weightsmith.kernels.stored import READ, Stored, base_address, kernel, room
 
@@ -24,7 +24,7 @@ class Job:
     filters  what task vectors go through, the i-th as stage i says
     noise    of the filters that drop at random, see `ops.noise.draws`
     found    results of the stages' passes
-    again    the same rows will be gone over once more: what is drawn is kept for that, a bit for each entry
+    again    the same rows will be gone over once more: what filters keep is remembered, a bit for each entry
     """
 
     def __init__(
@@ -39,9 +39,11 @@ class Job:
         self.record = np.zeros(1, MERGE)
         self._kept: dict[Hashable, np.ndarray] = {}  # what addresses point at
         self._count, self._stages, self._again = count, tuple(filters), again
+        self._which: list[Hashable] = []
         self._filters = np.zeros(len(filters), FILTER)
         for step, (one, known) in enumerate(zip(filters, [*noise, None], strict=False)):
             self._fill(step, one, found.get(step, {}), known)
+            self._which.append((self._stages[: step + 1], *self._measured(step)))
         self.record["filters"], self.record["steps"] = self._filters.ctypes.data, len(filters)
 
     def _fill(self, step: int, one: Filter, found: Mapping[Any, Any], noise: np.ndarray | None) -> None:
@@ -62,6 +64,8 @@ class Job:
         if noise is not None:
             # The hash of a stream's name is made once per tensor, not per block.
             self._set(step, "draws", np.ascontiguousarray(noise))
+        if one.vote is not None and one.vote.signs in found:
+            self._filters[step]["zero"] = int(sign_of_zero(one.vote.zero, found[one.vote.signs]))
         if one.divide:
             self._set(step, "shares", np.array(one.shares, np.float32))
         if one.spans:
@@ -71,6 +75,12 @@ class Job:
                 ranks = np.ascontiguousarray(found[one.ranks], np.float32)
                 self._set(step, "ranks", ranks)
                 self._filters[step]["numel"] = ranks.shape[1]
+
+    def _measured(self, step: int) -> list[Hashable]:
+        """What was measured for filters, up to one: it decides with them what that one keeps."""
+        fields = [(i, field) for i in range(step + 1) for field in ("cuts", "factors") if i < step or field == "cuts"]
+        arrays = [self._kept[one].tobytes() for one in fields if one in self._kept]
+        return [*arrays, *self._filters["zero"][: step + 1].tolist()]
 
     def _set(self, step: int, field: str, values: np.ndarray) -> None:
         # Kept: the record holds an address, which keeps nothing alive.
@@ -95,39 +105,50 @@ class Job:
         record["base"], record["base_kind"] = base_address(stored)
         record["scratch"] = room("scratch", strips * STRIP, np.float32)
         for step, one in enumerate(self._stages):
-            if one.spans or (one.salt and (self._again or self._stages[: step + 1] in stored.kept)):
-                self._keep(step, stored)
-            elif one.salt:
-                self._filters[step]["kept"] = 0
+            if one.marks:
+                self._mark(step, stored)
         return record.ctypes.data
 
-    def _keep(self, step: int, stored: Stored) -> None:
+    def _mark(self, step: int, stored: Stored) -> None:
         """Find out, or remember, what a filter keeps of a block."""
-        which, shape = self._stages[: step + 1], (self._count, stored.size)
+        one = self._stages[step]
         # The masks of earlier passes over the same rows: a bit per entry instead of a sort.
-        packed = stored.kept.get(which)
+        packed = stored.kept.get(self._which[step])
         if packed is not None:
-            self._set(step, "kept", np.unpackbits(packed, count=math.prod(shape)))
+            self._set(step, "kept", packed)
             return
-        self._set(step, "kept", np.empty(shape, np.uint8))
-        if stored.size == 0:
-            return
-        if not self._stages[step].spans:
-            for expert in range(self._count):
-                kernel("drawn")(self.record.ctypes.data, expert, step)
-            stored.kept[which] = np.packbits(self._kept[step, "kept"])
-            return
-        one, rest = self._filters[step], stored.experts[0].shape[1:]
-        # Ranks go along the second axis, as in torch.
-        one["columns"], one["inner"] = (rest[0] if rest else 1), math.prod(rest[1:])
-        space = room("slope", 60 * math.prod(rest) + 4 * 6 * CELLS + (1 << 15), np.uint8)
-        # The kernel walks through earlier filters to see what they leave, and counts equals on its way.
+        self._filters[step]["kept"] = 0
+        if stored.size == 0 or not (self._again or one.spans or one.vote is not None):
+            return  # noise can be drawn strip by strip
+        # The kernels walk through earlier filters to see what they leave, and count equals on their way.
         met = [seen.copy() for seen in self._seen]
-        for expert in range(self._count):
-            kernel("sloped")(self.record.ctypes.data, expert, step, space)
+        packed = np.packbits(self._found(step, one, stored))
         for seen, before in zip(self._seen, met, strict=True):
             seen[:] = before  # the walk itself has yet to see this block
-        stored.kept[which] = np.packbits(self._kept[step, "kept"])
+        stored.kept[self._which[step]] = packed
+        self._set(step, "kept", packed)
+
+    def _found(self, step: int, one: Filter, stored: Stored) -> np.ndarray:
+        """What a filter keeps: uint8 [n, m]."""
+        address, kept = self.record.ctypes.data, np.empty((self._count, stored.size), np.uint8)
+        out = kept.ctypes.data
+        if one.vote is not None:
+            kernel("elected")(address, step, room("elected", (self._count + 4) * STRIP, np.float32), out)
+            return kept
+        for expert in range(self._count):
+            if one.spans:
+                kernel("sloped")(address, expert, step, self._ranking(step, stored), out)
+            else:
+                kernel("drawn")(address, expert, step, out)
+        return kept
+
+    def _ranking(self, step: int, stored: Stored) -> int:
+        """Say along which axis of a block ranks go; the address of room for them."""
+        rest = stored.experts[0].shape[1:]
+        # Along the second axis, as in torch.
+        self._filters[step]["columns"] = rest[0] if rest else 1
+        self._filters[step]["inner"] = math.prod(rest[1:])
+        return room("slope", 60 * math.prod(rest) + 4 * 6 * CELLS + (1 << 15), np.uint8)
 
     @property
     def _seen(self) -> list[np.ndarray]:

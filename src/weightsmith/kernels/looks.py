@@ -25,7 +25,7 @@ from weightsmith.core.kernel import (
     Ranked,
     Within,
 )
-from weightsmith.kernels.cuts import Cells, magnitudes
+from weightsmith.kernels.cuts import Cells, Inside, magnitudes
 from weightsmith.kernels.job import Job, Results
 from weightsmith.kernels.merge import Merge
 from weightsmith.kernels.stored import READ, Stored, base_address, kernel, row_products, wide
@@ -100,7 +100,7 @@ class _High:
         self._cells, self._job = Cells([()] * sights[0].count), sights[0].job()
 
     def add(self, stored: Stored, offset: int) -> int:
-        self._cells.add(self._job.block(stored, offset))
+        self._cells.add(self._job.block(stored, offset), stored.size)
         return 0
 
     def results(self) -> list[State]:
@@ -114,10 +114,12 @@ class _Low:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         self._wanted = [sight.look.cells for sight in sights if isinstance(sight.look, Within)]  # [looks][n]
-        self._cells, self._job = Cells(list(zip(*self._wanted, strict=True))), sights[0].job()
+        self._job, one = sights[0].job(), len(sights) == 1
+        # Of a single look all but some per cent of the entries are passed by.
+        self._cells = Inside(self._wanted[0]) if one else Cells(list(zip(*self._wanted, strict=True)))
 
     def add(self, stored: Stored, offset: int) -> int:
-        self._cells.add(self._job.block(stored, offset))
+        self._cells.add(self._job.block(stored, offset), stored.size)
         return 0
 
     def results(self) -> list[State]:
@@ -211,7 +213,7 @@ class _Balance:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
-        self._merge = Merge(one.program.unscaled, one.found, one.noise)
+        self._merge = Merge(one.program.electing(one.index), one.found, one.noise)
 
     def add(self, stored: Stored, offset: int) -> int:
         return self._merge.count_signs(stored, offset)

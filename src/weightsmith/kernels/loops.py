@@ -25,6 +25,7 @@ __all__ = [
     "encode",
     "exported",
     "fold",
+    "more",
     "pointer",
     "strip",
     "subtract",
@@ -95,6 +96,15 @@ def strip(scratch: Any, place: Any, size: Any) -> Any:
     return carray(pointer(scratch + 4 * STRIP * place), (size,), np.float32)
 
 
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def more(count: Any, one: Any) -> Any:
+    """A uint32 count, and one more where something is so.
+
+    numba adds 32-bit integers in 64 bits, of which a vector holds half as many, unless the sum is cut off again.
+    """
+    return np.uint32(count + np.uint32(one))
+
+
 # --- stored bits to float32 and back -----------------------------------------------------------------
 
 
@@ -115,12 +125,12 @@ def decode(address: Any, kind: Any, start: Any, out: Any) -> None:
         half = carray(pointer(address + 2 * start), (n,), np.uint16)
         for j in range(n):
             bits = np.uint32(half[j])
-            size = (bits & np.uint32(0x7FFF)) << np.uint32(13)
+            size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
             # As a float32 the bits stand for a number 2^112 times too small, subnormal ones included.
             scaled = as_bits(as_float(size) * np.float32(2.0**112))
             # The largest exponent of a half: Inf and NaN stay what they are.
             special = scaled | EXPONENT if size >= np.uint32(0x0F800000) else scaled
-            out[j] = as_float(special | ((bits & np.uint32(0x8000)) << np.uint32(16)))
+            out[j] = as_float(special | np.uint32((bits & np.uint32(0x8000)) << np.uint32(16)))
     else:
         # A look-up of 1 kB that stays in the nearest cache.
         table = _TABLE_E4M3 if kind == E4M3 else _TABLE_E5M2
@@ -139,7 +149,7 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
         for j in range(n):
             bits = as_bits(values[j])
             word[j] = bits
-            bad += np.uint32((bits & EXPONENT) == EXPONENT)
+            bad = more(bad, (bits & EXPONENT) == EXPONENT)
     elif kind == BF16:
         short = carray(pointer(address + 2 * start), (n,), np.uint16)
         for j in range(n):
@@ -149,7 +159,7 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
             # A NaN becomes the quiet NaN that torch writes.
             kept = np.uint32(0x7FC00000) if (bits & MAGNITUDE) > EXPONENT else rounded
             short[j] = np.uint16(kept >> np.uint32(16))
-            bad += np.uint32((kept & EXPONENT) == EXPONENT)
+            bad = more(bad, (kept & EXPONENT) == EXPONENT)
     else:
         half = carray(pointer(address + 2 * start), (n,), np.uint16)
         for j in range(n):
@@ -157,16 +167,16 @@ def encode(values: Any, address: Any, kind: Any, start: Any) -> Any:
             size = bits & MAGNITUDE
             odd = (size >> np.uint32(13)) & np.uint32(1)
             # Rebias the exponent from 127 to 15 and round to nearest even, in one subtraction.
-            normal = (size - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
+            normal = np.uint32(size - np.uint32(0x37FFF001) + odd) >> np.uint32(13)
             # Below 2^-14 halves are subnormal: adding 0.5 rounds to their grid and leaves the result in the last bits.
-            subnormal = as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+            subnormal = np.uint32(as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000))
             small = subnormal if size < np.uint32(0x38800000) else normal
             # A NaN becomes the quiet one; what is too large becomes Inf.
             large = np.uint32(0x7E00) if size > EXPONENT else np.uint32(0x7C00)
             # 2^16, the first number that a half cannot hold.
             kept = small if size < np.uint32(0x47800000) else large
             half[j] = np.uint16(kept | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
-            bad += np.uint32((kept & np.uint32(0x7C00)) == np.uint32(0x7C00))
+            bad = more(bad, (kept & np.uint32(0x7C00)) == np.uint32(0x7C00))
     return I8(bad)
 
 
@@ -181,7 +191,7 @@ def broken(values: Any) -> Any:
     """How many entries are NaN or Inf."""
     found = np.uint32(0)
     for j in range(values.size):
-        found += np.uint32((as_bits(values[j]) & EXPONENT) == EXPONENT)
+        found = more(found, (as_bits(values[j]) & EXPONENT) == EXPONENT)
     return I8(found)
 
 

@@ -20,11 +20,13 @@ CELLS = 1 << 12
 
 _FILTER = (
     # addresses, 0: none.  cuts: [sides, 3, count] int64; seen: [sides, count] int64; draws: [count, 3] int64
-    # kept: [count, entries of the block] uint8; factors, shares: [count] float32
+    # kept: [count, entries of the block] bits, packed; factors, shares: [count] float32
     "cuts", "sides", "seen", "draws", "kept", "factors", "shares",
     # how `kept` is found: along an axis so long, whose entries lie so far apart, or by ranks: [count, entries of the
     # tensor] float32; slopes: [count, 2] float32, the probability is slopes[i, 0] + slopes[i, 1] rank
     "columns", "inner", "ranks", "numel", "slopes",
+    # or by a vote: the sign where it is even, 1 or -1
+    "zero",
 )  # fmt: skip
 
 # All fields are 64 bits wide: numba and numpy agree on the layout without padding.
@@ -53,8 +55,9 @@ SIGNATURES = {
     "count_cells": "iiii",
     "masked_merge": "i",
     "row_masses": "iiiiiii",
-    "sloped": "iiii",
-    "drawn": "iii",
+    "sloped": "iiiii",
+    "drawn": "iiii",
+    "elected": "iiii",
     "row_products": "iiiiiiiiiii",
     "dots": "iiiiiiiiii",
     "row_sizes": "iiiiiii",

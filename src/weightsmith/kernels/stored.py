@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from weightsmith.kernels import native
 from weightsmith.kernels.record import BF16, E4M3, E5M2, F16, F32, STRIP
 
 __all__ = [
-    "READ", "WRITTEN", "Stored", "base_address", "dots", "empty", "input_addresses", "kernel",
+    "READ", "WRITTEN", "Marks", "Stored", "base_address", "dots", "empty", "input_addresses", "kernel",
     "room", "row_products", "row_sizes", "scratch", "wide",
 ]  # fmt: skip
 
@@ -25,20 +26,27 @@ WRITTEN: Mapping[str, str] = {"bfloat16": "u2", "float32": "u4", "float16": "u2"
 """Dtypes that the kernels write, and how numpy holds their bits."""
 
 
+class Marks(Protocol):
+    """What filters keep of some rows, a bit for each entry, packed: by whatever makes them equal."""
+
+    def get(self, which: Hashable, /) -> np.ndarray | None: ...
+    def __setitem__(self, which: Hashable, packed: np.ndarray, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class Stored:
     """Rows of every expert and of the base, equally shaped arrays of stored bits, and their dtypes.
 
     `base` is None where it is not plain stored data (or not there at all).
 
-    kept  what random drops keep of these rows, for whoever goes over them again: filters -> packed bits
+    kept  what filters have kept of these rows, for whoever goes over them again
     """
 
     experts: Sequence[np.ndarray]
     dtypes: Sequence[str]
     base: np.ndarray | None = None
     base_dtype: str = "float32"
-    kept: dict[Hashable, np.ndarray] = field(default_factory=dict, compare=False)
+    kept: Marks = field(default_factory=dict[Hashable, np.ndarray], compare=False)
 
     def __getitem__(self, rows: slice) -> Stored:
         base = None if self.base is None else self.base[rows]

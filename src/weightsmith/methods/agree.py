@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.core.kernel import sign_of_zero
+from weightsmith.core.kernel import Elected, Vote, sign_of_zero
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, Filter, Pass, Scope, choice, number
 from weightsmith.core.site import Site
@@ -32,6 +32,10 @@ class Agree(Filter, name="agree", needs=(BASE,)):
     def passes(self, count: int) -> tuple[Pass[Any], ...]:
         ballot, balance = self._asked(count)
         return (balance,) if ballot.cut is None else (ballot.cut, balance)
+
+    def fused(self, count: int) -> Elected:
+        ballot, balance = self._asked(count)
+        return Elected(Vote(ballot.weights, 1.0, ballot.cut, balance, "majority", mean=False))
 
     def apply(self, site: Site) -> Site:
         ballot, balance = self._asked(site.count)

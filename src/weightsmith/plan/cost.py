@@ -27,7 +27,7 @@ SUM = 1.0
 """Of `seconds` of a filter: the weighted sum that it is measured with."""
 
 AGAIN = 0.6
-"""Of a filter by known cuts or factors: the seconds of its work in the kernels once they are found."""
+"""Of a filter whose cuts, factors or marks are known: the seconds of its work in the kernels once they are found."""
 
 _7B = (7e9, 4096)
 """Parameters of a 7B language model, and the smaller side of most of its matrices."""
@@ -54,7 +54,7 @@ def estimate(tasks: Iterable[Task], experts: int, read: int, written: int) -> fl
 def _again(stage: Stage, task: Task, own: float, parameters: float, experts: int) -> float:
     """Seconds of a filter's work for one expert when it is done again: what it has measured of a tensor is kept."""
     spec: Any = stage.fused(experts) if task.way is Way.KERNEL and isinstance(stage, Filter) else None
-    known = spec is not None and spec.place == "before" and (spec.cut is not None or spec.values)
+    known = spec is not None and spec.place == "before" and (spec.cut is not None or spec.values or spec.marks)
     return max(min(own, AGAIN * parameters / 1e9) if known else own, 0)
 
 

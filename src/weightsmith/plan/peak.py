@@ -53,8 +53,8 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
     found = measured(pipeline, rows, count, lists=inputs)
     program = pipeline.fused(count)
     before = program.before if program is not None else ()
-    # What random drops keep: a byte for each entry of a block, a bit for each of the tensor.
-    masks = sum(bool(one.salt) for one in before)
+    # What filters keep that find it out before: a byte for each entry of a block, a bit for each of the tensor.
+    masks = sum(one.marks for one in before)
     kept += masks * count * key.row_numel * (block + (rows if keeps_masks(key, count) else block) // 8)
     if any(one.spans for one in before):
         kept += 60 * key.row_numel  # to rank a row

@@ -42,6 +42,7 @@ from weightsmith.io.disk import (
     writing,
 )
 from weightsmith.io.url import Url, absolute, output_of, parse_url
+from weightsmith.io.write.aside import Aside
 from weightsmith.io.write.journal import Journal, State, boot_id, read_journal, refuse_changed
 from weightsmith.io.write.layout import Shard, Stores, indices, layout_digest, plan_shards
 from weightsmith.io.write.lock import FolderLock, holder, in_use
@@ -124,6 +125,9 @@ class FolderSink(Sink):
 
     def writer(self) -> Sink:
         return ShardWriter(self.folder, self._shards)
+
+    def aside(self) -> Aside:
+        return Aside(self.partial)
 
     def completed(self) -> Mapping[str, Any]:
         return self._completed

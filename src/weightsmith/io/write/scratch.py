@@ -10,6 +10,7 @@ import numpy as np
 from weightsmith.core.keys import Key
 from weightsmith.io import system
 from weightsmith.io.disk import remove, writing
+from weightsmith.io.write.aside import Aside
 from weightsmith.io.write.layout import Shard, Stores, plan_shards
 from weightsmith.io.write.sink import Sink
 from weightsmith.io.write.writer import ShardWriter, lay_out
@@ -43,6 +44,9 @@ class ScratchSink(Sink):
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         self._writer.put(name, start, bits)
+
+    def aside(self) -> Aside:
+        return Aside(self.folder)
 
     def close(self) -> None:
         """Let go of the files, which are complete."""

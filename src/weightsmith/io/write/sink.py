@@ -11,6 +11,7 @@ import numpy as np
 from weightsmith.core.errors import OutputError
 from weightsmith.core.keys import DTYPES, Key
 from weightsmith.io.read.source import bits_to_tensor
+from weightsmith.io.write.aside import Aside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,10 @@ class Sink(ABC):
         """What another process writes through: picklable, its `done` makes a task's bytes durable.  After `begin`."""
         raise OutputError(f"{type(self).__name__} takes blocks from one process only")
 
+    def aside(self) -> Aside | None:
+        """Where a run may note what it would otherwise find out again; None: nowhere.  After `begin`."""
+        return None
+
     def abort(self) -> None:  # noqa: B027  (nothing to release in memory)
         """The run failed: leave what can be resumed, release files and locks."""
 
@@ -70,6 +75,9 @@ class MemorySink(Sink):
             target[start : start + bits.shape[0]] = bits
         else:
             target[...] = bits
+
+    def aside(self) -> Aside:
+        return Aside()  # a bit for each entry and expert, where the result has 16 or 32
 
     def tensors(self) -> dict[str, Tensor]:
         """The finished tensors, by name."""

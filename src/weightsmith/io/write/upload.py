@@ -34,6 +34,7 @@ from weightsmith.io import system
 from weightsmith.io.disk import files_in, gigabytes, remove, write_file, writing
 from weightsmith.io.package.manifest import MANIFEST
 from weightsmith.io.url import Url, stored_at, without_secrets
+from weightsmith.io.write.aside import Aside
 from weightsmith.io.write.journal import refuse_changed
 from weightsmith.io.write.layout import Shard, Stores, indices, layout_digest, plan_shards
 from weightsmith.io.write.lock import FolderLock, holder, in_use
@@ -116,6 +117,9 @@ class UrlSink(Sink):
     def writer(self) -> Sink:
         self._elsewhere = True
         return ShardUploads(self.out, [shard for shard in self._shards if shard.name in self._left.rows])
+
+    def aside(self) -> Aside:
+        return Aside(self.home)
 
     def completed(self) -> Mapping[str, Any]:
         return self._completed
