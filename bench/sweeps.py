@@ -49,7 +49,10 @@ SWEEPS: Mapping[str, Swept] = {
     "breadcrumbs by density": Swept([{"breadcrumbs": {}}, {"task_arithmetic": {}}], "density", 0.1, 0.8),
     "dare_ties by density": Swept([{"dare": {}}, {"ties": _VOTE}], "density", 0.1, 0.8),
     "task_arithmetic by lambda": Swept([{"task_arithmetic": {}}], "lambda", 0.3, 1.0),
-    "tsvm by scaling": Swept([{"tsvm": {}}], "scaling", 0.3, 1.0),
+    **{
+        f"{name} by scaling": Swept([{name: {}}], "scaling", 0.3, 1.0)
+        for name in ("tsvm", "r_tsvm", "iso_c", "iso_cts", "wudi", "swudi", "aswudi", "optmerge")
+    },
 }
 
 

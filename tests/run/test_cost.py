@@ -14,7 +14,7 @@ from weightsmith.core.method import registered
 from weightsmith.inputs.opened import Inputs
 from weightsmith.inspect.catalogue import cost_at_7b, describe
 from weightsmith.io.read.source import MemorySource
-from weightsmith.plan.cost import AGAIN, READ, START, SUM, WRITE, stage_seconds
+from weightsmith.plan.cost import AGAIN, READ, START, WRITE, stage_seconds
 from weightsmith.plan.costs import UNKNOWN, costs_of
 from weightsmith.plan.plan import Plan, make_plan
 from weightsmith.recipe.schema import Recipe
@@ -45,16 +45,14 @@ def test_costs_add_up_over_stages_and_experts() -> None:
     dare, ties = costs_of(one["dare"]).seconds, costs_of(one["ties"]).seconds
     assert dare is not None
     assert ties is not None
-    whole, alone = ["dare", "ties"], ["dare", {"ties": {"scope": "tensor", "zero_sign": "plus"}}]
+    alone = ["dare", {"ties": {"scope": "tensor", "zero_sign": "plus"}}]
     assert calculating(planned(alone, count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties))
-    # Three looks at all that the drops leave: two for the cuts, one for the signs.
-    assert calculating(planned(whole, count=3, w=w)) == pytest.approx(3 * 4e-4 * (dare + ties + 3 * (dare - SUM)))
     assert calculating(planned("keep", w=w)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "breadcrumbs", "scale"])
+@pytest.mark.parametrize("name", ["magnitude", "breadcrumbs", "scale", "dare", "della", "agree"])
 def test_what_was_measured_of_a_tensor_is_not_measured_again(name: str) -> None:
-    """Only the filtering itself is done again for the three looks over the model."""
+    """Only the filtering itself is done again for the three looks over the model: two for the cuts, one for signs."""
     w, own, ties = torch.zeros(1000, 400), *(costs_of(registered()[n]).seconds for n in (name, "ties"))
     assert own is not None
     assert ties is not None

@@ -18,6 +18,7 @@ from run.small_inputs import EXPERTS, small_inputs
 from weightsmith.cli.main import main
 from weightsmith.cli.show import size
 from weightsmith.core.errors import PlanError, RecipeError
+from weightsmith.core.method import registered
 from weightsmith.engine.carry import Job, carry_out, carry_out_all
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.read.source import Bits, MemorySource
@@ -28,7 +29,7 @@ from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.sweep import plan_sweep, run_sweep
 from weightsmith.kernels.cuts import Cells
 from weightsmith.kernels.merge import Merge
-from weightsmith.methods.tsvm import Tsvm
+from weightsmith.ops.length import Scaled
 from weightsmith.plan.plan import make_plan
 from weightsmith.recipe.schema import ModelRef, Recipe
 from weightsmith.recipe.sweep import expand, load_variants
@@ -134,7 +135,7 @@ def test_cuts_of_all_variants_are_found_together(
     monkeypatch.setattr("weightsmith.core.task.KEPT", 5000)  # some tensors above it, some below
     calls = []
     add = Cells.add
-    monkeypatch.setattr(Cells, "add", lambda self, stored: (calls.append(stored), add(self, stored))[1])
+    monkeypatch.setattr(Cells, "add", lambda self, *given: (calls.append(given), add(self, *given))[1])
     name, _, per_tensor = stage.partition(" ")
     more = {"scope": "tensor"} if per_tensor else {}
     wanted = [
@@ -166,20 +167,24 @@ def test_what_lambda_does_not_change_is_measured_once(inputs: Inputs, monkeypatc
     assert together([wanted[0], fewer], inputs) == [expected[0], alone(fewer, inputs)]
 
 
-def test_a_decomposition_serves_all_factors(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tsvm by scaling decomposes once; what differs in more, or behind a filter, is not mixed up with it."""
-    calls = []
-    merged = Tsvm._merged
-    monkeypatch.setattr(Tsvm, "_merged", lambda self, site: (calls.append(self), merged(self, site))[1])
-    wanted = [recipe("tsvm", parameters={"scaling": value}) for value in (0.5, 1.0, 2.0)]
-    wanted += [recipe({"tsvm": {"rank_fraction": 0.5}}), recipe([{"magnitude": {"density": 0.3}}, "tsvm"]),
-               recipe([{"magnitude": {"density": 0.6}}, "tsvm"])]  # fmt: skip
+@pytest.mark.parametrize("name", sorted(name for name, one in registered().items() if issubclass(one, Scaled)))
+def test_a_decomposition_serves_all_factors(name: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is behind a filter, or differs in more than its factor, is not mixed up with it; all are told the same."""
+    calls, method, steps = [], registered()[name], {"iters": 2} if name in ("wudi", "optmerge") else {}
+    merged = method.merged  # type: ignore[attr-defined]
+    monkeypatch.setattr(method, "merged", lambda self, site: (calls.append(self), merged(self, site))[1])
+    wanted = [recipe({name: steps | {"scaling": value}}) for value in (0.5, 1.0, 2.0)]
+    wanted += [recipe([{"magnitude": {"density": density}}, {name: steps}]) for density in (0.3, 0.6)]
     expected = [alone(one, inputs) for one in wanted]
     each = len(calls) // len(wanted)
     assert each > 0
     calls.clear()
-    assert together(wanted, inputs) == expected
-    assert len(calls) == 4 * each
+    jobs = [Job(make_plan(one, sources=inputs, threads=1), inputs, MemorySink()) for one in wanted]
+    first, second, *_ = carry_out_all(jobs)
+    assert [bits(job.sink) for job in jobs] == expected  # type: ignore[arg-type]
+    assert len(calls) == 3 * each
+    for task, record in first.items():
+        assert record.get("told") == second[task].get("told")
 
 
 # --- folders -----------------------------------------------------------------------------------------

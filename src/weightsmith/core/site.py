@@ -63,7 +63,7 @@ class Site:
     origin: Site | None = None
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
     each: Sequence[Tensor] = ()
-    once: Callable[[Any, Callable[[], Tensor]], Tensor] = _alone
+    once: Callable[[Any, Callable[[], Any]], Any] = _alone
     told: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -35,7 +35,7 @@ class Reader:
         self.shared = shared
         self._block: tuple[str, int, int] | None = None
         self._values: dict[Any, Values] = {}
-        self._made: dict[Any, Tensor] = {}
+        self._made: dict[Any, Any] = {}
 
     def site(self, key: Key, task: Task, context: Context, start: int, stop: int) -> Site:
         """Rows start..stop of every input as float32 (float64 where an input is), and what else a method may see."""
@@ -70,7 +70,7 @@ class Reader:
             return replace(site, once=self._once)
         return site
 
-    def _once(self, question: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, question: Any, make: Callable[[], Any]) -> Any:
         """What the first variant that asked this of the block has made."""
         if question not in self._made:
             self._made[question] = make()

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
+from weightsmith.core.method import BASE, Whole, choice, integer, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.interference import STARTS, flowed
+from weightsmith.ops.length import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ RULES = ("participation_sqrt", "participation", "entropy", "stable_rank", "gavis
 
 
 @dataclass(frozen=True)
-class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
+class Aswudi(Whole, Scaled, name="aswudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Run `swudi` to its end, in as many directions per matrix as the spectrum suggests.
 
     By `rule`, for the eigenvalues l (falling, y = sqrt(l)) of C, see `swudi`:
@@ -48,7 +49,7 @@ class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), oth
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         aspect = min(site.block_shape) / max(site.block_shape)
 
         # `values`: all n eigenvalues of C, falling and floored at min_eigenvalue, so that no logarithm or quotient
@@ -57,9 +58,7 @@ class Aswudi(Whole, Method, name="aswudi", needs=(BASE,), checks=(dims(2),), oth
             found = min(count_directions(values, self.rule, aspect, self.share), len(values))
             return max(found, self.min_rank)
 
-        merged = flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, count)
-        assert site.base is not None
-        return site.base + merged * self.scaling
+        return flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, count)
 
 
 def count_directions(values: Tensor, rule: str, aspect: float, share: float = 1.0) -> int:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Factored, Method, choice, number
+from weightsmith.core.method import BASE, Factored, choice, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.leading import LARGE
-from weightsmith.ops.length import AUTO, lengthened
+from weightsmith.ops.length import AUTO, Scaled
 from weightsmith.ops.spectral import NOISE, Matrix, dense, matrices, polar_by_iteration, polar_of_large, svd_of, total
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["IsoC"]
 
 @dataclass(frozen=True)
 class IsoC(
-    Factored, Method, name="iso_c", needs=(BASE,), streams=1, checks=(dims(2),), otherwise=scaled_mean, apart=True
+    Factored, Scaled, name="iso_c", needs=(BASE,), streams=1, checks=(dims(2),), otherwise=scaled_mean, apart=True
 ):
     """Flatten the singular spectrum of the summed change.
 
@@ -44,11 +44,11 @@ class IsoC(
     rank_tol: float = number(1e-6, "relative singular values up to which a component is left out", low=0, below=1)
     solver: str = choice("eigh", "how the singular directions are found", "eigh", "iterate")
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         assert site.base is not None
         # The sum, not the mean: the nuclear norm that is kept is that of sum_t tau_t.
         flat = self._flattened(total(matrices(site)), min(site.block_shape, default=0), site.base.dtype)
-        return site.base + lengthened(flat.to(site.base.dtype), site, self.scaling, self.name)
+        return flat.to(site.base.dtype)
 
     def _flattened(self, added: Matrix, size: int, dtype: torch.dtype) -> Tensor:
         if self.solver == "iterate":

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import Case, Verdict, dims, remark_here
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Factored, Method, number
+from weightsmith.core.method import BASE, Factored, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
-from weightsmith.ops.length import AUTO, lengthened
+from weightsmith.ops.length import AUTO, Scaled
 from weightsmith.ops.spectral import NOISE, Svd, matrices, orthogonal_sum, outside, svd_of, total
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["IsoCts"]
 
 @dataclass(frozen=True)
 class IsoCts(
-    Factored, Method, name="iso_cts", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
+    Factored, Scaled, name="iso_cts", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
 ):
     """Flatten the spectrum as `iso_c` does, and keep some directions of each expert's own.
 
@@ -47,7 +47,7 @@ class IsoCts(
             return ()
         return remark_here(f"no direction of its own is left for each of {case.count} models, so this is iso_c")
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         assert site.base is not None
         common, own = self._ranks(min(site.block_shape), site.count)  # c and d of the docstring
         tasks = matrices(site)
@@ -60,11 +60,11 @@ class IsoCts(
         # All singular values that are kept, of every space, have one mean.
         strength = torch.cat([p.s for p in (*parts, shared)])
         if not strength.numel():
-            return site.base + torch.zeros_like(site.base)
+            return torch.zeros_like(site.base)
         # Bases only; the factor comes after the sum, as a number.
         even = [p._replace(s=torch.ones_like(p.s)) for p in (*parts, shared)]
         flat = orthogonal_sum(even, dtype=site.base.dtype) * strength.mean()
-        return site.base + lengthened(flat.to(site.base.dtype), site, self.scaling, self.name)
+        return flat.to(site.base.dtype)
 
     def _ranks(self, size: int, count: int) -> tuple[int, int]:
         """(directions of the common space, of each task)."""

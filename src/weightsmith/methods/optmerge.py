@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
+from weightsmith.core.method import BASE, Whole, choice, integer, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.combine import mean
 from weightsmith.ops.descent import adam, momentum_gain
 from weightsmith.ops.interference import Interference, frobenius, interference, start_of
+from weightsmith.ops.length import Scaled
 from weightsmith.ops.spectral import top_svd
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ DEFAULTS = {"full": ("adam", 1e-5, "sum"), "lora": ("sgd", 1e-4, "mean")}
 @dataclass(frozen=True)
 class Optmerge(
     Whole,
-    Method,
+    Scaled,
     name="optmerge",
     aliases=("wudi2",),
     needs=(BASE,),
@@ -60,12 +61,11 @@ class Optmerge(
     momentum: float = number(0.9, "share of its speed that SGD keeps per step", low=0, below=1)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         deltas = site.deltas
-        assert site.base is not None
         start = start_of(deltas, self._setting("init", 2))
         # The descent works on the difference to M0, whose numbers are small and exact in float32.
-        return site.base + (start + self._moved(start, deltas)) * self.scaling
+        return start + self._moved(start, deltas)
 
     def _setting(self, field: str, place: int) -> str:
         given = str(getattr(self, field))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import Case, Verdict, dims, leave
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Whole, choice, integer, number
+from weightsmith.core.method import BASE, Whole, choice, integer, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.methods.tsvm import FEW
-from weightsmith.ops.length import AUTO, lengthened
+from weightsmith.ops.length import AUTO, Scaled
 from weightsmith.ops.reduce import block_sums, row_sums
 from weightsmith.ops.spectral import orthogonal_sum, svd_of
 
@@ -28,7 +28,7 @@ DESTROYED = 0.9
 
 @dataclass(frozen=True)
 class RTsvm(
-    Whole, Method, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
+    Whole, Scaled, name="r_tsvm", needs=(BASE,), streams=2, checks=(dims(2),), otherwise=scaled_mean, apart=True
 ):
     """Merge as `tsvm` does, with a weight per task from its outliers and a rank from its sparsity.
 
@@ -69,7 +69,7 @@ class RTsvm(
         few = case.key is not None and min(case.key.shape) < case.count * self.rank_min
         return leave(FEW if few else None)
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         assert site.base is not None
         size = min(site.block_shape)
         # First walk: two numbers per task.  An expert equal to the base has neither.
@@ -78,7 +78,7 @@ class RTsvm(
         # It takes no rank from the others.
         alive = [shares for shares in seen if shares is not None]
         if not alive:
-            return site.base + torch.zeros_like(site.base)
+            return torch.zeros_like(site.base)
         # With and without the cap, to be able to say that it held something back.
         found, free = (self._weights([outliers for outliers, _ in alive], cap) for cap in (self._cap, math.inf))
         site.tell("r_tsvm.capped", float(found != free))
@@ -92,8 +92,7 @@ class RTsvm(
             for delta, shares in zip(site.tasks, seen, strict=True)
             if shares is not None
         ]
-        merged = orthogonal_sum(parts, dtype=site.base.dtype)
-        return site.base + lengthened(merged.to(site.base.dtype), site, self.scaling, self.name)
+        return orthogonal_sum(parts, dtype=site.base.dtype).to(site.base.dtype)
 
     def says(self, told: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Iterator[str]:
         told = {tensor: found for tensor, found in told.items() if "r_tsvm.capped" in found}

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import dims
-from weightsmith.core.method import BASE, Method, Whole, choice, number
+from weightsmith.core.method import BASE, Whole, choice, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.interference import STARTS, flowed
+from weightsmith.ops.length import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ __all__ = ["Swudi"]
 
 
 @dataclass(frozen=True)
-class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
+class Swudi(Whole, Scaled, name="swudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Lower `wudi`'s loss in the leading directions only, in closed form.
 
     The closed form is that of gradient flow for a time.
@@ -41,9 +42,7 @@ class Swudi(Whole, Method, name="swudi", needs=(BASE,), checks=(dims(2),), other
     min_eigenvalue: float = number(1e-8, "eigenvalues below this count as this", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         # C is [n, n], n the inputs of the layer: that is what a share of the eigenvalues is a share of.
         count = max(1, int(site.block_shape[1] * self.rank_ratio + 0.999))
-        merged = flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, lambda _: count)
-        assert site.base is not None
-        return site.base + merged * self.scaling
+        return flowed(site.deltas, self.init, float(self.time), self.min_eigenvalue, lambda _: count)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.checks import Case, Verdict, dims, leave
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Each, Factored, Method, choice, number
+from weightsmith.core.method import BASE, Each, Factored, choice, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
-from weightsmith.ops.combine import spread
-from weightsmith.ops.length import AUTO, lengthened
+from weightsmith.ops.length import AUTO, Scaled
 from weightsmith.ops.spectral import Matrix, matrices, orthogonal_sum, svd_of
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ FEW = "matrices too small for a triplet of every model"
 
 @dataclass(frozen=True)
 class Tsvm(
-    Factored, Method, name="tsvm", needs=(BASE,), streams=1, checks=(dims(2, 4),), otherwise=scaled_mean, apart=True
+    Factored, Scaled, name="tsvm", needs=(BASE,), streams=1, checks=(dims(2, 4),), otherwise=scaled_mean, apart=True
 ):
     """Keep the leading singular directions of every change, and make them orthogonal.
 
@@ -71,16 +70,14 @@ class Tsvm(
             return leave("tensors of more than two dimensions")
         return leave(None if self._rank(self._smaller(case.key.shape), case.count) else FEW)
 
-    def merge(self, site: Site) -> Tensor:
-        assert site.base is not None
-        # In a sweep over one `scaling` the decompositions are made once, and multiplied after.
-        alike, after = (self, 1.0) if isinstance(self.scaling, tuple) else (replace(self, scaling=1.0), self.scaling)
-        return site.base + lengthened(site.once(alike, lambda: self._merged(site)), site, after, self.name)
+    @property
+    def shared(self) -> tuple[Tsvm, Any]:
+        # A list goes into the task vectors; only one number comes after.
+        return (self, 1.0) if isinstance(self.scaling, tuple) else super().shared
 
-    def _merged(self, site: Site) -> Tensor:
-        """The merged task vector; multiplied by `scaling` only where that is a list."""
+    def merged(self, site: Site) -> Tensor:
         assert site.base is not None
-        weights = spread(self.scaling if isinstance(self.scaling, tuple) else 1.0, site.count)
+        weights = site.spread(self.scaling)  # type: ignore[arg-type]  # of `shared`, which has no auto
         rank = self._rank(self._smaller(site.block_shape), site.count)
         # [T][matrices]: one task vector at a time, of which only the triplets stay.
         tasks = [[svd_of(matrix, rank) for matrix in self._views(tau)] for tau in matrices(site)]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.checks import dims
 from weightsmith.core.lazy import torch
-from weightsmith.core.method import BASE, Method, Whole, integer, number
+from weightsmith.core.method import BASE, Whole, integer, number
 from weightsmith.core.site import Site
 from weightsmith.methods.task_arithmetic import scaled_mean
 from weightsmith.ops.descent import adam
 from weightsmith.ops.interference import frobenius, interference, start_of
+from weightsmith.ops.length import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ __all__ = ["Wudi"]
 
 
 @dataclass(frozen=True)
-class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
+class Wudi(Whole, Scaled, name="wudi", needs=(BASE,), checks=(dims(2),), otherwise=scaled_mean, apart=True):
     """Find the change that disturbs the experts least, by gradient descent.
 
     From the sum M of the task vectors, Adam lowers sum_i |(M - tau_i) tau_i^T|^2 / |tau_i|^2.
@@ -40,13 +41,12 @@ class Wudi(Whole, Method, name="wudi", needs=(BASE,), checks=(dims(2),), otherwi
     lr: float = number(1e-5, "learning rate: about the most an entry moves per step", above=0)
     scaling: float = number(1.0, "factor of the merged task vector", smooth=True)
 
-    def merge(self, site: Site) -> Tensor:
+    def merged(self, site: Site) -> Tensor:
         deltas = site.deltas
         # The authors start at task arithmetic with lambda 1.
         start = start_of(deltas, "sum")
-        assert site.base is not None
         # The descent counts as a constant: gradients reach the start only.
-        return site.base + (start + self._moved(start.detach(), deltas.detach())) * self.scaling
+        return start + self._moved(start.detach(), deltas.detach())
 
     def _moved(self, start: Tensor, deltas: Tensor) -> Tensor:
         # T_i = R_i = tau_i: a task vector stands for the inputs that its layer was trained on.

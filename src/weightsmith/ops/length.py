@@ -17,6 +17,7 @@ A reconstruction, from a study of two families of 8 and 9 experts (docs/study.md
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from weightsmith.ops.reduce import block_squares, pairwise_sum, row_squares
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AUTO", "Length", "Lengthened", "fitted", "lengthened"]
+__all__ = ["AUTO", "Length", "Lengthened", "Scaled", "fitted", "lengthened"]
 
 AUTO = "auto"
 
@@ -99,6 +100,36 @@ class Lengthened(Stage):
         """The merged task vector times lambda."""
         found: Tensor = merged * (self.lambda_ if self.length is None else site.result(self.length))
         return found
+
+
+class Scaled(Method):
+    """A method whose result is base + scaling m, with m, most of the work, the same for every scaling.
+
+    The variants of a sweep over scalings share it.
+    """
+
+    scaling: Any
+
+    @abstractmethod
+    def merged(self, site: Site) -> Tensor:
+        """m: the merged task vector at scaling 1, in the dtype of the base."""
+
+    @property
+    def shared(self) -> tuple[Any, Any]:
+        """The method whose m it is, and the factor of m."""
+        return replace(self, **{"scaling": 1.0}), self.scaling
+
+    def merge(self, site: Site) -> Tensor:
+        assert site.base is not None
+        alike, factor = self.shared
+
+        def make() -> tuple[Tensor, Mapping[str, float]]:
+            own = replace(site, told={})  # what is told on the way is told to all
+            return alike.merged(own), own.told
+
+        merged, told = site.once(alike, make)
+        site.told.update(told)
+        return site.base + lengthened(merged, site, factor, self.name)
 
 
 def lengthened(merged: Tensor, site: Site, factor: Any, name: str) -> Tensor:
