@@ -100,6 +100,7 @@ def magnitudes(record: Any, expert: Any, out: Any) -> Any:
     found = carray(pointer(out), (job.size,), np.uint32)
     for low in range(0, job.size, STRIP):
         value = _voice(job, expert, low, min(STRIP, job.size - low))
+        # A sum as an index is tested for being negative, entry by entry.
         here = found[low : low + value.size]
         for j in range(value.size):
             here[j] = as_bits(value[j]) & MAGNITUDE
@@ -150,6 +151,7 @@ def count_between(record: Any, expert: Any, lowest: Any, width: Any, shift: Any,
             # The strip is not needed any more and holds the places; zeros, often many, are counted at once.
             value[j] = as_float(place if bits else np.uint32(0xFFFFFFFF))
         above += I8(over)
+        # They lie in the window only where it begins with them.
         if first == 0:
             found[0] += zeros
         # The window holds some per cent of a tensor: most groups of sixteen are passed by with one test.
@@ -288,6 +290,7 @@ def masked_merge(record: Any) -> Any:
         total = strip(scratch, 0, n)
         if vote:
             # 32 bits do for a strip of 2048, and are added twice as fast as 64.
+            # Cut off again, as in `more`.
             balance = np.int32(0)
             for j in range(n):
                 sign = np.int32(np.int32(elected[j] > np.float32(0)) - np.int32(elected[j] < np.float32(0)))

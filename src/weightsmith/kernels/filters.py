@@ -268,6 +268,7 @@ def elected(record: Any, step: Any, room: Any, out: Any) -> Any:
             sign = np.float32(signs[j] > np.float32(0)) - np.float32(signs[j] < np.float32(0))
             signs[j] = zero if sign == np.float32(0) else sign
         for i in range(count):
+            # What was trimmed is 0 and has no sign, so that it is not kept.
             voice = strip(room, i, n)
             kept = carray(pointer(out + i * size + low), (n,), np.uint8)
             for j in range(n):

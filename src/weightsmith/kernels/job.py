@@ -79,6 +79,7 @@ class Job:
     def _measured(self, step: int) -> list[Hashable]:
         """What was measured for filters, up to one: it decides with them what that one keeps."""
         fields = [(i, field) for i in range(step + 1) for field in ("cuts", "factors") if i < step or field == "cuts"]
+        # The filter's own factors come after: they are not known yet where they are measured.
         arrays = [self._kept[one].tobytes() for one in fields if one in self._kept]
         return [*arrays, *self._filters["zero"][: step + 1].tolist()]
 

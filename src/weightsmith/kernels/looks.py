@@ -213,6 +213,7 @@ class _Balance:
 
     def __init__(self, sights: Sequence[Sight]) -> None:
         (one,) = sights
+        # A filter elects by itself, before what combines.
         self._merge = Merge(one.program.electing(one.index), one.found, one.noise)
 
     def add(self, stored: Stored, offset: int) -> int:
