@@ -33,6 +33,7 @@ from weightsmith.align.match import match, profits
 from weightsmith.align.partial import Split, expanded, flops, ratio_for, split
 from weightsmith.align.ste import straight_through
 from weightsmith.align.traced import traced
+from weightsmith.align.zipit import Zip, zipped, zipped_weight
 from weightsmith.core.symmetry import permute
 from weightsmith.io.read.open import open_source
 from weightsmith.observe.data import read_examples
@@ -146,8 +147,25 @@ def partial(data: Path) -> None:
     def cost(ratio: float) -> float:
         return flops([(n, ratio if i else None, ratio if o else None) for n, i, o in sizes])
 
-    row(("budget", "kept apart", "width", "weights alone", "least squares"))
-    row(["---"] * 5)
+    with torch.no_grad():
+        hidden = [[m[: int(g.name) + 2](x) for m in (first, second)] for g in groups]
+    with np.errstate(invalid="ignore"):  # units that are never on: NaN, which counts as no likeness
+        alike = [np.corrcoef(torch.cat(pair, 1).numpy(), rowvar=False) for pair in hidden]
+
+    def zipit(width: int) -> nn.Module:
+        """Both networks as one by correlated features, all its layers of a width and without zeros inside."""
+        zips: list[Zip | None] = [None, *(zipped(one, 1 - width / 256) for one in alike), None]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i, number in enumerate((1, 3, 5, 7)):
+            weight = zipped_weight(a[f"{number}.weight"], b[f"{number}.weight"], zips[i + 1], zips[i])
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            bias = zipped_weight(a[f"{number}.bias"], b[f"{number}.bias"], zips[i + 1])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers[:-1]).eval()
+
+    row(("budget", "kept apart", "width", "weights alone", "least squares", "ZipIt of that width"))
+    row(["---"] * 6)
     for budget in BUDGETS:
         keep = ratio_for(budget, cost)
         splits: list[Split | None] = [
@@ -174,11 +192,13 @@ def partial(data: Path) -> None:
                 layers += [layer, nn.ReLU()]
             scores.append(measured(nn.Sequential(*layers[:-1]).eval(), test, labels).hits.mean())
         one = splits[1]
-        row([budget, f"{keep:.0%}", one.width if one else 0, *(f"{s:.1%}" for s in scores)])
+        assert one is not None
+        scores.append(measured(zipit(one.width), test, labels).hits.mean())
+        row([budget, f"{keep:.0%}", one.width, *(f"{s:.1%}" for s in scores)])
     alone = [measured(m, test, labels).hits.mean() for m in (first, second)]
     with torch.no_grad():
         both = (first(test).softmax(-1) + second(test).softmax(-1)).argmax(-1) == labels
-    row(["ensemble", "", "", f"{both.float().mean():.1%}", f"each alone {np.mean(alone):.1%}"])
+    row(["ensemble", "", "", f"{both.float().mean():.1%}", "", f"each alone {np.mean(alone):.1%}"])
 
 
 # --- transformers ----------------------------------------------------------------------------------
