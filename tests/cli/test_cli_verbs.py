@@ -374,7 +374,10 @@ def test_compress_and_restore(recipe: Path, tmp_path: Path, capsys: Captured) ->
     assert main(["restore", str(packed), str(tmp_path / "x"), "--expert", "bb"]) == 2
     assert "did you mean 'b'?" in capsys.readouterr().err
     assert main(["restore", str(packed), str(tmp_path / "x")]) == 2
-    assert "restore needs the name of an expert, or a number for consensus" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: restore needs the name of an expert (a, b), or a number for consensus, and not both: --expert a, or "
+        "--consensus 2\n"
+    )
 
 
 # --- printing ------------------------------------------------------------------------------------

@@ -83,7 +83,11 @@ def restore(
     """
     settings = settings.but(**options)
     if (expert is None) == (consensus is None):
-        raise RecipeError("restore needs the name of an expert, or a number for consensus, and not both")
+        names = CodecFolder(Path(folder), open_source).experts
+        raise RecipeError(
+            f"restore needs the name of an expert ({', '.join(names)}), or a number for consensus, and not both: "
+            f"--expert {names[0]}, or --consensus 2"
+        )
     if consensus is None and scale != 1:
         raise RecipeError(f"scale = {scale:g} is for a consensus only; an expert is rebuilt at scale 1")
     there = [] if settings.resume and (out / MANIFEST).is_file() else (  # it may be complete; `run` will see

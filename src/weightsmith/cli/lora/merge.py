@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from weightsmith.cli.lora.options import Out
-from weightsmith.cli.options import Json, Overwrite, Quiet, RecipeFile, Sets
+from weightsmith.cli.options import Json, Overwrite, Quiet, Sets
 from weightsmith.cli.show import progress_bar
 from weightsmith.cli.shown.adapter import show
 from weightsmith.cli.words import Parameter
@@ -14,7 +15,10 @@ __all__ = ["merge"]
 
 
 def merge(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        Path,
+        Parameter(help="Recipe file, YAML or JSON: models: {math: PEFT FOLDER, code: PEFT FOLDER}, method: svd."),
+    ],
     out: Out,
     /,
     *,
