@@ -23,7 +23,7 @@ from weightsmith.io.read.source import bits_to_tensor
 from weightsmith.kernels import native
 from weightsmith.kernels.cuts import Entries, tensor_cuts
 from weightsmith.kernels.job import Job
-from weightsmith.kernels.merge import Merge, weighted_sum
+from weightsmith.kernels.merge import Merge, merged, weighted_sum
 from weightsmith.kernels.record import SIGNATURES, STRIP
 from weightsmith.kernels.stored import READ, WRITTEN, Stored
 from weightsmith.methods.ties import Ties
@@ -82,6 +82,19 @@ def test_kernel_equals_torch(
     assert np.array_equal(got[finite], want[finite])
     assert bad == size - int(finite.sum())
     assert not np.isfinite(bits_to_tensor(got.copy(), out).float().numpy()[~finite]).any()
+    # Several in one go, into arrays at hand or of their own, are what each is alone.
+    others = [
+        WeightedSum(tuple(reversed(weights)), 1.0, 0.5, deltas),
+        WeightedSum(tuple(weights), 0.3, 1.0, not deltas),
+    ]
+    stored, room = Stored(inputs, dtypes[1:], base, dtypes[0]), np.full_like(got, 7)
+    specs = [spec, *others, spec]
+    many = merged([Merge(Program(one), {}) for one in specs], stored, out, 0, [None, None, None, room])
+    assert many[3][0] is room
+    for one, (made, count) in zip(specs, many, strict=True):
+        alone, wrong = weighted_sum(one, stored, out)
+        assert np.array_equal(made, alone)
+        assert count == wrong
 
 
 def test_every_bf16_pattern_survives() -> None:

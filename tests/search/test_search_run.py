@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -286,3 +287,23 @@ def test_candidates_have_the_bytes_of_merges(pantry: Path, tmp_path: Path) -> No
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for found in (seen[3], folders[3]):  # behind the recipe itself
         assert all((found[name] == tensor).all() for name, tensor in expected.items())
+
+
+def test_buffers_are_used_again_unless_somebody_holds_them(pantry: Path, tmp_path: Path) -> None:
+    held: list[Any] = []
+    places: list[int] = []
+
+    def look(tensors: Any, split: str) -> dict[str, float]:
+        places.append(tensors["lm_head.weight"].data_ptr())
+        if len(held) < 5:
+            held.append((tensors["lm_head.weight"][1:], {n: t.clone() for n, t in tensors.items()}))
+        return {"near": 0.0}
+
+    file = tree(pantry, sampler="random", evaluations=12, batch=4, rescore=0)
+    made = search(file, tmp_path / "out", look)
+    assert all(torch.equal(rows, then["lm_head.weight"][1:]) for rows, then in held)
+    assert len(set(places[5:])) < len(places[5:])
+    for number in (1, 3):  # behind the recipe itself
+        run(made.recipe(made.search.trials[number]), tmp_path / str(number))
+        expected = load_file(tmp_path / str(number) / "model.safetensors")
+        assert all(torch.equal(held[1 + number][1][name], tensor) for name, tensor in expected.items())

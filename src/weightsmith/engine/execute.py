@@ -28,7 +28,7 @@ from weightsmith.engine.rows import StoredRows
 from weightsmith.engine.sites import Reader
 from weightsmith.io.read.source import bits_to_tensor, holds_nonfinite
 from weightsmith.io.write.sink import Sink
-from weightsmith.kernels.merge import Merge, available
+from weightsmith.kernels.merge import TOGETHER, Merge, available, merged
 from weightsmith.plugins import home_of
 
 if TYPE_CHECKING:
@@ -56,11 +56,16 @@ class Variant:
         assert self.task.pipeline is not None
         return self.task.pipeline
 
+    def room(self, start: int, stop: int) -> np.ndarray | None:
+        """Where finished rows of the tensor may be made in place."""
+        return None if self.sink is None else self.sink.room(self.task.key.name, start, stop)
+
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         """Hand over finished rows of a tensor, from row `start` on."""
         if self.sink is not None:
             self.sink.write(name, start, bits)
-            self.hashes.add(name, start, bits)
+            if self.sink.noted:
+                self.hashes.add(name, start, bits)
             self.context.progress(bits.nbytes)
 
     def record(self) -> dict[str, Any]:
@@ -138,14 +143,28 @@ def _kernel(variants: Sequence[Variant]) -> None:
               for v, found in zip(variants, _measured(variants, None, rows), strict=True)]  # fmt: skip
     for start, stop in blocks(task.key, task.start, task.stop, context.merged):
         stored = rows(start, stop)
-        for variant, merge in zip(variants, merges, strict=True):
-            if not program_of(variant.task, context).wants_base:
-                _refuse_bad_base(task.key, stored.base, start, stop, context)
-            out, bad = merge.merge(stored, variant.task.key.dtype, start * task.key.row_numel)
-            if bad:
-                _refuse(variant, start, stop, out)
-            variant.sample.of_stored(variant.task.key, start, out, stored)
-            variant.write(variant.task.key.name, start, out)
+        for together in _by_dtype(variants):
+            few = [variants[i] for i in together]
+            rooms = [variant.room(start, stop) for variant in few]
+            made = merged(
+                [merges[i] for i in together], stored, few[0].task.key.dtype, start * task.key.row_numel, rooms
+            )
+            for variant, (out, bad) in zip(few, made, strict=True):
+                if not program_of(variant.task, context).wants_base:
+                    _refuse_bad_base(task.key, stored.base, start, stop, context)
+                if bad:
+                    _refuse(variant, start, stop, out)
+                if variant.sink is None or variant.sink.noted:
+                    variant.sample.of_stored(variant.task.key, start, out, stored)
+                variant.write(variant.task.key.name, start, out)
+
+
+def _by_dtype(variants: Sequence[Variant]) -> list[list[int]]:
+    """The variants by the dtype that they are written in, as many at a time as lie side by side."""
+    found: dict[str, list[int]] = {}
+    for i, variant in enumerate(variants):
+        found.setdefault(variant.task.key.dtype, []).append(i)
+    return [group[i : i + TOGETHER] for group in found.values() for i in range(0, len(group), TOGETHER)]
 
 
 def _measured(variants: Sequence[Variant], reader: Reader | None, rows: StoredRows | None) -> list[dict[Any, Any]]:

@@ -17,12 +17,12 @@ from weightsmith.plan.lengths import lengths
 from weightsmith.plan.plan import Plan
 from weightsmith.recipe.schema import ModelRef, Modules, Slices
 
-__all__ = ["package", "treatments"]
+__all__ = ["companions", "package", "treatments"]
 
 
-def package(job: Job, records: Records, folder: Path) -> None:
-    """Write what goes with the weights into their folder."""
-    plan, recipe = job.plan, job.plan.recipe
+def companions(job: Job, folder: Path) -> Copied:
+    """Write what a program needs beside the weights to load them: config, tokenizer, chat template."""
+    recipe = job.plan.recipe
     reference = job.inputs.models[0][1]
     copied, origin = Copied(), reference.origin
     if origin.folder is not None:
@@ -41,6 +41,13 @@ def package(job: Job, records: Records, folder: Path) -> None:
         origin.numbering.write(folder)  # only files that were copied just now
     if template is not None:
         write_template(folder, template)
+    return copied
+
+
+def package(job: Job, records: Records, folder: Path) -> None:
+    """Write what goes with the weights into their folder."""
+    plan, recipe, copied = job.plan, job.plan.recipe, companions(job, folder)
+    origin = job.inputs.models[0][1].origin
     parts = {name: source.origin.parts(name) for name, source in job.inputs.experts.items()}
     joined = [name for name, ref in recipe.models.items() if isinstance(ref.model, (Slices, Modules))]
     card = model_card(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
 from weightsmith.core.problem import Problems
@@ -21,6 +24,7 @@ from weightsmith.io.write.sink import MemorySink, Sink
 from weightsmith.jobs.job import Job
 from weightsmith.jobs.merge import merge_job
 from weightsmith.jobs.nested import open_inputs
+from weightsmith.jobs.package import companions
 from weightsmith.jobs.sweep import bytes_shared, peak_together, what_is_read
 from weightsmith.plan.fit import Work
 from weightsmith.plan.room import Machine, resident
@@ -36,12 +40,12 @@ __all__ = ["Batch", "Workshop"]
 class Batch:
     """What came of some recipes, by name.
 
-    made        a folder each, or tensors by name
+    made        a folder each, or tensors by name; whoever is done with them clears it
     failed      why a recipe could not be merged
     read_bytes  what several share counts once
     """
 
-    made: Mapping[str, Path | dict[str, Tensor]]
+    made: dict[str, Path | dict[str, Tensor]]
     failed: Mapping[str, WeightsmithError]
     read_bytes: int
 
@@ -52,6 +56,9 @@ class Workshop:
     def __init__(self, room: Path, settings: Settings, inputs: Mapping[str, Any] | None = None) -> None:
         self.room, self.settings, self._given = room, settings, inputs
         self._opened: dict[str, Inputs] = {}
+        self._lent: dict[str, dict[str, np.ndarray]] = {}
+        self._spare: list[dict[str, np.ndarray]] = []
+        self._folders: list[Path] = []
 
     def inputs(self, recipe: Recipe) -> Inputs:
         """A recipe's models, opened; that it may speak of tensors of models which are left out is no problem."""
@@ -81,8 +88,7 @@ class Workshop:
         try:
             made, read = self._carried_out(jobs, in_memory) if jobs else ({}, 0)
         except WeightsmithError as error:
-            for name in jobs:
-                self.remove(name)
+            self._drop(self.room / name for name in jobs)
             if len(jobs) == 1:
                 return Batch({}, {**failed, next(iter(jobs)): error}, 0)
             apart = [self.make({name: recipes[name]}, in_memory=in_memory) for name in jobs]
@@ -93,13 +99,26 @@ class Workshop:
             )
         return Batch(made, failed, read)
 
-    def remove(self, name: str) -> None:
-        """Delete a merge that was looked at."""
+    def release(self, name: str) -> None:
+        """Be done with a merge that was looked at: the next one uses its room, `clear` deletes it."""
+        if (lent := self._lent.pop(name, None)) is not None:
+            self._spare.append(_unheld(lent))
+        elif (self.room / name).is_dir():
+            self._folders.append(self.room / name)
+
+    def _drop(self, folders: Iterable[Path]) -> None:
+        """Delete merges that failed, and what was kept for the next ones: a disk may be full."""
         with writing(self.room):
-            remove(self.room / name)
+            for folder in (*folders, *self._folders):
+                remove(folder)
+        self._folders.clear()
+        self._spare.clear()
 
     def clear(self) -> None:
         """Delete all, also what a run that was killed has left."""
+        self._lent.clear()
+        self._spare.clear()
+        self._folders.clear()
         with writing(self.room):
             remove(self.room)
 
@@ -114,29 +133,43 @@ class Workshop:
             raise PlanError(tuple(problems))
         sinks = {name: self._sink(name, job, in_memory) for name, job in jobs.items()}
         parts = [carry.Job(job.plan, job.inputs, sinks[name]) for name, job in jobs.items()]
-        records = carry.carry_out_all(parts, threads=room.threads, fit=room.fit)
+        carry.carry_out_all(parts, threads=room.threads, fit=room.fit)
         read = sum(bytes_shared(bundle, inputs) for bundle in bundles)
         found: dict[str, Any] = {}
-        for (name, job), record in zip(jobs.items(), records, strict=True):
+        for name, job in jobs.items():
             sink = sinks[name]
             if isinstance(sink, MemorySink):
+                self._lent[name] = sink.bits
                 found[name] = job.with_aliases(sink.tensors())
             else:
                 assert isinstance(sink, ScratchSink)
-                found[name] = _packed(sink, job, record)
+                found[name] = _packed(sink, job)
         return found, read
 
     def _sink(self, name: str, job: Job, in_memory: bool) -> Sink:
         if in_memory:
-            return MemorySink()
+            return MemorySink(self._spare.pop() if self._spare else None)
         size = parse_size(job.plan.recipe.output.shard_size)
-        return ScratchSink(self.room / name, shard_size=size, weight_name=job.weights, metadata=job.metadata)
+        spare = self._folders.pop() if self._folders else None
+        return ScratchSink(
+            self.room / name, shard_size=size, weight_name=job.weights, metadata=job.metadata, spare=spare
+        )
 
 
-def _packed(sink: ScratchSink, job: Job, records: Mapping[str, Any]) -> Path:
+def _unheld(bits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The buffers that nobody else refers to: fresh ones cost a page fault for every 4 KB."""
+    found = {}
+    while bits:
+        name, array = bits.popitem()
+        if sys.getrefcount(array) == 2:  # the variable, and the argument of this call
+            found[name] = array
+    return found
+
+
+def _packed(sink: ScratchSink, job: Job) -> Path:
     sink.close()
     for name, text in indices(sink.shards).items():
         write_file(sink.folder / name, text)
     with writing(sink.folder):
-        job.package(job, records, sink.folder)
+        companions(job, sink.folder)
     return sink.folder

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import OutputError, PlanError, some
+from weightsmith.core.keys import DTYPES
 from weightsmith.core.problem import Code, Problem, Problems
 from weightsmith.core.settings import DEFAULT, Settings
-from weightsmith.core.task import one_by_one
+from weightsmith.core.task import Task, Way, block_size, one_by_one
 from weightsmith.engine.model import Bundle, side_by_side
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io import system
@@ -26,6 +27,7 @@ from weightsmith.io.url import absolute
 from weightsmith.jobs.job import Job, Result, carried_out, with_fingerprints
 from weightsmith.jobs.merge import merge_job
 from weightsmith.jobs.nested import open_inputs
+from weightsmith.kernels.merge import TOGETHER
 from weightsmith.plan.fit import Work
 from weightsmith.plan.plan import Plan
 from weightsmith.plan.reading import bytes_read
@@ -197,7 +199,14 @@ def peak_together(work: Work) -> int:
         0 if t.pipeline is None or not t.pipeline.passes(experts) else experts * (_STATE + 8 * (t.stop - t.start))
         for t in tasks
     ]
-    return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1])
+    return max(task.peak for task in tasks) + held + sum(sorted(state)[:-1]) + _side_by_side(tasks, work.inputs)
+
+
+def _side_by_side(tasks: Sequence[Task], inputs: Inputs) -> int:
+    """Bytes of the results, beside the first, that the kernels make of a block in one go."""
+    made = [task for task in tasks if task.way is Way.KERNEL][1:TOGETHER]
+    entries = block_size(len(inputs.models))
+    return sum(min(max(entries, t.key.row_numel), t.key.numel) * DTYPES[t.key.dtype].itemsize for t in made)
 
 
 def _obstacles(out: Path, plans: Mapping[str, Plan]) -> list[Problem]:

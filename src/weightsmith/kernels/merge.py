@@ -18,7 +18,10 @@ from weightsmith.kernels.job import Job, Results
 from weightsmith.kernels.record import F32
 from weightsmith.kernels.stored import READ, Stored, base_address, empty, input_addresses, kernel, scratch
 
-__all__ = ["Merge", "available", "weighted_sum"]
+__all__ = ["TOGETHER", "Merge", "available", "merged", "weighted_sum"]
+
+TOGETHER = 8
+"""Merges of the same block that are made from one decoding of it, and how many results lie side by side at most."""
 
 
 def available() -> bool:
@@ -26,19 +29,59 @@ def available() -> bool:
     return native.kernels() is not None
 
 
-def weighted_sum(spec: WeightedSum, stored: Stored, out_dtype: str) -> tuple[np.ndarray, int]:
+def weighted_sum(
+    spec: WeightedSum, stored: Stored, out_dtype: str, out: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
     """Carry out a weighted sum; `stored.base` is needed where `spec.deltas`.
+
+    out  room for the result, contiguous
 
     Returns (bits of the result in `out_dtype`, how many of them are NaN or Inf).
     """
     # Bits, not numbers: bf16 has no numpy dtype.
-    out = empty(stored, out_dtype)
+    out = empty(stored, out_dtype) if out is None else out
     weights = np.array(spec.weights, np.float32)
     bad = kernel("weighted_sum")(
         *input_addresses(stored, weights), *base_address(stored if spec.deltas else None),
         spec.divisor, spec.scale, spec.deltas, out.ctypes.data, READ[out_dtype], out.size, scratch(3),
     )  # fmt: skip
     return out, bad
+
+
+def _weighted_sums(specs: Sequence[WeightedSum], stored: Stored, out_dtype: str, outs: Sequence[np.ndarray]) -> int:
+    """Carry out several sums, all of task vectors or all of inputs, into `outs`; how many results are NaN or Inf."""
+    weights = np.array([spec.weights for spec in specs], np.float32)
+    ends = np.array([(spec.divisor, spec.scale) for spec in specs], np.float32)
+    places = np.array([out.ctypes.data for out in outs], np.int64)
+    inputs, kinds, _, _ = input_addresses(stored, weights)
+    count, deltas = len(stored.experts), specs[0].deltas
+    return kernel("weighted_sums")(
+        inputs, kinds, count, *base_address(stored if deltas else None), deltas, weights.ctypes.data, ends.ctypes.data,
+        places.ctypes.data, len(specs), READ[out_dtype], stored.size, scratch(2 + count),
+    )  # fmt: skip
+
+
+def merged(
+    merges: Sequence[Merge], stored: Stored, out_dtype: str, offset: int, rooms: Sequence[np.ndarray | None]
+) -> list[tuple[np.ndarray, int]]:
+    """The same block of several merges, as `Merge.merge` gives it; weighted sums share what is decoded.
+
+    rooms  where results may go, contiguous; None: in an array of their own
+    """
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for i, merge in enumerate(merges):
+        if (found := merge.sum_of(stored)) is not None:
+            alike.setdefault((found[0].deltas, found[1] is stored), []).append(i)
+    made: dict[int, tuple[np.ndarray, int]] = {}
+    for group in alike.values():
+        sums = [found for i in group if (found := merges[i].sum_of(stored)) is not None]
+        outs = [empty(stored, out_dtype) if (room := rooms[i]) is None else room for i in group]
+        # A lone one needs room for one input at a time; of what is not finite each says how much by itself.
+        if len(group) > 1 and not _weighted_sums([spec for spec, _ in sums], sums[0][1], out_dtype, outs):
+            made |= {i: (out, 0) for i, out in zip(group, outs, strict=True)}
+    return [
+        made[i] if i in made else merge.merge(stored, out_dtype, offset, rooms[i]) for i, merge in enumerate(merges)
+    ]
 
 
 class Merge:
@@ -80,19 +123,26 @@ class Merge:
         record["k"], record["after"] = (after.k, after.total(last)) if after else (0, 1.0)
         return job
 
-    def merge(self, stored: Stored, out_dtype: str, offset: int = 0) -> tuple[np.ndarray, int]:
-        """The next block: (bits of the result, how many inputs and results are NaN or Inf).
-
-        offset  the flat position of its first entry
-        """
+    def sum_of(self, stored: Stored) -> tuple[WeightedSum, Stored] | None:
+        """The weighted sum that a block is, and of what; None where task vectors go through filters."""
         combine, total = self._program.combine, self._sum
         if combine.shares is not None:
             # Without a base the experts themselves are mixed.
             total = total if stored.base is not None else replace(total, deltas=False)
-            return weighted_sum(total, stored.ends if combine.ends else stored, out_dtype)
-        if not self._program.masks and not self._bare:
-            return weighted_sum(total, stored, out_dtype)
-        out = empty(stored, out_dtype)
+            return total, stored.ends if combine.ends else stored
+        return None if self._program.masks or self._bare else (total, stored)
+
+    def merge(
+        self, stored: Stored, out_dtype: str, offset: int = 0, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
+        """The next block: (bits of the result, how many inputs and results are NaN or Inf).
+
+        offset  the flat position of its first entry
+        out     room for the result, contiguous
+        """
+        if (found := self.sum_of(stored)) is not None:
+            return weighted_sum(*found, out_dtype, out)
+        out = empty(stored, out_dtype) if out is None else out
         return out, self._run(stored, offset, out.ctypes.data, READ[out_dtype])
 
     def count_signs(self, stored: Stored, offset: int) -> int:

@@ -50,6 +50,7 @@ MERGE = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float32) 
 
 SIGNATURES = {
     "weighted_sum": "iiiiiiffiiiii",
+    "weighted_sums": "iiiiiiiiiiiii",
     "magnitudes": "iii",
     "count_between": "iiiiii",
     "count_cells": "iiii",

@@ -130,8 +130,10 @@ class Evaluations:
                 )
                 self.step()
         finally:
-            for name in batch.made:
-                self.workshop.remove(name)
+            names = list(batch.made)
+            batch.made.clear()
+            for name in names:
+                self.workshop.release(name)
 
     def _one(self, asked: Asked, batch: Any) -> dict[str, Any]:
         name = key_of(asked.recipe)

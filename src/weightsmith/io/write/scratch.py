@@ -1,7 +1,8 @@
-"""A folder of weights that is read once and deleted: laid out as a result is, without lock, journal or flush."""
+"""A folder of weights that is looked at and deleted: laid out as a result is, without lock, journal or flush."""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,12 +23,23 @@ class ScratchSink(Sink):
     """Writes safetensors shards into `folder`, in place of what is there.
 
     The bytes are those of a `FolderSink`, but they may be lost with the machine.
+
+    spare  the folder of an earlier result: it becomes this one, and shards of the same size are written over, which
+           spares the system new pages for them
     """
 
+    noted = False
+
     def __init__(
-        self, folder: Path, *, shard_size: int, weight_name: str | Stores, metadata: Mapping[str, str]
+        self,
+        folder: Path,
+        *,
+        shard_size: int,
+        weight_name: str | Stores,
+        metadata: Mapping[str, str],
+        spare: Path | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self._spare = folder, spare
         self.shards: list[Shard] = []
         self._options = (shard_size, weight_name, metadata)
         self._writer = ShardWriter(folder, ())
@@ -38,9 +50,25 @@ class ScratchSink(Sink):
         self._writer = ShardWriter(self.folder, self.shards, opened)
         with writing(self.folder):
             remove(self.folder)
-            system.call(self.folder.mkdir, parents=True)
+            if self._spare is not None and self._spare.is_dir():
+                system.call(self._spare.rename, self.folder)
+                self._strip()
+            system.call(self.folder.mkdir, parents=True, exist_ok=True)
         for shard in self.shards:
             lay_out(self.folder, shard, opened)
+
+    def _strip(self) -> None:
+        """Leave nothing but files that a shard fits into."""
+        sizes = {self.folder / shard.name: shard.size for shard in self.shards}
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    remove(path)
+                continue
+            state = path.lstat()
+            plain = stat.S_ISREG(state.st_mode) and state.st_nlink == 1
+            if not plain or sizes.get(path) != state.st_size:
+                remove(path)
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         self._writer.put(name, start, bits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,11 @@ class Sink(ABC):
 
     `begin` fixes every offset; a task writes its blocks and then reports itself `done`, with what
     a resumed run and the manifest need to know of it; `finish` makes the result visible.
+
+    noted  whether anybody reads the records of tasks; where nobody does, nothing is hashed or sampled for them
     """
+
+    noted: ClassVar[bool] = True
 
     @abstractmethod
     def begin(self, keys: Sequence[Key]) -> None:
@@ -33,6 +37,10 @@ class Sink(ABC):
     @abstractmethod
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         """Store rows of a tensor, as unsigned integers of the output dtype's item size, from row `start`."""
+
+    def room(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Where rows of a tensor may be made before they are handed to `write`; None: in an array of their own."""
+        return None
 
     def completed(self) -> Mapping[str, Any]:
         """Task id -> record of the tasks that an earlier run has finished (resume)."""
@@ -58,22 +66,32 @@ class Sink(ABC):
 
 
 class MemorySink(Sink):
-    """Collects the result as a dict of tensors."""
+    """Collects the result as a dict of tensors.
 
-    def __init__(self) -> None:
-        self._bits: dict[str, np.ndarray] = {}
+    spare  buffers of an earlier result, by tensor name: taken out and used again where they fit
+    """
+
+    noted = False
+
+    def __init__(self, spare: dict[str, np.ndarray] | None = None) -> None:
+        self.bits: dict[str, np.ndarray] = {}
         self._keys: dict[str, Key] = {}
+        self._spare = {} if spare is None else spare
 
     def begin(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._keys[key.name] = key
-            self._bits[key.name] = np.empty(key.shape, f"u{DTYPES[key.dtype].itemsize}")
+            kind, old = f"u{DTYPES[key.dtype].itemsize}", self._spare.pop(key.name, None)
+            fits = old is not None and (old.shape, old.dtype) == (key.shape, np.dtype(kind))
+            self.bits[key.name] = old if old is not None and fits else np.empty(key.shape, kind)
+
+    def room(self, name: str, start: int, stop: int) -> np.ndarray:
+        target = self.bits[name]
+        return target[start:stop] if target.ndim else target
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
-        target = self._bits[name]
-        if target.ndim:
-            target[start : start + bits.shape[0]] = bits
-        else:
+        target = self.room(name, start, start + bits.shape[0] if bits.ndim else 1)
+        if target.ctypes.data != bits.ctypes.data:  # made in place otherwise
             target[...] = bits
 
     def aside(self) -> Aside:
@@ -81,4 +99,4 @@ class MemorySink(Sink):
 
     def tensors(self) -> dict[str, Tensor]:
         """The finished tensors, by name."""
-        return {name: bits_to_tensor(bits, self._keys[name].dtype) for name, bits in self._bits.items()}
+        return {name: bits_to_tensor(bits, self._keys[name].dtype) for name, bits in self.bits.items()}
