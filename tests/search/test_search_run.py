@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -201,6 +202,28 @@ def test_programs_in_folders_with_limits(pantry: Path, tmp_path: Path) -> None:
     assert "ended with code 1: no such thing" in reasons[1]
     kept = list((tmp_path / "out" / "stderr").iterdir())
     assert any("looking" in path.read_text() for path in kept)
+    assert not (tmp_path / "out" / "candidates").exists()
+
+
+def test_a_program_sees_the_bytes_of_merges_in_rooms_that_are_used_again(pantry: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hashlib, os, sys\nfolder = sys.argv[1]\nfile = os.path.join(folder, 'model.safetensors')\n"
+        "assert sorted(os.listdir(folder)) == ['model.safetensors']\n"
+        "open(os.path.join(folder, 'stray'), 'w').close()\n"
+        "digest = hashlib.sha256(open(file, 'rb').read()).hexdigest()\n"
+        "print(digest, os.stat(file).st_ino, file=open(sys.argv[3], 'a'))\nprint(0)\n"
+    )
+    command = f"{sys.executable} {program} {{model}} {{data}} {tmp_path / 'seen'}"
+    file = tree(pantry, score={"command": command, "data": splits(pantry)}, sampler="random", evaluations=6,
+                batch=3, together=3, goals={"score": "max"}, rescore=0)  # fmt: skip
+    made = search(file, tmp_path / "out")
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    for trial in made.search.trials:
+        run(made.recipe(trial), tmp_path / "alone", overwrite=True)
+        digest = hashlib.sha256((tmp_path / "alone" / "model.safetensors").read_bytes()).hexdigest()
+        assert digest == seen[1 + trial.number][0]  # behind the recipe itself
+    assert len({place for _, place in seen[:7]}) == 3
     assert not (tmp_path / "out" / "candidates").exists()
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from torture.environments import PACKAGES, ROOT, python_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
 from harness_toy import CHOICES, language_model, own_task
@@ -25,27 +25,13 @@ from weightsmith.study.evaluators.specs import Choices, LmEval, Mteb, Sts
 from weightsmith.study.evaluators.subject import Setting, Subject
 from weightsmith.study.evaluators.text_tasks import choices
 
-ROOT = Path(__file__).parent.parent.parent
-PACKAGES = {"lm_eval": ["lm-eval==0.4.13", "accelerate"], "mteb": ["mteb==2.26.24", "sentence-transformers==6.2.0"]}
 PAIRS = [("a cat", "a cat", 5.0), ("a cat", "the sky", 1.0), ("red", "reds", 4.0), ("one", "three", 0.5)]
 
 
 @pytest.fixture(scope="module", params=PACKAGES)
 def python(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(harness, its python)."""
-    given = os.environ.get("WEIGHTSMITH_HARNESS")
-    if given:
-        return request.param, given
-    place = ROOT / ".bench" / "harness" / request.param
-    found = place / "bin" / "python"
-    if not (place / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        pip = [found, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch==2.13.0"], check=True)
-        wanted = [*PACKAGES[request.param], "transformers==5.23.0"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", *wanted], check=True)
-        (place / "ready").touch()
-    return request.param, str(found)
+    return request.param, python_of(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -99,12 +99,19 @@ class Workshop:
             )
         return Batch(made, failed, read)
 
-    def release(self, name: str) -> None:
-        """Be done with a merge that was looked at: the next one uses its room, `clear` deletes it."""
+    def release(self, name: str, *, keep: bool = False) -> None:
+        """Be done with a merge that was looked at: delete it, or keep its room for the next one.
+
+        Buffers are kept as far as nobody refers to them; a folder where `keep` says that nobody has mapped its files.
+        """
+        folder = self.room / name
         if (lent := self._lent.pop(name, None)) is not None:
             self._spare.append(_unheld(lent))
-        elif (self.room / name).is_dir():
-            self._folders.append(self.room / name)
+        elif keep and folder.is_dir():
+            self._folders.append(folder)
+        else:
+            with writing(self.room):
+                remove(folder)
 
     def _drop(self, folders: Iterable[Path]) -> None:
         """Delete merges that failed, and what was kept for the next ones: a disk may be full."""

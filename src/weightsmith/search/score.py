@@ -96,6 +96,7 @@ class Scorer:
     identity   all that scores depend on beside the model, as JSON holds it
     in_memory  the model is handed over as tensors by name, else as a folder
     halves     it can score on the first few items
+    apart      it runs in processes that end with it: nobody looks at the model's files afterwards
     """
 
     names: Sequence[str]
@@ -104,6 +105,7 @@ class Scorer:
     label: str
     in_memory: bool = False
     halves: bool = True
+    apart: bool = False
 
     def __call__(self, model: Any, split: str, items: int | None, messages: Path) -> Scored:
         """The scores; WeightsmithError says why there are none."""
@@ -138,7 +140,7 @@ def _program(spec: ScoreSpec, names: Sequence[str]) -> Scorer:
     read_too = {word: digest(Path(word)) for word in words if Path(word).is_file()}
     identity = ["command", words, read_too, {split: _contents(path) for split, path in files.items()}]
     halves = any("{items}" in word for word in words)
-    return Scorer(names, score, identity, f"score.command {words[0]}", halves=halves)
+    return Scorer(names, score, identity, f"score.command {words[0]}", halves=halves, apart=True)
 
 
 def _printed(run_it: Callable[[], str], spec: ScoreSpec, label: Any) -> Any:
@@ -262,7 +264,7 @@ def _harness(spec: ScoreSpec, names: Sequence[str]) -> Scorer:
 
     folder = None if asked.include is None else _contents(asked.include)
     identity = ["lm_eval", asked.model_dump(mode="json"), folder]
-    return Scorer(names, score, identity, "lm_eval")
+    return Scorer(names, score, identity, "lm_eval", apart=True)
 
 
 def _metric(asked: LmEval, name: str) -> str:

@@ -133,7 +133,7 @@ class Evaluations:
             names = list(batch.made)
             batch.made.clear()
             for name in names:
-                self.workshop.release(name)
+                self.workshop.release(name, keep=self.scorer.apart)
 
     def _one(self, asked: Asked, batch: Any) -> dict[str, Any]:
         name = key_of(asked.recipe)
