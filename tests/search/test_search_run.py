@@ -286,6 +286,9 @@ def test_the_table_has_what_it_has_to_beat(pantry: Path, tmp_path: Path) -> None
     assert made.cost.read_bytes > 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["best"]["point"] == made.best.point
+    few = search(tree(pantry, sampler="tpe", evaluations=2), tmp_path / "few")
+    assert not any("startup" in note for note in made.notes)
+    assert any("lower sampler.tpe.startup" in note for note in few.notes)
     assert "Held-out scores" in (tmp_path / "out" / "report.html").read_text()
 
 

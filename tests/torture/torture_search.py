@@ -22,7 +22,8 @@ from weightsmith.tune.objectives.labels import Labels
 sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
 from harness_toy import language_model, own_task
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+ROOT = Path(__file__).parent.parent.parent
+DATA = next((place for place in (ROOT / "shared" / "data", ROOT.parent / "shared" / "data") if place.exists()), None)
 SETTINGS = Training(base_steps=120, expert_steps=80)
 RELEVANT, IRRELEVANT, ITERATIONS = 4, 16, 10
 
@@ -77,7 +78,7 @@ def expert(model: Network, base: dict[str, Tensor], task: Task, seed: int) -> di
 @pytest.fixture(scope="module")
 def images() -> tuple[Data, dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """Data, base, an expert for each of four tasks, and sixteen of other tasks."""
-    data = load(DATA if DATA.exists() else None)
+    data = load(DATA)  # without one, digits under lenses
     torch.manual_seed(0)
     model = Network(SETTINGS, {task.name: task.classes for task in data.all})
     fit(model, data.all, SETTINGS.base_batch, SETTINGS.base_steps, SETTINGS.base_rate, 0)
@@ -111,14 +112,14 @@ def walked(data: Data, base: dict[str, Tensor], pool: dict[str, dict[str, Tensor
     tree = {"base": "base", "models": {name: name for name in pool}, "exclude": ["heads.*"]}
     given = {name: open_source(dict(state)) for name, state in {"base": base, **pool}.items()}
     batches = {
-        task.name: [(part.images[:100], part.labels[:100], task.name)]
+        task.name: [{"images": part.images[:100], "labels": part.labels[:100], "task": task.name}]
         for task in data.tasks[:RELEVANT]
         for part in [task.splits["train"]]
     }
 
     def call(module: nn.Module, batch: Any) -> Any:
-        module.task = batch[2]
-        return module(batch[0])
+        module.task = batch["task"]
+        return module(batch["images"])
 
     walk = Walk(tree, given, model, batches, call, Labels(), options)
     for t in range(ITERATIONS):

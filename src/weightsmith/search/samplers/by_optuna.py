@@ -57,6 +57,14 @@ class _Optuna(Sampler):
         """A fresh sampler of optuna."""
         raise NotImplementedError
 
+    def notes(self) -> list[str]:
+        if self.given.get("startup", 0) < self.budget:
+            return []
+        return [
+            f"{self.name}: its first {self.given['startup']} candidates are drawn at random, here all {self.budget}; "
+            f"raise evaluations, or lower sampler.{self.name}.startup"
+        ]
+
     def _distribution(self, gene: Gene) -> Any:
         kinds = self._library.distributions
         if gene.values:  # by their numbers: values may be lists
