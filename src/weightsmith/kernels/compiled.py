@@ -120,6 +120,7 @@ def weighted_sums(
             decode(address[i], kind[i], low, value)
             if deltas:
                 subtract(value, origin)
+        # Inputs are float32 by now: each variant costs its sums and the rounding of its result.
         for v in range(variants):
             _add(total, strip(scratch, 2, n), weight[v, 0], True)
             for i in range(1, count - 1, 2):

@@ -50,6 +50,7 @@ def weighted_sum(
 
 def _weighted_sums(specs: Sequence[WeightedSum], stored: Stored, out_dtype: str, outs: Sequence[np.ndarray]) -> int:
     """Carry out several sums, all of task vectors or all of inputs, into `outs`; how many results are NaN or Inf."""
+    # Read by address: they have to live until the kernel is done.
     weights = np.array([spec.weights for spec in specs], np.float32)
     ends = np.array([(spec.divisor, spec.scale) for spec in specs], np.float32)
     places = np.array([out.ctypes.data for out in outs], np.int64)
@@ -72,6 +73,7 @@ def merged(
     for i, merge in enumerate(merges):
         if (found := merge.sum_of(stored)) is not None:
             alike.setdefault((found[0].deltas, found[1] is stored), []).append(i)
+    # Where a sum has something that is not finite, all of its group are made again, one by one.
     made: dict[int, tuple[np.ndarray, int]] = {}
     for group in alike.values():
         sums = [found for i in group if (found := merges[i].sum_of(stored)) is not None]
