@@ -1,4 +1,4 @@
-"""The kernels that add up row by row, in float64 and in the order of `ops.reduce.pairwise_sum`."""
+"""The kernels that add: inputs with weights, and row by row in float64 in the order of `ops.reduce.pairwise_sum`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from weightsmith.kernels.loops import OPTIONS, broken, decode, exported, fold, pointer, strip, subtract
+from weightsmith.kernels.loops import OPTIONS, broken, decode, encode, exported, fold, pointer, strip, subtract
 from weightsmith.kernels.record import STRIP
 
-__all__ = ["dots", "row_products", "row_sizes"]
+__all__ = ["dots", "row_products", "row_sizes", "weighted_sum", "weighted_sums"]
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]
@@ -116,3 +116,100 @@ def row_sizes(address: Any, kind: Any, sizes: Any, rows: Any, width: Any, values
             folded[half] = np.float64(abs(value[2 * half]))
         found[row] = fold(folded)
     return 0
+
+
+# --- weighted sums -----------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _add(total: Any, value: Any, weight: Any, first: Any) -> None:
+    # Not 0 + w x: the sum of an input alone keeps the sign of its zeros, as in torch.
+    if first:
+        for j in range(total.size):
+            total[j] = value[j] * weight
+    else:
+        for j in range(total.size):
+            total[j] += value[j] * weight
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _add_two(total: Any, one: Any, first: Any, other: Any, second: Any) -> None:
+    for j in range(total.size):  # in this order; it saves writing the sum down in between
+        total[j] = (total[j] + one[j] * first) + other[j] * second
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _end(total: Any, origin: Any, divisor: Any, scale: Any, deltas: Any) -> None:
+    # x / 1 is x, but costs a division.
+    if divisor != np.float32(1):
+        for j in range(total.size):
+            total[j] = total[j] / divisor
+    if deltas:
+        for j in range(total.size):
+            total[j] = origin[j] + total[j] * scale
+
+
+@exported
+def weighted_sum(
+    inputs: Any, kinds: Any, weights: Any, count: Any, base: Any, base_kind: Any, divisor: Any, scale: Any,
+    deltas: Any, out: Any, out_kind: Any, size: Any, scratch: Any,
+) -> Any:  # fmt: skip
+    """x = sum_i w_i input_i, or base + scale sum_i w_i (input_i - base); returns how many results are NaN or Inf.
+
+    inputs [count] addresses, kinds [count] int64, weights [count] float32; scratch 3 STRIP float32.
+    """
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    weight = carray(pointer(weights), (count,), np.float32)
+    bad = 0
+    for low in range(0, size, STRIP):
+        n = min(STRIP, size - low)
+        # Three strips of 8 kB: sum, input and base.
+        total, value, origin = strip(scratch, 0, n), strip(scratch, 1, n), strip(scratch, 2, n)
+        if deltas:
+            decode(base, base_kind, low, origin)
+        for i in range(count):
+            decode(address[i], kind[i], low, value)
+            if deltas:
+                subtract(value, origin)
+            _add(total, value, weight[i], i == 0)
+        _end(total, origin, divisor, scale, deltas)
+        bad += encode(total, out, out_kind, low)
+    return bad
+
+
+@exported
+def weighted_sums(
+    inputs: Any, kinds: Any, count: Any, base: Any, base_kind: Any, deltas: Any,
+    weights: Any, ends: Any, outs: Any, variants: Any, out_kind: Any, size: Any, scratch: Any,
+) -> Any:  # fmt: skip
+    """Several weighted sums of the same inputs, which are decoded once; returns how many results are NaN or Inf.
+
+    inputs, kinds, count  as above; weights [variants, count] float32; ends [variants, 2] float32: divisor and scale
+    outs [variants] addresses; scratch 2 + count STRIPs of float32.
+    """
+    address, kind = carray(pointer(inputs), (count,), np.int64), carray(pointer(kinds), (count,), np.int64)
+    weight = carray(pointer(weights), (variants, count), np.float32)
+    end = carray(pointer(ends), (variants, 2), np.float32)
+    out = carray(pointer(outs), (variants,), np.int64)
+    bad = 0
+    # Half strips: those of three inputs, their base and the sum lie in a core's nearest cache together.
+    for low in range(0, size, STRIP // 2):
+        n = min(STRIP // 2, size - low)
+        total, origin = strip(scratch, 0, n), strip(scratch, 1, n)
+        if deltas:
+            decode(base, base_kind, low, origin)
+        for i in range(count):
+            value = strip(scratch, 2 + i, n)
+            decode(address[i], kind[i], low, value)
+            if deltas:
+                subtract(value, origin)
+        # Inputs are float32 by now: each variant costs its sums and the rounding of its result.
+        for v in range(variants):
+            _add(total, strip(scratch, 2, n), weight[v, 0], True)
+            for i in range(1, count - 1, 2):
+                _add_two(total, strip(scratch, 2 + i, n), weight[v, i], strip(scratch, 3 + i, n), weight[v, i + 1])
+            if count % 2 == 0:
+                _add(total, strip(scratch, 1 + count, n), weight[v, count - 1], False)
+            _end(total, origin, end[v, 0], end[v, 1], deltas)
+            bad += encode(total, out[v], out_kind, low)
+    return bad
