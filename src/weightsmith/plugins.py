@@ -14,10 +14,12 @@ from types import ModuleType
 
 from weightsmith.core.errors import RecipeError, WeightsmithError
 
-__all__ = ["blamed", "home_of", "line_in", "load_file", "neighbours", "run_file"]
+__all__ = ["blamed", "home_of", "line_in", "load_file", "neighbours", "run_file", "run_once"]
 
 _RUN: dict[str, str] = {}
 """File that was run, as its code knows it -> the option and the file as the user named them."""
+_HELD: dict[Path, tuple[bytes, ModuleType]] = {}
+"""File that was run once -> what it held then, and its module."""
 
 
 def load_file(path: str | Path) -> ModuleType:
@@ -69,6 +71,18 @@ def run_file(path: str | Path, option: str) -> ModuleType:
         sys.path.remove(beside)
         if beside not in sys.path:
             sys.path.append(beside)  # for what it imports later; it cannot hide other modules from here on
+    return module
+
+
+def run_once(path: str | Path, option: str) -> ModuleType:
+    """`run_file`, but once for all who ask, until what the file holds changes."""
+    file = Path(path).expanduser().absolute()
+    held = file.read_bytes() if file.is_file() else None
+    if held is not None and file in _HELD and _HELD[file][0] == held:
+        return _HELD[file][1]
+    module = run_file(path, option)
+    if held is not None:
+        _HELD[file] = held, module
     return module
 
 

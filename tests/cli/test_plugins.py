@@ -15,7 +15,7 @@ from weightsmith.cli.main import main
 from weightsmith.core import method as core_method
 from weightsmith.core.errors import RecipeError
 from weightsmith.core.method import registry as find
-from weightsmith.plugins import load_file, neighbours
+from weightsmith.plugins import load_file, neighbours, run_once
 
 EXAMPLE = Path(__file__).parent / "example_plugin.py"
 
@@ -146,3 +146,15 @@ def test_a_module_without_a_file_is_no_neighbour(tmp_path: Path, monkeypatch: py
     made.__file__ = "_made.py"  # as torch._classes
     monkeypatch.setitem(sys.modules, "made", made)
     assert neighbours(tmp_path / "score.py") == ()
+
+
+def test_an_evaluator_that_has_changed_is_run_anew(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def scores(model, split):\n    return {'a': 1}\n")
+    first = run_once(file, "--evaluator")
+    assert run_once(file, "--evaluator") is first
+    file.write_text("def scores(model, split):\n    return {'a': 2}\n")
+    assert run_once(file, "--evaluator").scores("", "") == {"a": 2}
+    file.unlink()
+    with pytest.raises(RecipeError, match="no such file"):
+        run_once(file, "--evaluator")

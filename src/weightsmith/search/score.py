@@ -10,13 +10,12 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from weightsmith.core.errors import RecipeError, WeightsmithError, did_you_mean
-from weightsmith.plugins import line_in, neighbours, run_file
+from weightsmith.plugins import line_in, neighbours, run_once
 from weightsmith.search.program import ProgramError, filled, run, words_of
 from weightsmith.search.schema import LmEval, ScoreSpec, SearchFile
 from weightsmith.study.evaluate import digest, measured
@@ -179,16 +178,11 @@ def _contents(path: str) -> Any:
 # --- a python file ---------------------------------------------------------------------------------
 
 
-@cache
-def _module(file: Path) -> ModuleType:
-    return run_file(file, "score.file")
-
-
 def _function(spec: ScoreSpec, names: Sequence[str]) -> Scorer:
     assert spec.file is not None
     assert spec.data is not None
     file = Path(spec.file)
-    module = _module(file)
+    module = run_once(file, "score.file")
     functions = {name: getattr(module, name, None) for name in ("scores", "scores_of_tensors")}
     given = [name for name, function in functions.items() if callable(function)]
     if len(given) != 1:

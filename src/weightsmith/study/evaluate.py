@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,10 @@ import xxhash
 
 from weightsmith.core.errors import RecipeError, SourceError, WeightsmithError, did_you_mean
 from weightsmith.io import system
-from weightsmith.plugins import line_in, neighbours, run_file
+from weightsmith.plugins import line_in, neighbours, run_once
 from weightsmith.study.schema import FUNCTION, TASKS, Study
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from weightsmith.observe.model import LoadedModel
 
 __all__ = ["Scorer", "digest", "function", "measured", "scorer"]
@@ -98,7 +95,7 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
 
 def function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, str], Any]:
     """(model, split) -> what scores() of a file gives, which is run now; RecipeError says where it fails."""
-    module = _module(evaluator.expanduser())
+    module = run_once(evaluator, _OPTION)
     scores = getattr(module, "scores", None)
     if not callable(scores):
         names = [name for name in vars(module) if not name.startswith("_")]
@@ -120,12 +117,6 @@ def _identity(evaluator: Path, arguments: Mapping[str, Any]) -> list[Any]:
     """What the scores hang on: the file, those beside it that it has imported, and what it is called with."""
     others = {file.name: digest(file) for file in neighbours(evaluator) if file != evaluator.expanduser().resolve()}
     return [digest(evaluator), arguments, *([others] if others else [])]
-
-
-@cache
-def _module(evaluator: Path) -> ModuleType:
-    """The file is run once, however many studies it scores."""
-    return run_file(evaluator, _OPTION)
 
 
 def digest(file: Path) -> str:
