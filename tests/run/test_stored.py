@@ -341,6 +341,9 @@ def test_a_model_of_another_kind_is_one_problem(tmp_path: Path) -> None:
 
     vit = kind("vit", "vit", {"layer.0.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)})
     clip = kind("clip", "clip", {"text.0.weight": torch.ones(2, 2), "vision.1.weight": torch.ones(2)})
+    more = {"text.0.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)}
+    with pytest.raises(PlanError, match=r"^b is another kind of model .*: no tensor of its blocks is in both; [^\n]*$"):
+        run(tmp_path, base=vit, models={"a": vit, "b": kind("other", "clip", more)}, method="ties")
     with pytest.raises(PlanError) as caught:
         run(tmp_path, base=vit, models={"a": vit, "b": clip}, method="ties")
     assert str(caught.value) == (

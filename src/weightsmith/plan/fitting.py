@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from weightsmith.core.errors import SourceError, nearest
-from weightsmith.core.keys import Key
+from weightsmith.core.keys import Key, layer_of
 from weightsmith.core.problem import Code, Problems, Tensors
 from weightsmith.inputs import vocabulary
 from weightsmith.inputs.opened import Inputs
@@ -56,16 +56,24 @@ class Fitting:
         return _is_buffer(key) and not all(has(source, key.name) for source in self.inputs.experts.values())
 
     def _find_strangers(self) -> Iterator[str]:
-        """Models of another type than the reference with none of its tensors; one problem for each."""
+        """Models of another type than the reference with none of its tensors, or none of its blocks'.
+
+        One problem for each.  Outside the blocks names like lm_head.weight are those of many types.
+        """
         kind = _kind(self.reference)
         for name, source in self.inputs.experts.items():
             other = _kind(source)
+            if not (kind and other and kind != other):
+                continue
+            blocks = [one for one in self.reference.keys if layer_of(one) is not None]
             names = list(self.reference.keys)
-            if not (kind and other and kind != other) or any(has(source, one) for one in names):
+            shared = any(has(source, one) for one in self.reference.keys)
+            if shared and (not blocks or any(has(source, one) for one in blocks)):
                 continue
             if not _renamed(names, source):
                 text = (
-                    f"{name} is another kind of model than {self.label} ({other}, not {kind}): no tensor is in both; "
+                    f"{name} is another kind of model than {self.label} ({other}, not {kind}): no "
+                    f"{'tensor of its blocks' if shared else 'tensor'} is in both; "
                 )
                 self.problems.say(Code.SURPLUS, name, f"{text}leave {name} out, or merge it with models of its kind")
                 yield name
