@@ -43,7 +43,7 @@ from weightsmith.engine.execute import Variant, execute
 from weightsmith.engine.model import measure_model
 from weightsmith.engine.runner import SerialRunner, ThreadRunner
 from weightsmith.io.read.source import Source
-from weightsmith.io.write.sink import MemorySink
+from weightsmith.io.write.sink import MemorySink, Sink
 from weightsmith.jobs.merge import run
 from weightsmith.recipe.schema import ModelRef
 
@@ -159,7 +159,10 @@ def _in_child(payload: bytes) -> list[tuple[str, int, np.ndarray]]:
     torch.set_num_threads(1)
     written: list[tuple[str, int, np.ndarray]] = []
 
-    class Collect(MemorySink):
+    class Collect(Sink):
+        def begin(self, keys: Any) -> None:
+            """No room is needed."""
+
         def write(self, name: str, start: int, bits: np.ndarray) -> None:
             written.append((name, start, bits.copy()))
 
