@@ -159,7 +159,9 @@ def test_a_consensus_out_of_range(there: Path) -> None:
     for k in (-1, 5):
         with pytest.raises(SourceError, match=rf"consensus = {k} is outside \[0, 4\] for 3 experts"):
             restore(there / "small", None, there / "got", consensus=k)
-    with pytest.raises(RecipeError, match="the name of an expert, or a number for consensus, and not both"):
+    with pytest.raises(
+        RecipeError, match=r"the name of an expert \(math, code, law\), or a number for consensus, and not both"
+    ):
         restore(there / "small", "math", there / "got", consensus=1)
     with pytest.raises(RecipeError, match="an expert is rebuilt at scale 1"):
         restore(there / "small", "math", there / "got", scale=0.5)

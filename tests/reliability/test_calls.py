@@ -102,6 +102,7 @@ TOUCHES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdi
            "NamedTemporaryFile", "save_file", "load_file", "safe_open"}  # fmt: skip
 OTHERS = {
     "kernels/native.py": "the kept kernels, below this layer: without them they are compiled again",
+    "plugins.py": "the user's code, below this layer", "tune/registry.py": "files of the package",
     "observe/data.py": "the user's texts and images, which are only read",
     "observe/check.py": "the same",
     "observe/model.py": "a config, beside what transformers reads by itself",

@@ -55,6 +55,6 @@ def _problems(place: Path | Url, rerun: bool) -> list[str]:
 
     problems = list(verify_folder(place))
     if rerun:  # those of mc_smoe are compressed folders, made by shrink
-        kind = "shrunk" if "shrink" in (made := read_manifest(place))["recipe"] else made["kind"]
+        kind = "shrunk" if "shrink" in (made := read_manifest(place)).get("recipe", ()) else made["kind"]
         problems += importlib.import_module(f"weightsmith.{_MAKERS.get(kind, 'jobs.verify')}").rerun(place)
     return problems

@@ -1,6 +1,7 @@
 """The recipe: what the user asked for, as a frozen value.  YAML, JSON and Python make the same one."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -266,7 +267,7 @@ class Recipe(Grammar):
     def hint(cls, key: str, reading: Reading) -> str:
         if key in _MEANT:
             return f"; {_MEANT[key]}"
-        if any(parameter.name == key for stage in registered().values() for parameter in stage.parameters()):
+        if key in _parameters():
             return f"; {key!r} belongs under parameters"
         return super().hint(key, reading)
 
@@ -351,3 +352,9 @@ def _wrong_models(base: Any, models: Mapping[str, Any], reading: Reading) -> Ite
             shown = path or "the same recipe"
             hint = "it has no task vector; leave it out" if first == ("base",) else "leave one out, or give it a weight"
             yield Fault(location, f"{spell(location)} is the same model as {spell(first)} ({shown}); {hint}")
+
+
+@cache
+def _parameters() -> frozenset[str]:
+    """Names of the parameters of all stages, found once, for thousands of keys may ask."""
+    return frozenset(parameter.name for stage in registered().values() for parameter in stage.parameters())

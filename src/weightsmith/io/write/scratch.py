@@ -60,9 +60,9 @@ class ScratchSink(Sink):
     def _strip(self) -> None:
         """Leave nothing but files that a shard fits into."""
         sizes = {self.folder / shard.name: shard.size for shard in self.shards}
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+        for path in sorted(system.call(list, self.folder.rglob("*")), reverse=True):  # files before their folder
             if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
+                if not system.call(list, path.iterdir()):
                     remove(path)
                 continue
             state = path.lstat()
