@@ -155,6 +155,16 @@ def test_depth_needs_blocks() -> None:
         merge({"method": ["task_arithmetic", "lines"]}, base=flat, a={"w": torch.zeros(3, 3)})
 
 
+def test_a_ramp_without_blocks_is_said() -> None:
+    method = {"task_arithmetic": {"lambda": [0, 1]}}
+    recipe = Recipe.model_validate({"base": "base", "models": {"a": "a"}, "method": method})
+    said = "a list of numbers goes from the first block to the last, and no tensor's name holds a block number"
+    for name, told in (("stage_0.w", True), ("layers.0.w", False)):
+        state = {name: torch.ones(3, 3)}
+        plan = make_plan(recipe, sources=Inputs(MemorySource(state, "base"), {"a": MemorySource(state, "a")}))
+        assert any(said in str(one) for one in plan.warnings) == told
+
+
 @pytest.mark.parametrize("method", ["ties", "slerp", "breadcrumbs", "linear", "tsvm"])
 def test_empty_tensors_are_copied(method: str) -> None:
     empty = torch.zeros(0, 3)

@@ -11,9 +11,12 @@ from weightsmith.core.errors import RecipeError, WeightsmithError
 from weightsmith.search.judge import absolute, judge
 
 
-def test_a_file_and_a_program_score_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_and_a_program_score_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "score it.py").write_text(
-        "def scores(model, split):\n    return {'letters': len(model.name), 'test': float(split == 'test')}\n"
+        "def scores(model, split):\n    print('at work')\n"
+        "    return {'letters': len(model.name), 'test': float(split == 'test')}\n"
     )
     (tmp_path / "count.py").write_text("import sys\nprint('at work')\nprint(len(sys.argv[1]) / 2)\n")
     model = Path("some/model")
@@ -24,6 +27,7 @@ def test_a_file_and_a_program_score_a_folder(tmp_path: Path, monkeypatch: pytest
     assert str(tmp_path / "count.py") in program
     monkeypatch.chdir("/")
     assert judge(named)(model) == {"letters": 5.0, "test": 1.0}
+    assert capsys.readouterr() == ("", "at work\n"), "what it prints is no part of a report in JSON"
     assert judge(program)(model) == {"score": 5.0}
     assert judge(program.replace(" {model}", ""))(model) == {"score": 5.0}
 

@@ -106,6 +106,37 @@ def test_no_path_leads_out_of_the_folders(client: TestClient, folder: Path, way:
     assert secret.read_text().endswith("linear\n")
 
 
+@pytest.mark.parametrize("out", ["~/x", "./~", "~root/x", ".weightsmith-studio/jobs", ".weightsmith-studio"])
+def test_no_output_goes_home_or_into_the_studios_state(client: TestClient, folder: Path, out: str) -> None:
+    """Commands expand ~, and what the studio notes of its jobs lies among the folders."""
+    grid = {"key1": "parameters.density", "values1": "0.1, 0.2"}
+    for where in ("/recipe/run", "/grid"):
+        answer = client.post(where, data={"path": "blend.yaml", "out": out, "overwrite": "yes", **grid})
+        assert answer.status_code == 403
+        assert "home folder" in answer.text or "keeps its own jobs" in answer.text
+    assert not list((folder / ".weightsmith-studio/jobs").iterdir())
+
+
+def test_odd_requests_are_answered_in_words(client: TestClient, folder: Path) -> None:
+    odd = {"path": "blend.yaml", "yaml": "models: 3\nmethod: [1]\n", "key": '["stage",-1,"weight"]', "value": "1"}
+    for where, data, words in (
+        ("/recipe/set", odd, "that stage is gone"),
+        (
+            "/recipe/stage",
+            {"path": "blend.yaml", "yaml": "method: ties\n", "do": "remove-stage", "index": "99"},
+            "gone",
+        ),
+        ("/verify", {}, "name the folder"),
+        ("/check", {"out": " "}, "name the folder"),
+    ):
+        answer = client.post(where, data=data)
+        assert answer.status_code == 400
+        assert words in answer.text
+    for recipe in folder.glob("*.yaml"):
+        recipe.unlink()
+    assert client.get("/grid").status_code == 200
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter", "stats", "nested", "linked weights", "address"])
 def test_a_recipe_leads_nowhere_else(client: TestClient, folder: Path, kind: str) -> None:
     """A recipe that somebody sent is looked at while it is open: what it names elsewhere stays closed."""

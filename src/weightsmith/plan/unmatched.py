@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +55,7 @@ class Unmatched:
             yield from self._cases(ref.parameters, ("models", name))
 
     def _cases(self, value: Any, location: Location) -> Iterator[tuple[Problem, bool]]:
-        """The lists of cases in a parameter's value, or in values by name."""
+        """The lists of cases in a parameter's value, or in values by name; a list over blocks where there are none."""
         if isinstance(value, Mapping):
             for name, inner in value.items():
                 yield from self._cases(inner, (*location, name))
@@ -63,6 +64,11 @@ class Unmatched:
                 if isinstance(case, Mapping):
                     yield from self._selector(case, (*location, i))
                     yield from self._cases(case.get("value"), (*location, i, "value"))
+        elif isinstance(value, (list, tuple)) and len(set(map(str, value))) > 1 and self.names and not self._blocks:
+            where = spell(location)
+            text = (f"{where}: a list of numbers goes from the first block to the last, and no tensor's name holds a "
+                    "block number: embeddings have its first value, all others its last")  # fmt: skip
+            yield Problem(Code.UNMATCHED, where, text), True
 
     def _selector(self, given: Mapping[str, Any], location: Location) -> Iterator[tuple[Problem, bool]]:
         """What no tensor meets of one selector: each of its globs, its roles, its blocks, else all of it together."""
@@ -77,6 +83,10 @@ class Unmatched:
         for text in texts:
             where = spell(location)
             yield Problem(Code.UNMATCHED, where, f"{where}: {text}"), bool(given.get("optional"))
+
+    @cached_property
+    def _blocks(self) -> bool:
+        return any(Key(name, (), "float32").layer is not None for name in self.names)
 
     def _any(self, match: Sequence[str], role: Sequence[str] | None, layers: Any) -> bool:
         return any(applies(Key(name, (), "float32"), match, role, layers) for name in self.names)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import OutputError, SourceError
+from weightsmith.core.errors import OutputError, RecipeError, SourceError
 from weightsmith.io import system
 from weightsmith.io.disk import replace_file, writing
 from weightsmith.io.read.small import read_json
@@ -193,6 +193,8 @@ class Jobs:
 
     def add(self, words: Sequence[str], title: str, about: Mapping[str, Any] | None = None) -> Job:
         """Queue a command (its words without the program's name)."""
+        if any("\0" in word for word in words):
+            raise RecipeError("a command's words hold no zero character")
         with self._guard, writing(self.folder):
             taken = [int(path.name) for path in system.call(list, self.folder.iterdir()) if path.name.isdecimal()]
             place = self.folder / f"{max(taken, default=0) + 1:04d}"

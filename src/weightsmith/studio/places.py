@@ -57,6 +57,11 @@ class Places:
         path = (folder or self.home) / text
         if "\0" in text or not self.holds(path):
             raise OutsideError(f"{text!r} is outside the folders that the studio was started with")
+        if Path(text).parts[:1] and Path(text).parts[0].startswith("~"):
+            raise OutsideError(f"{text!r}: commands take ~ for a home folder; write the path from the first folder on")
+        real = path.resolve()
+        if real == self.state or self.state in real.parents:
+            raise OutsideError(f"{text!r}: the studio keeps its own jobs and drafts there; name another place")
         if any(len(part.encode(errors="replace")) > _LONGEST for part in path.parts) or len(text) > _PATH:
             raise SourceError(f"{text[:40]}…: the name is too long for a file")
         return path

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +105,8 @@ def function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, s
 
     def score(model: Path, split: str) -> Any:
         try:
-            return scores(model, split, **arguments)
+            with redirect_stdout(sys.stderr):  # what it prints is no part of a report in JSON
+                return scores(model, split, **arguments)
         except WeightsmithError:
             raise
         except Exception as error:

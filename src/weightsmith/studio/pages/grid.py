@@ -35,7 +35,7 @@ def every(studio: Studio, asked: Asked) -> Any:
         path = Drafts(studio.places).path(chosen)
         paths = list(_paths(look(studio.places, path, Drafts(studio.places).text(path)[0]).tree))
     return html("grid.html", title="Grid", page="grid", jobs=jobs, recipes=recipes, chosen=chosen, paths=paths,
-                out=f"{Path(chosen).with_suffix('')}-grid")  # fmt: skip
+                out=f"{Path(chosen).with_suffix('') if chosen else 'recipe'}-grid")  # fmt: skip
 
 
 def _paths(tree: Any) -> Iterator[tuple[str, str]]:

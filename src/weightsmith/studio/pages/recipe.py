@@ -106,7 +106,7 @@ def set_value(studio: Studio, asked: Asked) -> Any:
     text, tree = asked("yaml"), _tree(studio, asked)
     value = (asked("value") or None) if asked("kind") == "text" else value_of(asked("value"))
     if key[0] == "stage" and len(key) == 3 and isinstance(key[1], int):
-        if key[1] >= len(stages_of(tree)):
+        if not 0 <= key[1] < len(stages_of(tree)):
             raise RecipeError("that stage is gone; it was taken out in the YAML")
         key, value = with_parameter(tree, key[1], str(key[2]), value)
     return _again(studio, asked, changed(text, key, value))
@@ -157,7 +157,9 @@ def stage(studio: Studio, asked: Asked) -> Any:
     """Choose another method for a stage, add a stage, remove one."""
     tree = _tree(studio, asked)
     stages = stages_of(tree)
-    index = asked.number("index", 0, max(len(stages) - 1, 0))
+    index = asked.number("index", 0, 1_000_000)
+    if stages and index >= len(stages):
+        raise RecipeError("that stage is gone; it was taken out in the YAML")
     text = asked("yaml")
     match asked("do"):
         case "set-stage":

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from weightsmith.core.errors import OutputError
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.report.units import duration, size
 from weightsmith.studio.asked import Asked, Studio, go, html
@@ -118,12 +119,14 @@ def check(studio: Studio, asked: Asked) -> Any:
 
 
 def _shown(studio: Studio, text: str) -> str:
+    if not text.strip():
+        raise OutputError("name the folder to look at")
     return studio.places.shown(studio.places.inside(text))
 
 
 def _made_within(studio: Studio, text: str) -> str:
     """A result as commands name it, whose recipe leads nowhere else: its parents will be opened too."""
-    folder = studio.places.inside(text)
+    folder = studio.places.home / _shown(studio, text)
     if (folder / MANIFEST).exists():
         for one in studio.places.strangers(read_manifest(folder)["recipe"], folder):
             raise OutsideError(
