@@ -38,8 +38,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three processes on two cores: a third of the time they wait for disks and for programs that they have started.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # How the code is built, in figures beside their aims; tests/test_house.py keeps what is reached.
 house: setup
