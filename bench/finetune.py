@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from study.train.subspace import RANK, SubspaceAdamW, Vectors, leading
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -27,44 +28,19 @@ from weightsmith.train.optim import DCTAdamW, Projector
 from weightsmith.train.optim.bases import basis
 from weightsmith.train.optim.projector import tall
 
-__all__ = ["SubspaceAdamW", "main"]
+__all__ = ["main"]
 
-RANK, WIDTH = 16, 256
-
-Vectors = Callable[[Tensor], Tensor]
-"""A gradient [n, N] -> directions [N, rank]."""
+WIDTH = 256
 
 
-class SubspaceAdamW(torch.optim.Optimizer):
-    """AdamW with the moments of matrices along any directions; vectors and small matrices get AdamW in full."""
-
-    def __init__(self, params: Any, lr: float, vectors: Vectors, interval: int = 1) -> None:
-        super().__init__(params, {"lr": lr})
-        self.vectors, self.interval = vectors, interval
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for p in self.param_groups[0]["params"]:
-            state, lr = self.state[p], self.param_groups[0]["lr"]
-            g = tall(p.grad) if p.ndim == 2 and min(p.shape) > RANK else p.grad
-            step = state["step"] = state.get("step", 0) + 1
-            if g.ndim == 2 and min(g.shape) > RANK and (step - 1) % self.interval == 0:
-                state["q"] = self.vectors(g)
-            q = state.get("q")
-            low = g if q is None else g @ q
-            m = state.setdefault("m", torch.zeros_like(low)).lerp_(low, 0.1)
-            v = state.setdefault("v", torch.zeros_like(low)).mul_(0.999).addcmul_(low, low, value=0.001)
-            u = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-            u = u if q is None else u @ q.T
-            p.sub_(lr * (u if u.shape == p.shape else u.T))
+def subspace(net: nn.Module, lr: float, vectors: Vectors, interval: int = 1) -> SubspaceAdamW:
+    """Moments of matrices along some directions; vectors and small matrices get AdamW in full."""
+    large = [p.ndim == 2 and min(p.shape) > RANK for p in net.parameters()]
+    matrices, rest = ([p for p, one in zip(net.parameters(), large, strict=True) if one == of] for of in (True, False))
+    return SubspaceAdamW([{"params": matrices, "vectors": vectors}, {"params": rest}], lr, interval)
 
 
-def leading(g: Tensor) -> Tensor:
-    """GaLore's: leading right singular vectors."""
-    return torch.linalg.svd(g, full_matrices=False)[2][:RANK].T
-
-
-def drawn(g: Tensor) -> Tensor:
+def drawn(g: Tensor, choice: int) -> Tensor:
     """Columns of the cosine basis drawn once."""
     columns = torch.randperm(g.shape[1], generator=torch.Generator().manual_seed(g.shape[1]))[:RANK]
     return basis("dct3", g.shape[1], g.dtype, g.device)[:, columns]
@@ -101,13 +77,13 @@ def optimizers(data: Mapping[str, Tensor], seeds: int) -> list[list[str]]:
 
     makers: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
         "AdamW": lambda net, lr: torch.optim.AdamW(net.parameters(), lr, weight_decay=0),
-        "SVD, every 50 steps": lambda net, lr: SubspaceAdamW(net.parameters(), lr, leading, 50),
+        "SVD, every 50 steps": lambda net, lr: subspace(net, lr, leading, 50),
         "DCT-AdamW": dct,
         "  rotated": lambda net, lr: dct(net, lr, rotate=True),
         "  rotated, every 10 steps": lambda net, lr: dct(net, lr, rotate=True, interval=10),
         "  rotated, error feedback": lambda net, lr: dct(net, lr, rotate=True, error_feedback=True),
         "best of a random basis, rotated": lambda net, lr: dct(net, lr, rotate=True, basis="random"),
-        "drawn columns": lambda net, lr: SubspaceAdamW(net.parameters(), lr, drawn),
+        "drawn columns": lambda net, lr: subspace(net, lr, drawn),
     }
     rows = [[f"rank {RANK}, best of 2 rates", "test accuracy", "last training loss"]]
     for name, make in makers.items():
@@ -134,10 +110,10 @@ def energies(data: Mapping[str, Tensor]) -> list[list[str]]:
     net = network(0, 10)
     optimizer, draw = torch.optim.AdamW(net.parameters(), 1e-3), torch.Generator().manual_seed(0)
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "SVD": lambda g: g @ leading(g),
+        "SVD": lambda g: g @ leading(g, 0),
         "DCT": lambda g: Projector(RANK, norm=2).choose(g)[0],
         "best of a random basis": lambda g: Projector(RANK, "random", 2).choose(g)[0],
-        "drawn columns": lambda g: g @ drawn(g),
+        "drawn columns": lambda g: g @ drawn(g, 0),
     }
     shares: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2):

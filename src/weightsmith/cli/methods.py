@@ -21,6 +21,7 @@ def methods(
 ) -> None:
     """List the methods by purpose, or explain one: what it does, its paper, what it needs, its parameters."""
     from weightsmith.cli.shown.tuning import preset
+    from weightsmith.core.elsewhere import LEARNED
     from weightsmith.core.method import registered
     from weightsmith.plugins import load_file
     from weightsmith.recipe.aliases import PIPELINES, stage_called
@@ -28,10 +29,9 @@ def methods(
 
     for file in plugin:
         load_file(file)
-    presets = lines("presets")
     if name is None:
         every = [describe(cls) for cls in registered().values()]
-        every += [describe_preset(preset, said) for preset, said in presets.items()]
+        every += [describe_preset(learned, said) for learned, said in lines("presets").items()]
         if json:
             show_json(every)
         else:
@@ -39,7 +39,7 @@ def methods(
         return
     found = (
         preset(name)
-        if name in presets
+        if name in LEARNED
         else describe_pipeline(name)
         if name in PIPELINES
         else describe(stage_called(name))
