@@ -58,3 +58,12 @@ def test_what_cannot_be_merged_is_said() -> None:
     with pytest.raises(RecipeError, match=r"are \[2 n, 2 n\], not \[3, 3\]"):
         zipped(np.eye(3))
     assert zipped(np.full((4, 4), np.nan)).width == 2
+
+
+def test_units_of_one_model_stay_free_where_mixed_ones_are_not() -> None:
+    """0 and 1 of model 1 first, then both with 2; what holds units of both is merged no more."""
+    alike = np.array([[1, 0.9, 0.5, 0.1], [0.9, 1, 0.4, 0.1], [0.5, 0.4, 1, 0.2], [0.1, 0.1, 0.2, 1]])
+    assert zipped(alike, 0.25, within=0.5, repeat=0.0).members[:, 0].tolist() == [1, 1, 0, 0]
+    assert zipped(alike, 0.5, within=0.5, repeat=0.0).members.tolist() == [[1, 0], [1, 0], [1, 0], [0, 1]]
+    with pytest.raises(RecipeError, match="nothing is left to merge at 2 of 4 units"):
+        zipped(alike, 0.75, within=0.5, repeat=0.0)

@@ -48,7 +48,7 @@ def zipped(correlation: np.ndarray, ratio: float = 0.5, *, repeat: float = 0.3, 
 
     correlation  [2 n, 2 n] of the units of both models on the same inputs; NaN (a unit that never changes) counts as 0
     repeat       a merged unit's correlations are the smaller of its members' times this, so that few are merged often;
-                 0 or less: a unit that holds units of both models is merged no more
+                 0 or less: a unit that holds units of both models is merged no more, and others are as before
     within       pairs inside one model that may be merged, as a share of its units
     The defaults are the published ones.  The released code charges the allowance to the model of another unit, the one
     that follows the removed one; here to the model of the two that are merged.  Of equal pairs the first is taken.
@@ -86,7 +86,7 @@ def zipped(correlation: np.ndarray, ratio: float = 0.5, *, repeat: float = 0.3, 
         inside = own[first] == own[second] != 2
         members[:, first] += members[:, second]
         lowest = np.minimum(alike[first], alike[second])
-        fewer = repeat * lowest if repeat > 0 or inside else np.full(count, -np.inf)
+        fewer = repeat * lowest if repeat > 0 else lowest if inside else np.full(count, -np.inf)
         alike[first], alike[:, first] = fewer, fewer
         alike[second], alike[:, second] = -np.inf, -np.inf
         alike[first, first] = -np.inf
