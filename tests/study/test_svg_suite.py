@@ -64,10 +64,25 @@ def test_areas(body: str, area: float) -> None:
 
 
 def test_the_viewbox_is_kept_in_proportion() -> None:
-    assert ink('<rect width="50" height="100"/>', head='viewBox="0 0 50 100"') == pytest.approx(5000, rel=0.01)
-    assert ink('<rect width="50" height="100"/>', head='viewBox="0 0 50 100" preserveAspectRatio="none"') == 10000
+    tall = '<rect x="-50" width="150" height="100"/>'
+    assert ink(tall, head='viewBox="0 0 50 100"') == 5000, "what lies beside the picture is cut off"
+    square = 'viewBox="0 0 50 100" width="100" height="100"'
+    assert ink('<rect width="50" height="100"/>', head=square) == 5000
+    assert ink(tall, head=square) == 10000, "what lies beside the viewBox is still in the picture"
+    assert ink('<rect width="50" height="100"/>', head=f'{square} preserveAspectRatio="none"') == 10000
+    assert ink(tall, head=f'{square} preserveAspectRatio="xMidYMin slice"') == 10000
+    half = render(f'<svg {square} preserveAspectRatio="xMinYMin"><rect width="50" height="100"/></svg>', 10).pixels
+    assert (half[:, :5].max(), half[:, 5:].min()) == (0, 1)
     assert ink('<rect width="24px" height="24px"/>', head='width="48px" height="48px"') == pytest.approx(2500)
     assert ink('<rect width="50" height="50"/>', head='width="100%" height="100%"') == pytest.approx(2500)
+    assert ink('<rect width="20" height="9"/>', head='viewBox="0 0 20 40" height="80"') == 50 * 22.5
+
+
+def test_cropping_shows_the_half_and_nothing_of_the_other() -> None:
+    case = next(one for at in range(20) if "left" in (one := edit(0, at, "crop")).instruction)
+    whole, half = render(case.svg, 100).pixels, render(case.answer, 100).pixels
+    assert np.array_equal(half[:, 25:75], whole[:, :50])
+    assert half[:, :25].min() == half[:, 75:].min() == 1
 
 
 def test_later_shapes_cover_and_transparent_paper_is_white() -> None:
@@ -111,6 +126,8 @@ HOSTILE = {
     "many": "<svg>" + "<g/>" * 100_000 + "</svg>",
     "long": "<svg>" + " " * (2 << 20) + "</svg>",
     "path": f'<svg><path d="{"M0 0" * 30_000}"/></svg>',
+    "shapes": '<svg viewBox="0 0 9 9">' + '<rect width="9" height="9"/>' * 5_000 + "</svg>",
+    "curves": '<svg><path stroke="red" stroke-linejoin="round" d="M0 0' + "c1 9 3 1 0 0" * 5_000 + '"/></svg>',
     "broken": "<svg><g></svg>",
     "no svg": "<html/>",
     "empty": "",
@@ -123,6 +140,16 @@ def test_hostile_texts_are_refused_at_once(name: str) -> None:
     began = time.process_time()
     with pytest.raises(Refused):
         render(HOSTILE[name])
+    assert time.process_time() - began < 1
+
+
+def test_no_text_takes_the_square_of_its_length() -> None:
+    long = 500_000
+    began = time.process_time()
+    for word in ("a" * long, "a(" * (long // 2), "a" + " " * long):
+        assert render(f'<svg viewBox="0 0 9 9"><g transform="{word}"/></svg>', 8).pixels.min() == 1
+    for text in ("```svg" + "\n" * long, "```svg" + " " * long, "<svg " + "</svg " * (long // 6)):
+        assert extract(text) is None
     assert time.process_time() - began < 1
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from weightsmith.study.svg.parse import Element, numbers, path_commands
 
-__all__ = ["IDENTITY", "Array", "Subpath", "apply", "outline", "stroke", "transform"]
+__all__ = ["IDENTITY", "ROUND", "Array", "Subpath", "apply", "outline", "stroke", "transform"]
 
 Array = NDArray[np.float64]
 Subpath = tuple[Array, bool]
@@ -19,7 +19,15 @@ Subpath = tuple[Array, bool]
 
 IDENTITY: Array = np.eye(3)
 _PIECES = 32  # of one curve
-_ROUND = 64  # of a full circle
+ROUND = 64  # of a full circle
+
+_FUNCTION = re.compile(r"(?<!\w)(\w++)\s*+\(([^()]*+)\)")  # reads every character a fixed number of times
+
+_STEPS = np.linspace(0, 1, _PIECES + 1)[1:, None]
+_BERNSTEIN = {
+    n: np.concatenate([math.comb(n, i) * (1 - _STEPS) ** (n - i) * _STEPS**i for i in range(n + 1)], 1) for n in (2, 3)
+}
+"""Degree -> [pieces, control points]: a Bezier curve's points behind its first."""
 
 
 def apply(matrix: Array, points: Array) -> Array:
@@ -30,7 +38,7 @@ def apply(matrix: Array, points: Array) -> Array:
 def transform(text: str) -> Array:
     """The matrix of a transform attribute; ValueError for an unknown one."""
     whole = IDENTITY
-    for name, inside in re.findall(r"(\w+)\s*\(([^)]*)\)", text):
+    for name, inside in _FUNCTION.findall(text):
         whole = whole @ _one(name, numbers(inside))
     return whole
 
@@ -93,13 +101,13 @@ def _rect(value: object, attributes: dict[str, str]) -> list[Subpath]:
     corners = ((x + w - rx, y + ry, -90), (x + w - rx, y + h - ry, 0), (x + rx, y + h - ry, 90), (x + rx, y + ry, 180))
     arcs = []
     for cx, cy, start in corners:
-        angles = np.radians(np.linspace(start, start + 90, _ROUND // 4 + 1))
+        angles = np.radians(np.linspace(start, start + 90, ROUND // 4 + 1))
         arcs.append(np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1))
     return [(np.concatenate(arcs), True)]
 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float) -> Array:
-    angles = np.linspace(0, 2 * math.pi, _ROUND, endpoint=False)
+    angles = np.linspace(0, 2 * math.pi, ROUND, endpoint=False)
     return np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
 
 
@@ -129,12 +137,13 @@ class _Pen:
 
     def curve(self, controls: Sequence[tuple[float, float]]) -> None:
         """A Bezier curve from where the pen is; the last control is its end."""
-        p = np.array([self.at, *controls])
-        t = np.linspace(0, 1, _PIECES + 1)[1:, None]
-        n = len(p) - 1
-        made = sum(math.comb(n, i) * (1 - t) ** (n - i) * t**i * p[i] for i in range(n + 1))
-        for x, y in np.asarray(made):
-            self.line((float(x), float(y)))
+        made: list[tuple[float, float]] = [
+            (x, y) for x, y in (_BERNSTEIN[len(controls)] @ [self.at, *controls]).tolist()
+        ]
+        if not self.points:
+            self.points = [self.at]
+        self.points += made
+        self.at = made[-1]
 
     def lift(self, closed: bool) -> None:
         if len(self.points) > 1:

@@ -36,7 +36,7 @@ class Element:
 
 Path = list[tuple[str, list[float]]]
 
-_FENCE = re.compile(r"```(?:svg|xml)\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:svg|xml)[^\S\n]*+\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _BARE = re.compile(r"<svg\b.*?</svg\s*>", re.DOTALL | re.IGNORECASE)
 _UNSAFE = frozenset({"script", "foreignObject", "iframe", "object", "embed", "audio", "video", "handler", "listener"})
 
