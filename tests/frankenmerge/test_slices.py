@@ -228,7 +228,7 @@ def test_slices_and_modules_are_checked(model: str, message: str) -> None:
             r"layers should be two block numbers .*, is 'inside'; 'outside' means the tensors outside",
         ),
         ("[{match: 3, value: 1}]", r"match should be a word or a list of words, is 3"),
-        ("[{match: x, value: high}]", r"linear: weight = 'high' is outside"),
+        ("[{match: x, value: high}]", r"linear: weight = 'high' is no number"),
     ],
 )
 def test_cases_are_checked(weight: str, message: str) -> None:

@@ -143,8 +143,8 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         (TWO + "method: ties\nseed: '3'", r"seed should be a whole number, is \"3\"; write 3 without quotes$"),
         (TWO + "method: ties\nnonfinite: alow", r"did you mean 'allow'\?$"),
         (TWO + "method: ties\nparameters: {density: .nan}", r"ties: density = nan is outside \(0, 1\]$"),
-        (TWO + "method: ties\nparameters: {density: null}", r"ties: density = None is outside \(0, 1\]$"),
-        (TWO + "method: ties\nparameters: {density: yes}", r"ties: density = 'yes' is outside \(0, 1\]$"),
+        (TWO + "method: ties\nparameters: {density: null}", r"ties: density = None is no number; it takes \(0, 1\]$"),
+        (TWO + "method: ties\nparameters: {density: yes}", r"ties: density = 'yes' is no number; it takes \(0, 1\]$"),
         (TWO + "method: ties\nparameters: {scope: globl}", r"ties: scope = 'globl' is outside global \| tensor; did you mean 'global'\?$"),
         (TWO + "method: linear\nparameters: {normalize: 1}", r"linear: normalize = 1 is outside true \| false$"),
         (TWO + "method: {ties: {density: [0.1, 2]}}", r"ties: density = 2 is outside \(0, 1\]"),
@@ -159,6 +159,8 @@ TWO = "base: m/base\nmodels: {a: m/a, b: m/b}\n"
         ("base: m\nmodels:\n  a: {model: x, weight: {a: 1}}\nmethod: ties", r"models\.a\.weight is for this model alone; it takes a number, not a mapping$"),
         (TWO + "method: [dare, ties]\nparameters: {density: 0.5}", r"r\.yaml:4:\d+: 'density' belongs to dare and ties; write it inside the stage it is meant for, as \{dare: \{density: \.\.\.\}\}$"),
         (TWO + "method: {ties: {density: 0.5}}\nparameters: {density: 0.5}", r"'density' is set inside the stage 'ties' and again in parameters; keep one of them \(--set method\.ties\.density=\.\.\. changes the one inside\)$"),
+        (TWO + "method: {tise: {pull: 2}}\nparameters: {push: 3}", r"^r\.yaml:3:\d+: unknown method 'tise'; did you mean 'ties'\?$"),
+        (TWO + "method: {dare_ties_svd: {rank: 4}}", r"^r\.yaml:3:\d+: dare_ties_svd combines adapters into one adapter; [^\n]*$"),
         (TWO + "method: dare_tis", r"r\.yaml:3:\d+: unknown method 'dare_tis'; did you mean 'dare_ties'\?$"),
         (TWO + "method: ties\nparameters: {density: '0,5'}", r"ties: density = '0,5' is outside \(0, 1\]; write 0\.5$"),
         (TWO + "method: ties\nparameters: {density: 50%}", r"ties: density = '50%' is outside \(0, 1\]; write 0\.5$"),
@@ -239,6 +241,26 @@ def test_a_rule_may_change_what_the_recipe_writes_inside_a_stage() -> None:
 
 def test_a_parameter_of_a_rules_own_method_may_stand_outside() -> None:
     loads(TWO + "method: linear\nparameters: {density: 0.5}\nrules: [{match: x, method: ties}]")
+
+
+@pytest.mark.parametrize(
+    ("method", "second"),
+    [
+        ("{tise: {density: 2}}", "r.yaml:3:17: ties: density = 2 is outside (0, 1]; write 2% as 0.02"),
+        ("tise\nparameters: {densty: .5}", "r.yaml:4:14: unknown key 'densty' in parameters; did you mean 'density'?"),
+        (
+            "{dare_tis: {scope: globl}}",
+            "r.yaml:3:21: ties: scope = 'globl' is outside global | tensor; did you mean 'global'?",
+        ),
+    ],
+)
+def test_parameters_of_a_misspelt_method_are_the_nearest_ones(method: str, second: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loads(TWO + f"method: {method}", "r.yaml")
+    first, other = caught.value.problems
+    assert first.text.startswith("r.yaml:3:")
+    assert "unknown method" in first.text
+    assert other.text == second
 
 
 def test_an_unknown_method_does_not_make_its_parameters_unknown() -> None:
@@ -401,7 +423,7 @@ def test_an_override_changes_one_of_two_aliases() -> None:
         ("=3", r"write it as KEY=VALUE"),
         ("sed=3", r"^--set sed=3: unknown key 'sed' in the recipe; did you mean 'seed'\?$"),
         ("parameters.weigth=1", r"^--set parameters\.weigth=1: unknown key 'weigth' in parameters; did you mean"),
-        ("parameters.weight=x", r"^--set parameters\.weight=x: linear: weight = 'x' is outside"),
+        ("parameters.weight=x", r"^--set parameters\.weight=x: linear: weight = 'x' is no number; it takes \(-inf, inf\)$"),
         ("rules.1.match=x", r"^--set rules\.1\.match=x: '1' is not a position in a list of 1; the first is 0$"),
         (
             "method.ties.density=1",

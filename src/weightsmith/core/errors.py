@@ -30,6 +30,7 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "WeightsmithError",
+    "closest",
     "did_you_mean",
     "nearest",
     "problems_of",
@@ -152,11 +153,16 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def closest(word: str, options: Iterable[str]) -> str | None:
+    """Return the nearest option; None if none is near."""
+    likely = [k for k in options if len(k) <= _LONGEST] if len(word) <= _LONGEST else []
+    return next(iter(difflib.get_close_matches(word, likely, n=1, cutoff=0.6)), None)
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return '; did you mean X?' for the nearest option; '' if none is near."""
-    likely = [k for k in options if len(k) <= _LONGEST] if len(word) <= _LONGEST else []
-    near = difflib.get_close_matches(word, likely, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = closest(word, options)
+    return f"; did you mean {near!r}?" if near is not None else ""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -22,6 +22,9 @@ __all__ = ["Each", "Parameter", "Traced", "Vector", "blend", "choice", "flag", "
 
 S = TypeVar("S")
 
+_TYPES: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float)}
+"""Kind of a parameter -> what its numbers are; a flag is none."""
+
 Each = float | tuple[float, ...]
 """A parameter that is one number for all experts, or one number per expert."""
 
@@ -72,7 +75,7 @@ class Parameter:
         elif self.kind == "choice":
             good = False
         else:
-            good = isinstance(value, int if self.kind == "integer" else (int, float)) and not isinstance(value, bool)
+            good = isinstance(value, _TYPES[self.kind]) and not isinstance(value, bool)
             good = good and not math.isnan(value) and not math.isinf(value)
             good = good and (value > self.low if self.low_open else value >= self.low)
             good = good and (value < self.high if self.high_open else value <= self.high)
@@ -92,6 +95,9 @@ class Parameter:
             hint = f"; write {meant:g}" if self.check(meant) is None else ""
         elif isinstance(value, str) and self.options:
             hint = did_you_mean(value, self.options)
+        elif self.kind in _TYPES and (type(value) is bool or not isinstance(value, _TYPES[self.kind])):
+            whole = "whole number" if self.kind == "integer" else "number"
+            return f"{self.name} = {value!r} is no {whole}; it takes {self.range}"
         return f"{self.name} = {value!r} is outside {self.range}{hint}"
 
 

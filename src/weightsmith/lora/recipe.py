@@ -74,7 +74,7 @@ class AdapterRecipe(Grammar):
                 del given["adapter"]
                 yield Fault(("models", name, "adapter"), _ON_A_BASE.format(name=name), "unknown")
         check = Checker(own, ramps=False)
-        slots = check.slots(tree.get("method"), ("method",), named)
+        slots = check.slots(tree.get("method"), ("method",), named, lambda: METHODS)
         check.outside(tree.get("parameters"), ("parameters",), [slots])
         check.with_models(own, [slots], tuple(AdapterRef.model_fields))
         yield from check.faults

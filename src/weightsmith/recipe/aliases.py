@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.core.method import Stage, registry
+from weightsmith.core.method import Stage, registered, registry
 
-__all__ = ["PIPELINES", "expand", "spelled", "stage_called"]
+__all__ = ["PIPELINES", "expand", "spelled", "stage_called", "stage_names"]
 
 _VOTE = ("ties", {"density": 1, "scope": "tensor"})
 _SUM: tuple[str, dict[str, Any]] = ("task_arithmetic", {})
@@ -28,6 +28,12 @@ PIPELINES: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
 def stage_called(name: str) -> type[Stage]:
     """Return the stage called `name`; an unknown name is an error with the nearest one, pipelines among them."""
     return registry(name, PIPELINES)
+
+
+def stage_names() -> list[str]:
+    """Every name that `stage_called` knows, and those of pipelines."""
+    known = registered()
+    return [*known, *(alias for stage in known.values() for alias in stage.traits.aliases), *PIPELINES]
 
 
 def expand(name: str, parameters: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

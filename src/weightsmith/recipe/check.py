@@ -6,16 +6,17 @@ Works on values as written, so that all that is wrong comes out together, howeve
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from weightsmith.core.errors import RecipeError, did_you_mean
+from weightsmith.core.elsewhere import elsewhere
+from weightsmith.core.errors import RecipeError, closest, did_you_mean
 from weightsmith.core.method import Codec, MergedFilter, Method, Parameter, Pipeline, Stage, StandaloneCodec, registry
 from weightsmith.core.parameter import plain_number
-from weightsmith.recipe.aliases import expand, stage_called
+from weightsmith.recipe.aliases import PIPELINES, expand, stage_called, stage_names
 from weightsmith.recipe.cases import is_cases
 from weightsmith.recipe.fields import Case, StageSpec
 from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, listing, mapping
@@ -35,6 +36,7 @@ class Slot:
     cls      None where no method has the name
     inline   the parameters inside it, and `inside` their location
     implied  nobody wrote it, see `completed`
+    guessed  no method has the name that is written; `cls` and `name` are the nearest one's
     """
 
     cls: type[Stage] | None
@@ -42,6 +44,11 @@ class Slot:
     inline: Mapping[str, Any]
     inside: Location = ()
     implied: bool = False
+    guessed: bool = False
+
+    @property
+    def certain(self) -> bool:
+        return self.cls is not None and not self.guessed
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -120,24 +127,34 @@ class Checker:
     def say(self, location: Location, text: str, form: str = "said", hint: str = "") -> None:
         self.faults.append(Fault(location, text, form, hint))
 
-    def slots(self, method: Any, location: Location, look_up: Callable[[str], type[Stage]]) -> list[Slot]:
-        """The stages as written, with what is inside them checked."""
+    def slots(
+        self,
+        method: Any,
+        location: Location,
+        look_up: Callable[[str], type[Stage]],
+        names: Callable[[], Iterable[str]],
+    ) -> list[Slot]:
+        """The stages as written, with what is inside them checked; a misspelt one is taken for the nearest of `names`.
+
+        So the parameters of a misspelt method are checked in the same round as its name.
+        """
         slots = []
-        for name, parameters, here, inside in written(method, location):
+        for word, parameters, here, inside in written(method, location):
+            name = word
+            try:
+                _ = word in PIPELINES or look_up(word)
+            except RecipeError as error:
+                self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})", "stage")
+                name = "" if elsewhere(word) or word in stage_names() else closest(word, names()) or ""
             for stage, own in expand(name, parameters) if look_up is stage_called else [(name, parameters)]:
-                cls = None
-                try:
-                    cls = look_up(stage)
-                except RecipeError as error:
-                    self.say(here, f"{error}" if here == ("method",) else f"{error} (in {spell(here)})", "stage")
-                slots.append(Slot(cls, stage, own, inside))
+                slots.append(Slot(look_up(stage) if stage else None, stage or word, own, inside, guessed=name != word))
         for slot in slots:
             self.inside(slot)
         return slots
 
     def pipeline(self, method: Any, location: Location) -> Sequence[Slot]:
         """The stages of a pipeline, completed, if they are known and go together."""
-        slots = self.slots(method, location, stage_called)
+        slots = self.slots(method, location, stage_called, stage_names)
         classes = [slot.cls for slot in slots if slot.cls is not None]
         if not slots or len(classes) < len(slots):
             return slots
@@ -183,10 +200,7 @@ class Checker:
         for name, value in mapping(values).items():
             here = (*location, name)
             if name not in known:
-                # An unknown method may have any parameter, but hardly one that looks like a misspelt other.
-                certain = bool(slots) and all(slot.cls is not None for slot in slots)
-                if certain or difflib.get_close_matches(name, offered, n=1, cutoff=0.75):
-                    self.unknown(here, offered, slots)
+                self.unknown(here, offered, slots)
                 continue
             for slot in self.takers(name, groups, here, replaces=replaces):
                 if keys is not None and not slot.parameters[name].each:
@@ -217,8 +231,12 @@ class Checker:
                            f"(--set {inside}.{name}=... changes the one inside)")  # fmt: skip
         return list(found.values())
 
-    def unknown(self, location: Location, known: Iterable[str], slots: Iterable[Slot]) -> None:
+    def unknown(self, location: Location, known: Collection[str], slots: Collection[Slot]) -> None:
         key = str(location[-1])
+        # An unknown method may have any parameter, but hardly one that looks like a misspelt other.
+        certain = bool(slots) and all(slot.certain for slot in slots)
+        if not certain and not difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+            return
         nothing = f"; {', '.join(dict.fromkeys(slot.name for slot in slots))} takes no parameters"
         self.say(location, f"unknown key {key!r}", "unknown", did_you_mean(key, known) or nothing)
 
