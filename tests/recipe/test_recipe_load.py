@@ -423,7 +423,10 @@ def test_an_override_changes_one_of_two_aliases() -> None:
         ("=3", r"write it as KEY=VALUE"),
         ("sed=3", r"^--set sed=3: unknown key 'sed' in the recipe; did you mean 'seed'\?$"),
         ("parameters.weigth=1", r"^--set parameters\.weigth=1: unknown key 'weigth' in parameters; did you mean"),
-        ("parameters.weight=x", r"^--set parameters\.weight=x: linear: weight = 'x' is no number; it takes \(-inf, inf\)$"),
+        (
+            "parameters.weight=x",
+            r"^--set parameters\.weight=x: linear: weight = 'x' is no number; it takes \(-inf, inf\)$",
+        ),
         ("rules.1.match=x", r"^--set rules\.1\.match=x: '1' is not a position in a list of 1; the first is 0$"),
         (
             "method.ties.density=1",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from toy_family import EVALUATOR, STUDY, calls, make
 
 from weightsmith.cli.main import main
-from weightsmith.study.schema import load_study
+from weightsmith.core.errors import RecipeError
+from weightsmith.recipe.load import read_text
+from weightsmith.study.schema import EXAMPLE, Study, load_study
+from weightsmith.study.suite_file import EXAMPLE as SUITE_EXAMPLE
+from weightsmith.study.suite_file import SuiteRun
 
 Captured = pytest.CaptureFixture[str]
 
@@ -105,7 +110,9 @@ def test_options(tmp_path: Path, capsys: Captured) -> None:
     make(tmp_path)
     score = tmp_path / "score.py"
     assert "no study" in refused(capsys)
-    assert "no such study" in refused(capsys, tmp_path / "gone.yaml")
+    assert f"no such study; write one, or name a folder that has study.yaml: {EXAMPLE}" in refused(
+        capsys, tmp_path / "gone.yaml"
+    )
     assert "no such file" in refused(capsys, tmp_path, "--evaluator", tmp_path / "gone.py")
     assert "no method 'tise' in this study; known: TIES, average, sum" in refused(
         capsys, tmp_path, "--evaluator", score, "--methods", "tise,sum"
@@ -199,3 +206,10 @@ def test_an_evaluator_may_import_its_neighbours(tmp_path: Path) -> None:
     before = scorer(load_study(study), tmp_path / "mine.py").identity
     helper.write_text("OFFSET = 2.0\n")
     assert scorer(load_study(study), tmp_path / "mine.py").identity != before
+
+
+@pytest.mark.parametrize(("kind", "example"), [(Study, EXAMPLE), (SuiteRun, SUITE_EXAMPLE)])
+def test_the_example_of_a_file_lacks_nothing_but_its_files(kind: Any, example: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_text(kind, example, "x.yaml", folder=tmp_path)
+    assert all("no file" in problem.text or "no such file" in problem.text for problem in caught.value.problems)

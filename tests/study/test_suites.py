@@ -49,6 +49,8 @@ def test_every_paper_setting_plans(tmp_path: Path) -> None:
     """All methods but those that need statistics merge four toy models."""
     for name in ("mergebench", "three_h", "embedding", "svg", "scale", "in_the_wild"):
         text = RUN[: RUN.index("methods:")].replace("mergebench", name)
+        for old, new in zip(("math", "coding", "safety"), suite(name).domains, strict=False):
+            text = text.replace(f"domain: {old}", f"domain: {new}")
         run = make(tmp_path / name, text)
         loaded, chosen = load_run(run)
         from weightsmith.core.settings import DEFAULT

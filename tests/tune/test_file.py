@@ -105,7 +105,11 @@ def test_what_may_be_learned_of_a_language_model(kitchen: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("what", "code", "text"),
     [
-        ("preset: adamergin", "code.jsonl", r"error: unknown preset 'adamergin'; did you mean 'adamerging'\?"),
+        (
+            "preset: adamergin",
+            "code.jsonl",
+            r"TUNE\.yaml:6:1: unknown preset 'adamergin'; did you mean 'adamerging'",
+        ),
         (
             "preset: {adamerging: {step: 3}}",
             "code.jsonl",

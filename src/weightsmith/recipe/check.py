@@ -23,7 +23,7 @@ from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, listing, mapping
 from weightsmith.recipe.reader import Location, plain_scalar, spell
 from weightsmith.recipe.table import Table, file_of
 
-__all__ = ["Checker", "Slot", "claimants", "completed", "method_faults", "written"]
+__all__ = ["Checker", "Slot", "claimants", "completed", "method_faults", "stages_written", "written"]
 
 
 # --- stages ----------------------------------------------------------------------------------------
@@ -86,6 +86,12 @@ def written(method: Any, location: Location = ("method",)) -> Iterator[tuple[str
         elif isinstance(stage, Mapping) and len(stage) == 1:
             ((name, parameters),) = stage.items()
             yield name, mapping(parameters), here, (*here, name)
+
+
+def stages_written(method: Any) -> Mapping[str, type[Stage]]:
+    """Name -> stage of a method as written, misspelt ones by the nearest names; empty where one is not known at all."""
+    slots = Checker(()).slots(method, (), stage_called, stage_names)
+    return {slot.name: slot.cls for slot in slots if slot.cls is not None} if all(slot.cls for slot in slots) else {}
 
 
 # --- checks ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -25,7 +25,7 @@ from weightsmith.recipe.files import exists, expanded
 from weightsmith.recipe.override import override
 from weightsmith.recipe.reader import Document, Location, plain_scalar, spell
 
-__all__ = ["PYTHON", "Fault", "Grammar", "Reading", "build", "kind_of", "listing", "mapping", "unknown"]
+__all__ = ["PYTHON", "Fault", "Grammar", "Reading", "build", "inside", "kind_of", "listing", "mapping", "unknown"]
 
 G = TypeVar("G", bound="Grammar")
 
@@ -113,6 +113,11 @@ def _hint(kind: str, given: Any, context: Mapping[str, Any]) -> str:
         return f"; did you mean {near[0]!r}?" if near else ""
     number = kind in ("int_type", "float_type") and type(plain_scalar(given)) in (int, float)
     return f"; write {given} without quotes" if number else ""
+
+
+def inside(key: str, faults: Iterable[Fault]) -> list[Fault]:
+    """The faults of a part of a file, which stands under a key."""
+    return [fault._replace(location=(key, *fault.location)) for fault in faults]
 
 
 def unknown(location: Location, known: Iterable[str], more: str = "") -> Fault:
@@ -228,13 +233,25 @@ class Grammar(BaseModel):
             try:
                 made = validate(tree)
             except ValidationError as error:
-                found = [Fault.caught(detail, cls, reading) for detail in error.errors(include_url=False)]
+                found = [Fault.caught(detail, cls, reading) for detail in _one_each(error.errors(include_url=False))]
                 faults += [_moved(fault, moved) for fault in _without_misspelt(found)]
         if not faults:
             return made
         if info.context is None and cls.ROOT:
             raise RecipeError(*dict.fromkeys(one for fault in faults for one in fault.problems(cls.ROOT)))
         raise ValidationError.from_exception_data(cls.__name__, [fault.raised() for fault in faults])
+
+
+def _one_each(details: Iterable[Any]) -> Iterator[Any]:
+    """The lines of a ValidationError; where a value may be of several kinds pydantic has one for each: the nearest."""
+    for detail in details:
+        place = tuple(step for step in detail["loc"] if not str(step).startswith("dict["))
+        mapped, plain = len(place) < len(detail["loc"]), detail["type"] == f"{place[-1:] and place[-1]}_type"
+        if plain and isinstance(detail["input"], Mapping):
+            continue
+        if mapped and detail["loc"][-1] != place[-1]:
+            continue  # what it says of the other kind is enough
+        yield detail if not mapped and not plain else {**detail, "loc": place[:-1] if plain else place}
 
 
 def _moved(fault: Fault, moved: Mapping[str, Location]) -> Fault:

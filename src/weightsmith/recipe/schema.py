@@ -43,6 +43,7 @@ __all__ = [
     "Slices",
     "StageSpec",
     "Tokenizer",
+    "missing_inputs",
 ]  # fmt: skip
 
 
@@ -278,12 +279,8 @@ class Recipe(Grammar):
 
     @classmethod
     def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
-        from weightsmith.io.read.open import no_such  # loaded for faulty recipes only
-
-        for location, path in _paths(tree):
-            plainly = "/" in path and not path.lower().endswith(SUFFIXES)  # one word may stand for something else
-            if plainly and (text := no_such(reading.located(path))):
-                yield Fault(location, f"{location[-1]}: {text}")
+        # What one word stands for is told where the inputs are opened: in another file that is not done beside faults.
+        return missing_inputs(tree, reading, plainly=True)
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
@@ -296,6 +293,16 @@ class Recipe(Grammar):
                 yield Fault(("method",), text)
             yield from _wrong_models(tree.get("base"), refs, reading)
             yield from _unknown_tokenizer(tree)
+
+
+def missing_inputs(tree: Any, reading: Reading, *, plainly: bool = False) -> Iterator[Fault]:
+    """Models, adapters and statistics of a recipe that are not there; `plainly`: of paths with a folder only."""
+    from weightsmith.io.read.open import no_such  # loaded for faulty files only
+
+    for location, path in _paths(mapping(tree)):
+        told = "/" in path or not plainly
+        if told and not path.lower().endswith(SUFFIXES) and (text := no_such(reading.located(path))):
+            yield Fault(location, f"{location[-1]}: {text}")
 
 
 def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

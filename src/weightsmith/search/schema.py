@@ -12,12 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from weightsmith.core.errors import did_you_mean
+from weightsmith.recipe.check import stages_written
 from weightsmith.recipe.fields import Located, Selector, Words, named
-from weightsmith.recipe.grammar import Fault, Grammar, Reading, kind_of, mapping
+from weightsmith.recipe.grammar import Fault, Grammar, Reading, inside, kind_of, mapping
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, missing_inputs
 from weightsmith.search.evolve import Genome, translated
+from weightsmith.search.space import check_where
 from weightsmith.tune.schema import Chosen, TaskData, recipe_or_path
 
 __all__ = ["Genes", "Halving", "MembersSpec", "ScoreSpec", "SearchFile", "SlicesSpec", "Splits", "load", "loads"]
@@ -25,6 +27,7 @@ __all__ = ["Genes", "Halving", "MembersSpec", "ScoreSpec", "SearchFile", "Slices
 KINDS = ("command", "file", "accuracy", "bits_per_byte", "lm_eval")
 """How candidates are scored: exactly one of these."""
 BUILT_IN = {"accuracy": "max", "bits_per_byte": "min"}
+SAMPLERS = ("random", "grid", "tpe", "gp", "nsga2", "nsga3", "cmaes", "map", "frank_wolfe")
 FRONTS = ("nsga2", "nsga3", "map")
 """Samplers that look for a front where there are several goals."""
 PER = ("model", "layers", "part")
@@ -275,7 +278,9 @@ class SearchFile(Grammar):
     space: dict[str, Genes] = Field(default_factory=dict, description="parameter or path -> what is searched of it")
     members: MembersSpec | None = Field(default=None, description="search which models take part: {least: 2}")
     slices: SlicesSpec | None = Field(default=None, description="search a stack of the models' layers: {group: 4}")
-    score: ScoreSpec = Field(examples=["{command: python score.py, data: {search: FILE, report: FILE}}"])
+    score: ScoreSpec = Field(
+        examples=["{command: 'python score.py {model} {data}', data: {search: FILE, report: FILE}}"]
+    )
     goals: Annotated[dict[str, Literal["max", "min"]], named("scores", ", as math: max")] | None = Field(
         default=None, description="score -> max or min; default: those of the evaluator, or one number, higher better"
     )
@@ -306,12 +311,27 @@ class SearchFile(Grammar):
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        recipe, sampler = tree.get("recipe"), tree.get("sampler")
+        name = next(iter(sampler), None) if isinstance(sampler, Mapping) else sampler
+        if isinstance(name, str) and name not in SAMPLERS:
+            yield Fault(("sampler",), f"unknown sampler {name!r}{did_you_mean(name, SAMPLERS)}; "
+                                      f"known are {', '.join(SAMPLERS)}", "value")  # fmt: skip
+        # Of a recipe in a file of its own it is checked with the models.
+        stages = stages_written(mapping(recipe).get("method"))
+        for where, genes in mapping(tree.get("space")).items() if stages else ():
+            per = mapping(genes).get("per") or ()
+            if (text := check_where(str(where), stages, "model" in per)) is not None:
+                yield Fault(("space", where), f"space: {text}")
         goals = mapping(tree.get("goals"))
         for name in mapping(tree.get("weights")):
             if goals and name not in goals:
                 yield Fault(("weights", name), f"unknown score {name!r}", "unknown", did_you_mean(str(name), goals))
         if goals and tree.get("weights") and not any(mapping(tree["weights"]).values()):
             yield Fault(("weights",), "are all 0; give one of them a weight", "value")
+
+    @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        yield from inside("recipe", missing_inputs(tree.get("recipe"), reading))
 
     # -- what it comes to
 

@@ -11,6 +11,7 @@ from typing import Any
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.inputs.opened import Inputs
+from weightsmith.recipe.check import stages_written
 from weightsmith.recipe.schema import Recipe
 from weightsmith.search.evolve import EvolveSpace
 from weightsmith.search.genes import Gene
@@ -106,7 +107,7 @@ def space_of(file: SearchFile, inputs: Inputs, folder: Path = Path()) -> Space:
     entries = []
     for where, genes in file.space.items():
         per = genes.per or ()
-        if (fault := check_where(where, recipe, "model" in per)) is not None:
+        if (fault := check_where(where, stages_written(recipe.method), "model" in per)) is not None:
             problems.append(f"space: {fault}")
             continue
         try:
@@ -185,12 +186,9 @@ def _slots(file: SearchFile, inputs: Inputs) -> Slots:
 
 def sampler_of(file: SearchFile, space: Space, aim: Aim, folder: Path, settings: Settings = DEFAULT) -> Sampler:
     """The sampler that a file names."""
-    name, known = file.sampler.name, [*SAMPLERS, FrankWolfe.name]
+    name = file.sampler.name
     if name == FrankWolfe.name:
         return FrankWolfe.of(file, space, aim.names, folder, settings)
-    if name not in SAMPLERS:
-        hint = f"{did_you_mean(name, known)}; known are {', '.join(known)}"
-        raise RecipeError(f"sampler: unknown sampler {name!r}{hint}")
     made = SAMPLERS[name](space, aim.names, file.seed, file.sampler.options, folder, file.evaluations)
     made.signs = [aim.sign(goal) for goal in aim.goals] if aim.weights is None else [1.0]
     return made

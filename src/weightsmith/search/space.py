@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.core.errors import PlanError, RecipeError, did_you_mean
-from weightsmith.core.method import registry
+from weightsmith.core.method import Stage, registry
 from weightsmith.recipe.fields import OUTSIDE
 from weightsmith.recipe.schema import Recipe
 from weightsmith.search.genes import Gene, Point
 from weightsmith.tune.work import without
 
-__all__ = ["Entry", "Members", "RecipeSpace", "Slots", "Space", "key_of"]
+__all__ = ["Entry", "Members", "RecipeSpace", "Slots", "Space", "check_where", "key_of"]
 
 REST = "rest"
 """The part of what no other part names."""
@@ -249,10 +249,9 @@ def _at_path(tree: Any, words: Sequence[str], value: Any) -> None:
         tree[last] = value
 
 
-def check_where(where: str, recipe: Recipe, per_model: bool) -> str | None:
+def check_where(where: str, stages: Mapping[str, type[Stage]], per_model: bool) -> str | None:
     """What is wrong with the place that an entry names; None where there is such a parameter or path."""
     first, _, rest = where.partition(".")
-    stages = {spec.name: registry(spec.name) for spec in recipe.method}
     if rest and first in Recipe.model_fields:
         return None
     if first in Recipe.model_fields:

@@ -16,7 +16,7 @@ Everything but `method` and `parameters` may be set as in a recipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -26,15 +26,17 @@ from weightsmith.core.errors import RecipeError, did_you_mean
 from weightsmith.recipe.aliases import expand
 from weightsmith.recipe.check import method_faults
 from weightsmith.recipe.fields import Located, Words, named
-from weightsmith.recipe.grammar import Fault, Grammar, Reading
+from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
 from weightsmith.recipe.load import read_file
 from weightsmith.recipe.reader import Location
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, missing_inputs
 from weightsmith.study.grids import Candidate, candidates
 
-__all__ = ["BUILT_IN", "FUNCTION", "TASKS", "Evaluation", "Study", "load_study"]
+__all__ = ["BUILT_IN", "EXAMPLE", "FUNCTION", "TASKS", "Evaluation", "Study", "grid_faults", "load_study"]
 
 FILE = "study.yaml"
+EXAMPLE = ("{base: base, models: {math: math, code: code}, evaluate: {bits_per_byte: {"
+           "math: {validation: dev.jsonl, test: test.jsonl}, code: {validation: a.py, test: b.py}}}}")  # fmt: skip
 FUNCTION = "function"
 TASKS = "tasks"
 BUILT_IN = {"bits_per_byte": ("bits per byte", False), "accuracy": ("accuracy, %", True), TASKS: ("score", True)}
@@ -75,7 +77,10 @@ def _candidates(value: Any) -> tuple[Candidate, ...]:
             ((name, parameters),) = stage.items()
             grid += expand(name, parameters or {})
         else:
-            raise ValueError(f"a stage is a name, or a name with its parameters; is {json.dumps(stage)[:80]}")
+            raise ValueError(
+                f"a stage is a name, or a name with its parameters, as {{ties: {{density: [0.2, 0.5]}}}}; "
+                f"is {json.dumps(stage)[:80]}"
+            )
     if empty := [f"{name}.{key}" for name, found in grid for key, values in found.items() if values == []]:
         raise ValueError(f"{empty[0]} is an empty list; give the values to try")
     return candidates(tuple(grid))
@@ -124,7 +129,10 @@ class Evaluation(Grammar):
         if not isinstance(found, Mapping) or len(found) != 1 or next(iter(found)) not in kinds:
             own = isinstance(given, str) and given.endswith(".py")
             hint = f"; write evaluate: {FUNCTION}, and name the file of yours by --evaluator {given}" if own else ""
-            raise ValueError(f"takes one of {', '.join(kinds)}, is {json.dumps(given, default=repr)[:80]}{hint}")
+            raise ValueError(
+                f"takes one of {', '.join(kinds)}, as {{bits_per_byte: {{math: {{validation: FILE, test: FILE}}}}}}; "
+                f"is {json.dumps(given, default=repr)[:80]}{hint}"
+            )
         return {kind: {} if arguments is None else arguments for kind, arguments in found.items()}, {}
 
     @property
@@ -198,15 +206,23 @@ class Study(Grammar):
             if guard in tasks:
                 yield Fault(("guards",), f"{guard!r} is a task and a guard; a guard is what no expert was trained for")
         yield from _missing_data(tree["evaluate"], [*tasks, *guards])
-        methods = tree.get("methods")
-        for label, value in methods.items() if isinstance(methods, Mapping) else ():
-            try:
-                made = _candidates(value)
-            except ValueError:
-                continue  # a fault of its own
-            models: dict[str, dict[str, Any]] = {task: {} for task in tasks}
-            texts = {fault.lines("")[0] for one in made for fault in method_faults({"method": one.stages}, models, ())}
-            yield from (Fault(("methods", label), f"{label}: {text}") for text in sorted(texts))
+        yield from grid_faults(tree.get("methods"), tasks)
+
+    @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        yield from missing_inputs(tree, reading)
+
+
+def grid_faults(methods: Any, models: Iterable[str]) -> Iterator[Fault]:
+    """What is wrong with the methods of a study or a suite: each of their combinations is checked."""
+    for label, value in mapping(methods).items():
+        try:
+            made = _candidates(value)
+        except ValueError:
+            continue  # a fault of its own
+        own: dict[str, dict[str, Any]] = {model: {} for model in models}
+        texts = {fault.lines("")[0] for one in made for fault in method_faults({"method": one.stages}, own, ())}
+        yield from (Fault(("methods", label), f"{label}: {text}") for text in sorted(texts))
 
 
 _OF_THE_RECIPE = Recipe.model_fields.keys() - {"method", "parameters"}
@@ -234,7 +250,7 @@ def load_study(path: str | Path) -> Study:
     if file.is_dir():
         file = file / FILE
     if not file.is_file():
-        raise RecipeError(f"{file}: no such study; write one (base, models, evaluate) or name a folder that has {FILE}")
+        raise RecipeError(f"{file}: no such study; write one, or name a folder that has {FILE}: {EXAMPLE}")
     study = read_file(Study, file)
     study._file = file
     return study

@@ -23,17 +23,20 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from weightsmith.core.errors import RecipeError, did_you_mean, nearest
 from weightsmith.recipe.fields import Located, listed, named
-from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
+from weightsmith.recipe.grammar import Fault, Grammar, Reading, inside, mapping
 from weightsmith.recipe.load import read_file
 from weightsmith.recipe.reader import Location
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, missing_inputs
 from weightsmith.study.evaluators.specs import EVALUATORS, Spec
 from weightsmith.study.evaluators.subject import Setting
-from weightsmith.study.schema import Grid, Text
+from weightsmith.study.schema import Grid, Text, grid_faults
 from weightsmith.study.suite import LOWER, PER_UNIT, Direction, Suite, Task
 from weightsmith.study.suites import suite, suites
 
-__all__ = ["Bound", "Rung", "SuiteRun", "bound_tasks", "load_run"]
+__all__ = ["EXAMPLE", "Bound", "Rung", "SuiteRun", "bound_tasks", "load_run"]
+
+EXAMPLE = ("{suite: mergebench, base: base, models: {math: math, coding: coding}, "
+           "tasks: {gsm8k_cot: {generate: {file: gsm8k.jsonl, rule: gsm8k}}}}")  # fmt: skip
 
 _OF_THE_RECIPE = Recipe.model_fields.keys() - {"method", "parameters"}
 
@@ -171,6 +174,11 @@ class SuiteRun(Grammar):
                     ("bases", label) if label else (),
                     "a suite needs a base: what experts gained is measured against it",
                 )
+        yield from grid_faults(tree.get("methods"), ())
+        for task, entry in mapping(tree.get("tasks")).items():
+            told = mapping(entry).get("domain") if mapping(entry).get("role", "test") == "test" else None
+            if isinstance(told, str) and (text := _no_domain(told, suites().get(str(name)))):
+                yield Fault(("tasks", task, "domain"), f"tasks.{task}: {text}")
         template = tree.get("template", "plain")
         if template not in ("plain", "chat") and "{prompt}" not in str(template):
             yield Fault(
@@ -184,6 +192,13 @@ class SuiteRun(Grammar):
                 f"should be a list of whole numbers from 1, is {json.dumps(counts, default=repr)[:40]}",
                 "value",
             )
+
+    @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        yield from missing_inputs(tree, reading)
+        for label, rung in mapping(tree.get("bases")).items():
+            found = missing_inputs(mapping(rung).get("recipe", rung), reading)
+            yield from inside("bases", inside(label, found))
 
 
 class Bound(Grammar):
@@ -217,6 +232,16 @@ def bound_tasks(run: SuiteRun, chosen: Suite) -> dict[str, Bound]:
     return found
 
 
+def _no_domain(domain: str, chosen: Suite | None) -> str:
+    """The problem that a suite has no such domain; '' where it has."""
+    if chosen is None or not chosen.domains or domain in chosen.domains:
+        return ""
+    return (
+        f"unknown domain {domain!r}{did_you_mean(domain, chosen.domains)}; "
+        f"{chosen.name} has {', '.join(chosen.domains)}"
+    )
+
+
 def _bound(name: str, entry: Entry, chosen: Suite) -> Bound:
     known = chosen.task(name)
     kind = EVALUATORS[entry.evaluator]
@@ -240,11 +265,8 @@ def _bound(name: str, entry: Entry, chosen: Suite) -> Bound:
     changes: dict[str, Any] = {"metric": metric, "domain": entry.domain, "role": entry.role, "chance": entry.chance,
                "direction": entry.direction or _DIRECTIONS.get(metric.partition(",")[0])}  # fmt: skip
     task = replace(known, **{key: value for key, value in changes.items() if value is not None})
-    if task.role == "test" and chosen.domains and task.domain not in chosen.domains:
-        raise RecipeError(
-            f"unknown domain {task.domain!r}{did_you_mean(task.domain, chosen.domains)}; "
-            f"{chosen.name} has {', '.join(chosen.domains)}"
-        )
+    if task.role == "test" and (text := _no_domain(task.domain, chosen)):
+        raise RecipeError(text)
     return Bound(task=task, kind=entry.evaluator, spec=entry.spec)
 
 
@@ -279,7 +301,7 @@ def load_run(path: str | Path, name: str | None = None) -> tuple[SuiteRun, Suite
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise RecipeError(f"{file}: no such file; write one (base, models, tasks), see weightsmith bench --list")
+        raise RecipeError(f"{file}: no such file; write one, as {EXAMPLE}; weightsmith bench --list: the suites")
     if name is not None:
         suite(name)
     run = read_file(SuiteRun, file, [f"suite={name}"] if name is not None else [])

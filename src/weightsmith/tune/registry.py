@@ -108,9 +108,12 @@ def make(kind: type[N], what: str, name: str, options: Mapping[str, Any]) -> N:
         raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     hints = get_type_hints(known[name])
+    wrong = []
     for option, value in options.items():
         if option not in fields:
-            raise RecipeError(f"{what} {name}: unknown option {option!r}{did_you_mean(option, fields)}")
-        if problem := _unlike(value, hints[option]):
-            raise RecipeError(f"{what} {name}: {option} should be {problem}, is {value!r}")
+            wrong.append(f"{what} {name}: unknown option {option!r}{did_you_mean(option, fields)}")
+        elif problem := _unlike(value, hints[option]):
+            wrong.append(f"{what} {name}: {option} should be {problem}, is {value!r}")
+    if wrong:
+        raise RecipeError(*wrong)
     return known[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
-from weightsmith.core.errors import RecipeError
+from weightsmith.core.errors import RecipeError, did_you_mean, problems_of
+from weightsmith.recipe.check import stages_written
 from weightsmith.recipe.fields import Located, named
-from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, mapping
+from weightsmith.recipe.grammar import PYTHON, Fault, Grammar, Reading, inside, mapping
 from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, missing_inputs
 from weightsmith.tune.descent import Descent
 from weightsmith.tune.objective import Objective
 from weightsmith.tune.registry import make
@@ -124,6 +125,16 @@ class TuneFile(Grammar):
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        for kind, what in ((Preset, "preset"), (Objective, "objective")):
+            yield from _not_made(kind, what, tree.get(what))
+        stages = stages_written(mapping(tree.get("recipe")).get("method"))
+        known = {p.name for stage in stages.values() for p in stage.parameters()} | {"lambda", "weight"}
+        for name in mapping(tree.get("free")) if stages else ():
+            if name not in known:
+                text = (
+                    f"free: no stage of {' | '.join(stages)} has a parameter {name!r}{did_you_mean(str(name), known)}"
+                )
+                yield Fault(("free", name), text)
         if tree.get("preset") is None and not tree.get("free"):
             yield Fault((), "says not what to learn; add preset: adamerging, or free: and objective:", "lacking")
         if tree.get("preset") is not None and tree.get("free"):
@@ -131,12 +142,19 @@ class TuneFile(Grammar):
         if tree.get("free") and tree.get("preset") is None and tree.get("objective") is None:
             yield Fault((), "has 'free' without an objective; add objective: entropy", "lacking")
         for task, data in mapping(tree.get("data")).items():
+            for part, path in (data if isinstance(data, Mapping) else {"train": data}).items():
+                if part != "field" and isinstance(path, str) and not Path(reading.located(path)).exists():
+                    yield Fault(("data", task, part), f"no file or folder {path!r}")
             if (
                 isinstance(data, Mapping)
                 and data.get("validation") is not None
                 and data.get("validation") == data.get("train")
             ):
                 yield Fault(("data", task, "validation"), "is the data that is learned from; give other data", "value")
+
+    @classmethod
+    def not_there(cls, tree: Mapping[str, Any], reading: Reading) -> Iterator[Fault]:
+        yield from inside("recipe", missing_inputs(tree.get("recipe"), reading))
 
     def setting(self) -> Setting:
         """The three parts; RecipeError for unknown names and options."""
@@ -154,6 +172,20 @@ class TuneFile(Grammar):
             changes = {name: getattr(self.descent, name) for name in self.descent.model_fields_set}
             made = dataclasses.replace(made, descent=dataclasses.replace(made.descent or Descent(), **changes))
         return dataclasses.replace(made, gather=self.gather)
+
+
+def _not_made(kind: Any, what: str, value: Any) -> Iterator[Fault]:
+    """What is wrong with the name and options of a preset or an objective."""
+    named = {value: {}} if isinstance(value, str) else mapping(value)
+    if len(named) != 1 or isinstance(value, Chosen):
+        return  # a fault of its own
+    ((name, options),) = named.items()
+    try:
+        make(kind, what, str(name), mapping(options))
+    except RecipeError as error:
+        yield from (Fault((what,), problem.text) for problem in problems_of(error))
+    except (TypeError, ValueError) as error:
+        yield Fault((what,), f"{what} {name}: {error}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), files: list[Path] | None = None) -> TuneFile:
