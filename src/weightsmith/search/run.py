@@ -289,5 +289,5 @@ def begin_anew(out: Path) -> None:
     from weightsmith.search.samplers.by_optuna import FILE as OPTUNA
 
     with writing(out):
-        for name in (FILE, OPTUNA, f"{OPTUNA}.lock"):
+        for name in (FILE, OPTUNA):
             remove(out / name)
