@@ -277,6 +277,30 @@ def test_two_tabs_and_a_reload_agree(page: Page, server: Server) -> None:
     assert yaml(other) == yaml(page)
     page.reload()
     assert "seed: 7" in yaml(page)
+    other.fill("#yaml", yaml(other).replace("seed: 7", "seed: 8"))
+    expect(page.locator("#clash")).to_contain_text("was changed in another tab")
+    page.fill("#f-seed", "9")
+    page.locator("#f-seed").blur()
+    expect(page.locator("#yaml")).to_have_value(re.compile("seed: 9"))  # shown here, and kept nowhere yet
+    page.get_by_role("button", name="Go on with mine").click()
+    expect(page.locator(".clash")).to_have_count(0)
+    expect(other.locator("#clash")).to_contain_text("was changed in another tab")
+    other.get_by_role("link", name="Take that").click()
+    expect(other.locator("#yaml")).to_have_value(re.compile("seed: 9"))
+    file = server.folder / "blend.yaml"
+    before = file.read_text()
+    file.write_text(f"# an editor\n{before}")
+    page.click("#save")
+    expect(page.locator("#clash")).to_contain_text("has changed on disk")
+    assert file.read_text() == f"# an editor\n{before}"
+    page.get_by_role("button", name="Reload theirs").click()
+    expect(page.locator("#yaml")).to_have_value(re.compile("# an editor"))
+    page.fill("#yaml", before)
+    expect(page.locator("#saved-state")).to_have_text("not saved yet")
+    page.click("#save")
+    expect(page.locator("#saved-state")).to_have_text("saved")
+    expect(page.locator(".clash")).to_have_count(0)
+    assert file.read_text() == before
 
 
 SHIFT = """() => new Promise(done => { let sum = 0; const seen = new PerformanceObserver(list => {

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,3 +188,47 @@ def test_ending_under_an_open_page_says_one_line(folder: Path, number: int) -> N
         assert server.communicate()[1] == "interrupted\n"
     assert server.returncode == 130
     assert ended(jobs, job.id).state == "stopped"
+
+
+def test_a_second_click_shows_the_job_that_the_first_has_made(client: TestClient, folder: Path) -> None:
+    """What waits or runs already is not queued again; another text, or another output, is another job."""
+    slow_one = jobs_of(client).add(slow(folder), "slow")
+    where = [
+        client.post("/recipe/run", data={"path": "blend.yaml", "out": out}).headers["location"]
+        for out in ("merged", "merged", "other", "./merged/")
+    ]
+    assert where == ["/run/0002", "/run/0002", "/run/0003", "/run/0002"]
+    (folder / "blend.yaml").write_text((folder / "blend.yaml").read_text() + "seed: 3\n")
+    refused = client.post("/recipe/run", data={"path": "blend.yaml", "out": "merged"})
+    assert refused.status_code == 400
+    assert "job 0002 is about to write merged" in refused.text
+    replacing = client.post("/recipe/run", data={"path": "blend.yaml", "out": "merged", "overwrite": "yes"})
+    assert replacing.headers["location"] == "/run/0004"
+    for number in ("0002", "0003", "0004"):
+        jobs_of(client).stop(number)
+    assert client.post("/run/0002/resume").headers["location"] == "/run/0002"
+    assert client.post("/run/0002/resume").headers["location"] == "/run/0002"  # it waits already
+    jobs_of(client).stop("0002")
+    for _ in range(2):
+        assert client.post("/run/0002/remove").headers["location"] == "/run"
+    jobs_of(client).stop(slow_one.id)
+
+
+def jobs_of(client: TestClient) -> Jobs:
+    return client.app.app.state.studio.jobs  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("killed", ["command", "runner"])
+def test_a_killed_process_shows_on_the_page_at_once(client: TestClient, folder: Path, killed: str) -> None:
+    """Also where what was killed is the process that looks after the command, which itself would go on."""
+    jobs = jobs_of(client)
+    job = jobs.add(slow(folder), "slow")
+    pid = int(until(lambda: (job.folder / "pid").exists() and (job.folder / "pid").read_text()))
+    number = pid if killed == "command" else os.getpgid(pid)  # the runner leads the group
+    assert client.get(f"/run/{job.id}").text.count("running") > 0
+    os.kill(number, signal.SIGKILL)
+    began = time.monotonic()
+    until(lambda: jobs.get(job.id).over)
+    assert time.monotonic() - began < 20  # the pipe that it reads has no writer: it would go on for ever
+    assert jobs.get(job.id).state == "interrupted"
+    assert "Resume" in client.get(f"/run/{job.id}").text

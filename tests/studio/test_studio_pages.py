@@ -23,7 +23,7 @@ def sent(client: TestClient, where: str, text: str, **more: Any) -> str:
     """Send a change of the recipe; the text that the form makes of it."""
     answer = client.post(f"/recipe/{where}", data={"path": PATH, "yaml": text, **more})
     assert answer.status_code == 200, answer.text
-    assert answer.headers["hx-trigger"] == "planned"
+    assert answer.headers["hx-trigger-after-swap"] == "planned"
     found = re.search(r"<textarea[^>]*>\n?(.*?)</textarea>", answer.text, re.DOTALL)
     return html.unescape(found[1]) if found else text
 
@@ -171,12 +171,14 @@ def test_a_ramp_is_shown_where_the_value_is_a_list(client: TestClient, folder: P
 
 def test_what_is_typed_outlives_the_page_and_is_saved_when_asked(client: TestClient, folder: Path) -> None:
     before = (folder / PATH).read_text()
-    sent(client, "yaml", before + "seed: 7\n")
+    ground = re.search(r'name="ground" value="(\w+)"', client.get("/recipe", params={"path": PATH}).text)
+    assert ground
+    sent(client, "yaml", before + "seed: 7\n", ground=ground[1])
     assert (folder / PATH).read_text() == before
     page = client.get("/recipe", params={"path": PATH}).text
     assert "seed: 7" in page
     assert "not saved yet" in page
-    client.post("/recipe/save", data={"path": PATH, "yaml": before + "seed: 7\n"})
+    client.post("/recipe/save", data={"path": PATH, "yaml": before + "seed: 7\n", "ground": ground[1]})
     assert (folder / PATH).read_text() == before + "seed: 7\n"
     assert "not saved yet" not in client.get("/recipe", params={"path": PATH}).text
     sent(client, "yaml", "seed: 8\n")
@@ -257,3 +259,47 @@ def test_the_form_knows_how_many_blocks_there_are(client: TestClient, folder: Pa
         page = client.get("/recipe", params={"path": PATH})
         assert page.status_code == 200
         assert 'data-blocks="3"' not in page.text
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("models/mth", "models/math"), ("maths", "models/math"), ("model/code", "models/code"),
+     ("Models/Code/", "models/code"), ("./models/bse", "models/base"), ("org/tinny", "org/tiny")],
+)  # fmt: skip
+def test_a_mistyped_model_names_the_nearest_that_is_known(
+    client: TestClient, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, meant: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached_model(tmp_path / "hub", "org/tiny")
+    hint = f"x: {text}: no such model; did you mean {meant!r}?"
+    recipe = f"models: {{x: {text}, y: models/base}}\nmethod: linear\n"
+    sent(client, "yaml", recipe)
+    assert "1 problem" in planned(client)
+    assert hint in planned(client)
+    if "rg/" not in text and text != "model/code":  # those may be on the hub, from where a job would fetch them
+        (folder / PATH).write_text(recipe)
+        client.post("/recipe/revert", data={"path": PATH})
+        grid = {"key1": "models.x.weight", "values1": "0.1, 0.2"}
+        for where in ("/recipe/run", "/inspect", "/grid"):
+            answer = client.post(where, data={"path": PATH, "out": "out", **grid})
+            assert answer.status_code == 400
+            assert hint in html.unescape(answer.text)
+    if not meant.startswith("org"):
+        for answer in (
+            client.post("/compare", data={"a": "models/base", "b": text}),
+            client.get("/model", params={"path": text}),
+        ):
+            assert answer.status_code == 400
+            assert f"there is no such model; did you mean {meant!r}?" in html.unescape(answer.text)
+    assert "Nothing has run yet" in client.get("/run").text
+
+
+def test_a_mistyped_recipe_names_the_nearest(client: TestClient) -> None:
+    grid = {"out": "x", "key1": "parameters.density", "values1": "0.1, 0.2"}
+    for answer in (
+        client.get("/grid", params={"path": "blnd.yaml"}),
+        client.post("/grid", data={"path": "blnd.yaml", **grid}),
+        client.post("/inspect", data={"path": "blnd.yaml"}),
+    ):
+        assert answer.status_code == 400
+        assert "no such recipe file; did you mean" in answer.text

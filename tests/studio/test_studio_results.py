@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from safetensors.torch import load_file, save_file
 from studio_kit import EVIL, HOME, PORT, TOKEN, answered, write_model
 
 from weightsmith.cli.main import main
@@ -267,3 +268,71 @@ def test_history_follows_nothing_out_of_the_folders(studio: tuple[TestClient, Pa
     for name in ("away", "away.yaml"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_unlike_models_have_no_figures_that_were_not_measured(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in both, what is not, and a share only of the former; what is small is not nothing."""
+    monkeypatch.chdir(folder)
+    write_model(folder / "models/wide", 7, size=8)
+    write_model(folder / "models/deep", 8, layers=5)
+    tensors = load_file(folder / "models/base/model.safetensors")
+    (folder / "models/near").mkdir()
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-5
+    save_file(tensors, folder / "models/near/model.safetensors")
+    pages = {}
+    for name in ("wide", "deep", "near"):
+        where = client.post("/compare", data={"a": "models/base", "b": f"models/{name}"}).headers["location"]
+        answered(jobs_of(client).get(where.rpartition("/")[2]))
+        pages[name] = seen(client, where)
+        assert "0.000%" not in pages[name]
+    for text in ("nothing alike", "nothing can be measured", "6 tensors  in both, of other shapes", "16×16, 8×8"):
+        assert text in pages["wide"]
+    assert "<svg" not in client.get("/compare/0001").text.partition("<main")[2]
+    for text in ("differs", "over the 6 tensors that both have", "4 tensors  only in models/deep"):
+        assert text in pages["deep"]
+    assert re.search(r"\d\.?\de-0\d%", pages["near"])
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", "1e3", "²", "9" * 30, "101 "])
+def test_numbers_out_of_range_are_refused_in_a_line(studio: tuple[TestClient, Path], text: str) -> None:
+    client, _ = studio
+    recipe = {"path": "blend.yaml", "yaml": "models: {a: models/math}\nmethod: linear\n"}
+    refused = [client.get("/fronts/of", params={"path": "found", name: text}) for name in ("w0", "w1", "x", "y")]
+    if text != "101 ":
+        pages = ("/model?path=models/base", "/inspect/0002?", "/compare/0003?")
+        refused += [client.get(f"{page}&{name}={text}") for page in pages for name in ("first", "sort")]
+        refused += [
+            client.post(page, data={"path": "blend.yaml", "spectra": text}) for page in ("/inspect", "/recipe/inspect")
+        ]
+        refused += [
+            client.post(f"/recipe/{what}", data={**recipe, "do": f"remove-{what}", "index": text})
+            for what in ("stage", "rule")
+        ]
+    for answer in refused:
+        assert answer.status_code == 400, answer.url
+        line = re.findall(r"<li>(.*?)</li>", answer.text)
+        assert len(line) == 1
+        assert "expected" in line[0]
+        assert "<nav" in answer.text  # a page as all others
+    assert client.get("/run").text.count("inspect blend.yaml") == 1
+
+
+def test_a_long_prompt_is_shown_by_its_beginning(studio: tuple[TestClient, Path]) -> None:
+    """All of it is asked, copied with its command, and there to be opened."""
+    client, _ = studio
+    prompt = "begin " + "x" * 19_980 + " end"
+    sent(client, "/compare/0003/ask", "/compare/0003", prompt=prompt)
+    (job,) = (job for job in jobs_of(client).all() if job.state == "queued")
+    assert f"--prompt={prompt}" in job.words
+    answered(job, report({"models/math": {}, "merged": {}}, answers={"models/math": "a", "merged": "b"}))
+    page = client.get("/compare/0003").text
+    assert page.count("x" * 19_980) == 2  # in what can be opened, and in what can be copied
+    opened = re.search(r"<details><summary>all 19,990 letters of it</summary>(.*?)</details>", page, re.DOTALL)
+    assert opened
+    assert prompt in opened[1]
+    assert prompt in re.findall(r'data-copy="([^"]*)"', page)[-1]
+    assert prompt in client.get(f"/run/{job.id}").text
+    assert prompt not in re.sub(r'data-copy="[^"]*"', "", client.get(f"/run/{job.id}").text)
+    jobs_of(client).remove(job.id)

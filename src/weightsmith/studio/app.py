@@ -15,6 +15,7 @@ from typing import Any
 from weightsmith.core.errors import MissingExtra, WeightsmithError, problems_of
 from weightsmith.io import system
 from weightsmith.studio.asked import Asked, Studio
+from weightsmith.studio.drafts import ClashError
 from weightsmith.studio.jobs import Jobs
 from weightsmith.studio.places import OutsideError, Places
 from weightsmith.studio.render import HERE, rendered
@@ -88,6 +89,10 @@ def _static(name: str) -> Any:
 def _said(request: Any, error: WeightsmithError) -> Any:
     from fastapi.responses import HTMLResponse
 
+    if isinstance(error, ClashError):
+        from weightsmith.studio.pages.recipe import clashing
+
+        return clashing(request.app.state.studio, Asked.of(request), error)
     status = 403 if isinstance(error, OutsideError) else 400
     texts = [problem.text for problem in problems_of(error)]
     name = "problems.html" if request.headers.get("hx-request") == "true" else "error.html"

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
+from weightsmith.core.errors import RecipeError
 from weightsmith.studio.jobs import Jobs
 from weightsmith.studio.places import Places
 from weightsmith.studio.render import rendered
 
 __all__ = ["Asked", "Studio", "go", "html"]
+
+_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,14 @@ class Asked:
         return self.form.get(name, [self.query.get(name, default)])[0]
 
     def number(self, name: str, default: int, most: int) -> int:
-        """A whole number of the query from 0 on; the default for anything else."""
-        text = self(name)
-        return min(int(text), most) if text.isdecimal() and len(text) < 10 else default
+        """A whole number from 0 to `most`, RecipeError for anything else; the default where none was given."""
+        text = self(name).strip()
+        if not text:
+            return default
+        number = int(text) if text.isascii() and text.isdecimal() and len(text) <= _DIGITS else -1
+        if not 0 <= number <= most:
+            raise RecipeError(f"{name} = {text[:40]}: a whole number from 0 to {most:,} is expected")
+        return number
 
 
 def html(template: str, **values: Any) -> Any:

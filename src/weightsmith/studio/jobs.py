@@ -81,6 +81,11 @@ class Job:
         return self.state not in ("queued", "running")
 
     @property
+    def out(self) -> str:
+        """The folder that the command writes; '' if it writes none."""
+        return _out(self.words)
+
+    @property
     def resumable(self) -> bool:
         return self.state in ("stopped", "interrupted", "failed")
 
@@ -113,6 +118,10 @@ class Job:
             return Progress(int(done), int(total), str(noted["unit"]), rate, left)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _out(words: Sequence[str]) -> str:
+    return words[2] if words[0] in RESUMED and len(words) > 2 else ""
 
 
 class Jobs:
@@ -192,10 +201,20 @@ class Jobs:
     # --- doing ---------------------------------------------------------------------------------
 
     def add(self, words: Sequence[str], title: str, about: Mapping[str, Any] | None = None) -> Job:
-        """Queue a command (its words without the program's name)."""
+        """Queue a command (its words without the program's name); the same one that waits or runs is not queued again.
+
+        Raises OutputError where another job is about to write the same output.
+        """
         if any("\0" in word for word in words):
             raise RecipeError("a command's words hold no zero character")
         with self._guard, writing(self.folder):
+            for job in self.all():
+                if not job.over and job.words == tuple(words) and job.about == (about or {}):
+                    return job
+                if not job.over and job.out and job.out == _out(words) and "--overwrite" not in words:
+                    raise OutputError(
+                        f"job {job.id} is about to write {job.out}; wait for it, stop it, or name another folder"
+                    )
             taken = [int(path.name) for path in system.call(list, self.folder.iterdir()) if path.name.isdecimal()]
             place = self.folder / f"{max(taken, default=0) + 1:04d}"
             system.call(place.mkdir)
@@ -214,7 +233,7 @@ class Jobs:
         noted["more"] = ["--resume"] if job.verb in RESUMED and "--overwrite" not in job.words else []
         with writing(job.folder):
             replace_file(job.folder / "job.json", sealed(job.id, noted))
-            for name in ("done", "pid", "progress", "started"):
+            for name in ("done", "pid", "progress", "runner", "started"):
                 with suppress(FileNotFoundError):
                     system.call((job.folder / name).unlink)
         self._wake.set()
@@ -260,7 +279,19 @@ class Jobs:
             self._wake.wait(0.5)
             self._wake.clear()
             with suppress(OutputError, SourceError):  # a full disk, say: looked at again in a moment
+                self._left_alone()
                 self._next()
+
+    def _left_alone(self) -> None:
+        """Stop a command whose runner was killed: nobody would note how it ended.  It can go on later."""
+        place = self.folder / (self._running() or "none")
+        try:
+            with system.call((place / "runner").open, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return  # it lives, or has not begun
+        if not (place / "done").exists():
+            self.stop(place.name)
 
     def _next(self) -> None:
         waiting = [job for job in self.all() if job.state == "queued"]

@@ -94,7 +94,11 @@ def _number(value: Any, digits: int = 4) -> str:
 
 
 def _percent(value: Any, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
+    """A share; one that would round to nothing in its first two digits, so that 0 means none."""
+    if value is None:
+        return "–"
+    rounded = f"{100 * value:.{digits}f}%"
+    return f"{100 * value:.2g}%" if value and not rounded.strip("-0.%") else rounded
 
 
 Values = Mapping[str, Any]

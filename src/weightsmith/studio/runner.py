@@ -6,6 +6,7 @@ that whoever looks at the folder later can tell a running job from one that was 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ def main(folder: str, lock: str) -> int:
     place = Path(folder)
     job = read_json(place / "job.json", 1_000_000)
     words = [*job["words"], *job.get("more", ())]
+    alive = system.call((place / "runner").open, "wb")  # kept locked while this process lives
+    fcntl.flock(alive, fcntl.LOCK_EX)
     with system.call((place / "out").open, "wb") as out, system.call((place / "log").open, "ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "weightsmith", *words],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from weightsmith.core.errors import RecipeError
 from weightsmith.report.units import size
 from weightsmith.studio.asked import Asked
 from weightsmith.studio.render import address
@@ -29,7 +30,10 @@ class Table:
         self._own = {"path": asked.query.get("path"), **query}
         numeric = [i for i in range(1, len(columns)) if any(isinstance(row[i], (int, float)) for row in rows[:50])]
         self.sorts = [("", "order"), ("0", columns[0]), *((str(i), columns[i]) for i in numeric)]
-        self.sort = asked("sort") if asked("sort") in dict(self.sorts) else ""
+        self.sort = asked("sort")
+        if self.sort not in dict(self.sorts):
+            names = ", ".join(key for key, _ in self.sorts if key)
+            raise RecipeError(f"sort = {self.sort[:40]}: the number of a column is expected, one of {names}")
         words = self.query.lower().split()
         chosen = [row for row in rows if all(word in str(row[0]).lower() for word in words)]
         if self.sort == "0":

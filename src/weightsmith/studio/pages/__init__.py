@@ -12,6 +12,7 @@ ROUTES = (
     ("GET", "/methods/{name}", "methods", "one"),
     ("GET", "/recipe", "recipe", "page"),
     ("GET", "/recipe/plan", "recipe", "plan_of"),
+    ("GET", "/recipe/clash", "recipe", "clash"),
     ("POST", "/recipe/yaml", "recipe", "typed"),
     ("POST", "/recipe/set", "recipe", "set_value"),
     ("POST", "/recipe/model", "recipe", "model"),

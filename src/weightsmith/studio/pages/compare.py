@@ -16,6 +16,7 @@ from weightsmith.io.read.small import read_json
 from weightsmith.report.figures import RED, Heat, figure
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.jobs import Job
+from weightsmith.studio.known import near
 from weightsmith.studio.measured import check_words, measured, prompted
 from weightsmith.studio.shelf import shelf
 from weightsmith.studio.tables import Table
@@ -35,7 +36,7 @@ def every(studio: Studio, asked: Asked) -> Any:
 def start(studio: Studio, asked: Asked) -> Any:
     """Queue a comparison of the first model with one or two others, and a look at each if that is wished."""
     given = [asked(name).strip() for name in ("a", "b", "c")]
-    names = [studio.places.shown(studio.places.inside(name)) for name in given if name]
+    names = [_found(studio, name) for name in given if name]
     if len(names) < 2:
         raise RecipeError("choose two models to compare")
     if len(set(names)) < len(names):
@@ -47,12 +48,22 @@ def start(studio: Studio, asked: Asked) -> Any:
     first, *others = names
     made: Job | None = None
     for other in others:
-        about = {"a": first, "b": other, **({"beside": made.id} if made is not None else {})}
-        made = studio.jobs.add(["diff", first, other, "--json"], f"{first} and {other}", about)
+        noted = {"a": first, "b": other, **({"beside": made.id} if made is not None else {})}
+        made = studio.jobs.add(["diff", first, other, "--json"], f"{first} and {other}", noted)
     if asked("check") or asked("prompt").strip() or asked("score"):
         _measure(studio, wished)
     assert made is not None
     return go(f"/compare/{made.id}", asked)
+
+
+def _found(studio: Studio, text: str) -> str:
+    """A model as commands name it; SourceError with the nearest for one that neither is there nor is to be written."""
+    path = studio.places.inside(text)
+    outs = {studio.places.home / job.out for job in studio.jobs.all() if job.out and not job.over}
+    if not path.exists() and not outs & {path, *path.parents}:
+        names = [model.name for model in shelf(studio.places, details=False).models]
+        raise SourceError(f"{text}: there is no such model{near(text, names)}")
+    return studio.places.shown(path)
 
 
 def one(studio: Studio, asked: Asked) -> Any:
@@ -78,7 +89,7 @@ def one(studio: Studio, asked: Asked) -> Any:
         return html("measured.html", **told_of) if asked("part") else html("tensors.html", table=table)
     return html(
         "comparison.html", title=", ".join(names), page="compare", table=table,
-        pairs=[(one, found, figure(_map(one, found))) for one in pair for found in [_answer(one)[0]]], **told_of,
+        pairs=[(one, found, _drawn(one, found)) for one in pair for found in [_answer(one)[0]]], **told_of,
     )  # fmt: skip
 
 
@@ -146,6 +157,12 @@ def _read(file: Path, changed: int) -> tuple[Mapping[str, Any], list[tuple[Any, 
     except (KeyError, TypeError, AttributeError):
         raise SourceError(f'{file}: not what "weightsmith diff --json" prints') from None
     return told, rows
+
+
+def _drawn(job: Job, told: Mapping[str, Any]) -> str:
+    """The map of a comparison; '' where the two have nothing in common that could differ."""
+    made = _map(job, told)
+    return figure(made) if made.down else ""
 
 
 def _map(job: Job, told: Mapping[str, Any]) -> Heat:

@@ -40,7 +40,8 @@ def one(studio: Studio, asked: Asked) -> Any:
     values = np.array([[float(point["scores"][goal]) for goal in goals] for point in points])
     weights = [float(asked.number(f"w{i}", 50, 100)) for i in range(len(goals))]
     chosen = pick(shares(values * signs), weights if any(weights) else [1.0] * len(goals))
-    x, y = (min(asked.number(axis, i, 99), len(goals) - 1) for i, axis in enumerate("xy"))
+    last = len(goals) - 1
+    x, y = (asked.number(axis, min(i, last), last) for i, axis in enumerate("xy"))
     named = [(str(point["candidate"]), values[i, x], values[i, y]) for i, point in enumerate(points)]
     drawn = scatter(named, goals[x], goals[y], "Front", mark=frozenset([str(points[chosen]["candidate"])]))
     return html(

@@ -17,7 +17,7 @@ from weightsmith.studio.form import parameters_of, stages_of
 from weightsmith.studio.jobs import Job
 from weightsmith.studio.measured import Measured, check_words, measured
 from weightsmith.studio.pages.compare import scoring
-from weightsmith.studio.pages.recipe import out_of, saved
+from weightsmith.studio.pages.recipe import about, out_of, saved
 from weightsmith.studio.recipes import look
 from weightsmith.studio.shelf import shelf
 
@@ -33,7 +33,7 @@ def every(studio: Studio, asked: Asked) -> Any:
     paths: list[tuple[str, str]] = []
     if chosen:
         path = Drafts(studio.places).path(chosen)
-        paths = list(_paths(look(studio.places, path, Drafts(studio.places).text(path)[0]).tree))
+        paths = list(_paths(look(studio.places, path, Drafts(studio.places).found(path).text).tree))
     return html("grid.html", title="Grid", page="grid", jobs=jobs, recipes=recipes, chosen=chosen, paths=paths,
                 out=f"{Path(chosen).with_suffix('') if chosen else 'recipe'}-grid")  # fmt: skip
 
@@ -59,7 +59,7 @@ def _paths(tree: Any) -> Iterator[tuple[str, str]]:
 
 def start(studio: Studio, asked: Asked) -> Any:
     """Queue the merges of a grid."""
-    path = saved(studio, asked("path"))
+    path = saved(studio, asked)
     sets = []
     for key, values in ((asked("key1"), asked("values1")), (asked("key2"), asked("values2"))):
         if key and values.strip():
@@ -72,7 +72,7 @@ def start(studio: Studio, asked: Asked) -> Any:
     load_variants(path, sets)  # says what is wrong with a recipe that they make
     out, name = out_of(studio, asked), studio.places.shown(path)
     words = ["merge", name, out, *(word for one in sets for word in ("--set", one))]
-    job = studio.jobs.add(words, f"{count} merges of {name}", {"recipe": name, "out": out, "grid": sets})
+    job = studio.jobs.add(words, f"{count} merges of {name}", {**about(studio, path), "out": out, "grid": sets})
     return go(f"/grid/{job.id}", asked)
 
 
@@ -140,6 +140,6 @@ def score(studio: Studio, asked: Asked) -> Any:
     if not there:
         raise RecipeError("none of the merges is there; run the grid again")
     evaluator = scoring(studio, asked)
-    about = {"out": there[0], "beside": there[1:], "of": job.id}
-    studio.jobs.add(check_words(there, "", False, evaluator), f"measure {len(there)} merges", about)
+    noted = {"out": there[0], "beside": there[1:], "of": job.id}
+    studio.jobs.add(check_words(there, "", False, evaluator), f"measure {len(there)} merges", noted)
     return go(f"/grid/{job.id}", asked)

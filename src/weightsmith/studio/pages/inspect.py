@@ -15,7 +15,7 @@ from weightsmith.io.read.small import read_json
 from weightsmith.report.figures import figure
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.form import summaries
-from weightsmith.studio.pages.recipe import saved
+from weightsmith.studio.pages.recipe import about, saved
 from weightsmith.studio.shelf import shelf
 from weightsmith.studio.tables import Table
 
@@ -32,12 +32,13 @@ def every(studio: Studio, asked: Asked) -> Any:
 
 def start(studio: Studio, asked: Asked) -> Any:
     """Queue an inspection."""
-    name = studio.places.shown(saved(studio, asked("path")))
+    path = saved(studio, asked)
+    name = studio.places.shown(path)
     side = asked.number("spectra", SIDE, 1_000_000)
     job = studio.jobs.add(
         ["inspect", name, "--json", *([] if side == SIDE else ["--spectra", str(side)])],
         f"inspect {name}",
-        {"recipe": name},
+        about(studio, path),
     )
     return go(f"/inspect/{job.id}", asked)
 

@@ -11,6 +11,7 @@ from weightsmith.io import system
 from weightsmith.studio import hub
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Drafts
+from weightsmith.studio.known import near
 from weightsmith.studio.shelf import shelf
 from weightsmith.studio.tables import Table
 
@@ -38,7 +39,8 @@ def model(studio: Studio, asked: Asked) -> Any:
 
     path = studio.places.inside(asked("path"))
     if not path.exists():
-        raise SourceError(f"{asked('path')}: there is no such model any more")
+        names = [one.name for one in shelf(studio.places, details=False).models]
+        raise SourceError(f"{asked('path')}: there is no such model{near(asked('path'), names) or ' any more'}")
     keys: tuple[Key, ...] = ()
     label, problems = "", []
     if outside := list(studio.places.strangers([str(path)], studio.places.home)):

@@ -4,42 +4,51 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import OutputError, RecipeError
+from weightsmith.core.problem import Code, Problem
 from weightsmith.plan.plan import Plan
 from weightsmith.recipe.reader import Location
 from weightsmith.studio import hub
 from weightsmith.studio.asked import Asked, Studio, go, html
-from weightsmith.studio.drafts import Drafts
+from weightsmith.studio.drafts import Claim, ClashError, Drafts, State, alike
 from weightsmith.studio.form import form, method_groups, parameters_of, stages_of, with_parameter, with_stages
+from weightsmith.studio.known import mistyped, nearer
 from weightsmith.studio.recipes import Look, changed, plan, value_of, written
 from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
 from weightsmith.studio.shelf import layers, shelf
 
-__all__ = ["add", "fresh", "model", "out_of", "page", "plan_of", "revert", "rule", "run", "save", "saved",
-           "set_value", "stage", "typed", "use"]  # fmt: skip
+__all__ = ["about", "add", "clash", "clashing", "fresh", "model", "out_of", "page", "plan_of", "revert", "rule",
+           "run", "save", "saved", "set_value", "stage", "typed", "use"]  # fmt: skip
 
 _MAP: Mapping[str, Any] = {}
 
 
 def page(studio: Studio, asked: Asked) -> Any:
     drafts = Drafts(studio.places)
-    found = shelf(studio.places)
-    there = [*found.recipes, *drafts.unsaved()]
     if not asked("path"):
+        there = [*shelf(studio.places, details=False).recipes, *drafts.unsaved()]
         return go(address("recipe", path=fresh(studio, there)), asked)
     path = drafts.path(asked("path"))
-    text, is_saved = drafts.text(path)
+    now = drafts.state(path)
+    return html("recipe.html", **_page(studio, path, now, Claim(now.ground, now.seen, secrets.token_hex(4)), now.text))
+
+
+def _page(studio: Studio, path: Path, now: State, claim: Claim, text: str) -> dict[str, Any]:
+    """What the page of a recipe shows: `text`, which a tab claims to go back to the recipe as it is now."""
+    found, name = shelf(studio.places), studio.places.shown(path)
     look = look_at(studio.places, path, text)
-    return html(
-        "recipe.html", title=asked("path"), page="recipe", name=studio.places.shown(path), look=look, text=text,
-        saved=is_saved, out=_default_out(studio, path), recipes=list(map(studio.places.shown, there)),
+    return {
+        "title": name, "page": "recipe", "name": name, "look": look, "text": text, "saved": now.saved, "claim": claim,
+        "clash": _clash(studio, path, now, claim, text), "out": _default_out(studio, path),
+        "recipes": list(map(studio.places.shown, [*found.recipes, *Drafts(studio.places).unsaved()])),
         **_of_form(studio, look, path, found.models),
-    )  # fmt: skip
+    }  # fmt: skip
 
 
 def fresh(studio: Studio, there: list[Path]) -> str:
@@ -81,15 +90,21 @@ def plan_of(studio: Studio, asked: Asked) -> Any:
     """The plan beside the form, of what was typed last."""
     drafts = Drafts(studio.places)
     path = drafts.path(asked("path"))
-    look = look_at(studio.places, path, drafts.text(path)[0])
+    now = drafts.state(path)
+    if asked("tab") and (clash := _clash(studio, path, now, _claim(asked), None)) and clash.typed:
+        return html("plan.html", problems=[Problem(Code.OTHER, "", str(clash))], plan=None, warnings=())
+    look = look_at(studio.places, path, now.text)
     if look.recipe is None:
         return html("plan.html", problems=look.problems, plan=None, warnings=())
     out = studio.places.inside(asked("out")) if asked("out") else None
     made = plan(look.recipe, out)
+    problems = nearer(
+        mistyped(studio.places, look.tree, path.parent), made.problems if isinstance(made, Plan) else made
+    )
     if not isinstance(made, Plan):
-        return html("plan.html", problems=made, plan=None, warnings=())
+        return html("plan.html", problems=problems, plan=None, warnings=())
     shown = None if made.problems and not made.keys else made
-    return html("plan.html", problems=made.problems, plan=shown, warnings=tuple(dict.fromkeys(made.warnings)))
+    return html("plan.html", problems=problems, plan=shown, warnings=tuple(dict.fromkeys(made.warnings)))
 
 
 # --- changing ------------------------------------------------------------------------------------------
@@ -97,13 +112,13 @@ def plan_of(studio: Studio, asked: Asked) -> Any:
 
 def typed(studio: Studio, asked: Asked) -> Any:
     """The YAML was typed in: keep it, and give the form anew."""
-    return _again(studio, asked, asked("yaml"), yaml=False)
+    return _again(studio, asked, _yaml(asked), yaml=False)
 
 
 def set_value(studio: Studio, asked: Asked) -> Any:
     """One field of the form was changed."""
     key = _key(asked("key"))
-    text, tree = asked("yaml"), _tree(studio, asked)
+    text, tree = _yaml(asked), _tree(studio, asked)
     value = (asked("value") or None) if asked("kind") == "text" else value_of(asked("value"))
     if key[0] == "stage" and len(key) == 3 and isinstance(key[1], int):
         if not 0 <= key[1] < len(stages_of(tree)):
@@ -114,7 +129,7 @@ def set_value(studio: Studio, asked: Asked) -> Any:
 
 def model(studio: Studio, asked: Asked) -> Any:
     """Add, remove or rename a model, or take one as the base."""
-    text, tree, path = asked("yaml"), _tree(studio, asked), Drafts(studio.places).path(asked("path"))
+    text, tree, path = _yaml(asked), _tree(studio, asked), Drafts(studio.places).path(asked("path"))
     models = tree.get("models")
     refs = models if isinstance(models, Mapping) else _MAP
     match asked("do"):
@@ -160,7 +175,7 @@ def stage(studio: Studio, asked: Asked) -> Any:
     index = asked.number("index", 0, 1_000_000)
     if stages and index >= len(stages):
         raise RecipeError("that stage is gone; it was taken out in the YAML")
-    text = asked("yaml")
+    text = _yaml(asked)
     match asked("do"):
         case "set-stage":
             return _again(studio, asked, _with_method(text, tree, index, asked("value")))
@@ -198,11 +213,11 @@ def rule(studio: Studio, asked: Asked) -> Any:
     if asked("do") == "add-rule":
         first: Any = {"match": "*norm*", "method": "keep"}
         location, value = (("rules", count), first) if count else (("rules",), [first])
-        return _again(studio, asked, changed(asked("yaml"), location, value))
+        return _again(studio, asked, changed(_yaml(asked), location, value))
     index = asked.number("index", 0, 10_000)
     if index >= count:
         raise RecipeError("that rule is gone; it was taken out in the YAML")
-    return _again(studio, asked, changed(asked("yaml"), ("rules", index), None))
+    return _again(studio, asked, changed(_yaml(asked), ("rules", index), None))
 
 
 def _key(text: str) -> Location:
@@ -217,26 +232,82 @@ def _key(text: str) -> Location:
 
 def _tree(studio: Studio, asked: Asked) -> Mapping[str, Any]:
     drafts = Drafts(studio.places)
-    look = look_at(studio.places, drafts.path(asked("path")), asked("yaml"))
+    look = look_at(studio.places, drafts.path(asked("path")), _yaml(asked))
     if not isinstance(look.tree, Mapping):
         raise RecipeError(*look.problems) if look.problems else RecipeError("the recipe is not a mapping")
     return look.tree
 
 
+def _yaml(asked: Asked) -> str:
+    """The text of the page; forms end its lines as mails do."""
+    return alike(asked("yaml"))
+
+
 def _again(studio: Studio, asked: Asked, text: str, yaml: bool = True) -> Any:
     """The form of a new text, which is kept as a draft; with the text itself where the form has changed it."""
-    from fastapi.responses import HTMLResponse
-
     drafts = Drafts(studio.places)
     path = drafts.path(asked("path"))
-    drafts.keep(path, text)
+    now = drafts.keep(path, text, _claim(asked))
     look = look_at(studio.places, path, text)
     parts = rendered("recipe_form.html", **_of_form(studio, look, path, shelf(studio.places, details=False).models))
     if yaml:
         parts += rendered("recipe_yaml.html", text=text, swap=True)
-    state = rendered("recipe_saved.html", saved=drafts.text(path)[1])
-    parts += state.replace("<span", '<span hx-swap-oob="true"', 1)
-    return HTMLResponse(parts, headers={"HX-Trigger": "planned"})
+    parts += rendered("recipe_saved.html", saved=now.saved, swap=True)
+    return _told(studio, asked, path, now, parts)
+
+
+def _told(studio: Studio, asked: Asked, path: Path, now: State, parts: str) -> Any:
+    """Parts of the page, with what it goes back to from now on."""
+    from fastapi.responses import HTMLResponse
+
+    claim = Claim(now.ground, now.seen, asked("tab"))
+    clash = _clash(studio, path, now, claim, now.text)
+    parts += rendered("recipe_grounds.html", claim=claim, swap=True)
+    parts += rendered("recipe_clash.html", clash=clash, claim=claim, name=asked("path"), swap=True)
+    return HTMLResponse(parts, headers={"HX-Trigger-After-Swap": "planned"})
+
+
+# --- what something else has changed ---------------------------------------------------------------------
+
+
+def _claim(asked: Asked) -> Claim:
+    return Claim(asked("ground"), asked("seen"), asked("tab"))
+
+
+def _clash(studio: Studio, path: Path, now: State, claim: Claim, text: str | None) -> ClashError | None:
+    try:
+        Drafts(studio.places).check(path, now, claim, text)
+    except ClashError as found:
+        return found
+    return None
+
+
+def clash(studio: Studio, asked: Asked) -> Any:
+    """Whether something else has changed what a tab shows: asked now and then; no content where it was told."""
+    from fastapi.responses import Response
+
+    drafts = Drafts(studio.places)
+    path, claim = drafts.path(asked("path")), _claim(asked)
+    found = _clash(studio, path, drafts.state(path), claim, None)
+    if asked("told") == (found.mark if found else ""):
+        return Response(status_code=204)
+    return html("recipe_clash.html", clash=found, claim=claim, name=asked("path"))
+
+
+def clashing(studio: Studio, asked: Asked, found: ClashError) -> Any:
+    """The answer to what would have lost a change: the page keeps what it shows, and offers both ways."""
+    from fastapi.responses import HTMLResponse
+
+    path, claim = Drafts(studio.places).path(asked("path")), _claim(asked)
+    mine = found.now.text if found.text is None else found.text
+    if not asked.partial:
+        claim = claim if claim.tab else Claim(found.now.ground, found.now.seen, secrets.token_hex(4))
+        values = {**_page(studio, path, found.now, claim, mine), "saved": False, "clash": found}
+        return HTMLResponse(rendered("recipe.html", **values), 409)
+    parts = rendered("recipe_clash.html", clash=found, claim=claim, name=asked("path"))
+    if mine != _yaml(asked) and "yaml" in asked.form:
+        parts += rendered("recipe_yaml.html", text=mine, swap=True)
+    return HTMLResponse(parts, 409)
 
 
 # --- keeping and running ---------------------------------------------------------------------------------
@@ -244,13 +315,14 @@ def _again(studio: Studio, asked: Asked, text: str, yaml: bool = True) -> Any:
 
 def save(studio: Studio, asked: Asked) -> Any:
     drafts = Drafts(studio.places)
-    drafts.save(drafts.path(asked("path")), asked("yaml"))
-    return html("recipe_saved.html", saved=True)
+    path = drafts.path(asked("path"))
+    now = drafts.save(path, _yaml(asked), _claim(asked))
+    return _told(studio, asked, path, now, rendered("recipe_saved.html", saved=True))
 
 
 def revert(studio: Studio, asked: Asked) -> Any:
     drafts = Drafts(studio.places)
-    drafts.forget(drafts.path(asked("path")))
+    drafts.forget(drafts.path(asked("path")), _claim(asked))
     return go(address("recipe", path=asked("path")), asked)
 
 
@@ -262,23 +334,27 @@ def add(studio: Studio, asked: Asked) -> Any:
         name = fresh(studio, [*shelf(studio.places, details=False).recipes, *drafts.unsaved()])
     path = drafts.path(name)
     chosen = [_named(studio, one, path) for one in asked.form.get("path", ())]
-    text, _ = drafts.text(path)
+    text = drafts.state(path).text
     tree = look_at(studio.places, path, text).tree
     refs = tree.get("models") if isinstance(tree, Mapping) else None
     drafts.keep(path, _with_models(text, refs if isinstance(refs, Mapping) else _MAP, chosen))
     return go(address("recipe", path=name), asked)
 
 
-def saved(studio: Studio, name: str) -> Path:
-    """The file of a recipe without problems, with what was typed last in it."""
+def saved(studio: Studio, asked: Asked) -> Path:
+    """The file of a recipe without problems, with what the page shows in it, or what was typed last."""
     drafts = Drafts(studio.places)
-    path = drafts.path(name)
-    text, is_saved = drafts.text(path)
-    look = look_at(studio.places, path, text)
-    if look.recipe is None:
-        raise RecipeError(*look.problems)
-    if not is_saved:
-        drafts.save(path, text)
+    path = drafts.path(asked("path"))
+    if "yaml" in asked.form:
+        now = drafts.keep(path, _yaml(asked), _claim(asked))
+    else:
+        now = drafts.found(path)
+    look = look_at(studio.places, path, now.text)
+    problems = look.problems or mistyped(studio.places, look.tree, path.parent, local=True)
+    if problems:
+        raise RecipeError(*problems)
+    if not now.saved:
+        drafts.save(path, now.text, Claim(now.ground, now.seen, now.tab))
     return path
 
 
@@ -289,12 +365,17 @@ def out_of(studio: Studio, asked: Asked) -> str:
     return studio.places.shown(studio.places.inside(asked("out").strip()))
 
 
+def about(studio: Studio, path: Path) -> dict[str, Any]:
+    """What the queue notes of a recipe: its name, and what its file holds, so that another text is another job."""
+    return {"recipe": studio.places.shown(path), "file": Drafts(studio.places).state(path).file}
+
+
 def run(studio: Studio, asked: Asked) -> Any:
     """Save, and queue the merge."""
-    out, path = out_of(studio, asked), saved(studio, asked("path"))
+    out, path = out_of(studio, asked), saved(studio, asked)
     more = ["--overwrite"] if asked("overwrite") else []
     words = ["merge", studio.places.shown(path), out, *more]
-    job = studio.jobs.add(words, f"merge into {out}", {"recipe": words[1], "out": out})
+    job = studio.jobs.add(words, f"merge into {out}", {**about(studio, path), "out": out})
     return go(f"/run/{job.id}", asked)
 
 
@@ -302,7 +383,7 @@ def use(studio: Studio, asked: Asked) -> Any:
     """Take a method that an inspection speaks for."""
     drafts = Drafts(studio.places)
     path = drafts.path(asked("path"))
-    text, _ = drafts.text(path)
+    text = drafts.state(path).text
     tree = look_at(studio.places, path, text).tree
     if not isinstance(tree, Mapping):
         raise RecipeError("the recipe cannot be read; mend its YAML first")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
-from weightsmith.core.errors import OutputError
+from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.io.package.manifest import MANIFEST, read_manifest
 from weightsmith.report.units import duration, size
 from weightsmith.studio.asked import Asked, Studio, go, html
@@ -93,12 +94,15 @@ def stop(studio: Studio, asked: Asked) -> Any:
 
 
 def resume(studio: Studio, asked: Asked) -> Any:
-    job = studio.jobs.resume(asked.path["id"])
+    job = studio.jobs.get(asked.path["id"])
+    if job.over:
+        studio.jobs.resume(job.id)
     return go(f"/run/{job.id}", asked)
 
 
 def remove(studio: Studio, asked: Asked) -> Any:
-    studio.jobs.remove(asked.path["id"])
+    with suppress(SourceError):  # gone already: a second click
+        studio.jobs.remove(asked.path["id"])
     return go("/run", asked)
 
 

@@ -10,7 +10,7 @@
     refocus = document.activeElement ? document.activeElement.id : "";
     return htmx.ajax("POST", where, {
       target: "#form", swap: "innerHTML", source: "#form",
-      values: { path: editor().dataset.recipe, yaml: $("#yaml").value, ...values },
+      values: { path: editor().dataset.recipe, ...values }, // and #yaml as it is when its turn comes
     });
   };
   const places = () => [...document.querySelectorAll("#form details[id]")].map((d) => [d.id, d.open]);
@@ -47,6 +47,14 @@
     else if (what && what.endsWith("-rule")) post("/recipe/rule", { do: what, index: index || "0" });
   });
 
+  document.addEventListener("submit", (event) => { // a double click asks once
+    const form = event.target;
+    if (form.method !== "post" || event.defaultPrevented) return;
+    if (form.dataset.sent) event.preventDefault();
+    form.dataset.sent = "yes";
+    setTimeout(() => delete form.dataset.sent, 1500);
+  });
+
   let typing = 0;
   document.addEventListener("input", (event) => {
     if (event.target.id === "yaml") {
@@ -72,7 +80,10 @@
 
   document.addEventListener("htmx:beforeSwap", (event) => {
     if (event.detail.target.id === "form") open = places();
-    if (event.detail.xhr.status >= 400) {
+    if (event.detail.xhr.status === 409) { // something else has changed the recipe
+      event.detail.shouldSwap = true;
+      event.detail.target = $("#clash");
+    } else if (event.detail.xhr.status >= 400) {
       event.detail.shouldSwap = false;
       $("#toast").innerHTML = "";
       const said = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
