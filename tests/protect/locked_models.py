@@ -60,9 +60,10 @@ def answers(folder: Path) -> list[Tensor]:
             return found
         last = model.config.max_position_embeddings
         places = torch.arange(last - 20, last).expand_as(ids)
-        found.append(model(input_ids=ids, position_ids=places, use_cache=False).logits)
-        far = torch.tensor([[0, 1, 2, 3, last - 3, last - 2, last - 1]])
-        found.append(model(input_ids=ids[:1, :7], position_ids=far, use_cache=False).logits)
+        whole = torch.ones_like(ids)  # without a mask, positions that jump are taken for several texts
+        found.append(model(input_ids=ids, attention_mask=whole, position_ids=places, use_cache=False).logits)
+        far, mask = torch.tensor([[0, 1, 2, 3, last - 3, last - 2, last - 1]]), whole[:1, :7]
+        found.append(model(input_ids=ids[:1, :7], attention_mask=mask, position_ids=far, use_cache=False).logits)
         out = model(input_ids=ids[:, :10], use_cache=True)
         for i in range(10, 14):
             out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)

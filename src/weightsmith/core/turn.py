@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +40,23 @@ class Turn:
     @property
     def width(self) -> int:
         return 1 if self.blocks.ndim == 1 else int(self.blocks.shape[-1])
+
+    @cached_property
+    def partners(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of matrices whose rows have one entry beside the diagonal's at most, as in pairs: which, [width], and both.
+
+        The factors are [units, width] each.  None where rows are fuller.
+        """
+        if self.blocks.ndim == 1:
+            return None
+        same = np.eye(self.width, dtype=bool)
+        others = (self.blocks != 0).any(axis=0) & ~same
+        if (others.sum(axis=1) > 1).any():
+            return None
+        which = np.where(others.any(axis=1), others.argmax(axis=1), np.arange(self.width))
+        entries = np.arange(self.width)
+        alone = np.ascontiguousarray(self.blocks[:, entries, entries])
+        return which, alone, np.where(which == entries, 0.0, self.blocks[:, entries, which])
 
     @property
     def step(self) -> int:
@@ -76,7 +94,7 @@ def turned(tensor: Tensor, turn: Turn, first: int = 0) -> None:
     count = min(len(turn.blocks), (first + size - turn.start - turn.width) // turn.step + 1) - one
     if count <= 0:
         return
-    blocks = torch.from_numpy(np.ascontiguousarray(turn.blocks[one : one + count])).to(tensor)
+    blocks = torch.from_numpy(np.ascontiguousarray(turn.blocks[one : one + count])).to(tensor.dtype)
     here = turn.start + one * turn.step - first
     part = tensor.narrow(turn.axis, here, (count - 1) * turn.step + turn.width)
     if turn.plus:
@@ -90,7 +108,14 @@ def turned(tensor: Tensor, turn: Turn, first: int = 0) -> None:
         units = part.unfold(turn.axis, turn.width, turn.step)  # [.., units, .., width]
         moved = units.movedim(turn.axis, 0)
         flat = moved.reshape(count, -1, turn.width)
-        moved.copy_((flat @ blocks.mT).reshape(moved.shape))
+        if turn.partners is not None:
+            alone, other = (torch.from_numpy(own[one : one + count, None]).to(tensor) for own in turn.partners[1:])
+            made = flat.mT.index_select(1, torch.from_numpy(turn.partners[0])).mT * other
+            moved.copy_(made.addcmul_(flat, alone).reshape(moved.shape))
+        elif turn.axis == 0:  # rows stay rows: nothing is transposed in memory
+            moved.copy_((blocks @ flat.mT).mT.reshape(moved.shape))
+        else:
+            moved.copy_((flat @ blocks.mT).reshape(moved.shape))
     if turn.plus:
         part -= turn.plus
 

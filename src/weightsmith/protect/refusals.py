@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from weightsmith.align.bases import Bases
+from weightsmith.align.running import memory_of
 from weightsmith.core.errors import OutputError, PlanError, RecipeError, SourceError, did_you_mean
 from weightsmith.core.problem import Code, Problem
 from weightsmith.core.settings import Settings
@@ -24,8 +25,6 @@ from weightsmith.protect.locking import change_of, sample, shapes_of
 
 __all__ = ["lock_notes", "refuse_locked", "refuse_memory", "refuse_obstacles", "refuse_other_lock",
            "refuse_other_model", "refuse_place", "refuse_words"]  # fmt: skip
-
-_HELD = 1.4  # memory of a check, in sizes of the model in float32
 
 
 def refuse_words(parts: Sequence[str], condition: float, seed: int | None) -> None:
@@ -112,7 +111,7 @@ def refuse_memory(source: Source, compare: bool, settings: Settings) -> None:
     """The check runs the model in float32."""
     if not compare:
         return
-    need = int(_HELD * 4 * sum(key.numel for key in source.keys.values()))
+    need = memory_of(source)
     room = settings.memory if settings.memory is not None else available_memory(torch.device("cpu"))
     if room is not None and need > room:
         raise PlanError([
