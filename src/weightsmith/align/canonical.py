@@ -107,7 +107,8 @@ def _attention(
         if scheme is None:
             continue
         sides = (_blocks(branch, 0, state), _blocks(branch, 0, b), _blocks(branch, 1, state), _blocks(branch, 1, b))
-        found = np.stack([_commuting(branch, scheme, *each) for each in zip(*sides, strict=True)])
+        free = _turning(branch, scheme, a)
+        found = np.stack([_commuting(branch, scheme, free, *each) for each in zip(*sides, strict=True)])
         name = "qk" if len(one.qk) == 1 else f"qk{number}"
         left[name] = _residual(sides[0], sides[1], found)
         turns += _undone(branch, found)
@@ -174,10 +175,25 @@ def least_squares(first: np.ndarray, f: np.ndarray, second: np.ndarray, s: np.nd
     return np.asarray(u @ ((u.T @ right @ v) / below) @ v.T)
 
 
+def _turning(branch: Branch, scheme: Scheme, a: State) -> list[bool]:
+    """Which pairs may have been turned by any angle: behind a norm those of equal gains; the others were flipped."""
+    gains = [a[run.name] for runs in branch.gains for run in runs]
+    any_angle = not branch.normed or (branch.shared and bool(gains))
+    return [any_angle and all(bool(g[x] == g[y]) for g in gains) for x, y in scheme.commutant(branch).pairs]
+
+
 def _commuting(
-    branch: Branch, scheme: Scheme, first: np.ndarray, f: np.ndarray, second: np.ndarray, s: np.ndarray
+    branch: Branch,
+    scheme: Scheme,
+    turning: Sequence[bool],
+    first: np.ndarray,
+    f: np.ndarray,
+    second: np.ndarray,
+    s: np.ndarray,
 ) -> np.ndarray:
     """The same for one head's queries and keys, among the matrices that its scheme allows."""
+    if scheme.norm == "gains":
+        return np.eye(branch.width)
     allowed = scheme.commutant(branch)
     found = np.zeros((branch.width, branch.width))
     free = list(allowed.free)
@@ -186,12 +202,14 @@ def _commuting(
         found[free, free] = np.where(signs == 0, 1.0, signs)
     elif free:
         found[np.ix_(free, free)] = least_squares(first[free], f[free], second[free], s[free])
-    for x, y in allowed.pairs:
+    for (x, y), any_angle in zip(allowed.pairs, turning, strict=True):
         turned, still, other, base = (side[x] + 1j * side[y] for side in (first, f, second, s))
         weight = np.vdot(still, still).real + np.vdot(other, other).real
         number = (np.vdot(still, turned) + np.vdot(base, other)) / max(weight, 1e-300)
         if branch.normed:
             number /= max(abs(number), 1e-300)
+        if not any_angle:
+            number = 1.0 if number.real >= 0 else -1.0
         found[np.ix_((x, y), (x, y))] = [[number.real, -number.imag], [number.imag, number.real]]
     if np.linalg.matrix_rank(found) < branch.width:  # nothing there to tell: heads of zeros
         return np.eye(branch.width)
