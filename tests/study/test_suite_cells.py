@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from harness_toy import language_model
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_tensors
 from suite_toy import PROGRAM, TASKS, calls, make
 
 from weightsmith.cli.main import main
 from weightsmith.core.errors import RecipeError
+from weightsmith.study import suite_lab
 from weightsmith.study.cells_show import csv_text, document, markdown_page
+from weightsmith.study.evaluators.found import Found
+from weightsmith.study.evaluators.subject import Subject
 from weightsmith.study.findings import Finding, findings, shares, sign_test
 from weightsmith.study.suite_bench import bench_suite
 from weightsmith.study.suite_cells import Cell, CellsResult, drawn
@@ -129,7 +139,10 @@ def test_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"- {number}. " in shown
     assert document(result).count("<figcaption>") >= 5 + 3
     assert len(csv_text(result).splitlines()) == 1 + len(result.cells)
-    assert "Kendall" in markdown_page(result)
+    page = markdown_page(result)
+    assert "Kendall" in page
+    assert "| method | task arithmetic | 10 | 1.000 |" in page, "what a factor does, over all others"
+    assert "| small | red | 1.000 |" in page, "the experts' rows"
     held = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(held["result"]["cells"]) == len(result.cells)
 
@@ -152,6 +165,115 @@ def test_what_does_not_go_together(tmp_path: Path, old: str, new: str, said: str
         measured(tmp_path, SCALE.replace(old, new, 1))
     assert said in str(error.value)
     assert not calls(tmp_path)
+
+
+TUNED = SCALE.replace(
+    "  grey:",
+    "  red_loss: {domain: red, role: proxy, direction: lower, program: {command: PROGRAM}}\n"
+    "  green_loss: {domain: green, role: proxy, direction: lower, program: {command: PROGRAM}}\n  grey:",
+)
+
+
+def test_every_cells_coefficients_are_chosen_on_its_proxies(tmp_path: Path) -> None:
+    text = TUNED.replace("subsets: 2", "subsets: 2\ntune: grid").replace("lambda: 1.0", "lambda: [0.25, 1.0, 0.5]")
+    result = measured(tmp_path, text.replace("[1, 2, 3]", "[1, 2]"))
+    assert "chosen on the proxies of the experts that it merges" in result.warnings[0]
+    for cell in result.cells:
+        if cell.method == "task arithmetic":
+            # blue has no proxy: a cell of it alone keeps the first setting
+            assert cell.chosen == ("lambda 0.25" if cell.subset == ("blue",) else "lambda 1")
+    # 3 experts, and 3 candidates of every subset with red in it; both bases are the same bytes
+    with_red = {cell.subset for cell in result.cells if "red" in cell.subset}
+    assert calls(tmp_path).count("red_loss") == len({n for s in with_red for n in s}) + 3 * len(with_red)
+    for broken, said in ((text.replace("\ntune: grid", ""), "tasks.red_loss has role: proxy; say tune: grid"),
+                         (SCALE + "tune: grid\n", "there is no task of role: proxy to choose on")):  # fmt: skip
+        with pytest.raises(RecipeError, match=said):
+            measured(tmp_path / said[:4], broken)
+
+
+def test_a_wider_model_keeps_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy ladder: random features of width 8 and 256, experts that each learn one task exactly from the base."""
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        text = (
+            SCALE.replace("size: 1", "size: 8")
+            .replace("size: 2", "size: 256")
+            .replace("counts: [1, 2, 3]", "counts: [3]")
+        )
+        run = make(tmp_path / str(seed), text.replace("joint: joint.safetensors, ", "").replace("  grey", "  # grey"))
+        inputs, answers, features = {}, {}, {}
+        for width, rung in ((8, "small"), (256, "large")):
+            base = draw.normal(size=width) / width**0.5
+            (run.parent / rung).mkdir()
+            save_file({"w": base.astype(np.float32)}, run.parent / rung / "base.safetensors")
+            for name in TASKS:
+                inputs[name] = inputs.get(name, draw.normal(size=(2, 16)))
+                answers[name] = answers.get(name, draw.normal(size=2))
+                features[width, name] = np.tanh(inputs[name] @ draw.normal(size=(16, width)))
+                held = features[width, name]
+                learnt = base + np.linalg.pinv(held) @ (answers[name] - held @ base)
+                save_file({"w": learnt.astype(np.float32)}, run.parent / rung / f"{name}.safetensors")
+        lines = run.read_text().splitlines()
+        run.write_text(
+            "\n".join(
+                re.sub(r"(\w+\.safetensors)", rf"{line.split(':')[0].strip()}/\1", line) if "size:" in line else line
+                for line in lines
+            )
+            + "\n"
+        )
+
+        def found(subject: Subject, kind: str, spec: object, task: str, environments: object) -> Found:
+            file = subject.folder if subject.folder.is_file() else subject.folder / "model.safetensors"
+            w = load_file(file)["w"]
+            error = np.mean((features[len(w), task] @ w - answers[task]) ** 2)  # noqa: B023
+            return Found({"score": float(1 / (1 + error))})
+
+        monkeypatch.setattr(suite_lab, "measure", found)
+        result = bench_suite(run, run.parent / "out")
+        mean = {size: np.mean([c.held_in for c in result.cells if c.size == size and c.method == "task arithmetic"])
+                for size in (8, 256)}  # fmt: skip
+        assert len(result.cells) == 2 * 2
+        assert mean[256] > mean[8], (seed, mean)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    """Adapters beside full models, and scores by token over different tokenizers."""
+    base = tmp_path / "models" / "base"
+    language_model(base)
+    torch.manual_seed(0)
+    full, lora = tmp_path / "models" / "red", tmp_path / "models" / "green"
+    shutil.copytree(base, full)
+    key = "model.layers.0.self_attn.q_proj"
+    lora.mkdir()
+    save_tensors({f"base_model.model.{key}.lora_{n}.weight": torch.randn(shape) * 0.1
+                  for n, shape in (("A", (2, 32)), ("B", (32, 2)))}, lora / "adapter_model.safetensors")  # fmt: skip
+    (lora / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": 2,
+                "lora_alpha": 2,
+                "target_modules": ["q_proj"],
+                "base_model_name_or_path": str(base),
+            }
+        )
+    )
+    other = tmp_path / "models" / "other"
+    shutil.copytree(base, other)
+    words = other / "tokenizer.json"
+    words.write_text(words.read_text() + "\n")
+    (tmp_path / "t.jsonl").write_text('{"text": "hello"}\n')
+    models = "models: {red: models/red, green: models/green}"
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"suite: scale\nbases:\n  one: {{size: 1, base: models/base, {models}}}\n"
+        f"  two: {{size: 2, base: models/other, {models}}}\ncounts: [2]\nmethods: {{average: linear}}\ntasks:\n"
+        "  red: {domain: red, likelihood: {file: t.jsonl}, metric: token_accuracy}\n"
+        "  green: {domain: green, likelihood: {file: t.jsonl}, metric: bits_per_byte}\n"
+    )
+    said = bench_suite(run, tmp_path / "out").warnings
+    assert "one: green are adapters and the others full models, which merge differently" in said
+    assert "red: counted by token, but the bases have different tokenizers; take bits_per_byte" in said
 
 
 def test_several_bases_are_for_the_scale_study(tmp_path: Path) -> None:

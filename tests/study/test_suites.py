@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.study.grids import candidates
 from weightsmith.study.suite import LOWER, PER_UNIT, Task
 from weightsmith.study.suite_bench import bench_suite
-from weightsmith.study.suite_file import bound_tasks, load_run
+from weightsmith.study.suite_data import overlaps
+from weightsmith.study.suite_file import Bound, bound_tasks, load_run
 from weightsmith.study.suite_methods import thinned
 from weightsmith.study.suites import suite, suites
 
@@ -40,6 +42,7 @@ def test_the_suites_have_what_their_papers_count() -> None:
     assert not any(task.domain == "instruction" for task in bench.tasks if task.role == "proxy"), "IFEval would leak"
     harm = suite("three_h")
     assert (len(harm.methods or {}), len(harm.tasks)) == (12, 10)
+    assert (len(harm.experts), len(harm.checkpoints)) == (5, 3)
     assert harm.rule.combine({"helpful": 0.5, "honest": 1.0, "harmless": 1.5}) == 1.0
     assert suite("scale").counts == (2, 4, 6, 8)
     assert suite("in_the_wild").counts == tuple(range(2, 13))
@@ -81,6 +84,12 @@ def test_thinning_keeps_the_papers_settings_and_the_ends() -> None:
     assert len(few) == len({one.label for one in few}) == 10
     assert few[0] == made[0]
     assert few[-1] == made[-1]
+    grid = suite("mergebench").methods["TIES"].grid(())  # type: ignore[index, misc]
+    spread = thinned(candidates(grid), 10)
+    pairs = [(one.stages[0].parameters["density"], one.stages[0].parameters["lambda"]) for one in spread]
+    for density, factor in ((0.1, 0.1), (0.1, 1.0), (0.9, 0.1), (0.9, 1.0)):
+        assert (density, factor) in pairs, "the corners of a grid, not its diagonal"
+    assert max(sum(d == density for d, _ in pairs) for density, _ in pairs) <= 3
     assert thinned(made, 100) == made
     assert thinned(made, 1) == made[:1]
 
@@ -92,6 +101,8 @@ def test_listing(capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "gsm8k_cot" in shown
     assert "Each is divided by" in shown
+    assert main(["bench", "--suite", "three_h"]) == 0
+    assert "Checkpoints beside the merges: heuristic, armorm, hummer" in capsys.readouterr().out
     assert main(["bench", "--list", "--json"]) == 0
     assert {one["name"] for one in json.loads(capsys.readouterr().out)} == set(suites())
     assert main(["bench", "--suite", "mergebnch"]) == 2
@@ -152,8 +163,42 @@ def test_a_proxy_is_no_test(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(data)
     with pytest.raises(RecipeError, match=r"tasks\.b: has the data of a, which is tested"):
         bound_tasks(*load_run(run))
-    (tmp_path / "b.jsonl").write_text(data * 2)
+    (tmp_path / "b.jsonl").write_text(data.replace("q", "another"))
     assert len(bound_tasks(*load_run(run))) == 5
+
+
+HARNESS = "lm_eval: score.py, mteb: score.py"
+
+
+def _items(*names: str) -> str:
+    return "".join(f'{{"answer": 0, "choices": ["a", "b"], "question": "{name}"}}\n' for name in names)
+
+
+def test_a_test_in_other_clothes_is_no_proxy(tmp_path: Path) -> None:
+    """Packed, in another order, written by another hand, or half of it: the examples are what counts."""
+    (tmp_path / "a.jsonl").write_text(_items("1", "2", "3", "4"))
+    told = "domain: math, choices: a.jsonl"
+
+    def read(test: str, proxy: str) -> dict[str, Bound]:
+        text = RUN.replace("  red: {", f"  a: {{{test}}}\n  b: {{domain: math, role: proxy, {proxy}}}\n  red: {{", 1)
+        return bound_tasks(*load_run(make(tmp_path, text.replace("homes:", f"environments: {{{HARNESS}}}\nhomes:"))))
+
+    same = json.dumps({"question": "1", "choices": ["a", "b"], "answer": 0})
+    for name, data in (("b.jsonl.gz", gzip.compress(_items("4", "2", "3", "1").encode())), ("b.jsonl", same.encode()),
+                       ("b.jsonl", _items("1", "2", "x", "y").encode())):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(RecipeError, match=r"tasks\.b: has the data of a"):
+            read(told, f"choices: {name}")
+    (tmp_path / "b.jsonl").write_text(_items("1", "x", "y"))
+    assert list(overlaps(read(told, "choices: b.jsonl"))) == ["1 of the 3 examples of the proxy b are tested in a, too"]
+    for test, proxy in (
+        ("lm_eval: {task: t, shots: 5}", "lm_eval: {task: t}"),
+        ("mteb: t", "mteb: {task: t, seconds: 1}"),
+        ("svg: {task: edit, count: 9}", "svg: {task: edit, count: 99, operations: crop}"),
+    ):
+        with pytest.raises(RecipeError, match=r"tasks\.b: has the data of a"):
+            read(f"domain: math, {test}", proxy)
+    assert not list(overlaps(read("domain: math, svg: edit", "svg: {task: edit, seed: 1}")))
 
 
 def test_an_unknown_method_or_an_impossible_one(tmp_path: Path) -> None:

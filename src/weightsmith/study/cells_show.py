@@ -50,6 +50,41 @@ def cell_table(result: CellsResult) -> Table:
     return Table(result.title, shown, rows, (result.rule, *result.warnings), "rung")
 
 
+_FACTORS = {"size": "size", "kind of base": "base", "method": "method", "experts": "count"}
+
+
+def effect_table(result: CellsResult) -> Table:
+    """What each factor alone does: means over all cells that have a value of it."""
+    rows: list[dict[str, Any]] = []
+    for factor, name in _FACTORS.items():
+        groups: dict[Any, list[Cell]] = {}
+        for cell in result.cells:
+            groups.setdefault(getattr(cell, name), []).append(cell)
+        for level, found in sorted(groups.items()) if len(groups) > 1 else ():
+            means = {key: _of([getattr(cell, key) for cell in found], key)[key] for key in _MEANS}
+            shown = f"{level:g}" if isinstance(level, float) else str(level)
+            rows.append({"factor": factor, "level": shown, "cells": len(found), **means})
+    columns = [Column("factor", "factor"), Column("level", "value"), Column("cells", "cells", 0)]
+    columns += [Column(key, name, 3) for key, name in _MEANS.items() if any(row[key] is not None for row in rows)]
+    return Table("What each factor does, over all others together", columns, rows, (), "factor")
+
+
+_MEANS = {"held_in": "held-in", "held_out": "held-out", "mean": "mean"}
+
+
+def trained_table(result: CellsResult) -> Table:
+    """Base, experts and the joint model, every task as its evaluator gave it."""
+    rows = [
+        {"rung": rung, "name": name, **{f"task {task}": score for task, score in scores.items()}}
+        for rung, models in result.trained.items()
+        for name, scores in models.items()
+    ]
+    tasks = dict.fromkeys(key for row in rows for key in row if key.startswith("task "))
+    columns = [*([Column("rung", "base")] if any(result.trained) else []), Column("name", "model"),
+               *(Column(key, key.removeprefix("task "), 3) for key in tasks)]  # fmt: skip
+    return Table("Base and experts", columns, rows, (), "rung")
+
+
 def _of(values: list[Any], name: str) -> dict[str, float | None]:
     known = [value for value in values if value is not None]
     return {
@@ -74,6 +109,8 @@ def tables(result: CellsResult) -> list[Table]:
     found = [
         finding_table(result),
         cell_table(result),
+        effect_table(result),
+        trained_table(result),
         cost_table(result),
         Table("Not merged", (Column("what", ""),), failed),
     ]

@@ -98,7 +98,7 @@ class Suite:
     design    table: all experts are merged, a row per method.  scale: subsets of experts, for several bases.  wild:
               random subsets of one pool of checkpoints
     domains   the domains that tasks may have; () for any
-    roles     roles that tasks of a run may have besides `test`
+    experts, checkpoints   what the paper merges, and what it sets beside the merges; () for any
     """
 
     name: str
@@ -112,6 +112,8 @@ class Suite:
     domains: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
     subsets: int = 3
+    experts: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def task(self, name: str) -> Task | None:

@@ -104,19 +104,22 @@ def _allowed(run: SuiteRun, bound: Mapping[str, Bound], allow: bool) -> None:
         raise PlanError(faults)
 
 
-_ONLY: Mapping[bool, tuple[str, ...]] = {True: ("homes", "checkpoints", "tune", "budget"), False: ("counts", "subsets")}
-"""Whether all experts are merged -> what only such a design takes."""
+_ONLY: Mapping[str, tuple[str, ...]] = {
+    "table": ("counts", "subsets"),
+    "scale": ("homes", "checkpoints"),
+    "wild": ("homes", "checkpoints", "tune", "budget"),
+}
+"""Design -> what it would leave unread."""
 
 
 def _used(run: SuiteRun, chosen: Suite, bound: Mapping[str, Bound]) -> None:
     """RecipeError for what the suite's design would leave unread."""
-    whole = chosen.design == "table"
-    kind = "merges all experts" if whole else "merges subsets, with one setting per method"
-    faults = [f"{run.file}: {name}: {chosen.name} {kind}; leave it out" for name in _ONLY[not whole]
+    kind = {"table": "merges all experts", "scale": "merges subsets", "wild": "merges subsets, with one setting each"}
+    faults = [f"{run.file}: {name}: {chosen.name} {kind[chosen.design]}; leave it out" for name in _ONLY[chosen.design]
               if name in run.model_fields_set]  # fmt: skip
-    if not whole:
-        faults += [f"{run.file}: tasks.{name}: {chosen.name} has no use for role: {one.task.role}; leave it out"
-                   for name, one in bound.items() if one.task.role in ("proxy", "guard")]  # fmt: skip
+    useless = {"table": (), "scale": ("guard",), "wild": ("proxy", "guard")}[chosen.design]
+    faults += [f"{run.file}: tasks.{name}: {chosen.name} has no use for role: {one.task.role}; leave it out"
+               for name, one in bound.items() if one.task.role in useless]  # fmt: skip
     if faults:
         raise RecipeError(*faults)
 

@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import RecipeError, WeightsmithError, some
+from weightsmith.core.errors import RecipeError, some
+from weightsmith.io.read.peft import adapter_in
 from weightsmith.study.evaluators.measure import in_memory
 from weightsmith.study.findings import Finding, findings, shares
 from weightsmith.study.grids import Candidate
 from weightsmith.study.run import BASE
 from weightsmith.study.suite import Suite
+from weightsmith.study.suite_data import unlimited
 from weightsmith.study.suite_file import Bound, SuiteRun
-from weightsmith.study.suite_lab import JOINT, Cost, Lab, Scores, scores_of
-from weightsmith.study.suite_methods import methods_of, swept
+from weightsmith.study.suite_lab import JOINT, Cost, Lab, Scores, beside, scores_of
+from weightsmith.study.suite_methods import choose, judge_on, methods_of, swept
 
 __all__ = ["Cell", "CellsResult", "cells", "drawn"]
 
@@ -98,12 +100,14 @@ def cells(
     subsets = {count: drawn(experts, count, run.subsets or suite.subsets, run.seed) for count in counts}
     _check(run, suite, bound, experts)
     parts = {(label, s): lab.part(s) for label, lab in labs.items() for found in subsets.values() for s in found}
-    made, left_out = methods_of(run, suite, list(labs.values()), wanted, tune=False)
-    if several := [label for label, found in made.items() if len(found) > 1]:
-        raise RecipeError(
-            f"{run.file}: methods.{several[0]} has lists of values; a design with subsets takes one setting each"
-        )
     tests = [one for one in bound.values() if one.task.role in ("test", "held-out")]
+    proxies = _proxies(run, bound)
+    made, left_out = methods_of(run, suite, list(labs.values()), wanted, tune=bool(proxies))
+    if not proxies and (several := [label for label, found in made.items() if len(found) > 1]):
+        raise RecipeError(
+            f"{run.file}: methods.{several[0]} has lists of values; a design with subsets takes one setting each, or "
+            "tune: grid and tasks of role: proxy to choose on"
+        )
     counter.total = len(tests) * (len(parts) * len(made) + len(labs) * (1 + len(experts)))
     say(f"{suite.title}: {len(labs)} bases, {len(made)} methods, {sum(map(len, subsets.values()))} subsets")
     trained: dict[str, dict[str, dict[str, float]]] = {}
@@ -115,19 +119,19 @@ def cells(
         for count in counts:
             for subset in subsets[count]:
                 part = parts[label, subset]
+                inside = [one for one in proxies if one.task.domain in subset]
+                judge = judge_on(part, inside, suite.rule) if inside else lambda scores: 0.0
                 with _together(part, made, tests) as folders:
-                    for method, (candidate,) in made.items():
+                    for method, grid in made.items():
+                        tried = grid if inside else grid[:1]
                         cost = costs.setdefault(f"{label} {method}".strip(), Cost())
-                        try:
-                            scores = part.candidate(candidate, method, tests, cost, folders.get(method))
-                        except RecipeError:
-                            raise  # of the evaluator: nothing about this merge
-                        except WeightsmithError as error:
-                            on = f" on {label}" if label else ""
-                            failed.append(f"{method} of {', '.join(subset)}{on}: {error}")
+                        choice = choose(part, method, tried, inside, tests, judge, cost, folders.get(method))
+                        on = f" on {label}" if label else ""
+                        failed += [f"{method} of {', '.join(subset)}{on}: {text}" for text in choice.failed.values()]
+                        if choice.candidate is None or choice.scores is None:
                             continue
-                        raw = scores_of(scores, tests, method)
-                        found.append(_cell(label, lab, method, candidate, subset, raw, trained[label], tests))
+                        raw = scores_of(choice.scores, tests, method)
+                        found.append(_cell(label, lab, method, choice.candidate, subset, raw, trained[label], tests))
         say(f"  {label or 'base'}: {sum(cell.rung == label for cell in found)} cells")
     told = shares(found) if suite.design == "wild" else findings(found, trained, [one.task for one in tests])
     return CellsResult(
@@ -160,6 +164,19 @@ def _experts(run: SuiteRun, labs: Mapping[str, Lab]) -> tuple[str, ...]:
     return first[1].experts
 
 
+def _proxies(run: SuiteRun, bound: Mapping[str, Bound]) -> list[Bound]:
+    """The tasks that coefficients are chosen on, where that is asked for; RecipeError where only one half is."""
+    proxies = [one for one in bound.values() if one.task.role == "proxy"]
+    asked = "tune" in run.model_fields_set and run.tune == "grid"
+    if asked and not proxies:
+        raise RecipeError(f"{run.file}: tune: grid, but there is no task of role: proxy to choose on")
+    if proxies and not asked:
+        raise RecipeError(
+            f"{run.file}: tasks.{proxies[0].name} has role: proxy; say tune: grid to choose every cell's coefficients"
+        )
+    return proxies
+
+
 def _check(run: SuiteRun, suite: Suite, bound: Mapping[str, Bound], experts: Sequence[str]) -> None:
     """Held-in tasks belong to experts; there is something to average."""
     if suite.design != "scale":
@@ -168,7 +185,7 @@ def _check(run: SuiteRun, suite: Suite, bound: Mapping[str, Bound], experts: Seq
         f"{run.file}: tasks.{name}: domain {one.task.domain!r} is no expert; held-in tasks have an expert's name as "
         "domain, others role: held-out"
         for name, one in bound.items()
-        if one.task.role == "test" and one.task.domain not in experts
+        if one.task.role in ("test", "proxy") and one.task.domain not in experts
     ]
     homeless = [name for name in experts if not any(one.task.domain == name for one in bound.values())]
     faults += [f"{run.file}: expert {name} has no task of its domain" for name in homeless]
@@ -192,9 +209,9 @@ def _together(
     if all(in_memory(one.kind) for one in tests):
         yield {}
         return
-    named = {f"m{at}": candidate for at, (candidate,) in enumerate(made.values())}
-    with swept(part, named, tests) as folders:
-        yield {method: folders[f"m{at}"] for at, method in enumerate(made) if f"m{at}" in folders}
+    single = {f"m{at}": (method, tried[0]) for at, (method, tried) in enumerate(made.items()) if len(tried) == 1}
+    with swept(part, {name: candidate for name, (_, candidate) in single.items()}, tests) as folders:
+        yield {method: folders[name] for name, (method, _) in single.items() if name in folders}
 
 
 def _cell(
@@ -234,6 +251,16 @@ def _cell(
     )
 
 
+_BY_TOKEN = frozenset({"perplexity", "log_likelihood", "token_accuracy", "exact"})
+
+
+def _tokenizer(lab: Lab) -> str | None:
+    """What tells the tokenizer of a base from others."""
+    base = lab.rung.recipe.base
+    found = beside(base) or {} if base is not None else {}
+    return found.get("tokenizer.json") or found.get("tokenizer.model") or found.get("vocab.json")
+
+
 def _warnings(
     run: SuiteRun,
     labs: Mapping[str, Lab],
@@ -243,7 +270,19 @@ def _warnings(
     lab = next(iter(labs.values()))
     if lab.setting.limit is not None:
         yield f"indicative only: at most {lab.setting.limit} examples per task"
-    yield "every method has one setting, that of its paper or of the run's file: nothing is chosen on test data"
+        yield from unlimited(tests)
+    if run.tune == "grid" and "tune" in run.model_fields_set:
+        yield "the coefficients of every cell are chosen on the proxies of the experts that it merges"
+    else:
+        yield "every method has one setting, that of its paper or of the run's file: nothing is chosen on test data"
+    for label, other in labs.items():
+        where = f"{label}: " if label else ""
+        low = [name for name, source in other.inputs.experts.items() if adapter_in(source) is not None]
+        if low and len(low) < len(other.experts):
+            yield f"{where}{', '.join(low)} are adapters and the others full models, which merge differently"
+    by_token = [one.name for one in tests if one.task.metric in _BY_TOKEN]
+    if by_token and len({_tokenizer(other) for other in labs.values()}) > 1:
+        yield f"{', '.join(by_token)}: counted by token, but the bases have different tokenizers; take bits_per_byte"
     for label, models in trained.items():
         for one in tests:
             scores = models.get(one.task.domain)

@@ -31,6 +31,7 @@ from weightsmith.study.evaluators.specs import EVALUATORS, Spec
 from weightsmith.study.evaluators.subject import Setting
 from weightsmith.study.schema import Grid, Text, grid_faults
 from weightsmith.study.suite import LOWER, PER_UNIT, Direction, Suite, Task
+from weightsmith.study.suite_data import chosen_on_tests
 from weightsmith.study.suites import suite, suites
 
 __all__ = ["EXAMPLE", "Bound", "Rung", "SuiteRun", "bound_tasks", "load_run"]
@@ -223,7 +224,11 @@ def bound_tasks(run: SuiteRun, chosen: Suite) -> dict[str, Bound]:
             found[name] = _bound(name, entry, chosen)
         except RecipeError as error:
             faults += [f"{run.file}: tasks.{name}: {problem.text}" for problem in error.problems]
-    faults += _proxies_that_are_tests(run, found)
+    faults += [
+        f"{run.file}: tasks.{proxy}: has the data of {test}, which is tested; coefficients are never chosen on test "
+        "data: give it a split of its own"
+        for proxy, test in chosen_on_tests(found)
+    ]
     tests = [one for one in found.values() if one.task.role == "test"]
     if not tests and not faults:
         faults.append(f"{run.file}: no task of role test among tasks: nothing would be scored")
@@ -268,30 +273,6 @@ def _bound(name: str, entry: Entry, chosen: Suite) -> Bound:
     if task.role == "test" and (text := _no_domain(task.domain, chosen)):
         raise RecipeError(text)
     return Bound(task=task, kind=entry.evaluator, spec=entry.spec)
-
-
-def _proxies_that_are_tests(run: SuiteRun, found: Mapping[str, Bound]) -> list[str]:
-    """A line for every proxy that has the data of a task that is tested."""
-    data = {name: _data(one) for name, one in found.items()}
-    return [
-        f"{run.file}: tasks.{proxy}: has the data of {name}, which is tested; coefficients are never chosen on "
-        "test data: give it a split of its own"
-        for proxy, one in found.items()
-        if one.task.role == "proxy"
-        for name, other in found.items()
-        if other.task.role in ("test", "held-out") and data[proxy] == data[name]
-    ]
-
-
-def _data(one: Bound) -> Any:
-    """What a task reads, whatever it is called: the same data are the same task."""
-    from weightsmith.study.evaluate import digest
-
-    files = [digest(path) for path in one.spec.files() if path.is_file()]
-    if files and one.kind != "program":
-        return sorted(files)
-    named = one.name if "{task}" in getattr(one.spec, "command", "") else ""
-    return [one.kind, one.spec.model_dump(mode="json", exclude={"seconds", "max_new_tokens"}), named]
 
 
 def load_run(path: str | Path, name: str | None = None) -> tuple[SuiteRun, Suite]:

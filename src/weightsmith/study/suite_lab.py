@@ -51,6 +51,13 @@ class Cost:
     peak_bytes: int = 0
     candidates: int = 0
 
+    def tuned(self, took: Cost, merged: bool) -> None:
+        """Count a candidate among the tuning; its merge only if that is not counted as the row's own."""
+        self.tune_seconds += took.evaluate_seconds + merged * took.merge_seconds
+        self.read_bytes += merged * took.read_bytes
+        self.write_bytes += merged * took.write_bytes
+        self.peak_bytes = max(self.peak_bytes, took.peak_bytes)
+
 
 Scores = Mapping[str, Found]
 
@@ -292,9 +299,11 @@ def beside(ref: ModelRef) -> Any:
     if folder is None or not folder.is_dir():
         return None
     names = (
-        *("config.json", "generation_config.json", "1_Pooling/config.json"),
+        *("config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
-        *("chat_template.jinja", "special_tokens_map.json"),
+        *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+        *sorted(str(file.relative_to(folder)) for file in folder.glob("[0-9]*_*/*")),  # sentence-transformers' modules
     )
     return {name: digest(folder / name) for name in names if (folder / name).is_file()}
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, did_you_mean
 from weightsmith.core.problem import Problem
 from weightsmith.io import system
 from weightsmith.io.disk import writing
 from weightsmith.study.grids import Candidate, candidates
-from weightsmith.study.suite import Suite
+from weightsmith.study.scoring import Scale
+from weightsmith.study.suite import Rule, Suite
 from weightsmith.study.suite_file import Bound, SuiteRun
-from weightsmith.study.suite_lab import Cost, Lab, Scores
+from weightsmith.study.suite_lab import Cost, Lab, Scores, scores_of
 
-__all__ = ["Chosen", "choose", "methods_of", "swept", "thinned"]
+__all__ = ["Chosen", "choose", "judge_on", "methods_of", "swept", "thinned"]
 
 
 @dataclass(frozen=True)
@@ -67,46 +70,82 @@ def methods_of(run: SuiteRun, suite: Suite, labs: Sequence[Lab], wanted: Sequenc
 
 
 def thinned(made: Sequence[Candidate], most: int) -> tuple[Candidate, ...]:
-    """At most `most` candidates: the first, and others at equal steps."""
+    """At most `most` candidates: the first, and whichever is farthest from those that are kept, in the grid's order.
+
+    So a grid of two axes becomes a coarser one, and not its diagonal.
+    """
     if len(made) <= most:
         return tuple(made)
-    rest, count = made[1:], most - 1
-    return (made[0], *(rest[round(at * (len(rest) - 1) / max(count - 1, 1))] for at in range(count)))
+    places, kept = _places(made), [0]
+    near = [math.dist(place, places[0]) for place in places]
+    while len(kept) < most:
+        kept.append(max(range(len(made)), key=near.__getitem__))
+        near = [min(old, math.dist(place, places[kept[-1]])) for old, place in zip(near, places, strict=True)]
+    return tuple(made[at] for at in sorted(kept))
+
+
+def _places(made: Sequence[Candidate]) -> list[tuple[float, ...]]:
+    """Where in the grid every candidate stands: along each axis from 0, the first value, to 1, the last."""
+    axes = []
+    for at, stage in enumerate(made[0].stages):
+        for key in stage.parameters:
+            given = [one.stages[at].parameters.get(key) for one in made]
+            numbers = all(isinstance(value, int | float) for value in given)
+            values: list[Any] = sorted(set(given)) if numbers else list(dict.fromkeys(map(repr, given)))
+            axes.append([values.index(v if numbers else repr(v)) / max(len(values) - 1, 1) for v in given])
+    return list(zip(*axes, strict=True))
 
 
 def choose(
     lab: Lab, label: str, made: Sequence[Candidate], proxies: Sequence[Bound], tests: Sequence[Bound],
-    judge: Callable[[Scores], float], cost: Cost,
+    judge: Callable[[Scores], float], cost: Cost, place: Path | None = None,
 ) -> Chosen:  # fmt: skip
-    """Choose on the proxies, then score the choice on the tests, once.  The inputs are read once for all candidates."""
+    """Choose on the proxies, then score the choice on the tests, once.  The inputs are read once for all candidates.
+
+    place   where the merge of a single candidate lies already
+    """
     tried: dict[str, float] = {}
     failed: dict[str, str] = {}
-    tuning = Cost()
     named = {f"c{at}": one for at, one in enumerate(made)}
-    cost.candidates = len(made)
+    spent: dict[str, Cost] = {}
+    cost.candidates += len(made)
     with swept(lab, {} if len(made) == 1 else named, proxies) as folders:
         for name, one in named.items() if len(made) > 1 else ():
             try:
-                found = lab.candidate(one, f"{label}, {_called(one)}", proxies, tuning, folders.get(name))
+                took = spent.setdefault(name, Cost())
+                found = lab.candidate(one, f"{label}, {_called(one)}", proxies, took, folders.get(name))
                 tried[_called(one)] = judge(found)
             except RecipeError:
                 raise  # of the evaluator: nothing about this candidate
             except WeightsmithError as error:
                 failed[_called(one)] = str(error)
         able = [name for name, one in named.items() if _called(one) in tried] if len(made) > 1 else list(named)
-        cost.tune_seconds += tuning.merge_seconds + tuning.evaluate_seconds
-        cost.read_bytes, cost.write_bytes = cost.read_bytes + tuning.read_bytes, cost.write_bytes + tuning.write_bytes
-        cost.peak_bytes = max(cost.peak_bytes, tuning.peak_bytes)
-        if not able:
+        best = max(able, key=lambda name: tried.get(_called(named[name]), 0.0), default="")  # of equal ones the first
+        for name, took in spent.items():
+            cost.tuned(took, merged=name != best)
+        if not best:
             return Chosen(None, tried, failed, None)
-        best = max(able, key=lambda name: tried.get(_called(named[name]), 0.0))  # of equal ones the first in the grid
         try:
-            scores = lab.candidate(named[best], label, tests, cost, folders.get(best))
+            scores = lab.candidate(named[best], label, tests, cost, folders.get(best, place))
         except RecipeError:
             raise
         except WeightsmithError as error:
             return Chosen(None, tried, {**failed, _called(named[best]): str(error)}, None)
     return Chosen(named[best], tried, failed, scores)
+
+
+def judge_on(lab: Lab, proxies: Sequence[Bound], rule: Rule) -> Callable[[Scores], float]:
+    """What is maximised on the proxies: the mean over domains, each as a share of the best expert's."""
+    tasks = [replace(one.task, role="test") for one in proxies]
+    experts = {name: scores_of(lab.trained(name, proxies), proxies, name) for name in lab.experts}
+    scale = Scale(tasks, replace(rule, against="best"), next(iter(experts.values())), experts)
+
+    def judge(found: Scores) -> float:
+        figures = scale.figures(scores_of(found, proxies, "a candidate"))
+        whole = len(figures.normalised) == len(figures.domains)  # else the rest would be chosen without a domain
+        return figures.figure if whole and figures.figure is not None else figures.mean
+
+    return judge
 
 
 def _called(one: Candidate) -> str:

@@ -57,6 +57,7 @@ def _record(row: SuiteRow, cost: Cost) -> dict[str, Any]:
         **{f"gain {name}": value for name, value in figures.gain.items()},
         **{f"task {name}": value for name, value in row.scores.items()},
         **{f"error {name}": value for name, value in row.errors.items()},
+        **{f"more {task} {name}": value for task, found in row.metrics.items() for name, value in found.items()},
     }
 
 
@@ -114,6 +115,15 @@ def task_table(result: TableResult) -> Table:
     records = _records(result)
     shown = [c for c in columns if not c.key.startswith("error ") or any(c.key in r for r in records)]
     return Table(f"{result.title}: tasks", shown, records, ["↓: lower is better."], "kind", _strong(ranked(result)))
+
+
+def more_table(result: TableResult) -> Table:
+    """What the evaluators gave besides the scores."""
+    records = _records(result)
+    keys = list(dict.fromkeys(key for record in records for key in record if key.startswith("more ")))
+    columns = [Column("name", "model"), *(Column(key, key.removeprefix("more "), 3) for key in keys)]
+    rows = records if keys else []
+    return Table(f"{result.title}: beside the scores", columns, rows, (), "kind", _strong(ranked(result)))
 
 
 def share_table(result: TableResult) -> Table:
@@ -189,9 +199,15 @@ def in_words(result: TableResult) -> list[str]:
     said.append(f"best merge: {first.name}{f' ({first.chosen})' if first.chosen else ''}{share}")
     if tied:
         said.append(f"not to be told from it: {', '.join(tied)}")
-    above = [row for row in merges if (got := row.versus.get("base")) is not None and got[1] > 0]
     if any(row.versus for row in merges):
-        said.append(f"{len(above)} of {len(merges)} merges are above the base beyond chance")
+        others = [name for name in merges[0].versus if name == "base" or name.startswith("expert ")]
+        above = {name: sum(row.versus[name][1] > 0 for row in merges) for name in others}
+        counted = [
+            f"{count} of {len(merges)} above {'the base' if name == 'base' else name}" for name, count in above.items()
+        ]
+        said.append(f"merges beyond chance: {', '.join(counted)}")
+    still = {task: found["do_nothing"] for task, found in result.rows[0].metrics.items() if "do_nothing" in found}
+    said += [f"{task}: giving back what is to be edited scores {value:.3f}" for task, value in still.items()]
     truncated = {task: notes for row in result.rows for task, notes in row.notes.items()}
     said += [f"{task}: {', '.join(f'{count:g} {what}' for what, count in notes.items())} of at least one model"
              for task, notes in truncated.items()]  # fmt: skip
@@ -203,7 +219,7 @@ def in_words(result: TableResult) -> list[str]:
 
 def markdown_page(result: TableResult) -> str:
     """Everything but the plots."""
-    shown = [*tables(result), share_table(result), tried_table(result)]
+    shown = [*tables(result), share_table(result), more_table(result), tried_table(result)]
     parts = [f"## {result.title}", f"Source: {result.source}", "\n".join(f"- {line}" for line in in_words(result))]
     parts += [f"**{one.title}**\n\n{markdown(one).rstrip()}" for one in shown if one.rows]
     return "\n\n".join(parts) + "\n"
@@ -227,8 +243,8 @@ def document(result: TableResult) -> str:
     sections: list[Section] = [Text("In words", [result.source, *in_words(result)])]
     sections += [one for one in (_bars(result),) if one.bars]
     sections.append(_picker(result))
-    sections += [one for one in (main_table(result), share_table(result), task_table(result), cost_table(result),
-                                 tried_table(result), left_out_table(result)) if one.rows]  # fmt: skip
+    shown = (main_table, share_table, task_table, more_table, cost_table, tried_table, left_out_table)
+    sections += [one for table in shown if (one := table(result)).rows]
     return page(f"{result.title}: {result.suite}", sections)
 
 
@@ -276,6 +292,7 @@ def described(suite: Any) -> Mapping[str, Any]:
         "rule": suite.rule.words, "design": suite.design, "domains": list(suite.domains),
         "tasks": [{"name": t.name, "domain": t.domain, "role": t.role, "metric": t.metric, "direction": t.direction,
                    "harness": t.harness, "split": t.split} for t in suite.tasks],
+        "experts": list(suite.experts), "checkpoints": list(suite.checkpoints),
         "methods": {label: method.note for label, method in (suite.methods or {}).items()},
         "notes": list(suite.notes),
     }  # fmt: skip

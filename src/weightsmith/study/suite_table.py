@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from weightsmith.study.grids import Candidate
 from weightsmith.study.run import BASE
 from weightsmith.study.scoring import Figures, Scale
 from weightsmith.study.suite import Suite, Task
+from weightsmith.study.suite_data import overlaps, unlimited
 from weightsmith.study.suite_file import Bound, SuiteRun
 from weightsmith.study.suite_lab import JOINT, Cost, Lab, Scores, beside, scores_of
-from weightsmith.study.suite_methods import choose, methods_of
+from weightsmith.study.suite_methods import choose, judge_on, methods_of
 
 __all__ = ["SuiteRow", "TableResult", "table"]
 
@@ -35,6 +36,7 @@ class SuiteRow:
     versus           name of another row -> (difference of the figure, low, high, tied), by paired bootstrap
     tied             whether the figure cannot be told from the best merge's
     flags            what the reader must know
+    metrics          task -> all that its evaluator gave besides the score
     notes            task -> what its evaluator counted: truncated prompts, answers that were cut off
     """
 
@@ -51,6 +53,7 @@ class SuiteRow:
     versus: Mapping[str, tuple[float, float, float, bool]] = field(default_factory=dict)
     tied: bool = False
     flags: tuple[str, ...] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -103,7 +106,7 @@ def table(
     raw = {name: scores_of(scores, tests, name) for name, scores in found.items()}
     experts = {name: raw[f"expert {name}"] for name in lab.experts}
     scale = Scale(tasks, suite.rule, raw[BASE], experts, _homes(run, suite, lab, tasks))
-    judge = _judge(lab, proxies, suite, run) if tune else None
+    judge = judge_on(lab, proxies, suite.rule) if tune else None
     tried: dict[str, Mapping[str, float]] = {}
     failed: list[str] = []
     picks: dict[str, Candidate] = {}
@@ -175,20 +178,6 @@ def _homes(run: SuiteRun, suite: Suite, lab: Lab, tasks: Sequence[Task]) -> dict
     return homes
 
 
-def _judge(lab: Lab, proxies: Sequence[Bound], suite: Suite, run: SuiteRun) -> Callable[[Scores], float]:
-    """What is maximised on the proxies: the mean over domains, each as a share of the best expert's."""
-    tasks = [replace(one.task, role="test") for one in proxies]
-    experts = {name: scores_of(lab.trained(name, proxies), proxies, name) for name in lab.experts}
-    scale = Scale(tasks, replace(suite.rule, against="best"), next(iter(experts.values())), experts)
-
-    def judge(found: Scores) -> float:
-        figures = scale.figures(scores_of(found, proxies, "a candidate"))
-        whole = len(figures.normalised) == len(figures.domains)  # else the rest would be chosen without a domain
-        return figures.figure if whole and figures.figure is not None else figures.mean
-
-    return judge
-
-
 def _rows(
     given: Sequence[tuple[str, str]], found: Mapping[str, Scores], raw: Mapping[str, Mapping[str, float]], scale: Scale,
     tests: Sequence[Bound], picks: Mapping[str, Candidate], lab: Lab, out: Path,
@@ -198,13 +187,15 @@ def _rows(
     top = max(merges, key=lambda name: figures[name].figure or 0.0) if merges else None
     known = any(_examples(one, found) for one in tests)
     drawn = _resampled(tests, scale, found, raw) if known and figures[BASE].figure is not None else None
-    best_expert = max(figures[f"expert {name}"].mean for name in lab.experts)
+    experts = [f"expert {name}" for name in lab.experts]
+    best_expert = max(figures[name].mean for name in experts)
+    first = max(experts, key=lambda name: figures[name].figure or 0.0)
     total = next((name for name, one in picks.items() if [s.name for s in one.stages] == ["task_arithmetic"]), None)
     worse = scale.worse_than_base()
     rows = []
     for name, kind in given:
         versus = {}
-        for other in dict.fromkeys([BASE, *([total] if total else []), *([top] if top else [])]):
+        for other in dict.fromkeys([BASE, first, *([total] if total else []), *([top] if top else [])]):
             if drawn is not None and other != name:
                 one = drawn.versus(name, other)
                 versus[other] = (one.difference, one.low, one.high, one.tied)
@@ -232,6 +223,11 @@ def _rows(
                 and drawn is not None
                 and drawn.versus(name, top).tied,
                 flags=tuple(f"worse than the base on {domain}" for domain in lost),
+                metrics={
+                    b.name: more
+                    for b in tests
+                    if (more := {k: v for k, v in found[name][b.name].metrics.items() if k != b.task.metric})
+                },
                 notes={task: one.notes for task, one in found[name].items() if one.notes},
             )
         )
@@ -273,9 +269,17 @@ def _unknown(tests: Sequence[Bound], scale: Scale, found: Mapping[str, Scores]) 
 def _warnings(run: SuiteRun, suite: Suite, lab: Lab, bound: Mapping[str, Bound], tune: bool) -> Iterator[str]:
     if lab.setting.limit is not None:
         yield f"indicative only: at most {lab.setting.limit} examples per task"
+        yield from unlimited(bound.values())
     missing = [task.name for task in suite.tasks if task.role == "test" and task.name not in bound]
     if missing:
         yield f"not the whole suite: no data given for {', '.join(missing)}"
+    for what, wanted, given in (
+        ("expert", suite.experts, lab.experts),
+        ("checkpoint", suite.checkpoints, run.checkpoints),
+    ):
+        if lacking := [name for name in wanted if name not in given and name not in run.homes]:
+            yield f"not the whole suite: no {what} called {', '.join(lacking)}"
+    yield from overlaps(bound)
     if not tune:
         why = "tune: none" if run.tune == "none" else "there is no task of role: proxy"
         yield f"the methods have the settings of their papers: {why}"

@@ -65,7 +65,10 @@ def list_suites(name: str | None, json: bool) -> None:
             f"  {task.domain}: {task.name} [{task.role}], {task.metric}{mark}"
             + (f", {task.harness}" * bool(task.harness))
         )
-    say("Methods: " + ", ".join(one.methods or {}))
+    for what, names in (("Experts", one.experts), ("Checkpoints beside the merges", one.checkpoints),
+                        ("Methods", one.methods or {})):  # fmt: skip
+        if names:
+            say(f"{what}: {', '.join(names)}")
     for line in one.notes:
         say(f"- {line}")
 

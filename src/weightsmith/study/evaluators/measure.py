@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def version(kind: str, spec: Spec, setting: Setting, environments: Mapping[str, 
     """All that a score depends on besides the model: the task's text and files, the setting, the evaluator's code."""
     told = spec.model_dump(mode="json", exclude={"file", "corpus", "train", "include", "seconds"})
     files = [[path.name, _digest(path)] for path in spec.files()]
-    return [kind, told, files, setting.identity(), environments.get(kind), _code()]
+    return [kind, told, files, setting.identity(), environments.get(kind), _code(), _libraries(environments.get(kind))]
 
 
 def _digest(path: Path) -> str:
@@ -69,6 +70,20 @@ def _digest(path: Path) -> str:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     return found.hexdigest()[:32]
+
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "lm_eval", "mteb", "sentence_transformers", "datasets")
+
+
+@cache
+def _libraries(python: str | None) -> list[str]:
+    """The versions that decide a score: of this environment, or of the one that a python lies in."""
+    if python is None:
+        held = [one for name in _LIBRARIES[:3] for one in metadata.distributions(name=name)]
+        return [f"{one.metadata['Name']}-{one.version}" for one in held]
+    folder = Path(python).parent.parent
+    found = [path for name in _LIBRARIES for path in folder.glob(f"lib*/python*/site-packages/{name}-*.dist-info")]
+    return sorted(path.name.removesuffix(".dist-info") for path in found)
 
 
 @cache

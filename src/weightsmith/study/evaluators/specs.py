@@ -48,6 +48,10 @@ class Spec(Grammar):
         names = (name for name in type(self).model_fields if name in _FILES)
         return [Path(value) for name in names if isinstance(value := getattr(self, name), str) and value]
 
+    def limited(self) -> bool:
+        """Whether a limit on examples reaches the evaluator."""
+        return True
+
 
 _FILES = ("file", "corpus", "train", "include")
 
@@ -220,6 +224,9 @@ class Mteb(Process):
         if (kind == "Classification") != (tree.get("train") is not None):
             yield Fault((), "train goes with type: Classification, which learns its classes from it", "value")
 
+    def limited(self) -> bool:
+        return self.file is not None  # mteb's own tasks have no limit
+
 
 class Program(Process):
     """Any program that prints JSON last: a number, {"score": ...}, or {"metrics", "errors", "examples"}.
@@ -238,6 +245,9 @@ class Program(Process):
         except ValueError:  # said when it is run
             return []
         return [path for word in words if (path := Path(word).expanduser()).is_file()]
+
+    def limited(self) -> bool:
+        return "{limit}" in self.command
 
 
 EVALUATORS: Mapping[str, type[Spec]] = {

@@ -55,6 +55,7 @@ SUITE = Suite(
     ),
     tasks=(*_TEST, *_PROXIES, *_GUARDS),
     domains=("instruction", "math", "multilingual", "coding", "safety", "forgetting"),
+    experts=("instruction", "math", "multilingual", "coding", "safety"),
     methods={
         "model soup": Method(fixed(("linear", {})), note="1/5 of each expert"),
         "task arithmetic": Method(

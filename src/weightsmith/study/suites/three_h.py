@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from weightsmith.study.grids import Written
 from weightsmith.study.suite import LOWER, Method, Rule, Suite, Task, fixed
 
-EXPERTS = ("helpful", "honest", "harmless", "helpful_honest", "helpful_harmless")
-"""One expert for each of the five dimensions of annotation."""
-
 _SUM = ("task_arithmetic", {"lambda": 1.0})
 _VOTE = ("ties", {"density": 1.0, "lambda": 1.0})
 
@@ -42,8 +39,8 @@ SUITE = Suite(
     title="The 3H benchmark",
     source="arXiv:2502.06876; settings and data sets beyond the abstract are a reconstruction, not verified",
     about="One expert per dimension of annotation (helpful, honest, harmless, helpful and honest, helpful and "
-    "harmless) on one instruct model. The three mixtures of data are checkpoints that you give under `checkpoints`: "
-    "heuristic, armorm, hummer.",
+    "harmless) on one instruct model. The three mixtures of data (heuristic, by ArmoRM's scores, by Hummer's) are "
+    "checkpoints that you give under `checkpoints`.",
     rule=Rule(
         "The tasks of each of the three groups (helpful, honest, harmless) are averaged. Each mean is divided by the "
         "instruct model's, and the three are averaged: 1 is the instruct model, and what lies above it is the gain.",
@@ -51,6 +48,8 @@ SUITE = Suite(
     ),
     tasks=(*_TASKS, Task("or_bench_hard", "over_refusal", "harmless", direction=LOWER, harness="over-refusal")),
     domains=("helpful", "honest", "harmless"),
+    experts=("helpful", "honest", "harmless", "helpful_honest", "helpful_harmless"),
+    checkpoints=("heuristic", "armorm", "hummer"),
     methods={
         "weight average": Method(fixed(("linear", {}))),
         "rewarded soup": Method(fixed(("linear", {})), _rewarded, note="one expert with half of the weight"),
