@@ -21,7 +21,7 @@ from weightsmith.report.figures import (
     figure,
 )
 from weightsmith.report.html import Text, page
-from weightsmith.report.table import Column, Table
+from weightsmith.report.table import Column, Table, html
 
 BARS = Bars("Bars", [LabelledBar("</script><b>", 3.0, "3"), LabelledBar("less", -1.0, "−1", spread=0.5)], "n")
 HEAT = Heat("Heat", ["a", "b"], ["x", "y"], [[0.0, 1.0], [None, 0.5]], [["0", "1"], ["", "½"]], BOTH, (0, 1))
@@ -103,6 +103,22 @@ def test_a_heat_map_is_coloured_by_its_span() -> None:
 def test_a_heat_map_of_one_colour(colours: str, ink: str) -> None:
     text = figure(replace(HEAT, colours=colours))
     assert [f"rgba({ink},{depth})" in text for depth in ("0.05", "0.80", "0.42")] == [True] * 3
+
+
+def test_a_curve_of_one_point_is_seen_and_nothing_below_0_is_cut_off() -> None:
+    drawn = figure(Curves("c", [Curve("one", [1], [0.5]), Curve("low", [0, 1], [-1.0, 0.5])], "x", "y"))
+    wide = drawn[: drawn.index("slim")]
+    assert wide.count("<circle") == 3
+    height = float(re.findall(r'viewBox="0 0 \d+ (\d+)"', wide)[0])
+    assert all(0 < float(at) < height for at in re.findall(r'cy="([-\d.]+)"', wide))
+    many = figure(Curves("c", [Curve("many", list(range(99)), list(range(99)))], "x", "y"))
+    assert "<circle" not in many
+
+
+def test_long_texts_are_broken_into_lines() -> None:
+    text = html(Table("t", (Column("a", "a"), Column("b", "b")), [{"a": "short", "b": "word " * 20}]))
+    assert '<td class="long">' in text
+    assert "<td>short</td>" in text
 
 
 def test_points_and_curves_are_drawn_for_two_widths_and_stay_inside() -> None:

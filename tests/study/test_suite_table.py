@@ -72,8 +72,9 @@ def test_coefficients_are_chosen_on_proxies_and_the_test_is_asked_once(tmp_path:
     cost = result.costs["sum"]
     assert cost.candidates == 3
     assert cost.tune_seconds > 0
-    weights = sum((tmp_path / f"{name}.safetensors").stat().st_size for name in ("base", *TASKS))
-    assert cost.read_bytes <= 2 * weights, "the inputs are read in one pass for all candidates"
+    model = 24 * 4  # bytes
+    assert cost.read_bytes == 4 * model, "the inputs are read in one pass for all candidates"
+    assert cost.write_bytes == 3 * model, "three merges, each counted once"
     assert not (tmp_path / "out" / "merged").exists()
 
 
@@ -97,8 +98,8 @@ def test_nothing_is_measured_twice_and_a_changed_byte_is_seen(tmp_path: Path) ->
 
 
 def test_a_changed_task_file_or_setting_is_measured_anew(tmp_path: Path) -> None:
-    from weightsmith.study.evaluators.measure import version
-    from weightsmith.study.evaluators.specs import Choices, Program, Retrieval
+    from weightsmith.study.evaluators.measure import _libraries, version
+    from weightsmith.study.evaluators.specs import Choices, LmEval, Program, Retrieval
     from weightsmith.study.evaluators.subject import Setting
 
     file = tmp_path / "a.jsonl"
@@ -111,6 +112,14 @@ def test_a_changed_task_file_or_setting_is_measured_anew(tmp_path: Path) -> None
     assert version("choices", Choices(file=str(file), prefix="x"), setting, {}) != first
     file.write_text("two")
     assert version("choices", spec, setting, {}) != first
+    python = tmp_path / "env" / "bin" / "python"
+    site = tmp_path / "env" / "lib" / "python3.11" / "site-packages"
+    (site / "lm_eval-0.4.13.dist-info").mkdir(parents=True)
+    harness, where = LmEval(task="t"), {"lm_eval": str(python)}
+    first = version("lm_eval", harness, setting, where)
+    (site / "lm_eval-0.4.13.dist-info").rename(site / "lm_eval-0.5.dist-info")
+    _libraries.cache_clear()  # as a new process does
+    assert version("lm_eval", harness, setting, where) != first
     program = Program(command=f"python {file} {{model}}")
     first = version("program", program, setting, {})
     file.write_text("three")
@@ -172,7 +181,10 @@ def test_a_limit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     run = make(tmp_path)
     assert main(["bench", str(run), "--limit", "5"]) == 0
     assert "indicative only: at most 5 examples per task" in capsys.readouterr().out
-    assert "indicative only" in (tmp_path / "bench" / "results.md").read_text()
+    page = (tmp_path / "bench" / "results.md").read_text()
+    assert "indicative only" in page
+    assert "red, green, blue: measured whole, for the limit does not reach them" in page
+    assert "not the whole suite: no expert called instruction, multilingual" in page
 
 
 # --- evaluators that fail ----------------------------------------------------------------------------
@@ -297,6 +309,33 @@ def test_flags_reach_the_pages(tmp_path: Path) -> None:
         assert "worse than the base on coding" in text
     assert "†" not in csv_text(result)
     write_suite_pages(result, tmp_path / "pages")
+
+
+def test_what_is_measured_besides_the_scores_is_kept(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (tmp_path / "score.py").write_text(
+        PROGRAM.replace('json.dumps({"score": sum(examples) / n, "examples": examples})',
+                        'json.dumps({"metrics": {"score": score, "do_nothing": 0.25, "validity": 0.5}})'))  # fmt: skip
+    result = bench_suite(run, tmp_path / "out")
+    assert all(row.metrics["red"] == {"do_nothing": 0.25, "validity": 0.5} for row in result.rows)
+    assert "red: giving back what is to be edited scores 0.250" in in_words(result)
+    for text in (markdown_page(result), document(result), csv_text(result)):
+        assert "red validity" in text
+
+
+def test_an_embedding_models_own_parts_are_seen(tmp_path: Path) -> None:
+    from weightsmith.recipe.schema import ModelRef
+    from weightsmith.study.suite_lab import beside
+
+    seen = [beside(ModelRef(model=str(tmp_path)))]
+    for name in ("config_sentence_transformers.json", "2_Dense/model.safetensors", "tokenizer.json"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("1")
+        seen.append(beside(ModelRef(model=str(tmp_path))))
+        file.write_text("2")
+        seen.append(beside(ModelRef(model=str(tmp_path))))
+    assert len({json.dumps(one) for one in seen}) == len(seen)
 
 
 def test_the_bootstrap_pairs_examples_and_repeats_itself() -> None:

@@ -85,8 +85,9 @@ def test_a_suite_through_the_harness(python: tuple[str, str], place: Path) -> No
         task = f"own: {{domain: sts, metric: cosine_spearman, mteb: {told}}}"
     suite = "mergebench" if kind == "lm_eval" else "embedding"
     run = place / f"{kind}.yaml"
+    homes = "homes: {math: one}\n" if kind == "lm_eval" else ""
     run.write_text(
-        f"suite: {suite}\nbase: base\nmodels: {{one: one, two: two}}\nhomes: {{math: one}}\n"
+        f"suite: {suite}\nbase: base\nmodels: {{one: one, two: two}}\n{homes}"
         f"environments: {{{kind}: {path}}}\nmethods: {{average: linear}}\ntasks:\n  {task}\n"
     )
     assert main(["bench", str(run), "--out", str(place / kind), "--quiet"]) == 0

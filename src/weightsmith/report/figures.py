@@ -88,7 +88,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over one pair of axes that begin at 0."""
+    """Lines over one pair of axes that hold 0."""
 
     title: str
     curves: Sequence[Curve]
@@ -247,18 +247,28 @@ def _room(
     return None
 
 
+_FEW = 12
+"""Points of a curve that are marked; a curve of one is nothing else."""
+
+
 def _curves(drawn: Curves) -> str:
     x = (0.0, max((max(curve.x) for curve in drawn.curves), default=1.0))
-    y = (0.0, max((max(curve.y) for curve in drawn.curves), default=1.0))
+    least = min((min(curve.y) for curve in drawn.curves), default=0.0)
+    y = (min(0.0, least), max((max(curve.y) for curve in drawn.curves), default=1.0))
 
     def draw(size: tuple[int, int]) -> str:
         frame = _Frame(size, x, y)
         parts = [*_axes(frame, _ticks(*x), _ticks(*y), drawn.x, drawn.y)]
         for i, curve in enumerate(drawn.curves):
-            spots = (frame.place(a, b) for a, b in zip(curve.x, curve.y, strict=True))
+            spots = [frame.place(a, b) for a, b in zip(curve.x, curve.y, strict=True)]
             path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in spots)
             colour = _LINES[i % len(_LINES)]
-            parts.append(f'<path d="{path}" stroke="{colour}"><title>{escape(curve.name)}</title></path>')
+            about = f"<title>{escape(curve.name)}</title>"
+            parts.append(f'<path d="{path}" stroke="{colour}">{about}</path>')
+            few = spots if len(spots) <= _FEW else ()
+            parts += [
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" style="fill:{colour}">{about}</circle>' for a, b in few
+            ]
         return _svg(size, parts, drawn.title)
 
     names = "".join(

@@ -72,6 +72,7 @@ tr.last td { border-bottom: 2px solid var(--soft); }
 tr.strong td { font-weight: 600; color: var(--accent); }
 tbody tr:hover { background: var(--stripe); }
 th.number, td.number { text-align: right; }
+td.long { white-space: normal; min-width: 20rem; }
 .table td:first-child, .table th:first-child { position: sticky; left: 0; background: var(--page); }
 @media (max-width: 640px) {
   main { padding: 12px 12px 48px; } th, td { padding: 0.34em 0.45em; }

@@ -156,14 +156,17 @@ def write_markdown(file: Path, name: str, text: str) -> None:
 def html(table: Table) -> str:
     """The table as an HTML fragment; styled by `weightsmith.report.html.page`."""
     number = table.numeric()
+    rows = table.cells()
+    kind = ["number" if is_number else "long" if any(len(cells[i]) > _LONG for cells in rows) else ""
+            for i, is_number in enumerate(number)]  # fmt: skip
     head = "".join(
-        f"<th{_attributes(number[i], column.meaning)}>{escape(column.title)}</th>"
+        f"<th{_attributes(kind[i], column.meaning)}>{escape(column.title)}</th>"
         for i, column in enumerate(table.columns)
     )
     body = []
-    for index, cells in enumerate(table.cells()):
+    for index, cells in enumerate(rows):
         kinds = " ".join(["strong"] * (index in table.strong) + ["last"] * table.ends_group(index))
-        texts = "".join(f"<td{_attributes(number[i])}>{escape(text)}</td>" for i, text in enumerate(cells))
+        texts = "".join(f"<td{_attributes(kind[i])}>{escape(text)}</td>" for i, text in enumerate(cells))
         body.append(f'<tr class="{kinds}">{texts}</tr>' if kinds else f"<tr>{texts}</tr>")
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
@@ -172,5 +175,8 @@ def html(table: Table) -> str:
     )
 
 
-def _attributes(number: bool, meaning: str = "") -> str:
-    return (' class="number"' if number else "") + (f' title="{escape(meaning)}"' if meaning else "")
+_LONG = 60  # letters; longer texts are broken into lines
+
+
+def _attributes(kind: str, meaning: str = "") -> str:
+    return (f' class="{kind}"' if kind else "") + (f' title="{escape(meaning)}"' if meaning else "")

@@ -25,6 +25,7 @@ SUITE = Suite(
     design="wild",
     counts=tuple(range(2, 13)),
     notes=(
+        "Subsets of one pool share checkpoints, so that the intervals are rather too narrow.",
         "The paper's sixth method, Subspace Boosting, is not made here.",
         "The paper's coefficients were not verified: task arithmetic takes lambda: auto, the others their defaults.",
     ),
