@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import warnings
 from pathlib import Path
@@ -51,6 +52,34 @@ def test_values_and_rows(tmp_path: Path, wrapped: str | None) -> None:
             assert torch.equal(source.read(name, start, stop), tensor[start:stop])
     assert bool(source.origin.remarks) == bool(wrapped)
     assert METADATA in source.fingerprint()["files"]
+
+
+def test_parts_in_the_files_of_several_processes(tmp_path: Path) -> None:
+    """As two processes save them: rows of a tensor, of unequal number, in a file each, beside tensors of one file."""
+    whole = torch.arange(20.0).reshape(5, 4)
+    state = {"alone": torch.arange(3.0), "w.0": whole[:3], "w.1": whole[3:], "last": torch.arange(4.0)}
+    writer = dcp.FileSystemWriter(tmp_path / "c", thread_count=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process only
+        dcp.save({"model": state}, storage_writer=writer, no_dist=True)
+    metadata = dcp.FileSystemReader(tmp_path / "c").read_metadata()
+    parts = [metadata.state_dict_metadata.pop(f"model.w.{i}") for i in range(2)]
+    for i, (part, start) in enumerate(zip(parts, (0, 3), strict=True)):
+        part.chunks[0].offsets = torch.Size([start, 0])
+        (index,) = [one for one in metadata.storage_data if one.fqn == f"model.w.{i}"]
+        metadata.storage_data[dataclasses.replace(index, fqn="model.w", offset=torch.Size([start, 0]))] = (
+            metadata.storage_data.pop(index)
+        )
+        metadata.planner_data.pop(f"model.w.{i}")
+    parts[0].size, parts[0].chunks = torch.Size([5, 4]), [part.chunks[0] for part in parts]
+    metadata.state_dict_metadata["model.w"], metadata.planner_data["model.w"] = parts[0], ("model", "w")
+    (tmp_path / "c" / METADATA).write_bytes(pickle.dumps(metadata))
+    source = DcpSource(tmp_path / "c")
+    assert len({piece.shard for piece in source.checkpoint.tensors["model.w"][2]}) == 2
+    assert len(source.checkpoint.files) == 2
+    for name, tensor in {"w": whole, "alone": state["alone"], "last": state["last"]}.items():
+        assert torch.equal(source.read(name), tensor)
+        assert torch.equal(source.read(name, 1, 4), tensor[1:4])
 
 
 def test_a_merge_of_checkpoints(tmp_path: Path) -> None:

@@ -34,17 +34,19 @@ def save(state: dict, folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_distributed_checkpoints(named: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["numbers", "names", "flat"])
+def test_distributed_checkpoints(form: str, tmp_path: Path) -> None:
+    """As torch hands the state over: numbered, by names, and flattened (as torchtitan saves it)."""
     model = tiny_llama()
     folder = saved(model, tmp_path / "model")
     optimizer = torch.optim.AdamW(model.parameters())
     wanted = trained(model, optimizer)
     state = optimizer.state_dict()
-    if named:
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    if form != "numbers":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-        state = get_optimizer_state_dict(model, optimizer)
+        options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+        state = get_optimizer_state_dict(model, optimizer, options=options)
     save({"model": model.state_dict(), "optimizer": state, "epoch": 2}, tmp_path / "dcp")
     second_moment(folder, tmp_path / "dcp", tmp_path / "stats")
     found = load_file(tmp_path / "stats" / "second_moment.safetensors")

@@ -64,6 +64,70 @@ def test_moments_come_under_the_checkpoints_names(form: str, tmp_path: Path):
         assert torch.allclose(found[name], value, rtol=1e-5, atol=0), name
 
 
+def test_transformers_own_trainer(tmp_path: Path) -> None:
+    """Tied weights, biases and layer norms, in its two groups; against the gradients that it had."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+    moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *told, **named):
+            for name, p in model.named_parameters():
+                moments[name] = 0.999 * moments[name] + 0.001 * p.grad.square()
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).reshape(8, 8) % 32]
+    told = TrainingArguments(
+        str(tmp_path), max_steps=STEPS, save_steps=STEPS, per_device_train_batch_size=2, weight_decay=0.1,
+        use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, told, train_dataset=rows, callbacks=[Watch()]).train()
+    made = tmp_path / f"checkpoint-{STEPS}"
+    assert [len(g["params"]) for g in torch.load(made / "optimizer.pt")["param_groups"]] == [10, 18]
+    second_moment(made, made / "optimizer.pt", tmp_path / "stats")
+    found = load_file(tmp_path / "stats" / "second_moment.safetensors")
+    assert set(found) == set(moments)
+    for name, value in moments.items():
+        assert torch.allclose(found[name], value / (1 - 0.999**STEPS), rtol=1e-4, atol=1e-14), name
+
+
+def test_groups_of_older_transformers(tmp_path: Path) -> None:
+    """They knew a norm by its class, and this one's not: all decay, and a group is empty."""
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "model")
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, {"params": [], "weight_decay": 0.0}])
+    wanted = trained(model, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    second_moment(folder, tmp_path / "optimizer.pt", tmp_path / "stats")
+    found = load_file(tmp_path / "stats" / "second_moment.safetensors")
+    assert all(torch.allclose(found[name], value, rtol=1e-5, atol=0) for name, value in wanted.items())
+
+
+def test_adafactors_rows_and_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its decay is 1 - step^-0.8, so that moments have no bias; matrices are products of row and column means."""
+    from transformers.optimization import Adafactor
+
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "model")
+    optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
+    trained(model, optimizer)
+    wanted = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        v = torch.zeros(p.shape, dtype=torch.float64)
+        for step in range(STEPS):
+            v += (noise(*p.shape, seed=100 * step + i).double().square() - v) * (step + 1) ** -0.8
+        wanted[name] = torch.outer(v.mean(1), v.mean(0)) / v.mean() if p.ndim == 2 else v
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    words = ["observe", str(folder), "--optimizer", str(tmp_path / "optimizer.pt"), "-o", str(tmp_path / "stats")]
+    assert main(words) == 0
+    assert "moments are as they were saved" not in capsys.readouterr().out
+    found = load_file(tmp_path / "stats" / "second_moment.safetensors")
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-12), name
+
+
 def test_numbers_without_names_are_refused(tmp_path: Path):
     model = tiny_llama()
     folder = saved(model, tmp_path / "model")

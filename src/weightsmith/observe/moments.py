@@ -4,7 +4,8 @@ Five forms are read: safetensors (`NAME` or `NAME.exp_avg_sq`), torch's optimize
 (distributed training), torch's numbered state (`optimizer.pt`), folders of torch.distributed.checkpoint, and
 DeepSpeed's universal checkpoints, which its `ds_to_universal.py` makes of ZeRO's shards.  Numbers have names only
 through the order in which the optimizer got the parameters: that of `param_names` where torch (2.6 or later) noted it,
-else that of the model's parameters, in one group or in transformers' two (decayed or not).
+else that of the model's parameters, in one group or in transformers' two (decayed or not; older versions
+know few norms, by their class).
 Whatever fits neither is refused.
 """
 
@@ -155,12 +156,14 @@ def _of_state(path: Path, state: Any, loaded: LoadedModel) -> dict[str, _Moment]
         raise SourceError(f"{path}: not an optimizer's state; expected the entries 'state' and 'param_groups'")
     groups = state.get("param_groups") or []
     names = _names(path, state["state"], groups, loaded)
-    betas = {n: group["betas"][1] for group in groups if "betas" in group for n in group.get("params", ())}
+    # Adafactor's decay is 1 - step^decay_rate, 0 at first: its moments have no bias.
+    betas = {n: group["betas"][1] if "betas" in group else 0.0
+             for group in groups if "betas" in group or "decay_rate" in group for n in group.get("params", ())}  # fmt: skip
     moments = {}
     for number, entry in state["state"].items():
-        if isinstance(entry, Mapping) and isinstance(entry.get(MOMENT), Tensor):
+        if (values := _values(entry)) is not None:
             step = entry.get("step")
-            moments[names[number]] = _Moment(entry[MOMENT], None if step is None else float(step), betas.get(number))
+            moments[names[number]] = _Moment(values, None if step is None else float(step), betas.get(number))
     if not moments:
         raise SourceError(f"{path}: no parameter has {MOMENT!r}; only Adam and its relatives keep second moments")
     return moments
@@ -188,23 +191,37 @@ def _distributed(path: Path) -> dict[str, Any]:
     """The optimizer's state in a folder of torch.distributed.checkpoint, as its state_dict was."""
     checkpoint = Checkpoint(path)
     state: dict[Any, dict[str, Any]] = {}
-    groups: dict[int, dict[str, Any]] = {}
+    groups: dict[Any, dict[str, Any]] = {}
     for full, (place, _, pieces) in checkpoint.tensors.items():
-        match [str(part) for part in place[:-2]], *place[-2:]:
-            case [*_, "state"], parameter, ("exp_avg_sq" | "step") as kind:
+        match _steps(place):
+            case [*_, "state", parameter, ("exp_avg_sq" | "exp_avg_sq_row" | "exp_avg_sq_col" | "step") as kind]:
                 whole = np.empty(checkpoint.shapes[full], np.dtype(f"u{DTYPES[checkpoint.tensors[full][1]].itemsize}"))
                 for piece in pieces:
                     spot = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.shape, strict=True))
                     whole[spot] = checkpoint.rows(full, piece, 0, piece.shape[0] if piece.shape else 1)
-                number = int(parameter) if str(parameter).isdecimal() else parameter  # torch saves keys as texts
-                state.setdefault(number, {})[kind] = bits_to_tensor(whole, checkpoint.tensors[full][1])
+                values = bits_to_tensor(whole, checkpoint.tensors[full][1])
+                state.setdefault(_number(parameter), {})[kind] = values
     for full, (place, _) in checkpoint.values.items():
-        match [str(part) for part in place[:-2]], *place[-2:]:
-            case [*_, "param_groups"], number, ("params" | "betas" | "param_names") as kind:
-                groups.setdefault(int(number), {})[kind] = checkpoint.value(full)
+        match _steps(place):
+            case [*_, "param_groups", number, ("params" | "betas" | "decay_rate" | "param_names") as what]:
+                entry = groups.setdefault(_number(number), {} if number.isdecimal() else {"params": [number]})
+                entry[what] = checkpoint.value(full)
     if not state:
         raise SourceError(f"{path}: the checkpoint has no optimizer's state with {MOMENT!r}; it was saved without one")
     return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}
+
+
+def _steps(place: Sequence[Any]) -> list[str]:
+    """The way to an entry; of a flattened state (`state.NAME.exp_avg_sq`, as torchtitan saves) that of the plain one."""
+    *way, last = map(str, place)
+    first, _, rest = last.partition(".")
+    name, _, kind = rest.rpartition(".")
+    return [*way, first, name, kind] if first in ("state", "param_groups") and name else [*way, last]
+
+
+def _number(key: str) -> int | str:
+    """A parameter's or group's number, which torch saves as a text; a name stays one."""
+    return int(key) if key.isdecimal() else key
 
 
 def _universal(zero: Path) -> dict[str, _Moment]:
@@ -253,7 +270,8 @@ def _names(
         pairs = [zip(g["params"], names, strict=True) for g, names in zip(groups, order, strict=True)]
         named = {number: name for pair in pairs for number, name in pair}
         shapes = {name: tuple(p.shape) for name, p in loaded.module.named_parameters()}
-        if all(number in named and _shape(entry) in (None, shapes[named[number]]) for number, entry in state.items()):
+        found = {number: _values(entry) for number, entry in state.items()}
+        if all(n in named and (v is None or tuple(v.shape) == shapes[named[n]]) for n, v in found.items()):
             return named
     raise SourceError(
         f"{path}: its {len(state)} states are numbered, and neither the order of {loaded.label}'s parameters nor "
@@ -265,16 +283,28 @@ def _orders(loaded: LoadedModel) -> Iterator[list[list[str]]]:
     """Ways in which trainers hand over the parameters: names by group."""
     names = [name for name, p in loaded.module.named_parameters() if p.requires_grad]
     yield [names]
-    if loaded.config is not None:
-        from transformers import Trainer
+    if loaded.config is None:
+        return
+    from transformers import Trainer
+    from transformers.trainer_pt_utils import get_parameter_names
 
-        decayed = set(Trainer.get_decay_parameter_names(None, loaded.module))
+    older = {n for n in get_parameter_names(loaded.module, [torch.nn.LayerNorm]) if "bias" not in n}
+    for decayed in (set(Trainer.get_decay_parameter_names(None, loaded.module)), older):
         yield [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
 
 
-def _shape(entry: Any) -> tuple[int, ...] | None:
-    values = entry.get(MOMENT) if isinstance(entry, Mapping) else None
-    return tuple(values.shape) if isinstance(values, Tensor) else None
+def _values(entry: Any) -> Tensor | None:
+    """The second moment in one parameter's state; Adafactor keeps means of rows and columns, whose product it is."""
+    if not isinstance(entry, Mapping):
+        return None
+    if isinstance(values := entry.get(MOMENT), Tensor):
+        return values
+    rows, columns = entry.get(f"{MOMENT}_row"), entry.get(f"{MOMENT}_col")
+    if not (isinstance(rows, Tensor) and isinstance(columns, Tensor)):
+        return None
+    rows, columns = rows.float(), columns.float()
+    shares = torch.where(rows > 0, rows / rows.mean(-1, keepdim=True), 0.0)
+    return shares[..., None] * columns[..., None, :]
 
 
 def _plain(found: Mapping[str, _Moment], loaded: LoadedModel) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ class Checkpoint:
                 if lies is None:
                     raise SourceError(f"{self.label}: {name!r}: the part at {list(offsets)} lies nowhere")
                 self._stored[name, offsets] = lies
-                pieces.append(Piece(where.file, offsets, sizes))
+                pieces.append(Piece(lies.file, offsets, sizes))
             held = fitted(name, pieces, self.label)
             whole = tuple(max(o + n for o, n in axis) for axis in zip(
                 *(list(zip(p.offsets, p.shape, strict=True)) for p in held), strict=True))  # fmt: skip
