@@ -15,6 +15,7 @@ import pytest
 
 from reliability.runs import digest, finish, state
 from reliability.trials import new_place
+from weightsmith.cli.main import _ends_cleanly
 from weightsmith.io.write.lock import holder
 
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -110,3 +111,19 @@ def test_a_run_in_one_process_lets_go_of_the_folder_when_its_end_fails(scenes, t
     assert digest(tmp_path / "out").keys()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 64  # files kept open for reading
+
+
+def test_a_request_to_end_that_python_drops_is_made_again() -> None:
+    """What is raised while a __del__ runs goes nowhere; libraries have many while they are imported."""
+
+    class Collected:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            sum(range(1000))  # the handler runs in here
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), _ends_cleanly():
+        Collected()
+        time.sleep(20)
+        raise AssertionError("it went on")
+    assert sys.unraisablehook is before

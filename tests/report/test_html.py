@@ -169,3 +169,10 @@ def test_the_name_of_an_axis_stands_beside_its_numbers() -> None:
         numbers = re.findall(r'<text x="([^"]*)" y="[^"]*" text-anchor="end">([^<]*)</text>', part)
         (name,) = re.findall(r"rotate\(-90 (\d+) ", part)
         assert int(name) + 3 <= min(float(x) - 7 * len(text) for x, text in numbers)
+
+
+def test_the_ends_of_a_scale_are_told_apart() -> None:
+    values = [[415.77, 416.31]]
+    drawn = figure(Heat("perplexity", ["0.2"], ["0.5", "1"], values, [["415.77", "416.31"]], BLUE, (415.77, 416.31)))
+    assert '<p class="axis">415.8 <i' in drawn
+    assert "416.3</p>" in drawn

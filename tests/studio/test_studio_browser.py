@@ -231,6 +231,29 @@ def test_twelve_experts_some_of_them_dragged(page: Page, server: Server) -> None
     expect(page.locator("#plan")).to_contain_text("merged by task_arithmetic")
 
 
+def test_a_row_of_models_is_dragged_onto_a_recipe_and_a_double_click_merges_once(page: Page, server: Server) -> None:
+    folder = server.folder
+    (folder / "drag.yaml").write_text("base: models/base\nmodels: {math: models/math}\nmethod: ties\n")
+    page.set_viewport_size({"width": 1280, "height": 1600})
+    page.goto(f"{server.home}/models")
+    (a, b) = (page.locator(one).bounding_box() for one in ('tr[data-path="models/code"]', '[data-drop="drag.yaml"]'))
+    assert a
+    assert b
+    page.mouse.move(a["x"] + 0.6 * a["width"], a["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(a["x"] + 0.6 * a["width"] + 10, a["y"] + 14, steps=3)
+    page.mouse.move(b["x"] + 10, b["y"] + 8, steps=6)
+    page.mouse.up()
+    page.wait_for_url("**/recipe?path=drag.yaml")
+    assert "code: models/code" in yaml(page)
+    ready(page)
+    page.fill("#out", "dragged")
+    page.dblclick("#run")
+    page.wait_for_url("**/run/*")
+    page.goto(f"{server.home}/run")
+    expect(page.locator("#jobs td.name", has_text="merge into dragged")).to_have_count(1)
+
+
 def tab_to(page: Page, selector: str, most: int = 150) -> None:
     """Press Tab until something has the focus."""
     for _ in range(most):

@@ -293,6 +293,7 @@ def test_unlike_models_have_no_figures_that_were_not_measured(
     for text in ("differs", "over the 6 tensors that both have", "4 tensors  only in models/deep"):
         assert text in pages["deep"]
     assert re.search(r"\d\.?\de-0\d%", pages["near"])
+    assert "None of one name and shape is in both" in pages["wide"]
 
 
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", "1e3", "²", "9" * 30, "101 "])

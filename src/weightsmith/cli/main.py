@@ -7,6 +7,7 @@ the signals that end a session or a machine: SIGTERM, SIGHUP).
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import os
@@ -165,18 +166,36 @@ def _run(action: Callable[[], int], debug: bool, words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _ends_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP act like Ctrl-C, unless somebody (nohup, a program around us) has other plans for them."""
+    """Let SIGTERM and SIGHUP act like Ctrl-C, unless somebody (nohup, a program around us) has other plans for them.
+
+    Python drops what is raised while a `__del__` runs, as many do while large libraries are imported: a request to end
+    that comes at such a moment is made again.
+    """
+    last = signal.SIGINT
+    before = sys.unraisablehook
 
     def stop(number: int, frame: object) -> None:
+        nonlocal last
+        last = signal.Signals(number)
         raise KeyboardInterrupt
+
+    def dropped(said: sys.UnraisableHookArgs) -> None:
+        if said.exc_type is KeyboardInterrupt:
+            again = threading.Timer(0.05, _thread.interrupt_main, (last,))
+            again.daemon = True
+            again.start()
+        else:
+            before(said)
 
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, stop)
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = before
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
 

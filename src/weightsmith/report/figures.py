@@ -162,14 +162,16 @@ def _legend(drawn: Heat) -> str:
     steps = [low + (high - low) * i / 8 for i in range(9)]
     colours = ", ".join(_colour(step, drawn) for step in steps)
     text = f" {escape(drawn.legend)}" if drawn.legend else ""
+    ends = [(_short(low, digits), _short(high, digits)) for digits in range(3, 8)]
+    first, end = next((pair for pair in ends if pair[0] != pair[1]), ends[0])  # 415.8 to 416.3 are not both 416
     return (
-        f'<p class="axis">{_short(low)} <i class="scale" style="background:linear-gradient(90deg, {colours})"></i> '
-        f"{_short(high)}{text}</p>"
+        f'<p class="axis">{first} <i class="scale" style="background:linear-gradient(90deg, {colours})"></i> '
+        f"{end}{text}</p>"
     )
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+def _short(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 # --- drawn for two widths ------------------------------------------------------------------------
