@@ -158,3 +158,14 @@ def test_an_evaluator_that_has_changed_is_run_anew(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(RecipeError, match="no such file"):
         run_once(file, "--evaluator")
+
+
+@pytest.mark.parametrize("command", ["--help", "methods"])
+def test_the_list_of_what_there_is_says_how_a_method_of_ones_own_comes_in(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command]) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert last.startswith("A method of your own is one Python file: --plugin FILE")
+    file = Path(__file__).parents[2] / last.removesuffix(".").split()[-1]
+    assert file.is_file()

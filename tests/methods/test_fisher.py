@@ -8,7 +8,12 @@ from driver import every, merge
 
 from kit import noise, refusal
 from weightsmith.core.errors import NumericError
+from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.source import MemorySource
+from weightsmith.jobs.merge import run
 from weightsmith.methods.fisher import Fisher
+from weightsmith.recipe.load import loads
 
 SHAPES = {"w": (5, 4), "b": (5,)}
 MODELS = {f"e{j}": {n: noise(*s, seed=10 * j + i) for i, (n, s) in enumerate(SHAPES.items())} for j in range(3)}
@@ -75,3 +80,18 @@ def test_bad_fishers_are_named():
     with pytest.raises(NumericError, match=r"w: the Fisher information of e0 has shape \[3, 4\]"):
         merged(short)
     assert refusal(Fisher(weight=0.0), 2, has_base=False) == "all weights are 0; give one model a positive weight"
+
+
+def test_what_is_excluded_has_no_part_in_the_norm(tmp_path):
+    """A huge Fisher information of an excluded tensor would change every weight of the others."""
+    models = {m: MemorySource(t, m) for m, t in MODELS.items()}
+    fishers = {m: {**f, "b": f["b"] * (1e6 if m == "e1" else 1)} for m, f in FISHERS.items()}
+    stats = {"fisher": {m: MemorySource(f, m) for m, f in fishers.items()}}
+    recipe = loads("models: {e0: m/a, e1: m/b, e2: m/c}\nmethod: {fisher: {floor: 0.0}}\nexclude: [b]")
+    run(recipe, tmp_path / "out", sources=Inputs(None, models, stats))
+    got = open_source(tmp_path / "out")
+    norms = [float(f["w"].double().norm()) for f in FISHERS.values()]
+    shares = [f["w"] / norm for f, norm in zip(FISHERS.values(), norms, strict=True)]
+    wanted = sum(s * m["w"] for s, m in zip(shares, MODELS.values(), strict=True)) / sum(shares)
+    assert torch.allclose(got.read("w"), wanted, atol=1e-6)
+    assert torch.equal(got.read("b"), MODELS["e0"]["b"])

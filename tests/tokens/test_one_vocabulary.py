@@ -211,3 +211,28 @@ def test_tokens_and_stops_of_experts_that_the_result_lacks_are_said(tmp_path: Pa
     )
     said = [str(w) for w in run(loads(recipe + "tokenizer: x\n", "r.yaml", folder=tmp_path), tmp_path / "two").warnings]
     assert not any("special tokens" in text for text in said)
+
+
+def test_a_fisher_information_follows_the_vocabulary(trio: Path) -> None:
+    """Each token's row is weighed by its own Fisher information; a row that one model alone has is that model's."""
+    weights, fishers = {}, {}
+    for name in ("x", "y"):
+        weights[name] = load_file(trio / name / "model.safetensors")
+        draw = torch.Generator().manual_seed(len(name) + ord(name))
+        fishers[name] = {n: torch.rand(t.shape, generator=draw) + 0.1 for n, t in weights[name].items()}
+        notes = {"weightsmith": json.dumps({"stat": "fisher", "examples": 1})}
+        save_file(fishers[name], trio / f"{name}.fisher.safetensors", notes)
+    found = merged(trio, """\
+base: base
+models: {x: {model: x, stats: x.fisher.safetensors}, y: {model: y, stats: y.fisher.safetensors}}
+method: {fisher: {normalize: false, floor: 0.0}}
+tokenizer: union
+exclude: [model.embed_tokens.weight]
+""")  # fmt: skip
+    (x, y), (fx, fy) = ([of[name][HEAD] for name in ("x", "y")] for of in (weights, fishers))
+    red = (fx[3] * x[3] + fy[4] * y[4]) / (fx[3] + fy[4])  # y calls it 4
+    assert torch.allclose(found[HEAD][3], red, atol=1e-6)
+    assert torch.allclose(found[HEAD][5], x[5], atol=1e-6)  # green, which y lacks
+    inner = "model.layers.0.mlp.up_proj.weight"
+    (x, y), (fx, fy) = ([of[name][inner] for name in ("x", "y")] for of in (weights, fishers))
+    assert torch.allclose(found[inner], (fx * x + fy * y) / (fx + fy), atol=1e-6)

@@ -128,6 +128,9 @@ def _help() -> int:
     lines = ["Usage: weightsmith COMMAND", "", _SUMMARY, ""]
     lines += [f"  {name:<{width}}  {text}" for name, text in rows.items()]
     lines += ["", '"weightsmith COMMAND --help" explains a command.']
+    lines += [
+        "A method of your own is one Python file: --plugin FILE (merge, plan, methods, ...); docs/howto/plugin.md."
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from weightsmith.core.errors import WeightsmithError, problems_of
 from weightsmith.core.problem import Code, Problem
 from weightsmith.io.read.source import Source
+from weightsmith.ops.moments import CALLED
 from weightsmith.recipe.schema import Tokenizer
 from weightsmith.tokens.layout import lay_out, read_rule
 from weightsmith.tokens.numbering import Numbering, special_numbers
-from weightsmith.tokens.view import RenumberedSource
+from weightsmith.tokens.view import RenumberedSource, RenumberedStatistic
 from weightsmith.tokens.vocabulary import (
     Vocabulary,
     read_tokens,
@@ -21,7 +22,7 @@ from weightsmith.tokens.vocabulary import (
     with_tokens,
 )
 
-__all__ = ["in_one_vocabulary"]
+__all__ = ["in_one_vocabulary", "statistics_in"]
 
 
 def in_one_vocabulary(wanted: Tokenizer, models: Mapping[str, Source]) -> tuple[Mapping[str, Source], list[Problem]]:
@@ -35,6 +36,18 @@ def in_one_vocabulary(wanted: Tokenizer, models: Mapping[str, Source]) -> tuple[
         return _renumbered(wanted, models), []
     except WeightsmithError as error:
         return models, [Problem(Code.TOKENIZER, one.where, f"tokenizer: {one.text}") for one in problems_of(error)]
+
+
+def statistics_in(
+    models: Mapping[str, Source], statistics: Mapping[str, Mapping[str, Source]]
+) -> dict[str, dict[str, Source]]:
+    """Statistic -> model -> source, those with a value per weight numbered as the models are now."""
+    made = {stat: dict(found) for stat, found in statistics.items()}
+    for stat in made.keys() & CALLED.keys():
+        for name, source in made[stat].items():
+            model = models.get(name)
+            made[stat][name] = RenumberedStatistic(source, model) if isinstance(model, RenumberedSource) else source
+    return made
 
 
 def _renumbered(wanted: Tokenizer, models: Mapping[str, Source]) -> Mapping[str, Source]:

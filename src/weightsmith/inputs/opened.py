@@ -125,16 +125,19 @@ def open_inputs(
         return replace(made, experts=kept, missing=lost, problems=(*made.problems, *problems_of(error)))
     models: Mapping[str, Source] = untied(whole, lambda name: _matches(name, recipe.exclude))
     problems: list[Problem] = []
+    stats = made.stats
     if not made.missing:  # of those that are there alone, the vocabulary would be another
         models = merged_with_modules(models)
     if not made.missing and recipe.tokenizer is not None:
-        from weightsmith.inputs.one_vocabulary import in_one_vocabulary
+        from weightsmith.inputs.one_vocabulary import in_one_vocabulary, statistics_in
 
         models, problems = in_one_vocabulary(recipe.tokenizer, models)
+        stats = statistics_in(models, made.stats)
     return replace(
         made,
         base=None if made.base is None else models["base"],
         experts={name: models[name] for name in made.experts},
+        stats=stats,
         problems=(*made.problems, *problems),
     )
 

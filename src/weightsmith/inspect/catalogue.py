@@ -143,7 +143,8 @@ def listing(every: Sequence[Mapping[str, Any]]) -> str:
     for purpose, members in by_purpose(every).items():
         lines += [purpose, *(f"  {one['name']:<{width}}  {one['summary']}" for one in members), ""]
     lines += [f"Names of pipelines: {', '.join(PIPELINES)}.", ""]
-    return "\n".join([*lines, '"weightsmith methods NAME" explains one and lists its parameters.'])
+    lines.append('"weightsmith methods NAME" explains one and lists its parameters.')
+    return "\n".join([*lines, "A method of your own is one Python file: --plugin FILE; docs/howto/plugin.md."])
 
 
 def explain(found: Mapping[str, Any]) -> str:

@@ -27,7 +27,8 @@ class Fisher(Method, name="fisher", needs=("fisher",), checks=(some_weight,)):
 
     Result: sum_i a_i F_i x_i / sum_i a_i F_i.
     F_i is the diagonal Fisher information (statistic "fisher", >= 0) plus a floor; a_i = w_i / (|F_i|_2 + floor)
-    with the norm over the whole model, or w_i without `normalize`.
+    with the norm over all tensors that this method merges (what `exclude` or another rule takes has no part in it),
+    or w_i without `normalize`.
 
     floor_mode  add: F + floor (the PyTorch ports); max: max(F, floor); max_target: max(F, floor) for the first
                 model only (the authors' code), so that it wins where all Fishers vanish.

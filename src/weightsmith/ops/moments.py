@@ -15,9 +15,10 @@ from weightsmith.ops.spectral import top_svd
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["curvature", "low_rank", "product", "rank_one"]
+__all__ = ["CALLED", "curvature", "low_rank", "product", "rank_one"]
 
 CALLED = {"fisher": "Fisher information", "second_moment": "second moment"}
+"""The statistics with a value per weight, in words."""
 
 
 def curvature(site: Site, statistic: str) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from weightsmith.tokens.numbering import Numbering
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RenumberedSource", "VocabularyView", "gather"]
+__all__ = ["RenumberedSource", "RenumberedStatistic", "VocabularyView", "gather"]
 
 _BRIDGE = 16
 """Rows read for nothing where that saves starting another read."""
@@ -144,6 +144,29 @@ class RenumberedSource(VocabularyView):
         for part in (self.layout.own, self.layout.fallback, self.layout.zero):
             digest.update(np.ascontiguousarray(part).tobytes())
         return {"vocabulary": digest.hexdigest(), "source": self.source.fingerprint()}
+
+
+class RenumberedStatistic(VocabularyView):
+    """A statistic with a value per weight (a Fisher information), laid out as `model` is.
+
+    What stands in for a row that the model lacks was not measured: 0, so that the models that have the row decide.
+    """
+
+    def __init__(self, source: Source, model: RenumberedSource) -> None:
+        alike = [n for n in model.tokens if n in source.keys and source.keys[n].shape == model.source.key(n).shape]
+        super().__init__(source, alike, model.layout.rows, None)
+        self._own = model.layout.own[model.layout.models.index(model.model)]
+
+    def rows_of(self, name: str, start: int, stop: int) -> Tensor:
+        own = self._own[start:stop]
+        out = torch.zeros((own.size, *self.key(name).shape[1:]), dtype=torch.float32)
+        if (here := own >= 0).any():
+            out[torch.from_numpy(here)] = gather(self.source, name, own[here]).float()
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        rows = hashlib.sha256(np.ascontiguousarray(self._own).tobytes()).hexdigest()
+        return {"vocabulary": rows, "source": self.source.fingerprint()}
 
 
 def gather(source: Source, name: str, rows: np.ndarray) -> Tensor:
