@@ -144,3 +144,10 @@ def test_the_verb_draws_a_tree(family: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert main(["lineage", str(family / "sweep"), "--json"]) == 0
     assert sorted(json.loads(capsys.readouterr().out)) == ["t=0.1", "t=0.2"]
+
+
+def test_what_has_no_method_has_no_brackets_for_it(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"models": {"model": {"model": str(family / "a")}}, "lock": {"key": "1f"}}
+    manifest = {"kind": "lock", "recipe": recipe, "inputs": {}, "weightsmith": "1"}
+    monkeypatch.setattr("weightsmith.inspect.ancestry.read_manifest", lambda folder: manifest)
+    assert tree_lines(ancestry(family / "first"))[0] == f"{family / 'first'} (lock; weightsmith 1)"

@@ -12,6 +12,7 @@ import torch
 from harness_toy import CHOICES, language_model
 
 from weightsmith.core.errors import NumericError, RecipeError, SourceError
+from weightsmith.study.evaluate import function
 from weightsmith.study.evaluators import svg_tasks
 from weightsmith.study.evaluators.code_tasks import code, pass_at_k, passes
 from weightsmith.study.evaluators.embeddings import embed, retrieval, spearman, sts
@@ -409,3 +410,18 @@ def test_every_evaluator_has_its_function(folder: Path, tmp_path: Path) -> None:
         assert callable(_built_in(kind))
     with pytest.raises(RecipeError, match="no environment of lm_eval is named"):
         measure(subject(folder), "lm_eval", None, "t", {})
+
+
+def test_a_function_of_the_users_shows_no_progress_bars_of_transformers(tmp_path: Path) -> None:
+    """Also of a transformers that it imports itself; afterwards they are as they were."""
+    (tmp_path / "mine.py").write_text(
+        "def scores(model, split):\n"
+        "    from huggingface_hub.utils.tqdm import are_progress_bars_disabled\n"
+        "    from transformers.utils import logging\n"
+        "    return {'hidden': float(are_progress_bars_disabled() and not logging.is_progress_bar_enabled())}\n"
+    )
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    assert function(tmp_path / "mine.py", {})(tmp_path, "test") == {"hidden": 1.0}
+    assert logging.is_progress_bar_enabled() == shown

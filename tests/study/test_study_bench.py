@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from toy_family import EVALUATOR, STUDY, calls, make
+from toy_family import EVALUATOR, STUDY, calls, make, save
 
 from weightsmith.cli.main import main
 from weightsmith.core.errors import NumericError, OutputError
@@ -16,7 +17,7 @@ from weightsmith.io.write.lock import FolderLock
 from weightsmith.study import run
 from weightsmith.study.bench import Result, bench
 from weightsmith.study.schema import load_study
-from weightsmith.study.show import in_words
+from weightsmith.study.show import in_words, main_table
 
 Captured = pytest.CaptureFixture[str]
 
@@ -243,3 +244,14 @@ def _tensors(file: Path) -> list[Any]:
     from safetensors.numpy import load_file
 
     return list(load_file(file).values())
+
+
+def test_an_expert_below_the_base_on_its_own_task_is_flagged(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path)
+    save(tmp_path / "red.safetensors", np.full(24, 99.0))
+    result = measured(tmp_path, tmp_path / "out", methods=["average"])
+    assert {row.name: row.flags for row in result.rows if row.flags} == {"expert red": ("worse than the base on red",)}
+    assert in_words(result)[0] == "expert red is worse than the base on red: its share there says little"
+    table = main_table(result)
+    assert [row["name"] for row in table.rows][1:3] == ["expert red †", "expert green"]
+    assert "† expert red: worse than the base on red" in table.notes

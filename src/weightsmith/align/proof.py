@@ -30,7 +30,7 @@ from weightsmith.core.symmetry import SymmetryGroup, identity, permute
 from weightsmith.io.read.experts import packed_like_memory
 from weightsmith.io.read.folder import FolderSource
 from weightsmith.io.read.layers import config_of, cut_config
-from weightsmith.io.read.shell import quiet
+from weightsmith.io.read.shell import no_bars, quiet
 from weightsmith.io.read.small import parse_json
 from weightsmith.io.read.source import Source
 from weightsmith.io.read.views import block_counts
@@ -220,24 +220,13 @@ class SmallModel:
         except ModuleNotFoundError:
             raise MissingExtra("transformers", "models", "proving a permutation") from None
         try:
-            with quiet(transformers), _no_bars(transformers.utils.logging):
+            with quiet(transformers), no_bars():
                 yield
         except Exception as error:
             if isinstance(error, SourceError):
                 raise
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise SourceError(f"{self.label}: no small model can be built to prove permutations on: {said}") from error
-
-
-@contextmanager
-def _no_bars(logging: Any) -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _built(config: dict[str, Any]) -> Any:

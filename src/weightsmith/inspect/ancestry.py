@@ -177,7 +177,7 @@ def _how(recipe: Mapping[str, Any]) -> str:
     common = recipe.get("parameters") or {}
     stages = recipe.get("method") or ()
     words = []
-    for i, stage in enumerate(stages if isinstance(stages, list) else [stages]):
+    for i, stage in enumerate(stages if isinstance(stages, (list, tuple)) else [stages]):
         name = stage.get("name", "?") if isinstance(stage, dict) else str(stage)
         own = {**(stage.get("parameters") or {} if isinstance(stage, dict) else {}), **(common if i == 0 else {})}
         words.append(name + (f"({', '.join(f'{k}={_short(v)}' for k, v in own.items())})" if own else ""))

@@ -6,7 +6,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from weightsmith.recipe.text import dumps
 from weightsmith.study.cache import Ledger
 from weightsmith.study.evaluate import digest, scorer
 from weightsmith.study.figures import Reference, Scores
+from weightsmith.study.flags import flags
 from weightsmith.study.grids import edges, left_alone
 from weightsmith.study.orderings import Verdict, compare
 from weightsmith.study.run import (
@@ -53,7 +54,7 @@ class Row:
     forgetting       points lost against the base, on the guards if there are any
     defaults         `normalised` of the same method with what was searched left alone
     edges            parameters whose chosen value lies at the edge of what was tried
-    moved            of an expert: |expert - base| / |base|
+    moved            of an expert: |expert - base| / |base|;  flags: what the reader must know of it
     seconds          wall time of one merge; cpu_seconds: its processor time over all threads
     tuning_seconds   wall time of all merges and evaluations on validation data, all studies together
     peak_bytes       memory of the merge, as planned
@@ -73,6 +74,7 @@ class Row:
     recipe: str = ""
     defaults: float | None = None
     edges: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     seconds: float | None = None
     cpu_seconds: float | None = None
     tuning_seconds: float | None = None
@@ -206,7 +208,9 @@ def _result(
     rows = [line(BASE, "base", [bench.model(BASE, "test") for bench in benches])]
     for task in study.tasks:
         moved = mean(bench.moved(task) for bench in benches)
-        rows.append(line(f"expert {task}", "expert", [b.model(task, "test") for b in benches], moved=moved))
+        expert = line(f"expert {task}", "expert", [b.model(task, "test") for b in benches], moved=moved)
+        lost = [task] if against[0].better(rows[0].tasks[task], expert.tasks[task]) else []
+        rows.append(replace(expert, flags=flags(lost)))
     if all(bench.study.joint for bench in benches):
         rows.append(line("joint training", JOINT, [bench.model(JOINT, "test") for bench in benches]))
     counter.step((len(study.tasks) + 2) * len(benches))

@@ -97,6 +97,8 @@ def scorer(study: Study, evaluator: Path | None, device: str = "auto") -> Scorer
 
 def function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, str], Any]:
     """(model, split) -> what scores() of a file gives, which is run now; RecipeError says where it fails."""
+    from weightsmith.io.read.shell import no_bars
+
     module = run_once(evaluator, _OPTION)
     scores = getattr(module, "scores", None)
     if not callable(scores):
@@ -105,7 +107,7 @@ def function(evaluator: Path, arguments: Mapping[str, Any]) -> Callable[[Path, s
 
     def score(model: Path, split: str) -> Any:
         try:
-            with redirect_stdout(sys.stderr):  # what it prints is no part of a report in JSON
+            with redirect_stdout(sys.stderr), no_bars():  # what it prints is no part of a report in JSON
                 return scores(model, split, **arguments)
         except WeightsmithError:
             raise

@@ -10,6 +10,7 @@ from weightsmith.report.heat import heat_map
 from weightsmith.report.html import Section, Text, page
 from weightsmith.report.picture import Bar, Panel, bars
 from weightsmith.report.table import Column, Table, markdown
+from weightsmith.study import flags as flagged
 from weightsmith.study.bench import Result, Row
 from weightsmith.study.orderings import Verdict
 
@@ -63,6 +64,7 @@ def main_table(result: Result) -> Table:
         f"Gain kept: (model - base) / (expert - base), mean over the tasks. Forgetting: points lost against the base "
         f"{forgotten}." + (f" Means over {len(result.studies)} repetitions." if repeated else "")
     ]
+    notes += flagged.notes(result.rows)
     if result.without_gain:
         notes.append(f"No part of the gain kept, since the expert hardly gained: {', '.join(result.without_gain)}.")
     return Table(result.title, columns, [_record(row) for row in rows], notes, "kind", _best(rows))
@@ -155,7 +157,7 @@ def _record(row: Row) -> dict[str, Any]:
     by_task = {f"task {task}": score for task, score in row.tasks.items()}
     guards = {f"guard {guard}": score for guard, score in row.guards.items()}
     megabytes = None if row.peak_bytes is None else row.peak_bytes / 1e6
-    return {**vars(row), **by_task, **guards, "megabytes": megabytes}
+    return {**vars(row), "name": flagged.marked(row), **by_task, **guards, "megabytes": megabytes}
 
 
 def _best(rows: Sequence[Row]) -> frozenset[int]:
@@ -167,13 +169,13 @@ def _best(rows: Sequence[Row]) -> frozenset[int]:
 
 def in_words(result: Result) -> list[str]:
     """What the figures say, a sentence each."""
-    merges = ranked(result)
+    merges, warned = ranked(result), flagged.in_a_sentence(result.rows)
     if not merges:
-        return ["no merge was made"]
+        return [*warned, "no merge was made"]
     first, base = merges[0], result.rows[0]
     sign = 1 if result.higher_is_better else -1
     above = [row for row in merges if sign * (row.score - base.score) > 0]
-    said = [f"best merge: {first.name}" + (f" ({first.chosen})" if first.chosen else "") + _share(first)]
+    said = [*warned, f"best merge: {first.name}" + (f" ({first.chosen})" if first.chosen else "") + _share(first)]
     said.append(f"{len(above)} of {len(merges)} merges are better than the base on average")
     said += [_chain_in_words(verdict) for verdict in result.verdicts]
     least = base.normalised or 0.0

@@ -11,6 +11,7 @@ from weightsmith.report.figures import Bars, LabelledBar
 from weightsmith.report.html import Section, Text, page
 from weightsmith.report.pareto import Panel, Picker
 from weightsmith.report.table import Column, Table, markdown
+from weightsmith.study import flags as flagged
 from weightsmith.study.suite_lab import Cost
 from weightsmith.study.suite_table import SuiteRow, TableResult
 
@@ -30,7 +31,7 @@ def _record(row: SuiteRow, cost: Cost) -> dict[str, Any]:
     figures = row.figures
     sum_versus = row.versus.get("base")
     return {
-        "name": row.name + (" =" if row.tied else "") + (" †" if row.flags else ""),
+        "name": flagged.marked(row, " =" if row.tied else ""),
         "kind": row.kind,
         "figure": figures.figure,
         "mean": figures.mean,
@@ -98,8 +99,7 @@ def main_table(result: TableResult) -> Table:
         "=: cannot be told from the best merge (paired bootstrap over examples, 10,000 draws, seed 0; what models are "
         "divided by is held fixed).",
     ]
-    notes += [f"† {row.name}: {', '.join(row.flags)}" for row in result.rows if row.flags]
-    notes += result.warnings
+    notes += [*flagged.notes(result.rows), *result.warnings]
     return Table(result.title, columns, _records(result), notes, "kind", _strong(ranked(result)))
 
 
@@ -190,7 +190,7 @@ def in_words(result: TableResult) -> list[str]:
     """What the figures say, a sentence each."""
     merges = [row for row in ranked(result) if row.kind == "merge"]
     said = list(result.warnings)
-    said += [f"{row.name} is {', '.join(row.flags)}: its share there says little" for row in result.rows if row.flags]
+    said += flagged.in_a_sentence(result.rows)
     if not merges:
         return [*said, "no merge was made"]
     first = merges[0]

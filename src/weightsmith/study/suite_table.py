@@ -12,6 +12,7 @@ from weightsmith.io.disk import write_file
 from weightsmith.recipe.text import dumps
 from weightsmith.study.bench import file_name
 from weightsmith.study.bootstrap import Resampled, resample
+from weightsmith.study.flags import flags
 from weightsmith.study.grids import Candidate
 from weightsmith.study.run import BASE
 from weightsmith.study.scoring import Figures, Scale
@@ -222,7 +223,7 @@ def _rows(
                 and kind == "merge"
                 and drawn is not None
                 and drawn.versus(name, top).tied,
-                flags=tuple(f"worse than the base on {domain}" for domain in lost),
+                flags=flags(lost),
                 metrics={
                     b.name: more
                     for b in tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import Any
 
 from weightsmith.core.lazy import torch
 
-__all__ = ["Shell", "made", "quiet", "shell_of"]
+__all__ = ["Shell", "made", "no_bars", "quiet", "shell_of"]
 
 
 class Shell:
@@ -113,3 +114,27 @@ def quiet(transformers: Any) -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers and of the hub's client, also where they are imported inside."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is False  # by the environment, which nothing overrides
+    hub = not asked_for and not are_progress_bars_disabled()
+    before = sys.modules.get("transformers.utils.logging")
+    shown = before.is_progress_bar_enabled() if before is not None else hub
+    if hub:
+        disable_progress_bars()
+    if before is not None:
+        before.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hub:
+            enable_progress_bars()
+        after = sys.modules.get("transformers.utils.logging")
+        if after is not None and shown:
+            after.enable_progress_bar()
