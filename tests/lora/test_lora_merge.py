@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft_models import Maker, adapter, deltas, gpt2, llama, loaded, logits, quiet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kit import texts
 from weightsmith import lora
+from weightsmith.core.errors import SourceError
 from weightsmith.io.package.manifest import verify_folder
+from weightsmith.io.read.lora import not_saved
 from weightsmith.io.read.lora_files import read_adapter
+from weightsmith.io.read.open import open_source
+from weightsmith.io.read.peft import AdapterSource
 from weightsmith.lora.rules import KINDS
 
 WEIGHTS = (0.7, -0.5, 0.3)
@@ -284,3 +288,32 @@ def test_peft_loads_a_convolution_in_groups(method: str, tmp_path: Path) -> None
         "convolution in 2 groups: of rank 2" in text
         for text in texts(lora.resize(paths["a1"], tmp_path / "again_", rank=1).warnings)
     )
+
+
+def test_a_module_that_is_said_to_be_kept_and_is_not_in_the_file(tmp_path: Path) -> None:
+    """Peft 0.21.2 ends with a KeyError; 'score' beside 'classifier' is its own default for classifiers."""
+    make = adapter(tmp_path / "a", llama, 1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    llama().save_pretrained(tmp_path / "base")
+    file = make / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}
+    save_file(kept, file, {"format": "pt"})
+    said = "modules_to_save names 'lm_head', but the file holds no tensor of it: peft cannot load"
+    assert [text.startswith(said) for text in read_adapter(make).says] == [True]
+    with pytest.raises(SourceError, match=r"but the file holds no tensor of it: peft cannot load it either; save the"):
+        AdapterSource(make, open_source(tmp_path / "base"))
+    with pytest.raises(KeyError):
+        loaded(llama, {"a": make})
+    assert not_saved({"modules_to_save": ["classifier", "score"]}, ["classifier.weight"]) == []
+    assert not_saved({"modules_to_save": ["dense"]}, ["x.dense.weight"]) == []
+
+
+def test_what_several_tensors_have_in_common_is_one_warning(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    one = adapter(tmp_path / "one", llama, 1, **config, modules_to_save=["lm_head", "norm"])
+    two = adapter(tmp_path / "two", llama, 2, **config)
+    said = [warning.text for warning in lora.merge({"one": one, "two": two}, "svd", tmp_path / "out").warnings]
+    (kept,) = [text for text in said if "kept in full" in text]
+    assert kept == (
+        "6 tensors (lm_head.weight, model.layers.0.input_layernorm.weight, ...) are kept in full by one alone: copied, whatever the weights"
+    )
+    assert len(set(said)) == len(said)

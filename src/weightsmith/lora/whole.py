@@ -9,6 +9,7 @@ import numpy as np
 
 from weightsmith.core.errors import PlanError, SourceError
 from weightsmith.core.lazy import torch
+from weightsmith.core.problem import Tensors
 from weightsmith.io.read.lora import Adapter
 from weightsmith.lora.compare import Adapters
 from weightsmith.ops.combine import weighted_sum
@@ -25,7 +26,7 @@ Stored = dict[str, tuple["Tensor", str]]
 def whole_tensors(adapters: Adapters, weights: Sequence[float], *, averaged: bool) -> tuple[Stored, list[str]]:
     """Tensors that adapters keep in full (modules_to_save, trained biases), and what there is to say."""
     found: Stored = {}
-    notes: list[str] = []
+    alone: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for adapter in adapters.values() for name in adapter.whole):
         who = {label: adapter for label, adapter in adapters.items() if name in adapter.whole}
         (label, first), *others = who.items()
@@ -33,7 +34,7 @@ def whole_tensors(adapters: Adapters, weights: Sequence[float], *, averaged: boo
         if all(_same(first, other, name) for _, other in others):
             found[stored] = first.tensor(name), f"copied from {label}"
             if len(who) < len(adapters):
-                notes.append(f"{name} is kept in full by {', '.join(who)} alone: copied, whatever the weights")
+                alone.setdefault(", ".join(who), []).append(name)
         elif averaged:
             own = [w for w, label in zip(weights, adapters, strict=True) if label in who]
             found[stored] = _mean([adapter.tensor(name) for adapter in who.values()], own, name), "weighted mean"
@@ -42,7 +43,11 @@ def whole_tensors(adapters: Adapters, weights: Sequence[float], *, averaged: boo
                 f"{name} is kept in full (modules_to_save or a trained bias) by {', '.join(who)}, differently; set the "
                 "parameter saved: average for their weighted mean"
             ])  # fmt: skip
-    return found, notes
+    return found, [
+        f"{those} {those['is|are']} kept in full by {who} alone: copied, whatever the weights"
+        for who, names in alone.items()
+        for those in [Tensors(names)]
+    ]
 
 
 def token_rows(

@@ -232,7 +232,7 @@ class Writer:
             modules=tuple(self._reports),
             saved=tuple(saved),
             sizes={key.name: key.nbytes for key in self._keys if key.name in self._whole},
-            warnings=tuple(told(Code.ADAPTER, warnings)),
+            warnings=tuple(told(Code.ADAPTER, dict.fromkeys(warnings))),
             weights=weights or {},
         )
 

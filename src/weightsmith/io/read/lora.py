@@ -38,7 +38,9 @@ from weightsmith.ops.lowrank import Factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ORDER", "PREFIX", "Adapter", "Module", "TokenRows", "parameter_name", "read_peft"]
+__all__ = [
+    "NOT_SAVED", "ORDER", "PREFIX", "Adapter", "Module", "TokenRows", "not_saved", "parameter_name", "read_peft",
+]  # fmt: skip
 
 PREFIX = "base_model.model."
 
@@ -175,7 +177,23 @@ def read_peft(folder: Path, file: Source | None = None, label: str = "") -> Adap
     fused = _fused(config, parts, label)
     modules = {name: _module(config, file, label, name, own, fused.get(name, "")) for name, own in parts.items()}
     ranks = {parameter_name(name, module.parameter): module.rank for name, module in modules.items()}
-    return Adapter(label, folder, file, config, modules, whole, rows, says=tuple(ambiguous(config, ranks)))
+    says = [*ambiguous(config, ranks), *(f"{NOT_SAVED.format(name)} {_UNLESS}" for name in not_saved(config, whole))]
+    return Adapter(label, folder, file, config, modules, whole, rows, says=tuple(says))
+
+
+NOT_SAVED = "modules_to_save names {!r}, but the file holds no tensor of it:"
+_UNLESS = "peft cannot load the adapter on a base with such a module, and what was trained of it is not in the result"
+_EITHER = {"classifier", "score"}
+"""Peft lists both for a classifier, of which one kind of model has one."""
+
+
+def not_saved(config: Mapping[str, Any], whole: Iterable[str]) -> list[str]:
+    """The modules that an adapter says it keeps in full, of which its file has no tensor."""
+    named = config.get("modules_to_save") or ()
+    modules = [name.rpartition(".")[0] for name in whole]
+    found = {str(name) for name in named if any(module.endswith(str(name)) for module in modules)}
+    done = found | (_EITHER if found & _EITHER else set())
+    return [str(name) for name in named if str(name) not in done]
 
 
 def parameter_name(module: str, parameter: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.errors import some
+from weightsmith.core.errors import SourceError, some
 from weightsmith.core.keys import Key
 from weightsmith.core.lazy import torch
 from weightsmith.io.read.changes import Change, Changes
@@ -23,7 +23,7 @@ from weightsmith.io.read.experts import laid_out_for
 from weightsmith.io.read.fitting import fitted
 from weightsmith.io.read.headed import headed_config, untrained
 from weightsmith.io.read.layers import config_of
-from weightsmith.io.read.lora import Adapter
+from weightsmith.io.read.lora import NOT_SAVED, Adapter, not_saved
 from weightsmith.io.read.mlx_lora import read_folder
 from weightsmith.io.read.source import Block, LowRank, Origin, Source
 from weightsmith.io.read.svfit import Singular, SpectralSource
@@ -51,6 +51,11 @@ class AdapterSource(View):
         self.path = self.adapter.path
         self.base = base = laid_out_for(base, (*self.adapter.modules, *self.adapter.whole))
         self._file = self.adapter.file
+        modules = [name.rpartition(".")[0] for name in (*base.keys, *base.aliases)]
+        for name in not_saved(self.adapter.config, self.adapter.whole):
+            if any(module.endswith(name) for module in modules):
+                raise SourceError(f"{self.adapter.label}: {NOT_SAVED.format(name)} peft cannot load it either; save "
+                                  f"the adapter anew, or take {name!r} out of its configuration")  # fmt: skip
         found = fitted(self.adapter, base)
         remarks = (*found.says, *filter(None, [other_base(self.adapter.config, base.origin)]))
         own = Origin(self.adapter.label, locations=(self.path, *self._file.origin.locations), remarks=remarks)
