@@ -30,7 +30,6 @@ from weightsmith.search.run import prepared
 from weightsmith.search.schema import SearchFile
 from weightsmith.search.score import Scorer
 
-
 FEW = 21
 """Candidates of the search that loads the libraries: as many as `map` needs."""
 

@@ -314,6 +314,7 @@ def test_what_several_tensors_have_in_common_is_one_warning(tmp_path: Path) -> N
     said = [warning.text for warning in lora.merge({"one": one, "two": two}, "svd", tmp_path / "out").warnings]
     (kept,) = [text for text in said if "kept in full" in text]
     assert kept == (
-        "6 tensors (lm_head.weight, model.layers.0.input_layernorm.weight, ...) are kept in full by one alone: copied, whatever the weights"
+        "6 tensors (lm_head.weight, model.layers.0.input_layernorm.weight, ...) are kept in full by one alone: "
+        "copied, whatever the weights"
     )
     assert len(set(said)) == len(said)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.engine.carry import carry_out
 from weightsmith.inputs.opened import Inputs
+from weightsmith.io.read.peft import AdapterSource
 from weightsmith.io.read.source import MemorySource
 from weightsmith.io.write.sink import MemorySink
 from weightsmith.plan.plan import make_plan
+from weightsmith.plan.room import PYTHON, TORCH
 from weightsmith.recipe.resolve import ramp
 from weightsmith.recipe.schema import Recipe
 
@@ -170,3 +174,19 @@ def test_empty_tensors_are_copied(method: str) -> None:
     empty = torch.zeros(0, 3)
     merged = merge({"method": method}, base=model(0, none=empty), a=model(1, none=empty.clone()))
     assert merged["none"].shape == (0, 3)
+
+
+def test_small_adapters_take_little_memory_beside_the_process(tmp_path: Path) -> None:
+    """What allocators hold is of large tensors only: it is not counted, times what adapters calculate, for small ones."""
+    base = MemorySource({"layers.0.q_proj.weight": torch.ones(16, 16)}, "base")
+    pair = {part: torch.ones(shape) for part, shape in (("lora_A", (2, 16)), ("lora_B", (16, 2)))}
+    (tmp_path / "a").mkdir()
+    save_file(
+        {f"base_model.model.layers.0.q_proj.{part}.weight": tensor for part, tensor in pair.items()},
+        tmp_path / "a" / "adapter_model.safetensors",
+    )
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    recipe = Recipe.model_validate({"base": "base", "models": {"a": "a", "b": "b"}, "method": "task_arithmetic"})
+    adapters = {name: AdapterSource(tmp_path / "a", base) for name in ("a", "b")}
+    plan = make_plan(recipe, sources=Inputs(base, adapters), threads=2)
+    assert PYTHON + TORCH < plan.peak_bytes < 1.02 * (PYTHON + TORCH)

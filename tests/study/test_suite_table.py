@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from suite_toy import PROGRAM, RUN, TASKS, calls, make
+from suite_toy import PROGRAM, RUN, calls, make
 
 from weightsmith.cli.main import main
 from weightsmith.core.errors import NumericError, RecipeError

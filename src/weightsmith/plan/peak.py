@@ -15,6 +15,9 @@ HELD, HELD_WHOLE = 22_000_000, 30_000_000
 """Bytes that torch's and Python's allocators hold beside what is in use (measured: 3 to 22 MB per thread), and where
 whole tensors are worked on: decompositions leave holes between blocks of many sizes."""
 
+FEW = 4
+"""What they hold is no more than so many times what is in use: of small tensors next to nothing (measured)."""
+
 HISTOGRAM = 1 << 19
 """Bytes of the counts of 65536 values."""
 
@@ -29,9 +32,14 @@ def task_peak(
     block = block or block_size(count + has_base)
     if pipeline is None:
         return 2 * min(rows * key.row_numel, max(block, key.row_numel)) * 8
-    numel, allocator = rows * key.row_numel, HELD_WHOLE
+    used = _used(key, rows, count, has_base, pipeline, block)
+    return used + min(HELD if pipeline.grain is Grain.ELEMENT else HELD_WHOLE, FEW * used)
+
+
+def _used(key: Key, rows: int, count: int, has_base: bool, pipeline: Pipeline, block: int) -> int:
+    """What is in use, without what allocators hold beside it."""
+    numel = rows * key.row_numel
     if pipeline.grain is Grain.ELEMENT:
-        allocator = HELD
         numel = min(numel, row_step(key, block, _spans(key, pipeline)) * key.row_numel)
     width = 8 if key.dtype == "float64" else 4
     columns = max(key.row_numel, 1)
@@ -39,7 +47,7 @@ def task_peak(
     found = measured(pipeline, rows, count, sets=3)
     work = scratch(pipeline, count + has_base, -(-numel // columns), columns, width)
     result = 2 if pipeline.codec is None else 1  # a codec's parts are small, or counted by it
-    return allocator + max(found, work) + (held + result) * numel * width
+    return max(found, work) + (held + result) * numel * width
 
 
 def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
@@ -65,7 +73,9 @@ def kernel_peak(key: Key, rows: int, stored: int, count: int, has_base: bool, pi
 
 def group_peak(keys: Sequence[Key], units: int, count: int, has_base: bool, pipeline: Pipeline) -> int:
     """The same for all tensors of a group, and of what its method makes of pairs of its units."""
-    whole = sum(task_peak(key, key.rows, count, has_base, pipeline) - HELD_WHOLE for key in keys) + HELD_WHOLE
+    block = block_size(count + has_base)
+    used = sum(_used(key, key.rows, count, has_base, pipeline, block) for key in keys)
+    whole = used + min(HELD_WHOLE, FEW * used)
     square = max(costs.square * (costs.side == "units") for costs in map(costs_of, pipeline.stages))
     return whole + int(square * 4 * units**2)
 
