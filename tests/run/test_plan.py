@@ -177,7 +177,7 @@ def test_empty_tensors_are_copied(method: str) -> None:
 
 
 def test_small_adapters_take_little_memory_beside_the_process(tmp_path: Path) -> None:
-    """What allocators hold is of large tensors only: it is not counted, times what adapters calculate, for small ones."""
+    """What allocators hold beside what is in use is of large tensors only."""
     base = MemorySource({"layers.0.q_proj.weight": torch.ones(16, 16)}, "base")
     pair = {part: torch.ones(shape) for part, shape in (("lora_A", (2, 16)), ("lora_B", (16, 2)))}
     (tmp_path / "a").mkdir()
