@@ -137,7 +137,7 @@ def test_a_grid_is_one_merge_and_a_table(studio: tuple[TestClient, Path]) -> Non
 @pytest.mark.parametrize(
     ("values", "message"),
     [("0.5", "several values"), ("0.1,,0.2", "an empty value"), (",".join(map(str, range(70))), "at most 64"),
-     ("1, 1", "would be called"), ("0.5, x", "is no number; it takes (-inf, inf)")],
+     ("1, 1", "would be called"), ("0.5, x", "is outside (-inf, inf)")],
 )  # fmt: skip
 def test_values_that_make_no_grid(studio: tuple[TestClient, Path], values: str, message: str) -> None:
     form = {"path": "blend.yaml", "out": "g2", "key1": "parameters.lambda", "values1": values}
