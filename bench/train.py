@@ -2,7 +2,9 @@
 
 One matrix of noise.  The SVD row is GaLore's projection (arXiv 2403.03507): the same AdamW in the subspace of the
 gradient's leading singular vectors, found anew in each of the steps that are timed; GaLore finds them every 200.
-Bytes of the state are measured, and must be those of the formula.
+Bytes of the state are measured, and must be those of the formula.  The last row of a rank is what no step can do without:
+the FFTs of the gradient alone, on rows in cache and without the permutations around them, and the cheaper of a product
+with `rank` columns and of FFTs back.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.table import markdown
-from weightsmith.train.optim import DCTAdamW, Trion, state_bytes
+from weightsmith.train.optim import DCTAdamW, Projector, Trion, state_bytes
+from weightsmith.train.optim.projector import in_cache
 
-__all__ = ["SvdAdamW", "in_turn", "main", "seconds"]
+__all__ = ["Floor", "SvdAdamW", "in_turn", "main", "seconds"]
 
 
 class SvdAdamW(torch.optim.Optimizer):
@@ -55,6 +58,27 @@ def in_turn(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, repe
     return min(own for _, own in pairs), median(own / before for before, own in pairs)
 
 
+class Floor(torch.optim.Optimizer):
+    """The least operations of a step with a matrix [n, N]: no order, no norms, no choice, no moments, no second reads."""
+
+    def __init__(self, params: Any, rank: int) -> None:
+        super().__init__(params, {"rank": rank})
+        (p,) = self.param_groups[0]["params"]
+        self.low, self.columns = torch.randn(len(p), rank), torch.randn(rank, p.shape[1])
+        self.spectrum = torch.randn(len(in_cache(p)[0]), p.shape[1] // 2 + 1, dtype=torch.complex64)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        (p,) = self.param_groups[0]["params"]
+        back = Projector(self.low.shape[1])._by_fft(p.device, self.low.shape[1], p.shape[1])
+        for into, low in zip(in_cache(p), in_cache(self.low, p.shape[1]), strict=True):
+            found = torch.fft.irfft(self.spectrum, n=p.shape[1])
+            if back:
+                torch.fft.rfft(found)
+            else:
+                into.addmm_(low, self.columns, alpha=-1e-9)
+
+
 def kept(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state."""
     tensors = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
@@ -78,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             ("  by a product", DCTAdamW([p], rank=rank, fft=False)),
             ("  interval 10", DCTAdamW([p], rank=rank, interval=10)),
             ("  error feedback, 8 bits", DCTAdamW([p], rank=rank, error_feedback=8)),
+            ("  FFTs and products alone", Floor([p], rank)),
             (f"Trion, rank {rank}", Trion([p], rank=rank)),
             (f"SVD, rank {rank}", SvdAdamW([p], 1e-3, rank)),
         ]

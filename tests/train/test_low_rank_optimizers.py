@@ -61,6 +61,49 @@ def test_transforms_are_products_with_the_basis(kind: bases.Kind, size: int):
 # --- the projector -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["dct3", "dct2"])
+@pytest.mark.parametrize("size", [128, 129])
+def test_many_columns_go_down_and_up_by_fft(kind: bases.Kind, size: int):
+    """As products with the columns would have it, of tall and wide matrices, in any block."""
+    rank, projector = 119, Projector(119, kind)
+    assert projector._by_fft(CPU, rank, size)
+    assert not projector._by_fft(CPU, 112, size)
+    rows, q = noise(150, size, dtype=DOUBLE), bases.basis(kind, size, DOUBLE, CPU)
+    low, columns = projector.choose(rows)
+    assert torch.allclose(low, rows @ q[:, columns], atol=1e-12)
+    assert torch.allclose(projector.down(rows, columns), low, atol=1e-12)
+    up = low @ q[:, columns].T
+    assert torch.allclose(projector.up(low, columns, size), up, atol=1e-12)
+    for dtype, error in ((DOUBLE, 1e-12), (torch.float32, 1e-5)):
+        for turned in (False, True):
+            target = noise(150, size).to(dtype)
+            wanted = target - 0.5 * up.to(dtype)
+            target = target.T.contiguous() if turned else target
+            projector.add(target, low, columns, -0.5)
+            assert torch.allclose(target.T if turned else target, wanted, atol=error)
+
+
+@pytest.mark.parametrize("kind", bases.BASES)
+def test_blocks_change_nothing(kind: bases.Kind, monkeypatch: pytest.MonkeyPatch):
+    """Norms add up over blocks, and the last one may be shorter; columns of a wide matrix are its rows."""
+    rows, projector = noise(50, 24, dtype=DOUBLE), Projector(5, kind)
+    whole, columns = projector.choose(rows)
+    monkeypatch.setattr("weightsmith.train.optim.projector._BLOCK", 24 * 7)
+    for form in (rows, rows.T.contiguous().T):
+        low, again = projector.choose(form)
+        assert torch.equal(again, columns)
+        assert torch.allclose(low, whole, atol=1e-12)
+        target = torch.zeros_like(form)
+        projector.add(target, low, columns, 1.0)
+        assert torch.allclose(target, projector.up(low, columns, 24), atol=1e-12)
+    state: dict[str, torch.Tensor] = {}
+    feedback.save(state, rows.float(), 8)
+    again = feedback.load(state, 24, 8)
+    assert torch.allclose(feedback.added(state, rows.float(), 8), again + rows.float())
+    assert torch.allclose(again, rows.float(), atol=0.02)
+
+
+
 @pytest.mark.parametrize("kind", bases.BASES)
 def test_what_lies_in_the_columns_is_kept_whole(kind: bases.Kind):
     q = bases.basis(kind, 16, DOUBLE, CPU)
@@ -156,7 +199,7 @@ def test_error_feedback_loses_nothing():
         state = optimizer.state[p]
         kept = Projector(2).up(state["m"], state["columns"].long(), 6)
         assert torch.allclose(state["error"] + kept, p.grad + before, atol=1e-12)
-        before = state["error"]
+        before = state["error"].clone()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -276,6 +319,18 @@ def test_newton_schulz_orthogonalises():
         values = torch.linalg.svdvals(newton_schulz(noise(*shape)))
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_newton_schulz_on_the_gram_matrix_is_the_iteration_itself(shape: tuple[int, int]):
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrix = noise(*shape, dtype=DOUBLE) * (10.0 ** -torch.linspace(0, 4, shape[1]))
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    assert torch.allclose(newton_schulz(matrix), x, atol=1e-5)  # x / (|x| + 1e-7)
+    assert torch.allclose(newton_schulz(matrix.float()).double(), x, atol=2e-3)
 
 
 @pytest.mark.parametrize(

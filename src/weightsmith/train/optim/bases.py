@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -10,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-__all__ = ["BASES", "Kind", "basis", "dct2", "dct3"]
+__all__ = ["BASES", "Fourier", "Kind", "basis", "fourier"]
 
 Kind = Literal["dct3", "dct2", "random"]
 
@@ -28,13 +29,14 @@ def basis(kind: Kind, size: int, dtype: torch.dtype, device: torch.device) -> Te
     random  the orthogonal factor of a normal matrix, the same for a size in every process
 
     Columns are orthonormal to the accuracy of `dtype`: a cosine taken in float32 would already be off by 1e-6 at
-    N = 8192.  Equal arguments give the same tensor while somebody holds it.
+    N = 8192.  Equal arguments give the same tensor while somebody holds it.  Columns lie one after the other in memory,
+    since it is columns that are taken from it.
     """
     key = (kind, size, dtype, device)
     found = _SHARED.get(key)
     if found is None:
         exact = _random(size) if kind == "random" else _cosines(size)
-        found = (exact.T if kind == "dct2" else exact).contiguous().to(device=device, dtype=dtype)
+        found = (exact if kind == "dct2" else exact.T).contiguous().to(device=device, dtype=dtype).T
         _SHARED[key] = found
     return found
 
@@ -57,50 +59,62 @@ def _random(size: int) -> Tensor:
 # --- the same products by FFT, O(n N log N) instead of O(n N^2) (Makhoul 1980) ------------------------------------
 
 
-@lru_cache(maxsize=64)
-def _order(size: int, device: torch.device) -> Tensor:
-    """Even positions, then odd ones backwards: int64 [size]."""
-    i = torch.arange(size, device=device)
-    return torch.cat([i[::2], i[1::2].flip(0)])
+@dataclass(frozen=True, eq=False)
+class Fourier:
+    """rows Q of one of the two cosine bases, coordinates in the order in which the FFT leaves them.
 
+    Each step touches the rows once.  Putting coordinates in the basis's own order would be another step, which a caller
+    that needs norms or a few columns does for these alone: coordinate j stands at places[j].  The entries of a row are
+    read in the order in which the other basis's transform, which goes back, leaves its coordinates.
 
-@lru_cache(maxsize=64)
-def _places(size: int, device: torch.device) -> Tensor:
-    """Where each position has gone to in `_order`: int64 [size]."""
-    return _order(size, device).argsort()
-
-
-@lru_cache(maxsize=64)
-def _twiddle(size: int, dtype: torch.dtype, device: torch.device, inverse: bool = False) -> Tensor:
-    """sqrt(2 / N) exp(-i pi k / (2 N)) for k = 0 .. N / 2, the first divided by sqrt(2): complex [N // 2 + 1].
-
-    inverse  their reciprocals, since a complex division takes ten times as long as a product
+    reads    int64: which entries of a row the FFT takes
+    turns    complex [N // 2 + 1]: what its frequencies are multiplied with
+    places   int64 [N]
+    inverse  from entries as frequencies to coordinates (dct3), or from entries to frequencies as coordinates (dct2)
     """
-    k = torch.arange(size // 2 + 1, dtype=torch.float64)
-    found = torch.polar(torch.full_like(k, math.sqrt(2 / size)), -math.pi * k / (2 * size))
-    found[0] *= math.sqrt(0.5)
-    return (1 / found if inverse else found).to(device=device, dtype=dtype.to_complex())
+
+    reads: Tensor
+    turns: Tensor
+    places: Tensor
+    inverse: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 or float64 rows [n, N] -> their coordinates [n, N], for dct2 with one or two more that mean nothing."""
+        if rows.stride(1) == 1:
+            return self.turned(rows.index_select(1, self.reads), rows.shape[1])
+        # The transpose of a wide matrix: whole rows of that are quicker to take.
+        return self.turned(rows.T.index_select(0, self.reads).T.contiguous(), rows.shape[1])
+
+    def turned(self, taken: Tensor, size: int) -> Tensor:
+        """The same of entries [n, len(reads)] that were read already."""
+        if self.inverse:
+            out: Tensor = torch.fft.irfft(torch.view_as_complex(taken.unflatten(1, (-1, 2))) * self.turns, n=size)
+            return out
+        spectrum = torch.fft.rfft(taken)
+        spectrum *= self.turns
+        return torch.view_as_real(spectrum).flatten(1)
 
 
-def dct2(rows: Tensor) -> Tensor:
-    """rows Q^T of `basis("dct3")`: float32 or float64 [n, N] -> [n, N]."""
-    size = rows.shape[1]
-    spectrum = torch.fft.rfft(rows.index_select(1, _order(size, rows.device)))
-    spectrum *= _twiddle(size, rows.dtype, rows.device)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    half = size // 2 + 1
-    out[:, :half] = spectrum.real
-    out[:, half:] = -spectrum.imag[:, 1 : size - half + 1].flip(1)  # entry N - k belongs to frequency k
-    return out
+@lru_cache(maxsize=64)
+def fourier(kind: Kind, size: int, dtype: torch.dtype, device: torch.device) -> Fourier:
+    """The transform that equals a product with `basis(kind, ...)`, kind dct3 or dct2.
 
-
-def dct3(rows: Tensor) -> Tensor:
-    """rows Q of `basis("dct3")`, the inverse of `dct2`: float32 or float64 [n, N] -> [n, N]."""
-    size = rows.shape[1]
-    half = size // 2 + 1
-    imaginary = torch.zeros_like(rows[:, :half])
-    imaginary[:, 1:] = rows[:, size - half + 1 :].flip(1)  # half - 1 entries: N - 1, N - 2, ...
-    spectrum = torch.complex(rows[:, :half].contiguous(), imaginary.neg_())
-    spectrum *= _twiddle(size, rows.dtype, rows.device, inverse=True)
-    found: Tensor = torch.fft.irfft(spectrum, n=size)
-    return found.index_select(1, _places(size, rows.device))
+    With c_k = sqrt(2 / N) exp(-i pi k / (2 N)), c_0 divided by sqrt(2), and s the row's even entries followed by its odd
+    ones backwards, the DCT-II of a row has Re(c_k F_k) at k and -Im(c_k F_k) at N - k, F the FFT of s; a DCT-III goes
+    the same way back.  All is conjugated here, which spares the sign: of s reversed in time, or with the result so.
+    """
+    k, j = torch.arange(size // 2 + 1), torch.arange(size)
+    angle = k.double() * (math.pi / (2 * size))
+    length = torch.full_like(angle, math.sqrt(2 / size))
+    length[0] *= math.sqrt(0.5)
+    backwards = torch.cat([j[::2], j[1::2].flip(0)])[-j % size]  # the entries of s, reversed
+    to = {"device": device}
+    if kind == "dct3":
+        turns = torch.polar(1 / length, -angle)
+        if size % 2 == 0:
+            turns[-1] = math.sqrt(2) / length[-1]  # it has a real part only, and one entry to read
+        reads, places = torch.stack([k, -k % size], 1).flatten(), backwards.argsort()
+    else:
+        turns, reads = torch.polar(length, angle), backwards
+        places = torch.where(j <= size // 2, 2 * j, 2 * (size - j) + 1)  # of real and imaginary parts
+    return Fourier(reads.to(**to), turns.to(dtype=dtype.to_complex(), **to), places.to(**to), kind == "dct3")

@@ -98,9 +98,8 @@ class DCTAdamW(LowRankOptimizer):
         rows = tall(matrix(gradient(p)))  # [n, N]
         self.hold(projector, rows)
         step, bits = int(state["step"]), group["error_feedback"]
-        error = feedback.load(state, rows.shape[1], bits) if bits else None
-        if error is not None:
-            rows = rows + error
+        if bits:
+            rows = feedback.added(state, rows, bits)
         if step == 1 or step % group["interval"] == 0:
             low, columns = projector.choose(rows)
             if group["rotate"] and "columns" in state:
@@ -110,7 +109,8 @@ class DCTAdamW(LowRankOptimizer):
             columns = state["columns"].long()
             low = projector.down(rows, columns)
         if bits:
-            feedback.save(state, rows - projector.up(low, columns, rows.shape[1]), bits)
+            projector.add(rows, low, columns, -1.0)
+            feedback.save(state, rows, bits)
         if "m" not in state:
             state |= {"m": torch.zeros_like(low), "v": torch.zeros_like(low)}
         direction, length = moved(state["m"], state["v"], low, step, group)

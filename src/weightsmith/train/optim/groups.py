@@ -92,7 +92,8 @@ def moved(m: Tensor, v: Tensor, g: Tensor, step: int, group: Group) -> tuple[Ten
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     correction = sqrt(1 - beta2**step)
-    return m / v.sqrt().add_(group["eps"] * correction), correction / (1 - beta1**step)
+    root = v.sqrt().add_(group["eps"] * correction)
+    return torch.div(m, root, out=root), correction / (1 - beta1**step)
 
 
 def adamw(p: Tensor, state: dict[str, Any], group: Group, lr: float) -> None:

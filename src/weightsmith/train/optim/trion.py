@@ -96,26 +96,32 @@ class Trion(LowRankOptimizer):
         projector, rows = projector_of(group), tall(matrix(gradient(p)))  # [n, N]
         self.hold(projector, rows)
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+            state["momentum"] = torch.zeros_like(rows)
         kept = state["momentum"].add_(rows)
         low, columns = projector.choose(kept)
-        kept.sub_(projector.up(low, columns, rows.shape[1]), alpha=1 - group["momentum"])
-        update = projector.up(newton_schulz(low), columns, rows.shape[1])
+        projector.add(kept, low, columns, group["momentum"] - 1)
         flat = matrix(p)
-        out, into = flat.shape
-        p.add_((update if out >= into else update.T).reshape(p.shape), alpha=-lr * SCALES[group["scale"]](out, into))
+        projector.add(flat, newton_schulz(low), columns, -lr * SCALES[group["scale"]](*flat.shape))
+        if flat.data_ptr() != p.data_ptr():  # kernels in another memory format are flattened into a copy
+            p.copy_(flat.reshape(p.shape))
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of a matrix [n, k] near 1 (0.7 to 1.2), in bfloat16 as Muon does: its dtype, [n, k].
+    """Bring the singular values of a matrix [n, k] near 1 (0.7 to 1.2): its dtype, [n, k].
 
-    X <- a X + (b X X^T + c (X X^T)^2) X with (3.4445, -4.7750, 2.0315), from X / |X| (Jordan et al. 2024).
+    X <- a X + (b X X^T + c (X X^T)^2) X with (3.4445, -4.7750, 2.0315), from X / |X| (Jordan et al. 2024).  Every step
+    multiplies X by a polynomial of its Gram matrix, so all of them are taken on that smaller matrix: two products of
+    size n instead of three a step.  Muon takes them in bfloat16, which a Gram matrix is too coarse in.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.T.bfloat16()
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T  # [k, k]
+    product = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    found: Tensor = x if matrix.shape[0] <= matrix.shape[1] else x.T
-    return found.to(matrix.dtype)
+        turn = b * gram + c * gram @ gram
+        turn.diagonal().add_(a)
+        product = turn @ product
+        gram = turn @ gram @ turn  # all are polynomials of one matrix, so they commute
+    found: Tensor = product @ x
+    return found if matrix.shape[0] <= matrix.shape[1] else found.T
