@@ -2,9 +2,9 @@
 
 One matrix of noise.  The SVD row is GaLore's projection (arXiv 2403.03507): the same AdamW in the subspace of the
 gradient's leading singular vectors, found anew in each of the steps that are timed; GaLore finds them every 200.
-Bytes of the state are measured, and must be those of the formula.  The last row of a rank is what no step can do without:
-the FFTs of the gradient alone, on rows in cache and without the permutations around them, and the cheaper of a product
-with `rank` columns and of FFTs back.
+Bytes of the state are measured, and must be those of the formula.  "FFTs and products alone" is what no step can do
+without: the FFTs of the gradient, on rows in cache and without the permutations around them, and the cheaper of a
+product with `rank` columns and of FFTs back.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def in_turn(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, repe
 
 
 class Floor(torch.optim.Optimizer):
-    """The least operations of a step with a matrix [n, N]: no order, no norms, no choice, no moments, no second reads."""
+    """The least operations of a step of a matrix [n, N]: no order, no norms, no choice, no moments."""
 
     def __init__(self, params: Any, rank: int) -> None:
         super().__init__(params, {"rank": rank})

@@ -16,8 +16,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from weightsmith.train.multitask.run import fit_system, train_multitask
 from weightsmith.train.multitask.system import System
 
 SIDE = 16
+SEEDS = (0, 1, 2)
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MERGES: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
     "average": ("linear", [{}]),
@@ -92,37 +94,49 @@ def beside_merges(
     """All start from one base that was trained on all tasks for a while, and go on at a lower rate.
 
     Each of n experts gets `steps`, the multi-task model n times that.  With a room for the experts' folders a router
-    between them learns as long as one expert.
+    between them learns as long as one expert.  Means of SEEDS, the spread of the mean score in brackets.
     """
+    rows: dict[str, list[tuple[dict[str, float], float]]] = {}
+    for seed in SEEDS:
+        for label, found, took in merged(tasks, warm, steps, rate, room, **more, seed=seed):
+            rows.setdefault(label, []).append((found, took))
+    for label, seeds in rows.items():
+        found = {name: sum(own[name] for own, _ in seeds) / len(seeds) for name in tasks}
+        spread = stdev(mean(own) for own, _ in seeds)
+        say(label, *found.values(), f"{mean(found):.2f} ({spread:.2f})", f"{sum(t for _, t in seeds) / len(seeds):.0f}")
+
+
+def merged(
+    tasks: Mapping[str, Any], warm: int, steps: int, rate: float, room: Path | None, **more: Any
+) -> Iterator[tuple[str, dict[str, float], float]]:
+    """Row, test scores and training seconds of one seed."""
     base, before, _ = run(tasks, warm, **more)
     more = {**more, "optimizer": {"adamw": {"lr": rate}}}
-    say("base", *before.values(), mean(before), 0)
+    yield "base", before, 0.0
     experts, seconds = {}, 0.0
     found: dict[str, float] = {}
     for name in tasks:
         expert, _, took = one_task(base, tasks, name, steps, **more)
         experts[name], seconds = expert, seconds + took
         found[name] = scored(expert)[name]
-    say("single-task models", *found.values(), mean(found), f"{seconds:.0f}")
-    _, found, took = run(tasks, steps * len(tasks), base, **more)
-    say("multi-task", *found.values(), mean(found), f"{took:.0f}")
-    _, found, took = run(tasks, steps, base, **more)
-    say("multi-task, a share of the steps", *found.values(), mean(found), f"{took:.0f}")
+    yield "single-task models", found, seconds
+    for label, count in {"multi-task": steps * len(tasks), "multi-task, a share of the steps": steps}.items():
+        _, found, took = run(tasks, count, base, **more)
+        yield label, found, took
     state = {name: p.detach().clone() for name, p in base.base.state_dict().items()}
     models = {name: dict(expert.base.state_dict()) for name, expert in experts.items()}
     for label, (method, tried) in MERGES.items():
         made = [ws.merge(models, method, base=state, **parameters) for parameters in tried]
         best = made[0]
         if len(made) > 1:
-            best = max(made, key=lambda merged: mean(of_merge(experts, merged, "valid")))
-        found = of_merge(experts, best, "test")
-        say(label, *found.values(), mean(found), f"{seconds:.0f}")
+            best = max(made, key=lambda one: mean(of_merge(experts, one, "valid")))
+        yield label, of_merge(experts, best, "test"), seconds
     if room is not None:
         for name, expert in experts.items():
             expert.base.save_pretrained(room / f"expert-{name}")  # type: ignore[operator]
         by = {"task_expert": {"init_experts_from": [str(room / f"expert-{name}") for name in tasks]}}
         _, found, took = run(tasks, steps, **{**more, "by": by, "optimizer": {"adamw": {"lr": 2e-3}}})
-        say("router between the experts", *found.values(), mean(found), f"{seconds + took:.0f}")
+        yield "router between the experts", found, seconds + took
 
 
 def of_merge(experts: Mapping[str, System], merged: Mapping[str, torch.Tensor], part: str) -> dict[str, float]:
@@ -351,15 +365,14 @@ def of_scenes(data: Path, room: Path) -> None:
     tasks = scenes(room)
     maps = {name: tasks[name] for name in ("depth", "paint")}
     net = {"net": {"width": 16, "depth": 2}, "batch": 8, "sampling": "mixed"}
-    head("Scenes, a decoder on a small network: RMSE (lower is better)", "decoder", *maps, "s")
+    head("Scenes, a decoder on a small network: RMSE (lower is better), three seeds", "decoder", *maps, "mean", "s")
     for label, given in {
         "shared, one layer": {"experts": 1, "memory": False},
         "experts, static gates": {"experts": 4, "gate": "static", "memory": False},
         "experts, dynamic gates": {"experts": 4, "memory": False},
         "and memory": {"experts": 4},
     }.items():
-        seeds = [run(maps, 300, **net, seed=s, by={"task_expert": {"levels": 2, **given}}) for s in (0, 1)]
-        say(label, *(f"{sum(found[n] for _, found, _ in seeds) / 2:.4f}" for n in maps), f"{seeds[0][2]:.0f}")
+        of_seeds(label, maps, 900, "{:.4f}", **net, by={"task_expert": {"levels": 2, **given}})
     head("Scenes as tokens: RMSE of depth, accuracy of the count", "trained on", "decoding", "depth", "count", "s")
     soft = {"codes": 32, "patch": 4, "width": 48, "vae_steps": 400}
     for label, chosen, more in (
@@ -431,19 +444,28 @@ def of_likelihood(data: Path, room: Path) -> None:
     transformers.BertModel(
         transformers.BertConfig(vocab_size=256, max_position_embeddings=64, **SIZES)
     ).save_pretrained(room / "bert")
-    common = {"model": str(room / "bert"), "by": "uni_perceiver", "optimizer": {"adamw": {"lr": 1e-3}}}
+    # Clipping would make every gradient as long as the next, which is what MT-AdamW does.
+    common = {"model": str(room / "bert"), "by": "uni_perceiver", "optimizer": {"adamw": {"lr": 1e-3}}, "batch": 18}
+    common["clip"] = "none"
     balanced = {"optimizer": {"mt_adamw": {"lr": 1e-3}}}
     heavy = {name: {**spec, "weight": 100.0 if name == "source" else 1.0} for name, spec in tasks.items()}
-    head("Likelihood over candidates: accuracy in percent, mean of two seeds", "training", *tasks, "mean", "s")
+    head("Likelihood over candidates: accuracy in percent, mean of three seeds", "training", *tasks, "mean", "s")
     for label, chosen, more in (
-        ("mixed, AdamW", tasks, {"sampling": "mixed", "batch": 18}),
-        ("unmixed, AdamW", tasks, {"batch": 18}),
-        ("unmixed, MT-AdamW", tasks, {"batch": 18, **balanced}),
-        ("unmixed, AdamW, first loss times 100", heavy, {"batch": 18}),
+        ("mixed, AdamW", tasks, {"sampling": "mixed"}),
+        ("unmixed, AdamW", tasks, {}),
+        ("unmixed, MT-AdamW", tasks, balanced),
+        ("mixed, AdamW, first loss times 100", heavy, {"sampling": "mixed"}),
+        ("unmixed, AdamW, first loss times 100", heavy, {}),
     ):
-        runs = [run(chosen, 500, **{**common, **more}, seed=seed) for seed in (0, 1)]
-        found = {name: sum(own[name] for _, own, _ in runs) / 2 for name in tasks}
-        say(label, *found.values(), mean(found), f"{runs[0][2]:.0f}")
+        of_seeds(label, chosen, 500, **{**common, **more})
+
+
+def of_seeds(label: str, tasks: Mapping[str, Any], steps: int, form: str = "{:.2f}", **more: Any) -> None:
+    """A row: means over SEEDS, with the spread of the mean score in brackets."""
+    runs = [run(tasks, steps, **more, seed=seed) for seed in SEEDS]
+    found = [sum(own[name] for _, own, _ in runs) / len(runs) for name in tasks]
+    both = form.format(sum(found) / len(found)) + f" ({form.format(stdev(mean(own) for _, own, _ in runs))})"
+    say(label, *(form.format(x) for x in found), both, f"{runs[0][2]:.0f}")
 
 
 def of_llama(room: Path) -> dict[str, Any]:

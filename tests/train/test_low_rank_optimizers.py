@@ -103,7 +103,6 @@ def test_blocks_change_nothing(kind: bases.Kind, monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(again, rows.float(), atol=0.02)
 
 
-
 @pytest.mark.parametrize("kind", bases.BASES)
 def test_what_lies_in_the_columns_is_kept_whole(kind: bases.Kind):
     q = bases.basis(kind, 16, DOUBLE, CPU)

@@ -195,6 +195,9 @@ def test_the_joint_row_of_bench(tmp_path: Path, words: dict[str, Any], capsys: p
         ({"tasks.first.rate": 0.5, "tasks.last.rate": 0.4}, "rates sum to 0.9, not to 1"),
         ({"tasks.first.rate": 0.5}, "tasks.last has no rate, but other tasks do"),
         ({"tasks.first.invalid": 0.0, "tasks.first.legal": [0, 10]}, "is 0, which is a legal value of 0 .. 10"),
+        ({"tasks.first.legal": [10, 0]}, "legal is 10 .. 0; write the least value first"),
+        ({"tasks.first.invalid": "none"}, "invalid should be a number, or nan; is 'none'"),
+        ({"by": "uni_perceiver", "tasks.first.candidates": ["low", "high", "x" * 70]}, "is 6 tokens longer than"),
         ({"tasks.first.candidates": ["low", "low", "high"]}, "task 'first': candidate 'low' stands twice"),
         ({"tasks.first.metric": "rmse"}, "task 'first': metric 'rmse' does not fit its labels"),
         ({"tasks.first.candidates": ["low", "up"]}, "the answer 'high' is none of the candidates"),
@@ -263,6 +266,15 @@ def test_data_that_make_no_sense(tmp_path: Path):
     np.savez(tmp_path / "i.npz", x=np.zeros((1, 4, 4)), target=np.full((1, 2, 2), np.nan))
     with pytest.raises(RecipeError, match="values that are not finite; name the value of pixels without a label"):
         tasks("i.npz")
+    np.savez(tmp_path / "k.npz", x=np.zeros((1, 4, 4)), target=np.array([[[np.nan, 2], [3, 4]]]))
+    for nan in ("nan", float("nan")):
+        found = tasks("k.npz", invalid=nan, legal=(0, 9))["t"]
+        assert found.spec.invalid == "nan"  # JSON has no other
+        assert found.counts(found.parts["train"][0].answer).tolist() == [[[False, True], [True, True]]]
+    for name, invalid in (("i.npz", "nan"), ("j.npz", 7.0)):
+        np.savez(tmp_path / "j.npz", x=np.zeros((1, 4, 4)), target=np.full((1, 2, 2), 7.0))
+        with pytest.raises(RecipeError, match="task 't': no pixel of its train maps has a label; is invalid: right"):
+            tasks(name, invalid=invalid)
     (tmp_path / "f.csv").write_text("x")
     with pytest.raises(RecipeError, match=r"use \.jsonl or \.npz"):
         tasks("f.csv")

@@ -113,6 +113,12 @@ class Body:
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True)
         return ids.to(self.device), mask.to(self.device)
 
+    def spare(self, text: str) -> int:
+        """Tokens that the model has left beside a text; below 0 where `tokens` would cut it."""
+        ends = self.loaded.kind == "image-text" and self.coder.tokenizer is None
+        whole = [*self.coder.prefix, *self.coder.encode(text), *self.coder.suffix, *([None] if ends else [])]
+        return self.loaded.clip_length(self.length) - len(whole)
+
     def images(self, inputs: Sequence[Any]) -> Tensor:
         if len({tuple(x.shape) for x in inputs}) > 1:
             raise RecipeError("images of one task have different sizes; resize or crop them to one")

@@ -119,6 +119,9 @@ def read_task(name: str, spec: TaskSpec, recipe: MultiTaskRecipe, parts: Sequenc
             found[part] = [own[i] for i in kept]
     if "train" in parts and not found["train"]:
         raise RecipeError(f"task {name!r} has no examples in {spec.data}; leave it out")
+    for part, own in found.items():
+        if kind == "map" and own and all(isinstance(p.answer, Tensor) and p.answer.isnan().all() for p in own):
+            raise RecipeError(f"task {name!r}: no pixel of its {part} maps has a label; is invalid: right?")
     metric = spec.metric or OF_KIND[kind][0]
     allowed = (
         *OF_KIND[kind],
@@ -225,7 +228,10 @@ def _are_whole(values: np.ndarray) -> bool:
 
 def _map(stored: np.ndarray, spec: TaskSpec, place: str) -> Tensor:
     """A map with NaN where it has no label; `invalid` and `legal` are values as they are stored."""
-    labelled = np.ones(stored.shape, dtype=bool) if spec.invalid is None else stored != spec.invalid
+    if spec.invalid is None:
+        labelled = np.ones(stored.shape, dtype=bool)
+    else:
+        labelled = ~np.isnan(stored) if spec.invalid == "nan" else stored != spec.invalid
     values = stored[labelled]
     if not np.isfinite(values).all():
         raise SourceError(f"{place} has values that are not finite; name the value of pixels without a label: invalid")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from weightsmith.recipe.fields import Located, Words, named
 from weightsmith.recipe.grammar import Fault, Grammar, Reading, mapping
@@ -35,6 +36,19 @@ class InstructionSpec(Grammar):
     examples: tuple[ShownSpec, ...] = Field(default=(), strict=False, description="shown before the input")
 
 
+def _in_one_line(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One message for both forms; YAML's .nan is nan, too."""
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"should be a number, or nan; is {value!r}") from None
+
+
+Missing = Annotated[Annotated[float, Field(allow_inf_nan=False)] | Literal["nan"], WrapValidator(_in_one_line)]
+
+
 class TaskSpec(Grammar):
     """One task: its data, and how it is answered and scored."""
 
@@ -49,15 +63,17 @@ class TaskSpec(Grammar):
     prior: Literal["background", "shading", "gradient", "sauvola", "coordinates", "none", "noise", "fixed"] = Field(
         default="none", description="for by: conditioned"
     )
-    invalid: float | None = Field(default=None, description="the value of pixels of a map that have no label")
+    invalid: Missing | None = Field(default=None, description="the value of pixels of a map that have no label")
     legal: tuple[float, float] | None = Field(default=None, strict=False, description="range of labels of a map")
 
     @classmethod
     def faults(cls, tree: Mapping[str, Any], reading: Reading) -> Iterable[Fault]:
         invalid, legal = tree.get("invalid"), tree.get("legal")
-        if not isinstance(legal, (list, tuple)) or len(legal) != 2 or not isinstance(invalid, (int, float)):
+        if not isinstance(legal, (list, tuple)) or [*map(_is_number, legal)] != [True, True]:
             return
-        if legal[0] <= invalid <= legal[1]:
+        if not legal[0] < legal[1]:
+            yield Fault(("legal",), f"is {legal[0]:g} .. {legal[1]:g}; write the least value first", "value")
+        elif _is_number(invalid) and legal[0] <= invalid <= legal[1]:
             text = f"is {invalid:g}, which is a legal value of {legal[0]:g} .. {legal[1]:g}; choose another"
             yield Fault(("invalid",), text, "value")
 
@@ -211,6 +227,10 @@ class MultiTaskRecipe(Timing):
             return self.optimizer
         balanced = self.by.uni_perceiver is not None and self.sampling == "unmixed"
         return Optimizers(mt_adamw=MTAdamWSpec()) if balanced else Optimizers(adamw=AdamW())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _rate(task: Any) -> Any:

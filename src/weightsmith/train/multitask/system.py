@@ -110,7 +110,8 @@ def targets(task: Task, pairs: Sequence[Pair], out: Tensor) -> Tensor:
     target = torch.stack([pair.answer for pair in pairs if isinstance(pair.answer, Tensor)]).to(out.device)
     if target.shape != out.shape:
         raise RecipeError(
-            f"task {task.name!r}: maps of shape {tuple(target.shape[1:])}, but the model gives {tuple(out.shape[1:])}"
+            f"task {task.name!r}: maps of shape {tuple(target.shape[1:])}, but the model gives {tuple(out.shape[1:])}; "
+            "give all tasks maps of one shape, the images'"
         )
     return target
 

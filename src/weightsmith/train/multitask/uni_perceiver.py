@@ -35,6 +35,12 @@ class Likelihood(System):
         for task in tasks.values():
             if task.spec.candidates is None and task.kind != "text":
                 raise RecipeError(f"task {task.name!r} has no candidates: name its classes in words")
+            for name in task.spec.candidates or ():
+                if (spare := body.spare(name)) < 0:
+                    raise RecipeError(
+                        f"task {task.name!r}: candidate {name!r} is {-spare} tokens longer than {body.loaded.label} "
+                        "reads; shorten it, or raise length"
+                    )
         self.own["tau"] = Temperature(given.tau).to(body.device)
 
     def loss(self, task: Task, pairs: Sequence[Pair]) -> tuple[Tensor, int]:

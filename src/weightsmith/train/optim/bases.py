@@ -79,7 +79,7 @@ class Fourier:
     inverse: bool
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """float32 or float64 rows [n, N] -> their coordinates [n, N], for dct2 with one or two more that mean nothing."""
+        """float32 or float64 rows [n, N] -> their coordinates [n, N], for dct2 and one or two that mean nothing."""
         if rows.stride(1) == 1:
             return self.turned(rows.index_select(1, self.reads), rows.shape[1])
         # The transpose of a wide matrix: whole rows of that are quicker to take.
@@ -88,7 +88,8 @@ class Fourier:
     def turned(self, taken: Tensor, size: int) -> Tensor:
         """The same of entries [n, len(reads)] that were read already."""
         if self.inverse:
-            out: Tensor = torch.fft.irfft(torch.view_as_complex(taken.unflatten(1, (-1, 2))) * self.turns, n=size)
+            spectrum = torch.view_as_complex(taken.reshape(len(taken), -1, 2))
+            out: Tensor = torch.fft.irfft(spectrum * self.turns, n=size)
             return out
         spectrum = torch.fft.rfft(taken)
         spectrum *= self.turns
@@ -99,16 +100,15 @@ class Fourier:
 def fourier(kind: Kind, size: int, dtype: torch.dtype, device: torch.device) -> Fourier:
     """The transform that equals a product with `basis(kind, ...)`, kind dct3 or dct2.
 
-    With c_k = sqrt(2 / N) exp(-i pi k / (2 N)), c_0 divided by sqrt(2), and s the row's even entries followed by its odd
-    ones backwards, the DCT-II of a row has Re(c_k F_k) at k and -Im(c_k F_k) at N - k, F the FFT of s; a DCT-III goes
-    the same way back.  All is conjugated here, which spares the sign: of s reversed in time, or with the result so.
+    With c_k = sqrt(2 / N) exp(-i pi k / (2 N)), c_0 divided by sqrt(2), and s the row's even entries followed by its
+    odd ones backwards, the DCT-II of a row has Re(c_k F_k) at k and -Im(c_k F_k) at N - k, F the FFT of s; a DCT-III
+    goes the same way back.  All is conjugated here, which spares the sign: of s reversed, or with the result reversed.
     """
     k, j = torch.arange(size // 2 + 1), torch.arange(size)
     angle = k.double() * (math.pi / (2 * size))
     length = torch.full_like(angle, math.sqrt(2 / size))
     length[0] *= math.sqrt(0.5)
     backwards = torch.cat([j[::2], j[1::2].flip(0)])[-j % size]  # the entries of s, reversed
-    to = {"device": device}
     if kind == "dct3":
         turns = torch.polar(1 / length, -angle)
         if size % 2 == 0:
@@ -117,4 +117,5 @@ def fourier(kind: Kind, size: int, dtype: torch.dtype, device: torch.device) -> 
     else:
         turns, reads = torch.polar(length, angle), backwards
         places = torch.where(j <= size // 2, 2 * j, 2 * (size - j) + 1)  # of real and imaginary parts
-    return Fourier(reads.to(**to), turns.to(dtype=dtype.to_complex(), **to), places.to(**to), kind == "dct3")
+    turns = turns.to(device=device, dtype=dtype.to_complex())
+    return Fourier(reads.to(device), turns, places.to(device), kind == "dct3")

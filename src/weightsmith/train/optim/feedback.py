@@ -36,8 +36,8 @@ def added(state: dict[str, Any], rows: Tensor, bits: Feedback) -> Tensor:
     size = rows.shape[1]
     sums = torch.empty_like(rows)
     stored = [in_cache(state[name], size) for name in ("error", "error_low", "error_step")]
-    for into, block, *own in zip(in_cache(sums), in_cache(rows), *stored, strict=True):
-        torch.add(block, _value(*own, size, bits), out=into)
+    for into, block, codes, low, step in zip(in_cache(sums), in_cache(rows), *stored, strict=True):
+        torch.add(block, _value(codes, low, step, size, bits), out=into)
     return sums
 
 

@@ -32,7 +32,7 @@ def in_cache(rows: Tensor, size: int | None = None) -> Sequence[Tensor]:
     """
     if rows.device.type != "cpu":
         return [rows]
-    return rows.split(max(1, _BLOCK * torch.get_num_threads() // (size or rows.shape[1])))
+    return torch.split(rows, max(1, _BLOCK * torch.get_num_threads() // (size or rows.shape[1])))
 
 
 _BLOCK = 1 << 17  # entries for each thread: half a megabyte of float32, as much of what comes of it
