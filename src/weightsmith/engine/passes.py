@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.core.kernel import Program
+from weightsmith.core.kernel import Look, Program
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Grain, Stage
 from weightsmith.core.pass_ import Pass, Rows, Scope, Totals, fold
@@ -184,7 +184,7 @@ def _by_kernels(chains: Sequence[Chain], rows: StoredRows) -> list[Mapping[str, 
     return [totals[i] for i in range(len(chains))]
 
 
-def _sight(chain: Chain) -> Sight:
+def _sight(chain: Chain) -> Sight[Look]:
     assert chain.look is not None
     look, program = chain.look.kernel, program_of(chain.task, chain.context)
     assert look is not None

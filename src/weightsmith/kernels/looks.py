@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,10 +33,11 @@ from weightsmith.kernels.stored import READ, Stored, base_address, kernel, row_p
 __all__ = ["Backend", "Sight", "backends"]
 
 State = dict[str, Any]
+L = TypeVar("L", bound=Look, covariant=True)
 
 
 @dataclass(frozen=True)
-class Sight:
+class Sight(Generic[L]):
     """A look that is to be taken, and what is known to take it.
 
     index   of the stage that asks: what it looks at has gone through the filters before it
@@ -45,7 +46,7 @@ class Sight:
     joined  makes what the backend has seen of rows that are to be joined (`core.pass_.Rows`)
     """
 
-    look: Look
+    look: L
     program: Program
     index: int
     count: int
@@ -79,7 +80,7 @@ class Backend(Protocol):
         """What has been seen, look by look."""
 
 
-def backends(sights: Sequence[Sight]) -> list[tuple[Backend, list[int]]]:
+def backends(sights: Sequence[Sight[Look]]) -> list[tuple[Backend, list[int]]]:
     """Backends for some looks, and which of them each takes."""
     alike: dict[tuple[type, Hashable], list[int]] = {}
     for i, sight in enumerate(sights):
@@ -95,7 +96,7 @@ def backends(sights: Sequence[Sight]) -> list[tuple[Backend, list[int]]]:
 class _High:
     """Counts of the upper bits of all magnitudes: the same for every cut."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Ranked]]) -> None:
         self._looks = len(sights)
         self._cells, self._job = Cells([()] * sights[0].count), sights[0].job()
 
@@ -112,8 +113,8 @@ class _High:
 class _Low:
     """Counts of the lower bits, within the values of the upper bits that all the looks name."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
-        self._wanted = [sight.look.cells for sight in sights if isinstance(sight.look, Within)]  # [looks][n]
+    def __init__(self, sights: Sequence[Sight[Within]]) -> None:
+        self._wanted = [sight.look.cells for sight in sights]  # [looks][n]
         self._job, one = sights[0].job(), len(sights) == 1
         # Of a single look all but some per cent of the entries are passed by.
         self._cells = Inside(self._wanted[0]) if one else Cells(list(zip(*self._wanted, strict=True)))
@@ -129,7 +130,7 @@ class _Low:
 class _Magnitudes:
     """|delta| of all entries of a vector."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Magnitudes]]) -> None:
         (one,) = sights
         self._job, self._count, self._joined, self._found = one.job(), one.count, one.joined, list[np.ndarray]()
 
@@ -145,7 +146,7 @@ class _Magnitudes:
 class _Masses:
     """sum |delta| per row, before and after a filter."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Masses]]) -> None:
         (one,) = sights
         self._job, self._count = one.job(own=True), one.count
         self._joined, self._found = one.joined, list[np.ndarray]()
@@ -169,9 +170,8 @@ class _Masses:
 class _Products:
     """Inner products of what is mixed, row by row."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Products]]) -> None:
         one, *_ = sights
-        assert isinstance(one.look, Products)
         self._mix, self._joined, self._found = one.look.mix, one.joined, list[np.ndarray]()
 
     def add(self, stored: Stored, offset: int) -> int:
@@ -190,7 +190,7 @@ class _Products:
 class _Lengths:
     """Squares of the merged task vector and of all that went into it, row by row."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Lengths]]) -> None:
         (one,) = sights
         self._merge = Merge(one.program.at(one.index), one.found, one.noise, bare=True)
         self._joined, self._found = one.joined, list[np.ndarray]()
@@ -211,7 +211,7 @@ class _Lengths:
 class _Balance:
     """The sum of the signs that a merge elects."""
 
-    def __init__(self, sights: Sequence[Sight]) -> None:
+    def __init__(self, sights: Sequence[Sight[Balance]]) -> None:
         (one,) = sights
         # A filter elects by itself, before what combines.
         self._merge = Merge(one.program.electing(one.index), one.found, one.noise)
@@ -223,7 +223,7 @@ class _Balance:
         return [{"signs": self._merge.signs}]
 
 
-BACKENDS: Mapping[type, Callable[[Sequence[Sight]], Backend]] = {
+BACKENDS: Mapping[type, Callable[[Sequence[Sight[Any]]], Backend]] = {
     Ranked: _High, Within: _Low, Magnitudes: _Magnitudes, Masses: _Masses, Products: _Products, Lengths: _Lengths,
     Balance: _Balance,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from weightsmith.core.errors import SourceError
 from weightsmith.core.keys import DTYPES
 from weightsmith.io import system
 from weightsmith.io.disk import write_file
-from weightsmith.io.read.folder import is_inside
+from weightsmith.io.read.folder import WEIGHTS, is_inside
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import Origin
 
@@ -39,8 +39,7 @@ _LEFT: tuple[tuple[str, str], ...] = (
     ("weightsmith.json", "replaced by the new manifest"),
     ("adapter_config.json", "describes an adapter, not the merged model"),
     *((f"*.{kind}.index.json", "index of the weights") for kind in ("safetensors", "bin", "msgpack", "h5")),
-    *((f"*.{kind}", "weights") for kind in ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "gguf")),
-    *((f"*.{kind}", "weights") for kind in ("onnx", "onnx_data", "tflite", "ot", "npz", "mlmodel")),
+    *((f"*.{kind}", "weights") for kind in WEIGHTS),
     ("openvino*.xml", "weights"),
     *((f"*.{kind}", "pickle: runs code when loaded") for kind in ("pkl", "pickle", "joblib")),
 )

@@ -18,13 +18,30 @@ from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import parse_json, read_small, short
 from weightsmith.io.read.source import DIFFUSION, Bits, Origin, Source, stores_of
 
-__all__ = ["INDEX", "Catalogue", "FolderSource", "check_present", "choose_weights", "inside", "is_inside", "join",
-           "parse_index", "refuse_stale", "shard_of"]  # fmt: skip
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "Catalogue",
+    "FolderSource",
+    "check_present",
+    "choose_weights",
+    "inside",
+    "is_inside",
+    "join",
+    "parse_index",
+    "refuse_stale",
+    "shard_of",
+]  # fmt: skip
 
 _SINGLE = ("model.safetensors", f"{DIFFUSION}.safetensors")
 _PICKLED = ("pytorch_model.bin", f"{DIFFUSION}.bin")
 INDEX = ".index.json"
 _MAX_INDEX = 100_000_000
+WEIGHTS = (
+    *("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "gguf", "ggml"),
+    *("onnx", "onnx_data", "pb", "tflite", "ot", "npz", "mlmodel"),
+)
+"""What the names of files with weights end in, whether they are read here or not."""
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 

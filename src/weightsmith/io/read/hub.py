@@ -20,6 +20,7 @@ from weightsmith.io.read.adapter import CONFIG as ADAPTER_CONFIG
 from weightsmith.io.read.adapter import MLX_WEIGHTS
 from weightsmith.io.read.folder import (
     INDEX,
+    WEIGHTS,
     FolderSource,
     check_present,
     choose_weights,
@@ -41,7 +42,7 @@ _WORKERS = 4
 _TIMEOUT = 20.0  # seconds
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 OTHER = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|npz|pkl|pickle|zip|tar|gz)"
+    rf".*\.({'|'.join((*WEIGHTS, 'pkl', 'pickle', 'zip', 'tar', 'gz'))})"
     r"|.*\.index\.json|(.*/)?\.[^/]*"
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from weightsmith.core.errors import SourceError
 from weightsmith.io import system
-from weightsmith.io.read.folder import choose_weights, is_inside
+from weightsmith.io.read.folder import WEIGHTS, choose_weights, is_inside
 from weightsmith.io.read.small import read_json
 from weightsmith.io.read.source import DIFFUSION, Cost, LowRank, Origin, Source
 from weightsmith.io.read.views import JoinedSource
@@ -25,7 +25,7 @@ PIPELINE = "model_index.json"
 MODULES = "modules.json"
 _LIMIT = 1_000_000  # bytes of either
 _WEIGHTS = ("model.safetensors", f"{DIFFUSION}.safetensors", "pytorch_model.bin", f"{DIFFUSION}.bin")
-_OTHERS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth")
+_OTHERS = tuple(f".{kind}" for kind in WEIGHTS if kind != "safetensors")
 """Endings of files that may hold the weights of a component in a way that is not read."""
 
 
