@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from driver import every, merge
@@ -11,7 +12,7 @@ from weightsmith.core.checks import Case
 from weightsmith.core.errors import NumericError
 from weightsmith.methods.ffg import Ffg
 from weightsmith.methods.ota import Ota
-from weightsmith.ops.moments import low_rank, product, rank_one
+from weightsmith.ops.moments import low_rank, powered, product, rank_one
 
 SHAPES = {"w": (6, 4), "b": (5,)}
 BASE = {n: noise(*s, seed=90 + i) for i, (n, s) in enumerate(SHAPES.items())}
@@ -49,6 +50,12 @@ def test_the_weights_are_powers_of_the_moments(normalize: str):
         a = [p * s for p, s in zip(powers, (1.0, 2.0, 0.5), strict=True)]
         wanted = sum(x * m[n] for x, m in zip(a, MODELS.values(), strict=True)) / sum(a)
         assert torch.allclose(got[n].double(), wanted, atol=1e-6)
+
+
+def test_roots_of_moments_are_rounded_as_everywhere():
+    """`Tensor.sqrt` of float32 is not: the bytes of a merge would be the processor's."""
+    moments = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(powered(moments, 0.5).numpy(), np.sqrt(moments.numpy()))
 
 
 def test_a_common_factor_of_the_moments_changes_nothing():

@@ -43,6 +43,8 @@ def models(kind: str) -> tuple[Model, dict[str, Model]]:
             return family(3, {**LLAMA, **AWKWARD}, MIXED, special=("same", "cancel", "negative_zero"), wider=True)
         case "varied":  # the same with fewer tensors, for the many values of parameters
             return family(3, VARIED, MIXED, special=("cancel", "negative_zero"), wider=True)
+        case "apart":  # the same, and no two experts have their directions in common: which count is then arbitrary
+            return family(3, VARIED, MIXED, special=("negative_zero",), wider=True)
         case "lone":
             return family(1, {**VARIED, **FEW}, MIXED, special=("tiny", "negative_zero"))
         case "few":  # for what takes long
@@ -89,7 +91,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("nearswap", "passthrough", "slerp"), ("one",)),
     "arcee_fusion": ("lone",),
     "nuslerp": ("two",),
-    **dict.fromkeys(("doge", "optmerge", "wudi"), ("varied", "few")),
+    **dict.fromkeys(("optmerge", "wudi"), ("varied", "few")),
+    "doge": ("apart", "few"),
     "pcb": ("varied", "plain", "few"),
 }
 """Of methods that take fewer experts, or long."""
@@ -344,7 +347,8 @@ def _method(name: str) -> Iterator[Case]:
     for kind in SETS.get(name, USUAL):
         yield _case(f"{name} default", kind, _spec(name, _held(given, kind)))
     for parameters in VARIANTS.get(name, ()):
-        yield _case(f"{name} {_words(parameters)}", "varied", _spec(name, parameters), name in KERNELS)
+        kind = "apart" if name == "doge" else "varied"
+        yield _case(f"{name} {_words(parameters)}", kind, _spec(name, parameters), name in KERNELS)
     kind, few = FEW_VARIANTS.get(name, ("", ()))
     for parameters in few:
         yield _case(f"{name} {_words(parameters)}", kind, _spec(name, parameters))

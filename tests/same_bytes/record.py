@@ -50,6 +50,8 @@ MATRICES = (
         "tsvc",
         "twin",
         "adapter",
+        "mbat: {binder: dense",
+        "mbat: {denoise: lowrank",
         "lora",
         "transplant",
         "model-wide",

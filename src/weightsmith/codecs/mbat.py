@@ -16,6 +16,7 @@ from weightsmith.core.method import BASE, StandaloneCodec, Whole, choice, intege
 from weightsmith.core.site import Site
 from weightsmith.ops.binders import generator, haar, hadamard
 from weightsmith.ops.noise import uniform_bits
+from weightsmith.ops.reduce import pairwise_sum, row_squares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,8 +86,8 @@ class Mbat(Whole, StandaloneCodec, name="mbat", needs=(BASE,), checks=(dims(2),)
         added: Tensor = torch.zeros_like(deltas[0])
         for stream, delta in zip(streams, deltas, strict=True):
             added = added + self._bound(delta, stream, 0)
-        rows = [delta.double().square().sum(1) for delta in deltas]
-        squares = [float(row.sum()) for row in rows]
+        rows = [row_squares(delta) for delta in deltas]
+        squares = [float(pairwise_sum(row)) for row in rows]
         found = {f"{name}::sum": added}
         for i, (expert, stream) in enumerate(zip(site.names, streams, strict=True)):
             others = torch.stack([row for j, row in enumerate(rows) if j != i] or [torch.zeros_like(rows[i])]).sum(0)

@@ -11,7 +11,7 @@ from weightsmith.core.lazy import torch
 from weightsmith.core.method import BASE, Each, Filter, Pass, Scope, choice, number
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import spread
-from weightsmith.ops.moments import curvature
+from weightsmith.ops.moments import curvature, powered
 from weightsmith.ops.select import Largest
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Scores(Largest):
         if self.metric == "magnitude":
             return deltas
         moments = curvature(site, "second_moment")
-        return torch.stack([v.sqrt() * d for v, d in zip(moments, deltas, strict=True)])
+        return torch.stack([powered(v, 0.5) * d for v, d in zip(moments, deltas, strict=True)])
 
     @property
     def viewed(self) -> Hashable:

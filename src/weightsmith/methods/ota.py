@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.lazy import torch
 from weightsmith.core.method import Each, Method, Pass, choice, number
-from weightsmith.core.pass_ import State
+from weightsmith.core.pass_ import Rows, State
 from weightsmith.core.site import Site
 from weightsmith.ops.combine import mean, some_weight, spread, weighted_sum
-from weightsmith.ops.moments import curvature
+from weightsmith.ops.moments import curvature, powered
+from weightsmith.ops.reduce import pairwise_sum, row_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ class Ota(Method, name="ota", needs=("second_moment",), checks=(some_weight,)):
         # Equal factors of all weights cancel: the greatest is brought to about 1, away from float32's least numbers.
         top = max((s * m for s, m in zip(scales, means, strict=True)), default=0.0)
         unit = top if top > 0 else 1.0
-        return [v**self.power * (s / unit) + least / unit for v, s in zip(_moments(site), scales, strict=True)]
+        return [powered(v, self.power) * (s / unit) + least / unit for v, s in zip(_moments(site), scales, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class _Means(Pass[list[float]]):
     power: float
 
     def see(self, site: Site) -> State:
-        sums = [(v.double() ** self.power).sum() for v in _moments(site)]
-        return {"sums": torch.stack(sums).cpu(), "count": torch.tensor(site.stack[0].numel())}
+        sums = [row_sums(powered(v.double(), self.power)) for v in _moments(site)]
+        return {"sums": Rows(torch.stack(sums).cpu()), "count": torch.tensor(site.stack[0].numel())}
 
     def end(self, total: Mapping[str, Any]) -> list[float]:
-        found: list[float] = (total["sums"] / max(int(total["count"]), 1)).tolist()
+        found: list[float] = (pairwise_sum(torch.as_tensor(total["sums"])) / max(int(total["count"]), 1)).tolist()
         return found
 
 
