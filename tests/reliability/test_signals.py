@@ -122,6 +122,7 @@ def test_a_request_to_end_that_python_drops_is_made_again() -> None:
             sum(range(1000))  # the handler runs in here
 
     before = sys.unraisablehook
+
     def work() -> None:
         with _ends_cleanly():
             Collected()

@@ -157,8 +157,8 @@ def _of_state(path: Path, state: Any, loaded: LoadedModel) -> dict[str, _Moment]
     groups = state.get("param_groups") or []
     names = _names(path, state["state"], groups, loaded)
     # Adafactor's decay is 1 - step^decay_rate, 0 at first: its moments have no bias.
-    betas = {n: group["betas"][1] if "betas" in group else 0.0
-             for group in groups if "betas" in group or "decay_rate" in group for n in group.get("params", ())}  # fmt: skip
+    known = [group for group in groups if "betas" in group or "decay_rate" in group]
+    betas = {n: g["betas"][1] if "betas" in g else 0.0 for g in known for n in g.get("params", ())}
     moments = {}
     for number, entry in state["state"].items():
         if (values := _values(entry)) is not None:
@@ -212,7 +212,7 @@ def _distributed(path: Path) -> dict[str, Any]:
 
 
 def _steps(place: Sequence[Any]) -> list[str]:
-    """The way to an entry; of a flattened state (`state.NAME.exp_avg_sq`, as torchtitan saves) that of the plain one."""
+    """The way to an entry; flattened (`state.NAME.exp_avg_sq`, as torchtitan saves) as well."""
     *way, last = map(str, place)
     first, _, rest = last.partition(".")
     name, _, kind = rest.rpartition(".")
