@@ -20,6 +20,7 @@ from demo.digits import warm_up_then_cosine
 from demo.family import fingerprint
 from demo.text import TAGS as KINDS
 from demo.text import windows
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 TAGS: Mapping[str, bytes] = {**KINDS, "arithmetic": b"<gs>"}
@@ -159,10 +160,15 @@ def train(folder: Path, data: Corpus, seed: int, settings: Training, say: Callab
     )  # fmt: skip
 
     def run(name: str, kinds: Sequence[str], steps: int, rate: float, reach: float | None = None) -> None:
+        place, partial = folder / name, folder / f"{name}.partial"
+        if place.is_dir():  # of a run that was stopped; equal seeds give equal models
+            model.load_state_dict(load_file(place / "model.safetensors"))
+            return
         tag = 100 * seed + ["base", "joint", *TAGS].index(name)
         took, moved = fit(model, stream(data, kinds, settings, tag), steps, rate, reach)
         say(f"{name}, {took} steps, moved {100 * moved:.1f}%")
-        model.save_pretrained(folder / name)
+        model.save_pretrained(partial)
+        partial.rename(place)
 
     run("base", tasks, settings.base_steps, settings.base_rate)
     base = {key: value.clone() for key, value in model.state_dict().items()}

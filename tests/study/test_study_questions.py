@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -30,5 +31,14 @@ def test_a_tiny_family_has_files_that_bench_takes(tmp_path: Path, monkeypatch: p
         lines = [json.loads(line) for line in Path(one.spec.file).read_text("utf-8").split("\n") if line]
         assert len(lines) == 3
         assert all(line["choices"][line["answer"]].strip(" 0123456789") for line in lines)
+    fresh = (study.parent / "JSON" / "model.safetensors").read_bytes()
+    stopped = study.parent.with_name(f"{study.parent.name}.partial")
+    study.parent.rename(stopped)
+    for name in ("JSON", "joint"):
+        shutil.rmtree(stopped / name)
+    told: list[str] = []
+    assert command.asked(tmp_path, None, 1, told.append) == ([study], [wild])
+    assert [line.split(",")[1].split()[-1] for line in told] == ["JSON", "joint"], "goes on where it was stopped"
+    assert (study.parent / "JSON" / "model.safetensors").read_bytes() == fresh
     again = command.asked(tmp_path, None, 1, lambda text: pytest.fail(f"trained again: {text}"))
     assert again == ([study], [wild])
