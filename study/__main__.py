@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".study"
-FAMILIES = {"images": 1, "digits": 2, "text": 1, "questions": 1}
+FAMILIES = {"images": 1, "digits": 3, "text": 1, "questions": 1}
 """Family -> repetitions, if nothing else is asked for; the digits are the quickest to train."""
 
 Say = Callable[[str], None]

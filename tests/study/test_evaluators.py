@@ -363,6 +363,9 @@ class Scripted:
     def written(self, prompts: Sequence[str], *words: Any, **named: Any) -> tuple[list[str], dict[str, float]]:
         return [self.says(at, prompt) for at, prompt in enumerate(prompts)], {}
 
+    def lengths(self, texts: Sequence[str]) -> list[float]:
+        return [float(len(text)) for text in texts]
+
     def targets(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Target], int]:
         return [Target(-float(ord(target.strip()[0])), 1, 0, 1) for _, target in pairs], 0
 
@@ -379,6 +382,7 @@ def test_svg_editing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Svg(task="edit", count=12)
     right = scripted(monkeypatch, spec, lambda at, prompt: edit(0, at, names[at % 6]).answer)
     assert (right["one_minus_mse"], right["validity"], right["unchanged"]) == (1.0, 1.0, 0.0)
+    assert right["tokens"] > 100
     assert right["compression"] < 1
     nothing = scripted(monkeypatch, spec, lambda at, prompt: edit(0, at, names[at % 6]).svg)
     assert nothing["one_minus_mse"] == pytest.approx(nothing["do_nothing"])
@@ -395,8 +399,9 @@ def test_a_constant_answerer_is_consistent_and_at_chance(monkeypatch: pytest.Mon
 
 
 def test_svg_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = scripted(monkeypatch, Svg(task="generate", count=10), lambda at, prompt: "<svg></svg>")
-    assert (found["validity"], found["rules"], found["elements"]) == (1.0, 0.0, 0.0)
+    found = scripted(monkeypatch, Svg(task="generate", count=10), lambda at, prompt: '<svg><path d="M0 0L9 9"/></svg>')
+    assert (found["validity"], found["rules"], found["elements"], found["commands"]) == (1.0, 0.0, 1.0, 2.0)
+    assert found["tokens"] == len('<svg><path d="M0 0L9 9"/></svg>')
 
 
 def test_every_evaluator_has_its_function(folder: Path, tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ class Language:
         prefix = () if self.template == "chat" else self.coder.prefix
         return [*prefix, *self.coder.encode(self.prompt(text))]
 
+    def lengths(self, texts: Sequence[str]) -> list[float]:
+        """Tokens of every text."""
+        return [float(len(self.coder.encode(text))) for text in texts]
+
     # -- likelihood
 
     def targets(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[Target], int]:

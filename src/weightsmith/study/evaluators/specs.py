@@ -168,7 +168,7 @@ class Svg(Spec):
     SHORT: ClassVar[str] = "task"
     METRICS = (
         "one_minus_mse", "mse", "validity", "unchanged", "do_nothing", "compression",
-        "letter_acc", "likelihood_acc", "consistency", "rules", "elements", "bytes",
+        "letter_acc", "likelihood_acc", "consistency", "rules", "elements", "commands", "bytes", "tokens",
     )  # fmt: skip
     task: Literal["edit", "understand", "generate"] = "edit"
     operations: Words = ()

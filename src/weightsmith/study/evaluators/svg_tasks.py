@@ -72,6 +72,7 @@ def _edit(model: Language, spec: Svg, cases: list[Case]) -> Found:
             "validity": [float(one.valid) for one in found],
             "unchanged": [float(one.unchanged) for one in found],
             "do_nothing": [1 - error for error in still],
+            "tokens": model.lengths(written),
         },
         notes,
         **more,
@@ -140,7 +141,9 @@ def _generate(model: Language, spec: Svg, cases: list[Case]) -> Found:
             "rules": [one.rules for one in found],
             "validity": [float(one.valid) for one in found],
             "elements": [float(one.elements) for one in found],
+            "commands": [float(one.commands) for one in found],
             "bytes": [float(one.bytes) for one in found],
+            "tokens": model.lengths(written),
         },
         notes,
     )
