@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from search.pantry import WANTED, splits, stocked, tree
-from weightsmith.core.errors import OutputError, RecipeError
+from search.pantry import SHAPES, WANTED, splits, stocked, tree
+from weightsmith.core.errors import OutputError, PlanError, RecipeError
+from weightsmith.core.settings import Settings
 from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import load as load_recipe
 from weightsmith.search.api import search
 from weightsmith.search.fronts import front
+from weightsmith.search.run import prepared
 from weightsmith.search.schema import SearchFile
 
 SAMPLERS = ("random", "tpe", "nsga2", "nsga3", "gp", "cmaes")
@@ -327,6 +330,33 @@ def test_candidates_have_the_bytes_of_merges(pantry: Path, tmp_path: Path) -> No
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for found in (seen[3], folders[3]):  # behind the recipe itself
         assert all((found[name] == tensor).all() for name, tensor in expected.items())
+
+
+def test_candidates_in_memory_keep_to_the_bound_on_memory(pantry: Path, tmp_path: Path) -> None:
+    """As many are built together as fit; the same is found, and too little memory is refused at the start."""
+    file = SearchFile.model_validate(tree(pantry, sampler="random", evaluations=4, batch=4, together=4, rescore=0))
+    free = prepared(file, tmp_path / "free", Settings(threads=1))
+    (_, one), (_, four) = (free.evaluations.workshop.peak(free.start, n, in_memory=True) for n in (1, 4))
+    size = sum(math.prod(shape) * 4 for shape in SHAPES.values())
+    assert four - one >= 3 * size
+    assert free.together == (4, four)
+    groups: dict[int, list[int]] = {}
+    for bound in (four, one + (four - one) // 3, one):
+        work = prepared(file, tmp_path / str(bound), Settings(memory=bound, threads=1))
+        made, make = groups.setdefault(bound, []), work.evaluations.workshop.make
+
+        def counted(recipes: Any, *, in_memory: bool = False, made: Any = made, make: Any = make) -> Any:
+            made.append(len(recipes))
+            return make(recipes, in_memory=in_memory)
+
+        work.evaluations.workshop.make = counted  # type: ignore[method-assign]
+        with work.alone():
+            work.run()
+        assert f"candidates: {max(made)} built in one pass, predicted peak" in work.plan()[1]
+        assert not any(trial.failed for trial in work.trials)
+    assert list(groups.values()) == [[1, 4], [1, 2, 2], [1] * 5]
+    with pytest.raises(PlanError, match=r"--memory .* MB is too little: .* alone needs"):
+        prepared(file, tmp_path / "no", Settings(memory=one - size, threads=1))
 
 
 def test_buffers_are_used_again_unless_somebody_holds_them(pantry: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsmith.core.errors import PlanError, WeightsmithError
-from weightsmith.core.problem import Problems
+from weightsmith.core.problem import Problem, Problems
 from weightsmith.core.settings import Settings
 from weightsmith.core.units import parse_size
 from weightsmith.engine import carry
-from weightsmith.engine.model import side_by_side
+from weightsmith.engine.model import Bundle, side_by_side
 from weightsmith.inputs.opened import Inputs
 from weightsmith.io.disk import remove, write_file, writing
 from weightsmith.io.write.layout import indices
@@ -27,7 +27,7 @@ from weightsmith.jobs.nested import open_inputs
 from weightsmith.jobs.package import companions
 from weightsmith.jobs.sweep import bytes_shared, peak_together, what_is_read
 from weightsmith.plan.fit import Work
-from weightsmith.plan.room import Machine, resident
+from weightsmith.plan.room import Machine, Room, resident
 from weightsmith.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,30 @@ class Workshop:
         if job.plan.problems:
             raise PlanError(job.plan.problems)
         return job
+
+    def fitting(self, recipes: Sequence[Recipe], *, in_memory: bool = False) -> int:
+        """How many of the first of these `make` can make together within the bound on memory; at least 1."""
+        if self.settings.memory is None or len(recipes) < 2:
+            return len(recipes)
+        jobs: list[Job] = []
+        for recipe in recipes:
+            try:
+                jobs.append(self.plan(recipe))
+            except WeightsmithError:  # which `make` tells of
+                return max(len(jobs), 1)
+        return next((n for n in range(len(jobs), 1, -1) if not self._room(jobs[:n], in_memory)[2]), 1)
+
+    def peak(self, recipe: Recipe, count: int, *, in_memory: bool = False) -> tuple[int, int]:
+        """How many of `count` merges that differ in numbers from a recipe are made together, and the bytes they take.
+
+        Raises PlanError where not even one fits.
+        """
+        job = self.plan(recipe)
+        for n in range(count, 0, -1):
+            _, room, problems = self._room([job] * n, in_memory)
+            if not problems:
+                return n, room.peak_bytes
+        raise PlanError(problems)
 
     def make(self, recipes: Mapping[str, Recipe], *, in_memory: bool = False) -> Batch:
         """Merge recipes side by side; one that fails does not keep the others from being made."""
@@ -130,18 +154,13 @@ class Workshop:
             remove(self.room)
 
     def _carried_out(self, jobs: Mapping[str, Job], in_memory: bool) -> tuple[dict[str, Any], int]:
-        inputs = [job.inputs for job in jobs.values()]
-        bundles = side_by_side([job.plan.tasks for job in jobs.values()])
-        work = [Work(tuple(task for _, task in bundle), inputs[bundle[0][0]]) for bundle in bundles]
-        loaded = max(resident(job.plan.tasks, job.inputs) for job in jobs.values())
-        problems = Problems()
-        room = Machine.of(self.settings).room(work, [peak_together(one) for one in work], loaded, problems)
+        bundles, room, problems = self._room(list(jobs.values()), in_memory)
         if problems:
-            raise PlanError(tuple(problems))
+            raise PlanError(problems)
         sinks = {name: self._sink(name, job, in_memory) for name, job in jobs.items()}
         parts = [carry.Job(job.plan, job.inputs, sinks[name]) for name, job in jobs.items()]
         carry.carry_out_all(parts, threads=room.threads, fit=room.fit)
-        read = sum(bytes_shared(bundle, inputs) for bundle in bundles)
+        read = sum(bytes_shared(bundle, [job.inputs for job in jobs.values()]) for bundle in bundles)
         found: dict[str, Any] = {}
         for name, job in jobs.items():
             sink = sinks[name]
@@ -152,6 +171,18 @@ class Workshop:
                 assert isinstance(sink, ScratchSink)
                 found[name] = _packed(sink, job)
         return found, read
+
+    def _room(self, jobs: Sequence[Job], in_memory: bool) -> tuple[Sequence[Bundle], Room, tuple[Problem, ...]]:
+        """What jobs side by side take; in memory their results are held all at once, until somebody has looked."""
+        inputs = [job.inputs for job in jobs]
+        bundles = side_by_side([job.plan.tasks for job in jobs])
+        work = [Work(tuple(task for _, task in bundle), inputs[bundle[0][0]]) for bundle in bundles]
+        loaded = max(resident(job.plan.tasks, job.inputs, torch=in_memory) for job in jobs)
+        held = sum(job.plan.write_bytes for job in jobs) if in_memory else 0
+        problems = Problems()
+        peaks = [peak_together(one) for one in work]
+        room = Machine.of(self.settings).room(work, peaks, loaded, problems, held)
+        return bundles, room, tuple(problems)
 
     def _sink(self, name: str, job: Job, in_memory: bool) -> Sink:
         if in_memory:

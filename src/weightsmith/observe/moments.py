@@ -212,7 +212,7 @@ def _distributed(path: Path) -> dict[str, Any]:
 
 
 def _steps(place: Sequence[Any]) -> list[str]:
-    """The way to an entry; flattened (`state.NAME.exp_avg_sq`, as torchtitan saves) as well."""
+    """The way to an entry; that of the plain state where it is flattened (`state.NAME.exp_avg_sq`: torchtitan)."""
     *way, last = map(str, place)
     first, _, rest = last.partition(".")
     name, _, kind = rest.rpartition(".")

@@ -58,19 +58,22 @@ class Machine:
         peaks: Sequence[int],
         loaded: int,
         problems: Problems,
+        held: int = 0,
     ) -> Room:
         """Fewer threads, or lanes of devices, than asked for are used to keep the bound on memory.
 
         work    tasks that are done together (variants of a sweep; else one), and what they read
         peaks   predicted bytes of each of these
         loaded  bytes of the process beside its tasks on the CPU, see `resident`
+        held    bytes of results that stay in memory
         """
         largest = max(peaks, default=0)
+        loaded += held
         if self.accelerator is None:
             named = [(peak, tasks[0].key.name) for peak, (tasks, _) in zip(peaks, work, strict=True)]
             workers, peak = _on_cpu(named, self.threads, self.memory, problems, loaded)
             return Room(workers, peak, loaded + largest)
-        loaded = PYTHON + TORCH + self.accelerator.resident
+        loaded = PYTHON + TORCH + self.accelerator.resident + held
         pieces = [Work(tasks, inputs) for tasks, inputs in work]
         fit, peak = fitted(
             pieces, self.accelerator, memory=self.memory, threads=self.threads, loaded=loaded, problems=problems
@@ -98,10 +101,10 @@ def _on_cpu(
     return 1, peak
 
 
-def resident(tasks: Iterable[Task], inputs: Inputs) -> int:
+def resident(tasks: Iterable[Task], inputs: Inputs, torch: bool = False) -> int:
     """Bytes of the process beside its tasks: fused merges and plain copies need no torch, other merges no kernels;
-    what sources hold for all of them."""
-    kernels = torch = False
+    what sources hold for all of them.  `torch`: what is made of the results needs it."""
+    kernels = False
     for task in tasks:
         if task.pipeline is None:
             source = inputs.experts[task.source] if task.source else inputs.base

@@ -16,7 +16,7 @@ import numpy as np
 from weightsmith.core.errors import OutputError, PlanError, RecipeError, WeightsmithError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io import system
-from weightsmith.io.disk import remove, writing
+from weightsmith.io.disk import gigabytes, remove, writing
 from weightsmith.io.url import absolute
 from weightsmith.io.write.lock import FolderLock
 from weightsmith.jobs.scratch import Workshop
@@ -216,14 +216,23 @@ class Search:
     def plan(self) -> list[str]:
         """What a run would do, a line each."""
         genes = self.space.genes
+        together, peak = self.together
         halving = f", by halving over {', '.join(map(str, self.file.halving.items))} items" if self.file.halving else ""
         return [
             f"sampler {self.sampler.name}: {len(genes)} genes, {self.file.evaluations} candidates, {self.batch} a "
-            f"generation, {self.file.together} built in one pass{halving}",
+            f"generation{halving}",
+            f"candidates: {together} built in one pass, predicted peak {gigabytes(peak)}, what the evaluator takes not "
+            "counted",
             f"goals: {', '.join(f'{name} ({goal})' for name, goal in self.aim.goals.items())}"
             + (" as a front" if self.aim.weights is None else ""),
             f"resume: the same command goes on, {self.sampler.promise} where the evaluator gives the same scores again",
         ]
+
+    @property
+    def together(self) -> tuple[int, int]:
+        """Candidates that are built in one pass within the bound on memory, and the bytes that takes."""
+        count = min(self.file.together, self.batch)
+        return self.evaluations.workshop.peak(self.start, count, in_memory=self.scorer.in_memory)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -273,7 +282,9 @@ def prepared(
         start = space.recipe(space.begin)
     ledger = Ledger(out / "scores.jsonl")
     evaluations = Evaluations(found, ledger, workshop, out / "stderr", file.together)
-    return Search(file, out, space, aim, sampler, found, evaluations, start, _identity(file, found, opened, sampler))
+    work = Search(file, out, space, aim, sampler, found, evaluations, start, _identity(file, found, opened, sampler))
+    workshop.peak(start, 1, in_memory=found.in_memory)  # a bound on memory that is too low shows now
+    return work
 
 
 def _identity(file: SearchFile, score: Scorer, inputs: Any, sampler: Sampler) -> str:

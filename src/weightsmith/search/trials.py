@@ -113,8 +113,11 @@ class Evaluations:
                 todo[key] = one
             keys.append(key)
         left = list(todo.items())
-        for start in range(0, len(left), self.together):
-            self._some(dict(left[start : start + self.together]))
+        while left:
+            some = [one.recipe for _, one in left[: self.together]]
+            count = self.workshop.fitting(some, in_memory=self.scorer.in_memory)
+            self._some(dict(left[:count]))
+            left = left[count:]
         return [self._outcome(key) for key in keys]
 
     def _some(self, todo: Mapping[str, Asked]) -> None:
