@@ -108,7 +108,7 @@ def test_what_may_be_learned_of_a_language_model(kitchen: Path, tmp_path: Path, 
         (
             "preset: adamergin",
             "code.jsonl",
-            r"TUNE\.yaml:6:1: unknown preset 'adamergin'; did you mean 'adamerging'",
+            r"TUNE\.yaml:5:1: unknown preset 'adamergin'; did you mean 'adamerging'",
         ),
         (
             "preset: {adamerging: {step: 3}}",
@@ -132,7 +132,7 @@ def test_what_may_be_learned_of_a_language_model(kitchen: Path, tmp_path: Path, 
             "code.jsonl",
             r"TUNE\.yaml:6:\d+: unknown key 'step' in descent; did",
         ),
-        ("preset: adamerging", "gone.jsonl", r"gone\.jsonl: no such file or folder of calibration data"),
+        ("preset: adamerging", "gone.jsonl", r"TUNE\.yaml:6:26: no file or folder 'gone\.jsonl'\n"),
         ("preset: adamerging", "empty.jsonl", r"empty\.jsonl: no example in it"),
         ("preset: adamerging", "{train: code.jsonl, validation: code.jsonl}", r"is the data that is learned from"),
         (

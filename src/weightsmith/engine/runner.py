@@ -19,6 +19,9 @@ __all__ = ["Runner", "SerialRunner", "ThreadRunner", "one_thread_each"]
 T = TypeVar("T")
 R = TypeVar("R")
 
+SETTLED = ("cos", "erfc", "exp", "expm1", "log", "sin", "sqrt", "tanh")
+"""Functions of single numbers that tasks compute with torch."""
+
 
 class Runner(Protocol):
     """Applies a function to tasks; results come in the order of the tasks, as soon as they can.
@@ -77,12 +80,20 @@ class ThreadRunner:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Keep torch to one thread per task: its sums would otherwise depend on how many it splits them over."""
+    """Keep torch to one thread per task: its sums would otherwise depend on how many it splits them over.
+
+    Threads of ours are not in step either: MKL 2024.2, which torch's wheels carry, looks for a function's code at its
+    first call, and if that comes from several threads at once one of them may get code of less than half the digits
+    (pytorch/pytorch#188792).  So each function is called once before.
+    """
     if "torch" not in sys.modules:  # nothing to restrain, and no reason to wait for the import
         yield
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    for function in SETTLED:
+        for dtype in (torch.float32, torch.float64):
+            getattr(torch, function)(torch.ones(1, dtype=dtype))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from weightsmith.core.errors import PlanError, RecipeError, WeightsmithError, pr
 from weightsmith.core.problem import Problem
 from weightsmith.core.settings import Settings
 from weightsmith.inputs.opened import Inputs
+from weightsmith.io import system
 from weightsmith.io.disk import remove
 from weightsmith.jobs.merge import merge_job, run
 from weightsmith.jobs.nested import open_inputs
@@ -303,7 +304,8 @@ def beside(ref: ModelRef) -> Any:
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
         *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"),
         *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-        *sorted(str(file.relative_to(folder)) for file in folder.glob("[0-9]*_*/*")),  # sentence-transformers' modules
+        # Modules of sentence-transformers.
+        *sorted(str(file.relative_to(folder)) for file in system.call(list, folder.glob("[0-9]*_*/*"))),
     )
     return {name: digest(folder / name) for name in names if (folder / name).is_file()}
 

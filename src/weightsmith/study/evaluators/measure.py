@@ -82,7 +82,8 @@ def _libraries(python: str | None) -> list[str]:
         held = [one for name in _LIBRARIES[:3] for one in metadata.distributions(name=name)]
         return [f"{one.metadata['Name']}-{one.version}" for one in held]
     folder = Path(python).parent.parent
-    found = [path for name in _LIBRARIES for path in folder.glob(f"lib*/python*/site-packages/{name}-*.dist-info")]
+    inside = "lib*/python*/site-packages/{}-*.dist-info"
+    found = [path for name in _LIBRARIES for path in system.call(list, folder.glob(inside.format(name)))]
     return sorted(path.name.removesuffix(".dist-info") for path in found)
 
 

@@ -112,7 +112,7 @@ class DCTAdamW(LowRankOptimizer):
             projector.add(rows, low, columns, -1.0)
             feedback.save(state, rows, bits)
         if "m" not in state:
-            state |= {"m": torch.zeros_like(low), "v": torch.zeros_like(low)}
+            state |= {moment: torch.zeros_like(low, memory_format=torch.contiguous_format) for moment in ("m", "v")}
         direction, length = moved(state["m"], state["v"], low, step, group)
         flat = matrix(p)
         projector.add(flat, direction, columns, -lr * length)

@@ -96,8 +96,8 @@ class Trion(LowRankOptimizer):
         projector, rows = projector_of(group), tall(matrix(gradient(p)))  # [n, N]
         self.hold(projector, rows)
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(rows)
-        kept = state["momentum"].add_(rows)
+            state["momentum"] = torch.zeros_like(matrix(p), dtype=rows.dtype, memory_format=torch.contiguous_format)
+        kept = tall(state["momentum"]).add_(rows)
         low, columns = projector.choose(kept)
         projector.add(kept, low, columns, group["momentum"] - 1)
         flat = matrix(p)
