@@ -85,6 +85,17 @@ def mean(found: Mapping[str, float]) -> float:
     return sum(found.values()) / len(found)
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """Their mean, and in brackets their standard deviation."""
+    return f"{form.format(sum(values) / len(values))} ({form.format(stdev(values))})"
+
+
+def say_mean(label: str, seeds: Sequence[tuple[Mapping[str, float], float]], form: str = "{:.2f}") -> None:
+    """A row of one run per seed, scores and seconds: means, and the spread of the mean score."""
+    each = [form.format(sum(own[name] for own, _ in seeds) / len(seeds)) for name in seeds[0][0]]
+    say(label, *each, spread([mean(own) for own, _ in seeds], form), f"{sum(t for _, t in seeds) / len(seeds):.0f}")
+
+
 # --- merges beside the multi-task model ----------------------------------------------------------------
 
 
@@ -101,9 +112,7 @@ def beside_merges(
         for label, found, took in merged(tasks, warm, steps, rate, room, **more, seed=seed):
             rows.setdefault(label, []).append((found, took))
     for label, seeds in rows.items():
-        found = {name: sum(own[name] for own, _ in seeds) / len(seeds) for name in tasks}
-        spread = stdev(mean(own) for own, _ in seeds)
-        say(label, *found.values(), f"{mean(found):.2f} ({spread:.2f})", f"{sum(t for _, t in seeds) / len(seeds):.0f}")
+        say_mean(label, seeds)
 
 
 def merged(
@@ -304,15 +313,20 @@ PRIORS = {"shadow": "background", "blur": "gradient", "ink": "sauvola"}
 def of_documents(data: Path, room: Path) -> None:
     tasks = documents(room)
     common = {"net": {"width": 16, "depth": 3}, "by": "conditioned", "sampling": "mixed", "batch": 9}
-    head("Documents, one network for three tasks on the same pages: PSNR in dB", "prior", *tasks, "mean", "s")
+    head(
+        "Documents, one network for three tasks on the same pages: PSNR in dB, three seeds",
+        "prior",
+        *tasks,
+        "mean",
+        "s",
+    )
     for label, choose in {
         "none": lambda n: "none",
         "noise": lambda n: "noise",
         "fixed, learned": lambda n: "fixed",
         "of the task": lambda n: PRIORS[n],
     }.items():
-        _, found, took = run({n: {**spec, "prior": choose(n)} for n, spec in tasks.items()}, 400, **common)
-        say(label, *found.values(), mean(found), f"{took:.0f}")
+        of_seeds(label, {n: {**spec, "prior": choose(n)} for n, spec in tasks.items()}, 400, **common)
 
 
 def of_merged_documents(data: Path, room: Path) -> None:
@@ -373,17 +387,20 @@ def of_scenes(data: Path, room: Path) -> None:
         "and memory": {"experts": 4},
     }.items():
         of_seeds(label, maps, 900, "{:.4f}", **net, by={"task_expert": {"levels": 2, **given}})
-    head("Scenes as tokens: RMSE of depth, accuracy of the count", "trained on", "decoding", "depth", "count", "s")
+    columns = ("trained on", "decoding", "depth", "count", "s")
+    head("Scenes as tokens: RMSE of depth, accuracy of the count, three seeds", *columns)
     soft = {"codes": 32, "patch": 4, "width": 48, "vae_steps": 400}
     for label, chosen, more in (
         ("depth", ("depth",), {}),
         ("depth, codes without masking", ("depth",), {"mask": 0.0}),
         ("depth and count", ("depth", "count"), {}),
     ):
-        system, found, took = run({n: tasks[n] for n in chosen}, 500, **net, by={"soft_tokens": {**soft, **more}})
+        by = {"soft_tokens": {**soft, **more}}
+        runs = [run({n: tasks[n] for n in chosen}, 500, **net, by=by, seed=seed) for seed in SEEDS]
+        counted = spread([own["count"] for _, own, _ in runs], "{:.1f}") if "count" in chosen else "–"
         for how in (True, False):
-            rmse = decoded(system, soft=how)
-            say(label, "soft" if how else "hard", f"{rmse:.4f}", found.get("count", "–"), f"{took:.0f}")
+            rmse = spread([decoded(system, soft=how) for system, _, _ in runs], "{:.4f}")
+            say(label, "soft" if how else "hard", rmse, counted, f"{runs[0][2]:.0f}")
 
 
 @torch.no_grad()
@@ -462,10 +479,7 @@ def of_likelihood(data: Path, room: Path) -> None:
 
 def of_seeds(label: str, tasks: Mapping[str, Any], steps: int, form: str = "{:.2f}", **more: Any) -> None:
     """A row: means over SEEDS, with the spread of the mean score in brackets."""
-    runs = [run(tasks, steps, **more, seed=seed) for seed in SEEDS]
-    found = [sum(own[name] for _, own, _ in runs) / len(runs) for name in tasks]
-    both = form.format(sum(found) / len(found)) + f" ({form.format(stdev(mean(own) for _, own, _ in runs))})"
-    say(label, *(form.format(x) for x in found), both, f"{runs[0][2]:.0f}")
+    say_mean(label, [run(tasks, steps, **more, seed=seed)[1:] for seed in SEEDS], form)
 
 
 def of_llama(room: Path) -> dict[str, Any]:
@@ -480,16 +494,14 @@ def of_llama(room: Path) -> dict[str, Any]:
 
 def of_texts(data: Path, room: Path) -> None:
     tasks, common = texts(data, room), of_llama(room)
-    head("Texts of three sources, three questions: accuracy in percent", "training", *tasks, "mean", "s")
-    found, took = {}, 0.0
-    for name in tasks:
-        _, own, seconds = run({name: tasks[name]}, 300, **common, by="plain")
-        found |= own
-        took += seconds
-    say("a model each, without instruction", *found.values(), mean(found), f"{took:.0f}")
+    head("Texts of three sources, three questions: accuracy in percent, three seeds", "training", *tasks, "mean", "s")
+    alone = []
+    for seed in SEEDS:
+        each = [run({name: tasks[name]}, 300, **common, by="plain", seed=seed)[1:] for name in tasks]
+        alone.append(({name: own[name] for name, (own, _) in zip(tasks, each, strict=True)}, sum(t for _, t in each)))
+    say_mean("a model each, without instruction", alone)
     for label, mode in (("one model, without instructions", "none"), ("one model, instructed", "instruction")):
-        _, found, took = run(tasks, 900, **common, by={"instruct": {"mode": mode}})
-        say(label, *found.values(), mean(found), f"{took:.0f}")
+        of_seeds(label, tasks, 900, **common, by={"instruct": {"mode": mode}})
 
 
 def of_merged_texts(data: Path, room: Path) -> None:
