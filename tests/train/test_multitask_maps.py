@@ -18,6 +18,7 @@ from weightsmith.train.multitask import TaskExpertDecoder, expected, gradient, m
 from weightsmith.train.multitask.body import Body
 from weightsmith.train.multitask.build import build, open_body
 from weightsmith.train.multitask.data import read_tasks
+from weightsmith.train.multitask.experts import resized
 from weightsmith.train.multitask.net import Net
 from weightsmith.train.multitask.priors import PRIORS, background, coordinates, prior, shading
 from weightsmith.train.multitask.recipe import MultiTaskRecipe
@@ -214,6 +215,16 @@ def test_the_memory_costs_what_it_should_and_every_expert_learns():
     decoder(levels(), "a")[0].square().sum().backward()
     for level in decoder.experts:
         assert all(float(p.grad.abs().sum()) > 0 for expert in level for p in expert.parameters())  # type: ignore[union-attr]
+
+
+def test_the_memory_follows_the_resolution():
+    """Four tokens a side to two: bilinear, so means of blocks of four."""
+    decoder = TaskExpertDecoder(6, ["a"], experts=2, levels=2, width=4)
+    assert decoder([noise(2, 16, 6), noise(2, 4, 6, seed=1)], "a")[0].shape == (2, 4, 4)
+    memory = torch.arange(16.0).view(1, 16, 1)
+    assert resized(memory, 4).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    with pytest.raises(RecipeError, match="levels of 15 and 4 tokens; only square maps can be resized"):
+        resized(memory[:, :15], 4)
 
 
 def test_gates_specialise_where_tasks_read_different_halves():

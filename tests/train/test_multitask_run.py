@@ -283,6 +283,15 @@ def test_data_that_make_no_sense(tmp_path: Path):
         tasks("g.npz")
 
 
+def test_a_cap_holds_a_giant_task_back(words: dict[str, Any]):
+    """Some of its training examples, those of the seed; validation is whole."""
+    whole, capped = (read_tasks(loads(yaml.safe_dump({**words, **more}))) for more in ({}, {"cap": 40}))
+    assert [len(task.parts["train"]) for task in whole.values()] == [48, 32]
+    assert [len(task.parts["train"]) for task in capped.values()] == [40, 32]
+    assert {p.input for p in capped["first"].parts["train"]} < {p.input for p in whole["first"].parts["train"]}
+    assert [len(task.parts["valid"]) for task in capped.values()] == [12, 8]
+
+
 def test_a_prompt_knows_its_base(tmp_path: Path):
     """Adapting and scoring refuse another base; a model of other shapes gets no foreign parts."""
     data = str(texts(tmp_path / "a.jsonl", 20, first))

@@ -124,6 +124,16 @@ def test_rates_drop_out_of_the_mean_direction():
     assert abs(want[1] - 2) < 0.2
 
 
+def test_decay_is_not_divided_by_the_rate():
+    found = []
+    for decay in (0.0, 0.5):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.tensor([1.0, -2.0, 0.5])
+        MTAdamW([p], lr=0.1, weight_decay=decay).step(task="a", rate=0.1)
+        found.append(p.detach())
+    torch.testing.assert_close(found[0] - found[1], torch.full((3,), 0.1 * 0.5))
+
+
 def trained(optimizer: str, scales: tuple[float, float], steps: int = 400) -> tuple[float, float]:
     """Accuracy on two tasks whose losses have these scales: classes of a shared layer's features."""
     torch.manual_seed(0)

@@ -107,7 +107,7 @@ class TaskExpertDecoder(nn.Module):
         z = m = self.start[t].expand(*levels[0].shape[:-1], -1) if self.memory else None
         for level, features in enumerate(levels):
             if m is not None and m.shape[1] != features.shape[1]:
-                m = _resized(m, features.shape[1])
+                m = resized(m, features.shape[1])
             own_experts: Any = () if self.outside else self.experts[level]
             parts = [*outputs[level]] if outputs is not None else [expert(features) for expert in own_experts]
             if m is not None:
@@ -142,7 +142,7 @@ class TaskExpertDecoder(nn.Module):
         return _BONUS * entropy if entropy.item() < _COLLAPSED * most else entropy.new_zeros(())
 
 
-def _resized(memory: Tensor, count: int) -> Tensor:
+def resized(memory: Tensor, count: int) -> Tensor:
     """Memory tokens of square maps at another resolution, bilinearly."""
     old, new = math.isqrt(memory.shape[1]), math.isqrt(count)
     if old * old != memory.shape[1] or new * new != count:
