@@ -37,6 +37,7 @@ from typing import Any
 from weightsmith import lora
 from weightsmith.cli.main import main
 from weightsmith.core.method import Codec, registry
+from weightsmith.io.read.shell import no_bars
 from weightsmith.jobs.nested import open_inputs
 from weightsmith.moe.recipe import load as load_moe
 from weightsmith.plan.plan import make_plan
@@ -182,10 +183,10 @@ def _planned(text: str) -> None:
 
 
 def _captured(action: Any) -> str:
-    """What an action prints, to stdout and stderr in order; shown if it fails."""
+    """What an action prints, to stdout and stderr in order, but for bars of transformers; shown if it fails."""
     out = io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), no_bars():
             action()
     except BaseException as error:
         error.add_note(f"printed:\n{out.getvalue()}")
