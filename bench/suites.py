@@ -3,13 +3,16 @@
     python -m bench.suites --layers 8 --hidden 512 --examples 20
 
 Merging, hashing, caching and loading on one side, evaluation on the other; both grow with the number of weights, so
-that the share of a small model says what a large one's is, with as many tokens.  Prints one JSON line.
+that the share of a small model says what a large one's is, with as many tokens.  Prints one JSON line: `reads` says how
+often a method asks for the models' bytes, `disk_reads` how often the disk gave them in the whole run, which begins with
+none of them in memory (0 where the folder lies in memory itself, null where the system does not tell).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -62,6 +65,24 @@ def make(folder: Path, hidden: int, layers: int, examples: int) -> tuple[Path, i
     return folder / "run.yaml", sum(value.numel() for value in state.values())
 
 
+def forget(files: list[Path]) -> int:
+    """Take files out of the system's cache; returns their bytes."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return sum(file.stat().st_size for file in files)
+
+
+def from_disk() -> int | None:
+    """Bytes that the disk has given this process; None where the system does not tell."""
+    told = Path("/proc/self/io")
+    if not told.exists():
+        return None
+    return next(int(line.split()[1]) for line in told.read_text().splitlines() if line.startswith("read_bytes"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.suites")
     for name, default in (("hidden", 512), ("layers", 8), ("examples", 20)):
@@ -71,16 +92,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="weightsmith-suites-") as room:
         run, weights = make(Path(room), chosen.hidden, chosen.layers, chosen.examples)
-        began = time.perf_counter()
+        models = forget(sorted(Path(room).glob("*/model.safetensors")))
+        before, began = from_disk(), time.perf_counter()
         result = bench_suite(run, Path(room) / "out")
-        wall = time.perf_counter() - began
-        experts = sum(file.stat().st_size for name in TASKS for file in (Path(room) / name).glob("*.safetensors"))
+        wall, after = time.perf_counter() - began, from_disk()
         evaluated = sum(cost.evaluate_seconds for cost in result.costs.values())
         merged = sum(cost.merge_seconds for cost in result.costs.values())
-        reads = {name: cost.read_bytes / experts for name, cost in result.costs.items() if cost.read_bytes}
+        reads = {name: cost.read_bytes / models for name, cost in result.costs.items() if cost.read_bytes}
     print(json.dumps({
         "weights": weights, "wall_s": round(wall, 1), "evaluate_s": round(evaluated, 1), "merge_s": round(merged, 1),
         "share_not_models": round(1 - evaluated / wall, 3), "most_reads": round(max(reads.values()), 2),
+        "disk_reads": None if before is None or after is None else round((after - before) / models, 2),
         "reads": {name: round(value, 2) for name, value in reads.items()},
     }))  # fmt: skip
 

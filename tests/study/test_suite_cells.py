@@ -96,16 +96,17 @@ def test_deleted_records_only_are_measured_again(tmp_path: Path) -> None:
     assert len(calls(tmp_path)) - before == gone
 
 
-def test_identity(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("program", "share"), [(PROGRAM, 1), (LINEAR, 0)])
+def test_identity(tmp_path: Path, program: str, share: float) -> None:
     """All experts are the base: every share is 1, or a difference of 0 where the base scores nothing."""
     run = make(tmp_path, SCALE)
-    (tmp_path / "score.py").write_text(LINEAR)
+    (tmp_path / "score.py").write_text(program)
     for name in TASKS:
         (tmp_path / f"{name}.safetensors").write_bytes((tmp_path / "base.safetensors").read_bytes())
     result = bench_suite(run, tmp_path / "out")
     for cell in result.cells:
-        assert cell.held_in == 0, "the base scores 0: the difference is given"
-        assert set(cell.marked) == set(cell.subset)
+        assert cell.held_in == share, "where the base scores 0 the difference is given"
+        assert set(cell.marked) == (set() if share else set(cell.subset))
         assert cell.held_out == pytest.approx(1)
     assert "spreads 1: 0.000, 2: 0.000" in result.findings[4].statistic
 

@@ -133,6 +133,17 @@ def test_a_changed_task_file_or_setting_is_measured_anew(tmp_path: Path) -> None
     assert version("retrieval", pair, setting, {}) != first
 
 
+def test_a_task_that_changes_while_the_suite_runs_is_refused(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    score = tmp_path / "score.py"
+    score.write_text(PROGRAM + f"if task == 'blue': open('{score}', 'a').write('# later')\n")
+    with pytest.raises(RecipeError, match=r"base, task blue: its files changed while the suite ran"):
+        bench_suite(run, tmp_path / "out")
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2, "of red and green only"
+    score.write_text(PROGRAM)
+    assert bench_suite(run, tmp_path / "out").rows[0].scores["blue"] == 0.5
+
+
 def test_killed_and_resumed_gives_the_same_json(tmp_path: Path) -> None:
     run = make(tmp_path, TUNED)
     words = [sys.executable, "-m", "weightsmith", "bench", str(run), "--quiet", "--out"]

@@ -266,9 +266,12 @@ class Lab:
     def _key(self, identity: Any, one: Bound) -> str:
         """Under which a score is kept."""
         if one.name not in self._versions:
-            self._versions[one.name] = version(one.kind, one.spec, self.setting, self.environments)
+            self._versions[one.name] = self._version(one)
         named = one.name if one.kind == "program" else ""  # a program is told the task's name
         return fingerprint("suite task", identity, self._versions[one.name], named)
+
+    def _version(self, one: Bound) -> Any:
+        return version(one.kind, one.spec, self.setting, self.environments)
 
     def _scored(self, identity: Any, tasks: Sequence[Bound], opened: Opened, cost: Cost | None) -> Scores:
         """Measure what is missing, the model being opened once."""
@@ -288,7 +291,13 @@ class Lab:
     def _measured(self, subject: Subject, one: Bound) -> dict[str, Any]:
         began = time.perf_counter()
         found = measure(subject, one.kind, one.spec, one.name, self.environments)
-        scores_of({one.name: found}, [one], subject.label)  # refused before it is kept
+        # What cannot count is refused before it is kept.
+        scores_of({one.name: found}, [one], subject.label)
+        if self._version(one) != self._versions[one.name]:
+            raise RecipeError(
+                f"{subject.label}, task {one.name}: its files changed while the suite ran; run it again, and all models "
+                "are measured on the new ones"
+            )
         return {"found": found.plain(), "seconds": round(time.perf_counter() - began, 4)}
 
 

@@ -27,4 +27,5 @@ SUITE = Suite(
         "TIES": Method(fixed(("ties", {"density": 0.2}))),
         "TSV-M": Method(fixed(("tsvm", {}))),
     },
+    notes=("Likeness to the caption by CLIP, and FID, are not measured: captions are checked word by word.",),
 )
