@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from weightsmith.study.evaluators.subject import Setting, Subject
 
 CHOICES = [
     {"question": f"{a}+{b}=", "choices": [str(a + b), str(a + b + 1), str(a + b + 2)], "answer": 0}
@@ -64,3 +68,14 @@ def own_task(folder: Path) -> Path:
     data.write_text("".join(json.dumps(one) + "\n" for one in CHOICES))
     (folder / "own_sums.yaml").write_text(TASK.replace("FILE", str(data)))
     return data
+
+
+def subject(folder: Path, **more: Any) -> Subject:
+    """A folder's model on the CPU; `more` of the setting."""
+    return Subject("tiny", folder, Setting(device="cpu", **more))
+
+
+def lines(file: Path, items: Sequence[Any]) -> str:
+    """Write JSON lines; returns the path."""
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(file)

@@ -22,7 +22,7 @@ MOST = 21
 PICKER_STYLE = "\n".join(
     [".picker .panel { display: none; } .picker label { margin-right: 1em; white-space: nowrap; }",
      ".picker .off { fill: none; stroke: #7a8799; } .picker .on { fill: #3b82c4; }"]
-    + [f".picker:has(input:nth-of-type({n}):checked) .panel:nth-of-type({n}) {{ display: block; }}"
+    + [f".picker:has(label:nth-of-type({n}) :checked) .panel:nth-of-type({n}) {{ display: block; }}"
        for n in range(1, MOST + 1)]
 )  # fmt: skip
 
@@ -65,8 +65,7 @@ def picker(drawn: Picker) -> str:
         return ""
     group = "pick-" + "".join(c for c in drawn.title.lower() if c.isalnum())
     buttons = "".join(
-        f'<input type="radio" name="{group}" id="{group}-{at}"{" checked" * (at == 0)}>'
-        f'<label for="{group}-{at}">{escape(panel.title)}</label>'
+        f'<label><input type="radio" name="{group}"{" checked" * (at == 0)}>{escape(panel.title)}</label> '
         for at, panel in enumerate(panels)
     )
     bodies = "".join(f'<section class="panel">{_panel(panel)}</section>' for panel in panels)

@@ -158,7 +158,7 @@ def document(result: CellsResult) -> str:
     sections: list[Section] = [Text("In words", [result.source, *in_words(result)])]
     sections += [_figure(one) for one in result.findings if one.points]
     sections += tables(result)
-    return page(f"{result.title}: {result.suite}", sections)
+    return page(result.title, sections)
 
 
 def _figure(one: Finding) -> Curves:

@@ -295,8 +295,8 @@ class Lab:
         scores_of({one.name: found}, [one], subject.label)
         if self._version(one) != self._versions[one.name]:
             raise RecipeError(
-                f"{subject.label}, task {one.name}: its files changed while the suite ran; run it again, and all models "
-                "are measured on the new ones"
+                f"{subject.label}, task {one.name}: its files changed while the suite ran; run it again, and all "
+                "models are measured on the new ones"
             )
         return {"found": found.plain(), "seconds": round(time.perf_counter() - began, 4)}
 

@@ -245,7 +245,7 @@ def document(result: TableResult) -> str:
     sections.append(_picker(result))
     shown = (main_table, share_table, task_table, more_table, cost_table, tried_table, left_out_table)
     sections += [one for table in shown if (one := table(result)).rows]
-    return page(f"{result.title}: {result.suite}", sections)
+    return page(result.title, sections)
 
 
 def _bars(result: TableResult) -> Bars:

@@ -25,8 +25,12 @@ __all__ = ["embed", "retrieval", "spearman", "sts"]
 TOP = 10
 
 
-def embed(subject: Subject, sentences: Sequence[str], spec: Embedded) -> Tensor:
-    """[sentences, width] float32 of length 1."""
+def embed(subject: Subject, sentences: Sequence[str], spec: Embedded) -> tuple[Tensor, dict[str, float]]:
+    """[sentences, width] float32 of length 1, and notes: texts cut at `length`, texts that are others' same tokens.
+
+    Raises SourceError for a model of Sentence-Transformers with a module between pooling and the end.
+    """
+    _no_module_more(subject.folder)
     loaded = subject.loaded("encoder")
     decoder = type(loaded.module).__name__.endswith("ForCausalLM")
     loaded = replace(loaded, module=getattr(loaded.module, "base_model", loaded.module))  # hidden states, no head
@@ -46,7 +50,23 @@ def embed(subject: Subject, sentences: Sequence[str], spec: Embedded) -> Tensor:
     vectors = torch.stack([found[at] for at in range(len(encoded))])
     if not bool(torch.isfinite(vectors).all()):
         raise NumericError(f"{subject.label}: NaN or Inf in its embeddings")
-    return vectors
+    full = {text for text, ids in zip(sentences, encoded, strict=True) if len(ids) >= length}
+    notes = {
+        "texts cut": float(sum(len(coder.example(text, length + 1)) > length for text in full)),
+        "texts that the tokenizer takes for others": float(len(set(sentences)) - len(set(map(tuple, encoded)))),
+    }
+    return vectors, {name: count for name, count in notes.items() if count}
+
+
+def _no_module_more(folder: Path) -> None:
+    file = folder / "modules.json"
+    try:
+        listed = json.loads(system.read_file(file)) if file.is_file() else []
+        kinds = [str(one["type"]).rpartition(".")[2] for one in listed]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(f"{file}: cannot be read: {error}") from None
+    if more := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise SourceError(f"{file}: the model has {', '.join(more)}, which is not run here; measure it with mteb")
 
 
 def _pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -92,7 +112,7 @@ def retrieval(subject: Subject, spec: Retrieval) -> Found:
         return texts(item, "query"), right
 
     queries = rows(Path(spec.file), subject.setting.limit, query)
-    vectors = embed(subject, [*(text for text, _ in queries), *(text for _, text in corpus)], spec)
+    vectors, notes = embed(subject, [*(text for text, _ in queries), *(text for _, text in corpus)], spec)
     near = (vectors[: len(queries)] @ vectors[len(queries) :].T).sort(dim=1, descending=True, stable=True).indices
     ndcg, recall, reciprocal = [], [], []
     for (_, right), row in zip(queries, near[:, :TOP].tolist(), strict=True):
@@ -101,19 +121,19 @@ def retrieval(subject: Subject, spec: Retrieval) -> Found:
         ndcg.append(sum(hit / math.log2(rank + 2) for rank, hit in enumerate(hits)) / best)
         recall.append(sum(hits) / len(right))
         reciprocal.append(next((1 / (rank + 1) for rank, hit in enumerate(hits) if hit), 0.0))
-    return of_examples({"ndcg_at_10": ndcg, "recall_at_10": recall, "mrr_at_10": reciprocal})
+    return of_examples({"ndcg_at_10": ndcg, "recall_at_10": recall, "mrr_at_10": reciprocal}, notes)
 
 
 def sts(subject: Subject, spec: Sts) -> Found:
     """Rank correlation (and Pearson's) of cosines with the scores; no mean of examples, so without resampling."""
     pairs = rows(Path(spec.file), subject.setting.limit, _pair)
     count = len(pairs)
-    vectors = embed(subject, [one for one, _, _ in pairs] + [other for _, other, _ in pairs], spec)
+    vectors, notes = embed(subject, [one for one, _, _ in pairs] + [other for _, other, _ in pairs], spec)
     cosines = (vectors[:count] * vectors[count:]).sum(1).tolist()
     scores = [score for _, _, score in pairs]
     if len(set(scores)) < 2:
         raise SourceError(f"{spec.file}: all scores are equal; nothing can be ranked")
-    return Found({"spearman": spearman(cosines, scores), "pearson": _pearson(cosines, scores)})
+    return Found({"spearman": spearman(cosines, scores), "pearson": _pearson(cosines, scores)}, notes=notes)
 
 
 def _pair(item: Mapping[str, Any]) -> tuple[str, str, float]:

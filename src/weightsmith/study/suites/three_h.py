@@ -52,7 +52,9 @@ SUITE = Suite(
     checkpoints=("heuristic", "armorm", "hummer"),
     methods={
         "weight average": Method(fixed(("linear", {}))),
-        "rewarded soup": Method(fixed(("linear", {})), _rewarded, note="one expert with half of the weight"),
+        "rewarded soup": Method(
+            fixed(("linear", {})), _rewarded, note="one expert with half of the weight; without proxies the average"
+        ),
         "model stock": Method(fixed(("model_stock", {}))),
         "task arithmetic": Method(
             fixed(("task_arithmetic", {"lambda": 0.5})),
