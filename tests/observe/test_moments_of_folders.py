@@ -36,7 +36,7 @@ def save(state: dict, folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["numbers", "names", "flat"])
 def test_distributed_checkpoints(form: str, tmp_path: Path) -> None:
-    """As torch hands the state over: numbered, by names, and flattened (as torchtitan saves it)."""
+    """As torch hands the state over: numbered, by names in a folder of accelerate's, and flattened as torchtitan's."""
     model = tiny_llama()
     folder = saved(model, tmp_path / "model")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -47,7 +47,8 @@ def test_distributed_checkpoints(form: str, tmp_path: Path) -> None:
 
         options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
         state = get_optimizer_state_dict(model, optimizer, options=options)
-    save({"model": model.state_dict(), "optimizer": state, "epoch": 2}, tmp_path / "dcp")
+    inside = "dcp/optimizer_0" if form == "names" else "dcp"
+    save({"model": model.state_dict(), "optimizer": state, "epoch": 2}, tmp_path / inside)
     second_moment(folder, tmp_path / "dcp", tmp_path / "stats")
     found = load_file(tmp_path / "stats" / "second_moment.safetensors")
     assert set(found) == set(wanted)
@@ -76,11 +77,12 @@ def test_deepspeeds_universal_form(tmp_path: Path) -> None:
 def test_what_cannot_be_known(tmp_path: Path) -> None:
     model = tiny_llama()
     folder = saved(model, tmp_path / "model")
-    shards = tmp_path / "shards"
-    shards.mkdir()
+    shards = tmp_path / "checkpoint-3" / "global_step3"
+    shards.mkdir(parents=True)
     (shards / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"ds_to_universal\.py"):
-        second_moment(folder, shards, tmp_path / "a")
+    for given in (shards, shards.parent):
+        with pytest.raises(SourceError, match=r"ds_to_universal\.py"):
+            second_moment(folder, given, tmp_path / "a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="neither a folder of torch"):
         second_moment(folder, tmp_path / "empty", tmp_path / "a")

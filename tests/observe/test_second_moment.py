@@ -85,7 +85,7 @@ def test_transformers_own_trainer(tmp_path: Path) -> None:
     Trainer(model, told, train_dataset=rows, callbacks=[Watch()]).train()
     made = tmp_path / f"checkpoint-{STEPS}"
     assert [len(g["params"]) for g in torch.load(made / "optimizer.pt")["param_groups"]] == [10, 18]
-    second_moment(made, made / "optimizer.pt", tmp_path / "stats")
+    second_moment(made, made, tmp_path / "stats")  # its folder is both
     found = load_file(tmp_path / "stats" / "second_moment.safetensors")
     assert set(found) == set(moments)
     for name, value in moments.items():
@@ -157,6 +157,11 @@ def test_what_cannot_be_used_is_named(state: dict, text: str, tmp_path: Path):
     torch.save(state, tmp_path / "optimizer.pt")
     with pytest.raises(SourceError, match=text):
         second_moment(folder, tmp_path / "optimizer.pt", tmp_path / "stats")
+    moments = state.get("state", {}).get("lm_head.weight")
+    if moments is not None:
+        save_file({f"lm_head.weight.{name}": value for name, value in moments.items()}, tmp_path / "m.safetensors")
+        with pytest.raises(SourceError, match=text):
+            second_moment(folder, tmp_path / "m.safetensors", tmp_path / "stats")
 
 
 @pytest.mark.parametrize("rank", [1, 3])

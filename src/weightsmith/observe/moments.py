@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,8 @@ __all__ = ["SECOND_MOMENT", "second_moment", "what_moments_say"]
 SECOND_MOMENT = "second_moment"
 MOMENT = "exp_avg_sq"
 WRAPPERS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_state")
+PARTS = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+"""What transformers' Trainer and accelerate call the optimizer's part of a checkpoint's folder."""
 VANISHED = 0.01
 """A greater share of zeros in float16 moments: below 6e-8 that dtype has none, and language models' are smaller."""
 
@@ -66,8 +67,8 @@ def second_moment(
     """Write OUT/second_moment.safetensors: float32, shaped like the weights, under the checkpoint's names.
 
     model      folder or hub id[@revision] of the checkpoint that the optimizer made
-    optimizer  a .safetensors or torch file, or a folder of torch.distributed.checkpoint or a universal checkpoint of
-               DeepSpeed, with the state of Adam, AdamW or another with `exp_avg_sq`
+    optimizer  a .safetensors or torch file, a folder of torch.distributed.checkpoint, a universal checkpoint of
+               DeepSpeed, or a Trainer's checkpoint folder, with the state of Adam or another with `exp_avg_sq`
     rank       keep matrices as products: 1: of row and column sums (Adafactor's); more: of that many singular
                directions, but for embeddings and heads, with negative entries read as 0.  None: all entries
 
@@ -175,15 +176,17 @@ def _of_folder(path: Path, loaded: LoadedModel) -> dict[str, _Moment]:
     for zero in (path, path / "zero"):
         if found := _universal(zero):
             return found
-    names = [entry.name for entry in system.call(list, path.iterdir())]
-    if any(fnmatchcase(name, "*zero_pp_rank_*optim_states.pt") for name in names):
+    for part in PARTS:
+        if (path / part).exists():
+            return _read(path / part, loaded)
+    if any(system.call(list, path.glob(f"{where}*zero_pp_rank_*optim_states.pt")) for where in ("", "*/")):
         raise SourceError(
             f"{path}: shards of ZeRO, whose parts have no names; consolidate them with DeepSpeed's ds_to_universal.py "
             "and give the folder that it writes"
         )
     raise SourceError(
-        f"{path}: neither a folder of torch.distributed.checkpoint ({METADATA}) nor a universal checkpoint of "
-        f"DeepSpeed (zero/NAME/{MOMENT}.pt); give one of these, or a file"
+        f"{path}: neither a folder of torch.distributed.checkpoint ({METADATA}), nor a universal checkpoint of "
+        f"DeepSpeed (zero/NAME/{MOMENT}.pt), nor a trainer's with {PARTS[0]}; give one of these, or a file"
     )
 
 
