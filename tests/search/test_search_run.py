@@ -27,7 +27,10 @@ from weightsmith.search.fronts import front
 from weightsmith.search.run import prepared
 from weightsmith.search.schema import SearchFile
 
-SAMPLERS = ("random", "tpe", "nsga2", "nsga3", "gp", "cmaes")
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "random": {}, "grid": {"steps": 2}, "tpe": {}, "nsga2": {"population": 6}, "nsga3": {"population": 6},
+    "gp": {"startup": 3}, "cmaes": {},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +67,9 @@ def test_the_gaussian_process_learns(pantry: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_interrupted_anywhere_it_ends_the_same(pantry: Path, tmp_path: Path, sampler: str) -> None:
-    many = {"nsga2": 3, "nsga3": 3}
-    goals = {"a": "max", "b": "min"} if sampler in many else {"near": "max"}
-    own = {"nsga2": {"population": 6}, "nsga3": {"population": 6}, "gp": {"startup": 3}}
+    goals = {"a": "max", "b": "min"} if sampler in ("nsga2", "nsga3") else {"near": "max"}
     budget = {"evaluations": 9, "batch": 2} if sampler == "gp" else {"evaluations": 15, "batch": 5}
-    file = SearchFile.model_validate(tree(pantry, sampler={sampler: own.get(sampler, {})}, goals=goals, **budget))
+    file = SearchFile.model_validate(tree(pantry, sampler={sampler: SAMPLERS[sampler]}, goals=goals, **budget))
     whole = search(file, tmp_path / "whole")
 
     class Killed(BaseException):
