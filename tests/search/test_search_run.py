@@ -24,6 +24,7 @@ from weightsmith.jobs.merge import run
 from weightsmith.recipe.load import load as load_recipe
 from weightsmith.search.api import search
 from weightsmith.search.fronts import front
+from weightsmith.search.journal import History
 from weightsmith.search.run import prepared
 from weightsmith.search.schema import SearchFile
 
@@ -66,7 +67,9 @@ def test_the_gaussian_process_learns(pantry: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_interrupted_anywhere_it_ends_the_same(pantry: Path, tmp_path: Path, sampler: str) -> None:
+def test_interrupted_anywhere_it_ends_the_same(
+    pantry: Path, tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     goals = {"a": "max", "b": "min"} if sampler in ("nsga2", "nsga3") else {"near": "max"}
     budget = {"evaluations": 9, "batch": 2} if sampler == "gp" else {"evaluations": 15, "batch": 5}
     file = SearchFile.model_validate(tree(pantry, sampler={sampler: SAMPLERS[sampler]}, goals=goals, **budget))
@@ -76,7 +79,7 @@ def test_interrupted_anywhere_it_ends_the_same(pantry: Path, tmp_path: Path, sam
         """Not an error that anything may catch."""
 
     real = SCORES(file)
-    for last in (1, 3, 4, 2, 2):
+    for last in (1, 3, 4, 2):
         count = 0
 
         def dying(model: Any, split: str) -> Any:
@@ -94,6 +97,14 @@ def test_interrupted_anywhere_it_ends_the_same(pantry: Path, tmp_path: Path, sam
         return real(model, split)
 
     same.__qualname__ = "same"
+
+    def killed(*given: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "add", killed)  # when optuna's journal is on the disk
+        with pytest.raises(Killed):
+            search(file, tmp_path / "cut", same)
     again = search(file, tmp_path / "cut", same)
     assert [(t.point, t.scores, t.told) for t in again.search.trials] == [
         (t.point, t.scores, t.told) for t in whole.search.trials
