@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from kit import noise
 from weightsmith import Recipe, merge
+from weightsmith.align.chosen import NOTHING
 from weightsmith.align.layout import layout
 from weightsmith.align.match import match, objective
-from weightsmith.align.run import NOTHING, Settings, align, matched
+from weightsmith.align.run import Settings, align, matched
 from weightsmith.align.spectrum import alignment
 from weightsmith.cli.main import main
 from weightsmith.core.errors import PlanError, RecipeError, SourceError

@@ -81,5 +81,8 @@ def test_models_are_more_alike_than_before_and_the_mean_is_theirs() -> None:
     again, same = merge_many(GROUPS, placed, seed=2)
     assert all((o[g.name] == np.arange(N)).all() for o in same for g in GROUPS)
     assert all(torch.allclose(again[n], mean[n], atol=1e-6) for n in mean)
+    _, held = merge_many(GROUPS, models, seed=1, still=(1,))
+    assert any((orders[1][g.name] != np.arange(N)).any() for g in GROUPS)
+    assert all((held[1][g.name] == np.arange(N)).all() for g in GROUPS)
     with pytest.raises(RecipeError, match="1 models: there is nothing to match"):
         merge_many(GROUPS, models[:1])

@@ -53,24 +53,30 @@ def merge_many(
     groups: Sequence[SymmetryGroup],
     models: Sequence[Mapping[str, Tensor]],
     *,
+    still: Sequence[int] = (),
     seed: int = 0,
     max_iter: int = 100,
     **how: Any,
 ) -> tuple[dict[str, Tensor], list[Orders]]:
     """MergeMany (algorithm 3): match each model onto the mean of the others, in random order, until nothing moves.
 
-    models: tensor name -> tensor, all of the same names and shapes.  Returns the mean, and what became of each model's
-    units.  `how`: see `match.match`.  It ends: no step makes the models less alike, and permutations are finitely many.
+    models  tensor name -> tensor, all of the same names and shapes
+    still   numbers of models whose units stay where they are; the others are matched onto these alone at first,
+            as a mean of models that lie anyhow is no model yet
+    how     see `match.match`
+    Returns the mean, and what became of each model's units.  It ends: no step makes the models less alike, and
+    permutations are finitely many.
     """
     if len(models) < 2:
         raise RecipeError(f"{len(models)} models: there is nothing to match")
     states = [dict(model) for model in models]
     orders: list[Orders] = [{n: o for group in groups for n, o in identity(group).items()} for _ in states]
     draw = np.random.default_rng(seed)
-    for _ in range(max_iter):
-        moved = False
-        for i in draw.permutation(len(states)):
-            others = {n: _mean([s[n] for k, s in enumerate(states) if k != i]) for n in states[i]}
+    for turn in range(max_iter):
+        moved = first = bool(turn == 0 and still)
+        for i in draw.permutation([i for i in range(len(states)) if i not in still]):
+            near = [state for k, state in enumerate(states) if (k in still if first else k != i)]
+            others = {n: _mean([state[n] for state in near]) for n in states[i]}
             found = match(groups, others, states[i], seed=seed, **how)
             if found.aligned:
                 continue

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from weightsmith.cli.options import Json, Overwrite, Quiet
-from weightsmith.cli.show import progress_bar
 from weightsmith.cli.shown.geometry import Batch, By, Data, Epochs, Examples, Freeze, Length, OfBases, Rate, Written
 from weightsmith.cli.words import Parameter
 from weightsmith.core.errors import RecipeError
@@ -15,9 +14,7 @@ __all__ = ["align"]
 
 
 def align(
-    moving: Annotated[Path, Parameter(help="The model whose units are put into another order.")],
-    /,
-    *,
+    *moving: Annotated[Path, Parameter(help="The model whose units are put into another order; or several.")],
     to: Annotated[Path | None, Parameter(help="The model in whose order they are put.")] = None,
     out: Written = None,
     show: Annotated[bool, Parameter(help="List what may be permuted and what not, with the reason.")] = False,
@@ -44,17 +41,17 @@ def align(
     from weightsmith.align import run
     from weightsmith.cli.shown import basis, geometry
 
-    if not show and (to is None or out is None):
-        raise RecipeError("write: weightsmith align MOVING --to REFERENCE --out FOLDER; or --show for what may move")
+    if not moving or (not show and (to is None or out is None)) or (show and len(moving) > 1):
+        raise RecipeError(
+            "write: weightsmith align MOVING --to REFERENCE --out FOLDER; or MOVING --show for what may move"
+        )
     if bases and to is not None and out is not None:
         more = {"--freeze": freeze, "--keep": keep, "--budget": budget, "--data": data, "--normalize": normalize,
-                "--spectra": spectra, "--by": by != "weights", "--restarts": restarts > 1, "--show": show}  # fmt: skip
-        return basis.write_in_basis(moving, to, out, overwrite, more, json=json, quiet=quiet)
-    found = None
-    if not show and to is not None and out is not None:
-        settings = run.Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget, by,
+                "--spectra": spectra, "--by": by != "weights", "--restarts": restarts > 1, "--show": show,
+                "all models but one": moving[1:]}  # fmt: skip
+        return basis.write_in_basis(moving[0], to, out, overwrite, more, json=json, quiet=quiet)
+    if show or to is None or out is None:
+        return geometry.show_alignment(run.symmetries(str(moving[0])), None, (), json=json, quiet=quiet)
+    settings = run.Settings(freeze or None, restarts, 100, seed, normalize, spectra, keep, budget, by,
                             None if data is None else str(data), examples, length, batch, epochs, lr)  # fmt: skip
-        with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
-            found = run.align(str(moving), str(to), out, settings, overwrite=overwrite, progress=progress)
-    layout = run.symmetries(str(moving)) if found is None else found.layout
-    geometry.show_alignment(layout, found, (moving, to, out), json=json, quiet=quiet)
+    geometry.write_alignments(moving, to, out, settings, overwrite, json=json, quiet=quiet)

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from weightsmith.cli.show import say, show_json, table
+from weightsmith.cli.show import progress_bar, say, show_json, table
 from weightsmith.cli.words import Parameter
+from weightsmith.core.errors import RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from weightsmith.align.barrier import Curve, Measure
     from weightsmith.align.layout import Layout
-    from weightsmith.align.run import Aligned
+    from weightsmith.align.run import Aligned, Settings
 
 __all__ = [
     "Batch",
@@ -32,6 +33,7 @@ __all__ = [
     "drawn_plane",
     "show_alignment",
     "show_lines",
+    "write_alignments",
 ]
 
 _ACROSS = 8  # networks on each side of the plane: steps of 0.2 meet all three corners
@@ -62,8 +64,31 @@ Points = Annotated[int, Parameter(help="Networks on the line, its ends included.
 Third = Annotated[Path | None, Parameter(help="A third model: the plane through all three is drawn too.")]
 
 
+def write_alignments(
+    moving: Sequence[Path], to: Path, out: Path, settings: Settings, overwrite: bool, *, json: bool, quiet: bool
+) -> None:
+    """Of one model to a folder; of several, each onto the mean of all others, to folders of their names in it."""
+    from weightsmith.align.report import plain
+    from weightsmith.align.run import align
+    from weightsmith.align.several import align_all
+
+    models = {path.resolve().name: str(path) for path in moving}
+    if len(models) < len(moving):
+        raise RecipeError("two of the models have one name, which their folders of index vectors would have, too")
+    with progress_bar("matching", quiet=quiet or json, nbytes=False) as progress:
+        if len(moving) == 1:
+            one = align(str(moving[0]), str(to), out, settings, overwrite=overwrite, progress=progress)
+            found = {"": one}
+        else:
+            found = align_all(models, str(to), out, settings, overwrite=overwrite, progress=progress)
+    if json and len(moving) > 1:
+        return show_json({name: plain(one.layout, one) for name, one in found.items()})
+    for path, (name, one) in zip(moving, found.items(), strict=True):
+        show_alignment(one.layout, one, (path, to, out / name), json=json, quiet=quiet)
+
+
 def show_alignment(
-    layout: Layout, found: Aligned | None, words: tuple[Any, Any, Any], *, json: bool, quiet: bool
+    layout: Layout, found: Aligned | None, words: tuple[Any, Any, Any] | tuple[()], *, json: bool, quiet: bool
 ) -> None:
     """What may be permuted, and what was; words: the moving model, the reference and the folder."""
     from weightsmith.align.report import plain, summary, tables
@@ -73,7 +98,7 @@ def show_alignment(
     elif not quiet:
         for one in tables(layout, found):
             table(*one)
-        for line in summary(found, *words) if found else ():
+        for line in summary(found, *words) if found and words else ():
             say(line)
 
 
