@@ -137,7 +137,7 @@ def test_nested_pairs_models_and_for_two_is_plain() -> None:
     [
         (3, ("a", "b"), 9, {}, "needs 10, better 20"),
         (3, ("a", "b"), 30, {"points": 9}, "needs 10"),
-        (3, ("a", "b"), 30, {"link": "probit"}, "unknown link"),
+        (3, ("a", "b"), 30, {"link": "probit"}, "link = 'probit'; expected one of"),
         (3, ("a", "b"), 30, {"link": {"c": "sigmoid"}}, "unknown goal"),
         (3, ("a", "b"), 90, {"nested": True}, "a goal for each model"),
         (2, ("a", "b"), 20, {"nested": True}, "nested takes 23"),

@@ -186,6 +186,8 @@ def test_tensors_without_a_gradient_do_not_move() -> None:
         {"local": "adamerging"},
         {"line_search": True, "local": "ties"},
         {"line_search": True, "variant": "soft"},
+        {"line_search": "yes"},
+        {"tolerance": "small"},
     ],
 )
 def test_options_are_checked(given: dict[str, Any]) -> None:

@@ -121,6 +121,30 @@ def SCORES(file: SearchFile) -> Any:  # noqa: N802
     return lambda model, split: dict(made(model, split, None, Path()).values)
 
 
+@pytest.mark.parametrize(("sampler", "count"), [
+    ({"grid": {"stepz": 3, "steps": 0}}, 2), ({"tpe": {"startup": 0, "candidates": "x"}}, 2),
+    ({"cmaes": {"sigma": -1, "population": 1}}, 2), ({"gp": {"startup": True, "foo": 1}}, 2),
+    ({"map": {"points": 0, "link": "probit", "nested": "maybe", "prefer": {"a": -1}, "rounds": -1}}, 5),
+    ({"frank_wolfe": {"score": "cos", "granularity": "x", "step_size": -1, "foo": 1}}, 4), ("gq", 1),
+])  # fmt: skip
+def test_mistakes_of_options_come_with_the_others(pantry: Path, sampler: Any, count: int) -> None:
+    with pytest.raises(RecipeError) as caught:
+        SearchFile.model_validate(tree(pantry, sampler=sampler, evaluations=0, goals={"x": "up"}))
+    assert len(caught.value.problems) == count + 2
+    assert sum("sampler" in problem.text for problem in caught.value.problems) == count
+
+
+def test_what_does_not_fit_the_models_comes_in_one_round(pantry: Path, tmp_path: Path) -> None:
+    file = tree(pantry, sampler={"grid": {"steps": 3}}, evaluations=2, halving=[4],
+                space={"weight": [0, 1], "density": [0, 1]})  # fmt: skip
+    file["recipe"] = {"models": file["recipe"]["models"], "method": "ties"}
+    with pytest.raises(PlanError) as caught:
+        search(file, tmp_path / "out")
+    said = [problem.text for problem in caught.value.problems]
+    assert len(said) == 3
+    assert all(any(part in one for one in said) for part in ("3 x 3 = 9 points", "needs a base", "for a few items"))
+
+
 def test_kill_9_and_the_same_command(pantry: Path, tmp_path: Path) -> None:
     file = tmp_path / "search.yaml"
     file.write_text(yaml.safe_dump(tree(pantry, sampler="tpe", evaluations=9, batch=3)))

@@ -10,9 +10,7 @@ import pytest
 from search.pantry import MODELS, stocked, tree
 from weightsmith.core.errors import PlanError, RecipeError
 from weightsmith.jobs.nested import open_inputs
-from weightsmith.search import schema, setting
 from weightsmith.search.genes import Gene
-from weightsmith.search.samplers.by_gradient import FrankWolfe
 from weightsmith.search.schema import SearchFile
 from weightsmith.search.setting import space_of
 from weightsmith.search.space import Space, key_of
@@ -164,7 +162,3 @@ def test_all_genes_of_a_space_have_names_of_their_own(pantry: Path) -> None:
     spec = {"low": 0.0, "high": 1.0, "per": ["model", "layers", "part"], "parts": {"mlp": "*mlp*"}}
     names = [gene.name for gene in space(pantry, space={"weight": spec}, members={}).genes]
     assert len(names) == len(set(names)) == len(MODELS) * 4 * 2 + 3
-
-
-def test_the_samplers_that_a_file_may_name_are_those_there_are() -> None:
-    assert sorted(schema.SAMPLERS) == sorted([*setting.SAMPLERS, FrankWolfe.name])

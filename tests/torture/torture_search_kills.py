@@ -14,7 +14,7 @@ import yaml
 from search.pantry import stocked, tree
 from search.test_search_models import SEARCH, kitchen
 from search.test_search_run import SAMPLERS
-from weightsmith.search.schema import SAMPLERS as ALL
+from weightsmith.search.samplers.known import SAMPLERS as ALL
 
 __all__ = ["kitchen"]
 

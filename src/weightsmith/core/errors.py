@@ -21,6 +21,7 @@ from typing import ClassVar
 from weightsmith.core.problem import Code, Problem, public, told
 
 __all__ = [
+    "Faults",
     "MissingExtra",
     "NoBaseError",
     "NotKept",
@@ -143,6 +144,29 @@ class MissingExtra(WeightsmithError):
 def problems_of(error: WeightsmithError) -> tuple[Problem, ...]:
     """What an error complains of, one by one."""
     return error.problems or (Problem(error.kind, "", str(error)),)
+
+
+class Faults:
+    """Steps that do not hang on each other, each under `with faults:`; `raised` tells what all of them complain of."""
+
+    def __init__(self) -> None:
+        self._caught: list[WeightsmithError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, WeightsmithError):
+            return False
+        self._caught.append(error)
+        return True
+
+    def raised(self) -> None:
+        """Raise the one error, or PlanError with the problems of several; nothing where there is none."""
+        if len(self._caught) == 1:
+            raise self._caught[0]
+        if self._caught:
+            raise PlanError([problem for error in self._caught for problem in problems_of(error)])
 
 
 _LONGEST = 200  # characters; comparing takes time in the square of the length

@@ -12,14 +12,14 @@ memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError, did_you_mean
+from weightsmith.core.errors import NumericError, PlanError, RecipeError, SourceError, nearest
 from weightsmith.search.frank_wolfe import GRANULARITIES, INITIAL, SCORES
 from weightsmith.tune.objective import Objective
 from weightsmith.tune.resident import Resident
@@ -69,26 +69,34 @@ class Options:
     inner_lr: float = 1e-3
 
     def __post_init__(self) -> None:
+        if wrong := [f"frank_wolfe: {text}" for text in self._wrong()]:
+            raise RecipeError(*wrong)
+
+    def _wrong(self) -> Iterator[str]:
         known: Mapping[str, Sequence[str]] = {
             "variant": VARIANTS, "granularity": GRANULARITIES, "score": SCORES, "start": ("all", "base"), "local": LOCAL
         }  # fmt: skip
         for name, words in known.items():
             if (given := getattr(self, name)) not in words:
-                hint = did_you_mean(str(given), words)
-                raise RecipeError(f"frank_wolfe: {name} = {given!r}; expected one of {', '.join(words)}{hint}")
+                hint = nearest(str(given), words)
+                yield f"{name} = {given!r}; expected one of {', '.join(words)}{hint}"
         for name in ("step_size", "scaling", "inner_lr"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise RecipeError(f"frank_wolfe: {name} = {value!r}; expected a number above 0")
+                yield f"{name} = {value!r}; expected a number above 0"
         if type(self.density) not in (int, float) or not 0 < self.density <= 1:
-            raise RecipeError(f"frank_wolfe: density = {self.density!r}; expected a number above 0, at most 1")
+            yield f"density = {self.density!r}; expected a number above 0, at most 1"
         if self.local == "adamerging" and self.variant == "hard":
-            raise RecipeError("frank_wolfe: local: adamerging weighs several vertices; write variant: soft, too")
+            yield "local: adamerging weighs several vertices; write variant: soft, too"
         if self.line_search and (self.local != "task_arithmetic" or self.variant == "soft"):
-            raise RecipeError("frank_wolfe: line_search looks along the line to one vertex; it goes with variant: hard "
-                              "and local: task_arithmetic")  # fmt: skip
+            yield "line_search looks along the line to one vertex: take variant: hard and local: task_arithmetic"
+        line: Any = self.line_search
+        if type(line) is not bool:
+            yield f"line_search = {line!r}; expected true or false"
+        if type(self.tolerance) not in (int, float) or not 0 <= self.tolerance < math.inf:
+            yield f"tolerance = {self.tolerance!r}; expected a number from 0 on"
         if type(self.inner_steps) is not int or self.inner_steps < 1:
-            raise RecipeError(f"frank_wolfe: inner_steps = {self.inner_steps!r}; expected a whole number from 1 on")
+            yield f"inner_steps = {self.inner_steps!r}; expected a whole number from 1 on"
 
     def size(self, t: int) -> float:
         """The share of the way that iteration t goes."""

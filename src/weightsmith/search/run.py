@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.core.errors import OutputError, PlanError, RecipeError, WeightsmithError
+from weightsmith.core.errors import Faults, OutputError, PlanError, RecipeError, WeightsmithError
 from weightsmith.core.settings import DEFAULT, Settings
 from weightsmith.io import system
 from weightsmith.io.disk import gigabytes, remove, writing
@@ -264,15 +264,20 @@ def prepared(
         raise OutputError(f"{out} is a file; name a folder for the results")
     workshop = Workshop(out / "candidates", settings.but(progress=None, resume=False, overwrite=True), inputs)
     opened = workshop.inputs(file.recipe)
-    if opened.problems:
-        raise PlanError(opened.problems)
-    space, aim = space_of(file, opened, out), Aim.of(file)
-    found = score if score is not None else scorer(file, settings.device)
-    if file.halving is not None and (aim.weights is None or not found.halves):
-        why = "a front has no best" if aim.weights is None else f"{found.label} cannot be asked for a few items"
-        raise RecipeError(f"halving: {why}; leave it out" + ("" if aim.weights is None else ", or take {items} in"))
-    sampler = sampler_of(file, space, aim, out, settings)
-    workshop.plan(space.recipe(space.begin))
+    aim, faults = Aim.of(file), Faults()
+    with faults:
+        if opened.problems:
+            raise PlanError(opened.problems)
+        space = space_of(file, opened, out)
+        with faults:
+            sampler = sampler_of(file, space, aim, out, settings)
+        workshop.plan(space.recipe(space.begin))
+    with faults:
+        found = score if score is not None else scorer(file, settings.device)
+        if file.halving is not None and (aim.weights is None or not found.halves):
+            why = "a front has no best" if aim.weights is None else f"{found.label} cannot be asked for a few items"
+            raise RecipeError(f"halving: {why}; leave it out" + ("" if aim.weights is None else ", or take {items} in"))
+    faults.raised()
     start = file.recipe
     try:
         workshop.plan(file.recipe)

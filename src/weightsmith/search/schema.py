@@ -19,6 +19,7 @@ from weightsmith.recipe.load import read_file, read_text
 from weightsmith.recipe.reader import Location
 from weightsmith.recipe.schema import Recipe, missing_inputs
 from weightsmith.search.evolve import Genome, translated
+from weightsmith.search.samplers.known import SAMPLERS
 from weightsmith.search.space import check_where
 from weightsmith.tune.schema import Chosen, TaskData, recipe_or_path
 
@@ -27,7 +28,6 @@ __all__ = ["Genes", "Halving", "MembersSpec", "ScoreSpec", "SearchFile", "Slices
 KINDS = ("command", "file", "accuracy", "bits_per_byte", "lm_eval")
 """How candidates are scored: exactly one of these."""
 BUILT_IN = {"accuracy": "max", "bits_per_byte": "min"}
-SAMPLERS = ("random", "grid", "tpe", "gp", "nsga2", "nsga3", "cmaes", "map", "frank_wolfe")
 FRONTS = ("nsga2", "nsga3", "map")
 """Samplers that look for a front where there are several goals."""
 PER = ("model", "layers", "part")
@@ -316,6 +316,8 @@ class SearchFile(Grammar):
         if isinstance(name, str) and name not in SAMPLERS:
             yield Fault(("sampler",), f"unknown sampler {name!r}{did_you_mean(name, SAMPLERS)}; "
                                       f"known are {', '.join(SAMPLERS)}", "value")  # fmt: skip
+        elif isinstance(name, str) and isinstance(sampler, Mapping) and len(sampler) == 1:
+            yield from (Fault(("sampler", name), text) for text in SAMPLERS[name].wrong(mapping(sampler[name])))
         # Of a recipe in a file of its own it is checked with the models.
         stages = stages_written(mapping(recipe).get("method"))
         for where, genes in mapping(tree.get("space")).items() if stages else ():

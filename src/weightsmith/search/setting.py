@@ -15,11 +15,9 @@ from weightsmith.recipe.check import stages_written
 from weightsmith.recipe.schema import Recipe
 from weightsmith.search.evolve import EvolveSpace
 from weightsmith.search.genes import Gene
-from weightsmith.search.samplers.base import Grid, Random, Sampler
-from weightsmith.search.samplers.by_cmaes import Cmaes
+from weightsmith.search.samplers.base import Sampler
 from weightsmith.search.samplers.by_gradient import FrankWolfe, PoolSpace
-from weightsmith.search.samplers.by_optuna import Gp, Nsga2, Nsga3, Tpe
-from weightsmith.search.samplers.by_surrogate import Map
+from weightsmith.search.samplers.known import SAMPLERS
 from weightsmith.search.schema import Genes, SearchFile
 from weightsmith.search.score import Scored
 from weightsmith.search.space import (
@@ -33,9 +31,7 @@ from weightsmith.search.space import (
     check_where,
 )
 
-__all__ = ["SAMPLERS", "Aim", "sampler_of", "space_of"]
-
-SAMPLERS: Mapping[str, type[Sampler]] = {cls.name: cls for cls in (Random, Grid, Tpe, Gp, Nsga2, Nsga3, Cmaes, Map)}
+__all__ = ["Aim", "sampler_of", "space_of"]
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,8 @@ class Sampler(ABC):
         self, space: Space, goals: Sequence[str], seed: int, given: Mapping[str, Any], folder: Path, budget: int
     ) -> None:
         self.space, self.goals, self.seed, self.folder, self.budget = space, tuple(goals), seed, folder, budget
-        for option in given:
-            if option not in self.options:
-                raise RecipeError(f"sampler {self.name}: unknown option {option!r}{did_you_mean(option, self.options)}")
-        for option, value in given.items():
-            self._check(option, value)
+        if wrong := self.wrong(given):
+            raise RecipeError(*wrong)
         if len(self.goals) > 1 and not self.fronts:
             raise RecipeError(
                 f"sampler {self.name} searches for one number, but there are {len(self.goals)} goals: "
@@ -69,13 +66,24 @@ class Sampler(ABC):
         self.given = {**self.options, **given}
         self.begin()
 
-    def _check(self, option: str, value: Any) -> None:
-        default = self.options[option]
-        whole = isinstance(default, int) and not isinstance(default, bool)
-        good = type(value) is int and value >= 1 if whole else type(value) in (int, float) and value > 0
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and not good:
-            kind = "a whole number from 1 on" if whole else "a number above 0"
-            raise RecipeError(f"sampler {self.name}: {option} = {value!r}; expected {kind}")
+    @classmethod
+    def wrong(cls, given: Mapping[str, Any]) -> list[str]:
+        """All that is wrong with options, whatever the space and the budget."""
+        unknown = [f"unknown option {name!r}{did_you_mean(str(name), cls.options)}" for name in given
+                   if name not in cls.options]  # fmt: skip
+        wanted = {name: cls.wanted(name, value) for name, value in given.items() if name in cls.options}
+        bad = [f"{name} = {given[name]!r}; expected {what}" for name, what in wanted.items() if what is not None]
+        return [f"sampler {cls.name}: {text}" for text in (*unknown, *bad)]
+
+    @classmethod
+    def wanted(cls, option: str, value: Any) -> str | None:
+        """What an option should be where it is something else."""
+        default = cls.options[option]
+        if type(default) is int:
+            return None if type(value) is int and value >= 1 else "a whole number from 1 on"
+        if type(default) is float:
+            return None if type(value) in (int, float) and 0 < value < math.inf else "a number above 0"
+        return None
 
     def begin(self) -> None:  # noqa: B027  (most have nothing to prepare)
         """Make ready for the first question."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from weightsmith.core.errors import MissingExtra, RecipeError
+from weightsmith.core.errors import MissingExtra
 from weightsmith.search.genes import Point
 from weightsmith.search.samplers.base import Sampler, Values, seed_of
 
@@ -29,6 +29,12 @@ class Cmaes(Sampler):
     fronts = False
     options: ClassVar[Mapping[str, Any]] = {"sigma": 1 / 6, "population": None}
 
+    @classmethod
+    def wanted(cls, option: str, value: Any) -> str | None:
+        if option == "population":
+            return None if value is None or (type(value) is int and value >= 2) else "a whole number from 2 on"
+        return super().wanted(option, value)
+
     def begin(self) -> None:
         try:
             import cmaes
@@ -38,8 +44,6 @@ class Cmaes(Sampler):
         population = self.given["population"]
         if population is None:
             population = 4 + math.floor(3 * math.log(len(genes)))
-        elif type(population) is not int or population < 2:
-            raise RecipeError(f"sampler cmaes: population = {population!r}; expected a whole number from 2 on")
         self.batch = population
         # Genes with a link have no bounds, as in mergekit: their sizes count.
         self._free = any(gene.link != "identity" for gene in genes)

@@ -17,12 +17,12 @@ from weightsmith.recipe.table import digest, read_table, write_table
 from weightsmith.search.frank_wolfe import INITIAL
 from weightsmith.search.genes import Gene, Point
 from weightsmith.search.samplers.base import Sampler, Values
-from weightsmith.search.schema import SearchFile
 from weightsmith.search.space import Space
 
 if TYPE_CHECKING:
     from weightsmith.search.local import Steps
     from weightsmith.search.pool import Options, Walk
+    from weightsmith.search.schema import SearchFile
 
 __all__ = ["FrankWolfe", "PoolSpace"]
 
@@ -83,12 +83,23 @@ class FrankWolfe(Sampler):
     def __init__(self, space: Any, goals: Sequence[str], seed: int, given: Any, folder: Path, budget: int) -> None:
         from weightsmith.search.pool import Options
 
-        known = [field.name for field in dataclasses.fields(Options)]
-        for option in given:
-            if option not in known:
-                raise RecipeError(f"sampler frank_wolfe: unknown option {option!r}{did_you_mean(option, known)}")
+        if wrong := self.wrong(given):
+            raise RecipeError(*wrong)
         self.chosen = Options(**given)
         super().__init__(space, goals, seed, {}, folder, budget)
+
+    @classmethod
+    def wrong(cls, given: Mapping[str, Any]) -> list[str]:
+        from weightsmith.search.pool import Options
+
+        known = [field.name for field in dataclasses.fields(Options)]
+        found = [f"sampler frank_wolfe: unknown option {name!r}{did_you_mean(str(name), known)}" for name in given
+                 if name not in known]  # fmt: skip
+        try:
+            Options(**{name: value for name, value in given.items() if name in known})
+        except RecipeError as error:
+            found += [f"sampler {problem.text}" for problem in error.problems]
+        return found
 
     def begin(self) -> None:
         from weightsmith.search.local import LONGEST, Steps

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsmith.core.errors import RecipeError, WeightsmithError, did_you_mean
+from weightsmith.core.errors import RecipeError, WeightsmithError, did_you_mean, nearest
 from weightsmith.search.fronts import pick
 from weightsmith.search.genes import Point
 from weightsmith.search.pareto import angles, bin_scores, pareto, spread_over, vector
@@ -28,6 +28,7 @@ PAIR = 20
 MANY = 6
 """Models above which nesting takes far fewer evaluations."""
 TEMPERATURE, WEIGHT = 0.07, 0.5
+WORDS = (*LINKS, "auto")
 
 
 class Map(Sampler):
@@ -39,15 +40,21 @@ class Map(Sampler):
         "points": None, "link": "auto", "rounds": 0, "update": 10, "nested": False, "prefer": None,
     }  # fmt: skip
 
-    def _check(self, option: str, value: Any) -> None:
-        if option in ("points", "update", "rounds") and (type(value) is not int or value < (option != "rounds")):
-            raise RecipeError(f"sampler map: {option} = {value!r}; expected a whole number")
-        if option == "nested" and not isinstance(value, bool):
-            raise RecipeError(f"sampler map: nested = {value!r}; expected true or false")
-        words = value.values() if isinstance(value, Mapping) else [value]
-        for word in words if option == "link" else ():
-            if word not in (*LINKS, "auto"):
-                raise RecipeError(f"sampler map: unknown link {word!r}{did_you_mean(str(word), LINKS)}")
+    @classmethod
+    def wanted(cls, option: str, value: Any) -> str | None:
+        if option in ("points", "update", "rounds"):
+            least = int(option != "rounds")
+            good = (type(value) is int and value >= least) or (option == "points" and value is None)
+            return None if good else f"a whole number from {least} on"
+        if option == "nested":
+            return None if isinstance(value, bool) else "true or false"
+        words = list(value.values()) if isinstance(value, Mapping) else [value]
+        if option == "prefer":
+            weights = isinstance(value, Mapping) and all(type(w) in (int, float) and 0 <= w < math.inf for w in words)
+            good = value is None or (weights and any(words))
+            return None if good else "goal -> a weight from 0 on, one above 0"
+        strange = [word for word in words if word not in WORDS]
+        return f"one of {', '.join(WORDS)}{nearest(str(strange[0]), WORDS)}" if strange else None
 
     def begin(self) -> None:
         self.told: list[tuple[list[float], list[float] | None]] = []
