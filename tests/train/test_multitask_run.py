@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from multitask_cases import bright, first, images, last, save, texts
+from safetensors.torch import save_file
 from torch import nn
 
 import weightsmith as ws
@@ -180,6 +181,37 @@ def test_the_joint_row_of_bench(tmp_path: Path, words: dict[str, Any], capsys: p
     write(tmp_path, words)
     assert main(["bench", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "bench2")]) == 2
     assert "task 'last' has no test data in" in capsys.readouterr().err
+
+
+def test_merges_of_prompts_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Base, experts and joint row are prompts of one frozen model: what is merged and scored are the vectors."""
+    tasks = {}
+    for name, make, seed in (("first", first, 0), ("other", lambda w: "high" if first(w) == "low" else "low", 1)):
+        files = {p: str(texts(tmp_path / f"{name}-{p}.jsonl", 12, make, seed)) for p in ("data", "valid", "test")}
+        tasks[name] = {**files, "candidates": ["low", "high"]}
+    common = {"model": str(save("llama", tmp_path / "llama")), "by": {"prompt": {"n_ctx": 2}}, "answer": 8, "batch": 4,
+              "optimizer": {"adamw": {"lr": 0.1}}}  # fmt: skip
+    scores = {}
+    for name, steps in (("start", 1), ("joint", 8), ("first", 8), ("other", 8)):
+        given = {**common, "tasks": {name: tasks[name]} if name in tasks else tasks, "steps": steps, "every": steps}
+        scores[name] = train_multitask(loads(yaml.safe_dump(given)), tmp_path / name, device="cpu").scores
+    write(tmp_path, {**common, "tasks": tasks, "steps": 8})
+    study = {
+        "title": "prompts", "base": "start", "models": {"first": "first", "other": "other"}, "joint": "joint",
+        "evaluate": {"tasks": {"recipe": "tasks.yaml"}}, "methods": {"average": "linear"},
+    }  # fmt: skip
+    assert main(["bench", write(tmp_path, study, "study.yaml"), "--out", str(tmp_path / "bench"), "--json"]) == 0
+    rows = {row["name"]: row["tasks"] for row in json.loads(capsys.readouterr().out)[0]["rows"]}
+    assert rows["base"] == scores["start"]
+    assert rows["joint training"] == scores["joint"]
+    assert rows["expert other"]["other"] == scores["other"]["other"]
+    merged = ws.merge({name: str(tmp_path / name) for name in tasks}, "average")
+    save_file(dict(merged), tmp_path / "merged.safetensors")
+    system = restore(tmp_path / "first", read_tasks(loads(yaml.safe_dump({**common, "tasks": tasks}))),
+                     at=tmp_path / "merged.safetensors", device="cpu")  # fmt: skip
+    assert torch.equal(system.own["prompt"].text, merged["prompt.text"])  # type: ignore[arg-type]
+    task = system.tasks["first"]
+    assert rows["average"]["first"] == system.score(task, task.parts["test"], 4)
 
 
 # --- what makes no sense -----------------------------------------------------------------------------

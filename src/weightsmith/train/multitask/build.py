@@ -14,7 +14,7 @@ from weightsmith.core.errors import OutputError, RecipeError, SourceError
 from weightsmith.io.read.open import open_source
 from weightsmith.io.read.safetensors import SafetensorsSource
 from weightsmith.io.read.small import read_json
-from weightsmith.io.read.source import tensor_to_bits
+from weightsmith.io.read.source import Source, tensor_to_bits
 from weightsmith.observe.model import LoadedModel, load_model, pick_device
 from weightsmith.observe.names import Naming
 from weightsmith.train.multitask.body import Body
@@ -162,18 +162,24 @@ def read_info(folder: Path) -> Mapping[str, Any]:
 def restore(folder: Path, tasks: Mapping[str, Task], *, at: str | Path | None = None, device: str = "auto") -> System:
     """A trained system; `at`: another shared model of the same shapes (a merge) with this result's own parts.
 
+    Where only own parts trained (a prompt), `at` may be others of the same names, such as a merge of them.
+
     Errors: OutputError where a base that stayed as it was has changed since.
     """
-    info = read_info(folder)
+    info, parts = read_info(folder), folder / OWN
+    own: Source | None = SafetensorsSource(parts) if parts.is_file() else None
+    if at is not None and own is not None and not info["trains_base"]:
+        other = open_source(str(at))
+        if set(other.keys) == set(own.keys):
+            at, own, parts = None, other, Path(at)
     recipe = MultiTaskRecipe.model_validate(info["recipe"])
     body = open_body(recipe, tasks, at=at or (folder if info["trains_base"] else None), device=device)
     system = build(recipe, body, body.prepared(tasks), learn=False)
     if at is None and not info["trains_base"] and digest(body.module) != info["base"]:
         raise OutputError(f"{folder}: its base {recipe.model} has changed since; put back the one it was trained on")
-    if (folder / OWN).is_file():
-        source = SafetensorsSource(folder / OWN)
-        own: Any = system.own
-        _load(own, {name: source.read(name) for name in source.keys}, str(folder / OWN))
+    if own is not None:
+        held: Any = system.own
+        _load(held, {name: own.read(name) for name in own.keys}, str(parts))
     return system.eval()
 
 
