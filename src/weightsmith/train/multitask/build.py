@@ -171,7 +171,7 @@ def restore(folder: Path, tasks: Mapping[str, Task], *, at: str | Path | None = 
     if at is not None and own is not None and not info["trains_base"]:
         other = open_source(str(at))
         if set(other.keys) == set(own.keys):
-            at, own, parts = None, other, Path(at)
+            own, parts, at = other, Path(at), None
     recipe = MultiTaskRecipe.model_validate(info["recipe"])
     body = open_body(recipe, tasks, at=at or (folder if info["trains_base"] else None), device=device)
     system = build(recipe, body, body.prepared(tasks), learn=False)
