@@ -3,25 +3,56 @@
 (() => {
   const $ = (selector, within = document) => within.querySelector(selector);
   const editor = () => $(".editor");
-  let refocus = "";
 
-  // --- the recipe ---
-  const post = (where, values) => {
+  // --- the recipe: one change at a time, each of the text that the one before it has left ---
+  const waiting = [];
+  let asked = null, soon = null, drawing = false, refocus = "";
+  const post = (where, values, target = "#form") => {
     refocus = document.activeElement ? document.activeElement.id : "";
-    return htmx.ajax("POST", where, {
-      target: "#form", swap: "innerHTML", source: "#form",
-      values: { path: editor().dataset.recipe, ...values }, // and #yaml as it is when its turn comes
-    });
+    waiting.push({ where, values, target });
+    next();
   };
+  async function next() { // not while somebody types in the YAML or draws
+    if (asked || soon || drawing || !waiting.length) return;
+    asked = waiting.shift();
+    asked.text = $("#yaml").value;
+    const { where, target } = asked;
+    const values = { path: editor().dataset.recipe, ...(typeof asked.values === "function" ? asked.values() : asked.values) };
+    try { await htmx.ajax("POST", where, { target, swap: "innerHTML", source: "#form", values }); } catch { /* told by sendError */ }
+    asked = null;
+    next();
+  }
+  const rest = () => { // what was to be asked in a moment is asked now
+    if (!soon) return;
+    const { timer, what } = soon;
+    clearTimeout(timer);
+    soon = null;
+    what();
+    next();
+  };
+  const shortly = (of, wait, what) => {
+    if (soon && soon.of !== of) rest();
+    if (soon) clearTimeout(soon.timer);
+    soon = { of, what, timer: setTimeout(rest, wait) };
+  };
+  const typed = () => waiting.unshift({ where: "/recipe/yaml", values: {}, target: "#form" });
   const places = () => [...document.querySelectorAll("#form details[id]")].map((d) => [d.id, d.open]);
-  let open = [];
+  let open = [], half = null;
 
-  document.addEventListener("change", (event) => {
-    const input = event.target;
-    if (!editor() || !input.closest("#form")) return;
-    if (input.dataset.key) post("/recipe/set", { key: input.dataset.key, value: input.value, kind: input.dataset.kind || "yaml" });
-    else if (input.dataset.rename !== undefined) post("/recipe/model", { do: "rename-model", name: input.dataset.rename, value: input.value });
-    else if (input.dataset.stage !== undefined) post("/recipe/stage", { do: "set-stage", index: input.dataset.stage, value: input.value });
+  const commit = (input) => {
+    if (!editor() || input === half || !input.closest("#form") || input.value === (input.dataset.sent ?? input.defaultValue)) return;
+    const { key, kind, rename, stage } = input.dataset;
+    if (input.tagName === "INPUT") input.dataset.sent = input.value;
+    if (key) post("/recipe/set", { key, value: input.value, kind: kind || "yaml" });
+    else if (rename !== undefined) post("/recipe/model", { do: "rename-model", name: rename, value: input.value });
+    else if (stage !== undefined) post("/recipe/stage", { do: "set-stage", index: stage, value: input.value });
+  };
+  document.addEventListener("change", (event) => commit(event.target));
+  document.addEventListener("focusout", (event) => { if (event.target.tagName === "INPUT") commit(event.target); });
+  window.addEventListener("pagehide", () => { // nothing that was typed is lost
+    if (!soon || soon.of !== "yaml") return;
+    const kept = [...document.querySelectorAll("#grounds input")].map((one) => [one.name, one.value]);
+    navigator.sendBeacon("/recipe/yaml", new URLSearchParams([["path", editor().dataset.recipe], ["yaml", $("#yaml").value], ...kept]));
   });
 
   document.addEventListener("click", (event) => {
@@ -35,7 +66,8 @@
     }
     if (!editor()) return;
     const { do: what, path, name, index, ramp } = button.dataset;
-    if (ramp !== undefined) {
+    if (what === "save") { rest(); post("/recipe/save", {}, "#saved"); }
+    else if (ramp !== undefined) {
       const drawn = button.closest(".field").querySelector(".ramp");
       const number = parseFloat(button.dataset.default);
       const value = Number.isFinite(number) ? number : 0.5;
@@ -50,17 +82,20 @@
   document.addEventListener("submit", (event) => { // a double click asks once
     const form = event.target;
     if (form.method !== "post" || event.defaultPrevented) return;
+    if (form.id === "run-form") { // after the changes that are on their way
+      event.preventDefault();
+      rest();
+      const where = event.submitter && event.submitter.getAttribute("formaction");
+      post(where || form.getAttribute("action"), () => Object.fromEntries(new FormData(form)));
+      return;
+    }
     if (form.dataset.sent) event.preventDefault();
     form.dataset.sent = "yes";
     setTimeout(() => delete form.dataset.sent, 1500);
   });
 
-  let typing = 0;
   document.addEventListener("input", (event) => {
-    if (event.target.id === "yaml") {
-      clearTimeout(typing);
-      typing = setTimeout(() => post("/recipe/yaml", {}), 350);
-    }
+    if (event.target.id === "yaml") shortly("yaml", 350, typed);
     if (event.target.id === "out") {
       const code = $(".run-card .command code");
       const words = event.target.value.trim() || "OUT";
@@ -88,16 +123,38 @@
       $("#toast").innerHTML = "";
       const said = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
       $("#toast").textContent = said.body.textContent.trim().replace(/\s*\n\s*/g, "\n");
-    } else if (event.detail.target.id === "form") $("#toast").textContent = "";
+    } else if (event.detail.target.id === "form") {
+      const again = asked && asked.where !== "/recipe/yaml" && $("#yaml").value !== asked.text;
+      if (drawing || again || (soon && soon.of !== "yaml")) { // it would undo what a hand has just done: asked again after that
+        event.detail.shouldSwap = false;
+        if (asked) waiting.splice(waiting[0] && waiting[0].where === "/recipe/yaml" ? 1 : 0, 0, asked);
+        return;
+      }
+      $("#toast").textContent = "";
+      const now = document.activeElement;
+      half = now.matches("#form [data-key], #form [data-rename]") && now.tagName === "INPUT" && now.value !== now.defaultValue ? now : null;
+    }
   });
-  document.addEventListener("htmx:afterSettle", (event) => {
+  document.addEventListener("htmx:beforeOnLoad", (event) => { if (event.detail.xhr.getResponseHeader("HX-Redirect")) waiting.length = 0; });
+  document.addEventListener("htmx:afterSwap", (event) => {
     if (event.detail.target.id !== "form") return;
     for (const [id, was] of open) { const found = document.getElementById(id); if (found) found.open = was; }
+    open = [];
     ramps();
+    const same = half && document.getElementById(half.id);
+    if (same && same !== half && same.dataset.key === half.dataset.key && same.dataset.rename === half.dataset.rename) { // half typed
+      same.value = half.value;
+      same.focus({ preventScroll: true });
+      same.setSelectionRange(half.selectionStart, half.selectionEnd);
+    }
+    half = null;
     const found = refocus && document.getElementById(refocus);
     if (found && document.activeElement !== found && (document.activeElement === document.body || !document.activeElement)) found.focus({ preventScroll: true });
   });
-  document.addEventListener("htmx:sendError", () => { $("#toast").textContent = "The studio does not answer; start it again with weightsmith studio."; });
+  document.addEventListener("htmx:sendError", () => {
+    for (const input of document.querySelectorAll("#form [data-sent]")) delete input.dataset.sent;
+    $("#toast").textContent = "The studio does not answer; start it again with weightsmith studio.";
+  });
 
   // --- ramps: values from the first block to the last, or one for each block ---
   const NS = "http://www.w3.org/2000/svg";
@@ -136,8 +193,6 @@
     const name = (i) => each() ? `block ${i}` : `point ${i + 1} of ${values.length}`;
     const tell = (i) => { said.textContent = i === null ? hint : `${name(i)}: ${values[i]}`; };
     const send = () => post("/recipe/set", { key: box.dataset.key, kind: "yaml", value: `[${values.join(", ")}]` });
-    let waiting = 0;
-    const later = () => { clearTimeout(waiting); waiting = setTimeout(send, 500); };
 
     function paint() {
       svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
@@ -168,7 +223,7 @@
           values[i] = round(values[i] + (event.shiftKey ? Math.sign(by) : by) * step);
           paint();
           document.getElementById(dot.id).focus();
-          later();
+          shortly(box.dataset.key, 500, send);
         });
       });
     }
@@ -190,10 +245,10 @@
       paint();
       tell(i);
     };
-    svg.addEventListener("pointerdown", (event) => { svg.setPointerCapture(event.pointerId); last = null; touch(event); event.preventDefault(); });
+    svg.addEventListener("pointerdown", (event) => { svg.setPointerCapture(event.pointerId); drawing = true; last = null; touch(event); event.preventDefault(); });
     svg.addEventListener("pointermove", (event) => { if (svg.hasPointerCapture(event.pointerId)) touch(event); else tell(at(event)[0]); });
     svg.addEventListener("pointerleave", () => tell(null));
-    svg.addEventListener("pointerup", (event) => { svg.releasePointerCapture(event.pointerId); send(); });
+    svg.addEventListener("lostpointercapture", () => { drawing = false; send(); });
     function resample(wanted) {
       const n = Math.min(200, Math.max(1, Math.round(wanted) || 1)), old = values;
       values = Array.from({ length: n }, (_, i) => {
