@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -59,7 +60,8 @@ def run_file(path: str | Path, option: str) -> ModuleType:
     sys.path.insert(0, beside)
     kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ among the user's files
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):  # what it prints is no part of a report in JSON
+            spec.loader.exec_module(module)
     except WeightsmithError as error:
         del sys.modules[name]
         raise RecipeError(f"{option} {file}: {error}") from None

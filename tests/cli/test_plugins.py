@@ -148,10 +148,11 @@ def test_a_module_without_a_file_is_no_neighbour(tmp_path: Path, monkeypatch: py
     assert neighbours(tmp_path / "score.py") == ()
 
 
-def test_an_evaluator_that_has_changed_is_run_anew(tmp_path: Path) -> None:
+def test_an_evaluator_that_has_changed_is_run_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "score.py"
-    file.write_text("def scores(model, split):\n    return {'a': 1}\n")
+    file.write_text("print('here')\ndef scores(model, split):\n    return {'a': 1}\n")
     first = run_once(file, "--evaluator")
+    assert capsys.readouterr() == ("", "here\n")  # of a report in JSON it is no part
     assert run_once(file, "--evaluator") is first
     file.write_text("def scores(model, split):\n    return {'a': 2}\n")
     assert run_once(file, "--evaluator").scores("", "") == {"a": 2}

@@ -229,6 +229,13 @@ def test_twelve_experts_some_of_them_dragged(page: Page, server: Server) -> None
     ready(page)
     expect(page.locator(".entry input.short")).to_have_count(12)
     expect(page.locator("#plan")).to_contain_text("merged by task_arithmetic")
+    page.set_viewport_size({"width": 1200, "height": 700})
+    expect(page.locator("#run")).to_be_in_viewport(ratio=1)
+    page.fill("#out", "twelve")
+    page.click("#run")
+    expect(page.locator("#state")).to_have_text("finished")
+    page.get_by_role("link", name="How it was made").click()
+    expect(page.locator(".tree > li > .leaf")).to_be_in_viewport(ratio=1)  # above a row that is wider than the page
 
 
 def test_a_row_of_models_is_dragged_onto_a_recipe_and_a_double_click_merges_once(page: Page, server: Server) -> None:

@@ -15,7 +15,9 @@ from test_studio_browser import Server, browser, page, ready, server, state, yam
 
 __all__ = ["browser", "page", "server", "state"]
 
-RECIPE = "base: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\nparameters:\n  density: 0.5\n"
+RECIPE = (
+    "base: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\nparameters:\n  density: 0.5\n"
+)
 
 
 def slowly(page: Page, where: str, seconds: float = 0.4) -> None:
@@ -53,7 +55,7 @@ def half_a_text(page: Page) -> None:
 def test_an_answer_leaves_a_field_that_is_half_typed(begun: Page, before: Callable[[Page], None]) -> None:
     slowly(begun, "**/recipe/*")
     before(begun)
-    begun.keyboard.type("1.25", delay=150)
+    begun.keyboard.type("1.25", delay=300)
     expect(begun.locator("#f-stage-0-weight")).to_be_focused()
     expect(begun.locator("#f-stage-0-weight")).to_have_value("1.25")
     begun.keyboard.press("Tab")
@@ -103,7 +105,9 @@ def test_a_ramp_is_drawn_while_an_answer_comes(begun: Page) -> None:
     svg = begun.locator(".ramp svg")
     svg.evaluate("e => e.scrollIntoView({block: 'center'})")
     slowly(begun, "**/recipe/set")
-    begun.locator("#f-stage-0-lambda").evaluate("e => { e.value = '0.8'; e.dispatchEvent(new Event('change', {bubbles: true})); }")
+    begun.locator("#f-stage-0-lambda").evaluate(
+        "e => { e.value = '0.8'; e.dispatchEvent(new Event('change', {bubbles: true})); }"
+    )
     box = svg.bounding_box()
     assert box
     begun.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.2 * box["height"])

@@ -20,6 +20,7 @@ from studio_kit import until
 from weightsmith.cli.main import main
 from weightsmith.core.errors import OutputError, SourceError
 from weightsmith.studio.jobs import Job, Jobs
+from weightsmith.studio.pages.run import told
 from weightsmith.studio.seal import sealed
 
 PLUGIN = (Path(__file__).parents[1] / "cli/example_plugin.py").read_text()
@@ -84,7 +85,7 @@ def test_one_at_a_time_and_the_others_wait(jobs: Jobs, folder: Path) -> None:
     )
     until(lambda: jobs.get(first.id).state == "running")
     assert [job.state for job in jobs.all()] == ["queued", "queued", "running"]
-    assert jobs.stop(second.id).state == "stopped"
+    assert (jobs.stop(second.id).state, told(jobs.get(second.id))) == ("stopped", "taken out of the queue")
     with pytest.raises(OutputError, match="only one that was stopped"):
         jobs.resume(first.id)
     until((jobs.folder / first.id / "pid").exists)

@@ -303,3 +303,53 @@ def test_a_mistyped_recipe_names_the_nearest(client: TestClient) -> None:
     ):
         assert answer.status_code == 400
         assert "no such recipe file; did you mean" in answer.text
+
+
+MERGEKIT = """# mine
+merge_method: ties
+base_model: models/base
+models:
+  - {model: models/math, parameters: {weight: 0.5, density: 0.4}}
+  - {model: models/code, parameters: {weight: 0.5, density: 0.4}}
+"""
+
+
+def test_a_config_of_mergekit_runs_as_it_is_or_becomes_a_recipe(client: TestClient, folder: Path) -> None:
+    """Its fields are not those of the form, which would show none of them, and would add to them."""
+    (folder / PATH).write_text(MERGEKIT)
+    page = client.get("/recipe", params={"path": PATH}).text
+    assert "a config of mergekit" in page
+    assert "Base model" not in page
+    assert "Ready to run" in planned(client)
+    for where, form in (
+        ("set", {"key": '["seed"]', "value": "1"}),
+        ("model", {"do": "set-base", "model": "models/math"}),
+    ):
+        answer = client.post(f"/recipe/{where}", data={"path": PATH, "yaml": MERGEKIT, **form})
+        assert (answer.status_code, "a config of mergekit" in answer.text) == (400, True)
+    text = sent(client, "native", MERGEKIT)
+    assert "method: {ties: {scope: tensor, zero_sign: plus}}" in text
+    assert "density: 0.4" in text
+    assert "Ready to run" in planned(client)
+    assert "Base model" in client.get("/recipe", params={"path": PATH}).text
+    assert (folder / PATH).read_text() == MERGEKIT  # until it is saved
+
+
+def test_commands_are_quoted_for_a_shell(client: TestClient, folder: Path) -> None:
+    (folder / PATH).rename(folder / "my $(blend).yaml")
+    page = html.unescape(client.get("/recipe", params={"path": "my $(blend).yaml"}).text)
+    assert "weightsmith merge 'my $(blend).yaml' 'my $(blend)-merged'" in page
+
+
+def test_the_plan_knows_whether_a_folder_may_be_replaced(client: TestClient, folder: Path) -> None:
+    (folder / "there").mkdir()
+    (folder / "there/notes.txt").write_text("mine")
+    assert "exists and is not empty" in planned(client, "there")
+    there = client.get("/recipe/plan", params={"path": PATH, "out": "there", "overwrite": "yes"}).text
+    assert "Ready to run" in there
+
+
+def test_a_grid_goes_where_nothing_is_yet(client: TestClient, folder: Path) -> None:
+    assert 'name="out" value="blend-grid"' in client.get("/grid").text
+    (folder / "blend-grid").mkdir()
+    assert 'name="out" value="blend-grid-2"' in client.get("/grid").text

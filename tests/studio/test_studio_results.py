@@ -18,6 +18,7 @@ from studio_kit import EVIL, HOME, PORT, TOKEN, answered, write_model
 from weightsmith.cli.main import main
 from weightsmith.studio.app import build
 from weightsmith.studio.jobs import Jobs
+from weightsmith.studio.measured import measured
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,13 @@ def test_models_are_asked_side_by_side(studio: tuple[TestClient, Path]) -> None:
     for text in ("[]", '{"models": [], "problems": [], "notes": []}', "", '{"models": {"merged": 1}}'):
         answered(job, text)
         assert "4.5" in seen(client, "/compare/0004")
+    jobs_of(client).remove(job.id)
+    job = jobs_of(client).add(["check", "models/new", "--json"], "check", {"out": "models/new"})
+    (job.folder / "log").write_text("error: score.py: it defines no scores(model, split)\n")
+    (job.folder / "done").write_text('{"code": 2, "ended": 0}')
+    for text in ('{"loss": 1}', "loading\n"):  # what an evaluator has printed itself
+        (job.folder / "out").write_text(text)
+        assert measured([jobs_of(client).get(job.id)])["models/new"].note.endswith("no scores(model, split)")
     jobs_of(client).remove(job.id)
 
 

@@ -86,6 +86,10 @@ class Job:
         return _out(self.words)
 
     @property
+    def begun(self) -> bool:
+        return (self.folder / "started").exists()
+
+    @property
     def resumable(self) -> bool:
         return self.state in ("stopped", "interrupted", "failed")
 

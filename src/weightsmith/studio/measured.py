@@ -106,7 +106,8 @@ def _read(file: Path, changed: int) -> Mapping[str, Any]:
     """A report; SourceError where it is none."""
     told = read_json(file, _LIMIT)
     kinds = {"models": dict, "problems": list, "notes": list, "scores": dict, "answers": dict, "missing": dict}
-    good = isinstance(told, dict) and all(isinstance(told.get(key, kind()), kind) for key, kind in kinds.items())
+    good = isinstance(told, dict) and {"models", "problems", "notes"} <= told.keys()
+    good = good and all(isinstance(told.get(key, kind()), kind) for key, kind in kinds.items())
     inner = ("models", "scores")
     if not good or not all(isinstance(one, dict) for key in inner for one in told.get(key, {}).values()):
         raise SourceError(f'{file}: not what "weightsmith check --json" prints')

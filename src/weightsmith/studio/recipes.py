@@ -26,27 +26,33 @@ _NESTED = 200
 
 @dataclass(frozen=True)
 class Look:
-    """A recipe's text as far as it can be read: its values, the recipe if there is nothing wrong, else the problems."""
+    """A recipe's text as far as it can be read: its values, the recipe if there is nothing wrong, else the problems.
+
+    foreign  it is a config of mergekit, whose fields are others
+    """
 
     tree: Any
     recipe: Recipe | None
     problems: tuple[Problem, ...]
+    foreign: bool = False
 
 
 def look(places: Places, path: Path, text: str) -> Look:
     """Read a text as the command line would, but nothing outside the folders."""
     try:
-        tree = read_all(text, path.name)[-1].tree
+        documents = read_all(text, path.name)
+        tree = documents[-1].tree
+        foreign = len(documents) > 1 or (isinstance(tree, Mapping) and "merge_method" in tree)
         outside = list(_outside(places, tree, path.parent, set()))
         if outside:
             texts = (f"{one!r} is outside the folders that the studio was started with" for one in outside)
-            return Look(tree, None, tuple(Problem(Code.INPUT, "", line) for line in texts))
+            return Look(tree, None, tuple(Problem(Code.INPUT, "", line) for line in texts), foreign)
     except WeightsmithError as error:
         return Look(None, None, problems_of(error))
     try:
-        return Look(tree, loads(text, path.name, folder=path.parent), ())
+        return Look(tree, loads(text, path.name, folder=path.parent), (), foreign)
     except WeightsmithError as error:
-        return Look(tree, None, problems_of(error))
+        return Look(tree, None, problems_of(error), foreign)
 
 
 def _outside(places: Places, tree: Any, folder: Path, seen: set[Path]) -> Iterator[str]:
@@ -63,12 +69,12 @@ def _outside(places: Places, tree: Any, folder: Path, seen: set[Path]) -> Iterat
                 yield from _outside(places, document.tree, path.parent, seen)
 
 
-def plan(recipe: Recipe, out: Path | None) -> Plan | tuple[Problem, ...]:
+def plan(recipe: Recipe, out: Path | None, overwrite: bool = False) -> Plan | tuple[Problem, ...]:
     """The plan of a merge with all its problems; the problems alone where an input cannot be opened."""
     from weightsmith.jobs.merge import preview
 
     try:
-        return preview(recipe, out)
+        return preview(recipe, out, overwrite=overwrite)
     except WeightsmithError as error:
         return problems_of(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -59,7 +60,7 @@ def _environment() -> Any:
     made.globals |= {"address": address, "pages": PAGES, "version": __version__, "json": _json}
     made.filters |= {
         "size": size, "duration": duration, "roughly": roughly, "ago": _ago, "count": _count, "number": _number,
-        "percent": _percent,
+        "percent": _percent, "shell": shlex.quote,
     }  # fmt: skip
     return made
 

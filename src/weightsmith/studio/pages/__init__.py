@@ -18,6 +18,7 @@ ROUTES = (
     ("POST", "/recipe/model", "recipe", "model"),
     ("POST", "/recipe/stage", "recipe", "stage"),
     ("POST", "/recipe/rule", "recipe", "rule"),
+    ("POST", "/recipe/native", "recipe", "native"),
     ("POST", "/recipe/save", "recipe", "save"),
     ("POST", "/recipe/revert", "recipe", "revert"),
     ("POST", "/recipe/add", "recipe", "add"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import RecipeError
@@ -17,7 +16,7 @@ from weightsmith.studio.form import parameters_of, stages_of
 from weightsmith.studio.jobs import Job
 from weightsmith.studio.measured import Measured, check_words, measured
 from weightsmith.studio.pages.compare import scoring
-from weightsmith.studio.pages.recipe import about, out_of, saved
+from weightsmith.studio.pages.recipe import about, default_out, out_of, saved
 from weightsmith.studio.recipes import look
 from weightsmith.studio.shelf import shelf
 
@@ -35,7 +34,7 @@ def every(studio: Studio, asked: Asked) -> Any:
         path = Drafts(studio.places).path(chosen)
         paths = list(_paths(look(studio.places, path, Drafts(studio.places).found(path).text).tree))
     return html("grid.html", title="Grid", page="grid", jobs=jobs, recipes=recipes, chosen=chosen, paths=paths,
-                out=f"{Path(chosen).with_suffix('') if chosen else 'recipe'}-grid")  # fmt: skip
+                out=default_out(studio, studio.places.home / (chosen or "recipe"), "grid"))  # fmt: skip
 
 
 def _paths(tree: Any) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from weightsmith.core.errors import OutputError, RecipeError
 from weightsmith.core.problem import Code, Problem
 from weightsmith.plan.plan import Plan
 from weightsmith.recipe.reader import Location
+from weightsmith.recipe.text import dumps
 from weightsmith.studio import hub
 from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Claim, ClashError, Drafts, State, alike
@@ -23,7 +24,7 @@ from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
 from weightsmith.studio.shelf import layers, shelf
 
-__all__ = ["about", "add", "clash", "clashing", "fresh", "model", "out_of", "page", "plan_of", "revert", "rule",
+__all__ = ["about", "add", "clash", "clashing", "default_out", "fresh", "model", "native", "out_of", "page", "plan_of", "revert", "rule",
            "run", "save", "saved", "set_value", "stage", "typed", "use"]  # fmt: skip
 
 _MAP: Mapping[str, Any] = {}
@@ -45,7 +46,7 @@ def _page(studio: Studio, path: Path, now: State, claim: Claim, text: str) -> di
     look = look_at(studio.places, path, text)
     return {
         "title": name, "page": "recipe", "name": name, "look": look, "text": text, "saved": now.saved, "claim": claim,
-        "clash": _clash(studio, path, now, claim, text), "out": _default_out(studio, path),
+        "clash": _clash(studio, path, now, claim, text), "out": default_out(studio, path),
         "recipes": list(map(studio.places.shown, [*found.recipes, *Drafts(studio.places).unsaved()])),
         **_of_form(studio, look, path, found.models),
     }  # fmt: skip
@@ -58,17 +59,23 @@ def fresh(studio: Studio, there: list[Path]) -> str:
     return next(name for name in names if name not in taken and not (studio.places.home / name).exists())
 
 
-def _default_out(studio: Studio, path: Path) -> str:
+def default_out(studio: Studio, path: Path, what: str = "merged") -> str:
     """A folder that is not there yet, called after the recipe."""
     base = path.with_suffix("")
-    names = (base.with_name(f"{base.name}-merged{more}") for more in ("", *(f"-{i}" for i in range(2, 10_000))))
+    names = (base.with_name(f"{base.name}-{what}{more}") for more in ("", *(f"-{i}" for i in range(2, 10_000))))
     return studio.places.shown(next(name for name in names if not name.exists()))
 
 
 def _of_form(studio: Studio, look: Look, path: Path, models: Any) -> dict[str, Any]:
-    made = form(look.tree) if isinstance(look.tree, Mapping) else None
+    made = form(look.tree) if isinstance(look.tree, Mapping) and not look.foreign else None
     models = [*models, *hub.cached(details=False)]
-    return {"form": made, "groups": method_groups(), "models": models, "blocks": _blocks(studio, look.tree, path)}
+    return {
+        "form": made,
+        "foreign": look.foreign,
+        "groups": method_groups(),
+        "models": models,
+        "blocks": _blocks(studio, look.tree, path),
+    }
 
 
 def _blocks(studio: Studio, tree: Any, path: Path) -> int:
@@ -97,7 +104,7 @@ def plan_of(studio: Studio, asked: Asked) -> Any:
     if look.recipe is None:
         return html("plan.html", problems=look.problems, plan=None, warnings=())
     out = studio.places.inside(asked("out")) if asked("out") else None
-    made = plan(look.recipe, out)
+    made = plan(look.recipe, out, bool(asked("overwrite")))
     problems = nearer(
         mistyped(studio.places, look.tree, path.parent), made.problems if isinstance(made, Plan) else made
     )
@@ -220,6 +227,14 @@ def rule(studio: Studio, asked: Asked) -> Any:
     return _again(studio, asked, changed(_yaml(asked), ("rules", index), None))
 
 
+def native(studio: Studio, asked: Asked) -> Any:
+    """Write a config of mergekit as the recipe that does the same."""
+    look = look_at(studio.places, Drafts(studio.places).path(asked("path")), _yaml(asked))
+    if look.recipe is None:
+        raise RecipeError(*look.problems)
+    return _again(studio, asked, dumps(look.recipe))
+
+
 def _key(text: str) -> Location:
     try:
         key = json.loads(text) if len(text) < 10_000 else None
@@ -232,7 +247,13 @@ def _key(text: str) -> Location:
 
 def _tree(studio: Studio, asked: Asked) -> Mapping[str, Any]:
     drafts = Drafts(studio.places)
-    look = look_at(studio.places, drafts.path(asked("path")), _yaml(asked))
+    return _own(look_at(studio.places, drafts.path(asked("path")), _yaml(asked)))
+
+
+def _own(look: Look) -> Mapping[str, Any]:
+    """The values of a recipe that can be changed by parts; RecipeError for others."""
+    if look.foreign:
+        raise RecipeError("this is a config of mergekit; its page has a button that writes it as a recipe")
     if not isinstance(look.tree, Mapping):
         raise RecipeError(*look.problems) if look.problems else RecipeError("the recipe is not a mapping")
     return look.tree
@@ -335,8 +356,7 @@ def add(studio: Studio, asked: Asked) -> Any:
     path = drafts.path(name)
     chosen = [_named(studio, one, path) for one in asked.form.get("path", ())]
     text = drafts.state(path).text
-    tree = look_at(studio.places, path, text).tree
-    refs = tree.get("models") if isinstance(tree, Mapping) else None
+    refs = _own(look_at(studio.places, path, text)).get("models")
     drafts.keep(path, _with_models(text, refs if isinstance(refs, Mapping) else _MAP, chosen))
     return go(address("recipe", path=name), asked)
 
@@ -384,8 +404,6 @@ def use(studio: Studio, asked: Asked) -> Any:
     drafts = Drafts(studio.places)
     path = drafts.path(asked("path"))
     text = drafts.state(path).text
-    tree = look_at(studio.places, path, text).tree
-    if not isinstance(tree, Mapping):
-        raise RecipeError("the recipe cannot be read; mend its YAML first")
+    tree = _own(look_at(studio.places, path, text))
     drafts.keep(path, _with_method(text, tree, 0, asked("method"), alone=True))
     return go(address("recipe", path=asked("path")), asked)

@@ -77,6 +77,8 @@ def told(job: Job) -> str:
         return "waits for its turn"
     if job.state == "finished" and job.ended is not None:
         return "done"
+    if job.state == "stopped" and not job.begun:
+        return "taken out of the queue"
     if progress is None:
         return "begins" if job.state == "running" else f"exit code {job.code}" if job.code is not None else ""
     shown = size if progress.unit == "bytes" else "{:,}".format

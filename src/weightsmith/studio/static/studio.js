@@ -3,6 +3,7 @@
 (() => {
   const $ = (selector, within = document) => within.querySelector(selector);
   const editor = () => $(".editor");
+  const quoted = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`; // for a shell
 
   // --- the recipe: one change at a time, each of the text that the one before it has left ---
   const waiting = [];
@@ -66,7 +67,8 @@
     }
     if (!editor()) return;
     const { do: what, path, name, index, ramp } = button.dataset;
-    if (what === "save") { rest(); post("/recipe/save", {}, "#saved"); }
+    if (what === "native") post("/recipe/native", {});
+    else if (what === "save") { rest(); post("/recipe/save", {}, "#saved"); }
     else if (ramp !== undefined) {
       const drawn = button.closest(".field").querySelector(".ramp");
       const number = parseFloat(button.dataset.default);
@@ -96,10 +98,10 @@
 
   document.addEventListener("input", (event) => {
     if (event.target.id === "yaml") shortly("yaml", 350, typed);
-    if (event.target.id === "out") {
+    if (event.target.closest("#run-form")) {
       const code = $(".run-card .command code");
-      const words = event.target.value.trim() || "OUT";
-      code.textContent = `weightsmith merge ${editor().dataset.recipe} ${words}`;
+      const out = $("#out").value.trim() || "OUT", more = $("#overwrite").checked ? " --overwrite" : "";
+      code.textContent = `weightsmith merge ${quoted(editor().dataset.recipe)} ${quoted(out.startsWith("-") ? `./${out}` : out)}${more}`;
       $(".run-card .command button").dataset.copy = code.textContent;
     }
     if (event.target.dataset.filter) {
@@ -315,5 +317,9 @@
     source.onerror = () => { $("#words").textContent = "The studio does not answer; the job's state is kept in the folder."; };
   }
 
-  document.addEventListener("DOMContentLoaded", () => { ramps(); follow(); });
+  document.addEventListener("DOMContentLoaded", () => {
+    ramps();
+    follow();
+    for (const tree of document.querySelectorAll(".scroll:has(> .tree)")) tree.scrollLeft = (tree.scrollWidth - tree.clientWidth) / 2; // the root
+  });
 })();
