@@ -15,9 +15,14 @@ from test_studio_browser import Server, browser, page, ready, server, state, yam
 
 __all__ = ["browser", "page", "server", "state"]
 
-RECIPE = (
-    "base: models/base\nmodels:\n  math: models/math\n  code: models/code\nmethod: ties\nparameters:\n  density: 0.5\n"
-)
+RECIPE = """base: models/base
+models:
+  math: models/math
+  code: models/code
+method: ties
+parameters:
+  density: 0.5
+"""
 
 
 def slowly(page: Page, where: str, seconds: float = 0.4) -> None:
@@ -105,9 +110,8 @@ def test_a_ramp_is_drawn_while_an_answer_comes(begun: Page) -> None:
     svg = begun.locator(".ramp svg")
     svg.evaluate("e => e.scrollIntoView({block: 'center'})")
     slowly(begun, "**/recipe/set")
-    begun.locator("#f-stage-0-lambda").evaluate(
-        "e => { e.value = '0.8'; e.dispatchEvent(new Event('change', {bubbles: true})); }"
-    )
+    changed = "e => { e.value = '0.8'; e.dispatchEvent(new Event('change', {bubbles: true})); }"
+    begun.locator("#f-stage-0-lambda").evaluate(changed)
     box = svg.bounding_box()
     assert box
     begun.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.2 * box["height"])

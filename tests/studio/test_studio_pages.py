@@ -321,11 +321,11 @@ def test_a_config_of_mergekit_runs_as_it_is_or_becomes_a_recipe(client: TestClie
     assert "a config of mergekit" in page
     assert "Base model" not in page
     assert "Ready to run" in planned(client)
-    for where, form in (
+    for where, asked in (
         ("set", {"key": '["seed"]', "value": "1"}),
         ("model", {"do": "set-base", "model": "models/math"}),
     ):
-        answer = client.post(f"/recipe/{where}", data={"path": PATH, "yaml": MERGEKIT, **form})
+        answer = client.post(f"/recipe/{where}", data={"path": PATH, "yaml": MERGEKIT, **asked})
         assert (answer.status_code, "a config of mergekit" in answer.text) == (400, True)
     text = sent(client, "native", MERGEKIT)
     assert "method: {ties: {scope: tensor, zero_sign: plus}}" in text

@@ -24,8 +24,8 @@ from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
 from weightsmith.studio.shelf import layers, shelf
 
-__all__ = ["about", "add", "clash", "clashing", "default_out", "fresh", "model", "native", "out_of", "page", "plan_of", "revert", "rule",
-           "run", "save", "saved", "set_value", "stage", "typed", "use"]  # fmt: skip
+__all__ = ["about", "add", "clash", "clashing", "default_out", "fresh", "model", "native", "out_of", "page",
+           "plan_of", "revert", "rule", "run", "save", "saved", "set_value", "stage", "typed", "use"]  # fmt: skip
 
 _MAP: Mapping[str, Any] = {}
 
@@ -70,12 +70,9 @@ def _of_form(studio: Studio, look: Look, path: Path, models: Any) -> dict[str, A
     made = form(look.tree) if isinstance(look.tree, Mapping) and not look.foreign else None
     models = [*models, *hub.cached(details=False)]
     return {
-        "form": made,
-        "foreign": look.foreign,
-        "groups": method_groups(),
-        "models": models,
+        "form": made, "foreign": look.foreign, "groups": method_groups(), "models": models,
         "blocks": _blocks(studio, look.tree, path),
-    }
+    }  # fmt: skip
 
 
 def _blocks(studio: Studio, tree: Any, path: Path) -> int:
