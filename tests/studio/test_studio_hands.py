@@ -123,6 +123,18 @@ def test_a_ramp_is_drawn_while_an_answer_comes(begun: Page) -> None:
     expect(begun.locator("#yaml")).to_have_value(re.compile(r"density: \[(0\.[89]\d*(, )?){5}\]"))
 
 
+def test_a_change_leaves_the_page_where_it_is(begun: Page) -> None:
+    begun.set_viewport_size({"width": 375, "height": 812})
+    begun.locator('[data-ramp=\'["stage", 0, "lambda"]\']').click()
+    button = begun.get_by_role("button", name="one for each of 3 blocks")
+    button.scroll_into_view_if_needed()
+    before = begun.evaluate("scrollY")
+    button.click()
+    expect(begun.locator(".ramp rect")).to_have_count(3)
+    ready(begun)
+    assert begun.evaluate("scrollY") == before > 0
+
+
 def test_a_page_that_is_left_keeps_what_was_typed(begun: Page, server: Server) -> None:
     begun.locator("#yaml").focus()
     begun.keyboard.press("Control+End")

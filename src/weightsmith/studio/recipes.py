@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.text import flow
 from weightsmith.studio.places import Places, strings
 
-__all__ = ["Look", "changed", "look", "plan", "value_of", "written"]
+__all__ = ["Look", "changed", "look", "plan", "renamed", "value_of", "written"]
 
 _NESTED = 200
 
@@ -91,7 +91,28 @@ def value_of(text: str) -> Any:
 
 
 def changed(text: str, location: Location, value: Any) -> str:
-    """The text with one value changed (None: taken out), comments and order kept.
+    """The text with one value changed (None: taken out), comments and order kept."""
+    return _edited(text, location, lambda yaml, made: _set(made, location, _node(yaml, value)))
+
+
+def renamed(text: str, location: Location, old: str, new: str) -> str:
+    """The text with a key of the mapping at `location` called otherwise, in its place."""
+
+    def rename(yaml: Any, made: Any) -> None:
+        inner = made
+        for step in location:
+            inner = inner[_key(inner, step)]
+        key = _key(inner, old)
+        place, comment = list(inner).index(key), inner.ca.items.pop(key, None)
+        inner.insert(place, new, inner.pop(key))
+        if comment is not None:
+            inner.ca.items[new] = comment
+
+    return _edited(text, (*location, old), rename)
+
+
+def _edited(text: str, location: Location, edit: Callable[[Any, Any], None]) -> str:
+    """The text after a change of what is read of it.
 
     The text was read strictly before: what ruamel's round-trip loader builds of it is plain containers.
     """
@@ -107,7 +128,7 @@ def changed(text: str, location: Location, value: Any) -> str:
     yaml.representer.add_representer(type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null"))
     try:
         made = yaml.load(text)
-        _set(made, location, _node(yaml, value))
+        edit(yaml, made)
         stream = io.StringIO()
         yaml.dump(made, stream)
     except (YAMLError, AttributeError, LookupError, TypeError, ValueError):

@@ -19,7 +19,7 @@ from weightsmith.studio.asked import Asked, Studio, go, html
 from weightsmith.studio.drafts import Claim, ClashError, Drafts, State, alike
 from weightsmith.studio.form import form, method_groups, parameters_of, stages_of, with_parameter, with_stages
 from weightsmith.studio.known import mistyped, nearer
-from weightsmith.studio.recipes import Look, changed, plan, value_of, written
+from weightsmith.studio.recipes import Look, changed, plan, renamed, value_of, written
 from weightsmith.studio.recipes import look as look_at
 from weightsmith.studio.render import address, rendered
 from weightsmith.studio.shelf import layers, shelf
@@ -147,8 +147,7 @@ def model(studio: Studio, asked: Asked) -> Any:
             new = asked("value").strip()
             if not new or (new in refs and new != asked("name")):
                 raise RecipeError(f"a model called {new!r} is there already" if new else "a model needs a name")
-            renamed = {new if name == asked("name") else name: ref for name, ref in refs.items()}
-            text = changed(text, ("models",), renamed)
+            text = renamed(text, ("models",), asked("name"), new) if new != asked("name") else text
         case other:
             raise RecipeError(f"unknown action {other!r}")
     return _again(studio, asked, text)
@@ -184,12 +183,26 @@ def stage(studio: Studio, asked: Asked) -> Any:
         case "set-stage":
             return _again(studio, asked, _with_method(text, tree, index, asked("value")))
         case "add-stage":
+            text, stages = _inside(text, tree, stages, "dare")
             stages = [("dare", {}), *stages] if stages else [("task_arithmetic", {})]
         case "remove-stage":
             stages = [*stages[:index], *stages[index + 1 :]]
         case other:
             raise RecipeError(f"unknown action {other!r}")
     return _again(studio, asked, changed(text, ("method",), with_stages(stages)))
+
+
+def _inside(
+    text: str, tree: Mapping[str, Any], stages: list[tuple[str, dict[str, Any]]], name: str
+) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """Common parameters that a further stage has too go into the stage that they were meant for."""
+    common = tree.get("parameters")
+    for key in _fitting(name, common) if isinstance(common, Mapping) else ():
+        meant = [i for i, (other, _) in enumerate(stages) if _fitting(other, {key: None})]
+        for i in meant:
+            stages[i] = (stages[i][0], {key: common[key], **stages[i][1]})
+        text = changed(text, ("parameters", key), None) if meant else text
+    return text, stages
 
 
 def _with_method(text: str, tree: Mapping[str, Any], index: int, name: str, alone: bool = False) -> str:
