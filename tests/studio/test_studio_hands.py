@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="make setup-studio installs it")
 
 from playwright.sync_api import Page, Route, expect
-from test_studio_browser import Server, browser, page, ready, server, state, yaml
+from studio_kit import until
+from test_studio_browser import SECONDS, Server, browser, page, ready, server, state, yaml
 
 __all__ = ["browser", "page", "server", "state"]
 
@@ -141,5 +142,4 @@ def test_a_page_that_is_left_keeps_what_was_typed(begun: Page, server: Server) -
     begun.keyboard.type("seed: 8")
     address = begun.url
     begun.goto(f"{server.home}/run")
-    begun.goto(address)
-    assert "seed: 8" in yaml(begun)
+    until(lambda: begun.goto(address) and "seed: 8" in yaml(begun), SECONDS)

@@ -118,7 +118,7 @@ def test_models_are_added_renamed_and_removed(client: TestClient, folder: Path) 
     assert "Ready to run" in planned(client)
     text = text.replace("models/math\n", "models/math  # mine\n")
     text = sent(client, "model", text, do="rename-model", name="math", value="2")
-    assert text == "models:\n  '2': models/math  # mine\n  code: models/code\nmethod: ties\nbase: models/base\n"
+    assert text == "models:\n  '2': models/math   # mine\n  code: models/code\nmethod: ties\nbase: models/base\n"
     text = sent(client, "model", text, do="rename-model", name="2", value="sums")
     answer = client.post(
         "/recipe/model", data={"path": PATH, "yaml": text, "do": "rename-model", "name": "sums", "value": "code"}
@@ -130,7 +130,7 @@ def test_models_are_added_renamed_and_removed(client: TestClient, folder: Path) 
 def test_a_further_stage_leaves_parameters_with_the_first(client: TestClient, folder: Path) -> None:
     text = (folder / PATH).read_text() + "parameters: {density: 0.4, lambda: 0.5}\n"
     text = sent(client, "stage", text, do="add-stage", index="0")
-    assert text.endswith("method: [dare, {ties: {density: 0.4}}]\nparameters: {lambda: 0.5}\n")
+    assert text.endswith("method: [dare, ties: {density: 0.4}]\nparameters: {lambda: 0.5}\n")
     assert "Ready to run" in planned(client)
 
 

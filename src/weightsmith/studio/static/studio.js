@@ -51,9 +51,12 @@
   document.addEventListener("change", (event) => commit(event.target));
   document.addEventListener("focusout", (event) => { if (event.target.tagName === "INPUT") commit(event.target); });
   window.addEventListener("pagehide", () => { // nothing that was typed is lost
-    if (!soon || soon.of !== "yaml") return;
-    const kept = [...document.querySelectorAll("#grounds input")].map((one) => [one.name, one.value]);
-    navigator.sendBeacon("/recipe/yaml", new URLSearchParams([["path", editor().dataset.recipe], ["yaml", $("#yaml").value], ...kept]));
+    if (soon && soon.of === "yaml") rest();
+    const last = [...waiting, asked].find((one) => one && ["/recipe/yaml", "/recipe/set"].includes(one.where));
+    if (!last) return;
+    const grounds = [...document.querySelectorAll("#grounds input")].map((one) => [one.name, one.value]);
+    const kept = [["path", editor().dataset.recipe], ["yaml", $("#yaml").value], ...grounds, ...Object.entries(last.values)];
+    navigator.sendBeacon(last.where, new URLSearchParams(kept));
   });
 
   document.addEventListener("click", (event) => {
