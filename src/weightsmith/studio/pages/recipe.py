@@ -196,8 +196,9 @@ def _inside(
     text: str, tree: Mapping[str, Any], stages: list[tuple[str, dict[str, Any]]], name: str
 ) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """Common parameters that a further stage has too go into the stage that they were meant for."""
-    common = tree.get("parameters")
-    for key in _fitting(name, common) if isinstance(common, Mapping) else ():
+    given = tree.get("parameters")
+    common = given if isinstance(given, Mapping) else _MAP
+    for key in _fitting(name, common):
         meant = [i for i, (other, _) in enumerate(stages) if _fitting(other, {key: None})]
         for i in meant:
             stages[i] = (stages[i][0], {key: common[key], **stages[i][1]})
