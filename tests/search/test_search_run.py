@@ -186,6 +186,7 @@ def test_grid_is_every_combination(pantry: Path, tmp_path: Path) -> None:
     space = {"weight": [0.0, 1.0], "lambda": {"values": [0.5, 1.0]}}
     made = search(tree(pantry, sampler={"grid": {"steps": 3}}, space=space), tmp_path / "out")
     points = [(t.point["weight"], t.point["lambda"]) for t in made.search.trials]
+    assert "2 genes, 6 candidates, 8 a generation" in made.search.plan()[0]
     assert points == [(0.0, 0.5), (0.0, 1.0), (0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)]
     with pytest.raises(RecipeError, match="3 x 2 = 6 points, but evaluations = 5"):
         search(tree(pantry, sampler={"grid": {"steps": 3}}, space=space, evaluations=5), tmp_path / "few")

@@ -66,7 +66,7 @@ def search(
 
 def carry_out(work: Search, settings: Settings = DEFAULT, say: Callable[[str], None] = lambda text: None) -> Found:
     """Run a search that fits to its end, and write its folder."""
-    total, done = work.file.evaluations, 0
+    total, done = work.sampler.most, 0
 
     def step() -> None:
         nonlocal done

@@ -219,7 +219,7 @@ class Search:
         together, peak = self.together
         halving = f", by halving over {', '.join(map(str, self.file.halving.items))} items" if self.file.halving else ""
         return [
-            f"sampler {self.sampler.name}: {len(genes)} genes, {self.file.evaluations} candidates, {self.batch} a "
+            f"sampler {self.sampler.name}: {len(genes)} genes, {self.sampler.most} candidates, {self.batch} a "
             f"generation{halving}",
             f"candidates: {together} built in one pass, predicted peak {gigabytes(peak)}, what the evaluator takes not "
             "counted",

@@ -88,6 +88,11 @@ class Sampler(ABC):
     def begin(self) -> None:  # noqa: B027  (most have nothing to prepare)
         """Make ready for the first question."""
 
+    @property
+    def most(self) -> int:
+        """Candidates that it asks for at most."""
+        return self.budget
+
     def notes(self) -> list[str]:
         """What is to be said at the end."""
         return []
@@ -159,6 +164,10 @@ class Grid(_Counting):
                 f"sampler grid: {shape} = {self.count} points, but evaluations = {self.budget}; raise "
                 "evaluations, or lower sampler.grid.steps"
             )
+
+    @property
+    def most(self) -> int:
+        return self.count
 
     def point(self, number: int) -> dict[str, Any] | None:
         if number >= self.count:
