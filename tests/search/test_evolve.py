@@ -133,6 +133,10 @@ def test_its_tasks_need_others_to_report_on(pantry: Path) -> None:
     with pytest.raises(RecipeError, match="is the data that is searched by"):
         SearchFile.model_validate({"genome": genome, "tasks": tasks})
     tasks = [{**task, "report": f"{task['name']}_test"} for task in tasks]
+    for key in ("shuffle", "apply_chat_template"):  # scores would be others
+        assert SearchFile.model_validate({"genome": genome, "tasks": tasks, key: False})
+        with pytest.raises(RecipeError, match=f"unknown key '{key}'"):
+            SearchFile.model_validate({"genome": genome, "tasks": tasks, key: True})
     file = SearchFile.model_validate({"genome": genome, "tasks": tasks, "limit": 10, "num_fewshot": 2})
     assert file.weights == {"gsm": 1.0, "toxic": -0.5}
     asked = file.score.lm_eval

@@ -31,6 +31,8 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "slerp": ("t",),
 }
 """Method -> what there is a gene of."""
+ABSENT = ("shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn")
+"""What mergekit-evolve can and this cannot: refused where a file asks for it."""
 BASED = ("ties", "dare_ties", "task_arithmetic")
 NORMALIZED = ("linear", "ties", "dare_ties")
 
@@ -63,17 +65,7 @@ class Genome(Grammar):
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A file with a genome in the words of a search; other keys of a search may stand beside mergekit's."""
-    own = (
-        "tasks",
-        "include",
-        "python",
-        "limit",
-        "num_fewshot",
-        "shuffle",
-        "random_init",
-        "apply_chat_template",
-        "fewshot_as_multiturn",
-    )
+    own = ("tasks", "include", "python", "limit", "num_fewshot", *(key for key in ABSENT if not tree.get(key)))
     made = {key: value for key, value in tree.items() if key not in own}
     tasks = [dict(mapping(task)) for task in listing(tree.get("tasks"))]
     names = [str(task.get("name")) for task in tasks]

@@ -56,7 +56,8 @@ def front_page(made: Found, said: Sequence[str]) -> str:
 _STYLE = """
 #sliders label { display: inline-block; margin-right: 1.6em; } #front { width: 100%; max-width: 860px; }
 #front circle { cursor: pointer; } #front .axis { stroke: var(--line); }
-#front text { fill: var(--soft); font-size: 12px; }
+#front text { fill: var(--soft); font-size: 12px; } #front .other { fill: #9aa6b8; opacity: .5; }
+#front .best { fill: #c4573b; }
 #tip { position: fixed; background: var(--page); border: 1px solid var(--soft); padding: .4em .7em; font-size: .85rem;
   pointer-events: none; white-space: pre; max-width: 90vw; overflow: hidden; }
 #chosen { white-space: pre-wrap; font-variant-numeric: tabular-nums; }
@@ -69,6 +70,7 @@ const all = D.points.map(p => p.s), lo = [], hi = [];
 for (let i = 0; i < k; i++) { lo[i] = Math.min(...all.map(s => s[i])); hi[i] = Math.max(...all.map(s => s[i])); }
 const share = (s, i) => { if (hi[i] <= lo[i]) return 1; const t = (s[i] - lo[i]) / (hi[i] - lo[i]);
   return D.signs[i] > 0 ? t : 1 - t; };
+const label = i => D.goals[i] + (D.signs[i] > 0 ? ", more is better" : ", less is better");
 const num = v => Number(v.toPrecision(5)).toString();
 const told = p => "candidate " + p.n + "\\n" + D.goals.map((g, i) => g + ": " + num(p.s[i])).join("\\n") + "\\n" +
   Object.entries(p.p).map(([a, b]) => a + " = " + b).join("\\n") + "\\n" + p.recipe;
@@ -88,11 +90,11 @@ function draw() {
   for (let i = 0; i <= 5; i++) { const a = xa + (xb - xa) * i / 5, b = ya + (yb - ya) * i / 5;
     add("text", {x: px(a), y: 436, "text-anchor": "middle"}, Number(a.toPrecision(3)).toString());
     add("text", {x: 54, y: py(b) + 4, "text-anchor": "end"}, Number(b.toPrecision(3)).toString()); }
-  add("text", {x: 400, y: 456, "text-anchor": "middle"}, D.goals[x]); add("text", {x: 60, y: 14}, D.goals[y]);
-  D.others.forEach(s => add("circle", {cx: px(s[x]), cy: py(s[y]), r: 3, fill: "#9aa6b8", opacity: .5}));
+  add("text", {x: 400, y: 456, "text-anchor": "middle"}, label(x)); add("text", {x: 60, y: 14}, label(y));
+  D.others.forEach(s => add("circle", {cx: px(s[x]), cy: py(s[y]), r: 3, class: "other"}));
   const b = best();
   D.points.forEach((p, j) => { const c = add("circle", {cx: px(p.s[x]), cy: py(p.s[y]), r: j == b ? 9 : 6,
-      fill: j == b ? "#c4573b" : "#3b82c4", tabindex: 0});
+      class: j == b ? "best" : "front", tabindex: 0});
     c.onpointerenter = c.onpointermove = e => { const t = $("tip"); t.textContent = told(p); t.hidden = false;
       t.style.left = Math.min(e.clientX + 14, innerWidth - 260) + "px"; t.style.top = (e.clientY + 14) + "px"; };
     c.onpointerleave = () => { $("tip").hidden = true; }; });

@@ -223,10 +223,13 @@ class Search:
             f"generation{halving}",
             f"candidates: {together} built in one pass, predicted peak {gigabytes(peak)}, what the evaluator takes not "
             "counted",
-            f"goals: {', '.join(f'{name} ({goal})' for name, goal in self.aim.goals.items())}"
+            f"goals: {', '.join(f'{name} ({goal}{self._weight(name)})' for name, goal in self.aim.goals.items())}"
             + (" as a front" if self.aim.weights is None else ""),
             f"resume: the same command goes on, {self.sampler.promise} where the evaluator gives the same scores again",
         ]
+
+    def _weight(self, name: str) -> str:
+        return "" if self.file.weights is None else f", weight {self.file.weights.get(name, 0.0):g}"
 
     @property
     def together(self) -> tuple[int, int]:
